@@ -1,0 +1,32 @@
+"""Write the 1,797 digit scans of scikit-learn (8x8, grey; UCI ML repository, CC BY 4.0) as WebDataset shards.
+
+python data/digits.py [FOLDER]   writes train-0000.tar (1,500 scans) and test-0000.tar (297), always the same bytes.
+"""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+
+def write(folder: Path) -> None:
+    """Scale 0..16 to 0..255, shuffle with seed 0, split, write."""
+    images, labels = load_digits(return_X_y=True)
+    images = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    order = np.random.default_rng(0).permutation(len(images))
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, chosen in {"train": order[:1500], "test": order[1500:]}.items():
+        with wds.TarWriter(str(folder / f"{split}-0000.tar"), mtime=0) as shard:
+            for i in chosen:
+                png = io.BytesIO()
+                Image.fromarray(images[i]).save(png, "png")
+                shard.write({"__key__": f"{i:06d}", "png": png.getvalue(), "cls": str(labels[i]).encode()})
+        print(f"{folder / f'{split}-0000.tar'}: {len(chosen)} scans")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "digits")

@@ -1,0 +1,33 @@
+"""Diffusion models over few latent states, each a network of its own if you like.
+
+Reading order: diffusion.states, diffusion.process, sampling.sampler, sampling.composite, lit.modules.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "diffusion.schedules": "NoiseSchedule Linear ScaledLinear Cosine Sigmoid",
+    "diffusion.states": "LatentStates",
+    "diffusion.objectives": "Objective Eps X0 V Weight Constant MinSNR P2 Likelihood",
+    "networks.network": "Network",
+    "networks.unet": "UNet",
+    "networks.dit": "DiT",
+    "sampling.denoiser": "Denoiser Guided",
+    "sampling.composite": "CompositeDenoiser compose load_model",
+    "sampling.expert": "Card load_expert read_card save_expert",
+    "sampling.sampler": "Sampler DDIM Ancestral DPMSolver sample",
+    "lit.modules": "Baseline ReducedStates SingleState Composite",
+    "lit.datamodule": "ImageShards",
+}
+_NAMES = {name: home for home, names in _HOMES.items() for name in names.split()}
+__all__ = ["__version__", *_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: importing the package imports no torch."""
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)

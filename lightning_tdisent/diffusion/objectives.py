@@ -1,0 +1,158 @@
+"""What the raw output of a network means, and how much every state counts.
+
+A weight is defined on the error of x0_hat, w(s) |x_0 - x0_hat|^2; the objective turns it into a weight on its own raw
+output, since |x_0 - x0_hat|^2 = unit(s) |target - raw|^2 with unit = b^2/a^2 (eps), 1 (x0), b^2 (v). For an expert of
+one state every weight is one constant, which Adam cancels.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from lightning_tdisent.diffusion.process import to_x0
+from lightning_tdisent.diffusion.spec import Part
+from lightning_tdisent.diffusion.states import Coefficient, LatentStates
+from lightning_tdisent.errors import InputError
+
+
+class Weight(Part, ABC):
+    """Weight of every state on the x0 error."""
+
+    @abstractmethod
+    def on_raw(self, snr: Tensor, snr_below: Tensor, unit: Tensor) -> Tensor:
+        """Return the weight on the raw output; snr, snr_below (one row nearer the data) and unit have equal shape."""
+
+
+class Constant(Weight):
+    """1 on the raw output, whatever it is: the paper's loss with eps ("simple", 2006.11239, eq. 14)."""
+
+    def on_raw(self, snr: Tensor, snr_below: Tensor, unit: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(snr)
+
+
+class MinSNR(Weight):
+    """min(SNR, gamma) on the x0 error (2303.09556, eq. 7)."""
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        if gamma <= 0:
+            raise InputError(f"gamma must be positive, got {gamma}")
+        self.gamma = gamma
+
+    def on_raw(self, snr: Tensor, snr_below: Tensor, unit: Tensor) -> Tensor:
+        """min(SNR, gamma) unit."""
+        return snr.clamp_max(self.gamma) * unit
+
+
+class P2(Weight):
+    """1/(k + SNR)^gamma on the eps error, so SNR/(k + SNR)^gamma on x0 (2204.00227, eq. 8)."""
+
+    def __init__(self, k: float = 1.0, gamma: float = 1.0) -> None:
+        if k <= 0:
+            raise InputError(f"k must be positive, got {k}")
+        self.k, self.gamma = k, gamma
+
+    def on_raw(self, snr: Tensor, snr_below: Tensor, unit: Tensor) -> Tensor:
+        """SNR/(k + SNR)^gamma unit."""
+        return snr / (self.k + snr) ** self.gamma * unit
+
+
+class Likelihood(Weight):
+    """(SNR(s-1) - SNR(s))/2 on the summed x0 error: the terms of the variational bound (2107.00630, eq. 13).
+
+    At row 1, whose lower neighbour is the data, a Gaussian decoder of variance b_1^2 gives (SNR(1) + 1)/2.
+    """
+
+    def on_raw(self, snr: Tensor, snr_below: Tensor, unit: Tensor) -> Tensor:
+        """(SNR(s-1) - SNR(s))/2 unit."""
+        return torch.where(snr_below.isinf(), snr + 1, snr_below - snr) / 2 * unit
+
+
+class Objective(Part, ABC):
+    """What the raw output means; ``prediction`` is eps, x0 or v.
+
+    weight: weight of every state; `Constant` if not given.
+    """
+
+    prediction: str
+
+    def __init__(self, weight: Weight | None = None) -> None:
+        self.weight = weight or Constant()
+
+    @abstractmethod
+    def target(self, x0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return what the network should say, in the shape of x0."""
+
+    @abstractmethod
+    def unit(self, snr: Tensor) -> Tensor:
+        """Return |x0 error|^2 / |raw error|^2 per state."""
+
+    def x0(self, raw: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
+        """Return x0_hat from the raw output at x."""
+        return to_x0(self.prediction, raw, x, a, b)
+
+    def weights(self, states: LatentStates) -> Tensor:
+        """Weight of rows 0..S on the raw output, (S+1, K) float64; row 0 is 0. Refuses a weight that is not finite."""
+        snr = states.log_snr.exp()
+        table = self.weight.on_raw(snr[1:], snr[:-1], self.unit(snr[1:]))
+        if not table.isfinite().all():
+            s = int((~table.isfinite()).any(1).nonzero()[0]) + 1
+            raise InputError(
+                f"{type(self.weight).__name__} weight of {type(self).__name__} is not finite at row {s} "
+                f"(SNR {snr[s].tolist()}); use the Constant weight or another schedule"
+            )
+        return torch.cat([torch.zeros_like(table[:1]), table])
+
+    def check(self, states: LatentStates) -> None:
+        """Refuse a table that this prediction cannot invert."""
+
+
+class Eps(Objective):
+    """The network says the noise eps (the paper's choice)."""
+
+    prediction = "eps"
+
+    def target(self, x0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """eps."""
+        return eps
+
+    def unit(self, snr: Tensor) -> Tensor:
+        """b^2/a^2."""
+        return 1 / snr
+
+    def check(self, states: LatentStates) -> None:
+        """Refuse zero terminal SNR: x0 = (x - b eps)/a divides by a = 0."""
+        if bool(states.log_snr[-1].isneginf().any()):
+            raise InputError(
+                f"objective Eps cannot be used with zero terminal SNR ({states.schedule!r}): at row {states.S} the "
+                "signal is 0 and x0 cannot be recovered from eps. Use objective V or X0, or zero_terminal: false."
+            )
+
+
+class X0(Objective):
+    """The network says the clean image."""
+
+    prediction = "x0"
+
+    def target(self, x0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """x0."""
+        return x0
+
+    def unit(self, snr: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(snr)
+
+
+class V(Objective):
+    """The network says v = a eps - b x_0 (2202.00512, app. D): well scaled at every state, hence the default."""
+
+    prediction = "v"
+
+    def target(self, x0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """a eps - b x0."""
+        return a.to(x0.dtype) * eps - b.to(x0.dtype) * x0
+
+    def unit(self, snr: Tensor) -> Tensor:
+        """b^2."""
+        return 1 / (1 + snr)

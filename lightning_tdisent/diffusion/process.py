@@ -1,0 +1,88 @@
+"""The forward process and one reverse step, elementwise in the table of latent states.
+
+x0 in [-1, 1] and eps ~ N(0, I) have shape (B, C, H, W); rows are ints, or int64 tensors of shape (B,).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_tdisent.diffusion.states import Coefficient, LatentStates
+from lightning_tdisent.errors import InputError
+
+
+def scale(c: Coefficient, x: Tensor) -> Tensor:
+    """Return c x in the dtype of x, whether c is a float or a float64 tensor."""
+    return c.to(x.dtype) * x if isinstance(c, Tensor) else c * x
+
+
+def noise(states: LatentStates, x0: Tensor, s: int | Tensor, eps: Tensor) -> Tensor:
+    """x_s = a_s x_0 + b_s eps (2006.11239, eq. 4)."""
+    a, b = states.coefficients(s)
+    return scale(a, x0) + scale(b, eps)
+
+
+def transition(states: LatentStates, s: int, r: int, eta: float) -> tuple[Coefficient, Coefficient, Coefficient]:
+    """Coefficients of x_r = c0 x0_hat + cx x_s + cz z for r < s (DDIM, 2010.02502, eq. 12 and 16).
+
+    With (a, b) at s and (c, d) at r: cz = eta (d/b) sqrt(1 - (a/c)^2), cx = sqrt(d^2 - cz^2)/b, c0 = c - a cx.
+    eta 0 is deterministic, eta 1 the ancestral posterior of DDPM.
+    """
+    if not 0 <= r < s <= states.S:
+        raise InputError(f"a reverse step goes from a row s to a row r < s within 0..{states.S}, got s={s}, r={r}")
+    if states.K == 1:
+        (a, b), (c, d) = states._rows[s], states._rows[r]
+        fresh = eta * d / b * math.sqrt(max(0.0, 1 - (a / c) ** 2))
+        keep = math.sqrt(max(0.0, d * d - fresh * fresh)) / b
+        return c - a * keep, keep, fresh
+    (at, bt), (ct, dt) = states.coefficients(s), states.coefficients(r)
+    assert isinstance(at, Tensor) and isinstance(bt, Tensor) and isinstance(ct, Tensor) and isinstance(dt, Tensor)
+    fresh_t = eta * dt / bt * (1 - (at / ct).square()).clamp_min(0).sqrt()
+    keep_t = (dt.square() - fresh_t.square()).clamp_min(0).sqrt() / bt
+    return ct - at * keep_t, keep_t, fresh_t
+
+
+def step(
+    states: LatentStates, x: Tensor, x0_hat: Tensor, s: int, r: int, eta: float = 0.0, z: Tensor | None = None
+) -> Tensor:
+    """One reverse step x_s -> x_r with the estimate x0_hat; z ~ N(0, I) is needed where `transition` has cz > 0."""
+    c0, cx, cz = transition(states, s, r, eta)
+    out = scale(c0, x0_hat) + scale(cx, x)
+    if isinstance(cz, Tensor) or cz > 0:
+        if z is None:
+            raise InputError(f"the step {s} -> {r} with eta={eta:g} adds fresh noise: pass z")
+        out = out + scale(cz, z)
+    return out
+
+
+def posterior(states: LatentStates, x0: Tensor, x: Tensor, s: int, r: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of q(x_r | x_s, x_0) (2006.11239, eq. 6 and 7, for any r < s).
+
+    With alpha = a_s^2/a_r^2: mean = a_r (1 - alpha)/b_s^2 x_0 + sqrt(alpha) b_r^2/b_s^2 x_s,
+    variance = (1 - alpha) b_r^2/b_s^2. The variance has shape (K, 1, 1).
+    """
+    a, b, c, d = states.a[s], states.b[s], states.a[r], states.b[r]
+    ratio, beta = a / c, -torch.expm1(2 * (a / c).log())
+    view = (-1, 1, 1)
+    mean = scale((c * beta / b.square()).view(view), x0) + scale((ratio * (d / b).square()).view(view), x)
+    return mean, (beta * (d / b).square()).view(view)
+
+
+def to_x0(kind: str, value: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
+    """Return x_0 from eps: (x - b eps)/a; from v: a x - b v, v = a eps - b x_0 (2202.00512, app. D)."""
+    if kind == "eps":
+        return (x - scale(b, value)) / (a.to(x.dtype) if isinstance(a, Tensor) else a)
+    if kind == "v":
+        return scale(a, x) - scale(b, value)
+    return value
+
+
+def from_x0(kind: str, x0: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
+    """Return eps = (x - a x_0)/b or v = (a x - x_0)/b, the inverse of `to_x0`."""
+    divisor = b.to(x.dtype) if isinstance(b, Tensor) else b
+    if kind == "eps":
+        return (x - scale(a, x0)) / divisor
+    if kind == "v":
+        return (scale(a, x) - x0) / divisor
+    return x0

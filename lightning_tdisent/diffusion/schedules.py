@@ -1,0 +1,164 @@
+"""Noise schedules: the log-SNR of a full T-chain. One class, one formula, one citation.
+
+All numbers are float64. ``alpha_bar[t]`` is the signal power a_t^2 of x_t = a_t x_0 + b_t eps at index t = 0..T,
+``alpha_bar[0] = 1``; ``log_snr = log(alpha_bar / (1 - alpha_bar))`` is +inf at t = 0.
+"""
+
+import copy
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from lightning_tdisent.diffusion.spec import Part
+from lightning_tdisent.errors import InputError
+
+
+class NoiseSchedule(Part, ABC):
+    """Log-SNR of a chain of T noise levels.
+
+    T: number of levels of the full chain, at least 1.
+    zero_terminal: rescale so that the signal at T is exactly zero (2305.08891, Algorithm 1); the last log-SNR is
+        then -inf, which eps-prediction cannot invert.
+    """
+
+    def __init__(self, T: int = 1000, zero_terminal: bool = False) -> None:
+        if T < 1:
+            raise InputError(f"T: a chain has at least one level, got {T}")
+        self.T, self.zero_terminal = T, zero_terminal
+
+    @abstractmethod
+    def log_alpha_bar(self) -> Tensor:
+        """Natural logarithm of alpha-bar at t = 0..T, shape (T+1,), float64, 0 at t = 0."""
+
+    def log_snr(self) -> Tensor:
+        """Log-SNR at t = 0..T, shape (T+1,), float64, +inf at t = 0."""
+        log_ab = self.log_alpha_bar()
+        if self.zero_terminal:
+            a = (log_ab / 2).exp()
+            a = torch.cat([a[:1], (a[1:] - a[-1]) * (a[1] / (a[1] - a[-1]))])
+            log_ab = 2 * a.log()
+        return log_ab - (-torch.expm1(log_ab)).log()
+
+    def recomputed(self, S: int, rescale: bool = False) -> "NoiseSchedule":
+        """Return the same formula evaluated for a chain of S levels instead of looking S rows up.
+
+        rescale: multiply the range of betas by T/S (schedules that are functions of t/T ignore it).
+        """
+        other = copy.copy(self)
+        other.T = S
+        return other
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
+
+
+class _Betas(NoiseSchedule):
+    """A chain given by its betas, alpha_bar_t = prod_{i<=t} (1 - beta_i)."""
+
+    def __init__(self, T: int, beta_start: float, beta_end: float, zero_terminal: bool) -> None:
+        super().__init__(T, zero_terminal)
+        self.beta_start, self.beta_end = beta_start, beta_end
+
+    @abstractmethod
+    def betas(self) -> Tensor:
+        """Betas at t = 1..T, shape (T,), float64."""
+
+    def log_alpha_bar(self) -> Tensor:
+        beta = self.betas()
+        bad = ((beta <= 0) | (beta >= 1)).nonzero()
+        if len(bad):
+            t = int(bad[0])
+            raise InputError(
+                f"beta at t={t + 1} of {self.T} is {float(beta[t]):.4g}, outside (0, 1). Use more states, "
+                f"a smaller beta_end (now {self.beta_end:g}), or kind: mapped, which never recomputes betas."
+            )
+        return torch.cat([beta.new_zeros(1), torch.log1p(-beta).cumsum(0)])
+
+    def recomputed(self, S: int, rescale: bool = False) -> NoiseSchedule:
+        other = super().recomputed(S, rescale)
+        if rescale:
+            assert isinstance(other, _Betas)
+            other.beta_start, other.beta_end = self.beta_start * self.T / S, self.beta_end * self.T / S
+        return other
+
+
+class Linear(_Betas):
+    """Betas linear in t: beta_1 = beta_start .. beta_T = beta_end (DDPM, 2006.11239, section 4)."""
+
+    def __init__(
+        self, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, zero_terminal: bool = False
+    ) -> None:
+        super().__init__(T, beta_start, beta_end, zero_terminal)
+
+    def betas(self) -> Tensor:
+        """beta_t = beta_start + (beta_end - beta_start) (t-1)/(T-1)."""
+        return torch.linspace(self.beta_start, self.beta_end, self.T, dtype=torch.float64)
+
+
+class ScaledLinear(_Betas):
+    """Square roots of the betas linear in t; defaults of class-conditional latent diffusion (2112.10752).
+
+    Stable Diffusion 1 and 2 use beta_start 0.00085, beta_end 0.012; its signal at T is 0.068, above the default
+    ``terminal_bound`` of `LatentStates`.
+    """
+
+    def __init__(
+        self, T: int = 1000, beta_start: float = 0.0015, beta_end: float = 0.0195, zero_terminal: bool = False
+    ) -> None:
+        super().__init__(T, beta_start, beta_end, zero_terminal)
+
+    def betas(self) -> Tensor:
+        """sqrt(beta_t) linear from sqrt(beta_start) to sqrt(beta_end)."""
+        start, end = math.sqrt(self.beta_start), math.sqrt(self.beta_end)
+        return torch.linspace(start, end, self.T, dtype=torch.float64).square()
+
+
+class Cosine(NoiseSchedule):
+    """alpha_bar(u) = cos^2((u + offset)/(1 + offset) pi/2) / alpha_bar(0), betas clipped (2102.09672, eq. 17).
+
+    offset: keeps the first betas from vanishing; max_beta: the clip, in (0, 1).
+    """
+
+    def __init__(
+        self, T: int = 1000, offset: float = 0.008, max_beta: float = 0.999, zero_terminal: bool = False
+    ) -> None:
+        super().__init__(T, zero_terminal)
+        if not 0 < max_beta < 1:
+            raise InputError(f"max_beta must lie in (0, 1), got {max_beta}")
+        self.offset, self.max_beta = offset, max_beta
+
+    def log_alpha_bar(self) -> Tensor:
+        """log prod (1 - min(1 - f(t)/f(t-1), max_beta)), f(t) = cos^2(...)."""
+        u = torch.linspace(0, 1, self.T + 1, dtype=torch.float64)
+        f = torch.cos((u + self.offset) / (1 + self.offset) * math.pi / 2).square()
+        keep = (f[1:] / f[:-1]).clamp_min(1 - self.max_beta)
+        return torch.cat([f.new_zeros(1), keep.log().cumsum(0)])
+
+
+class Sigmoid(NoiseSchedule):
+    """alpha_bar(u) = (g(1) - g(u)) / (g(1) - g(0)), g(u) = sigmoid((u (end - start) + start)/tau) (2301.10972, Alg. 1).
+
+    floor: smallest alpha-bar, since the formula ends at zero.
+    """
+
+    def __init__(
+        self,
+        T: int = 1000,
+        start: float = -3.0,
+        end: float = 3.0,
+        tau: float = 1.0,
+        floor: float = 1e-9,
+        zero_terminal: bool = False,
+    ) -> None:
+        super().__init__(T, zero_terminal)
+        if tau <= 0 or end <= start or not 0 < floor < 1:
+            raise InputError(f"Sigmoid needs start < end, tau > 0 and 0 < floor < 1, got {start}, {end}, {tau}, {floor}")
+        self.start, self.end, self.tau, self.floor = start, end, tau, floor
+
+    def log_alpha_bar(self) -> Tensor:
+        """Log of the clamped formula above."""
+        u = torch.linspace(0, 1, self.T + 1, dtype=torch.float64)
+        g = torch.sigmoid((u * (self.end - self.start) + self.start) / self.tau)
+        return ((g[-1] - g) / (g[-1] - g[0])).clamp_min(self.floor).log()

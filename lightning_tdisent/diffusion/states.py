@@ -1,0 +1,193 @@
+"""The table that every method of this project is made of.
+
+Rows are latent states 0..S (0 is the data), columns are K components of the data (K = 1: all of it), an entry is the
+log-SNR L. With a = sqrt(sigmoid(L)) and b = sqrt(sigmoid(-L)) a state is x_s = a_s x_0 + b_s eps. float64 throughout.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tdisent.diffusion.schedules import Linear, NoiseSchedule
+from lightning_tdisent.diffusion.spec import Part
+from lightning_tdisent.errors import InputError
+
+Coefficient = float | Tensor
+
+
+class LatentStates(Part, nn.Module):
+    """S latent states chosen from the T rows of a schedule (2508.14413).
+
+    schedule: the full chain; the DDPM linear one if not given.
+    S: number of states; all T if not given.
+    spacing: which rows of the chain, 1-based: ``even`` k floor(T/S) (31, 62 .. 992 for 32 of 1000: the paper's),
+        ``leading`` 1 + (k-1) floor(T/S), ``trailing`` round(kT/S), ``log_snr`` evenly spaced in log-SNR.
+    indices: the rows themselves, ascending, instead of S and spacing.
+    kind: ``mapped`` looks values up in the T-chain; ``native`` evaluates the formula again for a chain of S levels,
+        ``rescaled`` likewise with the betas times T/S. The last two exist for the ablation.
+    terminal_bound: largest signal coefficient a_S allowed at the last state, where sampling starts from pure noise.
+
+    Attributes: ``log_snr``, ``a``, ``b`` (S+1, K) float64; ``index`` (S+1,) int64, the original index in the T-chain.
+    The buffers follow devices but never dtypes: ``module.to(torch.bfloat16)`` leaves the table as it is.
+    """
+
+    log_snr: Tensor
+    a: Tensor
+    b: Tensor
+    index: Tensor
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule | None = None,
+        S: int | None = None,
+        spacing: Literal["even", "leading", "trailing", "log_snr"] = "even",
+        indices: list[int] | None = None,
+        kind: Literal["mapped", "native", "rescaled"] = "mapped",
+        terminal_bound: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.schedule = schedule = schedule or Linear()
+        self.spacing, self.indices, self.kind, self.terminal_bound = spacing, indices, kind, terminal_bound
+        chosen = _choose(schedule, S, spacing, indices)
+        self.S = len(chosen)
+        if kind == "mapped":
+            table = schedule.log_snr()[torch.tensor([0, *chosen])]
+        else:
+            table = schedule.recomputed(self.S, rescale=kind == "rescaled").log_snr()
+        self._fill(table[:, None], torch.tensor([0, *chosen]))
+        self._check_end()
+
+    def _fill(self, log_snr: Tensor, index: Tensor) -> None:
+        if not (log_snr[1:] < log_snr[:-1]).all():
+            s = int((log_snr[1:] >= log_snr[:-1]).any(1).nonzero()[0]) + 1
+            raise InputError(
+                f"log-SNR must fall from row to row; row {s} (index {int(index[s])}) has {log_snr[s].tolist()} after "
+                f"{log_snr[s - 1].tolist()}"
+            )
+        if log_snr.isnan().any() or not log_snr[0].isposinf().all():
+            raise InputError("a table must be free of NaN and start with the data: log-SNR +inf at row 0")
+        for name, value in {
+            "log_snr": log_snr,
+            "a": torch.sigmoid(log_snr).sqrt(),
+            "b": torch.sigmoid(-log_snr).sqrt(),
+            "index": index,
+        }.items():
+            self.register_buffer(name, value, persistent=False)
+        self._rows = [(float(a), float(b)) for a, b in zip(self.a[:, 0], self.b[:, 0], strict=True)]
+
+    def _check_end(self) -> None:
+        end = float(self.a[-1].max())
+        if end > self.terminal_bound:
+            fix = "kind: mapped" if self.kind != "mapped" else "spacing: trailing, or a schedule with more noise"
+            raise InputError(
+                f"signal left at the last state is {end:.4g}, above terminal_bound {self.terminal_bound:g} "
+                f"(S={self.S}, {self.schedule!r}, {self.kind}, index {int(self.index[-1])} of {self.schedule.T}). "
+                f"Sampling starts from pure noise there and would come out grey. Use {fix}; or accept it with "
+                f"terminal_bound: {_round_up(end):g}."
+            )
+
+    @property
+    def K(self) -> int:
+        """Number of columns."""
+        return self.log_snr.shape[1]
+
+    @property
+    def rows(self) -> list[int]:
+        """The latent rows 1..S."""
+        return list(range(1, self.S + 1))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the numbers of the table, to 8 significant digits: machines differ in the last bits of a logarithm."""
+        rows = zip(self.index.tolist(), self.log_snr.tolist(), strict=True)
+        text = ";".join(f"{t}:" + ",".join(f"{L:.8g}" for L in row) for t, row in rows)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def coefficients(self, s: int | Tensor) -> tuple[Coefficient, Coefficient]:
+        """Return (a_s, b_s): two Python floats for one row of a K = 1 table, else float64 tensors (.., K, 1, 1).
+
+        s: a row 0..S, or int64 rows of shape (B,).
+        """
+        if isinstance(s, int) and self.K == 1:
+            return self._rows[s]
+        return self.a[s][..., None, None], self.b[s][..., None, None]
+
+    def blocks(self, owners: int) -> list[list[int]]:
+        """Owner map: rows 1..S split into contiguous blocks, sizes as equal as possible, low noise first."""
+        if not 1 <= owners <= self.S:
+            raise InputError(f"experts: {owners} owners cannot share {self.S} rows; choose 1..{self.S}")
+        cut = [round(k * self.S / owners) for k in range(owners + 1)]
+        return [list(range(lo + 1, hi + 1)) for lo, hi in zip(cut, cut[1:], strict=False)]
+
+    def restrict(self, indices: Sequence[int]) -> "LatentStates":
+        """Return the table of these original indices alone, values unchanged; refuses an index that is no row here."""
+        here = {int(t): s for s, t in enumerate(self.index.tolist())}
+        missing = [t for t in indices if t not in here]
+        if missing:
+            raise InputError(f"indices {missing} are no rows of this table of {self.S} states of T={self.schedule.T}")
+        rows = [0, *(here[t] for t in sorted(indices))]
+        return LatentStates.from_table(self.log_snr[rows], self.index[rows], self.schedule, self.terminal_bound)
+
+    @classmethod
+    def from_table(
+        cls, log_snr: Tensor, index: Tensor, schedule: NoiseSchedule, terminal_bound: float = 0.01
+    ) -> "LatentStates":
+        """Return the states of an explicit table (S+1, K) of log-SNRs with these original indices (S+1,)."""
+        states = cls.__new__(cls)
+        nn.Module.__init__(states)
+        states.schedule, states.S, states.kind = schedule, len(log_snr) - 1, "mapped"
+        states.spacing, states.indices, states.terminal_bound = "even", index[1:].tolist(), terminal_bound
+        states._fill(log_snr.double(), index.long())
+        states._check_end()
+        return states
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        device = fn(torch.empty(0, device=self.a.device)).device
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Show where the rows come from."""
+        return f"S={self.S}, {self.schedule!r}, {self.kind}, {self.spacing}, fingerprint={self.fingerprint}"
+
+
+def _choose(schedule: NoiseSchedule, S: int | None, spacing: str, indices: list[int] | None) -> list[int]:
+    T = schedule.T
+    if indices is not None:
+        if S is not None and S != len(indices):
+            raise InputError(f"S={S} but {len(indices)} indices are listed; give one of the two")
+        if not indices or sorted(set(indices)) != list(indices) or not 1 <= indices[0] <= indices[-1] <= T:
+            raise InputError(f"indices must be ascending rows of the chain within 1..{T}, got {indices}")
+        return list(indices)
+    S = T if S is None else S
+    if not 1 <= S <= T:
+        raise InputError(f"S={S} states cannot be chosen from a chain of T={T} rows; S must lie in 1..{T}")
+    if spacing == "even":
+        return [k * (T // S) for k in range(1, S + 1)]
+    if spacing == "leading":
+        return [1 + k * (T // S) for k in range(S)]
+    if spacing == "trailing":
+        return [T - round(k * T / S) for k in reversed(range(S))]
+    if spacing == "log_snr":
+        L = schedule.log_snr()[1:]
+        if not L.isfinite().all():
+            raise InputError("spacing log_snr needs a finite log-SNR at T; zero_terminal makes it -inf")
+        want = torch.linspace(float(L[0]), float(L[-1]), S, dtype=torch.float64)
+        chosen = [int((L - w).abs().argmin()) + 1 for w in want]
+        if S == 1:
+            chosen = [T]
+        if len(set(chosen)) < S:
+            raise InputError(f"spacing log_snr picks a row twice at S={S} of T={T}; use fewer states or another spacing")
+        return chosen
+    raise InputError(f"spacing {spacing!r}: choose even, leading, trailing or log_snr")
+
+
+def _round_up(value: float) -> float:
+    """Round up to two significant digits, so that the advice given is enough."""
+    scale = 10.0 ** (1 - int(f"{value:e}".split("e")[1]))
+    return -(-value * scale // 1) / scale

@@ -1,0 +1,14 @@
+"""The one error that is the user's to mend: shown as a message, never as a traceback."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """Something asked for cannot be done; the message says what, where, both values and what would help."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the closest allowed word, or an empty string."""
+    close = get_close_matches(word, list(allowed), 1, 0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

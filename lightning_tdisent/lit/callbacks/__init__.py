@@ -1,0 +1,1 @@
+"""Callbacks: weights (EMA, export), losses per state, pictures, quality. Any order in the list is right."""

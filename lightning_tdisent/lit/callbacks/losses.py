@@ -1,0 +1,52 @@
+"""The training loss of every state, summed on the device and read only at log points."""
+
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from lightning_tdisent.lit.modules import Diffusion
+from lightning_tdisent.sampling.evaluation import probe_rows
+
+
+class LossPerState(L.Callback):
+    """Log ``train/loss``, its mean per state (per bin of states above ``bins``), and images seen and per second.
+
+    Between two log points nothing is copied from the device; ``self.log`` and its half millisecond a step are not
+    used. The losses of ranks other than 0 are not in these curves; validation is exact over ranks.
+    """
+
+    def __init__(self, bins: int = 32) -> None:
+        self.bins = bins
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Name the bins, and lay the curves of all states into one chart."""
+        rows = pl_module.rows
+        ends = torch.tensor(probe_rows(rows, self.bins))
+        # row -> number of its bin
+        self.bin_of = torch.searchsorted(ends, torch.arange(int(ends[-1]) + 1)).to(pl_module.device)
+        self.names = [f"train_loss/t{int(pl_module.states.index[s]):04d}" for s in ends]
+        self.sums = torch.zeros(2, len(ends), device=pl_module.device)
+        writer = getattr(trainer.logger, "experiment", None)
+        if hasattr(writer, "add_custom_scalars") and len(self.names) > 1:
+            charts = {kind: ["Multiline", [f"{kind}/t.*"]] for kind in ("train_loss", "val_eps_mse", "val_x0_mse")}
+            writer.add_custom_scalars({"by state": charts})
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], *_: Any
+    ) -> None:
+        """Add to the sums; at a log point read, log and forget them."""
+        bins, losses = self.bin_of[outputs["row"]], outputs["losses"]
+        self.sums[0].index_add_(0, bins, losses)
+        self.sums[1].index_add_(0, bins, torch.ones_like(losses))
+        step = trainer.global_step
+        if step % trainer.log_every_n_steps or not trainer.is_global_zero:
+            return
+        total, count = self.sums.tolist()
+        self.sums.zero_()
+        values = {name: t / n for name, t, n in zip(self.names, total, count, strict=True) if n}
+        values["train/loss"] = sum(total) / sum(count)
+        values["train/images_seen"] = float(pl_module.images_seen)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step)

@@ -1,0 +1,74 @@
+"""Pictures during training, from fixed seeds and images, by the code that also makes the report's."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from PIL import Image
+from torch import Tensor
+
+from lightning_tdisent.lit.modules import DenoiserModule
+from lightning_tdisent.sampling.evaluation import forward_strip, grid, probe_rows, reverse_strip
+from lightning_tdisent.sampling.sampler import from_uint8, sample, to_uint8
+
+
+class Pictures(L.Callback):
+    """At each validation: a grid of samples, the forward strip of held-out images, the reverse strip of samples.
+
+    samples: images of the grid, seeds first_seed ..; strips: images of each strip. Rank 0 draws them. A model that
+    owns only some rows cannot sample: its grid shows x0_hat from its highest row, under ``estimate``. Also written as
+    PNG under ``pictures/`` of the run folder.
+    """
+
+    def __init__(self, samples: int = 64, strips: int = 6, first_seed: int = 0) -> None:
+        self.samples, self.strips, self.first_seed = samples, strips, first_seed
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: DenoiserModule) -> None:
+        """Draw and log."""
+        if not trainer.is_global_zero:
+            return
+        denoiser, data = pl_module.denoiser, trainer.datamodule.held_out  # type: ignore[attr-defined]
+        rows = probe_rows(pl_module.rows)
+        strip = forward_strip(denoiser, data.images[: self.strips], rows, range(self.strips))
+        self._show(trainer, "forward_strip", strip.flatten(0, 1), strip.shape[1])
+        if pl_module.whole:
+            seeds = range(self.first_seed, self.first_seed + self.samples)
+            self._show(trainer, "samples", torch.cat(list(sample(denoiser, pl_module.sampler, seeds))))
+            strip, _ = reverse_strip(denoiser, pl_module.sampler, seeds[: self.strips])
+            self._show(trainer, "reverse_strip", strip.flatten(0, 1), strip.shape[1])
+        else:
+            noisy = forward_strip(denoiser, data.images[: self.strips], rows[-1:], range(self.strips))
+            x = from_uint8(noisy[:, 1]).to(pl_module.device)
+            with torch.no_grad():
+                estimate = to_uint8(denoiser(x, rows[-1])).cpu()
+            triple = torch.cat([noisy, estimate[:, None]], 1)
+            self._show(trainer, "estimate", triple.flatten(0, 1), 3)
+
+    def _show(self, trainer: L.Trainer, name: str, images: Tensor, columns: int = 16) -> None:
+        picture, step = grid(images, columns), trainer.global_step
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_image"):
+                logger.experiment.add_image(name, picture, step)
+        save_png(picture, Path(trainer.default_root_dir) / "pictures" / f"{name}_{step:07d}.png")
+
+
+def save_png(picture: Tensor, path: Path) -> None:
+    """Write a uint8 picture (C, H, W)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = picture.permute(1, 2, 0).numpy()
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(path)
+
+
+class WriteImages(BasePredictionWriter):
+    """Write the images of `predict` as ``images/SEED.png`` of the run folder."""
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+
+    def write_on_batch_end(  # noqa: D102
+        self, trainer: L.Trainer, pl_module: Any, prediction: Tensor, batch_indices: Any, batch: list[int], *_: Any
+    ) -> None:
+        for seed, image in zip(batch, prediction.cpu(), strict=True):
+            save_png(image, Path(trainer.default_root_dir) / "images" / f"{seed:06d}.png")

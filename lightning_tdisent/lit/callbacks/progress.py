@@ -1,0 +1,70 @@
+"""One line of progress, in steps of the whole run."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Report = Callable[[int, int], None]
+
+
+class StepProgress(ProgressBar):
+    """Steps done, images per second and time left; told to ``report`` (step, steps) instead where one is given.
+
+    Looks at the clock every 10 steps and at no tensor.
+    """
+
+    def __init__(self, report: Report | None = None) -> None:
+        super().__init__()
+        self.report, self._bar = report, None
+
+    def disable(self) -> None:
+        """Ranks other than 0 show nothing."""
+        self.report = lambda step, steps: None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Say what is trained, and open the line."""
+        if self.report is None:
+            weights = sum(p.numel() for p in pl_module.parameters())
+            states = pl_module.denoiser.states
+            print(
+                f"{type(pl_module).__name__}: {weights:,} weights, rows {pl_module.rows[0]}..{pl_module.rows[-1]} of "
+                f"{states.S} (T={states.schedule.T}, table {states.fingerprint}), run folder {trainer.default_root_dir}"
+            )
+            text = TextColumn("{task.description}")
+            columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns)
+            self._task = self._bar.add_task("training", total=trainer.max_steps if trainer.max_steps > 0 else None)
+            self._bar.start()
+        self._first = (time.perf_counter(), pl_module.images_seen)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:  # noqa: D102
+        step = trainer.global_step
+        if step % 10 and step != trainer.max_steps:
+            return
+        if self.report is not None:
+            self.report(step, trainer.max_steps)
+        elif self._bar is not None:
+            start, seen = self._first
+            rate = (pl_module.images_seen - seen) / max(1e-9, time.perf_counter() - start)
+            self._bar.update(self._task, completed=step, description=f"training, {rate:,.0f} images/s")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: D102
+        if self._bar is not None:
+            self._bar.update(self._task, description="validating")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: D102
+        if self._bar is not None and "val/eps_mse" in trainer.callback_metrics:
+            numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "quality/"))}
+            self._bar.print(f"step {trainer.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: D102
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:  # noqa: D102
+        self.on_train_end(trainer, pl_module)

@@ -1,0 +1,134 @@
+"""The one DataModule: WebDataset shards to batches of uint8 images, for every module of the project."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.streaming.shards import ImageSet, Resident, Sample, Streamed, digest, find, load
+
+
+class Epochs:
+    """A loader that tells its dataset the epoch before each pass, also to workers that start afresh."""
+
+    def __init__(self, dataset: Resident | Streamed, workers: int, trainer: L.Trainer | None) -> None:
+        self.dataset, self.trainer = dataset, trainer
+        self.loader = DataLoader(dataset, batch_size=None, num_workers=workers)
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]  # a streamed set has no length, and says so
+
+    def __iter__(self) -> Iterator[Sample]:
+        self.dataset.epoch = self.trainer.current_epoch if self.trainer else 0
+        return iter(self.loader)
+
+
+class Batches:
+    """Batches made beforehand; an object of our own, so that Lightning neither counts loaders nor adds a sampler."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+class ImageShards(L.LightningDataModule):
+    """Images of a folder of shards ``{split}-*.tar(.gz)`` with ``KEY.png|jpg|webp`` and ``KEY.cls``.
+
+    Batches are dicts of ``image`` uint8 (B, C, H, W), ``label`` int64 (B,), and outside training ``id`` (B,), the
+    position in the split. The order of an epoch is a function of (seed, epoch) alone, the same for any number of
+    ranks and workers; an incomplete last batch is left out of an epoch.
+
+    path: the folder; channels: 1 or 3; batch_size: images per rank and step; train, val: names of the two splits;
+    val_limit: held-out images used during training (the first ones); resident: decode once and keep everything in
+    memory, for sets that fit; otherwise shards are streamed through a shuffle ``buffer`` by ``workers`` processes;
+    seed: of the order.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        channels: int = 3,
+        batch_size: int = 64,
+        train: str = "train",
+        val: str = "test",
+        val_limit: int | None = 1000,
+        resident: bool = True,
+        buffer: int = 2000,
+        workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if channels not in (1, 3):
+            raise InputError(f"data.channels: images have 1 or 3 channels, got {channels}")
+        if batch_size < 1:
+            raise InputError(f"data.batch_size: at least 1, got {batch_size}")
+        self.path, self.channels, self.batch_size, self.train, self.val = path, channels, batch_size, train, val
+        self.val_limit, self.resident, self.buffer = val_limit, resident, buffer
+        self.workers, self.seed = workers, seed
+
+    @cached_property
+    def held_out(self) -> ImageSet:
+        """The held-out images in memory."""
+        return load(self.path, self.val, self.channels, self.val_limit)
+
+    @cached_property
+    def training(self) -> ImageSet:
+        """The training images in memory."""
+        return load(self.path, self.train, self.channels)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the training shards."""
+        return digest(find(self.path, self.train))
+
+    @property
+    def image_shape(self) -> list[int]:
+        """(C, H, W) of the held-out images."""
+        return list(self.held_out.images.shape[1:])
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def train_dataloader(self) -> Epochs:
+        """Batches of this rank."""
+        place = self._place()
+        dataset: Resident | Streamed
+        if self.resident:
+            dataset = Resident(self.training, self.batch_size, self.seed, *place)
+        else:
+            files = (self.path, self.train, self.channels)
+            dataset = Streamed(*files, self.batch_size, self.seed, self.buffer, *place)
+        return Epochs(dataset, 0 if self.resident else self.workers, self.trainer)
+
+    def val_dataloader(self) -> Batches:
+        """Batches of every world-th held-out image: nothing padded, nothing left out."""
+        rank, world = self._place()
+        ids = torch.arange(len(self.held_out))[rank::world]
+        data = self.held_out
+        parts = ids.split(max(self.batch_size, 250))
+        return Batches([{"image": data.images[i], "label": data.labels[i], "id": i} for i in parts])
+
+    test_dataloader = val_dataloader
+
+
+class Seeds(L.LightningDataModule):
+    """Seeds first .. first + n - 1 for `predict`, this rank's share of them, in batches."""
+
+    def __init__(self, n: int = 64, first: int = 0, batch_size: int = 250) -> None:
+        super().__init__()
+        self.n, self.first, self.batch_size = n, first, batch_size
+
+    def predict_dataloader(self) -> Batches:
+        """Lists of seeds."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        seeds = list(range(self.first, self.first + self.n)[rank::world])
+        return Batches([seeds[i : i + self.batch_size] for i in range(0, len(seeds), self.batch_size)])

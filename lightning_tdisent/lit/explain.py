@@ -1,0 +1,105 @@
+"""Turns jsonargparse's nested messages into one line: file, line and key, what was wrong, and the nearest right word."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from lightning_tdisent.diffusion.spec import Part, arguments
+from lightning_tdisent.errors import nearest
+
+
+def explain(message: str, argv: Sequence[str], files: Sequence[Path], parser: jsonargparse.ArgumentParser) -> str:
+    """Return one line for a parser's message; the message itself where its form is not known."""
+    if match := re.search(r"unrecognized arguments: (.*)", message):
+        word = match[1].split()[0]
+        return f"command line: {word}: no such option.{nearest(word, _options(parser))}"
+    if match := re.search(r"Subcommand '(\w+)' does not accept option '([^']+)'", message):
+        sub = {option.lstrip("-") for option in _options(parser)}
+        return f"{place(match[2], argv, files)}: {match[1]} has no option {match[2]!r}.{nearest(match[2], sub)}"
+    path = re.findall(r'Parser key "([^"]+)"', message)
+    where = ".".join(path)
+    if match := re.search(r"Option '([^']+)' is not accepted", message):
+        owner = re.findall(r"given class_path '([^']+)'", message)
+        key = match[1].split(".init_args")[0]
+        allowed = arguments(_resolve(owner[-1])) if owner else sorted(_options(parser))
+        name = owner[-1].rpartition(".")[2] if owner else "the program"
+        takes = f" {name} takes: {', '.join(allowed)}." if owner else ""
+        return f"{place(f'{where}.{key}', argv, files)}: {name} has no option {key!r}.{nearest(key, allowed)}{takes}"
+    if match := re.search(r"dot import path string: (\S+)", message):
+        names = sorted({c.__name__ for c in _classes()})
+        return f"{place(where, argv, files)}: there is no class {match[1]!r}.{nearest(match[1].rpartition('.')[2], names)}"
+    if match := re.search(r'Key "?\'?([\w.]+)"?\'? is required|"?([\w.]+)"? is required|required: ([\w.]+)', message):
+        key = next(g for g in match.groups() if g).replace(".init_args", "")
+        return f"{place(where, argv, files)}: the option {key} is required and not given"
+    expected = re.findall(r"Expected a <class '([^']+)'>", message)
+    value = re.search(r"Got value: (.*)|Given value: (?!NestedArg)(.*)", message)
+    if expected and value:
+        if choice := re.search(r"Expected a typing.Literal(\[[^\]]*\])", message):
+            expected = [choice[1], *expected]
+        kind = " or ".join(dict.fromkeys(e.replace("NoneType", "null") for e in _innermost(expected)))
+        return f"{place(where, argv, files)}: expected {kind}, got {next(g for g in value.groups() if g)!r}"
+    return f"{place(where, argv, files)}: " + " ".join(message.split())
+
+
+def _innermost(expected: list[str]) -> list[str]:
+    plain = [e for e in expected if "." not in e]
+    return plain[: plain.index("NoneType") + 1] if "NoneType" in plain else plain or expected[:1]
+
+
+def _resolve(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    cls = getattr(__import__(module, fromlist=[name]), name)
+    assert isinstance(cls, type)
+    return cls
+
+
+def _options(parser: jsonargparse.ArgumentParser) -> set[str]:
+    found = {option for action in parser._actions for option in action.option_strings}
+    for sub in getattr(parser._subparsers, "_group_actions", []) if parser._subparsers else []:
+        for choice in (sub.choices or {}).values():
+            found |= _options(choice)
+    return found
+
+
+def _classes() -> Iterator[type]:
+    import lightning.pytorch as L
+
+    waiting: list[type] = [Part, L.LightningModule, L.LightningDataModule, L.Callback]
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        if cls.__module__.startswith(("lightning_tdisent", "lightning.pytorch.callbacks")):
+            yield cls
+
+
+def place(key: str, argv: Sequence[str], files: Sequence[Path]) -> str:
+    """Return ``file:line: key`` of the config that says it last, or ``command line: --key``."""
+    words = [w.partition("=")[0].lstrip("-") for w in argv if w.startswith("--")]
+    flat = {w.replace(".init_args", "") for w in words}
+    if key in flat or any(w.startswith(f"{key}.") for w in flat):
+        return f"command line: --{key}"
+    for file in reversed(files):
+        line = _line(yaml.compose(file.read_text()), key.split("."))
+        if line is not None:
+            return f"{file}:{line}: {key}"
+    return key
+
+
+def _line(node: Any, keys: Sequence[str]) -> int | None:
+    if not keys:
+        return int(node.start_mark.line) + 1
+    if isinstance(node, yaml.SequenceNode):
+        found = (_line(item, keys) for item in node.value)
+        return next((line for line in found if line is not None), None)
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    for name, value in node.value:
+        if name.value == keys[0]:
+            return int(name.start_mark.line) + 1 if len(keys) == 1 else _line(value, keys[1:])
+        if name.value in ("init_args", "dict_kwargs") and (line := _line(value, keys)) is not None:
+            return line
+    return None

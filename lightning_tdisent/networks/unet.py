@@ -1,0 +1,92 @@
+"""The U-Net of DDPM, from diffusers."""
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.networks.network import Conditioning, Network, Nothing, Zero
+
+
+class UNet(Network):
+    """diffusers' `UNet2DModel` (2006.11239, appendix B), optionally class-conditional or time-agnostic.
+
+    channels: width of every resolution, high to low; layers: residual blocks per resolution; attention: resolutions
+    (0 = full) with self-attention; mid_attention: self-attention between the two halves; head: channels per
+    attention head; groups: groups of the normalisation, must divide every width; dropout: within residual blocks.
+    """
+
+    def __init__(
+        self,
+        shape: list[int],
+        channels: list[int],
+        layers: int = 2,
+        attention: list[int] | None = None,
+        mid_attention: bool = True,
+        head: int = 8,
+        groups: int = 8,
+        dropout: float = 0.0,
+        classes: int | None = None,
+        conditioning: Conditioning | None = None,
+    ) -> None:
+        super().__init__(shape, classes, conditioning)
+        self.channels, self.layers, self.attention = list(channels), layers, list(attention or [])
+        self.mid_attention, self.head, self.groups, self.dropout = mid_attention, head, groups, dropout
+        _, height, width = shape
+        halvings = 2 ** (len(channels) - 1)
+        if height % halvings or width % halvings:
+            raise InputError(
+                f"{len(channels)} resolutions halve {height}x{width} to a fraction; use sides divisible by {halvings}"
+            )
+        if any(c % groups for c in channels):
+            raise InputError(f"groups: {groups} does not divide every width of channels: {channels}")
+        if any(not 0 <= level < len(channels) for level in self.attention):
+            raise InputError(f"attention: {attention} names resolutions outside 0..{len(channels) - 1}")
+        kind = ["Attn" if level in self.attention else "" for level in range(len(channels))]
+        self.net = UNet2DModel(
+            sample_size=(height, width),
+            in_channels=shape[0],
+            out_channels=shape[0],
+            block_out_channels=tuple(channels),
+            layers_per_block=layers,
+            down_block_types=tuple(f"{k}DownBlock2D" for k in kind),
+            up_block_types=tuple(f"{k}UpBlock2D" for k in reversed(kind)),
+            add_attention=mid_attention,
+            attention_head_dim=head,
+            norm_num_groups=groups,
+            dropout=dropout,
+            num_class_embeds=None if classes is None else classes + 1,
+        )
+        if not self.sees_state:
+            if classes is None:
+                self.net.time_embedding = Nothing()
+                for block in _blocks(self.net):
+                    block.time_emb_proj = None
+            else:
+                self.net.time_embedding = Zero(4 * channels[0])
+
+    @torch.no_grad()
+    def at_index(self, index: int) -> Network:
+        """See `Network.at_index`: the projected embedding joins a bias, or the embedding every class's vector."""
+        other = self.time_agnostic()
+        assert isinstance(other, UNet)
+        state = other.state_dict()
+        other.load_state_dict({k: v for k, v in self.state_dict().items() if k in state})
+        embedding = self.net.time_embedding(self.net.time_proj(torch.tensor([index], device=self.net.device)))
+        if self.classes is not None:
+            other.net.class_embedding.weight += embedding
+            return other
+        for mine, theirs in zip(_blocks(self.net), _blocks(other.net), strict=True):
+            theirs.conv1.bias += mine.time_emb_proj(silu(embedding))[0]
+        return other
+
+    def forward(self, x: Tensor, index: Tensor | None = None, label: Tensor | None = None) -> Tensor:
+        """See `Network`."""
+        out: Tensor = self.net(x, self.indices(x, index), class_labels=self.labels(x, label), return_dict=False)[0]
+        return out
+
+
+def _blocks(net: nn.Module) -> list[ResnetBlock2D]:
+    return [m for m in net.modules() if isinstance(m, ResnetBlock2D)]

@@ -1,0 +1,162 @@
+"""Models side by side: one row of numbers each, from the same seeds, on the same held-out images."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.metrics.quality import Protocol, Quality
+from lightning_tdisent.sampling.composite import load_model
+from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.evaluation import x0_errors
+from lightning_tdisent.sampling.expert import Card
+from lightning_tdisent.sampling.sampler import Sampler, probe_rows, sample
+from lightning_tdisent.streaming.shards import ImageSet
+
+
+@dataclasses.dataclass
+class Contender:
+    """A name in the table, the weights behind it, and the sampler that draws its images."""
+
+    name: str
+    source: Path
+    sampler: Sampler
+
+
+def training_flops(denoise: Denoises, cards: Sequence[Card]) -> float:
+    """Floating point operations of the training, all experts: 3 x forward x images seen (forward, two of backward)."""
+    total = 0.0
+    for card in cards:
+        s = card.rows[0]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            denoise.at(s)(torch.zeros(1, *denoise.shape), s)
+        total += 3.0 * counter.get_total_flops() * card.images_seen
+    return total
+
+
+def evaluate(
+    contenders: Sequence[Contender],
+    real: ImageSet,
+    features: str,
+    n: int,
+    first_seed: int = 0,
+    batch_size: int = 250,
+    device: str = "cpu",
+    keep: int = 64,
+    progress: Any = None,
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Return one row of numbers per contender, and its first ``keep`` images.
+
+    real: held-out images, both the reference of the distances and the data of the errors per state; n images are
+    generated with seeds first_seed .. + n - 1, the same for all. Errors are taken at the rows of the contender with
+    the fewest rows, for every contender that has those rows.
+    """
+    if n < 2:
+        raise InputError(f"n: two images at least make a distribution, got {n}")
+    loaded = [load_model(c.source) for c in contenders]
+    quality = Quality(features)
+    for contender, (model, _) in zip(contenders, loaded, strict=True):
+        if model.shape != quality.shape:
+            raise InputError(f"{contender.source} makes images {model.shape}, the features {features!r} take {quality.shape}")
+        contender.sampler.rows(model.states)  # refuses more steps than rows, before any work
+    quality.to(torch.device(device)).add_real(real.images)
+    protocol = Protocol(features, n, first_seed, real.digest, len(real))
+    few = min((model.states for model, _ in loaded), key=lambda states: states.S)
+    indices = [int(few.index[s]) for s in probe_rows(few.rows, 32)]
+    rows, images = [], {}
+    for contender, (model, cards) in zip(contenders, loaded, strict=True):
+        model.to(device)
+        quality.reset()
+        start, first = time.perf_counter(), []
+        for batch in sample(model, contender.sampler, range(first_seed, first_seed + n), batch_size):
+            quality.add(batch)
+            first.append(batch)
+            if progress:
+                progress(contender.name, len(batch))
+        seconds = time.perf_counter() - start
+        images[contender.name] = torch.cat(first)[:keep]
+        here = {t: s for s, t in enumerate(model.states.index.tolist())}
+        errors: dict[str, dict[str, float]] = {}
+        if all(t in here for t in indices):
+            at = [here[t] for t in indices]
+            label = real.labels.to(device) if model.classes else None
+            x0 = x0_errors(model, real.images, range(len(real)), at, label).mean(1)
+            eps = x0 * model.states.log_snr[at].exp().mean(1).cpu()
+            errors = {
+                "x0_mse": dict(zip(map(str, indices), x0.tolist(), strict=True)),
+                "eps_mse": dict(zip(map(str, indices), eps.tolist(), strict=True)),
+            }
+        rows.append(
+            {
+                "name": contender.name,
+                "networks": len(cards),
+                "weights": sum(p.numel() for p in model.parameters()),
+                "rows": model.states.S,
+                "steps": len(contender.sampler.rows(model.states)),
+                **quality.compute(),
+                **errors,
+                "images_seen": sum(c.images_seen for c in cards),
+                "images_seen_longest": max(c.images_seen for c in cards),
+                "training_flops": training_flops(model.to("cpu"), cards),
+                "training_seconds": sum(c.seconds for c in cards),
+                "training_seconds_longest": max(c.seconds for c in cards),
+                "sampling_seconds_per_image": seconds / n,
+                "weights_kind": cards[0].weights,
+                "training_data": cards[0].data,
+                "table": cards[0].fingerprint,
+                "sampler": repr_sampler(contender.sampler),
+                "protocol": protocol.hash,
+                "protocol_fields": dataclasses.asdict(protocol),
+                "source": str(contender.source),
+            }
+        )
+    return rows, images
+
+
+def repr_sampler(sampler: Sampler) -> str:
+    """One line naming a sampler and its options."""
+    return f"{type(sampler).__name__}({', '.join(f'{k}={v}' for k, v in vars(sampler).items())})"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Head and rows of text, for the terminal and the report; total compute always stands beside wall clock."""
+    metrics = [k for k in rows[0] if k.startswith(("fd_", "is_"))]
+    head = (
+        "model", "networks", "weights", "rows", "steps", *metrics, "eps-MSE", "images seen", "of the longest job",
+        "training TFLOP", "training s, total", "longest job", "sampling ms/image", "protocol",
+    )  # fmt: skip
+    out = [head]
+    for r in rows:
+        errors = r.get("eps_mse", {})
+        out.append(
+            (
+                r["name"],
+                str(r["networks"]),
+                f"{r['weights']:,}",
+                str(r["rows"]),
+                str(r["steps"]),
+                *(f"{r[m]:.3f}" for m in metrics),
+                f"{sum(errors.values()) / len(errors):.4f}" if errors else "-",
+                f"{r['images_seen']:,}",
+                f"{r['images_seen_longest']:,}",
+                f"{r['training_flops'] / 1e12:.2f}",
+                f"{r['training_seconds']:.1f}",
+                f"{r['training_seconds_longest']:.1f}",
+                f"{1000 * r['sampling_seconds_per_image']:.2f}",
+                r["protocol"],
+            )
+        )
+    return out
+
+
+def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the rows as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(list(rows), indent=1))

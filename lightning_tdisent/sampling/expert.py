@@ -1,0 +1,142 @@
+"""`Expert`: a trained denoiser with its card, in one safetensors file that says everything about itself."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from lightning_tdisent.diffusion.objectives import Objective
+from lightning_tdisent.diffusion.spec import build, spec
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.networks.network import Network
+from lightning_tdisent.sampling.denoiser import Denoiser
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a file of weights holds and how it came about; everything is plain JSON.
+
+    module, network, states, objective: class paths with constructor arguments; fingerprint: hash of the table;
+    rows: rows owned; image_range: values the network was trained on; data: digest of the training images;
+    weights: ``ema`` or ``live``; images_seen, steps, seconds: cost of the training; seed.
+    """
+
+    module: str
+    network: dict[str, Any]
+    states: dict[str, Any]
+    objective: dict[str, Any]
+    fingerprint: str
+    rows: list[int]
+    image_range: list[float]
+    data: str
+    weights: str
+    ema_decay: float | None
+    images_seen: int
+    steps: int
+    seconds: float
+    seed: int
+    version: str
+    schema: int = SCHEMA
+
+    @classmethod
+    def of(cls, denoiser: Denoiser, **facts: Any) -> "Card":
+        """Card of a denoiser, with the facts of its training."""
+        return cls(
+            network=spec(denoiser.network),
+            states=spec(denoiser.states),
+            objective=spec(denoiser.objective),
+            fingerprint=denoiser.states.fingerprint,
+            rows=denoiser.rows,
+            image_range=[-1.0, 1.0],
+            **facts,
+        )
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], where: str) -> "Card":
+        """Card from its JSON; refuses another schema or missing fields."""
+        fields = {f.name for f in dataclasses.fields(cls)}
+        if data.get("schema") != SCHEMA or set(data) != fields:
+            odd = sorted(set(data) ^ fields)
+            raise InputError(f"{where}: card of schema {data.get('schema')}, this version reads {SCHEMA}; odd: {odd}")
+        return cls(**data)
+
+    def build(self, where: str) -> Denoiser:
+        """Build the denoiser without its weights (on the meta device) and check the table against the fingerprint."""
+        states = build(self.states, LatentStates)
+        if states.fingerprint != self.fingerprint:
+            raise InputError(
+                f"{where}: the table rebuilt from its description has fingerprint {states.fingerprint}, the file was "
+                f"trained with {self.fingerprint}. The schedule code has changed since."
+            )
+        with torch.device("meta"):
+            network = build(self.network, Network)
+        if any(True for _ in network.buffers()):  # computed by the constructor, not stored in the file
+            network = build(self.network, Network)
+        return Denoiser(network, build(self.objective, Objective), states, self.rows)
+
+
+def save_expert(path: str | Path, denoiser: Denoiser, card: Card, weights: dict[str, Tensor] | None = None) -> None:
+    """Write weights (the denoiser's own if not given) and card to a .safetensors file; never half-written."""
+    state = weights if weights is not None else denoiser.state_dict()
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    write_whole(path, save(tensors, {"card": json.dumps(dataclasses.asdict(card))}))
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write a file beside its target, fsync it and rename it over, so that nobody ever reads a half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def read_card(path: str | Path) -> Card:
+    """Read the card alone: the header of a .safetensors file, no weights."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > 100_000_000:
+                raise ValueError("header too long")
+            meta = json.loads(file.read(length))["__metadata__"]
+        card = json.loads(meta["card"])
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not an expert written by this project ({type(error).__name__}: {error})") from None
+    return Card.from_json(card, str(path))
+
+
+def load_expert(path: str | Path) -> tuple[Denoiser, Card]:
+    """Build the denoiser of a .safetensors file with its weights, in eval mode; files name classes, see `spec.build`."""
+    card = read_card(path)
+    denoiser = card.build(str(path))
+    try:
+        denoiser.load_state_dict(load_file(path), strict=True, assign=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise InputError(f"{path}: weights do not fit the network named in the file: {error}") from None
+    return denoiser.eval(), card
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,154 @@
+"""The reverse loop over the rows of one table, and the solvers that take its steps.
+
+Image i depends on (model, sampler, seed i) alone: noise comes from `rng.seed_noise`, keyed by the image's seed and the
+row at which it enters.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lightning_tdisent.diffusion.process import scale, transition
+from lightning_tdisent.diffusion.rng import seed_noise
+from lightning_tdisent.diffusion.spec import Part
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.sampling.denoiser import Denoises
+
+
+def probe_rows(rows: Sequence[int], n: int = 8) -> list[int]:
+    """At most n of the rows, evenly spaced, the last always among them."""
+    n = min(n, len(rows))
+    return [rows[-(-len(rows) * (k + 1) // n) - 1] for k in range(n)]
+
+
+class Sampler(Part, ABC):
+    """A solver on the rows of a table.
+
+    steps: network evaluations, at evenly spaced rows of the model's table; all rows if not given. clip: bound of
+    x0_hat at every step, 1 for images in [-1, 1]; None for latents and for exactness.
+    """
+
+    def __init__(self, steps: int | None = None, clip: float | None = 1.0) -> None:
+        if steps is not None and steps < 1:
+            raise InputError(f"sampler.steps: at least 1, got {steps}")
+        self.steps, self.clip = steps, clip
+
+    def rows(self, states: LatentStates) -> list[int]:
+        """Rows visited, S first; refuses more steps than the table has rows."""
+        if self.steps is not None and self.steps > states.S:
+            raise InputError(f"sampler.steps: {self.steps} steps on a table of {states.S} rows; at most {states.S}")
+        return probe_rows(states.rows, self.steps or states.S)[::-1]
+
+    @abstractmethod
+    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[tuple]:  # type: ignore[type-arg]
+        """Coefficients (c0, c0 of the estimate before, cx, cz) of every step along rows S..0, computed once."""
+
+    def walk(
+        self, denoise: Denoises, seeds: Sequence[int], label: Tensor | None = None, start: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Yield (row, x, x0_hat of the step that led there), from (S, noise, None) to (0, image, image).
+
+        seeds: one per image; label: int64 (B,) or None; start: x at row S instead of N(0, I) of the seeds.
+        """
+        parameter = next(iter(denoise.parameters()))
+        path = [*self.rows(denoise.states), 0]
+        if start is None:
+            start = seed_noise(seeds, path[0], denoise.shape)
+        x = start.to(parameter.device, parameter.dtype)
+        before: Tensor | None = None
+        yield path[0], x, None
+        for (s, r), (c0, c_before, cx, cz) in zip(pairwise(path), self.plan(denoise.states, path), strict=True):
+            x0 = denoise(x, s, label)
+            if self.clip is not None:
+                x0 = x0.clamp(-self.clip, self.clip)
+            out = scale(c0, x0) + scale(cx, x)
+            if before is not None and _nonzero(c_before):
+                out = out + scale(c_before, before)
+            if _nonzero(cz):
+                out = out + scale(cz, seed_noise(seeds, r, denoise.shape).to(x.device, x.dtype))
+            x, before = out, x0
+            yield r, x, x0
+
+    @torch.inference_mode()
+    def __call__(self, denoise: Denoises, seeds: Sequence[int], label: Tensor | None = None) -> Tensor:
+        """Return the images (B, C, H, W) of these seeds at row 0."""
+        for _, x, _ in self.walk(denoise, seeds, label):  # noqa: B007
+            pass
+        return x
+
+
+def _nonzero(c: float | Tensor) -> bool:
+    return isinstance(c, Tensor) or c != 0.0
+
+
+class DDIM(Sampler):
+    """`process.step` with the given eta (2010.02502, eq. 12): 0 deterministic, 1 ancestral, between interpolates."""
+
+    def __init__(self, eta: float = 0.0, steps: int | None = None, clip: float | None = 1.0) -> None:
+        super().__init__(steps, clip)
+        if not 0 <= eta <= 1:
+            raise InputError(f"eta must lie in [0, 1], got {eta}")
+        self.eta = eta
+
+    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[tuple]:  # type: ignore[type-arg]
+        """(c0, 0, cx, cz) of `process.transition`."""
+        steps = [transition(states, s, r, self.eta) for s, r in pairwise(rows)]
+        return [(c0, 0.0, cx, cz if self.eta else 0.0) for c0, cx, cz in steps]
+
+
+class Ancestral(DDIM):
+    """The DDPM chain: every step draws from the posterior q(x_r | x_s, x0_hat) (2006.11239, Algorithm 2)."""
+
+    def __init__(self, steps: int | None = None, clip: float | None = 1.0) -> None:
+        super().__init__(1.0, steps, clip)
+
+
+class DPMSolver(Sampler):
+    """DPM-Solver++(2M): second order in half log-SNR from the estimate of the step before (2211.01095, Algorithm 2).
+
+    x_r = (d/b) x_s - c (e^{-h} - 1) D, D = (1 + 1/(2q)) x0_hat - 1/(2q) x0_before, h = lambda_r - lambda_s,
+    q = h_before/h. The first step and the last, whose h is infinite, are of first order.
+    """
+
+    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[tuple]:  # type: ignore[type-arg]
+        """See the class; refuses a table whose last row has no signal, where lambda is -inf."""
+        if not states.log_snr[-1].isfinite().all():
+            raise InputError("DPMSolver needs a finite log-SNR at the last row; use DDIM with zero_terminal")
+        half, out, before = states.log_snr / 2, [], None
+        for s, r in pairwise(rows):
+            h = half[r] - half[s]
+            cx, c0 = states.b[r] / states.b[s], -states.a[r] * torch.expm1(-h)
+            if before is None or r == 0:
+                terms = (c0, torch.zeros_like(c0), cx)
+            else:
+                q = before / h
+                terms = (c0 * (1 + 1 / (2 * q)), -c0 / (2 * q), cx)
+            before = h
+            if states.K == 1:
+                out.append((*(float(c) for c in terms), 0.0))
+            else:
+                out.append((*(c[:, None, None] for c in terms), 0.0))
+        return out
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8 0..255, rounded to nearest after clamping."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_uint8(image: Tensor) -> Tensor:
+    """Images in uint8 0..255 to float32 [-1, 1], the inverse of `to_uint8`."""
+    return image.float() / 127.5 - 1
+
+
+def sample(
+    denoise: Denoises, sampler: Sampler, seeds: Sequence[int], batch_size: int = 250, label: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Yield uint8 images (B, C, H, W) on the CPU, batch by batch, in the order of the seeds."""
+    for i in range(0, len(seeds), batch_size):
+        part = None if label is None else label[i : i + batch_size]
+        yield to_uint8(sampler(denoise, seeds[i : i + batch_size], part)).cpu()
