@@ -36,8 +36,7 @@ def transition(states: LatentStates, s: int, r: int, eta: float) -> tuple[Coeffi
         fresh = eta * d / b * math.sqrt(max(0.0, 1 - (a / c) ** 2))
         keep = math.sqrt(max(0.0, d * d - fresh * fresh)) / b
         return c - a * keep, keep, fresh
-    (at, bt), (ct, dt) = states.coefficients(s), states.coefficients(r)
-    assert isinstance(at, Tensor) and isinstance(bt, Tensor) and isinstance(ct, Tensor) and isinstance(dt, Tensor)
+    at, bt, ct, dt = (c[:, None, None] for c in (states.a[s], states.b[s], states.a[r], states.b[r]))
     fresh_t = eta * dt / bt * (1 - (at / ct).square()).clamp_min(0).sqrt()
     keep_t = (dt.square() - fresh_t.square()).clamp_min(0).sqrt() / bt
     return ct - at * keep_t, keep_t, fresh_t

@@ -154,7 +154,9 @@ class Sigmoid(NoiseSchedule):
     ) -> None:
         super().__init__(T, zero_terminal)
         if tau <= 0 or end <= start or not 0 < floor < 1:
-            raise InputError(f"Sigmoid needs start < end, tau > 0 and 0 < floor < 1, got {start}, {end}, {tau}, {floor}")
+            raise InputError(
+                f"Sigmoid needs start < end, tau > 0 and 0 < floor < 1, got {start}, {end}, {tau}, {floor}"
+            )
         self.start, self.end, self.tau, self.floor = start, end, tau, floor
 
     def log_alpha_bar(self) -> Tensor:

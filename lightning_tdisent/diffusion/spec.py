@@ -82,6 +82,6 @@ def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
         raise InputError(f"{path} is no {base.__name__}.{nearest(name, names)}")
     built = {k: build(v, Part) if isinstance(v, dict) and "class_path" in v else v for k, v in arguments.items()}
     try:
-        return cls(**built)  # type: ignore[no-any-return]
+        return cls(**built)
     except TypeError as error:
         raise InputError(f"{path} cannot be built from {arguments}: {error}") from error

@@ -6,6 +6,7 @@ log-SNR L. With a = sqrt(sigmoid(L)) and b = sqrt(sigmoid(-L)) a state is x_s = 
 
 import hashlib
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -101,7 +102,7 @@ class LatentStates(Part, nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the numbers of the table, to 8 significant digits: machines differ in the last bits of a logarithm."""
+        """Hash of the table to 8 significant digits: machines differ in the last bits of a logarithm."""
         rows = zip(self.index.tolist(), self.log_snr.tolist(), strict=True)
         text = ";".join(f"{t}:" + ",".join(f"{L:.8g}" for L in row) for t, row in rows)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -120,7 +121,7 @@ class LatentStates(Part, nn.Module):
         if not 1 <= owners <= self.S:
             raise InputError(f"experts: {owners} owners cannot share {self.S} rows; choose 1..{self.S}")
         cut = [round(k * self.S / owners) for k in range(owners + 1)]
-        return [list(range(lo + 1, hi + 1)) for lo, hi in zip(cut, cut[1:], strict=False)]
+        return [list(range(lo + 1, hi + 1)) for lo, hi in pairwise(cut)]
 
     def restrict(self, indices: Sequence[int]) -> "LatentStates":
         """Return the table of these original indices alone, values unchanged; refuses an index that is no row here."""
@@ -159,7 +160,7 @@ class LatentStates(Part, nn.Module):
 def _choose(schedule: NoiseSchedule, S: int | None, spacing: str, indices: list[int] | None) -> list[int]:
     T = schedule.T
     if indices is not None:
-        if S is not None and S != len(indices):
+        if S is not None and len(indices) != S:
             raise InputError(f"S={S} but {len(indices)} indices are listed; give one of the two")
         if not indices or sorted(set(indices)) != list(indices) or not 1 <= indices[0] <= indices[-1] <= T:
             raise InputError(f"indices must be ascending rows of the chain within 1..{T}, got {indices}")
@@ -182,7 +183,9 @@ def _choose(schedule: NoiseSchedule, S: int | None, spacing: str, indices: list[
         if S == 1:
             chosen = [T]
         if len(set(chosen)) < S:
-            raise InputError(f"spacing log_snr picks a row twice at S={S} of T={T}; use fewer states or another spacing")
+            raise InputError(
+                f"spacing log_snr picks a row twice at S={S} of T={T}; use fewer states or another spacing"
+            )
         return chosen
     raise InputError(f"spacing {spacing!r}: choose even, leading, trailing or log_snr")
 

@@ -1,0 +1,1 @@
+"""Floor 3: plans of independent jobs, and what runs them."""

@@ -8,8 +8,17 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from lightning_tdisent.errors import InputError
 
@@ -68,7 +77,13 @@ def run(jobs: Sequence[Job], target: Target, workers: int = 0, show: bool = True
             raise InputError(f"{job.name} needs {sorted(unknown)}, which are not among the jobs {names}")
     waiting = [job for job in jobs if not job.done]
     failed: dict[str, str] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     context = multiprocessing.get_context("spawn")
     with Progress(*columns, disable=not show) as bar:
         whole = bar.add_task("all jobs", total=len(jobs), completed=len(jobs) - len(waiting))
@@ -76,9 +91,9 @@ def run(jobs: Sequence[Job], target: Target, workers: int = 0, show: bool = True
         try:
             while waiting or any(w.job for w in pool):
                 for worker in (w for w in pool if w.job is None):
-                    if job := next(_ready(waiting, jobs, failed), None):
-                        waiting.remove(job)
-                        worker.start(job, bar.add_task(job.name, total=None))
+                    if todo := next(_ready(waiting, jobs, failed), None):
+                        waiting.remove(todo)
+                        worker.start(todo, bar.add_task(todo.name, total=None))
                 if not any(w.job for w in pool):
                     break
                 for pipe in wait([w.pipe for w in pool if w.job]):
@@ -89,7 +104,9 @@ def run(jobs: Sequence[Job], target: Target, workers: int = 0, show: bool = True
                         continue
                     assert worker.job
                     if value is not None:
-                        failed[worker.job.name] = f"{str(value).strip().splitlines()[-1]} (see {worker.job.folder}/log.txt)"
+                        failed[worker.job.name] = (
+                            f"{str(value).strip().splitlines()[-1]} (see {worker.job.folder}/log.txt)"
+                        )
                     bar.remove_task(worker.task)
                     bar.advance(whole)
                     worker.job = None
@@ -119,14 +136,14 @@ class _Worker:
         end.close()
         self.job: Job | None = None
 
-    def start(self, job: Job, task: int) -> None:
+    def start(self, job: Job, task: TaskID) -> None:
         self.job, self.task = job, task
         self.pipe.send(job)
 
-    def receive(self) -> tuple[str, str | int | None, int]:
+    def receive(self) -> tuple[str, Any, int]:
         """Next message; a process that died has ended its job."""
         try:
-            message: tuple[str, str | int | None, int] = self.pipe.recv()
+            message: tuple[str, Any, int] = self.pipe.recv()
             return message
         except EOFError:
             self.process.join()

@@ -50,7 +50,7 @@ class ImageShards(L.LightningDataModule):
     path: the folder; channels: 1 or 3; batch_size: images per rank and step; train, val: names of the two splits;
     val_limit: held-out images used during training (the first ones); resident: decode once and keep everything in
     memory, for sets that fit; otherwise shards are streamed through a shuffle ``buffer`` by ``workers`` processes;
-    seed: of the order.
+    seed: of the order, that of the run if not given.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ImageShards(L.LightningDataModule):
         resident: bool = True,
         buffer: int = 2000,
         workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if channels not in (1, 3):
@@ -101,12 +101,13 @@ class ImageShards(L.LightningDataModule):
     def train_dataloader(self) -> Epochs:
         """Batches of this rank."""
         place = self._place()
+        seed = self.seed if self.seed is not None else torch.initial_seed() & 0xFFFFFFFF
         dataset: Resident | Streamed
         if self.resident:
-            dataset = Resident(self.training, self.batch_size, self.seed, *place)
+            dataset = Resident(self.training, self.batch_size, seed, *place)
         else:
             files = (self.path, self.train, self.channels)
-            dataset = Streamed(*files, self.batch_size, self.seed, self.buffer, *place)
+            dataset = Streamed(*files, self.batch_size, seed, self.buffer, *place)
         return Epochs(dataset, 0 if self.resident else self.workers, self.trainer)
 
     def val_dataloader(self) -> Batches:

@@ -61,8 +61,8 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand == "fit" and (Path(config.run) / "config.yaml").exists() and not config.get("ckpt_path"):
             raise InputError(
-                f"run: {config.run} already holds a run. Choose another folder with --run, remove it, or go on from its "
-                f"checkpoint with --ckpt_path {config.run}/checkpoints/last.ckpt"
+                f"run: {config.run} already holds a run. Choose another folder with --run, remove it, or go on "
+                f"from its checkpoint with --ckpt_path {config.run}/checkpoints/last.ckpt"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

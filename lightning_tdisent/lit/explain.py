@@ -1,4 +1,4 @@
-"""Turns jsonargparse's nested messages into one line: file, line and key, what was wrong, and the nearest right word."""
+"""Turns jsonargparse's nested messages into one line: file, line, key, what was wrong, the nearest right word."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,9 @@ def explain(message: str, argv: Sequence[str], files: Sequence[Path], parser: js
         return f"{place(f'{where}.{key}', argv, files)}: {name} has no option {key!r}.{nearest(key, allowed)}{takes}"
     if match := re.search(r"dot import path string: (\S+)", message):
         names = sorted({c.__name__ for c in _classes()})
-        return f"{place(where, argv, files)}: there is no class {match[1]!r}.{nearest(match[1].rpartition('.')[2], names)}"
+        return (
+            f"{place(where, argv, files)}: there is no class {match[1]!r}.{nearest(match[1].rpartition('.')[2], names)}"
+        )
     if match := re.search(r'Key "?\'?([\w.]+)"?\'? is required|"?([\w.]+)"? is required|required: ([\w.]+)', message):
         key = next(g for g in match.groups() if g).replace(".init_args", "")
         return f"{place(where, argv, files)}: the option {key} is required and not given"

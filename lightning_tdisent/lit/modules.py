@@ -23,9 +23,9 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.composite import CompositeDenoiser, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.evaluation import probe_rows, x0_errors
+from lightning_tdisent.sampling.evaluation import x0_errors
 from lightning_tdisent.sampling.expert import Card
-from lightning_tdisent.sampling.sampler import DDIM, Sampler, from_uint8, to_uint8
+from lightning_tdisent.sampling.sampler import DDIM, Sampler, from_uint8, probe_rows, to_uint8
 
 
 class DenoiserModule(L.LightningModule):
@@ -80,7 +80,9 @@ class DenoiserModule(L.LightningModule):
         eps = x0 * self.denoiser.states.log_snr[self._probe].exp().mean(1).cpu()
         for s, x0_mse, eps_mse in zip(self._probe, x0.tolist(), eps.tolist(), strict=True):
             t = int(self.denoiser.states.index[s])
-            self.log_dict({f"{prefix}_x0_mse/t{t:04d}": x0_mse, f"{prefix}_eps_mse/t{t:04d}": eps_mse}, rank_zero_only=True)
+            self.log_dict(
+                {f"{prefix}_x0_mse/t{t:04d}": x0_mse, f"{prefix}_eps_mse/t{t:04d}": eps_mse}, rank_zero_only=True
+            )
         self.log(f"{prefix}/eps_mse", float(eps.mean()), prog_bar=True, rank_zero_only=True)
         self.log(f"{prefix}/x0_mse", float(x0.mean()), rank_zero_only=True)
 
@@ -139,6 +141,8 @@ class Diffusion(Part, DenoiserModule):
     network = property(lambda self: self.denoiser.network)
     states = property(lambda self: self.denoiser.states)
     objective = property(lambda self: self.denoiser.objective)
+    denoiser: Denoiser
+    row_choices: Tensor
 
     def owned(self, states: LatentStates) -> list[int]:
         """Rows of the table that this module owns."""
@@ -188,7 +192,7 @@ class Diffusion(Part, DenoiserModule):
     @property
     def network_is_random(self) -> bool:
         """Whether the network draws from the global generator (dropout)."""
-        return bool(getattr(self.network, "dropout", 0.0))
+        return bool(getattr(self.denoiser.network, "dropout", 0.0))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Noise the batch to rows owned, and take the loss of each image."""
@@ -209,7 +213,10 @@ class Diffusion(Part, DenoiserModule):
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up; fused where the device has it."""
         optimizer = torch.optim.AdamW(
-            self.denoiser.parameters(), self.lr, weight_decay=self.weight_decay, fused=self.device.type in ("cpu", "cuda")
+            self.denoiser.parameters(),
+            self.lr,
+            weight_decay=self.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
         )
         steps = self.trainer.max_steps
         if self.decay == "cosine" and steps < 1:
@@ -263,9 +270,7 @@ class Diffusion(Part, DenoiserModule):
         self.images_seen, self.seconds = theirs["images_seen"], theirs["seconds"]
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, weights: Literal["ema", "live"] = "ema"
-    ) -> Self:
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, weights: Literal["ema", "live"] = "ema") -> Self:
         """Return the module that the checkpoint names, which must be a ``cls``, with its EMA weights if it has any."""
         checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
         if "module" not in checkpoint:
@@ -289,7 +294,8 @@ class ReducedStates(Diffusion):
         """All S rows; refuses the full chain."""
         if states.S >= states.schedule.T:
             raise InputError(
-                f"ReducedStates trains S < T rows, but the table has all {states.S}. Set model.states.S, or use Baseline."
+                f"ReducedStates trains S < T rows, but the table has all {states.S}. "
+                "Set model.states.S, or use Baseline."
             )
         return states.rows
 
@@ -302,7 +308,9 @@ class SingleState(Diffusion):
     begins as the shared model at its row, exactly: the time embedding of that row is folded into the network.
     """
 
-    def __init__(self, network: Network, states: LatentStates, expert: int = 1, experts: int | None = None, **kwargs: Any):
+    def __init__(
+        self, network: Network, states: LatentStates, expert: int = 1, experts: int | None = None, **kwargs: Any
+    ):
         self.expert, self.experts = expert, experts
         super().__init__(network, states, **kwargs)
 
@@ -359,4 +367,3 @@ def start_warm(denoiser: Denoiser, source: str) -> None:
     if spec(network)["init_args"] | {"conditioning": 0} != spec(denoiser.network)["init_args"] | {"conditioning": 0}:
         raise InputError(f"warm_start: {source} holds another network: {spec(network)} is not {spec(denoiser.network)}")
     denoiser.network.load_state_dict(network.state_dict())
-

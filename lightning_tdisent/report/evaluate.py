@@ -64,7 +64,9 @@ def evaluate(
     quality = Quality(features)
     for contender, (model, _) in zip(contenders, loaded, strict=True):
         if model.shape != quality.shape:
-            raise InputError(f"{contender.source} makes images {model.shape}, the features {features!r} take {quality.shape}")
+            raise InputError(
+                f"{contender.source} makes images {model.shape}, the features {features!r} take {quality.shape}"
+            )
         contender.sampler.rows(model.states)  # refuses more steps than rows, before any work
     quality.to(torch.device(device)).add_real(real.images)
     protocol = Protocol(features, n, first_seed, real.digest, len(real))

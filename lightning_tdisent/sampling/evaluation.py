@@ -1,9 +1,11 @@
 """Numbers and pictures of any denoiser. Callbacks during training and the commands afterwards run this same code."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lightning_tdisent.diffusion.process import noise
@@ -94,3 +96,10 @@ def grid(images: Tensor, columns: int = 16, gap: int = 1) -> Tensor:
         top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
         out[:, top : top + h, left : left + w] = image
     return out
+
+
+def save_png(picture: Tensor, path: Path) -> None:
+    """Write a uint8 picture (C, H, W)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = picture.permute(1, 2, 0).numpy()
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(path)

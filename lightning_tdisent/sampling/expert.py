@@ -126,7 +126,7 @@ def read_card(path: str | Path) -> Card:
 
 
 def load_expert(path: str | Path) -> tuple[Denoiser, Card]:
-    """Build the denoiser of a .safetensors file with its weights, in eval mode; files name classes, see `spec.build`."""
+    """Build the denoiser of a .safetensors file with its weights, in eval mode; see `spec.build` for classes."""
     card = read_card(path)
     denoiser = card.build(str(path))
     try:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_tdisent.diffusion.process import scale, transition
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import Part
-from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.states import Coefficient, LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.sampling.denoiser import Denoises
 
@@ -23,6 +23,9 @@ def probe_rows(rows: Sequence[int], n: int = 8) -> list[int]:
     """At most n of the rows, evenly spaced, the last always among them."""
     n = min(n, len(rows))
     return [rows[-(-len(rows) * (k + 1) // n) - 1] for k in range(n)]
+
+
+Step = tuple[Coefficient, Coefficient, Coefficient, Coefficient]
 
 
 class Sampler(Part, ABC):
@@ -44,7 +47,7 @@ class Sampler(Part, ABC):
         return probe_rows(states.rows, self.steps or states.S)[::-1]
 
     @abstractmethod
-    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[tuple]:  # type: ignore[type-arg]
+    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Step]:
         """Coefficients (c0, c0 of the estimate before, cx, cz) of every step along rows S..0, computed once."""
 
     def walk(
@@ -94,7 +97,7 @@ class DDIM(Sampler):
             raise InputError(f"eta must lie in [0, 1], got {eta}")
         self.eta = eta
 
-    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[tuple]:  # type: ignore[type-arg]
+    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Step]:
         """(c0, 0, cx, cz) of `process.transition`."""
         steps = [transition(states, s, r, self.eta) for s, r in pairwise(rows)]
         return [(c0, 0.0, cx, cz if self.eta else 0.0) for c0, cx, cz in steps]
@@ -114,11 +117,12 @@ class DPMSolver(Sampler):
     q = h_before/h. The first step and the last, whose h is infinite, are of first order.
     """
 
-    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[tuple]:  # type: ignore[type-arg]
+    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Step]:
         """See the class; refuses a table whose last row has no signal, where lambda is -inf."""
         if not states.log_snr[-1].isfinite().all():
             raise InputError("DPMSolver needs a finite log-SNR at the last row; use DDIM with zero_terminal")
-        half, out, before = states.log_snr / 2, [], None
+        out: list[Step] = []
+        half, before = states.log_snr / 2, None
         for s, r in pairwise(rows):
             h = half[r] - half[s]
             cx, c0 = states.b[r] / states.b[s], -states.a[r] * torch.expm1(-h)
@@ -128,10 +132,8 @@ class DPMSolver(Sampler):
                 q = before / h
                 terms = (c0 * (1 + 1 / (2 * q)), -c0 / (2 * q), cx)
             before = h
-            if states.K == 1:
-                out.append((*(float(c) for c in terms), 0.0))
-            else:
-                out.append((*(c[:, None, None] for c in terms), 0.0))
+            first, second, third = (float(c) if states.K == 1 else c[:, None, None] for c in terms)
+            out.append((first, second, third, 0.0))
         return out
 
 

@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,9 @@ def find(path: str | Path, split: str) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"data.path: {folder} is not a folder. data/README.md says how to prepare each data set.")
     try:
-        files = sorted(f for f in folder.iterdir() if f.name.startswith(f"{split}-") and f.name.endswith((".tar", ".tar.gz")))
+        files = sorted(
+            f for f in folder.iterdir() if f.name.startswith(f"{split}-") and f.name.endswith((".tar", ".tar.gz"))
+        )
         names = sorted(f.name for f in folder.iterdir())
         for file in files:
             file.open("rb").close()
@@ -55,9 +58,9 @@ def digest(files: list[Path]) -> str:
     return total.hexdigest()[:16]
 
 
-def decode(sample: dict[str, bytes], channels: int) -> Sample:
+def decode(sample: dict[str, Any], channels: int) -> Sample:
     """Decode one sample to ``image`` uint8 (C, H, W) and ``label`` int64 (-1 where the shard has none)."""
-    where = f"{sample['__url__']}: sample {sample['__key__']}"
+    where = f"{sample['__url__']!s}: sample {sample['__key__']!s}"
     found = [sample[e] for e in IMAGES if e in sample]
     if len(found) != 1:
         raise InputError(f"{where} has {len(found)} images ({'/'.join(IMAGES)}), expected one")
@@ -67,10 +70,13 @@ def decode(sample: dict[str, bytes], channels: int) -> Sample:
         label = int(sample["cls"]) if "cls" in sample else -1
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{where} cannot be decoded: {error}") from None
-    return {"image": torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1), "label": torch.tensor(label)}
+    return {
+        "image": torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1),
+        "label": torch.tensor(label),
+    }
 
 
-def _raw(files: list[Path]) -> Iterator[dict[str, bytes]]:
+def _raw(files: list[Path]) -> Iterator[dict[str, Any]]:
     """Undecoded samples; shards are opened here, so that no URL is ever interpreted."""
 
     def opened() -> Iterator[dict[str, object]]:
@@ -170,7 +176,7 @@ class Streamed(_Ordered):
         if self.buffer > 1:
             stream = wds.detshuffle(self.buffer, seed=self.seed, epoch=self.epoch - 1).run(stream)
         size, whole = self.batch_size, self.batch_size * self.world
-        kept: list[dict[str, bytes]] = []
+        kept: list[dict[str, Any]] = []
         for i, sample in enumerate(stream):
             block, place = divmod(i, whole)
             if block % parts == part and place // size == self.rank:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_tdisent.lit.modules import Diffusion
-from lightning_tdisent.sampling.evaluation import probe_rows
+from lightning_tdisent.sampling.sampler import probe_rows
 
 
 class LossPerState(L.Callback):
@@ -33,9 +33,7 @@ class LossPerState(L.Callback):
             charts = {kind: ["Multiline", [f"{kind}/t.*"]] for kind in ("train_loss", "val_eps_mse", "val_x0_mse")}
             writer.add_custom_scalars({"by state": charts})
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], *_: Any) -> None:
         """Add to the sums; at a log point read, log and forget them."""
         bins, losses = self.bin_of[outputs["row"]], outputs["losses"]
         self.sums[0].index_add_(0, bins, losses)

@@ -6,12 +6,11 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
-from PIL import Image
 from torch import Tensor
 
 from lightning_tdisent.lit.modules import DenoiserModule
-from lightning_tdisent.sampling.evaluation import forward_strip, grid, probe_rows, reverse_strip
-from lightning_tdisent.sampling.sampler import from_uint8, sample, to_uint8
+from lightning_tdisent.sampling.evaluation import forward_strip, grid, reverse_strip, save_png
+from lightning_tdisent.sampling.sampler import from_uint8, probe_rows, sample, to_uint8
 
 
 class Pictures(L.Callback):
@@ -29,7 +28,7 @@ class Pictures(L.Callback):
         """Draw and log."""
         if not trainer.is_global_zero:
             return
-        denoiser, data = pl_module.denoiser, trainer.datamodule.held_out  # type: ignore[attr-defined]
+        denoiser, data = pl_module.denoiser, trainer.datamodule.held_out
         rows = probe_rows(pl_module.rows)
         strip = forward_strip(denoiser, data.images[: self.strips], rows, range(self.strips))
         self._show(trainer, "forward_strip", strip.flatten(0, 1), strip.shape[1])
@@ -52,13 +51,6 @@ class Pictures(L.Callback):
             if hasattr(logger.experiment, "add_image"):
                 logger.experiment.add_image(name, picture, step)
         save_png(picture, Path(trainer.default_root_dir) / "pictures" / f"{name}_{step:07d}.png")
-
-
-def save_png(picture: Tensor, path: Path) -> None:
-    """Write a uint8 picture (C, H, W)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    array = picture.permute(1, 2, 0).numpy()
-    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(path)
 
 
 class WriteImages(BasePredictionWriter):

@@ -24,7 +24,7 @@ class SampleQuality(L.Callback):
         """Load the features and the real images' moments once; refuse images of another shape."""
         if not pl_module.whole or stage == "predict" or self._quality is not None:
             return
-        quality, data = Quality(self.features), trainer.datamodule.held_out  # type: ignore[attr-defined]
+        quality, data = Quality(self.features), trainer.datamodule.held_out
         if quality.shape != pl_module.denoiser.shape:
             raise InputError(
                 f"the features {self.features!r} take images {quality.shape}, the model makes "

@@ -87,7 +87,7 @@ class Export(L.Callback):
         """Write once, on rank 0, and only after a whole training."""
         if trainer.interrupted or not trainer.is_global_zero:
             return
-        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
+        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
         weights = ema.weights(pl_module) if ema else None
         if weights is not None:  # buffers, where a network has any, are not averaged
             weights = {**pl_module.denoiser.state_dict(), **weights}

@@ -1,0 +1,147 @@
+"""The plan of a study: one YAML expanded into independent jobs, composites, and what is compared at the end."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.fleet.local import Job
+
+KEYS = ("title", "out", "seed", "runs", "contenders", "data", "split", "features", "n", "first_seed", "notes")
+RUN_KEYS = ("configs", "experts", "warm_start", "set")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Jobs with their folders, composites to make of fleets, and the evaluation as plain data."""
+
+    out: Path
+    jobs: list[Job]
+    composites: dict[str, Path]
+    evaluation: dict[str, Any]
+    content: dict[str, Any]
+
+    def claim(self) -> None:
+        """Take the folder: refuse one that holds another plan, clear jobs that were cut short."""
+        mine, file = json.loads(json.dumps(self.content)), self.out / "plan.json"
+        if file.exists():
+            theirs = json.loads(file.read_text())
+            differ = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+            if differ:
+                detail = "; ".join(f"{k}: {theirs.get(k)} there, {mine.get(k)} now" for k in differ)
+                raise InputError(f"{self.out} holds another study ({detail}). Choose another --out, or remove it.")
+            for job in self.jobs:
+                if not job.done and job.folder.exists():
+                    shutil.rmtree(job.folder)
+        elif self.out.exists() and any(self.out.iterdir()):
+            raise InputError(f"{self.out} is not empty and holds no study; choose another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(mine, indent=1))
+
+
+def plan(
+    config: str | Path, out: str | Path | None = None, seed: int | None = None, overrides: Sequence[str] = ()
+) -> Plan:
+    """Read a study's YAML; every config it names must exist, every key must be known."""
+    file = Path(config)
+    try:
+        study = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    _known(study, KEYS, str(file), required=("runs", "contenders", "data", "features"))
+    folder = Path(out or study.get("out") or f"runs/{file.stem}")
+    seed = int(study.get("seed", 0)) if seed is None else seed
+    extra = _overrides(overrides, study["runs"])
+    jobs: list[Job] = []
+    composites: dict[str, Path] = {}
+    members: dict[str, list[str]] = {}
+    digests = {}
+    for name, run in study["runs"].items():
+        _known(run, RUN_KEYS, f"{file}: runs.{name}", required=("configs",))
+        argv = ["fit"]
+        for entry in run["configs"]:
+            path = file.parent / entry
+            if not path.is_file():
+                near = nearest(entry, [p.name for p in file.parent.glob("*.yaml")])
+                raise InputError(f"{file}: runs.{name}.configs: {path} is no file.{near}")
+            digests[str(entry)] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            argv += ["--config", str(path)]
+        for key, value in {**(run.get("set") or {}), **extra.get(name, {}), "seed_everything": seed}.items():
+            argv += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        needs: tuple[str, ...] = ()
+        if warm := run.get("warm_start"):
+            if warm not in members:
+                raise InputError(
+                    f"{file}: runs.{name}.warm_start: {warm!r} is no run above it.{nearest(warm, members)}"
+                )
+            needs, argv = tuple(members[warm]), [*argv, "--model.warm_start", str(folder / warm)]
+        count = run.get("experts")
+        if count is None:
+            jobs.append(Job(name, [*argv, "--run", str(folder / name)], folder / name, needs))
+            members[name] = [name]
+            continue
+        composites[name] = folder / f"{name}_composite"
+        members[name] = [f"{name} {k}/{count}" for k in range(1, count + 1)]
+        for k, label in enumerate(members[name], 1):
+            place = folder / name / f"expert_{k:03d}"
+            words = [*argv, "--model.expert", str(k), "--model.experts", str(count), "--run", str(place)]
+            jobs.append(Job(label, words, place, needs))
+    contenders = []
+    for name, entry in study["contenders"].items():
+        _known(entry, ("run", "sampler"), f"{file}: contenders.{name}", required=("run",))
+        if entry["run"] not in members:
+            raise InputError(f"{file}: contenders.{name}.run: no run {entry['run']!r}.{nearest(entry['run'], members)}")
+        source = composites.get(entry["run"], folder / entry["run"])
+        contenders.append({"name": name, "source": str(source), "sampler": _sampler(entry.get("sampler"))})
+    evaluation = {
+        "out": str(folder),
+        "title": study.get("title", file.stem),
+        "notes": study.get("notes", ""),
+        "contenders": contenders,
+        "data": study["data"],
+        "split": study.get("split", "test"),
+        "features": study["features"],
+        "n": study.get("n", 1000),
+        "first_seed": study.get("first_seed", 0),
+        "runs": {job.name: str(job.folder) for job in jobs},
+    }
+    content = {"study": study, "seed": seed, "overrides": list(overrides), "configs": digests}
+    return Plan(folder, jobs, composites, evaluation, content)
+
+
+def _sampler(entry: Any) -> dict[str, Any]:
+    """Class path and arguments of a sampler given as a name, a short or a full class path, or nothing (DDIM)."""
+    entry = {"class_path": entry} if isinstance(entry, str) else dict(entry or {"class_path": "DDIM"})
+    path = entry["class_path"]
+    return {"class_path": path if "." in path else f"lightning_tdisent.{path}", "init_args": entry.get("init_args", {})}
+
+
+def _known(data: Any, keys: Sequence[str], where: str, required: Sequence[str] = ()) -> None:
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: expected keys {', '.join(keys)}, got {data!r}")
+    for key in data:
+        if key not in keys:
+            raise InputError(f"{where}: unknown key {key!r}.{nearest(str(key), keys)} Known: {', '.join(keys)}")
+    missing = [key for key in required if key not in data]
+    if missing:
+        raise InputError(f"{where}: {', '.join(missing)} is missing")
+
+
+def _overrides(words: Sequence[str], runs: dict[str, Any]) -> dict[str, dict[str, str]]:
+    out: dict[str, dict[str, str]] = {name: {} for name in runs}
+    for word in words:
+        target, _, value = word.partition("=")
+        name, _, key = target.partition(".")
+        if not value or not key or (name != "*" and name not in runs):
+            raise InputError(f"--set {word}: expected RUN.KEY=VALUE with RUN one of *, {', '.join(runs)}")
+        for run in runs if name == "*" else [name]:
+            out[run][key] = value
+    return out

@@ -1,0 +1,133 @@
+"""Figures of the report: drawn from results and event files, returned as HTML that needs no other file."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from cycler import cycler
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+COLOURS = ["#3b6fb6", "#d1495b", "#2e9e6b", "#b07aa1", "#e0a030", "#66656f", "#17a2b8", "#8c564b"]
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": cycler(color=COLOURS),
+    "font.size": 10,
+    "legend.frameon": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6ea",
+    "svg.fonttype": "none",
+}
+
+
+def picture(image: Tensor, width: int, caption: str = "") -> str:
+    """HTML of a uint8 picture (C, H, W), ``width`` CSS pixels wide with hard pixels."""
+    array = image.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "png")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<figure><img class="pixels" style="width:{width}px" alt="{html.escape(caption)}" '
+        f'src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def drawing(figure: Figure, caption: str) -> str:
+    """HTML of a matplotlib figure as SVG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    alt = html.escape(caption)
+    return (
+        f'<figure><img alt="{alt}" src="data:image/svg+xml;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def errors_per_state(rows: Sequence[dict[str, Any]]) -> str:
+    """Held-out eps-MSE and x0-MSE against the original index, one curve a model."""
+    with mpl.rc_context(STYLE):
+        figure = Figure((9, 3.2))
+        axes = figure.subplots(1, 2)
+        seen: set[str] = set()
+        for row in rows:
+            if row["source"] in seen or "eps_mse" not in row:  # one curve a model, however it is sampled
+                continue
+            seen.add(row["source"])
+            label = row["name"].partition(",")[0]
+            for axis, kind in zip(axes, ("eps_mse", "x0_mse"), strict=True):
+                axis.plot([int(t) for t in row[kind]], list(row[kind].values()), "o-", ms=4, label=label)
+        for axis, name in zip(axes, ("held-out error of eps", "held-out error of x0"), strict=True):
+            axis.set(yscale="log", xlabel="index t of the state (right: pure noise)", title=name)
+        axes[0].legend()
+    return drawing(
+        figure,
+        "Mean squared error on held-out images per state: the same noise for every model. The error of eps is what the "
+        "paper trains on; the error of x0 is what the sampler sees.",
+    )
+
+
+def cost(rows: Sequence[dict[str, Any]]) -> str:
+    """Total compute and the longest job beside the distance reached."""
+    metric = next(k for k in rows[0] if k.startswith("fd_"))
+    with mpl.rc_context(STYLE):
+        figure = Figure((9, 0.5 + 0.42 * len(rows)))
+        axes = figure.subplots(1, 3, sharey=True)
+        names = [r["name"] for r in rows][::-1]
+        panels = (
+            (metric, [r[metric] for r in rows]),
+            ("training TFLOP, all jobs", [r["training_flops"] / 1e12 for r in rows]),
+            ("training seconds of the longest job", [r["training_seconds_longest"] for r in rows]),
+        )
+        for axis, (title, values) in zip(axes, panels, strict=True):
+            bars = axis.barh(names, values[::-1], color=[COLOURS[i % 8] for i in range(len(rows))][::-1])
+            axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=9)
+            axis.set_title(title, fontsize=10)
+            axis.margins(x=0.2)
+    return drawing(figure, "Quality (lower is nearer to the real images), what it cost in all, and how long one waits.")
+
+
+def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Scalars of a run's event files by tag, as (images seen, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    seen = dict(scalars.get("train/images_seen", []))
+    per_step = max((v / s for s, v in seen.items() if s), default=1.0)
+    return {tag: [(step * per_step, value) for step, value in points] for tag, points in scalars.items()}
+
+
+def training_curves(folders: dict[str, Path]) -> str:
+    """Training loss and, where it was measured, the distance, against images seen by that job."""
+    curves = {name: read_curves(folder) for name, folder in folders.items()}
+    distance = sorted({tag for c in curves.values() for tag in c if tag.startswith("quality/fd_")})
+    with mpl.rc_context(STYLE):
+        figure = Figure((9, 3.2))
+        axes = figure.subplots(1, 2)
+        for i, (name, tags) in enumerate(curves.items()):
+            points = tags.get("train/loss", [])
+            few = {"alpha": 0.35, "lw": 1, "color": COLOURS[2]} if "expert" in name else {"color": COLOURS[i % 8]}
+            label = None if "expert" in name and any("expert" in n for n in list(curves)[:i]) else name
+            axes[0].plot([x for x, _ in points], [y for _, y in points], label=label, **few)
+            for tag in distance:
+                if tag in tags:
+                    axes[1].plot(
+                        [x for x, _ in tags[tag]], [y for _, y in tags[tag]], "o-", ms=4, label=name, color=few["color"]
+                    )
+        axes[0].set(yscale="log", xlabel="images seen by the job", title="training loss (each on its own states)")
+        axes[1].set(
+            xlabel="images seen by the job", title=", ".join(distance).replace("quality/", "") or "no distance logged"
+        )
+        axes[0].legend()
+        if distance:
+            axes[1].set(yscale="log")
+            axes[1].legend()
+    return drawing(figure, "While training. Losses of different states are not comparable with each other.")

@@ -1,0 +1,140 @@
+"""The report: one HTML file with the table, the pictures and how every number was obtained."""
+
+import html
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.report import figures
+from lightning_tdisent.report.evaluate import table
+from lightning_tdisent.sampling.composite import load_model
+from lightning_tdisent.sampling.evaluation import forward_strip, grid, reverse_strip
+from lightning_tdisent.sampling.sampler import probe_rows
+from lightning_tdisent.streaming.shards import ImageSet
+
+CSS = """
+:root{--ink:#1d1d24;--soft:#66656f;--line:#e2e2e8;--paper:#fff;--accent:#3b6fb6}
+body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1080px;margin:2.5rem auto;padding:0 1.2rem}
+h1{font-size:1.7rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.4rem 0 .6rem;border-top:1px solid var(--line);padding-top:1.2rem}
+p,figcaption,li{color:var(--soft)}figcaption{font-size:.86rem;max-width:60ch}figure{margin:.4rem 1.4rem 1rem 0;display:inline-block;vertical-align:top}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
+th,td{padding:.38rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th{font-weight:600;color:var(--soft);white-space:normal;vertical-align:bottom}th:first-child,td:first-child{text-align:left}
+td.best{font-weight:700;color:var(--accent)}img.pixels{image-rendering:pixelated;border:1px solid var(--line)}
+pre{background:#f6f6f9;padding:.8rem 1rem;overflow-x:auto;font-size:.8rem}img{max-width:100%}
+"""
+
+
+def html_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of `evaluate.table`, best value of every quality column marked."""
+    head, *body = table(rows)
+    best = {}
+    for column, name in enumerate(head):
+        if name.startswith("fd_") or name == "eps-MSE":
+            best[column] = min((r[column] for r in body if r[column] != "-"), key=float, default=None)
+        elif name.startswith("is_"):
+            best[column] = max((r[column] for r in body), key=float)
+    cells = "".join(
+        "<tr>"
+        + "".join(
+            f"<td{' class=best' if best.get(i) == cell and len(body) > 1 else ''}>{html.escape(cell)}</td>"
+            for i, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in body
+    )
+    head_cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    return f'<div class="scroll"><table><tr>{head_cells}</tr>{cells}</table></div>'
+
+
+def nearest(images: Tensor, training: Tensor) -> Tensor:
+    """For each uint8 image the training image at the smallest L2 distance in pixels."""
+    a, b = images.flatten(1).float(), training.flatten(1).float()
+    chosen = torch.cat([torch.cdist(part, b).argmin(1) for part in a.split(256)])
+    return training[chosen]
+
+
+def write_report(
+    path: Path,
+    title: str,
+    rows: Sequence[dict[str, Any]],
+    images: dict[str, Tensor],
+    contenders: Sequence[Any],
+    real: ImageSet,
+    training: Tensor | None = None,
+    runs: dict[str, Path] | None = None,
+    notes: str = "",
+) -> Path:
+    """Write the page; ``images`` are the first samples of every contender, ``runs`` the folders with event files."""
+    hashes = {r["protocol"] for r in rows}
+    if len(hashes) > 1:
+        raise InputError(f"a table must not mix protocols, these rows have {sorted(hashes)}; evaluate them together")
+    side = real.images.shape[-1]
+    zoom = max(1, 34 // side)
+    wide = lambda picture: picture.shape[-1] * zoom  # noqa: E731
+    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{notes}</p>" if notes else "", html_table(rows)]
+    parts.append(
+        "<p>Distances (fd, lower is better) and scores (is) are taken in the features their name says and are "
+        "comparable with nothing else; eps-MSE is the mean over the states of the smallest table. "
+        "A real data set of the same size scores a distance above zero as well. "
+        "Total compute counts all experts; the longest job is what one waits for with a machine for each.</p>"
+    )
+    parts.append("<h2>The same seeds, every model</h2>")
+    for name, pictures in images.items():
+        tiles = grid(pictures[:64], 8)
+        parts.append(figures.picture(tiles, wide(tiles), html.escape(name)))
+    tiles = grid(real.images[:64], 8)
+    parts.append(figures.picture(tiles, wide(tiles), "real images, held out"))
+    parts.append("<h2>Where the models are right and wrong</h2>" + figures.errors_per_state(rows))
+    parts.append("<h2>What it cost</h2>" + figures.cost(rows))
+    if runs:
+        parts.append("<h2>Training</h2>" + figures.training_curves(runs))
+    parts.append("<h2>From image to noise and back</h2>")
+    model = load_model(contenders[-1].source)[0]
+    shown = probe_rows(model.states.rows, 8)
+    strip = forward_strip(model, real.images[:5], shown, range(5))
+    tiles = grid(strip.flatten(0, 1), strip.shape[1])
+    levels = ", ".join(f"{float(model.states.a[s, 0]):.3g}" for s in shown)
+    parts.append(figures.picture(tiles, wide(tiles), f"Forward: x_0, then signal coefficients a = {levels}."))
+    for contender in contenders:
+        strip, at = reverse_strip(load_model(contender.source)[0], contender.sampler, range(5))
+        tiles = grid(strip.flatten(0, 1), strip.shape[1])
+        caption = f"Reverse, {html.escape(contender.name)}: rows {', '.join(map(str, at))}."
+        parts.append(figures.picture(tiles, wide(tiles), caption))
+    if training is not None:
+        parts.append("<h2>Are they copies?</h2>")
+        last = images[contenders[-1].name][:24]
+        both = torch.stack([last, nearest(last, training)]).flatten(0, 1)
+        tiles = grid(both, len(last))
+        caption = f"{html.escape(contenders[-1].name)}: samples above, the nearest training image of each below."
+        parts.append(figures.picture(tiles, wide(tiles), caption))
+    facts = {
+        "protocol": rows[0]["protocol_fields"],
+        "models": [
+            {k: r[k] for k in ("name", "sampler", "table", "training_data", "weights_kind", "source")} for r in rows
+        ],
+        "machine": {
+            "processor": platform.machine(),
+            "cores": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        },
+        "versions": {"python": platform.python_version()}
+        | {p: version(p) for p in ("torch", "lightning", "diffusers", "torchmetrics", "lightning_tdisent")},
+        "command": " ".join(sys.argv),
+    }
+    parts.append(f"<h2>How these numbers were obtained</h2><pre>{html.escape(json.dumps(facts, indent=1))}</pre>")
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{CSS}</style><body>{''.join(parts)}</body></html>"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page)
+    return path
