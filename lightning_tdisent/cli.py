@@ -55,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
     e = add("evaluate", _evaluate, "models side by side in one table, from the same seeds")
     e.add_argument("models", type=Path, nargs="+", help="as for sample")
     e.add_argument("--data", required=True, help="folder of shards with the real images")
-    e.add_argument("--split", default="test", help="split of the real images (default test)")
+    e.add_argument("--split", default="test", help="split of the errors per state (default test)")
+    e.add_argument("--reference", default="train", help="split that distances are taken to (default train)")
     e.add_argument("--features", required=True, help="feature network: digits or mnist")
     e.add_argument("-n", type=int, default=1000, help="images generated per model (default 1000)")
     e.add_argument("--first-seed", type=int, default=0)
@@ -166,8 +167,10 @@ def _evaluate(a: argparse.Namespace) -> None:
     if (a.out / "study.json").exists():
         raise InputError(f"--out {a.out} already keeps results; choose another folder")
     contenders = [{"name": str(m), "source": str(m), "sampler": spec(_sampler(a))} for m in a.models]
-    options = {"batch_size": a.batch_size, "device": a.device}
-    study = Study(str(a.out), "Evaluation", contenders, a.data, a.features, a.split, a.n, a.first_seed, **options)
+    options = {"reference": a.reference, "batch_size": a.batch_size, "device": a.device}
+    study = Study(
+        str(a.out), "Evaluation", contenders, a.data, a.features, a.split, n=a.n, first_seed=a.first_seed, **options
+    )
     _finish(study)
 
 

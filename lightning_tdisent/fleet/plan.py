@@ -9,11 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.fleet.local import Job
 
-KEYS = ("title", "out", "seed", "runs", "contenders", "data", "split", "features", "n", "first_seed", "notes")
+KEYS = (
+    "title",
+    "out",
+    "seed",
+    "runs",
+    "contenders",
+    "data",
+    "split",
+    "reference",
+    "features",
+    "n",
+    "first_seed",
+    "notes",
+)
 RUN_KEYS = ("configs", "experts", "warm_start", "set")
 
 
@@ -51,11 +66,11 @@ def plan(
     """Read a study's YAML; every config it names must exist, every key must be known."""
     file = Path(config)
     try:
-        study = yaml.safe_load(file.read_text())
+        study: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"{file}: not valid: {' '.join(str(error).split())}") from None
     _known(study, KEYS, str(file), required=("runs", "contenders", "data", "features"))
     folder = Path(out or study.get("out") or f"runs/{file.stem}")
     seed = int(study.get("seed", 0)) if seed is None else seed
@@ -108,6 +123,7 @@ def plan(
         "contenders": contenders,
         "data": study["data"],
         "split": study.get("split", "test"),
+        "reference": study.get("reference", "train"),
         "features": study["features"],
         "n": study.get("n", 1000),
         "first_seed": study.get("first_seed", 0),

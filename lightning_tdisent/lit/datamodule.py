@@ -16,15 +16,15 @@ class Epochs:
     """A loader that tells its dataset the epoch before each pass, also to workers that start afresh."""
 
     def __init__(self, dataset: Resident | Streamed, workers: int, trainer: L.Trainer | None) -> None:
-        self.dataset, self.trainer = dataset, trainer
+        self.source, self.trainer = dataset, trainer
         self.loader = DataLoader(dataset, batch_size=None, num_workers=workers)
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]  # a streamed set has no length, and says so
+        return len(self.source)  # type: ignore[arg-type]  # a streamed set has no length, and says so
 
     def __iter__(self) -> Iterator[Sample]:
-        self.dataset.epoch = self.trainer.current_epoch if self.trainer else 0
-        return iter(self.loader)
+        self.source.epoch = self.trainer.current_epoch if self.trainer else 0
+        return iter(self.loader if self.loader.num_workers else self.source)
 
 
 class Batches:
@@ -89,6 +89,13 @@ class ImageShards(L.LightningDataModule):
     def digest(self) -> str:
         """Hash of the training shards."""
         return digest(find(self.path, self.train))
+
+    def images(self, split: str, limit: int) -> ImageSet:
+        """The first images of a split, taken from memory where the training images are kept there."""
+        if split == self.train and self.resident:
+            whole = self.training
+            return ImageSet(whole.images[:limit], whole.labels[:limit], whole.digest)
+        return load(self.path, split, self.channels, limit)
 
     @property
     def image_shape(self) -> list[int]:

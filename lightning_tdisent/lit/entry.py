@@ -4,9 +4,11 @@ Configs compose left to right, `${...}` follows overrides on the command line, a
 message whose last line names file, key and the nearest allowed word.
 """
 
+import contextlib
+import functools
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +18,8 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.profilers import PassThroughProfiler
+from omegaconf.errors import OmegaConfBaseException
 
 # imported so that a YAML may name them by their short names
 from lightning_tdisent.diffusion import objectives, schedules  # noqa: F401
@@ -25,7 +29,7 @@ from lightning_tdisent.lit.callbacks import pictures, quality  # noqa: F401
 from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
-from lightning_tdisent.lit.explain import explain
+from lightning_tdisent.lit.explain import explain, explain_interpolation
 from lightning_tdisent.networks import dit, unet  # noqa: F401
 from lightning_tdisent.sampling import sampler  # noqa: F401
 
@@ -53,12 +57,14 @@ class CLI(LightningCLI):
         parser.add_argument("--run", type=str, default="runs/unnamed", help="folder of this run: everything goes there")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(LossPerState, "losses")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a folder that holds another run, before anything is built."""
+        """Refuse a folder that holds another run, before anything is built, and checkpoints that are more than data."""
         config = self.config[self.subcommand]
+        if "weights_only" in config:
+            config.weights_only = True  # a checkpoint is data: nothing in it is ever run
         if self.subcommand == "fit" and (Path(config.run) / "config.yaml").exists() and not config.get("ckpt_path"):
             raise InputError(
                 f"run: {config.run} already holds a run. Choose another folder with --run, remove it, or go on "
@@ -70,9 +76,29 @@ class CLI(LightningCLI):
         run = self._get(self.config_init, "run")
         if self._get(self.config_init, "trainer")["logger"] in (None, True):
             kwargs.setdefault("logger", TensorBoardLogger(run, name="", version="", default_hp_metric=False))
-        self.trainer_class = L.Trainer
+        if not self._get(self.config_init, "trainer")["profiler"]:
+            kwargs.setdefault("profiler", Unprofiled())
         kwargs.setdefault("default_root_dir", run)
         return super().instantiate_trainer(**kwargs)
+
+
+class Unprofiled(PassThroughProfiler):
+    """Profiles nothing, without building a generator fifty times a step."""
+
+    _nothing = contextlib.nullcontext()
+
+    def profile(self, action_name: str) -> Any:
+        """Do nothing."""
+        return self._nothing
+
+
+class Checkpoint(ModelCheckpoint):
+    """Lightning's, without writing out its own name anew six times a step."""
+
+    @functools.cached_property
+    def state_key(self) -> str:
+        """The name under which a checkpoint keeps this callback."""
+        return super().state_key
 
 
 class SaveConfig(SaveConfigCallback):
@@ -98,6 +124,24 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = ()) -> CLI:
     always: list[L.Callback] = [Export(), *(callbacks or [StepProgress()])]
     if argv[0] == "predict":
         always.append(pictures.WriteImages())
+    try:
+        return _cli(argv, always)
+    except OmegaConfBaseException as error:
+        raise InputError(explain_interpolation(str(error), files)) from None
+    except ValueError as error:  # a part refused its arguments: jsonargparse wraps that in its own words
+        refusal = next((cause for cause in _causes(error) if isinstance(cause, InputError)), None)
+        if refusal is None:
+            raise
+        raise InputError(str(refusal)) from None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _cli(argv: Sequence[str], always: list[L.Callback]) -> CLI:
     return CLI(
         L.LightningModule,
         L.LightningDataModule,
@@ -118,7 +162,6 @@ def _quiet() -> None:
     for text in (
         ".*does not have many workers.*",
         ".*treespec, LeafSpec.*",
-        ".*`IterableDataset` has `__len__` defined.*",  # every worker is configured by the dataset itself
         ".*is smaller than the logging interval.*",  # steps are counted over epochs
         ".*LightningCLI's args parameter.*",
     ):

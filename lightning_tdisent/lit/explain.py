@@ -47,6 +47,18 @@ def explain(message: str, argv: Sequence[str], files: Sequence[Path], parser: js
     return f"{place(where, argv, files)}: " + " ".join(message.split())
 
 
+def explain_interpolation(message: str, files: Sequence[Path]) -> str:
+    """Return one line for a ``${...}`` that cannot be resolved, with the place that uses it."""
+    name = re.search(r"'([^']+)' not found|\$\{([^}]+)\}", message)
+    wanted = next((g for g in name.groups() if g), "").lstrip(".") if name else ""
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            if f"${{{wanted}" in line:
+                key = line.partition(":")[0].strip(" -")
+                return f"{file}:{number}: {key}: ${{{wanted}}} names no option of this run"
+    return message.splitlines()[0]
+
+
 def _innermost(expected: list[str]) -> list[str]:
     plain = [e for e in expected if "." not in e]
     return plain[: plain.index("NoneType") + 1] if "NoneType" in plain else plain or expected[:1]

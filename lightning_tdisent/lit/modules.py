@@ -169,7 +169,7 @@ class Diffusion(Part, DenoiserModule):
 
     def on_validation_end(self) -> None:
         """Start it again."""
-        if self.trainer.training:
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._since = time.perf_counter()
 
     def on_train_end(self) -> None:
@@ -234,7 +234,7 @@ class Diffusion(Part, DenoiserModule):
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Clip by norm here: Lightning's own clipping refuses a fused optimizer under mixed precision."""
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.clip_norm)
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.clip_norm)
 
     def card(self, weights: str, ema_decay: float | None = None) -> Card:
         """Card of the present weights."""
@@ -280,7 +280,7 @@ class Diffusion(Part, DenoiserModule):
         if weights == "ema" and "ema" in checkpoint:
             module.denoiser.load_state_dict({**module.denoiser.state_dict(), **checkpoint["ema"]["weights"]})
         module.images_seen, module.seconds = checkpoint["card"]["images_seen"], checkpoint["card"]["seconds"]
-        return module.eval()
+        return module
 
 
 class Baseline(Diffusion):
@@ -349,21 +349,22 @@ def start_warm(denoiser: Denoiser, source: str) -> None:
     """
     shared = load_model(source)[0]
     here, there = denoiser.states, shared.states
-    indices = [int(here.index[s]) for s in denoiser.rows]
-    shared.states.restrict(indices)  # refuses rows the source does not have
-    same = all(
-        torch.allclose(here.log_snr[s], there.log_snr[there.index.tolist().index(t)])
-        for s, t in zip(denoiser.rows, indices, strict=True)
-    )
-    if not same or not isinstance(shared, Denoiser):
-        raise InputError(f"warm_start: {source} was trained with other noise levels at indices {indices}")
+    row_there = {t: s for s, t in enumerate(there.index.tolist())}
+    indices = {s: int(here.index[s]) for s in denoiser.rows}
+    missing = [t for t in indices.values() if t not in row_there]
+    if missing or not isinstance(shared, Denoiser):
+        raise InputError(f"warm_start: {source} must be one network that has indices {list(indices.values())}")
+    if not all(torch.allclose(here.log_snr[s], there.log_snr[row_there[t]]) for s, t in indices.items()):
+        raise InputError(
+            f"warm_start: {source} was trained with other noise levels at indices {list(indices.values())}"
+        )
     if type(shared.objective) is not type(denoiser.objective):
         raise InputError(
             f"warm_start: {source} predicts {shared.objective.prediction}, this model {denoiser.objective.prediction}"
         )
     network = shared.network
     if network.sees_state and not denoiser.network.sees_state:
-        network = network.at_index(indices[0])
+        network = network.at_index(indices[denoiser.rows[0]])
     if spec(network)["init_args"] | {"conditioning": 0} != spec(denoiser.network)["init_args"] | {"conditioning": 0}:
         raise InputError(f"warm_start: {source} holds another network: {spec(network)} is not {spec(denoiser.network)}")
     denoiser.network.load_state_dict(network.state_dict())

@@ -1,9 +1,10 @@
 """Models side by side: one row of numbers each, from the same seeds, on the same held-out images."""
 
 import dataclasses
+import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def training_flops(denoise: Denoises, cards: Sequence[Card]) -> float:
 
 def evaluate(
     contenders: Sequence[Contender],
-    real: ImageSet,
+    reference: ImageSet,
+    held_out: ImageSet,
     features: str,
     n: int,
     first_seed: int = 0,
@@ -54,9 +56,10 @@ def evaluate(
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Return one row of numbers per contender, and its first ``keep`` images.
 
-    real: held-out images, both the reference of the distances and the data of the errors per state; n images are
+    reference: the real images that distances are taken to; held_out: those of the errors per state. n images are
     generated with seeds first_seed .. + n - 1, the same for all. Errors are taken at the rows of the contender with
-    the fewest rows, for every contender that has those rows.
+    the fewest rows, for every contender that has those rows at the same values. A last row scores the held-out
+    images themselves, as if a model had made them: what a perfect one would reach with so few.
     """
     if n < 2:
         raise InputError(f"n: two images at least make a distribution, got {n}")
@@ -68,10 +71,11 @@ def evaluate(
                 f"{contender.source} makes images {model.shape}, the features {features!r} take {quality.shape}"
             )
         contender.sampler.rows(model.states)  # refuses more steps than rows, before any work
-    quality.to(torch.device(device)).add_real(real.images)
-    protocol = Protocol(features, n, first_seed, real.digest, len(real))
+    quality.to(torch.device(device)).add_real(reference.images)
+    protocol = Protocol(features, n, first_seed, reference.digest, len(reference))
     few = min((model.states for model, _ in loaded), key=lambda states: states.S)
-    indices = [int(few.index[s]) for s in probe_rows(few.rows, 32)]
+    common = probe_rows(few.rows, 32)
+    indices = [int(few.index[s]) for s in common]
     rows, images = [], {}
     for contender, (model, cards) in zip(contenders, loaded, strict=True):
         model.to(device)
@@ -86,10 +90,10 @@ def evaluate(
         images[contender.name] = torch.cat(first)[:keep]
         here = {t: s for s, t in enumerate(model.states.index.tolist())}
         errors: dict[str, dict[str, float]] = {}
-        if all(t in here for t in indices):
-            at = [here[t] for t in indices]
-            label = real.labels.to(device) if model.classes else None
-            x0 = x0_errors(model, real.images, range(len(real)), at, label).mean(1)
+        at = [here[t] for t in indices if t in here]
+        if len(at) == len(common) and torch.allclose(model.states.log_snr[at].cpu(), few.log_snr[common]):
+            label = held_out.labels.to(device) if model.classes else None
+            x0 = x0_errors(model, held_out.images, range(len(held_out)), at, label).mean(1)
             eps = x0 * model.states.log_snr[at].exp().mean(1).cpu()
             errors = {
                 "x0_mse": dict(zip(map(str, indices), x0.tolist(), strict=True)),
@@ -119,7 +123,11 @@ def evaluate(
                 "source": str(contender.source),
             }
         )
-    return rows, images
+    quality.reset()
+    quality.add(held_out.images)
+    protocol = dataclasses.replace(protocol, n=len(held_out), first_seed=-1)
+    floor = {"name": f"{len(held_out)} real images, held out", **quality.compute(), "protocol": protocol.hash}
+    return rows + [floor], images
 
 
 def repr_sampler(sampler: Sampler) -> str:
@@ -127,35 +135,41 @@ def repr_sampler(sampler: Sampler) -> str:
     return f"{type(sampler).__name__}({', '.join(f'{k}={v}' for k, v in vars(sampler).items())})"
 
 
+def _number(name: str, row: dict[str, Any]) -> str:
+    return f"{row[name]:.3f}"
+
+
 def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Head and rows of text, for the terminal and the report; total compute always stands beside wall clock."""
     metrics = [k for k in rows[0] if k.startswith(("fd_", "is_"))]
-    head = (
-        "model", "networks", "weights", "rows", "steps", *metrics, "eps-MSE", "images seen", "of the longest job",
-        "training TFLOP", "training s, total", "longest job", "sampling ms/image", "protocol",
-    )  # fmt: skip
-    out = [head]
-    for r in rows:
-        errors = r.get("eps_mse", {})
-        out.append(
-            (
-                r["name"],
-                str(r["networks"]),
-                f"{r['weights']:,}",
-                str(r["rows"]),
-                str(r["steps"]),
-                *(f"{r[m]:.3f}" for m in metrics),
-                f"{sum(errors.values()) / len(errors):.4f}" if errors else "-",
-                f"{r['images_seen']:,}",
-                f"{r['images_seen_longest']:,}",
-                f"{r['training_flops'] / 1e12:.2f}",
-                f"{r['training_seconds']:.1f}",
-                f"{r['training_seconds_longest']:.1f}",
-                f"{1000 * r['sampling_seconds_per_image']:.2f}",
-                r["protocol"],
-            )
-        )
-    return out
+
+    def mean(errors: dict[str, float]) -> float:
+        return sum(errors.values()) / len(errors)
+
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "model": lambda r: r["name"],
+        "networks": lambda r: str(r["networks"]),
+        "weights": lambda r: f"{r['weights']:,}",
+        "states": lambda r: str(r["rows"]),
+        "steps": lambda r: str(r["steps"]),
+        **{m: functools.partial(_number, m) for m in metrics},
+        "eps-MSE": lambda r: f"{mean(r['eps_mse']):.4f}",
+        "images seen": lambda r: f"{r['images_seen']:,}",
+        "by the longest job": lambda r: f"{r['images_seen_longest']:,}",
+        "training TFLOP": lambda r: f"{r['training_flops'] / 1e12:.2f}",
+        "training s, total": lambda r: f"{r['training_seconds']:.1f}",
+        "longest job s": lambda r: f"{r['training_seconds_longest']:.1f}",
+        "sampling ms/image": lambda r: f"{1000 * r['sampling_seconds_per_image']:.2f}",
+        "protocol": lambda r: r["protocol"],
+    }
+
+    def cell(row: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> str:
+        try:
+            return text(row)
+        except KeyError:  # not known of this row: another table, or images that no model made
+            return ""
+
+    return [tuple(columns), *(tuple(cell(r, text) for text in columns.values()) for r in rows)]
 
 
 def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -36,12 +36,13 @@ pre{background:#f6f6f9;padding:.8rem 1rem;overflow-x:auto;font-size:.8rem}img{ma
 def html_table(rows: Sequence[dict[str, Any]]) -> str:
     """The table of `evaluate.table`, best value of every quality column marked."""
     head, *body = table(rows)
+    models = body[: sum("source" in r for r in rows)]  # the row of real images is no contender
     best = {}
     for column, name in enumerate(head):
         if name.startswith("fd_") or name == "eps-MSE":
-            best[column] = min((r[column] for r in body if r[column] != "-"), key=float, default=None)
+            best[column] = min((r[column] for r in models if r[column]), key=float, default=None)
         elif name.startswith("is_"):
-            best[column] = max((r[column] for r in body), key=float)
+            best[column] = max((r[column] for r in models), key=float)
     cells = "".join(
         "<tr>"
         + "".join(
@@ -74,9 +75,10 @@ def write_report(
     notes: str = "",
 ) -> Path:
     """Write the page; ``images`` are the first samples of every contender, ``runs`` the folders with event files."""
-    hashes = {r["protocol"] for r in rows}
+    hashes = {r["protocol"] for r in rows if "source" in r}
     if len(hashes) > 1:
         raise InputError(f"a table must not mix protocols, these rows have {sorted(hashes)}; evaluate them together")
+    models = [r for r in rows if "source" in r]
     side = real.images.shape[-1]
     zoom = max(1, 34 // side)
     wide = lambda picture: picture.shape[-1] * zoom  # noqa: E731
@@ -84,7 +86,7 @@ def write_report(
     parts.append(
         "<p>Distances (fd, lower is better) and scores (is) are taken in the features their name says and are "
         "comparable with nothing else; eps-MSE is the mean over the states of the smallest table. "
-        "A real data set of the same size scores a distance above zero as well. "
+        "The last row scores real images that no model was trained on: what a perfect model would reach with so few. "
         "Total compute counts all experts; the longest job is what one waits for with a machine for each.</p>"
     )
     parts.append("<h2>The same seeds, every model</h2>")
@@ -93,8 +95,8 @@ def write_report(
         parts.append(figures.picture(tiles, wide(tiles), html.escape(name)))
     tiles = grid(real.images[:64], 8)
     parts.append(figures.picture(tiles, wide(tiles), "real images, held out"))
-    parts.append("<h2>Where the models are right and wrong</h2>" + figures.errors_per_state(rows))
-    parts.append("<h2>What it cost</h2>" + figures.cost(rows))
+    parts.append("<h2>Where the models are right and wrong</h2>" + figures.errors_per_state(models))
+    parts.append("<h2>What it cost</h2>" + figures.cost(models))
     if runs:
         parts.append("<h2>Training</h2>" + figures.training_curves(runs))
     parts.append("<h2>From image to noise and back</h2>")
@@ -119,7 +121,7 @@ def write_report(
     facts = {
         "protocol": rows[0]["protocol_fields"],
         "models": [
-            {k: r[k] for k in ("name", "sampler", "table", "training_data", "weights_kind", "source")} for r in rows
+            {k: r[k] for k in ("name", "sampler", "table", "training_data", "weights_kind", "source")} for r in models
         ],
         "machine": {
             "processor": platform.machine(),

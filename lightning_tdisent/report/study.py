@@ -24,6 +24,7 @@ from lightning_tdisent.streaming.shards import ImageSet, load
 class Study:
     """Contenders, the real images they are measured on, and the folder that keeps the results.
 
+    split: held-out images, for the errors per state; reference: those that distances are taken to.
     contenders: dicts of name, source (a run, composite or file) and sampler (class path and arguments); runs: folders
     with event files for the curves; the other fields as in `report.evaluate`.
     """
@@ -34,6 +35,7 @@ class Study:
     data: str
     features: str
     split: str = "test"
+    reference: str = "train"
     n: int = 1000
     first_seed: int = 0
     batch_size: int = 250
@@ -65,11 +67,12 @@ class Study:
 
     def evaluate(self) -> None:
         """Measure every contender and keep the results."""
-        contenders, real = self._contenders(), self._real(self.split)
+        contenders = self._contenders()
         with Progress(transient=True) as bar:
             tasks = {c.name: bar.add_task(f"sampling {c.name}", total=self.n) for c in contenders}
+            splits = self._real(self.reference), self._real(self.split)
             rows, images = evaluate(
-                contenders, real, self.features, self.n, self.first_seed, self.batch_size, self.device,
+                contenders, *splits, self.features, self.n, self.first_seed, self.batch_size, self.device,
                 progress=lambda name, count: bar.advance(tasks[name], count),
             )  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +109,7 @@ class Study:
             self._images(),
             self._contenders(),
             self._real(self.split),
-            self._real("train").images,
+            self._real(self.reference).images,
             {name: Path(folder) for name, folder in self.runs.items()},
             self.notes,
         )

@@ -52,6 +52,7 @@ class Denoiser(nn.Module):
         self.register_buffer("weights", objective.weights(states), persistent=False)
         self.shape, self.classes = network.shape, network.classes
         self._index: list[int] = states.index.tolist()
+        self._owned = frozenset(self.rows)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         weights = self.weights
@@ -61,12 +62,16 @@ class Denoiser(nn.Module):
 
     def at(self, s: int) -> "Denoiser":
         """Return self, refusing a row this denoiser does not own."""
-        if s not in self.rows:
-            raise InputError(f"row {s} is not owned by this denoiser, which has rows {_short(self.rows)}")
+        if s not in self._owned:
+            raise InputError(
+                f"row {s} is not owned by this denoiser, which has rows {_short(self.rows)}; "
+                "compose it with the experts of the other rows"
+            )
         return self
 
     def forward(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
-        """x0_hat at row s for the whole batch."""
+        """x0_hat at row s, which must be owned, for the whole batch."""
+        self.at(s)
         a, b = self.states.coefficients(s)
         index = None
         if self.network.sees_state:

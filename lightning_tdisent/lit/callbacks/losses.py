@@ -11,7 +11,7 @@ from lightning_tdisent.sampling.sampler import probe_rows
 
 
 class LossPerState(L.Callback):
-    """Log ``train/loss``, its mean per state (per bin of states above ``bins``), and images seen and per second.
+    """Log ``train/loss``, its mean per state (per bin of states above ``bins``), and images seen.
 
     Between two log points nothing is copied from the device; ``self.log`` and its half millisecond a step are not
     used. The losses of ranks other than 0 are not in these curves; validation is exact over ranks.
@@ -27,6 +27,7 @@ class LossPerState(L.Callback):
         # row -> number of its bin
         self.bin_of = torch.searchsorted(ends, torch.arange(int(ends[-1]) + 1)).to(pl_module.device)
         self.names = [f"train_loss/t{int(pl_module.states.index[s]):04d}" for s in ends]
+        self.logged = trainer.global_step
         self.sums = torch.zeros(2, len(ends), device=pl_module.device)
         writer = getattr(trainer.logger, "experiment", None)
         if hasattr(writer, "add_custom_scalars") and len(self.names) > 1:
@@ -39,8 +40,9 @@ class LossPerState(L.Callback):
         self.sums[0].index_add_(0, bins, losses)
         self.sums[1].index_add_(0, bins, torch.ones_like(losses))
         step = trainer.global_step
-        if step % trainer.log_every_n_steps or not trainer.is_global_zero:
+        if step == self.logged or step % trainer.log_every_n_steps or not trainer.is_global_zero:
             return
+        self.logged = step  # once per step, also with accumulated gradients
         total, count = self.sums.tolist()
         self.sums.zero_()
         values = {name: t / n for name, t, n in zip(self.names, total, count, strict=True) if n}

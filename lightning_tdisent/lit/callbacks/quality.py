@@ -9,22 +9,25 @@ from lightning_tdisent.sampling.evaluation import score
 
 
 class SampleQuality(L.Callback):
-    """Sample from fixed seeds at each validation and compare with the held-out images.
+    """Sample from fixed seeds at each validation and compare with the training images, as is the custom.
 
     features: the feature network (``digits``, ``mnist``); the metric's name says which, and ``protocol`` what it
-    depends on. n: images, seeds first_seed .. + n - 1, each rank its share. A model that owns only some rows of its
+    depends on. n: images, seeds first_seed .. + n - 1, each rank its
+    share; split, n_real: the real ones, the first of a split. A model that owns only some rows of its
     table cannot be sampled and is left out.
     """
 
-    def __init__(self, features: str, n: int = 500, first_seed: int = 0) -> None:
-        self.features, self.n, self.first_seed = features, n, first_seed
+    def __init__(
+        self, features: str, n: int = 500, first_seed: int = 0, split: str = "train", n_real: int = 10000
+    ) -> None:
+        self.features, self.n, self.first_seed, self.split, self.n_real = features, n, first_seed, split, n_real
         self._quality: Quality | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: DenoiserModule, stage: str) -> None:
         """Load the features and the real images' moments once; refuse images of another shape."""
         if not pl_module.whole or stage == "predict" or self._quality is not None:
             return
-        quality, data = Quality(self.features), trainer.datamodule.held_out
+        quality, data = Quality(self.features), trainer.datamodule.images(self.split, self.n_real)
         if quality.shape != pl_module.denoiser.shape:
             raise InputError(
                 f"the features {self.features!r} take images {quality.shape}, the model makes "

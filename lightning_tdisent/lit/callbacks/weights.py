@@ -33,7 +33,7 @@ class EMA(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Start from the weights as they are, or as they were saved."""
-        parameters = self._parameters(pl_module)
+        self._walked = parameters = self._parameters(pl_module)
         self.average = EMAModel(parameters, decay=self.decay, foreach=True)
         if self._restored is not None:
             self.average.optimization_step = self._restored["step"]
@@ -44,7 +44,7 @@ class EMA(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
         """Move the average once per optimizer step."""
         if trainer.global_step > self.average.optimization_step:
-            self.average.step(self._parameters(pl_module))
+            self.average.step(self._walked)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Show the average."""

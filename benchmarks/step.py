@@ -1,0 +1,405 @@
+"""Host cost of one training step: `fit` as this project runs it, against a bare PyTorch loop that does the same work.
+
+What is compared. The project's side is one `Trainer.fit` with what every run of ``fit`` has: `ReducedStates` (S = 8),
+`EMA`, `LossPerState`, `Export`, `StepProgress`, `ModelCheckpoint`, the resident `ImageShards`, a TensorBoard logger and
+``log_every_n_steps`` 50; no validation and no checkpoint falls into the timed steps. The bare side is a plain loop
+over the same batches in the same order: generator seeded per step, balanced rows, `Denoiser.loss`, backward, clipping
+by norm, fused AdamW, LambdaLR, diffusers' `EMAModel` with foreach, loss written to TensorBoard every 50 steps. Both
+begin with the same weights, and the table says whether they also end with the same weights and averages, bit for bit.
+
+How. One fit lasts for the whole measurement. A callback reads the clock at the end of every batch; after each block
+of 25 steps it runs a block of 25 bare steps inside the hook, outside the project's time. A pair is two neighbouring
+blocks; both are one epoch long (the digits have 22 steps in one) and every other pair holds a log point. Reported is
+the median over pairs. Two networks: a 1x1 convolution, where nearly everything is overhead, and the U-Net of the
+digits. On a CUDA device blocks end with a synchronisation.
+
+Synchronisations are counted in 49 further steps strictly between two log points, on either side: scalars read
+(``aten::_local_scalar_dense``, below ``item``, ``bool`` and ``float``), operators whose shape depends on data
+(``nonzero``, ``masked_select``, ...), and calls of ``tolist``, ``cpu`` and ``numpy``, which the profiler cannot see.
+The result is the project's count minus the bare one's: on the CPU fused AdamW reads one step counter per parameter on
+both sides. On a CUDA device torch's own sync debug mode counts instead and every place is printed; it warns rather
+than raises, so that one run finds them all.
+
+    OMP_NUM_THREADS=1 python benchmarks/step.py [--quick] [--device cuda]
+"""
+
+import argparse
+import copy
+import io
+import logging
+import platform
+import shlex
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import diffusers
+import lightning.pytorch as L
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.tensorboard import SummaryWriter
+
+import lightning_tdisent
+from lightning_tdisent.diffusion.rng import draw_rows, key
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.lit.callbacks.losses import LossPerState
+from lightning_tdisent.lit.callbacks.progress import StepProgress
+from lightning_tdisent.lit.callbacks.weights import EMA, Export
+from lightning_tdisent.lit.datamodule import ImageShards
+from lightning_tdisent.lit.modules import Diffusion, ReducedStates
+from lightning_tdisent.networks.network import Network
+from lightning_tdisent.networks.unet import UNet
+from lightning_tdisent.sampling.sampler import from_uint8
+from lightning_tdisent.streaming.shards import Resident
+
+BATCH, BLOCK, LOG, SEED, DECAY = 64, 25, 50, 0, 0.999  # a block of steps is an epoch
+SCALAR = "aten::_local_scalar_dense"
+SHAPED = ("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::repeat_interleave")
+COPIES = ("tolist", "cpu", "numpy", "__array__")
+
+
+class Tiny(Network):
+    """One 1x1 convolution: almost no work, so that what remains is overhead."""
+
+    def __init__(self, shape: list[int], classes: int | None = None, conditioning: Any = None) -> None:
+        super().__init__(shape, classes, conditioning)
+        self.conv = nn.Conv2d(shape[0], shape[0], 1)
+
+    def forward(self, x: Tensor, index: Tensor | None = None, label: Tensor | None = None) -> Tensor:
+        """Convolve, whatever the index."""
+        return self.conv(x)
+
+
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "tiny": lambda: Tiny([1, 8, 8]),
+    "unet": lambda: UNet([1, 8, 8], channels=[16, 32], layers=1),
+}
+
+
+class Reads(TorchFunctionMode):
+    """Counts the calls from Python that bring a whole tensor to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in COPIES:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Syncs:
+    """Counts synchronisations between `start` and `stop`, which may lie in different calls of a hook."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def start(self) -> None:
+        """Begin."""
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self.reads, self.caught = Reads(), warnings.catch_warnings(record=True)
+        self.profiler.start()
+        self.reads.__enter__()
+        self.warned = self.caught.__enter__()
+        warnings.simplefilter("always")
+        if self.cuda:
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def stop(self) -> dict[str, int]:
+        """End, and return the counts by kind."""
+        if self.cuda:
+            torch.cuda.set_sync_debug_mode("default")
+        said = [w for w in self.warned or [] if "synchronizing CUDA operation" in str(w.message)]
+        self.caught.__exit__(None, None, None)
+        self.reads.__exit__(None, None, None)
+        self.profiler.stop()
+        assert self.profiler.profiler is not None
+        # the raw events: building the tree of `profiler.events()` takes seconds
+        seen = Counter(e.name() for e in self.profiler.profiler.kineto_results.events())
+        counts = {"scalars": seen[SCALAR], "shaped": sum(seen[name] for name in SHAPED)}
+        if not self.cuda:
+            return counts | {"copies": self.reads.counts.total()}
+        for w in {f"{w.filename}:{w.lineno}": w for w in said}.values():
+            print(f"  synchronises: {w.filename}:{w.lineno}: {w.message}")
+        return {"cuda": len(said)}  # torch knows; reading a CPU tensor costs nothing there
+
+
+class Bare:
+    """The same work without Lightning, on a copy of the module's denoiser."""
+
+    def __init__(self, module: Diffusion, data: Resident, writer: SummaryWriter) -> None:
+        self.denoiser, self.data, self.writer = copy.deepcopy(module.denoiser), data, writer
+        self.device, self.clip_norm, self.warmup = module.device, module.clip_norm, module.warmup
+        self.parameters = list(self.denoiser.parameters())
+        self.rows = torch.tensor(self.denoiser.rows, device=self.device)
+        self.generator = torch.Generator(self.device)
+        options = {"weight_decay": module.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(self.parameters, module.lr, **options)
+        rate = lambda step: min(1.0, (step + 1) / self.warmup)  # noqa: E731
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        self.average = EMAModel(self.parameters, decay=DECAY, foreach=True)
+        self.average.to(self.device)
+        self.step, self.batches = 0, self.epochs()
+
+    def epochs(self) -> Iterator[dict[str, Tensor]]:
+        """Batches of one epoch after the other."""
+        self.data.epoch = 0
+        while True:
+            yield from self.data
+            self.data.epoch += 1
+
+    def run(self, steps: int) -> None:
+        """Take some steps."""
+        for _ in range(steps):
+            batch = next(self.batches)
+            self.generator.manual_seed(key(SEED, 0, self.step))
+            x0 = from_uint8(batch["image"].to(self.device, non_blocking=True))
+            s = draw_rows(self.rows, len(x0), self.generator)
+            eps = torch.randn(x0.shape, generator=self.generator, device=self.device)
+            loss = self.denoiser.loss(x0, s, eps).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.average.step(self.parameters)
+            self.step += 1
+            if self.step % LOG == 0:
+                self.writer.add_scalar("train/loss", loss.item(), self.step)
+
+
+@dataclass
+class Times:
+    """Seconds of wall and of CPU of every block of both sides, and wall of every step of the project's."""
+
+    project: list[tuple[float, float]] = field(default_factory=list)
+    bare: list[tuple[float, float]] = field(default_factory=list)
+    steps: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def over(self) -> list[float]:
+        """Milliseconds per step over the bare loop, one per pair."""
+        return [(p[0] - b[0]) / BLOCK * 1e3 for p, b in zip(self.project, self.bare, strict=True)]
+
+    @property
+    def cpu_over(self) -> list[float]:
+        """The same in CPU time of the process, which other people's load moves less."""
+        return [(p[1] - b[1]) / BLOCK * 1e3 for p, b in zip(self.project, self.bare, strict=True)]
+
+    @property
+    def ratio(self) -> list[float]:
+        """Project over bare, one per pair."""
+        return [p[0] / b[0] for p, b in zip(self.project, self.bare, strict=True)]
+
+    def added(self, at: Callable[[int], bool]) -> float:
+        """Milliseconds that the steps chosen by number take over the other steps, medians of both."""
+        chosen, rest = ([t for k, t in self.steps if at(k) == is_one] for is_one in (True, False))
+        return (median(chosen) - median(rest)) * 1e3
+
+
+class Interleave(L.Callback):
+    """Times blocks of steps of the fit it belongs to, and runs a block of bare steps after each; then counts syncs.
+
+    Must be the last of the callbacks given (Lightning puts only checkpoints after it).
+    """
+
+    def __init__(self, warm: int, pairs: int, folder: Path) -> None:
+        self.warm, self.pairs, self.folder, self.times = warm, pairs, folder, Times()
+        self.syncs: dict[str, dict[str, int]] = {}
+
+    @property
+    def steps(self) -> int:
+        """Steps that the fit must take."""
+        return self.warm + self.pairs * BLOCK + LOG
+
+    def clock(self) -> tuple[float, float]:
+        """Wall and CPU, when the device has nothing left to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter(), time.process_time()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Build the bare loop from the weights as they are."""
+        self.device = pl_module.device
+        data = Resident(trainer.datamodule.training, BATCH, SEED)
+        self.bare = Bare(pl_module, data, SummaryWriter(str(self.folder / "bare")))
+        self.counter = Syncs(self.device)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
+        """Read the clock; at the end of a block run a bare one."""
+        now, step = time.perf_counter(), trainer.global_step
+        timed = step - self.warm
+        if 0 < timed <= self.pairs * BLOCK:
+            self.times.steps.append((step, now - self.last))
+        self.last = now
+        if step == self.warm:
+            self.bare.run(self.warm)
+            self.begin = self.clock()
+        elif 0 < timed <= self.pairs * BLOCK and timed % BLOCK == 0:
+            middle = self.clock()
+            self.bare.run(BLOCK)
+            end = self.clock()
+            self.times.project.append((middle[0] - self.begin[0], middle[1] - self.begin[1]))
+            self.times.bare.append((end[0] - middle[0], end[1] - middle[1]))
+            self.begin = self.clock()
+        if timed == self.pairs * BLOCK:
+            self.counter.start()
+        elif step == self.steps - 1:
+            self.syncs["project"] = self.counter.stop()
+            self.counter.start()
+            self.bare.run(LOG - 1)
+            self.syncs["bare"] = self.counter.stop()
+        elif step == self.steps:
+            self.bare.run(1)
+            self.equal = self.same(trainer, pl_module)
+        self.last = time.perf_counter()
+
+    def same(self, trainer: L.Trainer, module: Diffusion) -> bool:
+        """Whether both sides ended with the same weights and averages."""
+        ema = next(c for c in trainer.callbacks if isinstance(c, EMA))
+        mine, theirs = list(module.denoiser.parameters()), self.bare.parameters
+        averages = zip(ema.weights(module).values(), self.bare.average.shadow_params, strict=True)
+        return all(torch.equal(a, b) for a, b in [*zip(mine, theirs, strict=True), *averages])
+
+
+def write_shards(folder: Path) -> None:
+    """Shards of random 8x8 images: an epoch of BLOCK batches to train on, one batch to hold out."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", BATCH * BLOCK), ("test", BATCH)):
+        with tarfile.open(folder / f"{split}-0000.tar", "w") as tar:
+            for i, image in enumerate(rng.integers(0, 256, (n, 8, 8), dtype=np.uint8)):
+                png = io.BytesIO()
+                Image.fromarray(image).save(png, "png")
+                for suffix, content in (("png", png.getvalue()), ("cls", b"0")):
+                    info = tarfile.TarInfo(f"{i:06d}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
+def measure(name: str, warm: int, pairs: int, device: str, folder: Path) -> Interleave:
+    """Run one fit with its bare twin: warm steps, then so many pairs of blocks."""
+    L.seed_everything(SEED, verbose=False)
+    module = ReducedStates(NETWORKS[name](), LatentStates(S=8))
+    run, timer = folder / name, Interleave(warm, pairs, folder / name)
+    trainer = L.Trainer(
+        accelerator=device,
+        devices=1,
+        max_steps=timer.steps,
+        max_epochs=-1,
+        logger=TensorBoardLogger(run, name="", version="", default_hp_metric=False),
+        callbacks=[  # in the order of `fit`; StepProgress reports as in the jobs of a fleet and draws no bar
+            Export(),
+            StepProgress(report=lambda step, steps: None),
+            EMA(decay=DECAY),
+            LossPerState(),
+            ModelCheckpoint(save_last=True, filename="{step}"),
+            timer,
+        ],
+        default_root_dir=run,
+        log_every_n_steps=LOG,
+        val_check_interval=10 * timer.steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=ImageShards(str(folder), channels=1, batch_size=BATCH, seed=SEED))
+    return timer
+
+
+def quartiles(values: list[float]) -> str:
+    """Median with the quarters below and above, for printing."""
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def describe(args: argparse.Namespace) -> None:
+    """Print hardware, versions, commit and command."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if "model name" in line), "")
+    load = _lines("/proc/loadavg")
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else "none used"
+    print(
+        f"hardware: {cpu or platform.processor() or platform.machine()}, GPU: {gpu}, "
+        f"threads {torch.get_num_threads()}, load {load[0].split()[0] if load else 'unknown'}\n"
+        f"versions: python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}, "
+        f"diffusers {diffusers.__version__}, lightning_tdisent {lightning_tdisent.__version__}\n"
+        f"commit: {commit}, {time.strftime('%Y-%m-%d')}\n"
+        f"command: python benchmarks/step.py {shlex.join(sys.argv[1:])}"
+    )
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def show(name: str, timer: Interleave) -> None:
+    """Print the table of one network."""
+    times = timer.times
+    print(f"\n{name}: ms per step, blocks of {BLOCK} steps\n pair  project     bare     over    ratio  cpu over")
+    rows = zip(times.project, times.bare, times.over, times.ratio, times.cpu_over, strict=True)
+    for i, (project, bare, over, ratio, cpu) in enumerate(rows):
+        values = (project[0] / BLOCK * 1e3, bare[0] / BLOCK * 1e3, over, ratio, cpu)
+        print(f"{i + 1:5d} {values[0]:8.3f} {values[1]:8.3f} {over:8.3f} {ratio:8.3f}  {cpu:8.3f}")
+    print(
+        f"  median [quartiles]: over {quartiles(times.over)} ms, ratio {quartiles(times.ratio)}, "
+        f"cpu over {quartiles(times.cpu_over)} ms\n"
+        f"  within it, ms each time: first step of an epoch {times.added(lambda k: k % BLOCK == 1):+.3f}, "
+        f"log point {times.added(lambda k: k % LOG == 0):+.3f}\n"
+        f"  same weights and averages as the bare loop after {timer.steps} steps: {timer.equal}"
+    )
+    for side, counts in timer.syncs.items():
+        each = ", ".join(f"{kind} {n / (LOG - 1):.2f}" for kind, n in counts.items())
+        print(f"  synchronisations per step, {side}: {each}")
+
+
+def main() -> None:
+    """Measure both networks and print the result line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer pairs: under a minute on two cores")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    describe(args)
+    timers = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder))
+        for name, warm, pairs in (("tiny", 200, 80 if args.quick else 600), ("unet", 50, 12 if args.quick else 60)):
+            timers[name] = measure(name, warm, pairs, args.device, Path(folder))
+            show(name, timers[name])
+    syncs = max(sum(t.syncs["project"].values()) - sum(t.syncs["bare"].values()) for t in timers.values()) / (LOG - 1)
+    print(
+        f"\nRESULT step_overhead_ms={median(timers['tiny'].times.over):.3f} "
+        f"step_ratio={median(timers['unet'].times.ratio):.3f} syncs_per_step={syncs:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""One torch thread, the digit shards, and small models that every floor's tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: also for the processes that tests start
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits() -> Path:
+    """The folder of digit shards, written if it is not there yet."""
+    folder = ROOT / "data" / "digits"
+    if not (folder / "test-0000.tar").exists():
+        subprocess.run([sys.executable, ROOT / "data" / "digits.py"], check=True, cwd=ROOT)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configs name their data relative to the checkout."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def cli():
+    """Run a command in a fresh process: (exit code, stdout, stderr)."""
+
+    def run(*argv: object, timeout: float = 120) -> tuple[int, str, str]:
+        command = [sys.executable, "-m", "lightning_tdisent", *map(str, argv)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    return run

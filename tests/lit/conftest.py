@@ -1,0 +1,47 @@
+import lightning.pytorch as L
+import pytest
+
+from lightning_tdisent.lit.callbacks.losses import LossPerState
+from lightning_tdisent.lit.callbacks.weights import EMA, Export
+from lightning_tdisent.lit.datamodule import ImageShards
+from lightning_tdisent.networks.unet import UNet
+
+
+@pytest.fixture
+def tiny():
+    """A network small enough for a test, of the digits' shape."""
+
+    def make(**options):
+        return UNet(**{"shape": [1, 8, 8], "channels": [8, 16], "layers": 1, "mid_attention": False, **options})
+
+    return make
+
+
+@pytest.fixture
+def data(digits):
+    return lambda **options: ImageShards(**{"path": str(digits), "channels": 1, "batch_size": 32, **options})
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """A Trainer as the command line makes it, in a temporary run folder."""
+
+    def make(steps, *callbacks, ema=0.9, **options):
+        options = {
+            "max_epochs": -1,
+            "val_check_interval": steps,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 10,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": False,
+            "enable_checkpointing": False,
+            "default_root_dir": tmp_path,
+            "accelerator": "cpu",
+            **options,
+        }
+        always = [EMA(ema), LossPerState(), Export()]
+        return L.Trainer(max_steps=steps, callbacks=[*callbacks, *always], **options)
+
+    return make

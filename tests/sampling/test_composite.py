@@ -1,0 +1,298 @@
+import contextlib
+import copy
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+from lightning_tdisent.diffusion.objectives import X0, Eps, V
+from lightning_tdisent.diffusion.schedules import Cosine, Linear
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.sampling.composite import CompositeDenoiser, compose, composite_files, find_files, load_model
+from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral
+
+
+def refusal(call, *args: object) -> str:
+    with pytest.raises(InputError) as caught:
+        call(*args)
+    return str(caught.value)
+
+
+@pytest.fixture
+def experts(model):
+    return [model(rows=[s], seed=s) for s in (1, 2, 3, 4)]
+
+
+@pytest.fixture
+def files(experts, write):
+    return [write(f"e{e.rows[0]}", e) for e in experts]
+
+
+@pytest.fixture
+def folder(files, tmp_path):
+    return compose(files, tmp_path / "composite")
+
+
+def test_each_row_goes_to_its_owner(model):
+    experts = [model(rows=[3, 4], seed=1), model(rows=[1], seed=2), model(rows=[2], seed=3)]
+    composite = CompositeDenoiser(experts)
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for s, owner in ((1, 1), (2, 2), (3, 0), (4, 0)):
+            assert composite.at(s) is experts[owner]
+            assert torch.equal(composite(x, s), experts[owner](x, s))
+            other = Denoiser(experts[owner - 1].network, V(), composite.states)
+            assert not torch.equal(composite(x, s), other(x, s))
+    assert composite.shape == [1, 8, 8]
+    assert composite.classes is None
+    assert composite.states.fingerprint == experts[0].states.fingerprint
+    assert len(list(composite.parameters())) == 3 * len(list(experts[0].parameters()))
+
+
+def test_rows_that_are_missing_or_doubled_are_refused(model):
+    text = refusal(CompositeDenoiser, [model(rows=[1, 3]), model(rows=[3])])
+    assert "no expert owns rows 2, 4 of 1..4" in text
+    assert "row 3 is owned by expert 0 and expert 1" in text
+    assert "no expert owns row 4" in refusal(CompositeDenoiser, [model(rows=[1, 2, 3])])
+    assert "no experts" in refusal(CompositeDenoiser, [])
+
+
+def test_experts_in_memory_that_differ_are_refused(model, unet):
+    other = LatentStates(Cosine(), S=4)
+    good = [model(rows=[s]) for s in (1, 2)]
+    odd = [Denoiser(unet(), V(), other, [3]), Denoiser(unet(shape=(1, 16, 16), classes=3), V(), good[0].states, [4])]
+    text = refusal(CompositeDenoiser, good + odd)
+    for word in ("expert 2", other.fingerprint, good[0].states.fingerprint, "expert 3", "[1, 16, 16]", "[1, 8, 8]"):
+        assert word in text
+    assert '"classes": 3' in text
+    assert '"classes": null' in text
+
+
+@pytest.mark.parametrize("sampler", [DDIM(), Ancestral()], ids=["ddim", "ancestral"])
+def test_composing_and_loading_changes_no_bit(experts, files, folder, sampler):
+    before = [f.read_bytes() for f in files]
+    loaded, cards = load_model(folder)
+    assert isinstance(loaded, CompositeDenoiser)
+    assert [c.rows for c in cards] == [[1], [2], [3], [4]]
+    assert not loaded.training
+    for s, expert in enumerate(experts, start=1):
+        mine, theirs = expert.state_dict(), loaded.at(s).state_dict()
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(v, theirs[k]) for k, v in mine.items())
+    assert torch.equal(sampler(loaded, [1, 2, 3]), sampler(CompositeDenoiser(experts), [1, 2, 3]))
+    assert [f.read_bytes() for f in files] == before
+
+
+def test_the_order_of_the_files_does_not_matter(files, folder, tmp_path):
+    other = compose(files[::-1], tmp_path / "other")
+    assert (other / "composite.json").read_bytes() == (folder / "composite.json").read_bytes()
+    assert torch.equal(DDIM()(load_model(other)[0], [1]), DDIM()(load_model(folder)[0], [1]))
+
+
+def test_a_composite_outlives_the_files_it_came_from(files, folder):
+    expected = DDIM()(load_model(folder)[0], [1])
+    for file in files:
+        file.unlink()
+    assert torch.equal(DDIM()(load_model(folder)[0], [1]), expected)
+
+
+def test_the_manifest(experts, folder):
+    manifest = json.loads((folder / "composite.json").read_text())
+    assert manifest["fingerprint"] == experts[0].states.fingerprint
+    assert [e["rows"] for e in manifest["experts"]] == [[1], [2], [3], [4]]
+    assert [e["file"] for e in manifest["experts"]] == [f"rows_000{s}.safetensors" for s in (1, 2, 3, 4)]
+    assert composite_files(folder) == [folder / e["file"] for e in manifest["experts"]]
+
+
+def test_experts_of_several_rows_compose(model, write, tmp_path):
+    experts = [model(rows=[1, 4], seed=1), model(rows=[2, 3], seed=2)]
+    folder = compose([write("a", experts[0]), write("b", experts[1])], tmp_path / "two")
+    assert torch.equal(DDIM()(load_model(folder)[0], [5]), DDIM()(CompositeDenoiser(experts), [5]))
+
+
+ROWS = 9
+TABLE = LatentStates(Linear(), S=ROWS)
+
+
+@pytest.fixture
+def nine(unet):
+    def expert(s: int, states: LatentStates = TABLE, objective: type = V, **args: object) -> Denoiser:
+        return Denoiser(unet(s, **args), objective(), states, [s])
+
+    return expert
+
+
+def test_every_offender_is_named_at_once_before_weights_are_read_or_anything_is_written(nine, write, spoil, tmp_path):
+    other = LatentStates(Linear(beta_end=0.021), S=ROWS)
+    fewer = LatentStates(Linear(), S=10)
+    names = {
+        "good": write("good", nine(1)),
+        "fine": write("fine", nine(2)),
+        "range": write("range", nine(3), image_range=[0.0, 1.0]),
+        "table": write("table", nine(4, other)),
+        "words": write("words", nine(5, objective=Eps)),
+        "side": write("side", nine(6, shape=(1, 16, 16))),
+        "classes": write("classes", nine(7, classes=5)),
+        "data": write("data", nine(8), data="0therd4ta"),
+        "live": write("live", nine(8), weights="live"),
+        "count": write("count", nine(2, fewer)),
+        "spare": write("spare", nine(1)),
+        "more": write("more", nine(1)),
+    }
+    for path in names.values():
+        spoil(path)
+    out = tmp_path / "out" / "composite"
+    for call in (lambda: compose(list(names.values()), out), lambda: compose(list(names.values())[::-1], out)):
+        text = refusal(call)
+        lines = {name: [line for line in text.split("\n") if f"{path}:" in line] for name, path in names.items()}
+        expected = {
+            "range": ["image range", "[0.0, 1.0]", "[-1.0, 1.0]"],
+            "table": ["table", other.fingerprint, TABLE.fingerprint, "beta_end=0.021,", "beta_end=0.02,"],
+            "words": ["parametrisation", '"Eps"', '"V"'],
+            "side": ["network input", "[1, 16, 16]", "[1, 8, 8]"],
+            "classes": ["network input", '"classes": 5', '"classes": null'],
+            "data": ["training data", '"0therd4ta"', '"d1g1t5"'],
+            "live": ["weights", '"live"', '"ema"'],
+        }
+        for name, words in expected.items():
+            assert len(lines[name]) == 1, name
+            for word in words:
+                assert word in lines[name][0], (name, word)
+        assert any(" S is 10, the others have 9" in line for line in lines["count"])
+        assert any(fewer.fingerprint in line for line in lines["count"])
+        assert lines["good"] == lines["fine"] == lines["spare"] == []
+        assert "no expert owns row 9 of 1..9" in text
+        doubled = [line for line in text.split("\n") if "row 1 is owned by" in line]
+        assert len(doubled) == 1
+        assert all(str(names[n]) in doubled[0] for n in ("good", "spare", "more"))
+        assert any(str(names["fine"]) in line and str(names["count"]) in line for line in text.split("\n"))
+        assert "12 experts" in text
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("what", ["compose", "load"])
+def test_a_folder_of_runs_is_checked_before_weights_are_read(nine, write, spoil, tmp_path, what):
+    for s in (1, 2, 3):
+        (tmp_path / "runs" / f"{s}").mkdir(parents=True)
+        shutil.move(write(f"{s}", nine(s)), tmp_path / "runs" / f"{s}" / "model.safetensors")
+        spoil(tmp_path / "runs" / f"{s}" / "model.safetensors")
+    files = find_files(tmp_path / "runs")
+    assert len(files) == 3
+    call = (load_model, tmp_path / "runs") if what == "load" else (compose, files, tmp_path / "out")
+    text = refusal(*call)
+    assert "no expert owns rows 4, 5, 6, 7, 8, 9 of 1..9" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_expert_of_many_makes_no_images(files, tmp_path):
+    run = tmp_path / "runs" / "only"
+    run.mkdir(parents=True)
+    shutil.copy(files[1], run / "model.safetensors")
+    for source in (files[1], run, tmp_path / "runs"):
+        assert re.search(r"own.* rows? |row .*own", refusal(lambda s=source: DDIM()(load_model(s)[0], [1])))
+
+
+def test_files_that_are_no_experts_are_all_named(files, tmp_path):
+    empty, text = tmp_path / "empty.safetensors", tmp_path / "text.safetensors"
+    empty.touch()
+    text.write_text("no weights")
+    message = refusal(compose, [*files, empty, text, tmp_path / "gone.safetensors"], tmp_path / "out")
+    for word in (f"{empty}: not an expert", f"{text}: not an expert", "gone.safetensors: no such file"):
+        assert word in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("at", [-1, 0, 9, 400])
+def test_one_flipped_bit_in_a_member_is_refused(folder, at):
+    member = folder / "rows_0003.safetensors"
+    content = bytearray(member.read_bytes())
+    content[at] ^= 1
+    member.unlink()
+    member.write_bytes(content)
+    text = refusal(load_model, folder)
+    assert f"{member}: sha256 is " in text
+    assert "rows_0001" not in text
+    manifest = json.loads((folder / "composite.json").read_text())
+    assert manifest["experts"][2]["sha256"] in text
+
+
+def test_every_damaged_member_is_named(folder):
+    (folder / "rows_0002.safetensors").unlink()
+    (folder / "rows_0004.safetensors").unlink()
+    (folder / "rows_0004.safetensors").write_bytes(b"something else")
+    text = refusal(load_model, folder)
+    assert "rows_0002.safetensors: missing" in text
+    assert "rows_0004.safetensors: sha256 is" in text
+    assert "rows_0001" not in text
+
+
+def test_members_of_two_composites_cannot_be_swapped(folder):
+    one, two = folder / "rows_0001.safetensors", folder / "rows_0002.safetensors"
+    one.rename(folder / "x")
+    two.rename(one)
+    (folder / "x").rename(two)
+    text = refusal(load_model, folder)
+    assert "rows_0001" in text
+    assert "rows_0002" in text
+
+
+@pytest.mark.parametrize(
+    "manifest", ["", "{", "{}", "[]", '{"experts": [{}]}', '{"experts": 3}', "null", '{"experts": ["a"]}']
+)
+def test_a_manifest_that_is_none_is_refused(tmp_path, manifest):
+    (tmp_path / "composite.json").write_text(manifest)
+    assert "composite.json: not a composite" in refusal(load_model, tmp_path)
+
+
+def test_a_composite_is_not_written_over(files, folder):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert "already holds a composite" in refusal(compose, files, folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+# a composite whose manifest got lost is composed again in place
+def test_composing_files_where_they_lie_does_not_lose_them(folder):
+    (folder / "composite.json").unlink()
+    members = sorted(folder.glob("*.safetensors"))
+    before = [m.read_bytes() for m in members]
+    with contextlib.suppress(InputError):
+        compose(members, folder)
+    assert [m.read_bytes() for m in members if m.exists()] == before
+
+
+def test_find_files(files, folder, tmp_path):
+    assert find_files(files[0]) == [files[0]]
+    assert find_files(str(folder)) == sorted(folder.glob("rows_*.safetensors"))
+    for name in ("b", "a"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        shutil.copy(files[0], tmp_path / "runs" / name / "model.safetensors")
+    assert find_files(tmp_path / "runs") == [tmp_path / "runs" / n / "model.safetensors" for n in "ab"]
+    assert find_files(tmp_path / "runs" / "a") == [tmp_path / "runs" / "a" / "model.safetensors"]
+    (tmp_path / "none").mkdir()
+    for nothing in (tmp_path / "none", tmp_path / "never"):
+        assert str(nothing) in refusal(find_files, nothing)
+
+
+def test_one_file_that_owns_all_rows_is_a_model(model, write):
+    one = model(X0())
+    loaded, (card,) = load_model(write("whole", one))
+    assert isinstance(loaded, Denoiser)
+    assert card.rows == [1, 2, 3, 4]
+    assert torch.equal(DDIM()(loaded, [1]), DDIM()(one, [1]))
+
+
+def test_composing_one_whole_model(model, write, tmp_path):
+    one = model()
+    loaded, _ = load_model(compose([write("whole", one)], tmp_path / "composite"))
+    assert torch.equal(DDIM()(loaded, [4]), DDIM()(one, [4]))
+
+
+def test_a_composite_leaves_its_experts_alone(experts):
+    before = copy.deepcopy([e.state_dict() for e in experts])
+    DDIM()(CompositeDenoiser(experts), [1])
+    for expert, state in zip(experts, before, strict=True):
+        assert all(torch.equal(v, state[k]) for k, v in expert.state_dict().items())

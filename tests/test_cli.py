@@ -1,0 +1,229 @@
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from lightning_tdisent.cli import main
+from lightning_tdisent.diffusion.objectives import Eps, V
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.lit.modules import ReducedStates, SingleState
+from lightning_tdisent.networks.unet import UNet
+from lightning_tdisent.sampling.expert import save_expert
+
+BASE = "experiments/digits/reduced8.yaml"
+
+
+def refusal(capsys, *argv) -> str:
+    """The last line of a refused command; exit code 2, no traceback, the whole message on stderr."""
+    assert main([str(a) for a in argv]) == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text.strip().splitlines()[-1]
+
+
+# what is typed, and what the one line must name: the key, the value or nearest word
+MISTAKES = [
+    (["--trainer.max_stepz", "3"], ["--trainer.max_stepz", "'--trainer.max_steps'"]),
+    (["--trainer.max_steps", "many"], ["--trainer.max_steps", "expected int", "'many'"]),
+    (["--model", "Reduced"], ["--model", "'Reduced'", "'ReducedStates'"]),
+    (["--model", "Basline"], ["--model", "'Baseline'"]),
+    (["--model.lrr", "1"], ["--model.lrr", "'lr'"]),
+    (["--model.lr", "fast"], ["--model.lr", "float", "'fast'"]),
+    (["--model.draw", "sometimes"], ["--model.draw", "balanced", "iid", "'sometimes'"]),
+    (["--model.network", "UNett"], ["--model.network", "'UNet'"]),
+    (["--model.network.channelz", "[8]"], ["--model.network.channelz", "'channels'"]),
+    (["--model.network.layers", "two"], ["--model.network.layers", "int", "'two'"]),
+    (["--model.network.conditioning", "time"], ["conditioning", "state", "none", "'time'"]),
+    (["--model.states.schedule", "Cosin"], ["--model.states.schedule", "'Cosine'"]),
+    (["--model.states.spacing", "evn"], ["--model.states.spacing", "even", "trailing"]),
+    (["--model.states.S", "eight"], ["--model.states.S", "int", "'eight'"]),
+    (["--model.states.SS", "8"], ["--model.states.SS", "'S'"]),
+    (["--model.objective", "W"], ["--model.objective", "'W'"]),
+    (["--model.objective.weight", "MinSnr"], ["--model.objective.weight", "'MinSNR'"]),
+    (["--model.sampler", "DDMI"], ["--model.sampler", "'DDIM'"]),
+    (["--data", "ImageShard"], ["--data", "'ImageShards'"]),
+    (["--data.batch_siz", "3"], ["--data.batch_siz", "'batch_size'"]),
+    (["--data.channels", "2"], ["channels", "1 or 3", "2"]),
+    (["--ema.decay", "1.5"], ["ema.decay", "1.5"]),
+    (["--runn", "x"], ["--runn", "'--run'"]),
+    (["--config", "experiments/digits/reduced.yaml"], ["experiments/digits/reduced.yaml", "'experiments/digits/reduced8.yaml'"]),
+    (["--model.states.S", "2000"], ["S=2000", "T=1000"]),
+    (["--model.states.S", "1000"], ["ReducedStates", "1000"]),
+    (["--model.states.kind", "native"], ["terminal_bound", "kind: mapped"]),
+    (["--model.states.kind", "rescaled"], ["(0, 1)", "of 8"]),
+    (["--model.states.schedule", "Linear", "--model.states.schedule.zero_terminal", "true", "--model.objective", "Eps",
+      "--model.states.indices", "[500,1000]", "--model.states.S", "null"], ["zero terminal SNR", "V or X0"]),
+    (["--model.network.groups", "7"], ["groups: 7", "[16, 32]"]),
+    (["--model.network.shape", "[3, 8, 8]"], ["[3, 8, 8]", "[1, 8, 8]", "data"]),
+    (["--model.warm_start", "runs/nothing"], ["runs/nothing", "no weights"]),
+    (["--data.path", "nowhere"], ["nowhere", "data/README.md"]),
+    (["--data.path", "tests"], ["tests", "no shards train-*.tar"]),
+    (["--data.batch_size", "5000"], ["batch_size: 5000", "1500"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "named"), MISTAKES, ids=[" ".join(w)[:40] for w, _ in MISTAKES])
+def test_a_mistake_on_the_command_line(words, named, capsys, tmp_path):
+    line = refusal(capsys, "fit", "--config", BASE, "--trainer.max_steps", 1, *words, "--run", tmp_path / "run")
+    assert all(name in line for name in named), line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+FILES = {
+    "model:\n  init_args:\n    lrr: 1\n": (3, "model.lrr", "'lr'"),
+    "model:\n  init_args:\n    network:\n      class_path: UNett\n": (3, "model.network", "'UNet'"),
+    "model:\n  init_args:\n    network:\n      init_args:\n        layerz: 2\n": (
+        5,
+        "model.network.layerz",
+        "'layers'",
+    ),
+    "model:\n  class_path: Reduced\n": (1, "model", "'ReducedStates'"),
+    "trainer:\n  max_stepz: 3\n": (2, "trainer.max_stepz", "'trainer.max_steps'"),
+    "trainer:\n  max_steps: many\n": (2, "trainer.max_steps", "int"),
+    "trainer:\n  callbacks:\n    - Picturess\n": (2, "trainer.callbacks", "'Pictures'"),
+    "modell: 3\n": (1, "modell", "'model'"),
+    "model:\n  init_args:\n    lr: ${nope}\n": (3, "lr", "${nope}"),
+}
+
+
+@pytest.mark.parametrize("text", FILES, ids=[v[1] + "-" + v[2] for v in FILES.values()])
+def test_a_mistake_in_a_file_names_file_line_key_and_nearest(text, capsys, tmp_path):
+    number, *named = FILES[text]
+    file = tmp_path / "overlay.yaml"
+    file.write_text(text)
+    line = refusal(capsys, "fit", "--config", BASE, "--config", file, "--run", tmp_path / "run")
+    assert line.startswith(f"error: {file}:{number}: ")
+    assert all(name in line for name in named), line
+
+
+def test_broken_yaml_is_named(capsys, tmp_path):
+    file = tmp_path / "broken.yaml"
+    file.write_text("model: [\n")
+    assert f"{file}: not valid YAML" in refusal(capsys, "fit", "--config", BASE, "--config", file)
+
+
+def test_a_folder_with_another_run_is_refused(capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    assert "already holds a run" in refusal(capsys, "fit", "--config", BASE, "--run", tmp_path)
+
+
+def test_the_exit_code_reaches_the_shell_without_a_traceback(cli):
+    code, out, err = cli("fit", "--config", BASE, "--model.lrr", 1)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_unknown_commands_are_answered_with_the_nearest(capsys):
+    assert "'compose'" in refusal(capsys, "compos")
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """Files of four untrained experts of one table."""
+
+    def make(folder="experts", rows=(1, 2, 3, 4), **options):
+        files = []
+        for k in rows:
+            torch.manual_seed(k)
+            net = UNet([1, 8, 8], [8, 16], 1, mid_attention=False, **options.get("network", {}))
+            states = LatentStates(S=options.get("S", 4))
+            module = SingleState(net, states, k, objective=options.get("objective", V()))
+            path = tmp_path / folder / f"expert_{k:03d}" / "model.safetensors"
+            path.parent.mkdir(parents=True)
+            save_expert(path, module.denoiser, module.card("ema", 0.9))
+            files.append(path)
+        return files
+
+    return make
+
+
+def test_compose_sample_evaluate_report_by_hand(experts, tmp_path, capsys):
+    files = experts()
+    out = tmp_path / "all"
+    assert main(["compose", str(files[0].parents[1]), "--out", str(out)]) == 0
+    assert main(["sample", str(out), "--out", str(tmp_path / "a"), "--seeds", "3:8"]) == 0
+    assert main(["sample", *[str(out)], "--out", str(tmp_path / "b"), "--seeds", "5:7", "--batch-size", "1"]) == 0
+    for seed in (5, 6):  # image i depends on its seed alone
+        a, b = (list(Image.open(tmp_path / d / f"{seed:06d}.png").tobytes()) for d in "ab")
+        assert max(abs(x - y) for x, y in zip(a, b, strict=True)) <= 1
+    assert len(list((tmp_path / "a").glob("0*.png"))) == 5
+    argv = ["evaluate", str(out), "--data", "data/digits", "--features", "digits", "-n", "8"]
+    assert main([*argv, "--out", str(tmp_path / "e"), "--sampler", "dpm"]) == 0
+    assert main(["report", str(tmp_path / "e")]) == 0
+    page = (tmp_path / "e" / "report.html").read_text()
+    assert "fd_digits" in page
+    assert "DPMSolver(steps=None, clip=1.0)" in page
+    capsys.readouterr()
+    assert "already keeps results" in refusal(capsys, *argv, "--out", tmp_path / "e")
+    assert "already holds images" in refusal(capsys, "sample", out, "--out", tmp_path / "a")
+
+
+def test_compose_names_all_offenders_and_writes_nothing(experts, tmp_path, capsys):
+    good = experts()
+    wrong = [
+        experts("table", [1], S=5)[0],
+        experts("eps", [2], objective=Eps())[0],
+        experts("classes", [3], network={"classes": 7})[0],
+    ]
+    assert main(["compose", *map(str, [good[0], good[1], *wrong]), "--out", str(tmp_path / "no")]) == 2
+    text = capsys.readouterr().err
+    for named in (
+        r"table.*: table is .*S=5.*the others have .*S=4",
+        r"eps.*: parametrisation is \"Eps\", the others have \"V\"",
+        r"classes.*: network input is .*\"classes\": 7.*the others have .*null",
+        r"no expert owns row 4 of 1\.\.4",
+        r"row 1 is owned by .* and ",
+        r"row 2 is owned by .* and ",
+    ):
+        assert re.search(named, text), f"{named} not in {text}"
+    assert not (tmp_path / "no").exists()
+
+
+def test_sampling_refusals(experts, tmp_path, capsys):
+    files = experts()
+    assert "rows" in refusal(capsys, "sample", files[0], "--out", tmp_path / "x")
+    assert "no weights" in refusal(capsys, "sample", tmp_path, "--out", tmp_path / "x")
+    assert "FIRST:END" in refusal(capsys, "sample", files[0], "--out", tmp_path / "x", "--seeds", "5")
+    folder = files[0].parents[1]
+    assert "5 steps on a table of 4" in refusal(capsys, "sample", folder, "--out", tmp_path / "x", "--steps", 5)
+    assert "no classes" in refusal(capsys, "sample", folder, "--out", tmp_path / "x", "--label", 3)
+    assert "class-conditional" in refusal(capsys, "sample", folder, "--out", tmp_path / "x", "--guidance", 3)
+    assert not (tmp_path / "x").exists()
+
+
+def test_guidance_by_command(tmp_path):
+    module = ReducedStates(UNet([1, 8, 8], [8, 16], 1, classes=10), LatentStates(S=2))
+    save_expert(tmp_path / "model.safetensors", module.denoiser, module.card("live"))
+    argv = ["sample", str(tmp_path), "--seeds", "0:4", "--label", "3", "--out"]
+    assert main([*argv, str(tmp_path / "a"), "--guidance", "1"]) == 0
+    assert main([*argv, str(tmp_path / "b")]) == 0
+    assert main([*argv, str(tmp_path / "c"), "--guidance", "5"]) == 0
+    a, b, c = ((tmp_path / d / "grid.png").read_bytes() for d in "abc")
+    assert a == b != c
+
+
+def test_a_class_of_ones_own_needs_its_import(tmp_path, capsys, monkeypatch):
+    source = (
+        "from lightning_tdisent.networks.network import Network\n"
+        "from torch import nn\n"
+        "class Mine(Network):\n"
+        "    def __init__(self, shape: list[int], width: int = 4):\n"
+        "        super().__init__(shape, None, 'none')\n"
+        "        self.width = width\n"
+        "        self.net = nn.Conv2d(shape[0], shape[0], 3, padding=1)\n"
+        "    def forward(self, x, index=None, label=None):\n"
+        "        return self.net(x)\n"
+    )
+    (tmp_path / "my_net.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    import sys
+
+    words = ["--model.network", "my_net.Mine", "--model.network.shape", "[1,8,8]", "--trainer.max_steps", "2"]
+    assert main(["fit", "--config", BASE, *words, "--trainer.callbacks", "[]", "--run", str(tmp_path / "run")]) == 0
+    for name in [n for n in sys.modules if n == "my_net"]:
+        monkeypatch.delitem(sys.modules, name)
+    argv = ["sample", str(tmp_path / "run"), "--out", str(tmp_path / "x"), "--seeds", "0:2"]
+    assert "--import my_net" in refusal(capsys, *argv)
+    assert main([*argv, "--import", "my_net"]) == 0

@@ -1,0 +1,81 @@
+import configparser
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+
+import lightning_tdisent
+from lightning_tdisent.cli import parser
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "lightning", "diffusers", "torchmetrics", "webdataset", "matplotlib", "numpy", "rich", "yaml")
+
+
+def modules_after(code: str) -> set[str]:
+    program = f"import sys\ntry:\n    {code}\nexcept SystemExit: pass\nprint('LOADED', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(done.stdout.rpartition("LOADED")[2].split())
+
+
+def test_import_and_help_load_nothing_heavy():
+    assert modules_after("import lightning_tdisent").isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], *([c, "--help"] for c in ("sample", "compose", "evaluate", "report", "study"))]
+)
+def test_help_loads_nothing_heavy(argv):
+    loaded = modules_after(f"from lightning_tdisent.cli import main; main({argv!r})")
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_every_command_has_help():
+    text = parser().format_help()
+    for command in ("fit", "validate", "test", "predict", "sample", "compose", "evaluate", "report", "study"):
+        assert f"\n    {command} " in text
+
+
+def test_every_public_name_resolves():
+    for name in lightning_tdisent.__all__:
+        assert getattr(lightning_tdisent, name) is not None
+    with pytest.raises(AttributeError, match="Baselin"):
+        lightning_tdisent.Baselin  # noqa: B018
+
+
+def test_torchvision_is_not_installed():
+    # with a CPU torch its import breaks torchmetrics and lightning
+    assert "torchvision" not in {d.metadata["Name"].lower() for d in distributions()}
+
+
+def test_constraints_fit_the_ranges_of_setup_cfg():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    from packaging.requirements import Requirement
+
+    pins = dict(line.split("==") for line in (ROOT / ".ci/constraints.txt").read_text().split() if "==" in line)
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    wanted = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    lines = [line for text in wanted for line in text.splitlines() if line and not line.startswith("#")]
+    for requirement in map(Requirement, lines):
+        if requirement.name == "lightning_tdisent":
+            continue
+        version = pins[requirement.name.lower().replace("_", "-")]
+        assert requirement.specifier.contains(version), f"{requirement} does not admit the pinned {version}"
+    lightning = next(r for r in map(Requirement, lines) if r.name == "lightning").specifier
+    assert not any(lightning.contains(bad) for bad in ("2.6.2", "2.6.3", "2.6.5"))
+
+
+def test_no_unsafe_calls_in_the_package():
+    words = ("pickle", "weights_only=False", "strict=False", "eval(", "extractall", "shell=True", "yaml.load(")
+    for file in (ROOT / "lightning_tdisent").rglob("*.py"):
+        text = file.read_text()
+        for word in words:
+            code = [line for line in text.splitlines() if word in line and "no pickle" not in line]
+            code = [
+                line
+                for line in code
+                if not (word == "eval(" and ".eval(" in line) and "strict=False)" not in line[-14:]
+            ]
+            assert not code, f"{file}: {code}"
