@@ -52,10 +52,10 @@ MISTAKES = [
     (["--model.states.S", "1000"], ["ReducedStates", "1000"]),
     (["--model.states.kind", "native"], ["terminal_bound", "kind: mapped"]),
     (["--model.states.kind", "rescaled"], ["(0, 1)", "of 8"]),
-    (["--model.states.schedule", "Linear", "--model.states.schedule.zero_terminal", "true", "--model.objective", "Eps",
-      "--model.states.indices", "[500,1000]", "--model.states.S", "null"], ["zero terminal SNR", "V or X0"]),
+    (["--model.states.schedule", "Linear", "--model.states.schedule.zero_terminal", "true", "--model.objective", "Eps"],
+     ["zero terminal SNR", "V or X0"]),
     (["--model.network.groups", "7"], ["groups: 7", "[16, 32]"]),
-    (["--model.network.shape", "[3, 8, 8]"], ["[3, 8, 8]", "[1, 8, 8]", "data"]),
+    (["--trainer.callbacks", "[]", "--model.network.shape", "[3, 8, 8]"], ["[3, 8, 8]", "[1, 8, 8]", "data"]),
     (["--model.warm_start", "runs/nothing"], ["runs/nothing", "no weights"]),
     (["--data.path", "nowhere"], ["nowhere", "data/README.md"]),
     (["--data.path", "tests"], ["tests", "no shards train-*.tar"]),
@@ -127,7 +127,7 @@ def experts(tmp_path):
         files = []
         for k in rows:
             torch.manual_seed(k)
-            net = UNet([1, 8, 8], [8, 16], 1, mid_attention=False, **options.get("network", {}))
+            net = UNet([1, 8, 8], [8, 16], 1, mid_attention=False, groups=4, **options.get("network", {}))
             states = LatentStates(S=options.get("S", 4))
             module = SingleState(net, states, k, objective=options.get("objective", V()))
             path = tmp_path / folder / f"expert_{k:03d}" / "model.safetensors"
@@ -194,7 +194,7 @@ def test_sampling_refusals(experts, tmp_path, capsys):
 
 
 def test_guidance_by_command(tmp_path):
-    module = ReducedStates(UNet([1, 8, 8], [8, 16], 1, classes=10), LatentStates(S=2))
+    module = ReducedStates(UNet([1, 8, 8], [8, 16], 1, groups=4, classes=10), LatentStates(S=2))
     save_expert(tmp_path / "model.safetensors", module.denoiser, module.card("live"))
     argv = ["sample", str(tmp_path), "--seeds", "0:4", "--label", "3", "--out"]
     assert main([*argv, str(tmp_path / "a"), "--guidance", "1"]) == 0

@@ -34,11 +34,11 @@ def transition(states: LatentStates, s: int, r: int, eta: float) -> tuple[Coeffi
     if states.K == 1:
         (a, b), (c, d) = states._rows[s], states._rows[r]
         fresh = eta * d / b * math.sqrt(max(0.0, 1 - (a / c) ** 2))
-        keep = math.sqrt(max(0.0, d * d - fresh * fresh)) / b
+        keep = d / b * math.sqrt(1 - eta * eta + (eta * a * d / (b * c)) ** 2)
         return c - a * keep, keep, fresh
     at, bt, ct, dt = (c[:, None, None] for c in (states.a[s], states.b[s], states.a[r], states.b[r]))
     fresh_t = eta * dt / bt * (1 - (at / ct).square()).clamp_min(0).sqrt()
-    keep_t = (dt.square() - fresh_t.square()).clamp_min(0).sqrt() / bt
+    keep_t = dt / bt * (1 - eta * eta + (eta * at * dt / (bt * ct)).square()).sqrt()
     return ct - at * keep_t, keep_t, fresh_t
 
 
@@ -48,7 +48,7 @@ def step(
     """One reverse step x_s -> x_r with the estimate x0_hat; z ~ N(0, I) is needed where `transition` has cz > 0."""
     c0, cx, cz = transition(states, s, r, eta)
     out = scale(c0, x0_hat) + scale(cx, x)
-    if isinstance(cz, Tensor) or cz > 0:
+    if bool((cz > 0).any()) if isinstance(cz, Tensor) else cz > 0:
         if z is None:
             raise InputError(f"the step {s} -> {r} with eta={eta:g} adds fresh noise: pass z")
         out = out + scale(cz, z)

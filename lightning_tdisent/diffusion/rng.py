@@ -50,7 +50,7 @@ def draw_rows(rows: Tensor, n: int, generator: torch.Generator | None, balanced:
     Balanced draws visit every row n/R times if R divides n, else each row within one of that; the marginal of a
     random position is uniform either way.
     """
-    u = torch.rand(n, generator=generator, device=rows.device, dtype=torch.float64)
+    u = torch.rand(1 if balanced else n, generator=generator, device=rows.device, dtype=torch.float64)
     if balanced:
         u = (torch.arange(n, device=rows.device) + u) / n
     return rows[(u * len(rows)).long().clamp_max(len(rows) - 1)]

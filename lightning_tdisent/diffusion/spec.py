@@ -67,10 +67,15 @@ def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
     A class is taken from this package or from a module that is already imported: reading a file never imports code
     that its reader did not name, and no class that is not marked as a `Part` is ever called.
     """
-    path, arguments = data["class_path"], data["init_args"]
+    path, arguments = data.get("class_path"), data.get("init_args")
+    if not isinstance(path, str) or not isinstance(arguments, dict):
+        raise InputError(f"{data} is no class_path with init_args")
     module_name, _, name = path.rpartition(".")
     if module_name.split(".")[0] == __package__.split(".")[0]:
-        importlib.import_module(module_name)
+        try:
+            importlib.import_module(module_name)
+        except ModuleNotFoundError:
+            raise InputError(f"this version has no class {path}") from None
     if module_name not in sys.modules:
         raise InputError(
             f"the file names the class {path}, whose module is not loaded. If you trust it, import it first "

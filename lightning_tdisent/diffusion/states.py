@@ -52,6 +52,8 @@ class LatentStates(Part, nn.Module):
         super().__init__()
         self.schedule = schedule = schedule or Linear()
         self.spacing, self.indices, self.kind, self.terminal_bound = spacing, indices, kind, terminal_bound
+        if kind not in ("mapped", "native", "rescaled"):
+            raise InputError(f"kind {kind!r}: choose mapped, native or rescaled")
         chosen = _choose(schedule, S, spacing, indices)
         self.S = len(chosen)
         if kind == "mapped":
@@ -62,14 +64,14 @@ class LatentStates(Part, nn.Module):
         self._check_end()
 
     def _fill(self, log_snr: Tensor, index: Tensor) -> None:
+        if log_snr.isnan().any() or not log_snr[0].isposinf().all():
+            raise InputError("a table must be free of NaN and start with the data: log-SNR +inf at row 0")
         if not (log_snr[1:] < log_snr[:-1]).all():
             s = int((log_snr[1:] >= log_snr[:-1]).any(1).nonzero()[0]) + 1
             raise InputError(
                 f"log-SNR must fall from row to row; row {s} (index {int(index[s])}) has {log_snr[s].tolist()} after "
                 f"{log_snr[s - 1].tolist()}"
             )
-        if log_snr.isnan().any() or not log_snr[0].isposinf().all():
-            raise InputError("a table must be free of NaN and start with the data: log-SNR +inf at row 0")
         for name, value in {
             "log_snr": log_snr,
             "a": torch.sigmoid(log_snr).sqrt(),
@@ -173,7 +175,7 @@ def _choose(schedule: NoiseSchedule, S: int | None, spacing: str, indices: list[
     if spacing == "leading":
         return [1 + k * (T // S) for k in range(S)]
     if spacing == "trailing":
-        return [T - round(k * T / S) for k in reversed(range(S))]
+        return [round(k * T / S) for k in range(1, S + 1)]
     if spacing == "log_snr":
         L = schedule.log_snr()[1:]
         if not L.isfinite().all():

@@ -60,7 +60,7 @@ class DiT(Network):
     @torch.no_grad()
     def at_index(self, index: int) -> Network:
         """See `Network.at_index`: the embedding joins every class's vector, or becomes the learned vectors."""
-        other = self.time_agnostic()
+        other = self.time_agnostic().to(self.net.device, self.net.dtype)
         assert isinstance(other, DiT)
         state = other.state_dict()
         other.load_state_dict({k: v for k, v in self.state_dict().items() if k in state})
@@ -68,7 +68,7 @@ class DiT(Network):
         for mine, theirs in zip(self.net.transformer_blocks, other.net.transformer_blocks, strict=True):
             emb = mine.norm1.emb
             device = self.net.pos_embed.proj.weight.device
-            t = emb.timestep_embedder(emb.time_proj(torch.tensor([index], device=device)))
+            t = emb.timestep_embedder(emb.time_proj(torch.tensor([index], device=device)).to(self.net.dtype))
             embeddings.append(t)
             if self.classes is not None:
                 theirs.norm1.emb.class_embedder.embedding_table.weight += t

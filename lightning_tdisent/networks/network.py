@@ -75,7 +75,7 @@ class Zero(nn.Module):
 
     def forward(self, t: Tensor, *_: object) -> Tensor:
         """t is (B,) or (B, features)."""
-        return torch.zeros(len(t), self.width, device=t.device, dtype=t.dtype if t.is_floating_point() else None)
+        return torch.zeros(len(t), self.width, device=t.device, dtype=t.dtype)
 
 
 class Nothing(nn.Module):

@@ -44,6 +44,11 @@ class UNet(Network):
             raise InputError(f"groups: {groups} does not divide every width of channels: {channels}")
         if any(not 0 <= level < len(channels) for level in self.attention):
             raise InputError(f"attention: {attention} names resolutions outside 0..{len(channels) - 1}")
+        if (self.sees_state or classes is not None) and any(c == groups for c in channels):
+            raise InputError(
+                f"groups: {groups} gives channels: {channels} groups of one channel, whose normalisation cancels the "
+                "embedding of state and class; use a smaller number of groups"
+            )
         kind = ["Attn" if level in self.attention else "" for level in range(len(channels))]
         self.net = UNet2DModel(
             sample_size=(height, width),
@@ -70,11 +75,12 @@ class UNet(Network):
     @torch.no_grad()
     def at_index(self, index: int) -> Network:
         """See `Network.at_index`: the projected embedding joins a bias, or the embedding every class's vector."""
-        other = self.time_agnostic()
+        other = self.time_agnostic().to(self.net.device, self.net.dtype)
         assert isinstance(other, UNet)
         state = other.state_dict()
         other.load_state_dict({k: v for k, v in self.state_dict().items() if k in state})
-        embedding = self.net.time_embedding(self.net.time_proj(torch.tensor([index], device=self.net.device)))
+        t = self.net.time_proj(torch.tensor([index], device=self.net.device)).to(self.net.dtype)
+        embedding = self.net.time_embedding(t)
         if self.classes is not None:
             other.net.class_embedding.weight += embedding
             return other

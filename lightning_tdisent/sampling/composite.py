@@ -122,11 +122,12 @@ def compose(paths: Sequence[str | Path], out: str | Path) -> Path:
     members = []
     for path, card in sorted(zip(files, cards, strict=True), key=lambda pair: pair[1].rows):
         name = "rows_" + "-".join(f"{s:04d}" for s in dict.fromkeys((card.rows[0], card.rows[-1]))) + ".safetensors"
-        (out / name).unlink(missing_ok=True)
-        try:
-            os.link(path, out / name)
-        except OSError:
-            shutil.copyfile(path, out / name)
+        if not (out / name).exists() or not (out / name).samefile(path):
+            (out / name).unlink(missing_ok=True)
+            try:
+                os.link(path, out / name)
+            except OSError:
+                shutil.copyfile(path, out / name)
         members.append({"rows": card.rows, "file": name, "sha256": sha256(out / name)})
     manifest = {"schema": 1, "fingerprint": cards[0].fingerprint, "experts": members}
     write_whole(out / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -139,7 +140,7 @@ def composite_files(folder: str | Path) -> list[Path]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         members = [(folder / m["file"], m["sha256"]) for m in manifest["experts"]]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / MANIFEST}: not a composite ({type(error).__name__}: {error})") from None
     problems = [f"{path}: missing" for path, _ in members if not path.is_file()]
     problems += [

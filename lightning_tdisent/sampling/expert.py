@@ -51,7 +51,9 @@ class Card:
 
     @classmethod
     def of(cls, denoiser: Denoiser, **facts: Any) -> "Card":
-        """Card of a denoiser, with the facts of its training."""
+        """Card of a denoiser, with the facts of its training; refuses a table that a schedule cannot rebuild."""
+        if build(spec(denoiser.states), LatentStates).fingerprint != denoiser.states.fingerprint:
+            raise InputError(f"{denoiser.states} is no table of its schedule and cannot be described in a file")
         return cls(
             network=spec(denoiser.network),
             states=spec(denoiser.states),
@@ -66,6 +68,8 @@ class Card:
     def from_json(cls, data: dict[str, Any], where: str) -> "Card":
         """Card from its JSON; refuses another schema or missing fields."""
         fields = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(data, dict):
+            raise InputError(f"{where}: its card is a {type(data).__name__}, not an object")
         if data.get("schema") != SCHEMA or set(data) != fields:
             odd = sorted(set(data) ^ fields)
             raise InputError(f"{where}: card of schema {data.get('schema')}, this version reads {SCHEMA}; odd: {odd}")
@@ -130,7 +134,8 @@ def load_expert(path: str | Path) -> tuple[Denoiser, Card]:
     card = read_card(path)
     denoiser = card.build(str(path))
     try:
-        denoiser.load_state_dict(load_file(path), strict=True, assign=True)
+        state = {k: v.clone() for k, v in load_file(path).items()}  # aligned: results must not depend on the header
+        denoiser.load_state_dict(state, strict=True, assign=True)
     except (SafetensorError, RuntimeError) as error:
         raise InputError(f"{path}: weights do not fit the network named in the file: {error}") from None
     return denoiser.eval(), card

@@ -12,7 +12,9 @@ def tiny():
     """A network small enough for a test, of the digits' shape."""
 
     def make(**options):
-        return UNet(**{"shape": [1, 8, 8], "channels": [8, 16], "layers": 1, "mid_attention": False, **options})
+        return UNet(
+            **{"shape": [1, 8, 8], "channels": [8, 16], "layers": 1, "groups": 4, "mid_attention": False, **options}
+        )
 
     return make
 

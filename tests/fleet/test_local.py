@@ -1,0 +1,158 @@
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.fleet.local import Job, run
+from lightning_tdisent.fleet.plan import plan
+
+
+def work(argv, report):
+    """A job that says what it saw, or fails as it is told."""
+    folder, what, *needs = argv
+    report(1, 2)
+    if what == "refuse":
+        raise InputError("this cannot be trained")
+    if what == "raise":
+        raise RuntimeError("a bug")
+    if what == "die":
+        os._exit(9)
+    if what == "sleep":
+        time.sleep(0.5)
+    seen = {need: (Path(need) / "model.safetensors").exists() for need in needs}
+    (Path(folder) / "model.safetensors").write_text(json.dumps({"seen": seen, "pid": os.getpid()}))
+    report(2, 2)
+
+
+def job(tmp_path, name, what="ok", needs=()):
+    folders = [str(tmp_path / need) for need in needs]
+    return Job(name, [str(tmp_path / name), what, *folders], tmp_path / name, tuple(needs))
+
+
+def test_jobs_run_after_what_they_need_in_several_processes(tmp_path):
+    jobs = [job(tmp_path, "late", needs=("a", "b")), job(tmp_path, "a", "sleep"), job(tmp_path, "b", "sleep")]
+    run(jobs, work, 2, show=False)
+    results = {j.name: json.loads((j.folder / "model.safetensors").read_text()) for j in jobs}
+    assert all(results["late"]["seen"].values())
+    assert len(results["late"]["seen"]) == 2
+    assert results["a"]["pid"] != results["b"]["pid"]
+    assert os.getpid() not in {r["pid"] for r in results.values()}
+
+
+def test_done_jobs_are_not_done_again(tmp_path):
+    done = job(tmp_path, "a", "raise")
+    done.folder.mkdir()
+    (done.folder / "model.safetensors").write_text("kept")
+    run([done, job(tmp_path, "b", needs=("a",))], work, 1, show=False)
+    assert (done.folder / "model.safetensors").read_text() == "kept"
+
+
+def test_failures_are_all_named_and_the_rest_is_finished(tmp_path):
+    jobs = [
+        job(tmp_path, "refused", "refuse"),
+        job(tmp_path, "bug", "raise"),
+        job(tmp_path, "dead", "die"),
+        job(tmp_path, "fine"),
+        job(tmp_path, "after", needs=("bug",)),
+    ]
+    with pytest.raises(InputError) as refusal:
+        run(jobs, work, 1, show=False)
+    text = str(refusal.value)
+    assert "4 of 5 jobs are not done" in text
+    assert "refused: this cannot be trained" in text
+    assert "bug: RuntimeError: a bug" in text
+    assert "dead: its process died with status 9" in text
+    assert "after: not started, it needs bug" in text
+    assert jobs[3].done
+    assert "Traceback" in (tmp_path / "bug" / "log.txt").read_text()
+
+
+STUDY = {
+    "runs": {
+        "shared": {"configs": ["a.yaml"], "set": {"trainer.max_steps": 5}},
+        "experts": {"configs": ["a.yaml", "b.yaml"], "experts": 3, "warm_start": "shared"},
+    },
+    "contenders": {"one": {"run": "shared"}, "all": {"run": "experts", "sampler": "DPMSolver"}},
+    "data": "data/digits",
+    "features": "digits",
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    def write(**changes):
+        for name in ("a.yaml", "b.yaml"):
+            (tmp_path / name).write_text("{}")
+        file = tmp_path / "study.yaml"
+        file.write_text(json.dumps({**STUDY, **changes}))
+        return file
+
+    return write
+
+
+def test_a_plan_has_one_job_per_expert_with_its_needs(study, tmp_path):
+    todo = plan(study(), tmp_path / "out", 7, ["experts.model.lr=0.1", "*.data.batch_size=8"])
+    assert [j.name for j in todo.jobs] == ["shared", "experts 1/3", "experts 2/3", "experts 3/3"]
+    assert len({j.folder for j in todo.jobs}) == 4
+    expert = todo.jobs[2]
+    assert expert.needs == ("shared",)
+    words = " ".join(expert.argv)
+    for part in (
+        f"--config {tmp_path}/a.yaml --config {tmp_path}/b.yaml",
+        "--model.expert 2 --model.experts 3",
+        "--seed_everything 7",
+        "--model.lr 0.1",
+        "--data.batch_size 8",
+        f"--model.warm_start {tmp_path}/out/shared",
+    ):
+        assert part in words
+    assert "--trainer.max_steps 5" in " ".join(todo.jobs[0].argv)
+    assert "--model.lr" not in todo.jobs[0].argv
+    samplers = [c["sampler"]["class_path"] for c in todo.evaluation["contenders"]]
+    assert samplers == ["lightning_tdisent.DDIM", "lightning_tdisent.DPMSolver"]
+    assert todo.evaluation["contenders"][1]["source"] == str(tmp_path / "out" / "experts_composite")
+
+
+def test_a_folder_keeps_one_plan(study, tmp_path):
+    file, out = study(), tmp_path / "out"
+    first = plan(file, out)
+    first.claim()
+    first.jobs[0].folder.mkdir()
+    (first.jobs[0].folder / "half").write_text("")
+    plan(file, out).claim()  # the same plan goes on, clearing what was cut short
+    assert not first.jobs[0].folder.exists()
+    with pytest.raises(InputError, match=r"another study \(seed: 0 there, 3 now\)"):
+        plan(file, out, 3).claim()
+    (tmp_path / "a.yaml").write_text("{x: 1}")
+    with pytest.raises(InputError, match="configs:"):
+        plan(file, out).claim()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("")
+    with pytest.raises(InputError, match="is not empty and holds no study"):
+        plan(file, tmp_path / "full").claim()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"runz": {}}, "unknown key 'runz'. Did you mean 'runs'"),
+        ({"runs": {"a": {"config": []}}}, "runs.a: unknown key 'config'. Did you mean 'configs'"),
+        ({"runs": {"a": {"configs": ["aa.yaml"]}}}, "aa.yaml is no file. Did you mean 'a.yaml'"),
+        ({"runs": {"a": {"configs": ["a.yaml"], "warm_start": "b"}}}, "'b' is no run above it"),
+        ({"contenders": {"x": {"run": "expert"}}}, "no run 'expert'. Did you mean 'experts'"),
+        ({"features": "${nope}"}, "not valid: .*nope"),
+    ],
+)
+def test_a_wrong_study_is_refused(changes, message, study):
+    with pytest.raises(InputError, match=message):
+        plan(study(**changes))
+
+
+def test_wrong_overrides_are_refused(study):
+    with pytest.raises(
+        InputError, match=r"--set expert.x=1: expected RUN.KEY=VALUE with RUN one of \*, shared, experts"
+    ):
+        plan(study(), overrides=["expert.x=1"])
