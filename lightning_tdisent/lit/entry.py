@@ -82,6 +82,16 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+class Parsed(CLI):
+    """Stops where the command would begin."""
+
+    def before_instantiate_classes(self) -> None:
+        """Any folder will do."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
 class Unprofiled(PassThroughProfiler):
     """Profiles nothing, without building a generator fifty times a step."""
 
@@ -113,8 +123,13 @@ class SaveConfig(SaveConfigCallback):
             (folder / "config.yaml").write_text(text)
 
 
-def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = ()) -> CLI:
-    """Run one of Lightning's commands on a command line; further callbacks are added to the trainer's."""
+def parse(argv: Sequence[str]) -> CLI:
+    """Build the module, data and trainer of a command line, without running it."""
+    return run(argv, cls=Parsed)
+
+
+def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CLI"] | None = None) -> CLI:
+    """Run one of Lightning's commands on a command line; callbacks take the place of the progress line."""
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     _quiet()
     files = _config_files(argv)
@@ -125,7 +140,7 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = ()) -> CLI:
     if argv[0] == "predict":
         always.append(pictures.WriteImages())
     try:
-        return _cli(argv, always)
+        return _cli(argv, always, cls or CLI)
     except OmegaConfBaseException as error:
         raise InputError(explain_interpolation(str(error), files)) from None
     except ValueError as error:  # a part refused its arguments: jsonargparse wraps that in its own words
@@ -141,8 +156,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _cli(argv: Sequence[str], always: list[L.Callback]) -> CLI:
-    return CLI(
+def _cli(argv: Sequence[str], always: list[L.Callback], cls: type[CLI]) -> CLI:
+    return cls(
         L.LightningModule,
         L.LightningDataModule,
         subclass_mode_model=True,
