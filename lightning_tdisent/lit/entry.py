@@ -179,6 +179,8 @@ def _quiet() -> None:
         ".*treespec, LeafSpec.*",
         ".*is smaller than the logging interval.*",  # steps are counted over epochs
         ".*LightningCLI's args parameter.*",
+        ".*Couldn't infer the batch indices.*",  # seeds are their own names
+        ".*The dirpath has changed from.*",  # a checkpoint validated from another folder
     ):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|torch|lightning")

@@ -74,17 +74,15 @@ class DenoiserModule(L.LightningModule):
         self._sums += torch.cat([errors.sum(1), torch.tensor([errors.shape[1]])])
 
     def on_validation_epoch_end(self, prefix: str = "val") -> None:
-        """Log eps-MSE and x0-MSE per probe row, exact over all ranks."""
+        """Log eps-MSE and x0-MSE per probe row, exact over all ranks (the mean of equal values is what it was)."""
         sums = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum").cpu()
         x0 = sums[:-1] / sums[-1]
         eps = x0 * self.denoiser.states.log_snr[self._probe].exp().mean(1).cpu()
         for s, x0_mse, eps_mse in zip(self._probe, x0.tolist(), eps.tolist(), strict=True):
             t = int(self.denoiser.states.index[s])
-            self.log_dict(
-                {f"{prefix}_x0_mse/t{t:04d}": x0_mse, f"{prefix}_eps_mse/t{t:04d}": eps_mse}, rank_zero_only=True
-            )
-        self.log(f"{prefix}/eps_mse", float(eps.mean()), prog_bar=True, rank_zero_only=True)
-        self.log(f"{prefix}/x0_mse", float(x0.mean()), rank_zero_only=True)
+            self.log_dict({f"{prefix}_x0_mse/t{t:04d}": x0_mse, f"{prefix}_eps_mse/t{t:04d}": eps_mse}, sync_dist=True)
+        self.log(f"{prefix}/eps_mse", float(eps.mean()), prog_bar=True, sync_dist=True)
+        self.log(f"{prefix}/x0_mse", float(x0.mean()), sync_dist=True)
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 

@@ -45,6 +45,6 @@ class SampleQuality(L.Callback):
         place = (trainer.global_rank, trainer.world_size)
         values = score(pl_module.denoiser, pl_module.sampler, quality, self.n, self.first_seed, 250, *place)
         for name, value in values.items():
-            pl_module.log(f"quality/{name}/{self.protocol.hash}", value, rank_zero_only=True)
+            pl_module.log(f"quality/{name}/{self.protocol.hash}", value, sync_dist=True)
 
     on_test_epoch_end = on_validation_epoch_end
