@@ -50,25 +50,28 @@ def drawing(figure: Figure, caption: str) -> str:
 
 
 def errors_per_state(rows: Sequence[dict[str, Any]]) -> str:
-    """Held-out eps-MSE and x0-MSE against the original index, one curve a model."""
+    """Held-out x0-MSE against the original index, absolute and relative to the first model: one curve a model."""
+    models = {r["source"]: r for r in reversed(rows) if "x0_mse" in r}  # however many ways it is sampled
+    shown = list(models.values())[::-1]
+    if not shown:
+        return "<p>No two of these models share their states.</p>"
     with mpl.rc_context(STYLE):
-        figure = Figure((9, 3.2))
+        figure = Figure((10, 3.4))
         axes = figure.subplots(1, 2)
-        seen: set[str] = set()
-        for row in rows:
-            if row["source"] in seen or "eps_mse" not in row:  # one curve a model, however it is sampled
-                continue
-            seen.add(row["source"])
+        reference = shown[0]["x0_mse"]
+        for row in shown:
+            t = [int(index) for index in row["x0_mse"]]
             label = row["name"].partition(",")[0]
-            for axis, kind in zip(axes, ("eps_mse", "x0_mse"), strict=True):
-                axis.plot([int(t) for t in row[kind]], list(row[kind].values()), "o-", ms=4, label=label)
-        for axis, name in zip(axes, ("held-out error of eps", "held-out error of x0"), strict=True):
-            axis.set(yscale="log", xlabel="index t of the state (right: pure noise)", title=name)
-        axes[0].legend()
+            axes[0].plot(t, list(row["x0_mse"].values()), "o-", ms=4, label=label)
+            relative = [100 * (row["x0_mse"][k] / reference[k] - 1) for k in row["x0_mse"]]
+            axes[1].plot(t, relative, "o-", ms=4, label=label)
+        axes[0].set(yscale="log", xlabel="index t of the state (right: pure noise)", title="held-out error of x0")
+        axes[1].set(xlabel="index t of the state", title=f"the same, % above {shown[0]['name'].partition(',')[0]}")
+        axes[1].legend()
     return drawing(
         figure,
-        "Mean squared error on held-out images per state: the same noise for every model. The error of eps is what the "
-        "paper trains on; the error of x0 is what the sampler sees.",
+        "Mean squared error of x0_hat on held-out images per state, on the same noise for every model; times the SNR it "
+        "is the error of eps that the paper trains on, so relative errors are the same. Below zero is better.",
     )
 
 

@@ -22,7 +22,7 @@ from lightning_tdisent.streaming.shards import ImageSet
 
 CSS = """
 :root{--ink:#1d1d24;--soft:#66656f;--line:#e2e2e8;--paper:#fff;--accent:#3b6fb6}
-body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1080px;margin:2.5rem auto;padding:0 1.2rem}
+body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1240px;margin:2.5rem auto;padding:0 1.2rem}
 h1{font-size:1.7rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.4rem 0 .6rem;border-top:1px solid var(--line);padding-top:1.2rem}
 p,figcaption,li{color:var(--soft)}figcaption{font-size:.86rem;max-width:60ch}figure{margin:.4rem 1.4rem 1rem 0;display:inline-block;vertical-align:top}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
