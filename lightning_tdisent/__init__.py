@@ -19,7 +19,8 @@ _HOMES = {
     "sampling.composite": "CompositeDenoiser compose load_model",
     "sampling.expert": "Card load_expert read_card save_expert",
     "sampling.sampler": "Sampler DDIM Ancestral DPMSolver sample",
-    "lit.modules": "Baseline ReducedStates SingleState Composite",
+    "lit.modules": "Baseline ReducedStates SingleState",
+    "lit.inference": "Composite",
     "lit.datamodule": "ImageShards",
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names.split()}

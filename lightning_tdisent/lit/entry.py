@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 # imported so that a YAML may name them by their short names
 from lightning_tdisent.diffusion import objectives, schedules  # noqa: F401
 from lightning_tdisent.errors import InputError, nearest
-from lightning_tdisent.lit import datamodule, modules  # noqa: F401
+from lightning_tdisent.lit import datamodule, inference, modules  # noqa: F401
 from lightning_tdisent.lit.callbacks import pictures, quality  # noqa: F401
 from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.progress import StepProgress

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import lightning.pytorch as L
 import torch
 from torch import Tensor
 
@@ -20,81 +19,12 @@ from lightning_tdisent.diffusion.rng import draw_rows, key
 from lightning_tdisent.diffusion.spec import Part, build, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.networks.network import Network
-from lightning_tdisent.sampling.composite import CompositeDenoiser, load_model
+from lightning_tdisent.sampling.composite import start_warm
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.evaluation import x0_errors
 from lightning_tdisent.sampling.expert import Card
-from lightning_tdisent.sampling.sampler import DDIM, Sampler, from_uint8, probe_rows, to_uint8
-
-
-class DenoiserModule(L.LightningModule):
-    """What every module does with a finished denoiser: held-out errors per row, images from seeds."""
-
-    denoiser: Denoiser | CompositeDenoiser
-    sampler: Sampler
-
-    @property
-    def rows(self) -> list[int]:
-        """Rows this module answers for."""
-        return self.denoiser.rows if isinstance(self.denoiser, Denoiser) else self.denoiser.states.rows
-
-    @property
-    def whole(self) -> bool:
-        """Whether it owns every row, so that images can be sampled from it alone."""
-        return self.rows == self.denoiser.states.rows
-
-    def setup(self, stage: str) -> None:
-        """Refuse data of another shape or with other classes, before anything is spent."""
-        data = getattr(self.trainer, "datamodule", None)
-        shape = getattr(data, "image_shape", None)
-        if shape is not None and shape != self.denoiser.shape:
-            raise InputError(
-                f"model.network.shape is {self.denoiser.shape}, the images of data.path {data.path} have {shape}. "
-                "Set the network's shape to that of the data."
-            )
-        labels = data.held_out.labels if shape is not None else None
-        if labels is not None and self.denoiser.classes is not None:
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= self.denoiser.classes:
-                raise InputError(
-                    f"model.network.classes is {self.denoiser.classes}, but labels of {data.path} run from {low} to "
-                    f"{high} (-1: none)"
-                )
-
-    def on_validation_epoch_start(self) -> None:
-        """Start sums of errors over the probe rows."""
-        self._probe = probe_rows(self.rows)
-        self._sums = torch.zeros(len(self._probe) + 1, dtype=torch.float64)
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Error of x0_hat at the probe rows, on noise keyed by image and row."""
-        label = batch["label"] if self.denoiser.classes else None
-        errors = x0_errors(self.denoiser, batch["image"], batch["id"].tolist(), self._probe, label)
-        self._sums += torch.cat([errors.sum(1), torch.tensor([errors.shape[1]])])
-
-    def on_validation_epoch_end(self, prefix: str = "val") -> None:
-        """Log eps-MSE and x0-MSE per probe row, exact over all ranks (the mean of equal values is what it was)."""
-        sums = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum").cpu()
-        x0 = sums[:-1] / sums[-1]
-        eps = x0 * self.denoiser.states.log_snr[self._probe].exp().mean(1).cpu()
-        for s, x0_mse, eps_mse in zip(self._probe, x0.tolist(), eps.tolist(), strict=True):
-            t = int(self.denoiser.states.index[s])
-            self.log_dict({f"{prefix}_x0_mse/t{t:04d}": x0_mse, f"{prefix}_eps_mse/t{t:04d}": eps_mse}, sync_dist=True)
-        self.log(f"{prefix}/eps_mse", float(eps.mean()), prog_bar=True, sync_dist=True)
-        self.log(f"{prefix}/x0_mse", float(x0.mean()), sync_dist=True)
-
-    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
-
-    def on_test_epoch_end(self) -> None:
-        """As in validation."""
-        self.on_validation_epoch_end("test")
-
-    def predict_step(self, batch: list[int], batch_idx: int) -> Tensor:
-        """Images of a list of seeds, uint8 (B, C, H, W)."""
-        if not self.whole:
-            raise InputError(f"this model owns rows {self.rows} only; compose it with the other experts to sample")
-        return to_uint8(self.sampler(self.denoiser, batch))
+from lightning_tdisent.sampling.sampler import DDIM, Sampler, from_uint8
 
 
 class Diffusion(Part, DenoiserModule):
@@ -318,51 +248,3 @@ class SingleState(Diffusion):
         if not 1 <= self.expert <= len(blocks):
             raise InputError(f"model.expert: {self.expert} is not among the {len(blocks)} experts 1..{len(blocks)}")
         return blocks[self.expert - 1]
-
-
-class Composite(DenoiserModule):
-    """Experts behind one denoiser, for validate, test and predict; it has nothing to train.
-
-    path: a composite folder, a folder of experts' runs, or one file that owns all rows; sampler: DDIM if not given.
-    """
-
-    def __init__(self, path: str, sampler: Sampler | None = None) -> None:
-        super().__init__()
-        self.path, self.sampler = path, sampler or DDIM()
-        self.denoiser, self.cards = load_model(path)
-
-    def configure_optimizers(self) -> None:
-        """Refuse to train."""
-        raise InputError("a composite is not trained: fit its experts one by one (SingleState), then compose them")
-
-    def training_step(self, *_: Any) -> None:
-        """Never reached: see `configure_optimizers`."""
-
-
-def start_warm(denoiser: Denoiser, source: str) -> None:
-    """Give a denoiser the weights of another run whose table has its rows at the same values.
-
-    A network that sees the state takes them as they are; a time-agnostic one takes those of the source at its row,
-    with the time embedding folded in, so that both say the same there.
-    """
-    shared = load_model(source)[0]
-    here, there = denoiser.states, shared.states
-    row_there = {t: s for s, t in enumerate(there.index.tolist())}
-    indices = {s: int(here.index[s]) for s in denoiser.rows}
-    missing = [t for t in indices.values() if t not in row_there]
-    if missing or not isinstance(shared, Denoiser):
-        raise InputError(f"warm_start: {source} must be one network that has indices {list(indices.values())}")
-    if not all(torch.allclose(here.log_snr[s], there.log_snr[row_there[t]]) for s, t in indices.items()):
-        raise InputError(
-            f"warm_start: {source} was trained with other noise levels at indices {list(indices.values())}"
-        )
-    if type(shared.objective) is not type(denoiser.objective):
-        raise InputError(
-            f"warm_start: {source} predicts {shared.objective.prediction}, this model {denoiser.objective.prediction}"
-        )
-    network = shared.network
-    if network.sees_state and not denoiser.network.sees_state:
-        network = network.at_index(indices[denoiser.rows[0]])
-    if spec(network)["init_args"] | {"conditioning": 0} != spec(denoiser.network)["init_args"] | {"conditioning": 0}:
-        raise InputError(f"warm_start: {source} holds another network: {spec(network)} is not {spec(denoiser.network)}")
-    denoiser.network.load_state_dict(network.state_dict())

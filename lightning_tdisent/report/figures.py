@@ -70,8 +70,8 @@ def errors_per_state(rows: Sequence[dict[str, Any]]) -> str:
         axes[1].legend()
     return drawing(
         figure,
-        "Mean squared error of x0_hat on held-out images per state, on the same noise for every model; times the SNR it "
-        "is the error of eps that the paper trains on, so relative errors are the same. Below zero is better.",
+        "Mean squared error of x0_hat on held-out images per state, on the same noise for every model; times the SNR "
+        "it is the error of eps that the paper trains on, relative errors are equal. Below zero is better.",
     )
 
 

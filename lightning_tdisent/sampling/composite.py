@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lightning_tdisent.diffusion.spec import spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.sampling.denoiser import Denoiser
@@ -179,3 +181,32 @@ def load_model(source: str | Path) -> tuple[Denoiser | CompositeDenoiser, list[C
         refuse_unfit([str(f) for f in files], [_card_facts(c) for c in cards])
         return CompositeDenoiser([load_expert(f)[0] for f in files]).eval(), cards
     return load_expert(files[0])[0], cards
+
+
+def start_warm(denoiser: Denoiser, source: str) -> None:
+    """Give a denoiser the weights of another run whose table has its rows at the same values.
+
+    A network that sees the state takes them as they are; a time-agnostic one takes those of the source at its row,
+    with the time embedding folded in, so that both say the same there.
+    """
+    shared = load_model(source)[0]
+    here, there = denoiser.states, shared.states
+    row_there = {t: s for s, t in enumerate(there.index.tolist())}
+    indices = {s: int(here.index[s]) for s in denoiser.rows}
+    missing = [t for t in indices.values() if t not in row_there]
+    if missing or not isinstance(shared, Denoiser):
+        raise InputError(f"warm_start: {source} must be one network that has indices {list(indices.values())}")
+    if not all(torch.allclose(here.log_snr[s], there.log_snr[row_there[t]]) for s, t in indices.items()):
+        raise InputError(
+            f"warm_start: {source} was trained with other noise levels at indices {list(indices.values())}"
+        )
+    if type(shared.objective) is not type(denoiser.objective):
+        raise InputError(
+            f"warm_start: {source} predicts {shared.objective.prediction}, this model {denoiser.objective.prediction}"
+        )
+    network = shared.network
+    if network.sees_state and not denoiser.network.sees_state:
+        network = network.at_index(indices[denoiser.rows[0]])
+    if spec(network)["init_args"] | {"conditioning": 0} != spec(denoiser.network)["init_args"] | {"conditioning": 0}:
+        raise InputError(f"warm_start: {source} holds another network: {spec(network)} is not {spec(denoiser.network)}")
+    denoiser.network.load_state_dict(network.state_dict())

@@ -10,9 +10,10 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.weights import EMA
-from lightning_tdisent.lit.modules import Baseline, Composite, Diffusion, ReducedStates, SingleState, start_warm
+from lightning_tdisent.lit.inference import Composite
+from lightning_tdisent.lit.modules import Baseline, Diffusion, ReducedStates, SingleState
 from lightning_tdisent.networks.network import Network
-from lightning_tdisent.sampling.composite import compose, load_model
+from lightning_tdisent.sampling.composite import compose, load_model, start_warm
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import x0_errors
 from lightning_tdisent.sampling.expert import load_expert, read_card

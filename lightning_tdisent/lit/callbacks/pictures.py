@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from lightning_tdisent.lit.modules import DenoiserModule
+from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.sampling.evaluation import forward_strip, grid, reverse_strip, save_png
 from lightning_tdisent.sampling.sampler import from_uint8, probe_rows, sample, to_uint8
 

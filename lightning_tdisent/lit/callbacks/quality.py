@@ -3,7 +3,7 @@
 import lightning.pytorch as L
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.lit.modules import DenoiserModule
+from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.metrics.quality import Protocol, Quality
 from lightning_tdisent.sampling.evaluation import score
 

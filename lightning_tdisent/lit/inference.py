@@ -1,0 +1,101 @@
+"""What every module does with a finished denoiser: held-out errors per row, and images from seeds."""
+
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.sampling.composite import CompositeDenoiser, load_model
+from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.evaluation import x0_errors
+from lightning_tdisent.sampling.sampler import DDIM, Sampler, probe_rows, to_uint8
+
+
+class DenoiserModule(L.LightningModule):
+    """What every module does with a finished denoiser: held-out errors per row, images from seeds."""
+
+    denoiser: Denoiser | CompositeDenoiser
+    sampler: Sampler
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows this module answers for."""
+        return self.denoiser.rows if isinstance(self.denoiser, Denoiser) else self.denoiser.states.rows
+
+    @property
+    def whole(self) -> bool:
+        """Whether it owns every row, so that images can be sampled from it alone."""
+        return self.rows == self.denoiser.states.rows
+
+    def setup(self, stage: str) -> None:
+        """Refuse data of another shape or with other classes, before anything is spent."""
+        data = getattr(self.trainer, "datamodule", None)
+        shape = getattr(data, "image_shape", None)
+        if shape is not None and shape != self.denoiser.shape:
+            raise InputError(
+                f"model.network.shape is {self.denoiser.shape}, the images of data.path {data.path} have {shape}. "
+                "Set the network's shape to that of the data."
+            )
+        labels = data.held_out.labels if shape is not None else None
+        if labels is not None and self.denoiser.classes is not None:
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= self.denoiser.classes:
+                raise InputError(
+                    f"model.network.classes is {self.denoiser.classes}, but labels of {data.path} run from {low} to "
+                    f"{high} (-1: none)"
+                )
+
+    def on_validation_epoch_start(self) -> None:
+        """Start sums of errors over the probe rows."""
+        self._probe = probe_rows(self.rows)
+        self._sums = torch.zeros(len(self._probe) + 1, dtype=torch.float64)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Error of x0_hat at the probe rows, on noise keyed by image and row."""
+        label = batch["label"] if self.denoiser.classes else None
+        errors = x0_errors(self.denoiser, batch["image"], batch["id"].tolist(), self._probe, label)
+        self._sums += torch.cat([errors.sum(1), torch.tensor([errors.shape[1]])])
+
+    def on_validation_epoch_end(self, prefix: str = "val") -> None:
+        """Log eps-MSE and x0-MSE per probe row, exact over all ranks (the mean of equal values is what it was)."""
+        sums = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum").cpu()
+        x0 = sums[:-1] / sums[-1]
+        eps = x0 * self.denoiser.states.log_snr[self._probe].exp().mean(1).cpu()
+        for s, x0_mse, eps_mse in zip(self._probe, x0.tolist(), eps.tolist(), strict=True):
+            t = int(self.denoiser.states.index[s])
+            self.log_dict({f"{prefix}_x0_mse/t{t:04d}": x0_mse, f"{prefix}_eps_mse/t{t:04d}": eps_mse}, sync_dist=True)
+        self.log(f"{prefix}/eps_mse", float(eps.mean()), prog_bar=True, sync_dist=True)
+        self.log(f"{prefix}/x0_mse", float(x0.mean()), sync_dist=True)
+
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
+
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self.on_validation_epoch_end("test")
+
+    def predict_step(self, batch: list[int], batch_idx: int) -> Tensor:
+        """Images of a list of seeds, uint8 (B, C, H, W)."""
+        if not self.whole:
+            raise InputError(f"this model owns rows {self.rows} only; compose it with the other experts to sample")
+        return to_uint8(self.sampler(self.denoiser, batch))
+
+
+class Composite(DenoiserModule):
+    """Experts behind one denoiser, for validate, test and predict; it has nothing to train.
+
+    path: a composite folder, a folder of experts' runs, or one file that owns all rows; sampler: DDIM if not given.
+    """
+
+    def __init__(self, path: str, sampler: Sampler | None = None) -> None:
+        super().__init__()
+        self.path, self.sampler = path, sampler or DDIM()
+        self.denoiser, self.cards = load_model(path)
+
+    def configure_optimizers(self) -> None:
+        """Refuse to train."""
+        raise InputError("a composite is not trained: fit its experts one by one (SingleState), then compose them")
+
+    def training_step(self, *_: Any) -> None:
+        """Never reached: see `configure_optimizers`."""
