@@ -161,6 +161,24 @@ def test_compose_sample_evaluate_report_by_hand(experts, tmp_path, capsys):
     assert "already holds images" in refusal(capsys, "sample", out, "--out", tmp_path / "a")
 
 
+def test_a_composite_is_validated_and_predicts_by_command(experts, tmp_path, capsys):
+    out = tmp_path / "all"
+    assert main(["compose", *map(str, experts()), "--out", str(out)]) == 0
+    model = ["--model", "Composite", "--model.path", str(out)]
+    data = ["--data", "ImageShards", "--data.path", "data/digits", "--data.channels", "1"]
+    quality = ["--trainer.callbacks+=SampleQuality", "--trainer.callbacks.features=digits", "--trainer.callbacks.n=20"]
+    assert main(["validate", *model, *data, *quality, "--run", str(tmp_path / "v")]) == 0
+    assert re.search(r"quality/fd_digits/[0-9a-f]{8}", capsys.readouterr().out)
+    assert main(["predict", *model, "--data", "Seeds", "--data.n", "3", "--run", str(tmp_path / "p")]) == 0
+    assert len(list((tmp_path / "p" / "images").glob("*.png"))) == 3
+    last = refusal(capsys, "fit", *model, *data, "--trainer.max_steps", 1, "--run", tmp_path / "f")
+    assert "a composite is not trained" in last
+
+
+def test_what_is_required_is_named(capsys):
+    assert "data is required" in refusal(capsys, "fit")
+
+
 def test_compose_names_all_offenders_and_writes_nothing(experts, tmp_path, capsys):
     good = experts()
     wrong = [

@@ -92,6 +92,8 @@ def _classes() -> Iterator[type]:
 
 def place(key: str, argv: Sequence[str], files: Sequence[Path]) -> str:
     """Return ``file:line: key`` of the config that says it last, or ``command line: --key``."""
+    if not key:
+        return "command line"
     words = [w.partition("=")[0].lstrip("-") for w in argv if w.startswith("--")]
     flat = {w.replace(".init_args", "") for w in words}
     if key in flat or any(w.startswith(f"{key}.") for w in flat):
