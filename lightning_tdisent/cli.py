@@ -1,6 +1,7 @@
 """The commands: wiring only. Nothing heavy is imported before a command needs it, so that help is instant."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,9 +119,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _sampler(a: argparse.Namespace) -> "Sampler":
     from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver
 
+    if a.eta and a.sampler != "ddim":
+        raise InputError(f"--eta {a.eta:g} belongs to --sampler ddim, not to {a.sampler}")
     if a.sampler == "ddim":
         return DDIM(a.eta, a.steps)
     return {"ancestral": Ancestral, "dpm": DPMSolver}[a.sampler](a.steps)
+
+
+def _device(name: str) -> None:
+    """Refuse a device that torch does not have; small networks on a CPU are fastest on one thread."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if name == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 
 def _sample(a: argparse.Namespace) -> None:
@@ -139,6 +154,7 @@ def _sample(a: argparse.Namespace) -> None:
         raise InputError(f"--seeds {a.seeds}: the end must be above the first")
     if a.out.exists() and any(a.out.glob("*.png")):
         raise InputError(f"--out {a.out} already holds images; choose another folder")
+    _device(a.device)
     model: Any = load_model(a.model)[0].to(a.device)
     if a.guidance is not None:
         model = Guided(model, a.guidance)
@@ -171,6 +187,7 @@ def _evaluate(a: argparse.Namespace) -> None:
     study = Study(
         str(a.out), "Evaluation", contenders, a.data, a.features, a.split, n=a.n, first_seed=a.first_seed, **options
     )
+    study.check()
     _finish(study)
 
 
@@ -187,17 +204,20 @@ def _study(a: argparse.Namespace) -> None:
     from lightning_tdisent.sampling.composite import MANIFEST, compose, find_files
 
     todo = plan(a.config, a.out, a.seed, a.overrides)
+    study = Study(**todo.evaluation)
+    study.check()
     todo.claim()
     run(todo.jobs, fit_job, a.workers)
     for fleet, folder in todo.composites.items():
         if not (folder / MANIFEST).exists():
             compose(find_files(todo.out / fleet), folder)
-    _finish(Study(**todo.evaluation))
+    _finish(study)
 
 
 def _finish(study: "Study") -> None:
     from rich.console import Console
 
+    _device(study.device)
     study.evaluate()
     console = Console()
     Console(width=max(console.width, 160) if not console.is_terminal else None).print(study.rich_table())

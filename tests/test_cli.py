@@ -109,6 +109,45 @@ def test_a_folder_with_another_run_is_refused(capsys, tmp_path):
     assert "already holds a run" in refusal(capsys, "fit", "--config", BASE, "--run", tmp_path)
 
 
+def test_a_checkpoint_of_another_run_does_not_open_a_folder(capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    line = refusal(capsys, "fit", "--config", BASE, "--run", tmp_path, "--ckpt_path", "runs/other/last.ckpt")
+    assert "already holds a run" in line
+
+
+def test_a_refused_run_does_not_claim_its_folder(capsys, tmp_path):
+    argv = [
+        "fit",
+        "--config",
+        BASE,
+        "--trainer.callbacks",
+        "[]",
+        "--run",
+        str(tmp_path / "run"),
+        "--trainer.max_steps",
+        "2",
+    ]
+    refusal(capsys, *argv, "--model.network.shape", "[3, 8, 8]")
+    assert main(argv) == 0
+
+
+def test_predict_names_its_data(capsys, tmp_path):
+    assert "--data Seeds" in refusal(capsys, "predict", "--config", BASE, "--run", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--device", "cuda:77"], "--device cuda:77"),
+        (["--sampler", "dpm", "--eta", "0.5"], "--eta 0.5 belongs to --sampler ddim"),
+        (["--batch-size", "0"], "batch_size: at least 1"),
+    ],
+)
+def test_wrong_options_of_sample(words, named, experts, capsys, tmp_path):
+    folder = experts()[0].parents[1]
+    assert named in refusal(capsys, "sample", folder, "--out", tmp_path / "x", *words)
+
+
 def test_the_exit_code_reaches_the_shell_without_a_traceback(cli):
     code, out, err = cli("fit", "--config", BASE, "--model.lrr", 1)
     assert (code, out) == (2, "")
@@ -216,11 +255,15 @@ def test_guidance_by_command(tmp_path):
     module = ReducedStates(UNet([1, 8, 8], [8, 16], 1, groups=4, classes=10), LatentStates(S=2))
     save_expert(tmp_path / "model.safetensors", module.denoiser, module.card("live"))
     argv = ["sample", str(tmp_path), "--seeds", "0:4", "--label", "3", "--out"]
+    assert main([*argv[:4], "--out", str(tmp_path / "turn")]) == 0  # classes in turn: seed 3 draws class 3
     assert main([*argv, str(tmp_path / "a"), "--guidance", "1"]) == 0
     assert main([*argv, str(tmp_path / "b")]) == 0
     assert main([*argv, str(tmp_path / "c"), "--guidance", "5"]) == 0
     a, b, c = ((tmp_path / d / "grid.png").read_bytes() for d in "abc")
     assert a == b != c
+    turn = [(tmp_path / d / "000003.png").read_bytes() for d in ("turn", "b")]
+    assert turn[0] == turn[1]
+    assert (tmp_path / "turn" / "000002.png").read_bytes() != (tmp_path / "b" / "000002.png").read_bytes()
 
 
 def test_a_class_of_ones_own_needs_its_import(tmp_path, capsys, monkeypatch):

@@ -46,7 +46,7 @@ def _serve(pipe: Connection, target: Target, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    while (job := pipe.recv()) is not None:
+    while (job := _next(pipe)) is not None:
         job.folder.mkdir(parents=True, exist_ok=True)
         error = None
         with (job.folder / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
@@ -55,11 +55,24 @@ def _serve(pipe: Connection, target: Target, threads: int) -> None:
             except InputError as refusal:
                 error = str(refusal)
             except SystemExit as end:
+                if end.code and end.code not in (0, 1, 2):  # a signal: whoever sent it wants the process gone
+                    return
                 error = f"ended with status {end.code}" if end.code else None
+            except KeyboardInterrupt:
+                return
             except BaseException:
                 error = traceback.format_exc()
                 print(error, file=log)
         pipe.send(("end", error, 0))
+
+
+def _next(pipe: Connection) -> Job | None:
+    """Next job; None when told to end, or when nobody is left to tell."""
+    try:
+        job: Job | None = pipe.recv()
+        return job
+    except (EOFError, KeyboardInterrupt):
+        return None
 
 
 def run(jobs: Sequence[Job], target: Target, workers: int = 0, show: bool = True) -> None:
@@ -114,7 +127,9 @@ def run(jobs: Sequence[Job], target: Target, workers: int = 0, show: bool = True
                         pool[pool.index(worker)] = _Worker(context, target, max(1, cores // workers))
         finally:
             for worker in pool:
-                worker.stop()
+                worker.release()
+            for worker in pool:
+                worker.join()
     if failed or waiting:
         lines = [f"  - {name}: {why}" for name, why in failed.items()]
         lines += [f"  - {job.name}: not started, it needs {', '.join(job.needs)}" for job in waiting]
@@ -149,10 +164,15 @@ class _Worker:
             self.process.join()
             return ("end", f"its process died with status {self.process.exitcode}", 0)
 
-    def stop(self) -> None:
-        """End the process, at once if it has a job."""
-        if self.job or not self.process.is_alive():
+    def release(self) -> None:
+        """Tell the process to end, at once if it has a job."""
+        self.pipe.close()
+        if self.job:
             self.process.terminate()
-        else:
-            self.pipe.send(None)
-        self.process.join()
+
+    def join(self) -> None:
+        """Wait for its end, but not for ever."""
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()

@@ -79,6 +79,8 @@ def plan(
     composites: dict[str, Path] = {}
     members: dict[str, list[str]] = {}
     digests = {}
+    if not isinstance(study["runs"], dict) or not isinstance(study["contenders"], dict):
+        raise InputError(f"{file}: runs and contenders are mappings of a name to its settings")
     for name, run in study["runs"].items():
         _known(run, RUN_KEYS, f"{file}: runs.{name}", required=("configs",))
         argv = ["fit"]
@@ -136,6 +138,7 @@ def plan(
 def _sampler(entry: Any) -> dict[str, Any]:
     """Class path and arguments of a sampler given as a name, a short or a full class path, or nothing (DDIM)."""
     entry = {"class_path": entry} if isinstance(entry, str) else dict(entry or {"class_path": "DDIM"})
+    _known(entry, ("class_path", "init_args"), "sampler", required=("class_path",))
     path = entry["class_path"]
     return {"class_path": path if "." in path else f"lightning_tdisent.{path}", "init_args": entry.get("init_args", {})}
 

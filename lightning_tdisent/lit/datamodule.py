@@ -108,7 +108,10 @@ class ImageShards(L.LightningDataModule):
     def train_dataloader(self) -> Epochs:
         """Batches of this rank."""
         place = self._place()
-        seed = self.seed if self.seed is not None else torch.initial_seed() & 0xFFFFFFFF
+        seed = self.seed
+        if seed is None:
+            seed = torch.initial_seed() & 0xFFFFFFFF
+            seed = self.trainer.strategy.broadcast(seed) if self.trainer else seed
         dataset: Resident | Streamed
         if self.resident:
             dataset = Resident(self.training, self.batch_size, seed, *place)
@@ -126,6 +129,10 @@ class ImageShards(L.LightningDataModule):
         return Batches([{"image": data.images[i], "label": data.labels[i], "id": i} for i in parts])
 
     test_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> Batches:
+        """Refuse: `predict` draws from seeds."""
+        raise InputError("predict draws images from seeds, not from data: use --data Seeds --data.n 64")
 
 
 class Seeds(L.LightningDataModule):

@@ -65,10 +65,13 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         if "weights_only" in config:
             config.weights_only = True  # a checkpoint is data: nothing in it is ever run
-        if self.subcommand == "fit" and (Path(config.run) / "config.yaml").exists() and not config.get("ckpt_path"):
+        folder, resumed = Path(config.run).resolve(), config.get("ckpt_path")
+        own = resumed and Path(resumed).resolve().is_relative_to(folder)
+        if self.subcommand == "fit" and (folder / "config.yaml").exists() and not own:
+            last = Path(config.run) / "checkpoints" / "last.ckpt"
+            going_on = f", or go on from its checkpoint with --ckpt_path {last}" if last.exists() else ""
             raise InputError(
-                f"run: {config.run} already holds a run. Choose another folder with --run, remove it, or go on "
-                f"from its checkpoint with --ckpt_path {config.run}/checkpoints/last.ckpt"
+                f"run: {config.run} already holds a run. Choose another folder with --run, or remove it{going_on}"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -115,8 +118,11 @@ class SaveConfig(SaveConfigCallback):
     """The resolved config as ``config.yaml`` of the run folder, on rank 0, for `fit` alone."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing yet: a run that is refused must not claim its folder."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write before the first step."""
-        if stage == "fit" and trainer.is_global_zero:
+        if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             text = self.parser.dump(self.config, skip_none=False)

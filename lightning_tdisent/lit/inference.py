@@ -10,7 +10,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.sampling.composite import CompositeDenoiser, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import x0_errors
-from lightning_tdisent.sampling.sampler import DDIM, Sampler, probe_rows, to_uint8
+from lightning_tdisent.sampling.sampler import DDIM, Sampler, probe_rows, sample
 
 
 class DenoiserModule(L.LightningModule):
@@ -79,7 +79,7 @@ class DenoiserModule(L.LightningModule):
         """Images of a list of seeds, uint8 (B, C, H, W)."""
         if not self.whole:
             raise InputError(f"this model owns rows {self.rows} only; compose it with the other experts to sample")
-        return to_uint8(self.sampler(self.denoiser, batch))
+        return torch.cat(list(sample(self.denoiser, self.sampler, batch, len(batch))))
 
 
 class Composite(DenoiserModule):

@@ -26,6 +26,8 @@ from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import Card
 from lightning_tdisent.sampling.sampler import DDIM, Sampler, from_uint8
 
+SAME = ("network", "objective", "fingerprint", "rows", "image_range", "data")
+
 
 class Diffusion(Part, DenoiserModule):
     """Trains one network for the rows it owns; `Baseline`, `ReducedStates` and `SingleState` differ in the rows.
@@ -64,6 +66,7 @@ class Diffusion(Part, DenoiserModule):
         self.register_buffer("row_choices", torch.tensor(rows), persistent=False)
         self.generator = torch.Generator()
         self.images_seen, self.seconds, self.seed = 0, 0.0, 0
+        self.parents: list[dict[str, Any]] = []
         self._since: float | None = None
 
     network = property(lambda self: self.denoiser.network)
@@ -80,12 +83,12 @@ class Diffusion(Part, DenoiserModule):
         """Check the data, and take the weights of ``warm_start`` for a new run."""
         super().setup(stage)
         if stage == "fit" and self.warm_start and not self.trainer.ckpt_path:
-            start_warm(self.denoiser, self.warm_start)
+            self.parents = start_warm(self.denoiser, self.warm_start)
 
     def on_fit_start(self) -> None:
         """Put the generator of the training noise on the device."""
         self.generator = torch.Generator(self.device)
-        self.seed = torch.initial_seed() & 0xFFFFFFFF
+        self.seed = self.trainer.strategy.broadcast(torch.initial_seed() & 0xFFFFFFFF)
 
     def on_train_start(self) -> None:
         """Start the clock of ``seconds``, which runs while training, not while validating."""
@@ -140,11 +143,13 @@ class Diffusion(Part, DenoiserModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up; fused where the device has it."""
+        # under 16-mixed a fused optimizer unscales by itself, after the clipping: too late
+        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
         optimizer = torch.optim.AdamW(
             self.denoiser.parameters(),
             self.lr,
             weight_decay=self.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
+            fused=fused,
         )
         steps = self.trainer.max_steps
         if self.decay == "cosine" and steps < 1:
@@ -175,6 +180,7 @@ class Diffusion(Part, DenoiserModule):
             weights=weights,
             ema_decay=ema_decay,
             images_seen=self.images_seen,
+            parents=self.parents,
             steps=self._trainer.global_step if self._trainer else 0,
             seconds=round(self.seconds, 3),
             seed=self.seed,
@@ -187,15 +193,18 @@ class Diffusion(Part, DenoiserModule):
         checkpoint["card"] = dataclasses.asdict(self.card("live"))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the counts, refusing a checkpoint of another table, row or network."""
+        """Take over the counts, refusing a checkpoint of another table, rows, network, objective or data."""
         mine, theirs = dataclasses.asdict(self.card("live")), checkpoint["card"]
-        wrong = [k for k in ("network", "objective", "fingerprint", "rows") if mine[k] != theirs[k]]
+        wrong = [k for k in SAME if mine[k] != theirs[k] and "unknown" not in (mine[k], theirs[k])]
         if wrong:
             raise InputError(
                 "this checkpoint belongs to another model:\n"
                 + "\n".join(f"  - {k}: the checkpoint has {theirs[k]}, the config {mine[k]}" for k in wrong)
             )
-        self.images_seen, self.seconds = theirs["images_seen"], theirs["seconds"]
+        self.images_seen, self.seconds, self.parents = theirs["images_seen"], theirs["seconds"], theirs["parents"]
+        if self.trainer.state.fn != "fit" and "ema" in checkpoint:  # what is evaluated are the averaged weights
+            average = {f"denoiser.{name}": weight for name, weight in checkpoint["ema"]["weights"].items()}
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **average}
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, weights: Literal["ema", "live"] = "ema") -> Self:

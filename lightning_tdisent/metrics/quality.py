@@ -29,6 +29,7 @@ class Protocol:
     n_real: int
     image_range: str = "uint8, rounded"
     moments: str = "float64"
+    labels: str = "seed modulo classes"
     torchmetrics: str = dataclasses.field(default_factory=lambda: version("torchmetrics"))
     weights_sha256: str = ""
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.quality import Protocol, Quality
+from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.evaluation import x0_errors
@@ -31,15 +33,29 @@ class Contender:
     sampler: Sampler
 
 
-def training_flops(denoise: Denoises, cards: Sequence[Card]) -> float:
-    """Floating point operations of the training, all experts: 3 x forward x images seen (forward, two of backward)."""
-    total = 0.0
-    for card in cards:
-        s = card.rows[0]
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            denoise.at(s)(torch.zeros(1, *denoise.shape), s)
-        total += 3.0 * counter.get_total_flops() * card.images_seen
-    return total
+def _flops(network: Network, card_like: dict[str, Any]) -> float:
+    index = torch.ones(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, *network.shape), index)
+    return 3.0 * counter.get_total_flops() * int(card_like["images_seen"])
+
+
+def training_cost(cards: Sequence[Card]) -> dict[str, float]:
+    """Cost of all trainings behind these cards, and of the longest chain of them.
+
+    A shared model that several experts started from counts once. Floating point operations are 3 x forward x images
+    seen: a forward pass and two of its cost for the backward one.
+    """
+    parents = {p["sha256"]: p for card in cards for p in card.parents}
+    runs = [*parents.values(), *(dataclasses.asdict(card) for card in cards)]
+    chains = [[*card.parents, dataclasses.asdict(card)] for card in cards]
+    return {
+        "images_seen": sum(run["images_seen"] for run in runs),
+        "images_seen_longest": max(sum(run["images_seen"] for run in chain) for chain in chains),
+        "training_flops": sum(_flops(build(run["network"], Network).eval(), run) for run in runs),
+        "training_seconds": sum(run["seconds"] for run in runs),
+        "training_seconds_longest": max(sum(run["seconds"] for run in chain) for chain in chains),
+    }
 
 
 def evaluate(
@@ -75,6 +91,7 @@ def evaluate(
     protocol = Protocol(features, n, first_seed, reference.digest, len(reference))
     few = min((model.states for model, _ in loaded), key=lambda states: states.S)
     common = probe_rows(few.rows, 32)
+    levels = few.log_snr[common].clone()  # a model moves to the device with its table
     indices = [int(few.index[s]) for s in common]
     rows, images = [], {}
     for contender, (model, cards) in zip(contenders, loaded, strict=True):
@@ -91,9 +108,8 @@ def evaluate(
         here = {t: s for s, t in enumerate(model.states.index.tolist())}
         errors: dict[str, dict[str, float]] = {}
         at = [here[t] for t in indices if t in here]
-        if len(at) == len(common) and torch.allclose(model.states.log_snr[at].cpu(), few.log_snr[common]):
-            label = held_out.labels.to(device) if model.classes else None
-            x0 = x0_errors(model, held_out.images, range(len(held_out)), at, label).mean(1)
+        if len(at) == len(common) and torch.allclose(model.states.log_snr[at].cpu(), levels):
+            x0 = _held_out_errors(model, held_out, at, batch_size)
             eps = x0 * model.states.log_snr[at].exp().mean(1).cpu()
             errors = {
                 "x0_mse": dict(zip(map(str, indices), x0.tolist(), strict=True)),
@@ -108,11 +124,7 @@ def evaluate(
                 "steps": len(contender.sampler.rows(model.states)),
                 **quality.compute(),
                 **errors,
-                "images_seen": sum(c.images_seen for c in cards),
-                "images_seen_longest": max(c.images_seen for c in cards),
-                "training_flops": training_flops(model.to("cpu"), cards),
-                "training_seconds": sum(c.seconds for c in cards),
-                "training_seconds_longest": max(c.seconds for c in cards),
+                **training_cost(cards),
                 "sampling_seconds_per_image": seconds / n,
                 "weights_kind": cards[0].weights,
                 "training_data": cards[0].data,
@@ -128,6 +140,19 @@ def evaluate(
     protocol = dataclasses.replace(protocol, n=len(held_out), first_seed=-1)
     floor = {"name": f"{len(held_out)} real images, held out", **quality.compute(), "protocol": protocol.hash}
     return rows + [floor], images
+
+
+def _held_out_errors(model: Denoises, held_out: ImageSet, rows: Sequence[int], batch_size: int) -> Tensor:
+    """Mean x0 error per row, with the true labels where the model takes some."""
+    if model.classes and not 0 <= int(held_out.labels.min()) <= int(held_out.labels.max()) < model.classes:
+        raise InputError(f"the model has {model.classes} classes; the held-out images have other labels, or none")
+    parts = torch.arange(len(held_out)).split(batch_size)
+    device = next(iter(model.parameters())).device
+    errors = [
+        x0_errors(model, held_out.images[i], i.tolist(), rows, held_out.labels[i].to(device) if model.classes else None)
+        for i in parts
+    ]
+    return torch.cat(errors, 1).mean(1)
 
 
 def repr_sampler(sampler: Sampler) -> str:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.report.evaluate import Contender, evaluate, table, write_results
 from lightning_tdisent.report.page import write_report
 from lightning_tdisent.sampling.composite import find_files
 from lightning_tdisent.sampling.expert import read_card
 from lightning_tdisent.sampling.sampler import Sampler
-from lightning_tdisent.streaming.shards import ImageSet, load
+from lightning_tdisent.streaming.shards import ImageSet, find, load
 
 
 @dataclass
@@ -57,6 +58,16 @@ class Study:
             raise InputError(
                 f"{folder} keeps no finished study ({error}); run study or evaluate with --out {folder} first"
             ) from None
+
+    def check(self) -> None:
+        """Refuse, before anything is trained, what could only fail after it."""
+        names = [c["name"] for c in self.contenders]
+        if len(set(names)) < len(names):
+            raise InputError(f"contenders must have different names, got {names}")
+        self._contenders()
+        load_features(self.features)
+        for split in (self.split, self.reference, "train"):
+            find(self.data, split)
 
     def _contenders(self) -> list[Contender]:
         return [Contender(c["name"], Path(c["source"]), build(c["sampler"], Sampler)) for c in self.contenders]

@@ -36,11 +36,13 @@ class CompositeDenoiser(nn.Module):
 
     def at(self, s: int) -> Denoiser:
         """Return the owner of row s."""
+        if s not in self._owner:
+            raise InputError(f"row {s} is not among the latent rows 1..{self.states.S}")
         return self._owner[s]
 
     def forward(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
         """x0_hat of the owner of row s, for the whole batch."""
-        out: Tensor = self._owner[s](x, s, label)
+        out: Tensor = self.at(s)(x, s, label)
         return out
 
 
@@ -49,6 +51,7 @@ def _facts(expert: Denoiser) -> dict[str, Any]:
         "rows": expert.rows,
         "S": expert.states.S,
         "table": expert.states.fingerprint,
+        "parametrisation": type(expert.objective).__name__,
         "network input": {"shape": expert.shape, "classes": expert.classes},
     }
 
@@ -62,7 +65,7 @@ def _card_facts(card: Card) -> dict[str, Any]:
         "table": f"{card.fingerprint} ({_brief(states)})",
         "parametrisation": card.objective["class_path"].rpartition(".")[2],
         "image range": card.image_range,
-        "network input": {"shape": network["shape"], "classes": network["classes"]},
+        "network input": {"shape": network.get("shape"), "classes": network.get("classes")},
         "training data": card.data,
         "weights": card.weights,
     }
@@ -183,13 +186,13 @@ def load_model(source: str | Path) -> tuple[Denoiser | CompositeDenoiser, list[C
     return load_expert(files[0])[0], cards
 
 
-def start_warm(denoiser: Denoiser, source: str) -> None:
+def start_warm(denoiser: Denoiser, source: str) -> list[dict[str, Any]]:
     """Give a denoiser the weights of another run whose table has its rows at the same values.
 
     A network that sees the state takes them as they are; a time-agnostic one takes those of the source at its row,
-    with the time embedding folded in, so that both say the same there.
+    with the time embedding folded in, so that both say the same there. Returns what the source cost, for the card.
     """
-    shared = load_model(source)[0]
+    shared, cards = load_model(source)
     here, there = denoiser.states, shared.states
     row_there = {t: s for s, t in enumerate(there.index.tolist())}
     indices = {s: int(here.index[s]) for s in denoiser.rows}
@@ -210,3 +213,5 @@ def start_warm(denoiser: Denoiser, source: str) -> None:
     if spec(network)["init_args"] | {"conditioning": 0} != spec(denoiser.network)["init_args"] | {"conditioning": 0}:
         raise InputError(f"warm_start: {source} holds another network: {spec(network)} is not {spec(denoiser.network)}")
     denoiser.network.load_state_dict(network.state_dict())
+    cost = {k: getattr(cards[0], k) for k in ("network", "images_seen", "seconds")}
+    return [*cards[0].parents, {"sha256": sha256(find_files(source)[0]), **cost}]

@@ -29,7 +29,8 @@ class Card:
 
     module, network, states, objective: class paths with constructor arguments; fingerprint: hash of the table;
     rows: rows owned; image_range: values the network was trained on; data: digest of the training images;
-    weights: ``ema`` or ``live``; images_seen, steps, seconds: cost of the training; seed.
+    weights: ``ema`` or ``live``; images_seen, steps, seconds: cost of the training; parents: the same, with network
+    and sha256, of the files it started warm from and of theirs; seed.
     """
 
     module: str
@@ -47,6 +48,7 @@ class Card:
     seconds: float
     seed: int
     version: str
+    parents: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     schema: int = SCHEMA
 
     @classmethod

@@ -58,6 +58,7 @@ class Sampler(Part, ABC):
         seeds: one per image; label: int64 (B,) or None; start: x at row S instead of N(0, I) of the seeds.
         """
         parameter = next(iter(denoise.parameters()))
+        label = None if label is None else label.to(parameter.device)
         path = [*self.rows(denoise.states), 0]
         if start is None:
             start = seed_noise(seeds, path[0], denoise.shape)
@@ -150,7 +151,14 @@ def from_uint8(image: Tensor) -> Tensor:
 def sample(
     denoise: Denoises, sampler: Sampler, seeds: Sequence[int], batch_size: int = 250, label: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Yield uint8 images (B, C, H, W) on the CPU, batch by batch, in the order of the seeds."""
+    """Yield uint8 images (B, C, H, W) on the CPU, batch by batch, in the order of the seeds.
+
+    label: int64, one per seed; not given, a class-conditional model draws the classes in turn, seed modulo classes.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size: at least 1, got {batch_size}")
+    if label is None and denoise.classes:
+        label = torch.tensor([seed % denoise.classes for seed in seeds])
     for i in range(0, len(seeds), batch_size):
         part = None if label is None else label[i : i + batch_size]
         yield to_uint8(sampler(denoise, seeds[i : i + batch_size], part)).cpu()

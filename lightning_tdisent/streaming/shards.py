@@ -177,11 +177,19 @@ class Streamed(_Ordered):
             stream = wds.detshuffle(self.buffer, seed=self.seed, epoch=self.epoch - 1).run(stream)
         size, whole = self.batch_size, self.batch_size * self.world
         kept: list[dict[str, Any]] = []
+        i = -1
         for i, sample in enumerate(stream):
             block, place = divmod(i, whole)
             if block % parts == part and place // size == self.rank:
                 kept.append(sample)
             if place == whole - 1 and kept:
                 samples = [decode(s, self.channels) for s in kept]
+                sizes = {tuple(s["image"].shape) for s in samples}
+                if len(sizes) > 1:
+                    raise InputError(f"the images of {self.files[0].parent} differ in size: {sorted(sizes)[:4]}")
                 yield {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
                 kept = []
+        if i + 1 < whole:
+            raise InputError(
+                f"data.batch_size: {size} on {self.world} rank(s) is more than the {i + 1} training images"
+            )

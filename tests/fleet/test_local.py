@@ -1,5 +1,8 @@
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -68,6 +71,39 @@ def test_failures_are_all_named_and_the_rest_is_finished(tmp_path):
     assert "after: not started, it needs bug" in text
     assert jobs[3].done
     assert "Traceback" in (tmp_path / "bug" / "log.txt").read_text()
+
+
+def test_an_interrupted_run_ends_with_all_its_processes(tmp_path):
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from lightning_tdisent.fleet.local import Job, run\n"
+        "import interrupted\n"
+        "jobs = [Job(n, [], Path(sys.argv[1]) / n) for n in 'ab']\n"
+        "if __name__ == '__main__':\n"
+        "    try: run(jobs, interrupted.wait, 2, show=False)\n"
+        "    except KeyboardInterrupt: sys.exit(130)\n"
+    )
+    work = (
+        "import os, time\n"
+        "from pathlib import Path\n"
+        "def wait(argv, report):\n"
+        "    Path(__file__).with_name(f'pid_{os.getpid()}').touch()\n"
+        "    report(1, 2)\n"
+        "    time.sleep(60)\n"
+    )
+    (tmp_path / "interrupted.py").write_text(work)
+    (tmp_path / "main.py").write_text(program)
+    parent = subprocess.Popen([sys.executable, tmp_path / "main.py", tmp_path], start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("pid_*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(30) == 130
+    time.sleep(0.2)
+    for file in tmp_path.glob("pid_*"):
+        assert not Path(f"/proc/{file.name[4:]}").exists()
 
 
 STUDY = {

@@ -198,6 +198,20 @@ def test_the_averaged_weights_are_validated_exported_and_loaded(tiny, data, trai
     assert any(not torch.equal(live[k], exported[k]) for k in live)
 
 
+def test_a_checkpoint_is_validated_with_its_average(tiny, data, trainer, tmp_path):
+    module = ReducedStates(tiny(), LatentStates(S=4), lr=0.01, warmup=1)
+    run = trainer(20, ema=0.97)
+    run.fit(module, datamodule=data())
+    measured = run.callback_metrics["val/x0_mse"]  # of the average, in the last validation of the training
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    fresh = ReducedStates(tiny(), LatentStates(S=4))
+    again = trainer(1)
+    again.validate(fresh, datamodule=data(), ckpt_path=tmp_path / "x.ckpt", verbose=False, weights_only=True)
+    assert again.callback_metrics["val/x0_mse"] == measured
+    again.validate(module, datamodule=data(), verbose=False)
+    assert again.callback_metrics["val/x0_mse"] != measured  # the live weights
+
+
 @pytest.mark.parametrize("order", [0, 1])
 def test_validation_leaves_the_training_bitwise_unchanged(order, tiny, data, trainer):
     from lightning_tdisent.lit.callbacks.pictures import Pictures
@@ -238,6 +252,11 @@ def test_a_warm_expert_begins_as_the_shared_model(tiny, data, trainer, tmp_path)
     trainer(10).fit(ReducedStates(tiny(), states), datamodule=data())
     shared = load_expert(tmp_path / "model.safetensors")[0]
     x = torch.randn(4, 1, 8, 8)
+    module = SingleState(tiny(), states, 1)
+    (parent,) = start_warm(module.denoiser, str(tmp_path))
+    assert parent["images_seen"] == 320
+    module.parents = [parent]
+    assert module.card("live").parents == [parent]
     for expert, experts in ((2, 4), (2, 2)):
         module = SingleState(tiny(), LatentStates(S=4), expert, experts, warm_start=str(tmp_path))
         start_warm(module.denoiser, str(tmp_path))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -8,7 +9,7 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.report.evaluate import Contender, evaluate, table, training_flops
+from lightning_tdisent.report.evaluate import Contender, evaluate, table, training_cost
 from lightning_tdisent.report.page import nearest, write_report
 from lightning_tdisent.report.study import Study
 from lightning_tdisent.sampling.evaluation import grid, x0_errors
@@ -56,12 +57,19 @@ def test_rows_say_what_was_measured(model, sets):
     assert text[3][0] == "297 real images, held out"
 
 
-def test_training_flops_count_every_expert(model):
-    denoiser, card = load_expert(model("few", S=4) / "model.safetensors")
-    one = training_flops(denoiser, [card])
-    assert training_flops(denoiser, [card, card]) == 2 * one
+def test_cost_counts_every_expert_and_a_shared_start_once(model):
+    _, card = load_expert(model("few", S=4) / "model.safetensors")
+    one = training_cost([card])
     # the first convolution alone: 2 x 9 x 1 x 8 x 64 per image, three times, 1000 images
-    assert one > 3 * 1000 * 2 * 9 * 8 * 64
+    assert one["training_flops"] > 3 * 1000 * 2 * 9 * 8 * 64
+    assert training_cost([card, card])["training_flops"] == 2 * one["training_flops"]
+    parent = {"sha256": "a", "network": card.network, "images_seen": 500, "seconds": 7.0}
+    warm = dataclasses.replace(card, parents=[parent])
+    both = training_cost([warm, warm])
+    assert both["images_seen"] == 1000 + 1000 + 500
+    assert both["images_seen_longest"] == 1500
+    assert both["training_flops"] == 2.5 * one["training_flops"]
+    assert (both["training_seconds"], both["training_seconds_longest"]) == (11.0, 9.0)
 
 
 def test_the_wrong_features_and_steps_are_refused_before_any_work(model, sets):

@@ -100,6 +100,13 @@ def test_more_ranks_than_shards(shards):
     assert sorted(labels) == list(range(30))
 
 
+def test_fewer_images_than_a_batch_are_refused_in_both_forms(shards):
+    with pytest.raises(InputError, match="batch_size: 31 .* more than the 30"):
+        Resident(load(shards, "train", 1), 31, 0)
+    with pytest.raises(InputError, match="batch_size: 31 .* more than the 30"):
+        list(Streamed(shards, "train", 1, 31, 0))
+
+
 def test_a_folder_without_shards_is_refused(tmp_path, shards):
     with pytest.raises(InputError, match="is not a folder"):
         find(tmp_path / "none", "train")
