@@ -106,7 +106,7 @@ def _short(rows: list[int]) -> str:
 
 
 class Guided:
-    """Classifier-free guidance: x0_u + scale (x0_c - x0_u), both from the owner of the row (2207.12598, eq. 6).
+    """Classifier-free guidance: x0_u + scale (x0_c - x0_u), both from the owner of the row (2207.12598, eq. 6, with scale = 1 + w).
 
     The formula of eps holds for x0 as it stands, since at one row x0_hat is affine in eps_hat. scale 1 is the plain
     conditional model, 0 the unconditional one; it costs two network evaluations a step otherwise.

@@ -101,9 +101,9 @@ def test_more_ranks_than_shards(shards):
 
 
 def test_fewer_images_than_a_batch_are_refused_in_both_forms(shards):
-    with pytest.raises(InputError, match="batch_size: 31 .* more than the 30"):
+    with pytest.raises(InputError, match=r"batch_size: 31 .* more than the 30"):
         Resident(load(shards, "train", 1), 31, 0)
-    with pytest.raises(InputError, match="batch_size: 31 .* more than the 30"):
+    with pytest.raises(InputError, match=r"batch_size: 31 .* more than the 30"):
         list(Streamed(shards, "train", 1, 31, 0))
 
 
