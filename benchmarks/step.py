@@ -1,7 +1,7 @@
 """Host cost of one training step: `fit` as this project runs it, against a bare PyTorch loop that does the same work.
 
 What is compared. The project's side is one `Trainer.fit` with what every run of ``fit`` has: `ReducedStates` (S = 8),
-`EMA`, `LossPerState`, `Export`, `StepProgress`, `ModelCheckpoint`, the resident `ImageShards`, a TensorBoard logger and
+`EMA`, `LossPerState`, `Export`, `StepProgress`, `Checkpoint`, the resident `ImageShards`, a TensorBoard logger and
 ``log_every_n_steps`` 50; no validation and no checkpoint falls into the timed steps. The bare side is a plain loop
 over the same batches in the same order: generator seeded per step, balanced rows, `Denoiser.loss`, backward, clipping
 by norm, fused AdamW, LambdaLR, diffusers' `EMAModel` with foreach, loss written to TensorBoard every 50 steps. Both
@@ -47,7 +47,6 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor, nn
@@ -61,6 +60,7 @@ from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.datamodule import ImageShards
+from lightning_tdisent.lit.entry import Checkpoint, Unprofiled
 from lightning_tdisent.lit.modules import Diffusion, ReducedStates
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
@@ -309,9 +309,10 @@ def measure(name: str, warm: int, pairs: int, device: str, folder: Path) -> Inte
             StepProgress(report=lambda step, steps: None),
             EMA(decay=DECAY),
             LossPerState(),
-            ModelCheckpoint(save_last=True, filename="{step}"),
+            Checkpoint(save_last=True, filename="{step}"),
             timer,
         ],
+        profiler=Unprofiled(),
         default_root_dir=run,
         log_every_n_steps=LOG,
         val_check_interval=10 * timer.steps,

@@ -106,10 +106,10 @@ def _short(rows: list[int]) -> str:
 
 
 class Guided:
-    """Classifier-free guidance: x0_u + scale (x0_c - x0_u), both from the owner of the row (2207.12598, eq. 6, with scale = 1 + w).
+    """Classifier-free guidance: x0_u + scale (x0_c - x0_u), both from the owner of the row (2207.12598, eq. 6).
 
-    The formula of eps holds for x0 as it stands, since at one row x0_hat is affine in eps_hat. scale 1 is the plain
-    conditional model, 0 the unconditional one; it costs two network evaluations a step otherwise.
+    The formula of eps holds for x0 as it stands, since at one row x0_hat is affine in eps_hat. scale, their 1 + w, is
+    1 for the plain conditional model and 0 for the unconditional one; it costs two network evaluations a step.
     """
 
     def __init__(self, denoiser: Denoises, scale: float) -> None:
