@@ -33,7 +33,7 @@ def key(*parts: int) -> int:
 def seed_noise(seeds: Sequence[int], stream: int, shape: Sequence[int]) -> Tensor:
     """Standard normal noise (len(seeds), *shape), float32 on the CPU; row i is a function of (seeds[i], stream) alone.
 
-    stream: what the noise is for: the row s at which it enters the reverse chain. Drawn on the CPU also for a GPU,
+    stream: what the noise is for: the original index at which it enters the chain. Drawn on the CPU also for a GPU,
     whose generators give other numbers on other models. Seeds must lie in [0, 2^32).
     """
     generator, out = torch.Generator(), torch.empty(len(seeds), *shape)

@@ -25,7 +25,7 @@ from lightning_tdisent.streaming.shards import ImageSet, find, load
 class Study:
     """Contenders, the real images they are measured on, and the folder that keeps the results.
 
-    split: held-out images, for the errors per state; reference: those that distances are taken to.
+    split: held-out images, its first n_held_out, for the errors per state; reference: those that distances are taken to.
     contenders: dicts of name, source (a run, composite or file) and sampler (class path and arguments); runs: folders
     with event files for the curves; the other fields as in `report.evaluate`.
     """
@@ -37,6 +37,7 @@ class Study:
     features: str
     split: str = "test"
     reference: str = "train"
+    n_held_out: int = 1000
     n: int = 1000
     first_seed: int = 0
     batch_size: int = 250
@@ -72,16 +73,16 @@ class Study:
     def _contenders(self) -> list[Contender]:
         return [Contender(c["name"], Path(c["source"]), build(c["sampler"], Sampler)) for c in self.contenders]
 
-    def _real(self, split: str) -> ImageSet:
+    def _real(self, split: str, limit: int | None = None) -> ImageSet:
         channels = read_card(find_files(self.contenders[0]["source"])[0]).network["init_args"]["shape"][0]
-        return load(self.data, split, channels)
+        return load(self.data, split, channels, limit)
 
     def evaluate(self) -> None:
         """Measure every contender and keep the results."""
         contenders = self._contenders()
         with Progress(transient=True) as bar:
             tasks = {c.name: bar.add_task(f"sampling {c.name}", total=self.n) for c in contenders}
-            splits = self._real(self.reference), self._real(self.split)
+            splits = self._real(self.reference), self._real(self.split, self.n_held_out)
             rows, images = evaluate(
                 contenders, *splits, self.features, self.n, self.first_seed, self.batch_size, self.device,
                 progress=lambda name, count: bar.advance(tasks[name], count),
@@ -119,7 +120,7 @@ class Study:
             self.rows,
             self._images(),
             self._contenders(),
-            self._real(self.split),
+            self._real(self.split, self.n_held_out),
             self._real(self.reference).images,
             {name: Path(folder) for name, folder in self.runs.items()},
             self.notes,

@@ -13,7 +13,7 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.sampler import Sampler, from_uint8, probe_rows, sample, to_uint8
 
-HELD_OUT = 1 << 20  # streams of held-out noise, far from the rows that key the sampler's
+HELD_OUT = 1 << 20  # streams of held-out noise, far from the indices that key the sampler's
 
 
 class Scores(Protocol):
@@ -33,15 +33,16 @@ class Scores(Protocol):
 def x0_errors(
     denoise: Denoises, images: Tensor, ids: Sequence[int], rows: Sequence[int], label: Tensor | None = None
 ) -> Tensor:
-    """Mean squared error of x0_hat per row and image, (R, B) float64, on noise keyed by (image id, row).
+    """Mean squared error of x0_hat per row and image, (R, B) float64, on noise keyed by (image id, original index).
 
     images: uint8 (B, C, H, W). Times SNR(s) it is the error of eps, over b_s^2 the error of v.
     """
     device = next(iter(denoise.parameters())).device
     x0 = from_uint8(images).to(device)
+    index = denoise.states.index.tolist()
     out = torch.empty(len(rows), len(images), dtype=torch.float64)
     for k, s in enumerate(rows):
-        eps = seed_noise(ids, HELD_OUT + s, x0.shape[1:]).to(device)
+        eps = seed_noise(ids, HELD_OUT + index[s], x0.shape[1:]).to(device)
         error = denoise(noise(denoise.states, x0, s, eps), s, label) - x0
         out[k] = error.double().square().mean((1, 2, 3)).cpu()
     return out

@@ -1,7 +1,7 @@
 """The reverse loop over the rows of one table, and the solvers that take its steps.
 
 Image i depends on (model, sampler, seed i) alone: noise comes from `rng.seed_noise`, keyed by the image's seed and the
-row at which it enters.
+original index at which it enters: one seed starts from one noise in every table of a schedule.
 """
 
 from abc import ABC, abstractmethod
@@ -60,8 +60,9 @@ class Sampler(Part, ABC):
         parameter = next(iter(denoise.parameters()))
         label = None if label is None else label.to(parameter.device)
         path = [*self.rows(denoise.states), 0]
+        index = denoise.states.index.tolist()
         if start is None:
-            start = seed_noise(seeds, path[0], denoise.shape)
+            start = seed_noise(seeds, index[path[0]], denoise.shape)
         x = start.to(parameter.device, parameter.dtype)
         before: Tensor | None = None
         yield path[0], x, None
@@ -73,7 +74,7 @@ class Sampler(Part, ABC):
             if before is not None and _nonzero(c_before):
                 out = out + scale(c_before, before)
             if _nonzero(cz):
-                out = out + scale(cz, seed_noise(seeds, r, denoise.shape).to(x.device, x.dtype))
+                out = out + scale(cz, seed_noise(seeds, index[r], denoise.shape).to(x.device, x.dtype))
             x, before = out, x0
             yield r, x, x0
 
