@@ -25,7 +25,7 @@ from lightning_tdisent.streaming.shards import ImageSet, find, load
 class Study:
     """Contenders, the real images they are measured on, and the folder that keeps the results.
 
-    split: held-out images, its first n_held_out, for the errors per state; reference: those that distances are taken to.
+    split: held-out images, its first n_held_out, for the errors per state; reference: those of the distances.
     contenders: dicts of name, source (a run, composite or file) and sampler (class path and arguments); runs: folders
     with event files for the curves; the other fields as in `report.evaluate`.
     """
