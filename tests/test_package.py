@@ -1,4 +1,5 @@
 import configparser
+import re
 import subprocess
 import sys
 from importlib.metadata import distributions
@@ -67,15 +68,12 @@ def test_constraints_fit_the_ranges_of_setup_cfg():
     assert not any(lightning.contains(bad) for bad in ("2.6.2", "2.6.3", "2.6.5"))
 
 
+UNSAFE = r"import pickle|pickle\.load|weights_only=False|load_state_dict\(.*strict=False|(?<![\w.])eval\(|extractall|shell=True"
+
+
 def test_no_unsafe_calls_in_the_package():
-    words = ("pickle", "weights_only=False", "strict=False", "eval(", "extractall", "shell=True", "yaml.load(")
     for file in (ROOT / "lightning_tdisent").rglob("*.py"):
-        text = file.read_text()
-        for word in words:
-            code = [line for line in text.splitlines() if word in line and "no pickle" not in line]
-            code = [
-                line
-                for line in code
-                if not (word == "eval(" and ".eval(" in line) and "strict=False)" not in line[-14:]
-            ]
-            assert not code, f"{file}: {code}"
+        found = [line for line in file.read_text().splitlines() if re.search(UNSAFE, line)]
+        assert not found, f"{file}: {found}"
+    assert re.search(UNSAFE, "x = eval(text)")
+    assert not re.search(UNSAFE, "model.eval()")
