@@ -12,7 +12,6 @@ ALL = sorted(f for f in FOLDER.rglob("*.yaml"))
 STUDIES = [f for f in ALL if "runs" in yaml.safe_load(f.read_text())]
 OVERLAYS = sorted((FOLDER / "ablate").glob("*.yaml"))
 RUNS = [f for f in ALL if f not in STUDIES and f not in OVERLAYS]
-names = {"ids": lambda f: f.stem if isinstance(f, Path) else None}
 
 
 def test_the_three_kinds_are_all_there_is():

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.fleet.local import Job
+from lightning_tdisent.sampling.expert import write_whole
 
 KEYS = (
     "title",
@@ -57,7 +58,7 @@ class Plan:
         elif self.out.exists() and any(self.out.iterdir()):
             raise InputError(f"{self.out} is not empty and holds no study; choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(mine, indent=1))
+        write_whole(file, json.dumps(mine, indent=1).encode())
 
 
 def plan(

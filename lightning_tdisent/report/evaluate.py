@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -195,9 +194,3 @@ def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             return ""
 
     return [tuple(columns), *(tuple(cell(r, text) for text in columns.values()) for r in rows)]
-
-
-def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the rows as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(list(rows), indent=1))

@@ -13,10 +13,10 @@ from torch import Tensor
 from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.features import load_features
-from lightning_tdisent.report.evaluate import Contender, evaluate, table, write_results
+from lightning_tdisent.report.evaluate import Contender, evaluate, table
 from lightning_tdisent.report.page import write_report
 from lightning_tdisent.sampling.composite import find_files
-from lightning_tdisent.sampling.expert import read_card
+from lightning_tdisent.sampling.expert import read_card, write_whole
 from lightning_tdisent.sampling.sampler import Sampler
 from lightning_tdisent.streaming.shards import ImageSet, find, load
 
@@ -88,9 +88,9 @@ class Study:
                 progress=lambda name, count: bar.advance(tasks[name], count),
             )  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_results(self.folder / "results.json", rows)
+        write_whole(self.folder / "results.json", json.dumps(rows, indent=1).encode())
         save_file({k: v.contiguous() for k, v in images.items()}, self.folder / "samples.safetensors")
-        (self.folder / "study.json").write_text(json.dumps(vars(self), indent=1))
+        write_whole(self.folder / "study.json", json.dumps(vars(self), indent=1).encode())
 
     @property
     def rows(self) -> list[dict[str, Any]]:
