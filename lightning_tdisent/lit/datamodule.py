@@ -1,5 +1,6 @@
 """The one DataModule: WebDataset shards to batches of uint8 images, for every module of the project."""
 
+import itertools
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -12,19 +13,42 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming.shards import ImageSet, Resident, Sample, Streamed, digest, find, load
 
 
-class Epochs:
-    """A loader that tells its dataset the epoch before each pass, also to workers that start afresh."""
+class Endless:
+    """Goes through the batches of a run, ``len`` an epoch, from wherever the last epoch, or the last process, stopped.
 
-    def __init__(self, dataset: Resident | Streamed, workers: int, trainer: L.Trainer | None) -> None:
-        self.source, self.trainer = dataset, trainer
+    Its state is the number of batches handed out, which Lightning stores and returns to it; the workers keep running
+    from one epoch to the next.
+    """
+
+    def __init__(self, dataset: Resident | Streamed, workers: int) -> None:
+        self.source, self.done = dataset, 0
         self.loader = DataLoader(dataset, batch_size=None, num_workers=workers)
+        self._stream: Iterator[Sample] | None = None
 
     def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]  # a streamed set has no length, and says so
+        return len(self.source)
 
     def __iter__(self) -> Iterator[Sample]:
-        self.source.epoch = self.trainer.current_epoch if self.trainer else 0
-        return iter(self.loader if self.loader.num_workers else self.source)
+        if self._stream is None:
+            self.source.first = self.done
+            self._stream = iter(self.loader if self.loader.num_workers else self.source)
+        for batch in itertools.islice(self._stream, len(self)):
+            self.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches handed out, and images in each over all ranks."""
+        return {"batches": self.done, "images": self.source.batch_size * self.source.world}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on behind them; refuses batches of another size."""
+        mine = self.state_dict()["images"]
+        if state["images"] != mine:
+            raise InputError(
+                f"data.batch_size: the checkpoint was trained with {state['images']} images a step over all ranks, "
+                f"this run has {mine}; change data.batch_size or trainer.devices so that they agree"
+            )
+        self.done, self._stream = state["batches"], None
 
 
 class Batches:
@@ -43,8 +67,8 @@ class Batches:
 class ImageShards(L.LightningDataModule):
     """Images of a folder of shards ``{split}-*.tar(.gz)`` with ``KEY.png|jpg|webp`` and ``KEY.cls``.
 
-    Batches are dicts of ``image`` uint8 (B, C, H, W), ``label`` int64 (B,), and outside training ``id`` (B,), the
-    position in the split. The order of an epoch is a function of (seed, epoch) alone, the same for any number of
+    Batches are dicts of ``image`` uint8 (B, C, H, W), ``label`` int64 (B,) and ``id`` int64 (B,), the position in the
+    split. The order of an epoch is a function of (seed, epoch) alone, the same for any number of
     ranks and workers; an incomplete last batch is left out of an epoch.
 
     path: the folder; channels: 1 or 3; batch_size: images per rank and step; train, val: names of the two splits;
@@ -105,7 +129,7 @@ class ImageShards(L.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def train_dataloader(self) -> Epochs:
+    def train_dataloader(self) -> Endless:
         """Batches of this rank."""
         place = self._place()
         seed = self.seed
@@ -118,7 +142,7 @@ class ImageShards(L.LightningDataModule):
         else:
             files = (self.path, self.train, self.channels)
             dataset = Streamed(*files, self.batch_size, seed, self.buffer, *place)
-        return Epochs(dataset, 0 if self.resident else self.workers, self.trainer)
+        return Endless(dataset, 0 if self.resident else self.workers)
 
     def val_dataloader(self) -> Batches:
         """Batches of every world-th held-out image: nothing padded, nothing left out."""

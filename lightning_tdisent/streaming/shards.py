@@ -6,6 +6,8 @@ to disk, no pickle is read and no ``pipe:`` is opened.
 
 import hashlib
 import io
+import itertools
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,6 +94,20 @@ def _raw(files: list[Path]) -> Iterator[dict[str, Any]]:
         raise InputError(f"a shard of {files[0].parent} is damaged: {error}") from None
 
 
+def count(file: Path) -> int:
+    """Samples of a shard, from the headers of its members."""
+    last, n = None, 0
+    try:
+        with tarfile.open(file) as tar:
+            for member in tar:
+                stem = re.match(r"(.*/|)[^.]+", member.name)
+                if member.isfile() and stem and stem[0] != last:
+                    last, n = stem[0], n + 1
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise InputError(f"a shard of {file.parent} is damaged: {error}") from None
+    return n
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Decoded images (N, C, H, W) uint8 with labels (N,) int64, and the digest of the shards they came from."""
@@ -122,74 +138,98 @@ def load(path: str | Path, split: str, channels: int, limit: int | None = None) 
 
 
 class _Ordered(IterableDataset[Sample]):
-    """Batches whose order is a function of (seed, epoch) alone, the same for any number of ranks and workers.
+    """An endless row of batches, a function of (seed, number of the batch) alone, for any number of ranks and workers.
 
     The samples of an epoch are cut into global batches of world x batch_size; a last incomplete one is left out, so
-    that every rank takes the same number of steps. Set ``epoch`` before each pass.
+    that every rank takes the same number of steps, ``len`` of them an epoch. Set ``first``, the number of the first
+    batch handed out counted from the start of the run, to go on anywhere. Batches have ``image``, ``label`` and
+    ``id``, the position in the split.
     """
 
-    def __init__(self, batch_size: int, seed: int, rank: int, world: int) -> None:
-        self.batch_size, self.seed, self.rank, self.world, self.epoch = batch_size, seed, rank, world, 0
+    def __init__(self, samples: int, batch_size: int, seed: int, rank: int, world: int) -> None:
+        self.batch_size, self.seed, self.rank, self.world, self.first = batch_size, seed, rank, world, 0
+        self.batches = samples // (batch_size * world)
+        if not self.batches:
+            raise InputError(
+                f"data.batch_size: {batch_size} on {world} rank(s) is more than the {samples} training images"
+            )
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def _order(self, n: int, epoch: int) -> Tensor:
+        return torch.randperm(n, generator=torch.Generator().manual_seed(key(self.seed, epoch)))
 
 
 class Resident(_Ordered):
     """Batches of an `ImageSet` in memory: a permutation of (seed, epoch), one gather a step, no workers needed."""
 
     def __init__(self, data: ImageSet, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        super().__init__(batch_size, seed, rank, world)
-        if len(data) < batch_size * world:
-            raise InputError(
-                f"data.batch_size: {batch_size} on {world} rank(s) is more than the {len(data)} training images"
-            )
+        super().__init__(len(data), batch_size, seed, rank, world)
         self.data = data
 
-    def __len__(self) -> int:
-        return len(self.data) // (self.batch_size * self.world)
-
     def __iter__(self) -> Iterator[Sample]:
-        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(key(self.seed, self.epoch)))
-        for batch in range(len(self)):
-            first = (batch * self.world + self.rank) * self.batch_size
-            chosen = order[first : first + self.batch_size]
-            yield {"image": self.data.images[chosen], "label": self.data.labels[chosen]}
+        epoch, start = divmod(self.first, len(self))
+        while True:
+            order = self._order(len(self.data), epoch)
+            for batch in range(start, len(self)):
+                first = (batch * self.world + self.rank) * self.batch_size
+                chosen = order[first : first + self.batch_size]
+                yield {"image": self.data.images[chosen], "label": self.data.labels[chosen], "id": chosen}
+            epoch, start = epoch + 1, 0
 
 
 class Streamed(_Ordered):
     """Batches read from shards as they come, for sets larger than memory.
 
     Shards in an order of (seed, epoch), then a shuffle buffer of undecoded samples with the same key. Every rank and
-    worker reads every shard and decodes its own share only: exact, at the price of reading the bytes more than once.
+    worker reads every shard and decodes its own share only: exact, at the price of reading the bytes more than once;
+    going on inside an epoch reads, without decoding, what lies before.
     """
 
     def __init__(
         self, path: str | Path, split: str, channels: int, batch_size: int, seed: int, buffer: int = 2000,
         rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
-        super().__init__(batch_size, seed, rank, world)
         self.files, self.channels, self.buffer = find(path, split), channels, buffer
+        counts = [count(file) for file in self.files]
+        self.offsets = [sum(counts[:i]) for i in range(len(counts))]
+        super().__init__(sum(counts), batch_size, seed, rank, world)
+
+    def _samples(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """Undecoded samples of an epoch in its order, each with its position in the split."""
+
+        def numbered() -> Iterator[dict[str, Any]]:
+            for i in self._order(len(self.files), epoch).tolist():
+                for n, sample in enumerate(_raw([self.files[i]]), self.offsets[i]):
+                    yield {**sample, "id": n}
+
+        stream = numbered()
+        return wds.detshuffle(self.buffer, seed=self.seed, epoch=epoch - 1).run(stream) if self.buffer > 1 else stream
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
-        order = torch.randperm(len(self.files), generator=torch.Generator().manual_seed(key(self.seed, self.epoch)))
-        stream = iter(_raw([self.files[i] for i in order]))
-        if self.buffer > 1:
-            stream = wds.detshuffle(self.buffer, seed=self.seed, epoch=self.epoch - 1).run(stream)
         size, whole = self.batch_size, self.batch_size * self.world
-        kept: list[dict[str, Any]] = []
-        i = -1
-        for i, sample in enumerate(stream):
-            block, place = divmod(i, whole)
-            if block % parts == part and place // size == self.rank:
-                kept.append(sample)
-            if place == whole - 1 and kept:
-                samples = [decode(s, self.channels) for s in kept]
-                sizes = {tuple(s["image"].shape) for s in samples}
-                if len(sizes) > 1:
-                    raise InputError(f"the images of {self.files[0].parent} differ in size: {sorted(sizes)[:4]}")
-                yield {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
-                kept = []
-        if i + 1 < whole:
-            raise InputError(
-                f"data.batch_size: {size} on {self.world} rank(s) is more than the {i + 1} training images"
-            )
+        epoch, start = divmod(self.first, len(self))
+        turn = 0
+        while True:
+            stream = self._samples(epoch)
+            for block in range(len(self)):
+                mine = block >= start and turn % parts == part
+                turn += block >= start
+                kept = list(itertools.islice(stream, whole))[self.rank * size : (self.rank + 1) * size]
+                if len(kept) < size:
+                    raise InputError(
+                        f"the shards of {self.files[0].parent} have changed: fewer samples than at the start"
+                    )
+                if mine:
+                    yield self._batch(kept)
+            epoch, start = epoch + 1, 0
+
+    def _batch(self, kept: list[dict[str, Any]]) -> Sample:
+        samples = [{**decode(s, self.channels), "id": torch.tensor(s["id"])} for s in kept]
+        sizes = {tuple(s["image"].shape) for s in samples}
+        if len(sizes) > 1:
+            raise InputError(f"the images of {self.files[0].parent} differ in size: {sorted(sizes)[:4]}")
+        return {k: torch.stack([s[k] for s in samples]) for k in samples[0]}

@@ -1,4 +1,5 @@
 import io
+import itertools
 import tarfile
 
 import pytest
@@ -67,9 +68,9 @@ def order(dataset_of, world, workers, epoch):
     streams = []
     for rank in range(world):
         dataset = dataset_of(rank, world)
-        dataset.epoch = epoch
+        dataset.first = epoch * len(dataset)
         batches = DataLoader(dataset, batch_size=None, num_workers=workers) if workers else dataset
-        streams.append([b["label"].tolist() for b in batches])
+        streams.append([b["label"].tolist() for b in itertools.islice(batches, len(dataset))])
     assert len({len(s) for s in streams}) == 1  # every rank takes the same number of steps
     return [label for step in zip(*streams, strict=True) for batch in step for label in batch]
 
