@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend: shown as a message, never as a traceback."""
+"""Errors that end a command with a message, never with a traceback."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -6,6 +6,14 @@ from difflib import get_close_matches
 
 class InputError(ValueError):
     """Something asked for cannot be done; the message says what, where, both values and what would help."""
+
+    code = 2
+
+
+class Halted(InputError):
+    """Training stopped itself before it could do harm: a full disk, losses that are not finite."""
+
+    code = 1
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

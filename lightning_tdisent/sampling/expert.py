@@ -20,7 +20,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.denoiser import Denoiser
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Card:
 
     module, network, states, objective: class paths with constructor arguments; fingerprint: hash of the table;
     rows: rows owned; image_range: values the network was trained on; data: digest of the training images;
-    weights: ``ema`` or ``live``; images_seen, steps, seconds: cost of the training; parents: the same, with network
-    and sha256, of the files it started warm from and of theirs; seed.
+    weights: ``ema`` or ``live``; average: its decay or relative length sigma_rel, and the steps averaged; images_seen,
+    steps, seconds: cost of the training; parents: the same, with network and sha256, of the files it started warm from
+    and of theirs; seed.
     """
 
     module: str
@@ -42,7 +43,7 @@ class Card:
     image_range: list[float]
     data: str
     weights: str
-    ema_decay: float | None
+    average: dict[str, float] | None
     images_seen: int
     steps: int
     seconds: float
@@ -104,15 +105,25 @@ def write_whole(path: str | Path, content: bytes) -> None:
     """Write a file beside its target, fsync it and rename it over, so that nobody ever reads a half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_card(path: str | Path) -> Card:

@@ -77,7 +77,7 @@ FACTS = {
     "module": "SingleState",
     "data": "d1g1t5",
     "weights": "ema",
-    "ema_decay": 0.99,
+    "average": {"decay": 0.99, "steps": 3},
     "images_seen": 640,
     "steps": 10,
     "seconds": 1.5,

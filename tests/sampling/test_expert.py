@@ -89,7 +89,7 @@ def test_the_file_says_what_it_is(model, write):
     one = model(rows=[4])
     head = header(write("expert", one).read_bytes())
     card = json.loads(head["__metadata__"]["card"])
-    assert card["schema"] == 1
+    assert card["schema"] == 2
     assert card["rows"] == [4]
     assert card["fingerprint"] == one.states.fingerprint
     assert card["data"] == "d1g1t5"
@@ -159,7 +159,7 @@ def test_every_truncation_is_refused(model, write, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.update(schema=2), ["schema 2", "reads 1"]),
+        (lambda c: c.update(schema=1), ["schema 1", "reads 2"]),
         (lambda c: c.update(mood="good"), ["mood"]),
         (lambda c: c.pop("rows") and None, ["rows"]),
         (lambda c: c.update(fingerprint="0123456789abcdef"), ["0123456789abcdef", "fingerprint"]),

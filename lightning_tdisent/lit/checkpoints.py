@@ -1,0 +1,256 @@
+"""Checkpoint files that are whole, verified, and found again.
+
+Lightning and torch make and read the content; this adds what their files lack: a checkpoint is written beside its
+target, flushed to the disk, read back, renamed, and counts only once its manifest stands beside it.
+"""
+
+import datetime
+import hashlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Self
+
+import numpy as np
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.sampling.expert import sha256, sync_folder, write_whole
+
+SCHEMA = 1
+POINTER = "newest.json"
+Manifest = dict[str, Any]
+
+
+class DurableIO(TorchCheckpointIO):
+    """Lightning's checkpoint plugin, with files that are whole or not there.
+
+    Saving: a temporary file beside the target, fsync, read back, rename, fsync of the folder, then the manifest
+    (sha256, bytes, schema, step, images seen, table fingerprint, rows) and ``newest.json`` of the folder, in the same
+    way. What is not finite is not saved. Raises Halted when nothing could be written, and InputError for a checkpoint
+    that is remote, damaged, or more than data.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write the checkpoint with its manifest; what stood at the path before survives a failure."""
+        if storage_options is not None:
+            raise TypeError("storage_options: checkpoints are local files")
+        path, step = _local(path), checkpoint.get("global_step", 0)
+        if bad := non_finite(checkpoint):
+            raise Halted(
+                f"{path}: not saved at step {step}: {', '.join(bad[:3])} ({len(bad)} in all) hold values that are not "
+                "finite. The checkpoint before it is untouched."
+            )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(checkpoint, path)
+        except OSError as error:
+            raise Halted(
+                f"{path}: the checkpoint of step {step} cannot be written: {error.strerror or error}. Training stops, "
+                "since it could be lost; mend that and give the same command to go on from the checkpoint before it."
+            ) from error
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
+        """Return the content, verified; ``weights_only`` is always true."""
+        return load(path, map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove the manifest, then the file."""
+        path = _local(path)
+        _manifest_of(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def load(path: str | Path, map_location: Any = "cpu") -> Any:
+    """Content of a local checkpoint whose bytes are those of its manifest, if it has one; nothing in it is run."""
+    path = _local(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    if _manifest_of(path).exists():
+        verify(path)
+    try:
+        return torch.load(path, map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it asks for {asked[1]}, and is more than data" if asked else str(error).split("\n")[0]
+        raise InputError(f"{path}: not loaded: {why}") from None
+
+
+def verify(path: Path) -> Manifest:
+    """Manifest of a checkpoint whose bytes agree with it; refuses any other, saying what differs."""
+    try:
+        manifest = json.loads(_manifest_of(path).read_bytes())
+        check = manifest.pop("check")
+    except FileNotFoundError:
+        raise InputError(f"{path}: has no manifest: it was cut short, or copied without it") from None
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: its manifest cannot be read ({type(error).__name__}: {error})") from None
+    if check != _check(manifest):
+        raise InputError(f"{path}: its manifest is damaged")
+    if manifest["schema"] != SCHEMA:
+        raise InputError(f"{path}: manifest of schema {manifest['schema']}, this version reads {SCHEMA}")
+    try:
+        size = path.stat().st_size
+        if size != manifest["bytes"]:
+            raise InputError(f"{path}: damaged: {size} bytes, its manifest says {manifest['bytes']}")
+        digest = sha256(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if digest != manifest["sha256"]:
+        raise InputError(f"{path}: damaged: sha256 {digest[:12]}.., its manifest says {manifest['sha256'][:12]}..")
+    return dict(manifest)
+
+
+def newest(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
+    """Newest good checkpoint of a folder with its manifest, and why each newer one is not good."""
+    bad: list[str] = []
+    for path in reversed(steps(folder)):
+        try:
+            return path, verify(path), bad
+        except InputError as error:
+            bad.append(str(error))
+    return None, {}, bad
+
+
+def steps(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, oldest first."""
+    found = [p for p in folder.glob("step-*.ckpt") if re.fullmatch(r"step-\d+\.ckpt", p.name)]
+    return sorted(found, key=lambda p: int(p.stem[5:]))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that died left half-written."""
+    for orphan in folder.glob(".*.tmp"):
+        orphan.unlink(missing_ok=True)
+
+
+def non_finite(checkpoint: dict[str, Any]) -> list[str]:
+    """Names of floating-point tensors with a value that is not finite, but for callbacks'; asks each device once."""
+    found: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, tensor in _tensors({k: v for k, v in checkpoint.items() if k != "callbacks"}):
+        if tensor.is_floating_point() and tensor.numel():
+            found.setdefault(tensor.device, []).append((name, tensor))
+    out = []
+    for pairs in found.values():  # a sum is not finite if a value is not, or if it overflows
+        finite = torch.stack([tensor.sum().float() for _, tensor in pairs]).isfinite().tolist()
+        suspects = [pair for pair, good in zip(pairs, finite, strict=True) if not good]
+        out += [name for name, tensor in suspects if not tensor.isfinite().all()]
+    return out
+
+
+def _tensors(data: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(data, Tensor):
+        yield name, data
+    elif isinstance(data, dict):
+        for key, value in data.items():
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(data, (list, tuple)):
+        for key, value in enumerate(data):
+            yield from _tensors(value, f"{name}.{key}")
+
+
+class _Echo:
+    """A file being written, and read back right behind by another thread, which hashes what the file gives.
+
+    Each piece read back is compared with the one written by the sum of its bytes: two SHA-256 would cost more than the
+    rest of a save.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._pieces = path.open("w+b", buffering=0), SimpleQueue[tuple[int, int]]()
+
+    def __enter__(self) -> Self:
+        self._other = ThreadPoolExecutor(1)
+        self._hash = self._other.submit(self._read_back)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pieces.put((0, 0))
+        self._other.shutdown()
+        self._file.close()
+
+    def write(self, data: Any) -> int:
+        data = memoryview(data)
+        left = size = len(data)
+        while left:
+            left -= self._file.write(data[size - left :])
+        if size:
+            self._pieces.put((size, _sum(data)))
+        return size
+
+    def flush(self) -> None:
+        pass
+
+    def finish(self) -> str:
+        """Put it on the disk, and return its SHA-256; refuses a file that gives back something else."""
+        self._pieces.put((0, 0))
+        os.fsync(self._file.fileno())
+        return self._hash.result()
+
+    def _read_back(self) -> str:
+        digest, at = hashlib.sha256(), 0
+        while (piece := self._pieces.get())[0]:
+            size, total = piece
+            back = os.pread(self._file.fileno(), size, at)
+            if len(back) != size or _sum(back) != total:
+                raise OSError(None, f"bytes {at} to {at + size} read back are not those written")
+            digest.update(back)
+            at += size
+        return digest.hexdigest()
+
+
+def _sum(data: Any) -> int:
+    words = len(data) // 8
+    return int(np.frombuffer(data, np.uint64, words).sum()) + sum(bytes(data[words * 8 :]))
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _Echo(beside) as file:
+            torch.save(checkpoint, file)  # type: ignore[arg-type]  # all that torch asks of a file is write
+            digest = file.finish()
+        _manifest_of(path).unlink(missing_ok=True)  # an old one never stands beside new bytes
+        beside.replace(path)
+        sync_folder(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+    card = checkpoint.get("card", {})
+    manifest = {
+        "schema": SCHEMA,
+        "sha256": digest,
+        "bytes": path.stat().st_size,
+        "step": checkpoint.get("global_step", 0),
+        "epoch": checkpoint.get("epoch", 0),
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **{k: card[k] for k in ("images_seen", "fingerprint", "rows", "module", "data", "version") if k in card},
+    }
+    _put(_manifest_of(path), {**manifest, "check": _check(manifest)})
+    _put(path.parent / POINTER, {"file": path.name, "step": manifest["step"], "sha256": digest})
+
+
+def _put(path: Path, data: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(data, indent=1).encode())
+
+
+def _check(manifest: Manifest) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _manifest_of(path: Path) -> Path:
+    return path.with_suffix(path.suffix + ".json")
+
+
+def _local(path: str | Path) -> Path:
+    if "://" in str(path):
+        raise InputError(
+            f"{path}: checkpoints are local files. Download it, compare its sha256 with its manifest, name the file"
+        )
+    return Path(path)
