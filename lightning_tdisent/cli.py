@@ -53,6 +53,14 @@ def parser() -> argparse.ArgumentParser:
     )
     c.add_argument("--out", type=Path, required=True, help="the composite folder to write")
 
+    w = add(
+        "average", _average, "average a run's weights over another length, from its snapshots (fit --ema.lengths)"
+    )
+    w.add_argument("run_folder", type=Path, metavar="run", help="run folder")
+    w.add_argument("--sigma-rel", type=float, required=True, help="length of the average, relative to the training")
+    w.add_argument("--step", type=int, help="step of the training it ends at (default: the last snapshot)")
+    w.add_argument("--out", type=Path, required=True, help="the .safetensors to write")
+
     e = add("evaluate", _evaluate, "models side by side in one table, from the same seeds")
     e.add_argument("models", type=Path, nargs="+", help="as for sample")
     e.add_argument("--data", required=True, help="folder of shards with the real images")
@@ -86,7 +94,7 @@ def _sampler_options(command: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 done, 2 the user's to mend (one message, no traceback), 130 interrupted."""
+    """Run a command; 0 done, 1 halted and 2 refused (one message, no traceback), 130 interrupted, 143 preempted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv and argv[0] in LIGHTNING:
@@ -95,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(argv)
             return 0
         if argv and not argv[0].startswith("-"):
-            known = [*LIGHTNING, "sample", "compose", "evaluate", "report", "study"]
+            known = [*LIGHTNING, "sample", "compose", "average", "evaluate", "report", "study"]
             if argv[0] not in known:
                 raise InputError(
                     f"there is no command {argv[0]!r}.{nearest(argv[0], known)} Commands: {', '.join(known)}"
@@ -109,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -166,6 +174,15 @@ def _sample(a: argparse.Namespace) -> None:
         save_png(image, a.out / f"{seed:06d}.png")
     save_png(grid(images[:256]), a.out / "grid.png")
     print(f"{len(images)} images and grid.png in {a.out}")
+
+
+def _average(a: argparse.Namespace) -> None:
+    from lightning_tdisent.sampling.averages import reconstruct
+
+    if a.out.exists():
+        raise InputError(f"--out {a.out} is there already; choose another name")
+    error = reconstruct(a.run_folder, a.sigma_rel, a.out, a.step)
+    print(f"{a.out}: sigma_rel {a.sigma_rel:g}, its profile met to {error:.2%} by the snapshots of {a.run_folder}")
 
 
 def _compose(a: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ class DenoiserModule(L.LightningModule):
 
     denoiser: Denoiser | CompositeDenoiser
     sampler: Sampler
+    images_seen = 0
 
     @property
     def rows(self) -> list[int]:
@@ -59,15 +60,22 @@ class DenoiserModule(L.LightningModule):
         self._sums += torch.cat([errors.sum(1), torch.tensor([errors.shape[1]])])
 
     def on_validation_epoch_end(self, prefix: str = "val") -> None:
-        """Log eps-MSE and x0-MSE per probe row, exact over all ranks (the mean of equal values is what it was)."""
+        """Log eps-MSE and x0-MSE per probe row, exact over all ranks."""
         sums = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum").cpu()
         x0 = sums[:-1] / sums[-1]
         eps = x0 * self.denoiser.states.log_snr[self._probe].exp().mean(1).cpu()
+        values = {f"{prefix}/eps_mse": float(eps.mean()), f"{prefix}/x0_mse": float(x0.mean())}
         for s, x0_mse, eps_mse in zip(self._probe, x0.tolist(), eps.tolist(), strict=True):
             t = int(self.denoiser.states.index[s])
-            self.log_dict({f"{prefix}_x0_mse/t{t:04d}": x0_mse, f"{prefix}_eps_mse/t{t:04d}": eps_mse}, sync_dist=True)
-        self.log(f"{prefix}/eps_mse", float(eps.mean()), prog_bar=True, sync_dist=True)
-        self.log(f"{prefix}/x0_mse", float(x0.mean()), sync_dist=True)
+            values |= {f"{prefix}_x0_mse/t{t:04d}": x0_mse, f"{prefix}_eps_mse/t{t:04d}": eps_mse}
+        self.publish(values)
+
+    def publish(self, values: dict[str, float]) -> None:
+        """Log numbers that are the same on all ranks, over images seen."""
+        self.log_dict(values, logger=False, sync_dist=True)
+        if not self.trainer.sanity_checking:
+            for logger in self.loggers:
+                logger.log_metrics(values, self.images_seen)
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 

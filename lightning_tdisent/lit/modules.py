@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 import lightning_tdisent
 from lightning_tdisent.diffusion.objectives import Objective, V
@@ -64,7 +65,7 @@ class Diffusion(Part, DenoiserModule):
         self.lr, self.warmup, self.decay, self.weight_decay = lr, warmup, decay, weight_decay
         self.clip_norm, self.draw, self.label_drop = clip_norm, draw, label_drop
         self.register_buffer("row_choices", torch.tensor(rows), persistent=False)
-        self.generator = torch.Generator()
+        self.generator, self.skipped, self.gradient_norm = torch.Generator(), torch.zeros(()), torch.zeros(())
         self.images_seen, self.seconds, self.seed = 0, 0.0, 0
         self.parents: list[dict[str, Any]] = []
         self._since: float | None = None
@@ -88,6 +89,7 @@ class Diffusion(Part, DenoiserModule):
     def on_fit_start(self) -> None:
         """Put the generator of the training noise on the device."""
         self.generator = torch.Generator(self.device)
+        self.skipped = torch.zeros((), device=self.device)
         self.seed = self.trainer.strategy.broadcast(torch.initial_seed() & 0xFFFFFFFF)
 
     def on_train_start(self) -> None:
@@ -132,7 +134,9 @@ class Diffusion(Part, DenoiserModule):
         eps = torch.randn(x0.shape, generator=self.generator, device=x0.device)
         losses = self.denoiser.loss(x0, s, eps, self.drop_labels(batch["label"]))
         self.images_seen += len(x0) * self.trainer.world_size
-        return {"loss": losses.mean(), "losses": losses.detach(), "row": s}
+        loss = losses.mean()
+        # times 1, or NaN where it is not finite: so all gradients, and after their reduction all ranks, know of it
+        return {"loss": loss * (loss.detach() * 0 + 1), "losses": losses.detach(), "row": s}
 
     def drop_labels(self, label: Tensor) -> Tensor | None:
         """Replace a share of the labels by the null label; None for an unconditional network."""
@@ -165,11 +169,19 @@ class Diffusion(Part, DenoiserModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Clip by norm here: Lightning's own clipping refuses a fused optimizer under mixed precision."""
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.clip_norm)
+        """Clip by norm, and skip the step if the norm is not finite: nothing moves, and nobody waits to know.
 
-    def card(self, weights: str, ema_decay: float | None = None) -> Card:
+        (Lightning's own clipping refuses a fused optimizer under mixed precision.)
+        """
+        parameters = optimizer.param_groups[0]["params"]
+        self.gradient_norm = clip_grad_norm_(parameters, math.inf if self.clip_norm is None else self.clip_norm)
+        self.skipped = (~self.gradient_norm.isfinite()).float()
+        if optimizer.defaults["fused"]:
+            optimizer.found_inf = self.skipped  # what a GradScaler sets: the kernel itself leaves the weights alone
+        elif self.skipped:
+            self.zero_grad()  # AdamW passes over weights without a gradient
+
+    def card(self, weights: str, average: dict[str, float] | None = None) -> Card:
         """Card of the present weights."""
         self._tick(running=True)
         data = getattr(self._trainer, "datamodule", None) if self._trainer else None
@@ -178,7 +190,7 @@ class Diffusion(Part, DenoiserModule):
             module=f"{type(self).__module__}.{type(self).__qualname__}",
             data=getattr(data, "digest", "unknown"),
             weights=weights,
-            ema_decay=ema_decay,
+            average=average,
             images_seen=self.images_seen,
             parents=self.parents,
             steps=self._trainer.global_step if self._trainer else 0,

@@ -102,10 +102,7 @@ def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     tags = events.Tags()["scalars"]
-    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
-    seen = dict(scalars.get("train/images_seen", []))
-    per_step = max((v / s for s, v in seen.items() if s), default=1.0)
-    return {tag: [(step * per_step, value) for step, value in points] for tag, points in scalars.items()}
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
 
 
 def training_curves(folders: dict[str, Path]) -> str:

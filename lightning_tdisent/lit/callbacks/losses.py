@@ -11,14 +11,17 @@ from lightning_tdisent.sampling.sampler import probe_rows
 
 
 class LossPerState(L.Callback):
-    """Log ``train/loss``, its mean per state (per bin of states above ``bins``), and images seen.
+    """Log ``train/loss``, its mean per state (per bin of states above ``bins``), and the norm of the gradient.
 
     Between two log points nothing is copied from the device; ``self.log`` and its half millisecond a step are not
-    used. The losses of ranks other than 0 are not in these curves; validation is exact over ranks.
+    used. The losses of ranks other than 0 are not in these curves, nor are losses that are not finite; validation is
+    exact over ranks. The x-axis is images seen. A resumed run goes on with the sums of the run it resumes.
     """
 
     def __init__(self, bins: int = 32) -> None:
         self.bins = bins
+        self.last: tuple[int, dict[str, float]] = (0, {})
+        self._restored: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Name the bins, and lay the curves of all states into one chart."""
@@ -29,6 +32,11 @@ class LossPerState(L.Callback):
         self.names = [f"train_loss/t{int(pl_module.states.index[s]):04d}" for s in ends]
         self.logged = trainer.global_step
         self.sums = torch.zeros(2, len(ends), device=pl_module.device)
+        if self._restored is not None:
+            self.sums, self.last = self._restored["sums"].to(pl_module.device), self._restored["last"]
+            self._restored = None
+            if self.last[0] == pl_module.images_seen:  # what was logged at the checkpoint was purged with what followed
+                self._log(trainer, *self.last)
         writer = getattr(trainer.logger, "experiment", None)
         if hasattr(writer, "add_custom_scalars") and len(self.names) > 1:
             charts = {kind: ["Multiline", [f"{kind}/t.*"]] for kind in ("train_loss", "val_eps_mse", "val_x0_mse")}
@@ -36,9 +44,10 @@ class LossPerState(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], *_: Any) -> None:
         """Add to the sums; at a log point read, log and forget them."""
-        bins, losses = self.bin_of[outputs["row"]], outputs["losses"]
-        self.sums[0].index_add_(0, bins, losses)
-        self.sums[1].index_add_(0, bins, torch.ones_like(losses))
+        finite = outputs["losses"].isfinite()
+        bins = self.bin_of[outputs["row"]]
+        self.sums[0].index_add_(0, bins, outputs["losses"].where(finite, 0))
+        self.sums[1].index_add_(0, bins, finite.float())
         step = trainer.global_step
         if step == self.logged or step % trainer.log_every_n_steps or not trainer.is_global_zero:
             return
@@ -46,7 +55,20 @@ class LossPerState(L.Callback):
         total, count = self.sums.tolist()
         self.sums.zero_()
         values = {name: t / n for name, t, n in zip(self.names, total, count, strict=True) if n}
-        values["train/loss"] = sum(total) / sum(count)
-        values["train/images_seen"] = float(pl_module.images_seen)
+        if any(count):
+            values["train/loss"] = sum(total) / sum(count)
+        values["train/gradient_norm"] = float(pl_module.gradient_norm)
+        self._log(trainer, pl_module.images_seen, values)
+
+    def _log(self, trainer: L.Trainer, images_seen: int, values: dict[str, float]) -> None:
+        self.last = (images_seen, values)
         for logger in trainer.loggers:
-            logger.log_metrics(values, step)
+            logger.log_metrics(values, images_seen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums since the last log point, and what was logged there."""
+        return {"sums": self.sums.cpu(), "last": self.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep them until training starts."""
+        self._restored = state_dict

@@ -49,7 +49,7 @@ class Pictures(L.Callback):
         picture, step = grid(images, columns), trainer.global_step
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_image"):
-                logger.experiment.add_image(name, picture, step)
+                logger.experiment.add_image(name, picture, trainer.lightning_module.images_seen)
         save_png(picture, Path(trainer.default_root_dir) / "pictures" / f"{name}_{step:07d}.png")
 
 

@@ -44,7 +44,6 @@ class SampleQuality(L.Callback):
         quality = self._quality.to(pl_module.device)
         place = (trainer.global_rank, trainer.world_size)
         values = score(pl_module.denoiser, pl_module.sampler, quality, self.n, self.first_seed, 250, *place)
-        for name, value in values.items():
-            pl_module.log(f"quality/{name}/{self.protocol.hash}", value, sync_dist=True)
+        pl_module.publish({f"quality/{name}/{self.protocol.hash}": float(v) for name, v in values.items()})
 
     on_test_epoch_end = on_validation_epoch_end

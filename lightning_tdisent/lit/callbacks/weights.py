@@ -5,53 +5,93 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.modules import Diffusion
+from lightning_tdisent.sampling.averages import FOLDER, gamma
 from lightning_tdisent.sampling.expert import save_expert
 
 
 class EMA(L.Callback):
-    """Exponential moving average of the network's weights, diffusers' `EMAModel` with its count in Python.
+    """Exponential moving averages of the network's weights, in float32.
 
-    decay: after warm-up min(decay, (1 + n)/(10 + n)); its half-life should be a few percent of the run.
-    Validation, metrics and pictures see the average; the live weights come back bitwise, also after an exception.
-    (Lightning's own averaging asks the device for its count at every step and swaps back before the end of the
-    validation epoch.)
+    One of fixed decay: after n updates min(decay, n/(9 + n)), the warm-up of diffusers' ``EMAModel``; its half-life
+    should be a few percent of the run, and decay 0 is the live weights. Or, with ``lengths``, one for each relative
+    length sigma_rel, of a width proportional to the time trained: beta_n = (1 - 1/n)^(gamma + 1) (2312.02696, section
+    3.1, see `averages.gamma`). Of several the first is validated and exported; all are also written to
+    ``averages/`` of the run folder every ``snapshot_every`` steps and at the end, and the command ``average`` makes
+    from these the average of any other length.
+
+    A skipped step moves no average; that is decided on the device, which no library's average can (nor do they swap
+    as late: metrics and pictures at the end of a validation see the average too). The live weights come back bitwise,
+    also after an exception.
     """
 
-    def __init__(self, decay: float = 0.999) -> None:
+    def __init__(self, decay: float = 0.999, lengths: list[float] | None = None, snapshot_every: int = 1000) -> None:
         if not 0 <= decay < 1:
             raise InputError(f"ema.decay must lie in [0, 1), got {decay}")
-        self.decay, self.average, self._live = decay, None, None
-        self._restored: dict[str, Any] | None = None
+        if snapshot_every < 1:
+            raise InputError(f"ema.snapshot_every: at least 1, got {snapshot_every}")
+        self.decay, self.lengths, self.snapshot_every = decay, lengths or [], snapshot_every
+        self.gammas = [gamma(length) for length in self.lengths]
+        self.averages: list[Tensor] = []  # each flat: one cat and one lerp a step, however many parameters there are
+        self.updates = 0
+        self._live: list[Tensor] | None = None
+        self._restored: list[Tensor] | None = None
 
-    def _parameters(self, module: Diffusion) -> list[torch.nn.Parameter]:
+    @property
+    def kinds(self) -> list[dict[str, float]]:
+        """What each average is: its decay, or its relative length."""
+        return [{"sigma_rel": length} for length in self.lengths] or [{"decay": self.decay}]
+
+    def betas(self, n: int) -> list[float]:
+        """Weight of the past in each average at update n = 1, 2, .."""
+        return [(1 - 1 / n) ** (g + 1) for g in self.gammas] or [min(self.decay, n / (9 + n)) if n > 1 else 0.0]
+
+    def _parameters(self, module: Diffusion) -> list[Tensor]:
         return list(module.denoiser.parameters())
+
+    def _flat(self) -> Tensor:
+        return torch.cat([p.flatten() for p in self._walked]).float()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Start from the weights as they are, or as they were saved."""
-        self._walked = parameters = self._parameters(pl_module)
-        self.average = EMAModel(parameters, decay=self.decay, foreach=True)
-        if self._restored is not None:
-            self.average.optimization_step = self._restored["step"]
-            self.average.shadow_params = [w.clone() for w in self._restored["weights"].values()]
-            self._restored = None
-        self.average.to(pl_module.device)
+        self._walked = [p.detach() for p in self._parameters(pl_module)]
+        if self._restored is None:
+            self.averages, self.updates = [self._flat() for _ in self.kinds], 0
+        else:
+            self.averages, self._restored = [a.to(pl_module.device) for a in self._restored], None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
-        """Move the average once per optimizer step."""
-        if trainer.global_step > self.average.optimization_step:
-            self.average.step(self._walked)
+        """Move the averages once per optimizer step."""
+        if trainer.global_step <= self.updates:
+            return
+        self.updates += 1
+        live, moved = self._flat(), 1 - pl_module.skipped
+        for average, beta in zip(self.averages, self.betas(self.updates), strict=True):
+            average.lerp_(live, (1 - beta) * moved)
+        if self.lengths and self.updates % self.snapshot_every == 0:
+            self._snapshot(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Write the last snapshots."""
+        if self.lengths:
+            self._snapshot(trainer, pl_module)
+
+    def _snapshot(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir) / FOLDER
+            for i, length in enumerate(self.lengths):
+                self.export(folder / f"step-{self.updates:09d}_{length:g}.safetensors", pl_module, i)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Show the average."""
-        if self.average is not None and trainer.state.fn == "fit":
+        if self.averages and trainer.state.fn == "fit":
             parameters = self._parameters(pl_module)
             self._live = [p.detach().clone() for p in parameters]
-            self.average.copy_to(parameters)
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, list(self.weights(pl_module).values()))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Bring the live weights back."""
@@ -64,32 +104,44 @@ class EMA(L.Callback):
         """Bring the live weights back before anything is saved."""
         self.on_validation_end(trainer, pl_module)
 
-    def weights(self, module: Diffusion) -> dict[str, Tensor]:
-        """The averaged weights by the denoiser's names."""
-        names = [name for name, _ in module.denoiser.named_parameters()]
-        return dict(zip(names, self.average.shadow_params, strict=True))
+    def weights(self, module: Diffusion, i: int = 0) -> dict[str, Tensor]:
+        """Average i by the denoiser's names."""
+        named = dict(module.denoiser.named_parameters())
+        parts = self.averages[i].split([p.numel() for p in named.values()])
+        return {name: part.view(p.shape) for (name, p), part in zip(named.items(), parts, strict=True)}
+
+    def export(self, path: Path, module: Diffusion, i: int = 0) -> None:
+        """Write average i with its card; buffers, where a network has any, are not averaged."""
+        weights = {**module.denoiser.state_dict(), **{k: w.clone() for k, w in self.weights(module, i).items()}}
+        save_expert(path, module.denoiser, module.card("ema", self.kinds[i] | {"steps": self.updates}), weights)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
-        """Store the average beside the live weights."""
-        if self.average is not None:
-            step, weights = self.average.optimization_step, self.weights(pl_module)
-            checkpoint["ema"] = {"decay": self.decay, "step": step, "weights": weights}
+        """Store the averages beside the live weights."""
+        if self.averages:
+            first, *others = [self.weights(pl_module, i) for i in range(len(self.averages))]
+            checkpoint["ema"] = {"kinds": self.kinds, "step": self.updates, "weights": first, "others": others}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
-        """Keep the stored average until the fit starts."""
-        self._restored = checkpoint.get("ema")
+        """Keep the stored averages until the fit starts; refuses averages of another kind."""
+        stored = checkpoint.get("ema")
+        if stored is None or trainer.state.fn != "fit":
+            return
+        if stored["kinds"] != self.kinds:
+            raise InputError(f"ema: the checkpoint has averages {stored['kinds']}, the config {self.kinds}")
+        self.updates = stored["step"]
+        kept = (stored["weights"], *stored["others"])
+        self._restored = [torch.cat([w.flatten() for w in weights.values()]) for weights in kept]
 
 
 class Export(L.Callback):
     """Write ``model.safetensors`` into the run folder when training ends: averaged weights and the card."""
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Write once, on rank 0, and only after a whole training."""
-        if trainer.interrupted or not trainer.is_global_zero:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Write on rank 0, also when a resumed run finds its training complete."""
+        if not trainer.is_global_zero or trainer.interrupted:
             return
-        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
-        weights = ema.weights(pl_module) if ema else None
-        if weights is not None:  # buffers, where a network has any, are not averaged
-            weights = {**pl_module.denoiser.state_dict(), **weights}
-        card = pl_module.card("ema" if ema else "live", ema.decay if ema else None)
-        save_expert(Path(trainer.default_root_dir) / "model.safetensors", pl_module.denoiser, card, weights)
+        path = Path(trainer.default_root_dir) / "model.safetensors"
+        if ema := next((c for c in trainer.callbacks if isinstance(c, EMA)), None):
+            ema.export(path, pl_module)
+        else:
+            save_expert(path, pl_module.denoiser, pl_module.card("live"))

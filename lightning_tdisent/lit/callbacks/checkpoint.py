@@ -1,0 +1,171 @@
+"""When a checkpoint is made: every so often, before the end, and at once when the process is told to go."""
+
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.lit.callbacks.weights import EMA
+from lightning_tdisent.lit.checkpoints import steps, sweep
+from lightning_tdisent.lit.modules import Diffusion
+
+STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+TIME, TOLD, ASKED = 1, 2, 3
+
+
+class Preempted(SystemExit):
+    """Training was told to go, and went: its code is that of a process ended by SIGTERM (143), or Ctrl-C (130)."""
+
+
+class Checkpoint(LightningCheckpoint):
+    """Save ``checkpoints/step-N.ckpt`` of the run folder, and let no signal lose work.
+
+    every: steps between two checkpoints, null for none by count; minutes: longest time between two; keep: how many
+    stay. One is also made at the end. SIGTERM, SIGUSR1 and Ctrl-C on any rank end the step in hand (on a single rank
+    also a validation), save on all ranks at the same step, and exit with 143 (130 for Ctrl-C, which given twice stops
+    at once). Use it with the `DurableIO` plugin, which verifies a new checkpoint before an old one goes.
+    Raises InputError before training if the folder cannot be written or has no room for keep + 1 of them.
+    """
+
+    def __init__(self, every: int | None = None, minutes: float = 5.0, keep: int = 2) -> None:
+        for name, value, low in (("every", every or 1, 1), ("keep", keep, 1), ("minutes", minutes, 0)):
+            if value < low:
+                raise InputError(f"checkpoint.{name}: at least {low}, got {value}")
+        self.every, self.minutes, self.keep = every, minutes, keep
+        self.saved: int | None = None
+        self._told, self._wish = 0, torch.zeros((), dtype=torch.int64)
+        self._group: Any = None
+        self._ended: bool | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: Diffusion, stage: str) -> None:
+        """Make sure that checkpoints can be written, before anything is spent."""
+        if stage != "fit":
+            return
+        self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        if not trainer.is_global_zero:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder)
+            (self.folder / ".writable").write_bytes(b"")
+            (self.folder / ".writable").unlink()
+        except OSError as error:
+            raise InputError(f"run: {self.folder} cannot be written: {error.strerror}. Choose another --run") from None
+        averages = [len(c.kinds) for c in trainer.callbacks if isinstance(c, EMA)]
+        copies = 3 + sum(averages)  # the weights and AdamW's two
+        size = copies * sum(p.numel() * p.element_size() for p in pl_module.denoiser.parameters())
+        there = sum(path.stat().st_size for path in steps(self.folder)[-self.keep :])
+        need, free = (self.keep + 1) * size - there, shutil.disk_usage(self.folder).free
+        if need > free:
+            raise InputError(
+                f"run: {self.folder} has {free / 1e6:,.0f} MB free, but {self.keep + 1} checkpoints of "
+                f"{size / 1e6:,.0f} MB need {need / 1e6:,.0f} MB more. Make room, choose another --run, or lower "
+                "checkpoint.keep"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Listen to signals, and let the ranks agree beside the device's queue instead of in it."""
+        self._clock, self._seen = time.monotonic(), trainer.global_step
+        self.saved = trainer.global_step if trainer.ckpt_path else None
+        if threading.current_thread() is threading.main_thread():
+            for number in STATUS:  # Lightning puts back what it found, when it is done
+                signal.signal(number, lambda n, frame: self._on_signal(trainer, n, frame))
+        if trainer.world_size > 1:
+            self._group = dist.new_group(backend="gloo")
+            # Lightning asks the device at every batch whether rank 0 was told to go; the vote below replaces that
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+    def _on_signal(self, trainer: L.Trainer, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._told == ASKED:
+            raise KeyboardInterrupt
+        self._told = ASKED if number == signal.SIGINT else TOLD
+        if number == signal.SIGINT:
+            print("\nfinishing the step, then a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
+        if trainer.validating and trainer.world_size == 1:
+            self._leave()
+
+    def _leave(self) -> None:
+        raise Preempted(130 if self._told == ASKED else 143)
+
+    def _ask(self) -> int:
+        return self._told or (TIME if time.monotonic() - self._clock > 60 * self.minutes else 0)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
+        """Ask all ranks, while the step computes, whether one of them wants a checkpoint."""
+        if self._group is not None:
+            self._wish.fill_(self._ask())
+            self._vote = dist.all_reduce(self._wish, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
+        """Save if it is time, and go if told to, once the optimizer has stepped."""
+        wish = self._ask()
+        if self._group is not None:
+            self._vote.wait()
+            wish = int(self._wish)
+        step = trainer.global_step
+        if step == self._seen:  # in the middle of accumulated gradients
+            return
+        self._seen = step
+        last = step == trainer.max_steps  # saved after its validation, unless there is no time for that
+        if wish >= TOLD or ((wish or (self.every and step % self.every == 0)) and not last):
+            self.save(trainer)
+        if wish >= TOLD:
+            self._told = wish
+            self._leave()
+
+    def save(self, trainer: L.Trainer, ended: bool = False) -> None:
+        """Write one checkpoint of this step, then remove those beyond ``keep``; ended: its epoch has been counted."""
+        self._clock = time.monotonic()
+        if trainer.global_step == self.saved:
+            return
+        for logger in trainer.loggers:  # the curves up to here must not be younger than the weights
+            logger.save()
+        name = f"step-{trainer.global_step:09d}.ckpt"
+        self._ended = ended
+        try:
+            trainer.save_checkpoint(self.folder / name, weights_only=False)
+        finally:
+            self._ended = None
+        self.saved = trainer.global_step
+        if trainer.is_global_zero:
+            old = [path for path in steps(self.folder) if path.name <= name][: -self.keep]
+            later = [path for path in steps(self.folder) if path.name > name]  # of a past that was left
+            for path in old + later:
+                trainer.strategy.checkpoint_io.remove_checkpoint(path)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Save the end."""
+        self.save(trainer, ended=True)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Diffusion, exception: BaseException) -> None:
+        """Save what a signal in a validation would have lost; the live weights are back by now."""
+        if isinstance(exception, Preempted) and trainer.world_size == 1:
+            self.save(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
+        """Describe the checkpoint as made right after its optimizer step, wherever in the loop it was made.
+
+        Lightning then does what comes after that step, such as a validation that is due, again and whole.
+        """
+        if self._ended is None:  # somebody else's
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        for count in map(loops["epoch_loop.batch_progress"].get, ("total", "current")):
+            count["completed"] = count["ready"] - 1
+        for count in map(loops["epoch_progress"].get, ("total", "current")):
+            done = count["processed"] - self._ended
+            count.update(ready=done + 1, started=done + 1, processed=done, completed=done)
+        validation = loops["epoch_loop.val_loop.batch_progress"]
+        validation["total"].update(ready=1, started=1, processed=0, completed=0)
+        validation["current"].update(ready=0, started=0, processed=0, completed=0)
+        validation["is_last_batch"] = False

@@ -1,0 +1,83 @@
+"""A loss or gradient that is not finite moves nothing, is named, and ends the run if it stays."""
+
+import sys
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.lit.modules import Diffusion
+
+
+class Guard(L.Callback):
+    """Report steps that the module skipped, with the samples to blame, and stop after ``patience`` of them in a row.
+
+    The module itself keeps optimizer and averages from moving, on the device. The report on a GPU comes one step
+    late, so that nobody waits for it.
+    """
+
+    def __init__(self, patience: int = 10) -> None:
+        if patience < 1:
+            raise InputError(f"guard.patience: at least 1, got {patience}")
+        self.patience, self.skipped, self.streak = patience, 0, 0
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._waiting: tuple[int, list[tuple[Tensor, Tensor, Tensor]]] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Count from here; the flag travels to memory that is read without asking torch."""
+        self._seen, on_gpu = trainer.global_step, pl_module.device.type == "cuda"
+        self._host, self._event = torch.zeros(1, pin_memory=on_gpu), torch.cuda.Event() if on_gpu else None
+        self._flag = self._host.numpy()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], batch: dict[str, Tensor], *_: Any
+    ) -> None:
+        """Look at the last step whose flag has arrived."""
+        self._parts.append((outputs["losses"], batch["id"], outputs["row"]))
+        if trainer.global_step == self._seen:
+            return  # gradients are being accumulated
+        self._seen = trainer.global_step
+        self._look(trainer, pl_module)
+        self._host.copy_(pl_module.skipped, non_blocking=True)
+        self._waiting, self._parts = (trainer.global_step, self._parts), []
+        if self._event is None:
+            self._look(trainer, pl_module)
+        else:
+            self._event.record()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Look at the last step."""
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        if self._waiting is None:
+            return
+        (step, parts), self._waiting = self._waiting, None
+        if self._event is not None:
+            self._event.synchronize()
+        if not self._flag[0]:
+            self.streak = 0
+            return
+        self.skipped, self.streak = self.skipped + 1, self.streak + 1
+        losses, ids, rows = (torch.cat(part).tolist() for part in zip(*parts, strict=True))
+        named = [(i, s) for loss, i, s in zip(losses, ids, rows, strict=True) if not abs(loss) < float("inf")]
+        what = "loss" if named else "gradient"
+        samples = ", ".join(f"{i} (state {s})" for i, s in named or zip(ids, rows, strict=True))
+        what = f"step {step}, rank {trainer.global_rank}: the {what} is not finite, the step was skipped"
+        print(f"{what}. Samples: {samples}", file=sys.stderr)
+        for logger in trainer.loggers:
+            logger.log_metrics({"train/skipped_steps": float(self.skipped)}, pl_module.images_seen)
+        if self.streak >= self.patience:
+            raise Halted(
+                f"{what}, {self.streak} in a row (guard.patience). Look at the samples named above, or lower model.lr"
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """Counts."""
+        return {"skipped": self.skipped, "streak": self.streak}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on counting."""
+        self.skipped, self.streak = state_dict["skipped"], state_dict["streak"]
