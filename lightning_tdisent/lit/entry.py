@@ -5,20 +5,20 @@ message whose last line names file, key and the nearest allowed word.
 """
 
 import contextlib
-import functools
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jsonargparse
 import lightning.pytorch as L
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 # imported so that a YAML may name them by their short names
@@ -26,12 +26,17 @@ from lightning_tdisent.diffusion import objectives, schedules  # noqa: F401
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.lit import datamodule, inference, modules  # noqa: F401
 from lightning_tdisent.lit.callbacks import pictures, quality  # noqa: F401
+from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
+from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
+from lightning_tdisent.lit.checkpoints import DurableIO, verify
 from lightning_tdisent.lit.explain import explain, explain_interpolation
+from lightning_tdisent.lit.resume import going_on, lock
 from lightning_tdisent.networks import dit, unet  # noqa: F401
 from lightning_tdisent.sampling import sampler  # noqa: F401
+from lightning_tdisent.sampling.expert import write_whole
 
 COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -55,32 +60,64 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options beside model, data and trainer."""
         parser.add_argument("--run", type=str, default="runs/unnamed", help="folder of this run: everything goes there")
-        parser.add_lightning_class_args(EMA, "ema")
-        parser.add_lightning_class_args(LossPerState, "losses")
-        parser.add_lightning_class_args(Checkpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})
+        parser.add_argument(
+            "--resume", type=Literal["auto", "never"], default="auto", help="fit: go on with the run in that folder"
+        )
+        for name, callback in (("ema", EMA), ("losses", LossPerState), ("guard", Guard), ("checkpoint", Checkpoint)):
+            parser.add_lightning_class_args(callback, name)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a folder that holds another run, before anything is built, and checkpoints that are more than data."""
+        """Choose the checkpoint to go on from, before anything is built; checkpoints are data and never more."""
         config = self.config[self.subcommand]
         if "weights_only" in config:
-            config.weights_only = True  # a checkpoint is data: nothing in it is ever run
-        folder, resumed = Path(config.run).resolve(), config.get("ckpt_path")
-        own = resumed and Path(resumed).resolve().is_relative_to(folder)
-        if self.subcommand == "fit" and (folder / "config.yaml").exists() and not own:
-            last = Path(config.run) / "checkpoints" / "last.ckpt"
-            going_on = f", or go on from its checkpoint with --ckpt_path {last}" if last.exists() else ""
+            config.weights_only = True
+        if self.subcommand == "fit":
+            self._enter(config)
+
+    purge_step: int | None = None
+
+    def _enter(self, config: Any) -> None:
+        folder = Path(config.run)
+        held = (folder / "config.yaml").exists()
+        own = config.ckpt_path and Path(config.ckpt_path).resolve().is_relative_to(folder.resolve())
+        if held and config.resume == "never" and not own:
+            raise InputError(f"run: {folder} already holds a run. Choose another folder with --run, or remove it")
+        if rank_zero_only.rank == 0:
+            self._lock = lock(folder)
+        if not held:
+            return
+        if own:
+            path, manifest = Path(config.ckpt_path), verify(Path(config.ckpt_path))
+        elif config.ckpt_path:
             raise InputError(
-                f"run: {config.run} already holds a run. Choose another folder with --run, or remove it{going_on}"
+                f"--ckpt_path {config.ckpt_path} is not of {folder}, which already holds a run; choose another --run"
             )
+        else:
+            text = self._parser(self.subcommand).dump(config, skip_none=False)
+            path, manifest = going_on(folder, yaml.safe_load(text))
+        steps, step = config.trainer.max_steps, manifest.get("step", 0)
+        if path is not None and 0 < steps <= step and (folder / "model.safetensors").exists():
+            print(f"{folder}: all {step} steps are done; give a larger --trainer.max_steps to go on")
+            raise SystemExit(0)
+        if not 0 < steps <= step:  # curves that run beyond the checkpoint are drawn again
+            self.purge_step = manifest.get("images_seen", 0)
+        config.ckpt_path = path and str(path)
+        if rank_zero_only.rank == 0:
+            seen = f"from step {step:,} ({self.purge_step:,} images seen), {path}" if path else "from the beginning"
+            print(f"going on with {folder} {seen}")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Point logger and checkpoints to the run folder."""
-        run = self._get(self.config_init, "run")
-        if self._get(self.config_init, "trainer")["logger"] in (None, True):
-            kwargs.setdefault("logger", TensorBoardLogger(run, name="", version="", default_hp_metric=False))
-        if not self._get(self.config_init, "trainer")["profiler"]:
+        run, options = self._get(self.config_init, "run"), self._get(self.config_init, "trainer")
+        if options["logger"] in (None, True):
+            logger = TensorBoardLogger(run, "", "", default_hp_metric=False, purge_step=self.purge_step)
+            kwargs.setdefault("logger", logger)
+        if not options["profiler"]:
             kwargs.setdefault("profiler", Unprofiled())
+        plugins = options["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs.setdefault("plugins", [*plugins, DurableIO()])
         kwargs.setdefault("default_root_dir", run)
         return super().instantiate_trainer(**kwargs)
 
@@ -105,15 +142,6 @@ class Unprofiled(PassThroughProfiler):
         return self._nothing
 
 
-class Checkpoint(ModelCheckpoint):
-    """Lightning's, without writing out its own name anew six times a step."""
-
-    @functools.cached_property
-    def state_key(self) -> str:
-        """The name under which a checkpoint keeps this callback."""
-        return super().state_key
-
-
 class SaveConfig(SaveConfigCallback):
     """The resolved config as ``config.yaml`` of the run folder, on rank 0, for `fit` alone."""
 
@@ -123,10 +151,8 @@ class SaveConfig(SaveConfigCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write before the first step."""
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
             text = self.parser.dump(self.config, skip_none=False)
-            (folder / "config.yaml").write_text(text)
+            write_whole(Path(trainer.default_root_dir) / "config.yaml", text.encode())
 
 
 def parse(argv: Sequence[str]) -> CLI:
