@@ -53,9 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     c.add_argument("--out", type=Path, required=True, help="the composite folder to write")
 
-    w = add(
-        "average", _average, "average a run's weights over another length, from its snapshots (fit --ema.lengths)"
-    )
+    w = add("average", _average, "average a run's weights over another length, from its snapshots (fit --ema.lengths)")
     w.add_argument("run_folder", type=Path, metavar="run", help="run folder")
     w.add_argument("--sigma-rel", type=float, required=True, help="length of the average, relative to the training")
     w.add_argument("--step", type=int, help="step of the training it ends at (default: the last snapshot)")

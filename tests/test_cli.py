@@ -106,7 +106,7 @@ def test_broken_yaml_is_named(capsys, tmp_path):
 
 def test_a_folder_with_another_run_is_refused(capsys, tmp_path):
     (tmp_path / "config.yaml").write_text("")
-    assert "already holds a run" in refusal(capsys, "fit", "--config", BASE, "--run", tmp_path)
+    assert "already holds a run" in refusal(capsys, "fit", "--config", BASE, "--run", tmp_path, "--resume", "never")
 
 
 def test_a_checkpoint_of_another_run_does_not_open_a_folder(capsys, tmp_path):

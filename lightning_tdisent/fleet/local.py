@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -51,12 +53,12 @@ def _serve(pipe: Connection, target: Target, threads: int) -> None:
         error = None
         with (job.folder / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
             try:
-                target(job.argv, lambda step, steps: pipe.send(("step", step, steps)))
+                target(job.argv, lambda step, steps: _tell(pipe, step, steps))
             except InputError as refusal:
                 error = str(refusal)
             except SystemExit as end:
                 if end.code and end.code not in (0, 1, 2):  # a signal: whoever sent it wants the process gone
-                    return
+                    raise
                 error = f"ended with status {end.code}" if end.code else None
             except KeyboardInterrupt:
                 return
@@ -64,6 +66,14 @@ def _serve(pipe: Connection, target: Target, threads: int) -> None:
                 error = traceback.format_exc()
                 print(error, file=log)
         pipe.send(("end", error, 0))
+
+
+def _tell(pipe: Connection, step: int, steps: int) -> None:
+    """Report a step; if nobody listens any more, go as one who was told to: with a checkpoint."""
+    try:
+        pipe.send(("step", step, steps))
+    except OSError:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _next(pipe: Connection) -> Job | None:
@@ -98,7 +108,7 @@ def run(jobs: Sequence[Job], target: Target, workers: int = 0, show: bool = True
         TimeRemainingColumn(),
     )
     context = multiprocessing.get_context("spawn")
-    with Progress(*columns, disable=not show) as bar:
+    with _told_to_go(), Progress(*columns, disable=not show) as bar:
         whole = bar.add_task("all jobs", total=len(jobs), completed=len(jobs) - len(waiting))
         pool = [_Worker(context, target, max(1, cores // workers)) for _ in range(min(workers, len(waiting)))]
         try:
@@ -136,6 +146,22 @@ def run(jobs: Sequence[Job], target: Target, workers: int = 0, show: bool = True
         raise InputError(f"{len(lines)} of {len(jobs)} jobs are not done:\n" + "\n".join(lines))
 
 
+@contextmanager
+def _told_to_go() -> Iterator[None]:
+    """Turn SIGTERM and SIGUSR1 into an exit with 143, so that the workers are told as well."""
+
+    def leave(*_: Any) -> None:
+        raise SystemExit(143)
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _ready(waiting: Sequence[Job], jobs: Sequence[Job], failed: dict[str, str]) -> Iterator[Job]:
     done = {job.name for job in jobs if job.done and job.name not in failed}
     return (job for job in waiting if done.issuperset(job.needs))
@@ -171,8 +197,8 @@ class _Worker:
             self.process.terminate()
 
     def join(self) -> None:
-        """Wait for its end, but not for ever."""
-        self.process.join(10)
+        """Wait for its end, which may take a checkpoint, but not for ever."""
+        self.process.join(60)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()

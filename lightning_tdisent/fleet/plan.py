@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ class Plan:
     content: dict[str, Any]
 
     def claim(self) -> None:
-        """Take the folder: refuse one that holds another plan, clear jobs that were cut short."""
+        """Take the folder, or go on in it; refuse one that holds another plan."""
         mine, file = json.loads(json.dumps(self.content)), self.out / "plan.json"
         if file.exists():
             theirs = json.loads(file.read_text())
@@ -52,9 +51,6 @@ class Plan:
             if differ:
                 detail = "; ".join(f"{k}: {theirs.get(k)} there, {mine.get(k)} now" for k in differ)
                 raise InputError(f"{self.out} holds another study ({detail}). Choose another --out, or remove it.")
-            for job in self.jobs:
-                if not job.done and job.folder.exists():
-                    shutil.rmtree(job.folder)
         elif self.out.exists() and any(self.out.iterdir()):
             raise InputError(f"{self.out} is not empty and holds no study; choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)

@@ -31,9 +31,9 @@ from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
-from lightning_tdisent.lit.checkpoints import DurableIO, verify
+from lightning_tdisent.lit.checkpoints import DurableIO, newest, verify
 from lightning_tdisent.lit.explain import explain, explain_interpolation
-from lightning_tdisent.lit.resume import going_on, lock
+from lightning_tdisent.lit.resume import going_on, hold
 from lightning_tdisent.networks import dit, unet  # noqa: F401
 from lightning_tdisent.sampling import sampler  # noqa: F401
 from lightning_tdisent.sampling.expert import write_whole
@@ -71,10 +71,16 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         if "weights_only" in config:
             config.weights_only = True
+        if Path(config.get("ckpt_path") or "").is_dir() and config.ckpt_path:  # of a run, its newest
+            path, _, bad = newest(Path(config.ckpt_path) / "checkpoints")
+            if path is None:
+                raise InputError("\n".join([f"--ckpt_path {config.ckpt_path}: holds no good checkpoint", *bad]))
+            config.ckpt_path = str(path)
         if self.subcommand == "fit":
             self._enter(config)
 
     purge_step: int | None = None
+    held = contextlib.ExitStack()
 
     def _enter(self, config: Any) -> None:
         folder = Path(config.run)
@@ -83,18 +89,18 @@ class CLI(LightningCLI):
         if held and config.resume == "never" and not own:
             raise InputError(f"run: {folder} already holds a run. Choose another folder with --run, or remove it")
         if rank_zero_only.rank == 0:
-            self._lock = lock(folder)
+            self.held.enter_context(hold(folder))
         if not held:
             return
         if own:
-            path, manifest = Path(config.ckpt_path), verify(Path(config.ckpt_path))
+            path, manifest, bad = Path(config.ckpt_path), verify(Path(config.ckpt_path)), list[str]()
         elif config.ckpt_path:
             raise InputError(
                 f"--ckpt_path {config.ckpt_path} is not of {folder}, which already holds a run; choose another --run"
             )
         else:
             text = self._parser(self.subcommand).dump(config, skip_none=False)
-            path, manifest = going_on(folder, yaml.safe_load(text))
+            path, manifest, bad = going_on(folder, yaml.safe_load(text))
         steps, step = config.trainer.max_steps, manifest.get("step", 0)
         if path is not None and 0 < steps <= step and (folder / "model.safetensors").exists():
             print(f"{folder}: all {step} steps are done; give a larger --trainer.max_steps to go on")
@@ -103,8 +109,9 @@ class CLI(LightningCLI):
             self.purge_step = manifest.get("images_seen", 0)
         config.ckpt_path = path and str(path)
         if rank_zero_only.rank == 0:
-            seen = f"from step {step:,} ({self.purge_step:,} images seen), {path}" if path else "from the beginning"
-            print(f"going on with {folder} {seen}")
+            print("".join(f"passed over: {why}\n" for why in bad), end="")
+            seen = f"from step {step:,} ({manifest['images_seen']:,} images seen), {path}" if path else None
+            print(f"going on with {folder} {seen or 'from the beginning: it has no checkpoint yet'}")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Point logger and checkpoints to the run folder."""
@@ -172,7 +179,8 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
     if argv[0] == "predict":
         always.append(pictures.WriteImages())
     try:
-        return _cli(argv, always, cls or CLI)
+        with contextlib.ExitStack() as CLI.held:  # the folder is free again when the command ends, however it does
+            return _cli(argv, always, cls or CLI)
     except OmegaConfBaseException as error:
         raise InputError(explain_interpolation(str(error), files)) from None
     except ValueError as error:  # a part refused its arguments: jsonargparse wraps that in its own words
@@ -217,8 +225,8 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|torch|lightning")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="diffusers|torch|lightning|jsonargparse")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed", "pytorch.trainer.connectors"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
 
 
 def _config_files(argv: Sequence[str]) -> list[Path]:

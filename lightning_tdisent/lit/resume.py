@@ -3,8 +3,9 @@
 import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
@@ -21,8 +22,8 @@ FREE = (
 )
 
 
-def going_on(folder: Path, config: dict[str, Any]) -> tuple[Path | None, Manifest]:
-    """Newest good checkpoint of a run folder, None if none was written yet; names the bad ones it passes over.
+def going_on(folder: Path, config: dict[str, Any]) -> tuple[Path | None, Manifest, list[str]]:
+    """Newest good checkpoint of a run folder, None if none was written yet, and why newer ones were passed over.
 
     Raises InputError if the run in the folder has another config, or if all its checkpoints are bad.
     """
@@ -45,34 +46,38 @@ def going_on(folder: Path, config: dict[str, Any]) -> tuple[Path | None, Manifes
             + "\n".join(f"  - {why}" for why in bad)
             + f"\nRemove {folder / 'checkpoints'} to begin anew, or choose another folder with --run"
         )
-    for why in bad:
-        print(f"passed over: {why}")
-    return path, manifest
+    return path, manifest, bad
 
 
-def lock(folder: Path) -> TextIO | None:
-    """Hold a run folder as long as the file returned is open; refuses one that another process holds."""
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other processes from the run folder; refuses one that another process holds."""
+    file, empty = folder / ".lock", not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
+        handle = file.open("a+")
     except OSError as error:
         raise InputError(f"run: {folder} cannot be written: {error.strerror}. Choose another --run") from None
-    try:
-        import fcntl
+    with handle:
+        try:
+            import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise InputError(f"run: {folder} is in use by {holder}. Wait for it, or choose another --run") from None
-    except (ImportError, OSError):  # not every system, nor every file system, has locks
-        return file
-    with contextlib.suppress(OSError):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-    return file
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+            handle.flush()
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise InputError(f"run: {folder} is in use by {holder}. Wait for it, or choose another --run") from None
+        except (ImportError, OSError):  # not every system, nor every file system, has locks
+            pass
+        try:
+            yield
+        finally:
+            if empty and list(folder.iterdir()) == [file]:  # refused before it began
+                file.unlink()
+                folder.rmdir()
 
 
 def _fixed(key: str) -> bool:

@@ -47,13 +47,8 @@ class Checkpoint(LightningCheckpoint):
         self._group: Any = None
         self._ended: bool | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: Diffusion, stage: str) -> None:
+    def _prepare(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Make sure that checkpoints can be written, before anything is spent."""
-        if stage != "fit":
-            return
-        self.folder = Path(trainer.default_root_dir) / "checkpoints"
-        if not trainer.is_global_zero:
-            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             sweep(self.folder)
@@ -75,8 +70,12 @@ class Checkpoint(LightningCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Listen to signals, and let the ranks agree beside the device's queue instead of in it."""
+        self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        if trainer.is_global_zero:
+            self._prepare(trainer, pl_module)
         self._clock, self._seen = time.monotonic(), trainer.global_step
         self.saved = trainer.global_step if trainer.ckpt_path else None
+        self._first, self._mine = _name(trainer.global_step), list[str]()
         if threading.current_thread() is threading.main_thread():
             for number in STATUS:  # Lightning puts back what it found, when it is done
                 signal.signal(number, lambda n, frame: self._on_signal(trainer, n, frame))
@@ -88,10 +87,8 @@ class Checkpoint(LightningCheckpoint):
     def _on_signal(self, trainer: L.Trainer, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._told == ASKED:
             raise KeyboardInterrupt
-        self._told = ASKED if number == signal.SIGINT else TOLD
-        if number == signal.SIGINT:
-            print("\nfinishing the step, then a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
-        if trainer.validating and trainer.world_size == 1:
+        first, self._told = not self._told, ASKED if number == signal.SIGINT else TOLD
+        if first and trainer.validating and trainer.world_size == 1:
             self._leave()
 
     def _leave(self) -> None:
@@ -130,17 +127,18 @@ class Checkpoint(LightningCheckpoint):
             return
         for logger in trainer.loggers:  # the curves up to here must not be younger than the weights
             logger.save()
-        name = f"step-{trainer.global_step:09d}.ckpt"
+        name = _name(trainer.global_step)
         self._ended = ended
         try:
-            trainer.save_checkpoint(self.folder / name, weights_only=False)
+            trainer.save_checkpoint(self.folder / name)
         finally:
             self._ended = None
         self.saved = trainer.global_step
         if trainer.is_global_zero:
-            old = [path for path in steps(self.folder) if path.name <= name][: -self.keep]
-            later = [path for path in steps(self.folder) if path.name > name]  # of a past that was left
-            for path in old + later:
+            self._mine.append(name)
+            there = steps(self.folder)
+            left = [p for p in there if p.name > self._first and p.name not in self._mine]  # bad, or of a past undone
+            for path in left + [p for p in there if p not in left][: -self.keep]:
                 trainer.strategy.checkpoint_io.remove_checkpoint(path)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
@@ -149,8 +147,11 @@ class Checkpoint(LightningCheckpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: Diffusion, exception: BaseException) -> None:
         """Save what a signal in a validation would have lost; the live weights are back by now."""
-        if isinstance(exception, Preempted) and trainer.world_size == 1:
-            self.save(trainer)
+        if isinstance(exception, Preempted):
+            if trainer.world_size == 1:
+                self.save(trainer)
+            if trainer.is_global_zero:
+                print(f"\ntold to go after step {trainer.global_step}; the same command goes on", file=sys.stderr)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
         """Describe the checkpoint as made right after its optimizer step, wherever in the loop it was made.
@@ -165,7 +166,12 @@ class Checkpoint(LightningCheckpoint):
         for count in map(loops["epoch_progress"].get, ("total", "current")):
             done = count["processed"] - self._ended
             count.update(ready=done + 1, started=done + 1, processed=done, completed=done)
+        checkpoint["epoch"] = loops["epoch_progress"]["current"]["completed"]
         validation = loops["epoch_loop.val_loop.batch_progress"]
         validation["total"].update(ready=1, started=1, processed=0, completed=0)
         validation["current"].update(ready=0, started=0, processed=0, completed=0)
         validation["is_last_batch"] = False
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}.ckpt"

@@ -57,9 +57,14 @@ class StepProgress(ProgressBar):
             self._bar.update(self._task, description="validating")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: D102
+        if trainer.state.fn != "fit" and trainer.is_global_zero:
+            for name, value in sorted(trainer.callback_metrics.items()):
+                print(f"{name}  {float(value):.6g}")
         if self._bar is not None and "val/eps_mse" in trainer.callback_metrics:
             numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "quality/"))}
             self._bar.print(f"step {trainer.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+
+    on_test_end = on_validation_end
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: D102
         if self._bar is not None:

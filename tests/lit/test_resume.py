@@ -1,0 +1,321 @@
+"""Stopping and going on: what was computed is the same, bit for bit, as if nothing had happened."""
+
+import os
+import signal
+from contextlib import nullcontext
+from datetime import timedelta
+
+import lightning.pytorch as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint, Preempted
+from lightning_tdisent.lit.callbacks.guard import Guard
+from lightning_tdisent.lit.callbacks.losses import LossPerState
+from lightning_tdisent.lit.callbacks.weights import EMA, Export
+from lightning_tdisent.lit.checkpoints import DurableIO, load, newest, steps
+from lightning_tdisent.lit.entry import run
+from lightning_tdisent.lit.modules import Diffusion, ReducedStates
+from lightning_tdisent.lit.resume import going_on, hold
+
+EXPERT = ["fit", "--config", "experiments/digits/experts8.yaml", "--trainer.callbacks", "[]"]
+
+
+class Watch(L.Callback):
+    """Keep what every step and validation saw; send this process a signal after a step, or inside its validation."""
+
+    def __init__(self, cut=None, validating=False, number=signal.SIGTERM):
+        self.steps, self.validations, self.cut, self.inside, self.number = [], [], cut, validating, number
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        place = (trainer.current_epoch, batch_idx, trainer.global_step)
+        self.steps.append((place, outputs["losses"].clone(), outputs["row"].clone(), batch["id"].clone()))
+        if trainer.global_step == self.cut and not self.inside:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_batch_end(self, trainer, *_):
+        if trainer.global_step == self.cut and self.inside:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validations.append((trainer.global_step, float(trainer.callback_metrics["val/eps_mse"])))
+
+
+@pytest.fixture
+def fit(tiny, data):
+    def make(folder, watch, every=None, logged=False, told=True, **options):
+        torch.manual_seed(0)
+        module = ReducedStates(tiny(dropout=0.1), LatentStates(S=4))
+        path, manifest, _ = newest(folder / "checkpoints")
+        purge = manifest["images_seen"] if path else None
+        trainer = L.Trainer(
+            callbacks=[watch, EMA(lengths=[0.1, 0.05]), LossPerState(), Guard(), Export(), Checkpoint(every)],
+            plugins=[DurableIO()],
+            logger=TensorBoardLogger(folder, "", "", default_hp_metric=False, purge_step=purge) if logged else False,
+            **{
+                "max_steps": 24,
+                "max_epochs": -1,
+                "val_check_interval": 10,
+                "check_val_every_n_epoch": None,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 4,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "default_root_dir": folder,
+                "accelerator": "cpu",
+                **options,
+            },
+        )
+        images = data(batch_size=200, seed=3, val_limit=60)  # 7 batches an epoch
+        expected = pytest.raises(Preempted, match="143") if watch.cut and told else nullcontext()
+        with expected:
+            trainer.fit(module, datamodule=images, ckpt_path=path, weights_only=True)
+
+    return make
+
+
+def same(a, b, where=""):
+    """Equality of nested data, bit for bit, but for the clock; names the first difference."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - {"seconds", "_batches_that_stepped"}:  # the latter is off by one, and nobody's x-axis
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
+# epochs end at 7, 14, 21; validation is due after 10 and 20; a tuple is a signal inside the validation
+CUTS = {
+    "inside an epoch": [3],
+    "at the end of an epoch": [7],
+    "before a validation": [10],
+    "in a validation": [(10,)],
+    "three times in one epoch": [15, 17, 20],
+    "again and again": [1, 7, 8, 10, (20,), 21],
+    "at the last step": [24],
+}
+OPTIONS = {
+    "plain": {},
+    "accumulated": {"accumulate_grad_batches": 2, "val_check_interval": 20, "max_steps": 12},
+    "part of the data": {"limit_train_batches": 5},
+    "by epochs": {"max_steps": -1, "max_epochs": 3},
+}
+
+
+@pytest.fixture
+def whole(fit, tmp_path):
+    def make(name):
+        watch = Watch()
+        fit(tmp_path / "whole", watch, **OPTIONS[name])
+        return watch, load(newest(tmp_path / "whole" / "checkpoints")[0])
+
+    return make
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(option, fit, whole, tmp_path):
+    unbroken, end = whole(option)
+    for name, cuts in CUTS.items():
+        if option == "by epochs" and name == "at the last step":
+            continue  # it has 21
+        if option == "accumulated":
+            cuts = [c for c in cuts if not isinstance(c, tuple) and c <= 12]
+        folder, ran, seen = tmp_path / name, [], []
+        for cut in [*cuts, None]:
+            watch = Watch(*(cut, True) if isinstance(cut, tuple) else (cut, False))
+            watch.cut = cut[0] if isinstance(cut, tuple) else cut
+            fit(folder, watch, **OPTIONS[option])
+            ran, seen = ran + watch.steps, seen + watch.validations
+        same(ran, unbroken.steps, name)
+        if cuts[-1:] != [24]:  # told to go at the very end, it goes without its last validation
+            same(seen, unbroken.validations, name)
+        same(load(newest(folder / "checkpoints")[0]), end, name)
+        assert (folder / "model.safetensors").read_bytes()  # also where nothing was left to train
+
+
+def test_a_longer_run_is_one_that_was_stopped(fit, tmp_path):
+    unbroken, grown = Watch(), [Watch(), Watch()]
+    fit(tmp_path / "whole", unbroken, max_steps=17)
+    fit(tmp_path / "grown", grown[0], max_steps=10)  # validated at its end, and again when it goes on
+    fit(tmp_path / "grown", grown[1], max_steps=17)
+    same(grown[0].steps + grown[1].steps, unbroken.steps)
+    end = [load(newest(tmp_path / name / "checkpoints")[0]) for name in ("grown", "whole")]
+    same(*end)
+
+
+class Dead(Exception):
+    """Something that no checkpoint is made for."""
+
+
+class Die(Watch):
+    def on_train_batch_end(self, trainer, *args):
+        super().on_train_batch_end(trainer, *args)
+        if trainer.global_step == self.cut:
+            raise Dead
+
+
+def curves(folder):
+    """All scalars of a run: tag -> [(images seen, value)], as TensorBoard shows them."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_one_curve_over_images_seen(fit, tmp_path):
+    fit(tmp_path / "whole", Watch(), logged=True)
+    watches = [Die(9), Die(11), Die(23), Watch()]  # from 5, which died after 9; from 10, its validation; from 20
+    for watch in watches[:-1]:
+        with pytest.raises(Dead):
+            fit(tmp_path / "broken", watch, every=5, logged=True, told=False)
+    fit(tmp_path / "broken", watches[-1], every=5, logged=True)
+    whole, broken = curves(tmp_path / "whole"), curves(tmp_path / "broken")
+    assert whole == broken
+    assert [x for x, _ in whole["train/loss"]] == [200 * step for step in (4, 8, 12, 16, 20, 24)]
+    assert [x for x, _ in whole["val/eps_mse"]] == [2000, 4000]
+    assert [watch.steps[0][0][2] for watch in watches] == [1, 6, 11, 21]
+
+
+def test_two_ranks_agree_on_the_step_whichever_is_told(fit, tmp_path):
+    """A signal to one rank, three times in an epoch; both ranks end as they would have, bit for bit."""
+
+    class Write(Watch):
+        def __init__(self, folder, cut=None, rank=None):
+            super().__init__(cut)
+            self.folder, self.rank = folder, rank
+
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_rank != self.rank:
+                self.cut = None
+            super().on_train_batch_end(trainer, *args)
+            torch.save(self.steps, self.folder / f"{trainer.global_rank}_{self.steps[0][0][2]:03d}.pt")
+
+    def go(name, *told):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        for cut, rank in [*told, (None, None)]:
+            strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60))
+            ended = torch.multiprocessing.ProcessExitedException
+            with pytest.raises(ended, match="exit code 143") if cut else nullcontext():
+                fit(folder, Write(folder, cut, rank), told=False, devices=2, strategy=strategy)
+        ran = [[x for f in sorted(folder.glob(f"{r}_*.pt")) for x in torch.load(f)] for r in (0, 1)]
+        return ran, load(newest(folder / "checkpoints")[0])
+
+    whole = go("whole")
+    assert not torch.equal(whole[0][0][0][1], whole[0][1][0][1])  # ranks have losses of their own
+    same(go("broken", (2, 0), (4, 1), (6, 1)), whole)
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """`fit` of a tiny expert in a folder, in this process: what it printed."""
+
+    def give(*words, steps_=6, folder="run"):
+        argv = [*EXPERT, "--run", str(tmp_path / folder), "--trainer.max_steps", str(steps_), *map(str, words)]
+        capsys.readouterr()
+        run([*argv, "--trainer.val_check_interval", "100"], [L.Callback()])
+        return capsys.readouterr().out
+
+    return give
+
+
+def test_the_same_command_goes_on_and_says_so(command, tmp_path):
+    assert "going on" not in command(steps_=3)
+    out = command(steps_=6)
+    assert f"going on with {tmp_path}/run from step 3 (192 images seen)" in out
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        command(steps_=6)
+    assert end.value.code == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    (tmp_path / "run" / "model.safetensors").unlink()  # killed between the last checkpoint and this
+    command(steps_=6)
+    assert Diffusion.load_from_checkpoint(steps(tmp_path / "run" / "checkpoints")[-1]).images_seen == 6 * 64
+    assert (tmp_path / "run" / "model.safetensors").stat().st_size == len(before)
+
+
+def test_a_run_without_a_checkpoint_begins_anew(command, tmp_path):
+    command(steps_=3)
+    for file in (tmp_path / "run" / "checkpoints").iterdir():
+        file.unlink()
+    assert "from the beginning" in command(steps_=3)
+
+
+def test_a_bad_checkpoint_is_named_and_passed_over(command, tmp_path):
+    command("--checkpoint.every", 2, steps_=5)
+    old, new = steps(tmp_path / "run" / "checkpoints")
+    content = bytearray(new.read_bytes())
+    content[len(content) // 2] ^= 1
+    new.write_bytes(content)
+    out = command("--checkpoint.every", 2, steps_=6)
+    assert f"passed over: {new}: damaged: sha256" in out
+    assert "from step 4 (256 images seen)" in out
+    assert [path.name for path in steps(tmp_path / "run" / "checkpoints")] == [old.name, "step-000000006.ckpt"]
+
+
+def test_a_run_with_bad_checkpoints_alone_is_refused_with_every_reason(command, tmp_path):
+    command("--checkpoint.every", 2, steps_=5)
+    old, new = steps(tmp_path / "run" / "checkpoints")
+    old.write_bytes(b"")
+    new.with_suffix(".ckpt.json").unlink()
+    with pytest.raises(InputError, match=f"{new.name}: has no manifest.*\n.*{old.name}: damaged: 0 bytes"):
+        command(steps_=6)
+    assert not (tmp_path / "run" / "events").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.lr", "1"], "model.init_args.lr: 0.002 there, 1.0 now"),
+        (["--model.states.S", "9"], "model.init_args.states.init_args.S: 8 there, 9 now"),
+        (["--ema.decay", "0.5"], "ema.decay: 0.999 there, 0.5 now"),
+        (["--seed_everything", "4"], "seed_everything: 0 there, 4 now"),
+        (["--trainer.precision", "bf16-mixed"], "trainer.precision: .* there, bf16-mixed now"),
+        (["--resume", "never"], "already holds a run"),
+        (["--data.batch_size", "32"], "trained with 64 images a step over all ranks, this run has 32"),
+        (["--ckpt_path", "elsewhere.ckpt"], "is not of .* already holds a run"),
+    ],
+)
+def test_another_config_is_refused_naming_both_values(words, said, command):
+    command(steps_=2)
+    with pytest.raises(InputError, match=said):
+        command(*words, steps_=4)
+
+
+def test_what_does_not_change_the_run_may_change(command):
+    command(steps_=2)
+    words = ["--checkpoint.keep", 3, "--trainer.log_every_n_steps", 1, "--data.workers", 1, "--guard.patience", 3]
+    assert "from step 2" in command(*words, steps_=3)
+
+
+def test_two_processes_do_not_share_a_folder(command, tmp_path):
+    with hold(tmp_path / "run"), pytest.raises(InputError, match=rf"in use by process {os.getpid()} on "):
+        command()
+    assert not (tmp_path / "run").exists()  # nothing came of it
+    command(steps_=1)
+
+
+def test_a_run_of_its_own_can_be_branched_and_rolled_back(command, tmp_path):
+    command("--checkpoint.every", 2, steps_=5)
+    old = steps(tmp_path / "run" / "checkpoints")[0]
+    command("--ckpt_path", old, "--model.lr", "1e-4", folder="branch", steps_=5)
+    assert "from step 4" in command("--ckpt_path", old, steps_=6)
+    assert load(steps(tmp_path / "branch" / "checkpoints")[-1])["global_step"] == 5
+
+
+def test_the_config_of_a_run_must_be_readable(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(InputError, match=r"config.yaml: cannot be read"):
+        going_on(tmp_path, {})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"class_path": "A", "init_args": {"sampler": 1}}}))
+    assert going_on(tmp_path, {"model": {"class_path": "A", "init_args": {"sampler": 2}}}) == (None, {}, [])
