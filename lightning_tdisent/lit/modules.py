@@ -20,6 +20,7 @@ from lightning_tdisent.diffusion.rng import draw_rows, key
 from lightning_tdisent.diffusion.spec import Part, build, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.lit.checkpoints import load
 from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.composite import start_warm
@@ -221,7 +222,7 @@ class Diffusion(Part, DenoiserModule):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, weights: Literal["ema", "live"] = "ema") -> Self:
         """Return the module that the checkpoint names, which must be a ``cls``, with its EMA weights if it has any."""
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        checkpoint = load(checkpoint_path)
         if "module" not in checkpoint:
             raise InputError(f"{checkpoint_path}: not a checkpoint of this project")
         module = build(checkpoint["module"], cls)

@@ -111,15 +111,9 @@ def compose(paths: Sequence[str | Path], out: str | Path) -> Path:
     Everything is checked on the cards alone, before any weights are read or anything is written.
     """
     files = sorted((Path(p) for p in paths), key=str)
-    problems, cards = [], []
-    for path in files:
-        try:
-            cards.append(read_card(path))
-        except InputError as error:
-            problems.append(str(error))
-    if problems:
-        raise InputError("these files cannot be composed:\n" + "\n".join(f"  - {p}" for p in problems))
+    cards = _read_cards(files)
     refuse_unfit([str(p) for p in files], [_card_facts(c) for c in cards])
+    _read_cards(files, verify=True)
     out = Path(out)
     if (out / MANIFEST).exists():
         raise InputError(f"{out} already holds a composite; remove it or choose another folder")
@@ -137,6 +131,19 @@ def compose(paths: Sequence[str | Path], out: str | Path) -> Path:
     manifest = {"schema": 1, "fingerprint": cards[0].fingerprint, "experts": members}
     write_whole(out / MANIFEST, json.dumps(manifest, indent=1).encode())
     return out
+
+
+def _read_cards(files: Sequence[Path], verify: bool = False) -> list[Card]:
+    """Cards of all files, or all that is wrong with them."""
+    problems, cards = [], []
+    for path in files:
+        try:
+            cards.append(read_card(path, verify))
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("these files cannot be composed:\n" + "\n".join(f"  - {p}" for p in problems))
+    return cards
 
 
 def composite_files(folder: str | Path) -> list[Path]:
@@ -182,7 +189,8 @@ def load_model(source: str | Path) -> tuple[Denoiser | CompositeDenoiser, list[C
     cards = [read_card(f) for f in files]
     if len(files) > 1:
         refuse_unfit([str(f) for f in files], [_card_facts(c) for c in cards])
-        return CompositeDenoiser([load_expert(f)[0] for f in files]).eval(), cards
+        checked = (Path(source) / MANIFEST).exists()
+        return CompositeDenoiser([load_expert(f, not checked)[0] for f in files]).eval(), cards
     return load_expert(files[0])[0], cards
 
 

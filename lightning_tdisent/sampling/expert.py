@@ -21,6 +21,7 @@ from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.denoiser import Denoiser
 
 SCHEMA = 2
+BLANK = "0" * 64  # stands in a file where its own SHA-256 goes, while that is computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +96,14 @@ class Card:
 
 
 def save_expert(path: str | Path, denoiser: Denoiser, card: Card, weights: dict[str, Tensor] | None = None) -> None:
-    """Write weights (the denoiser's own if not given) and card to a .safetensors file; never half-written."""
+    """Write weights (the denoiser's own if not given) and card to a .safetensors file; never half-written.
+
+    The card as written begins with the SHA-256 of the whole file, taken with zeros in its own place.
+    """
     state = weights if weights is not None else denoiser.state_dict()
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    write_whole(path, save(tensors, {"card": json.dumps(dataclasses.asdict(card))}))
+    content = save(tensors, {"card": json.dumps({"sha256": BLANK, **dataclasses.asdict(card)})})
+    write_whole(path, content.replace(BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1))
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
@@ -126,16 +131,26 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def read_card(path: str | Path) -> Card:
-    """Read the card alone: the header of a .safetensors file, no weights."""
+def read_card(path: str | Path, verify: bool = False) -> Card:
+    """Read the card alone, the header of a .safetensors file; with ``verify`` hash the rest too, and refuse damage."""
     path = Path(path)
     try:
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            size = file.read(8)
+            (length,) = struct.unpack("<Q", size)
             if length > 100_000_000:
                 raise ValueError("header too long")
-            meta = json.loads(file.read(length))["__metadata__"]
-        card = json.loads(meta["card"])
+            header = file.read(length)
+            card = json.loads(json.loads(header)["__metadata__"]["card"])
+            named = str(card.pop("sha256", "")) if isinstance(card, dict) else ""
+            if verify and named:
+                total = hashlib.sha256(size + header.replace(named.encode(), BLANK.encode(), 1))
+                while piece := file.read(1 << 20):
+                    total.update(piece)
+                if (found := total.hexdigest()) != named:
+                    raise InputError(f"{path}: damaged: sha256 {found[:12]}.., the file says {named[:12]}..")
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
@@ -143,9 +158,12 @@ def read_card(path: str | Path) -> Card:
     return Card.from_json(card, str(path))
 
 
-def load_expert(path: str | Path) -> tuple[Denoiser, Card]:
-    """Build the denoiser of a .safetensors file with its weights, in eval mode; see `spec.build` for classes."""
-    card = read_card(path)
+def load_expert(path: str | Path, verify: bool = True) -> tuple[Denoiser, Card]:
+    """Build the denoiser of a .safetensors file with its weights, in eval mode; see `spec.build` for classes.
+
+    Raises InputError for a file whose bytes are not those written, unless ``verify`` is false: it has been looked at.
+    """
+    card = read_card(path, verify)
     denoiser = card.build(str(path))
     try:
         state = {k: v.clone() for k, v in load_file(path).items()}  # aligned: results must not depend on the header

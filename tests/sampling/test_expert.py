@@ -107,7 +107,7 @@ def test_reading_a_card_reads_no_weights(model, write, spoil, card_of):
     one = model()
     path = spoil(write("expert", one))
     assert read_card(path) == card_of(one)
-    with pytest.raises(InputError, match=r"expert\.safetensors: weights do not fit"):
+    with pytest.raises(InputError, match=r"expert\.safetensors: damaged: sha256"):
         load_expert(path)
 
 
@@ -154,6 +154,19 @@ def test_every_truncation_is_refused(model, write, tmp_path):
         path.write_bytes(content[:length])
         with pytest.raises(InputError, match=r"short\.safetensors"):
             load_expert(path)
+
+
+def test_any_flipped_bit_is_found(model, write):
+    path = write("expert", model())
+    content = path.read_bytes()
+    for bit in torch.randperm(8 * len(content), generator=torch.Generator().manual_seed(0))[:300].tolist():
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"expert\.safetensors"):
+            load_expert(path)
+    path.write_bytes(content)
+    load_expert(path)
 
 
 @pytest.mark.parametrize(
