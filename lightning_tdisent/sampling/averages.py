@@ -34,8 +34,9 @@ def overlap(t: np.ndarray, g: np.ndarray, u: np.ndarray, h: np.ndarray) -> np.nd
     (g + 1)(h + 1) / (g + h + 1) m^(g + h + 1) / (t^(g + 1) u^(h + 1)) with m = min(t, u) (2312.02696, appendix C),
     written with the ratio of the two ends so that no power overflows. Float64.
     """
-    ratio = np.where(t <= u, (t / u) ** (h + 1), (u / t) ** (g + 1))
-    return np.asarray((g + 1) * (h + 1) / (g + h + 1) * ratio / np.minimum(t, u))
+    low = np.minimum(t, u)
+    ratio = (low / np.maximum(t, u)) ** (np.where(t <= u, h, g) + 1)
+    return np.asarray((g + 1) * (h + 1) / (g + h + 1) * ratio / low)
 
 
 def coefficients(snapshots: Sequence[tuple[int, float]], step: int, exponent: float) -> tuple[np.ndarray, float]:
@@ -67,21 +68,21 @@ def reconstruct(run: Path, sigma_rel: float, out: Path, step: int | None = None)
     if step not in {end for end, _ in ends}:
         raise InputError(f"--step {step}: snapshots were taken at {', '.join(map(str, sorted({e for e, _ in ends})))}")
     used = [(file, card, end) for file, card, end in zip(files, cards, ends, strict=True) if end[0] <= step]
-    if odd := {(c.fingerprint, str(c.network), str(c.rows)) for _, c, _ in used} - {
-        (cards[0].fingerprint, str(cards[0].network), str(cards[0].rows))
-    }:
-        raise InputError(f"{run / FOLDER} mixes snapshots of several runs: {sorted(odd)}")
+    kinds = {(c.fingerprint, str(c.network), str(c.objective), str(c.rows), c.data) for _, c, _ in used}
+    if len(kinds) > 1:
+        raise InputError(f"{run / FOLDER} mixes snapshots of several runs: {sorted(kinds)}")
     x, error = coefficients([end for *_, end in used], step, gamma(sigma_rel))
     total: dict[str, Tensor] = {}
     for weight, (file, _, _) in zip(x, used, strict=True):
         denoiser, _ = load_expert(file)
-        for name, tensor in denoiser.state_dict().items():
-            part = tensor.double() * weight if tensor.is_floating_point() else tensor
-            total[name] = total[name] + part if name in total and tensor.is_floating_point() else part
-    dtype = {name: tensor.dtype for name, tensor in denoiser.state_dict().items()}
+        for name, tensor in denoiser.named_parameters():
+            part = tensor.detach().double() * weight
+            total[name] = total[name] + part if name in total else part
+    file, last = next((file, card) for file, card, end in used if end[0] == step)
+    denoiser, _ = load_expert(file)  # its buffers are those of the step
     with torch.no_grad():
-        denoiser.load_state_dict({name: tensor.to(dtype[name]) for name, tensor in total.items()})
-    last = next(card for _, card, end in used if end[0] == step)
+        for name, tensor in denoiser.named_parameters():
+            tensor.copy_(total[name])
     card = dataclasses.replace(last, average={"sigma_rel": sigma_rel, "steps": step, "error": round(error, 6)})
     save_expert(out, denoiser, card)
     return error

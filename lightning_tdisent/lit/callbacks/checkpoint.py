@@ -38,12 +38,8 @@ class Checkpoint(LightningCheckpoint):
     """
 
     def __init__(self, every: int | None = None, minutes: float = 5.0, keep: int = 2) -> None:
-        for name, value, low in (
-            ("every", 1 if every is None else every, 1),
-            ("keep", keep, 1),
-            ("minutes", minutes, 0),
-        ):
-            if value < low:
+        for name, value, low in (("every", every, 1), ("keep", keep, 1), ("minutes", minutes, 0)):
+            if value is not None and value < low:
                 raise InputError(f"checkpoint.{name}: at least {low}, got {value}")
         self.every, self.minutes, self.keep = every, minutes, keep
         self.saved: int | None = None

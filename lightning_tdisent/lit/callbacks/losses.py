@@ -57,7 +57,8 @@ class LossPerState(L.Callback):
         values = {name: t / n for name, t, n in zip(self.names, total, count, strict=True) if n}
         if any(count):
             values["train/loss"] = sum(total) / sum(count)
-        values["train/gradient_norm"] = float(pl_module.gradient_norm)
+        if not pl_module.skipped:
+            values["train/gradient_norm"] = float(pl_module.gradient_norm)
         self._log(trainer, pl_module.images_seen, values)
 
     def _log(self, trainer: L.Trainer, images_seen: int, values: dict[str, float]) -> None:

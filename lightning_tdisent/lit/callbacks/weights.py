@@ -63,10 +63,15 @@ class EMA(L.Callback):
         else:
             self.averages, self._restored = [a.to(pl_module.device) for a in self._restored], None
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Count from here."""
+        self._seen = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
         """Move the averages once per optimizer step."""
-        if trainer.global_step <= self.updates:
+        if trainer.global_step == self._seen:
             return
+        self._seen = trainer.global_step
         self.updates += 1
         live, moved = self._flat(), 1 - pl_module.skipped
         for average, beta in zip(self.averages, self.betas(self.updates), strict=True):
