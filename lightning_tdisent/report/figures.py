@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
     """Scalars of a run's event files by tag, as (images seen, value)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every resumed run
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     tags = events.Tags()["scalars"]
