@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test faults lint bench clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -32,6 +32,11 @@ quickstart: $(BIN)/.run
 test: $(BIN)/.test
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar
 	$(BIN)/python -m pytest
+
+# every fault with all its trials, on fresh processes; under 20 minutes on 2 cores
+faults: $(BIN)/.test
+	@$(MAKE) --no-print-directory data/digits/train-0000.tar
+	FAULTS=full $(BIN)/python -m pytest tests/faults -s
 
 lint: $(BIN)/.lint
 	$(BIN)/ruff check .

@@ -50,9 +50,12 @@ class DurableIO(TorchCheckpointIO):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(checkpoint, path)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            told = error if isinstance(error, OSError) else error.__context__  # torch's writer hides what stopped it
+            if not isinstance(told, OSError):
+                raise
             raise Halted(
-                f"{path}: the checkpoint of step {step} cannot be written: {error.strerror or error}. Training stops, "
+                f"{path}: the checkpoint of step {step} cannot be written: {told.strerror or told}. Training stops, "
                 "since it could be lost; mend that and give the same command to go on from the checkpoint before it."
             ) from error
 
@@ -65,6 +68,15 @@ class DurableIO(TorchCheckpointIO):
         path = _local(path)
         _manifest_of(path).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
+
+
+def _not_in_there(cls: type, checkpoint_path: str | Path, *_: Any, **__: Any) -> Any:
+    load(checkpoint_path)
+    raise InputError(f"{checkpoint_path}: a {cls.__name__} is in no checkpoint")
+
+
+# for classes whose ``load_from_checkpoint`` by Lightning would fetch what is elsewhere, and call what the file names
+not_in_there: Any = classmethod(_not_in_there)
 
 
 def load(path: str | Path, map_location: Any = "cpu") -> Any:
@@ -89,7 +101,7 @@ def verify(path: Path) -> Manifest:
         check = manifest.pop("check")
     except FileNotFoundError:
         raise InputError(f"{path}: has no manifest: it was cut short, or copied without it") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its manifest cannot be read ({type(error).__name__}: {error})") from None
     if check != _check(manifest):
         raise InputError(f"{path}: its manifest is damaged")

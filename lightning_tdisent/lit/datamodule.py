@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.lit.checkpoints import not_in_there
 from lightning_tdisent.streaming.shards import ImageSet, Resident, Sample, Streamed, digest, find, load
 
 
@@ -76,6 +77,8 @@ class ImageShards(L.LightningDataModule):
     memory, for sets that fit; otherwise shards are streamed through a shuffle ``buffer`` by ``workers`` processes;
     seed: of the order, that of the run if not given.
     """
+
+    load_from_checkpoint = not_in_there
 
     def __init__(
         self,
@@ -161,6 +164,8 @@ class ImageShards(L.LightningDataModule):
 
 class Seeds(L.LightningDataModule):
     """Seeds first .. first + n - 1 for `predict`, this rank's share of them, in batches."""
+
+    load_from_checkpoint = not_in_there
 
     def __init__(self, n: int = 64, first: int = 0, batch_size: int = 250) -> None:
         super().__init__()

@@ -79,6 +79,9 @@ class CLI(LightningCLI):
         if self.subcommand == "fit":
             self._enter(config)
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing in a checkpoint names code or changes the config."""
+
     purge_step: int | None = None
     held = contextlib.ExitStack()
 
@@ -187,7 +190,11 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
         refusal = next((cause for cause in _causes(error) if isinstance(cause, InputError)), None)
         if refusal is None:
             raise
-        raise InputError(str(refusal)) from None
+        raise refusal from None
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into 1
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -63,6 +63,7 @@ def hold(folder: Path) -> Iterator[None]:
             import fcntl
 
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.register_at_fork(after_in_child=handle.close)  # a worker of the loader must not hold it, too
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}")
             handle.flush()
@@ -75,9 +76,13 @@ def hold(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if empty and list(folder.iterdir()) == [file]:  # refused before it began
-                file.unlink()
-                folder.rmdir()
+            if empty and not (folder / "config.yaml").exists():  # refused before it began
+                for litter in (file, folder / "hparams.yaml", *folder.glob("events.out.tfevents.*")):
+                    litter.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # unless something else is in there
+                    (folder / "checkpoints").rmdir()
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def _fixed(key: str) -> bool:

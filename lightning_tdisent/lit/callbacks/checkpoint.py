@@ -68,11 +68,14 @@ class Checkpoint(LightningCheckpoint):
                 "checkpoint.keep"
             )
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Listen to signals, and let the ranks agree beside the device's queue instead of in it."""
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Look at the folder before the run claims it."""
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
         if trainer.is_global_zero:
             self._prepare(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Listen to signals, and let the ranks agree beside the device's queue instead of in it."""
         self._clock, self._seen = time.monotonic(), trainer.global_step
         self.saved = trainer.global_step if trainer.ckpt_path else None
         self._first, self._mine = _name(trainer.global_step), list[str]()
@@ -89,10 +92,11 @@ class Checkpoint(LightningCheckpoint):
             raise KeyboardInterrupt
         first, self._told = not self._told, ASKED if number == signal.SIGINT else TOLD
         if first and trainer.validating and trainer.world_size == 1:
-            self._leave()
+            self._leave(trainer)
 
-    def _leave(self) -> None:
-        raise Preempted(130 if self._told == ASKED else 143)
+    def _leave(self, trainer: L.Trainer) -> None:
+        # Lightning kills the first rank of a node as soon as another one ends with a code that is not 0
+        raise Preempted(0 if trainer.local_rank else 130 if self._told == ASKED else 143)
 
     def _ask(self) -> int:
         return self._told or (TIME if time.monotonic() - self._clock > 60 * self.minutes else 0)
@@ -118,7 +122,7 @@ class Checkpoint(LightningCheckpoint):
             self.save(trainer)
         if wish >= TOLD:
             self._told = wish
-            self._leave()
+            self._leave(trainer)
 
     def save(self, trainer: L.Trainer, ended: bool = False) -> None:
         """Write one checkpoint of this step, then remove those beyond ``keep``; ended: its epoch has been counted."""

@@ -1,0 +1,213 @@
+"""Cost of a durable checkpoint: `DurableIO.save_checkpoint` against Lightning's `TorchCheckpointIO.save_checkpoint`.
+
+What is compared. Both save the same state of 160 MB, as training hands it to them: 30 weights, AdamW's two moments of
+each and their average, 120 tensors of 10 million values in all, and a few plain values. Lightning's plugin serialises
+into memory, writes a temporary file and renames it; nothing is flushed, so a loss of power may lose it. Ours refuses
+values that are not finite, writes beside the target, flushes file and folder to the disk, reads the file back and
+hashes it, and writes a manifest and a pointer in the same way.
+
+How. The folder must lie on a disk; in memory a flush costs nothing. Before every timed save the disk is left with
+nothing to do (``os.sync``), and what an earlier save wrote is removed. A pair is one save of either, which goes first
+alternates, and the result is the median of the ratios of all pairs. A temporary file of Lightning's lies in the same
+folder, so that its rename never copies. Loading is `load`: the hash compared with the manifest, then ``torch.load``.
+The phases are timed alone, in memory, but for the flushes, which are those inside the timed saves; within a save,
+serialising, writing, reading back and hashing overlap.
+
+    OMP_NUM_THREADS=1 python benchmarks/checkpoint.py [--quick] [--folder FOLDER]
+"""
+
+import argparse
+import hashlib
+import io
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+import lightning_tdisent
+from lightning_tdisent.lit.checkpoints import DurableIO, load, non_finite, verify
+
+WEIGHTS, SIZE = 30, 160_000_000
+
+
+def state(step: int) -> dict[str, Any]:
+    """A checkpoint of SIZE bytes, with random values, as a fit with AdamW and an average has it."""
+    torch.manual_seed(0)
+    each = SIZE // 4 // 4 // WEIGHTS // 256
+    names = [f"denoiser.network.blocks.{i}.weight" for i in range(WEIGHTS)]
+    weights, first, second, average = ({name: torch.randn(each, 256) for name in names} for _ in range(4))
+    moments = {
+        i: {"step": torch.tensor(float(step)), "exp_avg": first[name], "exp_avg_sq": second[name]}
+        for i, name in enumerate(names)
+    }
+    return {
+        "epoch": 3,
+        "global_step": step,
+        "state_dict": weights,
+        "optimizer_states": [{"state": moments, "param_groups": [{"lr": 1e-3, "params": list(range(WEIGHTS))}]}],
+        "ema": {"kinds": [{"decay": 0.999}], "step": step, "weights": average, "others": []},
+        "card": {"images_seen": 64 * step, "rows": [1], "fingerprint": "0" * 16},
+    }
+
+
+class Flushes:
+    """Adds up the time spent in ``os.fsync``."""
+
+    def __init__(self) -> None:
+        self.seconds, self.count = 0.0, 0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Watch the calls made inside."""
+        real = os.fsync
+
+        def fsync(handle: int) -> None:
+            begin = time.perf_counter()
+            real(handle)
+            self.seconds += time.perf_counter() - begin
+            self.count += 1
+
+        os.fsync = fsync
+        try:
+            yield
+        finally:
+            os.fsync = real
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that it takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def quartiles(values: list[float]) -> str:
+    """Median with the quarters below and above, for printing."""
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def kind(folder: Path) -> str:
+    """Type of the file system that a folder lies on, and where it is mounted."""
+    found = ("", "unknown", "")
+    for line in _lines("/proc/mounts"):
+        device, place, name = line.split()[:3]
+        if folder.resolve().is_relative_to(place) and len(place) >= len(found[2]):
+            found = (device, name, place)
+    return f"{found[1]} on {found[0]}"
+
+
+def describe(folder: Path) -> None:
+    """Print hardware, versions, commit and command."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if "model name" in line), "")
+    load_now = _lines("/proc/loadavg")
+    print(
+        f"hardware: {cpu or platform.processor() or platform.machine()}, {os.cpu_count()} cores, disk {kind(folder)}, "
+        f"threads {torch.get_num_threads()}, load {load_now[0].split()[0] if load_now else 'unknown'}\n"
+        f"versions: python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}, "
+        f"lightning_tdisent {lightning_tdisent.__version__}\n"
+        f"commit: {commit}, {time.strftime('%Y-%m-%d')}\n"
+        f"command: python benchmarks/checkpoint.py {shlex.join(sys.argv[1:])}"
+    )
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def measure(folder: Path, pairs: int) -> dict[str, list[float]]:
+    """Seconds of every save, load and flush; one save of either beforehand does not count."""
+    checkpoint, tried = state(1000), {"durable": DurableIO(), "lightning": TorchCheckpointIO()}
+    seconds: dict[str, list[float]] = {name: [] for name in ("durable", "lightning", "flush", "load", "verify")}
+    tempfile.tempdir = str(folder)
+    for pair in range(-1, pairs):
+        for name in sorted(tried, reverse=pair % 2 == 1):
+            place, flushes = folder / name, Flushes()
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            os.sync()
+            path = place / "step-1.ckpt"
+            with flushes.timed():
+                took = timed(partial(tried[name].save_checkpoint, checkpoint, path))
+            if name == "durable":
+                os.sync()
+                checked, loaded = timed(partial(verify, path)), timed(partial(load, path))
+            if pair >= 0:
+                seconds[name].append(took)
+                if name == "durable":
+                    for key, value in (("flush", flushes.seconds), ("load", loaded), ("verify", checked)):
+                        seconds[key].append(value)
+    same = load(folder / "durable" / "step-1.ckpt")["ema"]["weights"]
+    assert all(torch.equal(same[k], v) for k, v in checkpoint["ema"]["weights"].items())
+    return seconds
+
+
+def phases() -> dict[str, float]:
+    """Seconds of the parts of a save, each alone and in memory."""
+    checkpoint, sink = state(1000), io.BytesIO()
+    serialise = timed(lambda: torch.save(checkpoint, sink))
+    content = sink.getvalue()
+    return {
+        "check that all is finite": median(timed(lambda: non_finite(checkpoint)) for _ in range(5)),
+        "serialise": min(serialise, timed(lambda: torch.save(checkpoint, io.BytesIO()))),
+        "hash": median(timed(lambda: hashlib.sha256(content).digest()) for _ in range(3)),
+    }
+
+
+def main() -> None:
+    """Measure and print the result line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer pairs: under a minute on two cores")
+    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure (default: here)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    describe(args.folder)
+    with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=args.folder) as folder:
+        seconds = measure(Path(folder), 20 if args.quick else 100)
+        tempfile.tempdir = None
+    ratios = [a / b for a, b in zip(seconds["durable"], seconds["lightning"], strict=True)]
+    print(f"\n{SIZE / 1e6:.0f} MB in {4 * WEIGHTS} tensors, {len(ratios)} pairs; s, median [quartiles]")
+    for name, text in (
+        ("durable", "save, DurableIO"),
+        ("flush", "  of it in fsync"),
+        ("lightning", "save, Lightning's TorchCheckpointIO"),
+        ("load", "load and verify"),
+        ("verify", "  verify alone"),
+    ):
+        print(f"  {text:36s} {quartiles(seconds[name])}")
+    print(f"  {'ratio of the saves':36s} {quartiles(ratios)}\nphases of a save, each alone, s")
+    for text, value in phases().items():
+        print(f"  {text:36s} {value:.3f}")
+    print(
+        f"\nRESULT save_ratio={median(ratios):.3f} save_s={median(seconds['durable']):.3f} "
+        f"lightning_s={median(seconds['lightning']):.3f} load_s={median(seconds['load']):.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Processes under test: started, watched, killed."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+FULL = os.environ.get("FAULTS") == "full"
+CONFIG = "experiments/digits/experts8.yaml"
+TINY = [
+    "--trainer.accelerator=cpu", "--trainer.callbacks=[]", "--trainer.log_every_n_steps=5",
+    "--model.network.channels=[8,16]", "--model.network.groups=4", "--model.network.mid_attention=false",
+    "--data.batch_size=32", "--data.val_limit=100",
+]  # fmt: skip
+
+
+class Zygote:
+    """The process that forks the others."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "zygote.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+
+    def ask(self, **request):
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+
+class Process:
+    """A process under test, forked or fresh."""
+
+    def __init__(self, zygote, folder, fresh, **ask):
+        self.out, self.err, self.code = folder / "out", folder / "err", None
+        if fresh:
+            plain = set(ask) <= {"argv", "env"}
+            words = ["-m", "lightning_tdisent", *ask["argv"]] if plain else [HERE / "zygote.py", json.dumps(ask)]
+            path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+            env = {**os.environ, "PYTHONPATH": path, **ask.get("env", {})}
+            with self.out.open("wb") as out, self.err.open("wb") as err:
+                self.popen = subprocess.Popen(
+                    [sys.executable, *words], stdout=out, stderr=err, cwd=ROOT, env=env, start_new_session=True
+                )
+            self.pid, self.zygote = self.popen.pid, None
+        else:
+            self.zygote = zygote
+            self.pid = zygote.ask(out=str(self.out), err=str(self.err), **ask)["pid"]
+
+    def wait(self, seconds=90):
+        """Exit code, negative for a signal; fails if it still runs after so many seconds."""
+        if self.code is None:
+            if self.zygote is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.code = self.popen.wait(seconds)
+            else:
+                self.code = self.zygote.ask(wait=self.pid, seconds=seconds)["code"]
+        assert self.code is not None, f"still running after {seconds} s\n{self.text}"
+        return self.code
+
+    def send(self, number):
+        os.kill(self.pid, number)
+
+    def end(self, number=signal.SIGKILL):
+        """Send a signal to it, and wait for its end."""
+        self.send(number)
+        return self.wait()
+
+    @property
+    def text(self):
+        return "".join(f.read_text(errors="replace") if f.exists() else "" for f in (self.out, self.err))
+
+    @property
+    def stderr(self):
+        return self.err.read_text()
+
+
+def alive(pid):
+    """Whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(condition, process=None, seconds=60.0):
+    """Wait for a condition; fails if it does not come true, or if the process ends before."""
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, "never came true"
+        assert process is None or alive(process.pid), process.text
+        time.sleep(0.002)
+    return result
