@@ -66,7 +66,7 @@ class Guard(L.Callback):
         what = "loss" if named else "gradient"
         samples = ", ".join(f"{i} (state {s})" for i, s in named or zip(ids, rows, strict=True))
         what = f"step {step}, rank {trainer.global_rank}: the {what} is not finite, the step was skipped"
-        print(f"{what}. Samples: {samples}", file=sys.stderr)
+        sys.stderr.write(f"{what}. Samples: {samples}\n")  # in one piece: other ranks write there, too
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped_steps": float(self.skipped)}, pl_module.images_seen)
         if self.streak >= self.patience:
