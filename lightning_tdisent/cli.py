@@ -180,7 +180,9 @@ def _average(a: argparse.Namespace) -> None:
     if a.out.exists():
         raise InputError(f"--out {a.out} is there already; choose another name")
     error = reconstruct(a.run_folder, a.sigma_rel, a.out, a.step)
-    print(f"{a.out}: sigma_rel {a.sigma_rel:g}, its profile met to {error:.2%} by the snapshots of {a.run_folder}")
+    print(f"{a.out}: sigma_rel {a.sigma_rel:g}, relative error of its profile {error:.2%}")
+    if error > 0.1:
+        print("that is far from what was asked: choose a length nearer to those of the snapshots, or take more of them")
 
 
 def _compose(a: argparse.Namespace) -> None:

@@ -111,7 +111,7 @@ def test_a_folder_with_another_run_is_refused(capsys, tmp_path):
 
 def test_a_checkpoint_of_another_run_does_not_open_a_folder(capsys, tmp_path):
     (tmp_path / "config.yaml").write_text("")
-    line = refusal(capsys, "fit", "--config", BASE, "--run", tmp_path, "--ckpt_path", "runs/other/last.ckpt")
+    line = refusal(capsys, "fit", "--config", BASE, "--run", tmp_path, "--ckpt_path", "LICENSE")
     assert "already holds a run" in line
 
 

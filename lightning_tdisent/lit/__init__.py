@@ -1,12 +1,13 @@
 """Floor 3: the only place that imports Lightning."""
 
 import lightning
+from packaging.version import Version
+
+from lightning_tdisent.errors import InputError
 
 # a library that is too old runs code hidden in a checkpoint (CVE-2026-58659), whatever setup.cfg asked for
-if tuple(int(part) for part in lightning.__version__.split(".")[:2]) < (2, 6) or lightning.__version__ in {
-    f"2.6.{patch}" for patch in range(6)
-}:
-    raise ImportError(
+if Version(lightning.__version__) < Version("2.6.6"):
+    raise InputError(
         f"lightning {lightning.__version__} is installed; 2.6.6 or later is needed: earlier ones run code hidden in a "
         "checkpoint, and the uploads 2.6.2 and 2.6.3 stole credentials. pip install 'lightning>=2.6.6,<2.7'"
     )

@@ -38,7 +38,7 @@ class DurableIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write the checkpoint with its manifest; what stood at the path before survives a failure."""
+        """Write the checkpoint with its manifest; those at other paths survive a failure."""
         if storage_options is not None:
             raise TypeError("storage_options: checkpoints are local files")
         path, step = _local(path), checkpoint.get("global_step", 0)
@@ -50,7 +50,7 @@ class DurableIO(TorchCheckpointIO):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(checkpoint, path)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, Halted) as error:
             told = error if isinstance(error, OSError) else error.__context__  # torch's writer hides what stopped it
             if not isinstance(told, OSError):
                 raise
@@ -61,7 +61,12 @@ class DurableIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
         """Return the content, verified; ``weights_only`` is always true."""
-        return load(path, map_location)
+        content = load(path, map_location)
+        if Path(path).name == ".temp.ckpt":  # in which Lightning's forked ranks hand back their weights
+            return content
+        if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
+            raise InputError(f"{path}: not a checkpoint of a training")
+        return content
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove the manifest, then the file."""
@@ -90,7 +95,8 @@ def load(path: str | Path, map_location: Any = "cpu") -> Any:
         return torch.load(path, map_location, weights_only=True)
     except Exception as error:  # torch.load documents none
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it asks for {asked[1]}, and is more than data" if asked else str(error).split("\n")[0]
+        said = str(error).split("\n")[0] or type(error).__name__
+        why = f"it asks for {asked[1]}, and is more than data" if asked else said
         raise InputError(f"{path}: not loaded: {why}") from None
 
 
@@ -128,6 +134,21 @@ def newest(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
         except InputError as error:
             bad.append(str(error))
     return None, {}, bad
+
+
+def named(path: str) -> Path:
+    """Checkpoint behind ``--ckpt_path``: a file, or the newest good one of a run folder; names bad ones passed over."""
+    found = _local(path)
+    if path and found.is_dir():
+        place = found if steps(found) else found / "checkpoints"
+        good, _, bad = newest(place)
+        if good is None:
+            raise InputError("\n".join([f"--ckpt_path {path}: holds no good checkpoint", *bad]))
+        print("".join(f"passed over: {why}\n" for why in bad), end="")
+        return good
+    if not path or not found.is_file():
+        raise InputError(f"--ckpt_path {path}: no such file. Give a checkpoint, or a run folder for its newest one")
+    return found
 
 
 def steps(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """The one DataModule: WebDataset shards to batches of uint8 images, for every module of the project."""
 
 import itertools
+import signal
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -21,21 +22,28 @@ class Endless:
     from one epoch to the next.
     """
 
-    def __init__(self, dataset: Resident | Streamed, workers: int) -> None:
-        self.source, self.done = dataset, 0
-        self.loader = DataLoader(dataset, batch_size=None, num_workers=workers)
+    def __init__(self, dataset: Resident | Streamed, workers: int, start: int = 0, rewind: bool = False) -> None:
+        self.source, self.done, self.rewind = dataset, start, rewind
+        self.loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals)
         self._stream: Iterator[Sample] | None = None
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __iter__(self) -> Iterator[Sample]:
-        if self._stream is None:
-            self.source.first = self.done
+        if self._stream is None or self.rewind:  # for overfit_batches: the same ones in every epoch
+            self.source.first = 0 if self.rewind else self.done
             self._stream = iter(self.loader if self.loader.num_workers else self.source)
-        for batch in itertools.islice(self._stream, len(self)):
-            self.done += 1
-            yield batch
+        try:
+            for batch in itertools.islice(self._stream, len(self)):
+                self.done += 1
+                yield batch
+        except InputError as error:  # a worker's comes wrapped in its traceback
+            raise InputError(str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]) from None
+
+    def close(self) -> None:
+        """Let the workers go."""
+        self._stream = None
 
     def state_dict(self) -> dict[str, int]:
         """Batches handed out, and images in each over all ranks."""
@@ -50,6 +58,13 @@ class Endless:
                 f"this run has {mine}; change data.batch_size or trainer.devices so that they agree"
             )
         self.done, self._stream = state["batches"], None
+
+
+def _leave_signals(_: int) -> None:
+    """A signal to the whole group is for the trainer to heed, which needs its workers until the step is done."""
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 class Batches:
@@ -101,6 +116,7 @@ class ImageShards(L.LightningDataModule):
         self.path, self.channels, self.batch_size, self.train, self.val = path, channels, batch_size, train, val
         self.val_limit, self.resident, self.buffer = val_limit, resident, buffer
         self.workers, self.seed = workers, seed
+        self._endless: Endless | None = None
 
     @cached_property
     def held_out(self) -> ImageSet:
@@ -145,7 +161,21 @@ class ImageShards(L.LightningDataModule):
         else:
             files = (self.path, self.train, self.channels)
             dataset = Streamed(*files, self.batch_size, seed, self.buffer, *place)
-        return Endless(dataset, 0 if self.resident else self.workers)
+        start, rewind = 0, False
+        if self.trainer:
+            start = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+            rewind = self.trainer.overfit_batches > 0
+        self._endless = Endless(dataset, 0 if self.resident else self.workers, start, rewind)
+        return self._endless
+
+    def teardown(self, stage: str) -> None:
+        """Let the workers go."""
+        if self._endless is not None:
+            self._endless.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let the workers go."""
+        self.teardown("fit")
 
     def val_dataloader(self) -> Batches:
         """Batches of every world-th held-out image: nothing padded, nothing left out."""

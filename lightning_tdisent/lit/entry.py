@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,12 +32,12 @@ from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
-from lightning_tdisent.lit.checkpoints import DurableIO, newest, verify
+from lightning_tdisent.lit.checkpoints import DurableIO, named, steps, verify
 from lightning_tdisent.lit.explain import explain, explain_interpolation
-from lightning_tdisent.lit.resume import going_on, hold
+from lightning_tdisent.lit.resume import going_on, hold, same_run
 from lightning_tdisent.networks import dit, unet  # noqa: F401
 from lightning_tdisent.sampling import sampler  # noqa: F401
-from lightning_tdisent.sampling.expert import write_whole
+from lightning_tdisent.sampling.expert import read_card, write_whole
 
 COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -71,11 +72,8 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         if "weights_only" in config:
             config.weights_only = True
-        if Path(config.get("ckpt_path") or "").is_dir() and config.ckpt_path:  # of a run, its newest
-            path, _, bad = newest(Path(config.ckpt_path) / "checkpoints")
-            if path is None:
-                raise InputError("\n".join([f"--ckpt_path {config.ckpt_path}: holds no good checkpoint", *bad]))
-            config.ckpt_path = str(path)
+        if config.get("ckpt_path") is not None:
+            config.ckpt_path = str(named(config.ckpt_path))
         if self.subcommand == "fit":
             self._enter(config)
 
@@ -86,35 +84,41 @@ class CLI(LightningCLI):
     held = contextlib.ExitStack()
 
     def _enter(self, config: Any) -> None:
-        folder = Path(config.run)
-        held = (folder / "config.yaml").exists()
-        own = config.ckpt_path and Path(config.ckpt_path).resolve().is_relative_to(folder.resolve())
-        if held and config.resume == "never" and not own:
-            raise InputError(f"run: {folder} already holds a run. Choose another folder with --run, or remove it")
+        folder, asked = Path(config.run), config.ckpt_path and Path(config.ckpt_path)
+        if config.trainer.fast_dev_run:  # a rehearsal, which neither reads nor writes
+            return
         if rank_zero_only.rank == 0:
             self.held.enter_context(hold(folder))
-        if not held:
+        if not (folder / "config.yaml").exists():
+            if there := steps(folder / "checkpoints"):
+                raise InputError(
+                    f"run: {folder} has {len(there)} checkpoints but no config.yaml to say of what. Put it back, "
+                    f"remove {folder / 'checkpoints'}, or choose another --run"
+                )
             return
-        if own:
-            path, manifest, bad = Path(config.ckpt_path), verify(Path(config.ckpt_path)), list[str]()
-        elif config.ckpt_path:
-            raise InputError(
-                f"--ckpt_path {config.ckpt_path} is not of {folder}, which already holds a run; choose another --run"
-            )
-        else:
-            text = self._parser(self.subcommand).dump(config, skip_none=False)
-            path, manifest, bad = going_on(folder, yaml.safe_load(text))
-        steps, step = config.trainer.max_steps, manifest.get("step", 0)
-        if path is not None and 0 < steps <= step and (folder / "model.safetensors").exists():
-            print(f"{folder}: all {step} steps are done; give a larger --trainer.max_steps to go on")
+        if config.resume == "never":
+            raise InputError(f"run: {folder} already holds a run. Choose another folder with --run, or remove it")
+        if asked and not asked.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"--ckpt_path {asked} is not of {folder}, which already holds a run; choose another --run")
+        mine = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        theirs = same_run(folder, mine)
+        path, manifest, bad = (asked, verify(asked), list[str]()) if asked else going_on(folder)
+        limits, step, limit = ("max_steps", "max_epochs"), manifest.get("step", 0), config.trainer.max_steps
+        export = folder / "model.safetensors"
+        ended = path is not None and export.exists() and read_card(export).steps == step
+        if ended and (0 < limit <= step or all(theirs["trainer"][k] == mine["trainer"][k] for k in limits)):
+            if rank_zero_only.rank == 0:
+                print(f"{folder}: all {step} steps are done; give a larger --trainer.max_steps to go on")
             raise SystemExit(0)
-        if not 0 < steps <= step:  # curves that run beyond the checkpoint are drawn again
+        if not 0 < limit <= step:  # curves that run beyond the checkpoint are drawn again
             self.purge_step = manifest.get("images_seen", 0)
         config.ckpt_path = path and str(path)
         if rank_zero_only.rank == 0:
             print("".join(f"passed over: {why}\n" for why in bad), end="")
             seen = f"from step {step:,} ({manifest['images_seen']:,} images seen), {path}" if path else None
             print(f"going on with {folder} {seen or 'from the beginning: it has no checkpoint yet'}")
+            for later in [p for p in steps(folder / "checkpoints") if asked and p.name > asked.name]:
+                print(f"rolled back: {later} goes with the next checkpoint")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Point logger and checkpoints to the run folder."""
@@ -160,8 +164,10 @@ class SaveConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write before the first step."""
-        if trainer.is_global_zero:
-            text = self.parser.dump(self.config, skip_none=False)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            config = self.config.clone()
+            config.ckpt_path = None  # the run goes on from its newest, not from where it went on this time
+            text = self.parser.dump(config, skip_none=False)
             write_whole(Path(trainer.default_root_dir) / "config.yaml", text.encode())
 
 
@@ -184,6 +190,8 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
     try:
         with contextlib.ExitStack() as CLI.held:  # the folder is free again when the command ends, however it does
             return _cli(argv, always, cls or CLI)
+    except MisconfigurationException as error:
+        raise InputError(str(error)) from None
     except OmegaConfBaseException as error:
         raise InputError(explain_interpolation(str(error), files)) from None
     except ValueError as error:  # a part refused its arguments: jsonargparse wraps that in its own words

@@ -94,8 +94,18 @@ class Diffusion(Part, DenoiserModule):
         self.seed = self.trainer.strategy.broadcast(torch.initial_seed() & 0xFFFFFFFF)
 
     def on_train_start(self) -> None:
-        """Start the clock of ``seconds``, which runs while training, not while validating."""
+        """Start the clock of ``seconds``, which runs while training, not while validating.
+
+        A checkpoint brings its rates; those of the config count. (They are the same unless a run was branched.)
+        """
         self._since = time.perf_counter()
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                scheduler.base_lrs = [self.lr for _ in scheduler.base_lrs]
+                for group, rate in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+                    group["initial_lr"], group["weight_decay"] = self.lr, self.weight_decay
+                    group["lr"] = self.lr * rate(scheduler.last_epoch)
 
     def on_validation_start(self) -> None:
         """Stop the clock."""
@@ -207,6 +217,8 @@ class Diffusion(Part, DenoiserModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the counts, refusing a checkpoint of another table, rows, network, objective or data."""
+        if "card" not in checkpoint:
+            raise InputError("this checkpoint is none of this project: it has no card")
         mine, theirs = dataclasses.asdict(self.card("live")), checkpoint["card"]
         wrong = [k for k in SAME if mine[k] != theirs[k] and "unknown" not in (mine[k], theirs[k])]
         if wrong:

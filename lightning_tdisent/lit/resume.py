@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,23 +23,30 @@ FREE = (
 )
 
 
-def going_on(folder: Path, config: dict[str, Any]) -> tuple[Path | None, Manifest, list[str]]:
-    """Newest good checkpoint of a run folder, None if none was written yet, and why newer ones were passed over.
-
-    Raises InputError if the run in the folder has another config, or if all its checkpoints are bad.
-    """
+def same_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Config of the run in a folder; refuses a config that differs from it in what makes a run what it is."""
     try:
-        theirs = _flat(yaml.safe_load((folder / "config.yaml").read_text()))
+        old = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{folder / 'config.yaml'}: cannot be read: {' '.join(str(error).split())}") from None
-    mine = _flat(config)
+    if not isinstance(old, dict):
+        raise InputError(f"{folder / 'config.yaml'}: holds no config. Put it back, or choose another --run")
+    mine, theirs = _flat(config), _flat(old)
     differ = [k for k in sorted(mine.keys() | theirs.keys()) if _fixed(k) and mine.get(k) != theirs.get(k)]
     if differ:
         lines = "\n".join(f"  - {k}: {theirs.get(k)} there, {mine.get(k)} now" for k in differ)
         raise InputError(
-            f"run: {folder} holds a run of another config:\n{lines}\nChoose another folder with --run (and start it "
-            f"from this one's weights with --ckpt_path {folder}/checkpoints/step-N.ckpt), or give the config of old"
+            f"run: {folder} holds a run of another config:\n{lines}\nGive the config of old, or choose another folder "
+            f"with --run; --ckpt_path {folder} beside that begins there with this one's weights and optimizer"
         )
+    return old
+
+
+def going_on(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
+    """Newest good checkpoint of a run folder, None if none was written yet, and why newer ones were passed over.
+
+    Raises InputError if all its checkpoints are bad.
+    """
     path, manifest, bad = newest(folder / "checkpoints")
     if bad and path is None:
         raise InputError(
@@ -55,7 +63,7 @@ def hold(folder: Path) -> Iterator[None]:
     file, empty = folder / ".lock", not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = file.open("a+")
+        handle = file.open("a+b", buffering=0)
     except OSError as error:
         raise InputError(f"run: {folder} cannot be written: {error.strerror}. Choose another --run") from None
     with handle:
@@ -65,14 +73,15 @@ def hold(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.register_at_fork(after_in_child=handle.close)  # a worker of the loader must not hold it, too
             handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-            handle.flush()
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         except BlockingIOError:
             handle.seek(0)
-            holder = handle.read().strip() or "another process"
+            holder = handle.read().decode(errors="replace").strip() or "another process"
             raise InputError(f"run: {folder} is in use by {holder}. Wait for it, or choose another --run") from None
         except (ImportError, OSError):  # not every system, nor every file system, has locks
             pass
+        if (free := shutil.disk_usage(folder).free) < 1_000_000:
+            raise InputError(f"run: {folder} has {free:,} bytes free. Make room, or choose another --run")
         try:
             yield
         finally:

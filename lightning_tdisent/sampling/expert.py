@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_tdisent.diffusion.objectives import Objective
 from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.diffusion.states import LatentStates
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.denoiser import Denoiser
 
@@ -109,17 +109,20 @@ def save_expert(path: str | Path, denoiser: Denoiser, card: Card, weights: dict[
 def write_whole(path: str | Path, content: bytes) -> None:
     """Write a file beside its target, fsync it and rename it over, so that nobody ever reads a half of it."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise Halted(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -100,9 +100,9 @@ def count(file: Path) -> int:
     try:
         with tarfile.open(file) as tar:
             for member in tar:
-                stem = re.match(r"(.*/|)[^.]+", member.name)
-                if member.isfile() and stem and stem[0] != last:
-                    last, n = stem[0], n + 1
+                stem = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", member.name)  # a sample's member to webdataset
+                if member.isfile() and stem and stem[1] != last:
+                    last, n = stem[1], n + 1
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"a shard of {file.parent} is damaged: {error}") from None
     return n

@@ -543,3 +543,14 @@ def test_odd_paths_homes_languages_and_clocks_make_no_difference(fit, unbroken, 
     process = fit(run, LENGTH, *OFTEN, env={"TZ": "America/Los_Angeles"})
     assert process.wait() == 0, process.text
     same_end(run, unbroken[0])
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_their_step(fit, tmp_path):
+    """Schedulers send SIGTERM to all processes of a job; the loader's are children of it."""
+    run = tmp_path / "run"
+    process = fit(run, 100_000, "--data.resident=false", "--data.workers=2", "--checkpoint.every=5")
+    until(lambda: steps(run / "checkpoints"), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(30) == 143, process.text
+    assert "told to go" in process.text
+    assert newest(run / "checkpoints")[0] is not None

@@ -147,5 +147,5 @@ def test_the_bytes_are_a_function_of_the_content(tmp_path):
         DurableIO().save_checkpoint(state, tmp_path / name / "step-000000003.ckpt")
     a, b = (newest(tmp_path / name)[1] for name in ("a", "b"))
     assert a["sha256"] == b["sha256"]
-    back = DurableIO().load_checkpoint(tmp_path / "a" / "step-000000003.ckpt")
+    back = load(tmp_path / "a" / "step-000000003.ckpt")
     assert all(torch.equal(back["state_dict"][k], w) for k, w in state["state_dict"].items())

@@ -22,7 +22,7 @@ from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.checkpoints import DurableIO, load, newest, steps
 from lightning_tdisent.lit.entry import run
 from lightning_tdisent.lit.modules import Diffusion, ReducedStates
-from lightning_tdisent.lit.resume import going_on, hold
+from lightning_tdisent.lit.resume import going_on, hold, same_run
 
 EXPERT = ["fit", "--config", "experiments/digits/experts8.yaml", "--trainer.callbacks", "[]"]
 
@@ -283,7 +283,7 @@ def test_a_run_with_bad_checkpoints_alone_is_refused_with_every_reason(command, 
         (["--trainer.precision", "bf16-mixed"], "trainer.precision: .* there, bf16-mixed now"),
         (["--resume", "never"], "already holds a run"),
         (["--data.batch_size", "32"], "trained with 64 images a step over all ranks, this run has 32"),
-        (["--ckpt_path", "elsewhere.ckpt"], "is not of .* already holds a run"),
+        (["--ckpt_path", "LICENSE"], "is not of .* already holds a run"),
     ],
 )
 def test_another_config_is_refused_naming_both_values(words, said, command):
@@ -314,8 +314,109 @@ def test_a_run_of_its_own_can_be_branched_and_rolled_back(command, tmp_path):
 
 
 def test_the_config_of_a_run_must_be_readable(tmp_path):
-    (tmp_path / "config.yaml").write_text("a: [")
-    with pytest.raises(InputError, match=r"config.yaml: cannot be read"):
-        going_on(tmp_path, {})
+    for text, said in (("a: [", "cannot be read"), ("", "holds no config")):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(InputError, match=rf"config.yaml: {said}"):
+            same_run(tmp_path, {})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"class_path": "A", "init_args": {"sampler": 1}}}))
-    assert going_on(tmp_path, {"model": {"class_path": "A", "init_args": {"sampler": 2}}}) == (None, {}, [])
+    same_run(tmp_path, {"model": {"class_path": "A", "init_args": {"sampler": 2}}})
+    assert going_on(tmp_path) == (None, {}, [])
+
+
+def test_checkpoints_without_their_config_are_not_written_over(command, tmp_path):
+    command(steps_=2)
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(InputError, match=r"has 1 checkpoints but no config\.yaml"):
+        command(steps_=3)
+    assert len(steps(tmp_path / "run" / "checkpoints")) == 1
+
+
+def test_the_saved_config_goes_on_from_the_newest(command, tmp_path):
+    for count in (2, 3):
+        command(steps_=count)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["ckpt_path"] is None
+
+
+def test_a_branch_takes_its_own_rate(command, tmp_path):
+    command(steps_=2)
+    command("--ckpt_path", tmp_path / "run", "--model.lr", "1e-4", "--model.warmup", 0, folder="branch", steps_=4)
+    end = load(steps(tmp_path / "branch" / "checkpoints")[-1])
+    assert end["lr_schedulers"][0]["base_lrs"] == [1e-4]
+    assert end["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 1e-4
+
+
+def test_a_rehearsal_leaves_nothing_and_reads_nothing(command, tmp_path):
+    command("--trainer.fast_dev_run", "true")
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    assert steps(tmp_path / "run" / "checkpoints") == []
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_snapshots_of_a_past_undone_are_gone(command, tmp_path):
+    lengths = [
+        "--ema.lengths",
+        "[0.05,0.1]",
+        "--ema.snapshot_every",
+        2,
+        "--checkpoint.every",
+        2,
+        "--checkpoint.keep",
+        9,
+    ]
+    command(*lengths, steps_=8)
+    back = tmp_path / "run" / "checkpoints" / "step-000000002.ckpt"
+    out = command(*lengths, "--ckpt_path", back, steps_=5)
+    assert out.count("rolled back: ") == 3
+    ends = {int(file.name[5:14]) for file in (tmp_path / "run" / "averages").iterdir()}
+    assert ends == {2, 4, 5}
+
+
+def test_a_signal_before_the_first_step_is_heeded_after_it(fit, tmp_path):
+    class Early(Watch):
+        def on_fit_start(self, trainer, pl_module):
+            os.kill(os.getpid(), self.number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        watch = Early(1, number=number)
+        fit(tmp_path / str(number), watch)
+        assert [place[2] for place, *_ in watch.steps] == [1]
+        assert newest(tmp_path / str(number) / "checkpoints")[1]["step"] == 1
+    assert signal.getsignal(signal.SIGUSR1) is not None
+
+
+@pytest.mark.parametrize("word", ["last", "best", "nothing.ckpt", ""])
+def test_a_checkpoint_that_is_not_there_is_said_to_be(word, command):
+    with pytest.raises(InputError, match=rf"--ckpt_path {word}: no such file"):
+        command("--ckpt_path", word)
+
+
+def test_weights_and_other_files_are_no_checkpoints(command, tmp_path):
+    command(steps_=1)
+    torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6", "global_step": 1, "epoch": 0, "loops": {}},
+               tmp_path / "foreign.ckpt")  # fmt: skip
+    with pytest.raises(InputError, match="not a checkpoint of a training"):
+        command("--ckpt_path", tmp_path / "plain.ckpt", folder="a")
+    with pytest.raises(InputError, match=r"model\.safetensors: not a checkpoint of a training"):
+        command("--ckpt_path", tmp_path / "run" / "model.safetensors", folder="b")
+    with pytest.raises(InputError, match="it has no card"):
+        command("--ckpt_path", tmp_path / "foreign.ckpt", folder="c")
+
+
+def test_a_run_by_epochs_that_has_ended_keeps_its_curves(command, tmp_path):
+    words = [
+        "--model.decay",
+        "constant",
+        "--trainer.max_epochs",
+        1,
+        "--trainer.limit_train_batches",
+        3,
+        "--trainer.log_every_n_steps",
+        1,
+    ]
+    command(*words, steps_=-1)
+    before = curves(tmp_path / "run")
+    with pytest.raises(SystemExit):
+        command(*words, steps_=-1)
+    assert curves(tmp_path / "run") == before
+    assert len(before["train/loss"]) == 3

@@ -12,7 +12,7 @@ import torch
 from lightning_tdisent.diffusion.objectives import X0, Eps, MinSNR, V
 from lightning_tdisent.diffusion.schedules import Cosine
 from lightning_tdisent.diffusion.states import LatentStates
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.networks.dit import DiT
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import Card, load_expert, read_card, save_expert, sha256, write_whole
@@ -246,7 +246,7 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", power_cut)
-        with pytest.raises(OSError, match="power cut"):
+        with pytest.raises(Halted, match="power cut"):
             write_whole(path, b"new content")
     assert path.read_bytes() == b"old"
     write_whole(path, b"new")

@@ -68,10 +68,26 @@ class Checkpoint(LightningCheckpoint):
                 "checkpoint.keep"
             )
 
+    def setup(self, trainer: L.Trainer, pl_module: Diffusion, stage: str) -> None:
+        """Listen to signals from here on: there is much to do before the first step."""
+        if stage == "fit" and threading.current_thread() is threading.main_thread():
+            self._before: dict[int, Any] = {number: signal.getsignal(number) for number in STATUS}
+            self._listen(trainer)
+
+    def _listen(self, trainer: L.Trainer) -> None:
+        for number in STATUS:
+            signal.signal(number, lambda n, frame: self._on_signal(trainer, n, frame))
+
+    def teardown(self, trainer: L.Trainer, pl_module: Diffusion, stage: str) -> None:
+        """Stop listening."""
+        if stage == "fit" and threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Look at the folder before the run claims it."""
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
             self._prepare(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
@@ -80,16 +96,23 @@ class Checkpoint(LightningCheckpoint):
         self.saved = trainer.global_step if trainer.ckpt_path else None
         self._first, self._mine = _name(trainer.global_step), list[str]()
         if threading.current_thread() is threading.main_thread():
-            for number in STATUS:  # Lightning puts back what it found, when it is done
-                signal.signal(number, lambda n, frame: self._on_signal(trainer, n, frame))
+            self._listen(trainer)  # instead of Lightning, which has come between
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
+            places: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(places, (str(trainer.ckpt_path), trainer.global_step), group=self._group)
+            if len(set(places)) > 1:
+                raise InputError(f"run: the ranks would go on from different checkpoints, by rank: {places}")
             # Lightning asks the device at every batch whether rank 0 was told to go; the vote below replaces that
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _on_signal(self, trainer: L.Trainer, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._told == ASKED:
             raise KeyboardInterrupt
+        if trainer.state.status != "running" and not self._told:  # training has ended by an exception
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+            return
         first, self._told = not self._told, ASKED if number == signal.SIGINT else TOLD
         if first and trainer.validating and trainer.world_size == 1:
             self._leave(trainer)
@@ -124,10 +147,15 @@ class Checkpoint(LightningCheckpoint):
             self._told = wish
             self._leave(trainer)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Do not begin to validate when told to go while a checkpoint was being written."""
+        if self._told and trainer.validating and trainer.world_size == 1:
+            self._leave(trainer)
+
     def save(self, trainer: L.Trainer, ended: bool = False) -> None:
         """Write one checkpoint of this step, then remove those beyond ``keep``; ended: its epoch has been counted."""
         self._clock = time.monotonic()
-        if trainer.global_step == self.saved:
+        if trainer.global_step == self.saved or trainer.fast_dev_run:
             return
         for logger in trainer.loggers:  # the curves up to here must not be younger than the weights
             logger.save()
@@ -156,6 +184,8 @@ class Checkpoint(LightningCheckpoint):
                 self.save(trainer)
             if trainer.is_global_zero:
                 print(f"\ntold to go after step {trainer.global_step}; the same command goes on", file=sys.stderr)
+        elif trainer.world_size > 1 and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # ranks that this one started would wait for it
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
         """Describe the checkpoint as made right after its optimizer step, wherever in the loop it was made.

@@ -32,7 +32,7 @@ class LossPerState(L.Callback):
         self.names = [f"train_loss/t{int(pl_module.states.index[s]):04d}" for s in ends]
         self.logged = trainer.global_step
         self.sums = torch.zeros(2, len(ends), device=pl_module.device)
-        if self._restored is not None:
+        if self._restored is not None and self._restored["sums"].shape == self.sums.shape:  # ``bins`` may have changed
             self.sums, self.last = self._restored["sums"].to(pl_module.device), self._restored["last"]
             self._restored = None
             if self.last[0] == pl_module.images_seen:  # what was logged at the checkpoint was purged with what followed

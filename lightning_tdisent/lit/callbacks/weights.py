@@ -64,8 +64,12 @@ class EMA(L.Callback):
             self.averages, self._restored = [a.to(pl_module.device) for a in self._restored], None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Count from here."""
+        """Count from here; snapshots of a past that is being undone go."""
         self._seen = trainer.global_step
+        if trainer.is_global_zero:
+            for file in (Path(trainer.default_root_dir) / FOLDER).glob("step-*_*.safetensors"):
+                if int(file.name[5:14]) > self.updates:
+                    file.unlink()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
         """Move the averages once per optimizer step."""
@@ -85,7 +89,7 @@ class EMA(L.Callback):
             self._snapshot(trainer, pl_module)
 
     def _snapshot(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
             folder = Path(trainer.default_root_dir) / FOLDER
             for i, length in enumerate(self.lengths):
                 self.export(folder / f"step-{self.updates:09d}_{length:g}.safetensors", pl_module, i)
@@ -143,7 +147,7 @@ class Export(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Write on rank 0, also when a resumed run finds its training complete."""
-        if not trainer.is_global_zero or trainer.interrupted:
+        if not trainer.is_global_zero or trainer.interrupted or trainer.fast_dev_run or not trainer.global_step:
             return
         path = Path(trainer.default_root_dir) / "model.safetensors"
         if ema := next((c for c in trainer.callbacks if isinstance(c, EMA)), None):
