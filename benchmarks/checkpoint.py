@@ -20,26 +20,20 @@ import argparse
 import hashlib
 import io
 import os
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import lightning.pytorch as L
-import numpy as np
 import torch
+from _machine import describe, lines, quartiles, timed
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-import lightning_tdisent
 from lightning_tdisent.lit.checkpoints import DurableIO, load, non_finite, verify
 
 WEIGHTS, SIZE = 30, 160_000_000
@@ -89,54 +83,14 @@ class Flushes:
             os.fsync = real
 
 
-def timed(work: Callable[[], Any]) -> float:
-    """Seconds that it takes."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
-def quartiles(values: list[float]) -> str:
-    """Median with the quarters below and above, for printing."""
-    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
-
-
 def kind(folder: Path) -> str:
     """Type of the file system that a folder lies on, and where it is mounted."""
     found = ("", "unknown", "")
-    for line in _lines("/proc/mounts"):
+    for line in lines("/proc/mounts"):
         device, place, name = line.split()[:3]
         if folder.resolve().is_relative_to(place) and len(place) >= len(found[2]):
             found = (device, name, place)
     return f"{found[1]} on {found[0]}"
-
-
-def describe(folder: Path) -> None:
-    """Print hardware, versions, commit and command."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if "model name" in line), "")
-    load_now = _lines("/proc/loadavg")
-    print(
-        f"hardware: {cpu or platform.processor() or platform.machine()}, {os.cpu_count()} cores, disk {kind(folder)}, "
-        f"threads {torch.get_num_threads()}, load {load_now[0].split()[0] if load_now else 'unknown'}\n"
-        f"versions: python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}, "
-        f"lightning_tdisent {lightning_tdisent.__version__}\n"
-        f"commit: {commit}, {time.strftime('%Y-%m-%d')}\n"
-        f"command: python benchmarks/checkpoint.py {shlex.join(sys.argv[1:])}"
-    )
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 def measure(folder: Path, pairs: int) -> dict[str, list[float]]:
@@ -186,7 +140,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    describe(args.folder)
+    describe("lightning", disk=kind(args.folder))
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=args.folder) as folder:
         seconds = measure(Path(folder), 20 if args.quick else 100)
         tempfile.tempdir = None

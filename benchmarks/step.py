@@ -28,10 +28,6 @@ import argparse
 import copy
 import io
 import logging
-import platform
-import shlex
-import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -43,10 +39,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import diffusers
 import lightning.pytorch as L
 import numpy as np
 import torch
+from _machine import describe, quartiles
 from diffusers.training_utils import EMAModel
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
@@ -54,7 +50,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.tensorboard import SummaryWriter
 
-import lightning_tdisent
 from lightning_tdisent.diffusion.rng import draw_rows, key
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
@@ -324,40 +319,6 @@ def measure(name: str, warm: int, pairs: int, device: str, folder: Path) -> Inte
     return timer
 
 
-def quartiles(values: list[float]) -> str:
-    """Median with the quarters below and above, for printing."""
-    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def describe(args: argparse.Namespace) -> None:
-    """Print hardware, versions, commit and command."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if "model name" in line), "")
-    load = _lines("/proc/loadavg")
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else "none used"
-    print(
-        f"hardware: {cpu or platform.processor() or platform.machine()}, GPU: {gpu}, "
-        f"threads {torch.get_num_threads()}, load {load[0].split()[0] if load else 'unknown'}\n"
-        f"versions: python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}, "
-        f"diffusers {diffusers.__version__}, lightning_tdisent {lightning_tdisent.__version__}\n"
-        f"commit: {commit}, {time.strftime('%Y-%m-%d')}\n"
-        f"command: python benchmarks/step.py {shlex.join(sys.argv[1:])}"
-    )
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
 def show(name: str, timer: Interleave) -> None:
     """Print the table of one network."""
     times = timer.times
@@ -388,7 +349,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    describe(args)
+    describe("lightning", "diffusers", GPU=torch.cuda.get_device_name() if args.device == "cuda" else "none used")
     timers = {}
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder))

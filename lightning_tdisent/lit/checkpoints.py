@@ -75,13 +75,13 @@ class DurableIO(TorchCheckpointIO):
         path.unlink(missing_ok=True)
 
 
-def _not_in_there(cls: type, checkpoint_path: str | Path, *_: Any, **__: Any) -> Any:
+def _refuse_to_load(cls: type, checkpoint_path: str | Path, *_: Any, **__: Any) -> Any:
     load(checkpoint_path)
     raise InputError(f"{checkpoint_path}: a {cls.__name__} is in no checkpoint")
 
 
 # for classes whose ``load_from_checkpoint`` by Lightning would fetch what is elsewhere, and call what the file names
-not_in_there: Any = classmethod(_not_in_there)
+refuse_to_load: Any = classmethod(_refuse_to_load)
 
 
 def load(path: str | Path, map_location: Any = "cpu") -> Any:
@@ -136,7 +136,7 @@ def newest(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
     return None, {}, bad
 
 
-def named(path: str) -> Path:
+def resolve(path: str) -> Path:
     """Checkpoint behind ``--ckpt_path``: a file, or the newest good one of a run folder; names bad ones passed over."""
     found = _local(path)
     if path and found.is_dir():
@@ -157,7 +157,7 @@ def steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.stem[5:]))
 
 
-def sweep(folder: Path) -> None:
+def remove_orphans(folder: Path) -> None:
     """Remove what processes that died left half-written."""
     for orphan in folder.glob(".*.tmp"):
         orphan.unlink(missing_ok=True)
@@ -188,7 +188,7 @@ def _tensors(data: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{name}.{key}")
 
 
-class _Echo:
+class _VerifiedFile:
     """A file being written, and read back right behind by another thread, which hashes what the file gives.
 
     Each piece read back is compared with the one written by the sum of its bytes: two SHA-256 would cost more than the
@@ -246,7 +246,7 @@ def _sum(data: Any) -> int:
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _Echo(beside) as file:
+        with _VerifiedFile(beside) as file:
             torch.save(checkpoint, file)  # type: ignore[arg-type]  # all that torch asks of a file is write
             digest = file.finish()
         _manifest_of(path).unlink(missing_ok=True)  # an old one never stands beside new bytes
@@ -264,11 +264,11 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **{k: card[k] for k in ("images_seen", "fingerprint", "rows", "module", "data", "version") if k in card},
     }
-    _put(_manifest_of(path), {**manifest, "check": _check(manifest)})
-    _put(path.parent / POINTER, {"file": path.name, "step": manifest["step"], "sha256": digest})
+    _write_json(_manifest_of(path), {**manifest, "check": _check(manifest)})
+    _write_json(path.parent / POINTER, {"file": path.name, "step": manifest["step"], "sha256": digest})
 
 
-def _put(path: Path, data: dict[str, Any]) -> None:
+def _write_json(path: Path, data: dict[str, Any]) -> None:
     write_whole(path, json.dumps(data, indent=1).encode())
 
 

@@ -11,11 +11,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.lit.checkpoints import not_in_there
+from lightning_tdisent.lit.checkpoints import refuse_to_load
 from lightning_tdisent.streaming.shards import ImageSet, Resident, Sample, Streamed, digest, find, load
 
 
-class Endless:
+class ResumableLoader:
     """Goes through the batches of a run, ``len`` an epoch, from wherever the last epoch, or the last process, stopped.
 
     Its state is the number of batches handed out, which Lightning stores and returns to it; the workers keep running
@@ -24,7 +24,7 @@ class Endless:
 
     def __init__(self, dataset: Resident | Streamed, workers: int, start: int = 0, rewind: bool = False) -> None:
         self.source, self.done, self.rewind = dataset, start, rewind
-        self.loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals)
+        self.loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=_ignore_signals)
         self._stream: Iterator[Sample] | None = None
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class Endless:
         self.done, self._stream = state["batches"], None
 
 
-def _leave_signals(_: int) -> None:
+def _ignore_signals(_: int) -> None:
     """A signal to the whole group is for the trainer to heed, which needs its workers until the step is done."""
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -93,7 +93,7 @@ class ImageShards(L.LightningDataModule):
     seed: of the order, that of the run if not given.
     """
 
-    load_from_checkpoint = not_in_there
+    load_from_checkpoint = refuse_to_load
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class ImageShards(L.LightningDataModule):
         self.path, self.channels, self.batch_size, self.train, self.val = path, channels, batch_size, train, val
         self.val_limit, self.resident, self.buffer = val_limit, resident, buffer
         self.workers, self.seed = workers, seed
-        self._endless: Endless | None = None
+        self._loader: ResumableLoader | None = None
 
     @cached_property
     def held_out(self) -> ImageSet:
@@ -148,7 +148,7 @@ class ImageShards(L.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def train_dataloader(self) -> Endless:
+    def train_dataloader(self) -> ResumableLoader:
         """Batches of this rank."""
         place = self._place()
         seed = self.seed
@@ -165,13 +165,13 @@ class ImageShards(L.LightningDataModule):
         if self.trainer:
             start = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
             rewind = self.trainer.overfit_batches > 0
-        self._endless = Endless(dataset, 0 if self.resident else self.workers, start, rewind)
-        return self._endless
+        self._loader = ResumableLoader(dataset, 0 if self.resident else self.workers, start, rewind)
+        return self._loader
 
     def teardown(self, stage: str) -> None:
         """Let the workers go."""
-        if self._endless is not None:
-            self._endless.close()
+        if self._loader is not None:
+            self._loader.close()
 
     def on_exception(self, exception: BaseException) -> None:
         """Let the workers go."""
@@ -195,7 +195,7 @@ class ImageShards(L.LightningDataModule):
 class Seeds(L.LightningDataModule):
     """Seeds first .. first + n - 1 for `predict`, this rank's share of them, in batches."""
 
-    load_from_checkpoint = not_in_there
+    load_from_checkpoint = refuse_to_load
 
     def __init__(self, n: int = 64, first: int = 0, batch_size: int = 250) -> None:
         super().__init__()

@@ -32,9 +32,9 @@ from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
-from lightning_tdisent.lit.checkpoints import DurableIO, named, steps, verify
+from lightning_tdisent.lit.checkpoints import DurableIO, resolve, steps, verify
 from lightning_tdisent.lit.explain import explain, explain_interpolation
-from lightning_tdisent.lit.resume import going_on, hold, same_run
+from lightning_tdisent.lit.resume import check_config, find_checkpoint, lock
 from lightning_tdisent.networks import dit, unet  # noqa: F401
 from lightning_tdisent.sampling import sampler  # noqa: F401
 from lightning_tdisent.sampling.expert import read_card, write_whole
@@ -73,7 +73,7 @@ class CLI(LightningCLI):
         if "weights_only" in config:
             config.weights_only = True
         if config.get("ckpt_path") is not None:
-            config.ckpt_path = str(named(config.ckpt_path))
+            config.ckpt_path = str(resolve(config.ckpt_path))
         if self.subcommand == "fit":
             self._enter(config)
 
@@ -81,14 +81,14 @@ class CLI(LightningCLI):
         """Nothing in a checkpoint names code or changes the config."""
 
     purge_step: int | None = None
-    held = contextlib.ExitStack()
+    locks = contextlib.ExitStack()
 
     def _enter(self, config: Any) -> None:
         folder, asked = Path(config.run), config.ckpt_path and Path(config.ckpt_path)
         if config.trainer.fast_dev_run:  # a rehearsal, which neither reads nor writes
             return
         if rank_zero_only.rank == 0:
-            self.held.enter_context(hold(folder))
+            self.locks.enter_context(lock(folder))
         if not (folder / "config.yaml").exists():
             if there := steps(folder / "checkpoints"):
                 raise InputError(
@@ -101,8 +101,8 @@ class CLI(LightningCLI):
         if asked and not asked.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"--ckpt_path {asked} is not of {folder}, which already holds a run; choose another --run")
         mine = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
-        theirs = same_run(folder, mine)
-        path, manifest, bad = (asked, verify(asked), list[str]()) if asked else going_on(folder)
+        theirs = check_config(folder, mine)
+        path, manifest, bad = (asked, verify(asked), list[str]()) if asked else find_checkpoint(folder)
         limits, step, limit = ("max_steps", "max_epochs"), manifest.get("step", 0), config.trainer.max_steps
         export = folder / "model.safetensors"
         ended = path is not None and export.exists() and read_card(export).steps == step
@@ -188,7 +188,7 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
     if argv[0] == "predict":
         always.append(pictures.WriteImages())
     try:
-        with contextlib.ExitStack() as CLI.held:  # the folder is free again when the command ends, however it does
+        with contextlib.ExitStack() as CLI.locks:  # the folder is free again when the command ends, however it does
             return _cli(argv, always, cls or CLI)
     except MisconfigurationException as error:
         raise InputError(str(error)) from None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.lit.checkpoints import not_in_there
+from lightning_tdisent.lit.checkpoints import refuse_to_load
 from lightning_tdisent.sampling.composite import CompositeDenoiser, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import x0_errors
@@ -20,7 +20,7 @@ class DenoiserModule(L.LightningModule):
     denoiser: Denoiser | CompositeDenoiser
     sampler: Sampler
     images_seen = 0
-    load_from_checkpoint = not_in_there
+    load_from_checkpoint = refuse_to_load
 
     @property
     def rows(self) -> list[int]:

@@ -23,7 +23,7 @@ FREE = (
 )
 
 
-def same_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+def check_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Config of the run in a folder; refuses a config that differs from it in what makes a run what it is."""
     try:
         old = yaml.safe_load((folder / "config.yaml").read_text())
@@ -42,7 +42,7 @@ def same_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-def going_on(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
+def find_checkpoint(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
     """Newest good checkpoint of a run folder, None if none was written yet, and why newer ones were passed over.
 
     Raises InputError if all its checkpoints are bad.
@@ -58,7 +58,7 @@ def going_on(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
     """Keep other processes from the run folder; refuses one that another process holds."""
     file, empty = folder / ".lock", not folder.exists()
     try:
@@ -80,9 +80,9 @@ def hold(folder: Path) -> Iterator[None]:
             raise InputError(f"run: {folder} is in use by {holder}. Wait for it, or choose another --run") from None
         except (ImportError, OSError):  # not every system, nor every file system, has locks
             pass
-        if (free := shutil.disk_usage(folder).free) < 1_000_000:
-            raise InputError(f"run: {folder} has {free:,} bytes free. Make room, or choose another --run")
         try:
+            if (free := shutil.disk_usage(folder).free) < 1_000_000:
+                raise InputError(f"run: {folder} has {free:,} bytes free. Make room, or choose another --run")
             yield
         finally:
             if empty and not (folder / "config.yaml").exists():  # refused before it began

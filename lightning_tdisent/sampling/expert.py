@@ -74,8 +74,7 @@ class Card:
         fields = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(data, dict):
             raise InputError(f"{where}: its card is a {type(data).__name__}, not an object")
-        needed = fields - {"parents"}  # the first files had none
-        if data.get("schema") != SCHEMA or not needed <= set(data) <= fields:
+        if data.get("schema") != SCHEMA or set(data) != fields:
             odd = sorted(set(data) ^ fields)
             raise InputError(f"{where}: card of schema {data.get('schema')}, this version reads {SCHEMA}; odd: {odd}")
         return cls(**data)

@@ -17,7 +17,7 @@ from faulty import state
 
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.lit import checkpoints
-from lightning_tdisent.lit.checkpoints import DurableIO, load, newest, non_finite, steps, sweep
+from lightning_tdisent.lit.checkpoints import DurableIO, load, newest, non_finite, remove_orphans, steps
 from lightning_tdisent.lit.datamodule import ImageShards
 from lightning_tdisent.lit.inference import Composite
 from lightning_tdisent.lit.modules import Diffusion
@@ -82,7 +82,7 @@ def test_kill_9_in_the_middle_of_saves_loses_no_finished_one(start, size, figure
             assert all(f"step-{done + 1}.ckpt" in why for why in bad)
             half = list(folder.glob(".*.tmp"))
             struck, orphans = struck + bool(half or bad), orphans + len(half)
-            sweep(folder)
+            remove_orphans(folder)
             assert not list(folder.glob(".*"))
             assert not any(tmpdir.iterdir())
     figures("kill9", trials=trials, struck_in_a_save=struck, wrong=wrong, unreadable=unreadable, orphans_swept=orphans)
@@ -211,7 +211,7 @@ def test_a_loss_of_power_at_any_moment_leaves_the_last_finished_checkpoint(tmp_p
         path, manifest, _ = newest(left)
         cuts += 1
         assert least == 0 or (path is not None and step_of(path) == manifest["step"] in (least, least + 1)), names(left)
-        sweep(left)
+        remove_orphans(left)
         for file in left.iterdir():
             file.unlink()
         left.rmdir()

@@ -1,9 +1,13 @@
 import lightning.pytorch as L
 import pytest
+import torch
 
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.datamodule import ImageShards
+from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.networks.unet import UNet
 
 
@@ -47,3 +51,43 @@ def trainer(tmp_path):
         return L.Trainer(max_steps=steps, callbacks=[*callbacks, *always], **options)
 
     return make
+
+
+@pytest.fixture
+def make(tiny):
+    def module(cls=ReducedStates, net=tiny, **options):
+        torch.manual_seed(7)
+        return cls(net(), LatentStates(S=4), **{"lr": 0.01, "warmup": 3, **options})
+
+    return module
+
+
+@pytest.fixture
+def fit(data, tmp_path):
+    """Train as the command line does, its callbacks in its order."""
+
+    def run(module, steps, *callbacks, ema=None, guard=None, ckpt_path=None, batch_size=32, **options):
+        L.seed_everything(0, verbose=False)
+        options = {
+            "val_check_interval": steps * options.get("accumulate_grad_batches", 1),
+            "log_every_n_steps": 5,
+            "logger": False,
+            "enable_checkpointing": False,
+            "default_root_dir": tmp_path,
+            **options,
+        }
+        trainer = L.Trainer(
+            max_steps=steps,
+            max_epochs=-1,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+            callbacks=[*callbacks, ema or EMA(0.9), LossPerState(), guard or Guard(), Export()],
+            **options,
+        )
+        trainer.fit(module, datamodule=data(batch_size=batch_size), ckpt_path=ckpt_path)
+        return trainer
+
+    return run

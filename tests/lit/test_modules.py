@@ -3,6 +3,7 @@ import copy
 import lightning.pytorch as L
 import pytest
 import torch
+from watching import Memory
 
 from lightning_tdisent.diffusion.objectives import X0, Eps, V
 from lightning_tdisent.diffusion.schedules import Cosine
@@ -329,21 +330,6 @@ def test_the_composite_module_predicts_what_the_denoiser_samples(tiny, tmp_path)
 
 
 def test_the_losses_logged_are_the_means_per_state(tiny, data, trainer, tmp_path):
-    from lightning.pytorch.loggers import Logger
-
-    class Memory(Logger):
-        name, version = "memory", 0
-
-        def __init__(self):
-            super().__init__()
-            self.values = {}
-
-        def log_metrics(self, metrics, step=None):
-            self.values.setdefault(step, {}).update(metrics)
-
-        def log_hyperparams(self, *_, **__):
-            pass
-
     memory, recorder = Memory(), Recorder()
     run = trainer(20, recorder, logger=memory)
     run.fit(ReducedStates(tiny(), LatentStates(S=4)), datamodule=data())

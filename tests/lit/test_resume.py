@@ -1,9 +1,13 @@
 """Stopping and going on: what was computed is the same, bit for bit, as if nothing had happened."""
 
+import io
 import os
+import shutil
 import signal
+import tarfile
 from contextlib import nullcontext
 from datetime import timedelta
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
@@ -19,10 +23,10 @@ from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint, Preempted
 from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
-from lightning_tdisent.lit.checkpoints import DurableIO, load, newest, steps
+from lightning_tdisent.lit.checkpoints import DurableIO, load, newest, resolve, steps
 from lightning_tdisent.lit.entry import run
 from lightning_tdisent.lit.modules import Diffusion, ReducedStates
-from lightning_tdisent.lit.resume import going_on, hold, same_run
+from lightning_tdisent.lit.resume import check_config, find_checkpoint, lock
 
 EXPERT = ["fit", "--config", "experiments/digits/experts8.yaml", "--trainer.callbacks", "[]"]
 
@@ -49,13 +53,20 @@ class Watch(L.Callback):
 
 @pytest.fixture
 def fit(tiny, data):
-    def make(folder, watch, every=None, logged=False, told=True, **options):
+    def make(folder, watch, every=None, logged=False, told=True, checkpoint=None, **options):
         torch.manual_seed(0)
         module = ReducedStates(tiny(dropout=0.1), LatentStates(S=4))
         path, manifest, _ = newest(folder / "checkpoints")
         purge = manifest["images_seen"] if path else None
         trainer = L.Trainer(
-            callbacks=[watch, EMA(lengths=[0.1, 0.05]), LossPerState(), Guard(), Export(), Checkpoint(every)],
+            callbacks=[
+                watch,
+                EMA(lengths=[0.1, 0.05]),
+                LossPerState(),
+                Guard(),
+                Export(),
+                checkpoint or Checkpoint(every),
+            ],
             plugins=[DurableIO()],
             logger=TensorBoardLogger(folder, "", "", default_hp_metric=False, purge_step=purge) if logged else False,
             **{
@@ -299,7 +310,7 @@ def test_what_does_not_change_the_run_may_change(command):
 
 
 def test_two_processes_do_not_share_a_folder(command, tmp_path):
-    with hold(tmp_path / "run"), pytest.raises(InputError, match=rf"in use by process {os.getpid()} on "):
+    with lock(tmp_path / "run"), pytest.raises(InputError, match=rf"in use by process {os.getpid()} on "):
         command()
     assert not (tmp_path / "run").exists()  # nothing came of it
     command(steps_=1)
@@ -317,10 +328,10 @@ def test_the_config_of_a_run_must_be_readable(tmp_path):
     for text, said in (("a: [", "cannot be read"), ("", "holds no config")):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(InputError, match=rf"config.yaml: {said}"):
-            same_run(tmp_path, {})
+            check_config(tmp_path, {})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"class_path": "A", "init_args": {"sampler": 1}}}))
-    same_run(tmp_path, {"model": {"class_path": "A", "init_args": {"sampler": 2}}})
-    assert going_on(tmp_path) == (None, {}, [])
+    check_config(tmp_path, {"model": {"class_path": "A", "init_args": {"sampler": 2}}})
+    assert find_checkpoint(tmp_path) == (None, {}, [])
 
 
 def test_checkpoints_without_their_config_are_not_written_over(command, tmp_path):
@@ -420,3 +431,103 @@ def test_a_run_by_epochs_that_has_ended_keeps_its_curves(command, tmp_path):
         command(*words, steps_=-1)
     assert curves(tmp_path / "run") == before
     assert len(before["train/loss"]) == 3
+
+
+def test_a_signal_while_a_checkpoint_is_written_does_not_wait_for_the_validation(fit, tmp_path, monkeypatch):
+    whole = DurableIO.save_checkpoint
+
+    def told(self, *args, **options):
+        whole(self, *args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DurableIO, "save_checkpoint", told)
+        watch = Watch(10)
+        watch.inside = True  # nothing of its own
+        watch.on_validation_batch_end = lambda *_: pytest.fail("a validation batch was run")
+        fit(tmp_path / "run", watch, every=10)
+    assert [place[2] for place, *_ in watch.steps][-1] == 10
+    again = Watch()
+    fit(tmp_path / "run", again)
+    assert [step for step, _ in again.validations] == [10, 20]
+
+
+def ids(watch):
+    return [kept[3].tolist() for kept in watch.steps]
+
+
+def test_overfitting_sees_the_same_batches_in_every_epoch(fit, tmp_path):
+    watch = Watch()
+    fit(tmp_path / "run", watch, overfit_batches=2, max_steps=6)
+    first, second, *rest = ids(watch)
+    assert first != second
+    assert rest == [first, second] * 2
+
+
+def test_a_loader_made_anew_in_every_epoch_goes_on(fit, tmp_path):
+    plain, anew = Watch(), Watch()
+    fit(tmp_path / "plain", plain, max_steps=16)
+    fit(tmp_path / "anew", anew, max_steps=16, reload_dataloaders_every_n_epochs=1)
+    assert ids(plain) == ids(anew)
+    assert len({str(batch) for batch in ids(anew)}) == 16
+
+
+def test_the_bins_of_the_losses_may_change_on_the_way(command):
+    command("--model.experts", 4, steps_=2)
+    assert "from step 2" in command("--model.experts", 4, "--losses.bins", 1, steps_=4)
+
+
+def test_the_folder_of_checkpoints_names_the_run_too(command, tmp_path):
+    command(steps_=2)
+    for place in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
+        assert resolve(str(place)).name == "step-000000002.ckpt"
+    with pytest.raises(InputError, match="holds no good checkpoint"):
+        resolve(str(tmp_path))
+
+
+def test_an_untrained_model_is_not_exported(command, tmp_path):
+    command("--trainer.limit_train_batches", 0, steps_=2)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_switching_checkpoints_off_is_answered_in_a_line(command):
+    with pytest.raises(InputError, match="enable_checkpointing=False"):
+        command("--trainer.enable_checkpointing", "false")
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=999_999))
+    with pytest.raises(InputError, match="has 999,999 bytes free"):
+        command()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_sample_in_a_worker_is_answered_in_a_line(data, digits, tmp_path):
+    shards = tmp_path / "digits"
+    shutil.copytree(digits, shards)
+    wrong = shards / "train-0001.tar"
+    with tarfile.open(wrong, "w") as tar:
+        for name, content in (("x.png", b"no image"), ("x.cls", b"1")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    loader = data(path=str(shards), resident=False, workers=1, batch_size=1501, seed=0).train_dataloader()
+    with pytest.raises(InputError) as refusal:
+        next(iter(loader))
+    assert str(refusal.value) == f"{wrong}: sample x cannot be decoded: " + str(refusal.value).partition("decoded: ")[2]
+    loader.close()
+
+
+class Elsewhere(Checkpoint):
+    """Says, as a folder that is not shared would, that this rank goes on from another checkpoint."""
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.ckpt_path = f"step-{trainer.global_rank}.ckpt"
+        super().on_train_start(trainer, pl_module)
+
+
+def test_ranks_that_found_different_checkpoints_are_refused(fit, tmp_path):
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60))
+    ended = torch.multiprocessing.ProcessRaisedException
+    with pytest.raises(ended, match=r"different checkpoints, by rank: \[\('step-0.ckpt', 0\), \('step-1.ckpt', 0\)\]"):
+        fit(tmp_path, Watch(), devices=2, strategy=strategy, checkpoint=Elsewhere())

@@ -16,11 +16,11 @@ from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.callbacks.weights import EMA
-from lightning_tdisent.lit.checkpoints import steps, sweep
+from lightning_tdisent.lit.checkpoints import remove_orphans, steps
 from lightning_tdisent.lit.modules import Diffusion
 
 STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
-TIME, TOLD, ASKED = 1, 2, 3
+SAVE, TERMINATE, INTERRUPT = 1, 2, 3
 
 
 class Preempted(SystemExit):
@@ -43,15 +43,15 @@ class Checkpoint(LightningCheckpoint):
                 raise InputError(f"checkpoint.{name}: at least {low}, got {value}")
         self.every, self.minutes, self.keep = every, minutes, keep
         self.saved: int | None = None
-        self._told, self._wish = 0, torch.zeros((), dtype=torch.int64)
+        self._stop, self._request = 0, torch.zeros((), dtype=torch.int64)
         self._group: Any = None
-        self._ended: bool | None = None
+        self._epoch_counted: bool | None = None
 
-    def _prepare(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+    def _preflight(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Make sure that checkpoints can be written, before anything is spent."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            sweep(self.folder)
+            remove_orphans(self.folder)
             (self.folder / ".writable").write_bytes(b"")
             (self.folder / ".writable").unlink()
         except OSError as error:
@@ -88,7 +88,7 @@ class Checkpoint(LightningCheckpoint):
         """Look at the folder before the run claims it."""
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            self._prepare(trainer, pl_module)
+            self._preflight(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Listen to signals, and let the ranks agree beside the device's queue instead of in it."""
@@ -107,50 +107,50 @@ class Checkpoint(LightningCheckpoint):
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _on_signal(self, trainer: L.Trainer, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._told == ASKED:
+        if number == signal.SIGINT and self._stop == INTERRUPT:
             raise KeyboardInterrupt
-        if trainer.state.status != "running" and not self._told:  # training has ended by an exception
+        if trainer.state.status != "running" and not self._stop:  # training has ended by an exception
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
             return
-        first, self._told = not self._told, ASKED if number == signal.SIGINT else TOLD
+        first, self._stop = not self._stop, INTERRUPT if number == signal.SIGINT else TERMINATE
         if first and trainer.validating and trainer.world_size == 1:
-            self._leave(trainer)
+            self._exit(trainer)
 
-    def _leave(self, trainer: L.Trainer) -> None:
+    def _exit(self, trainer: L.Trainer) -> None:
         # Lightning kills the first rank of a node as soon as another one ends with a code that is not 0
-        raise Preempted(0 if trainer.local_rank else 130 if self._told == ASKED else 143)
+        raise Preempted(0 if trainer.local_rank else 130 if self._stop == INTERRUPT else 143)
 
-    def _ask(self) -> int:
-        return self._told or (TIME if time.monotonic() - self._clock > 60 * self.minutes else 0)
+    def _wanted(self) -> int:
+        return self._stop or (SAVE if time.monotonic() - self._clock > 60 * self.minutes else 0)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
         """Ask all ranks, while the step computes, whether one of them wants a checkpoint."""
         if self._group is not None:
-            self._wish.fill_(self._ask())
-            self._vote = dist.all_reduce(self._wish, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            self._request.fill_(self._wanted())
+            self._vote = dist.all_reduce(self._request, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
         """Save if it is time, and go if told to, once the optimizer has stepped."""
-        wish = self._ask()
+        wish = self._wanted()
         if self._group is not None:
             self._vote.wait()
-            wish = int(self._wish)
+            wish = int(self._request)
         step = trainer.global_step
         if step == self._seen:  # in the middle of accumulated gradients
             return
         self._seen = step
         last = step == trainer.max_steps  # saved after its validation, unless there is no time for that
-        if wish >= TOLD or ((wish or (self.every and step % self.every == 0)) and not last):
+        if wish >= TERMINATE or ((wish or (self.every and step % self.every == 0)) and not last):
             self.save(trainer)
-        if wish >= TOLD:
-            self._told = wish
-            self._leave(trainer)
+        if wish >= TERMINATE:
+            self._stop = wish
+            self._exit(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Do not begin to validate when told to go while a checkpoint was being written."""
-        if self._told and trainer.validating and trainer.world_size == 1:
-            self._leave(trainer)
+        if self._stop and trainer.validating and trainer.world_size == 1:
+            self._exit(trainer)
 
     def save(self, trainer: L.Trainer, ended: bool = False) -> None:
         """Write one checkpoint of this step, then remove those beyond ``keep``; ended: its epoch has been counted."""
@@ -160,11 +160,11 @@ class Checkpoint(LightningCheckpoint):
         for logger in trainer.loggers:  # the curves up to here must not be younger than the weights
             logger.save()
         name = _name(trainer.global_step)
-        self._ended = ended
+        self._epoch_counted = ended
         try:
             trainer.save_checkpoint(self.folder / name)
         finally:
-            self._ended = None
+            self._epoch_counted = None
         self.saved = trainer.global_step
         if trainer.is_global_zero:
             self._mine.append(name)
@@ -192,13 +192,13 @@ class Checkpoint(LightningCheckpoint):
 
         Lightning then does what comes after that step, such as a validation that is due, again and whole.
         """
-        if self._ended is None:  # somebody else's
+        if self._epoch_counted is None:  # somebody else's
             return
         loops = checkpoint["loops"]["fit_loop"]
         for count in map(loops["epoch_loop.batch_progress"].get, ("total", "current")):
             count["completed"] = count["ready"] - 1
         for count in map(loops["epoch_progress"].get, ("total", "current")):
-            done = count["processed"] - self._ended
+            done = count["processed"] - self._epoch_counted
             count.update(ready=done + 1, started=done + 1, processed=done, completed=done)
         checkpoint["epoch"] = loops["epoch_progress"]["current"]["completed"]
         validation = loops["epoch_loop.val_loop.batch_progress"]

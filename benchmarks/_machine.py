@@ -1,0 +1,59 @@
+"""What every benchmark prints beside its figures."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import lightning_tdisent
+
+
+def describe(*packages: str, **hardware: str) -> None:
+    """Print hardware, versions (torch, those of ``packages`` and ours), commit and command."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    cpu = next((line.split(":")[1].strip() for line in lines("/proc/cpuinfo") if "model name" in line), "")
+    load = next(iter(lines("/proc/loadavg")), "unknown").split()[0]
+    more = "".join(f", {name} {value}" for name, value in hardware.items())
+    print(
+        f"hardware: {cpu or platform.processor() or platform.machine()}, {os.cpu_count()} cores{more}, "
+        f"threads {torch.get_num_threads()}, load {load}\n"
+        f"versions: python {platform.python_version()}, "
+        f"{', '.join(f'{name} {version(name)}' for name in ('torch', *packages))}, "
+        f"lightning_tdisent {lightning_tdisent.__version__}\n"
+        f"commit: {commit}, {time.strftime('%Y-%m-%d')}\n"
+        f"command: python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
+    )
+
+
+def lines(path: str) -> list[str]:
+    """Of a file of the system, none where there is no such file."""
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that it takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def quartiles(values: list[float]) -> str:
+    """Median with the quarters below and above, for printing."""
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
