@@ -64,7 +64,7 @@ from lightning_tdisent.lit.modules import Diffusion, ReducedStates
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.sampler import from_uint8
-from lightning_tdisent.streaming.shards import Resident
+from lightning_tdisent.streaming.orders import Shuffled
 
 BATCH, BLOCK, LOG, SEED, DECAY = 64, 25, 50, 0, 0.999  # a block of steps is an epoch
 SCALAR = "aten::_local_scalar_dense"
@@ -143,7 +143,7 @@ class Syncs:
 class Bare:
     """The same work without Lightning, on a copy of the module's denoiser."""
 
-    def __init__(self, module: Diffusion, data: Resident, writer: SummaryWriter) -> None:
+    def __init__(self, module: Diffusion, data: Shuffled, writer: SummaryWriter) -> None:
         self.denoiser, self.data, self.writer = copy.deepcopy(module.denoiser), data, writer
         self.device, self.clip_norm, self.warmup = module.device, module.clip_norm, module.warmup
         self.parameters = list(self.denoiser.parameters())
@@ -230,7 +230,7 @@ class Interleave(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Build the bare loop from the weights as they are."""
         self.device = pl_module.device
-        data = Resident(trainer.datamodule.training, BATCH, SEED)
+        data = Shuffled(trainer.datamodule.training, BATCH, SEED)
         self.bare = Bare(pl_module, data, SummaryWriter(str(self.folder / "bare")))
         self.counter = Syncs(self.device)
 

@@ -1,10 +1,11 @@
 """The one DataModule: WebDataset shards to batches of uint8 images, for every module of the project."""
 
 import itertools
+import re
 import signal
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -12,7 +13,9 @@ from torch.utils.data import DataLoader
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.checkpoints import refuse_to_load
-from lightning_tdisent.streaming.shards import ImageSet, Resident, Sample, Streamed, digest, find, load
+from lightning_tdisent.streaming.decode import Decoder
+from lightning_tdisent.streaming.orders import Shuffled, Streamed
+from lightning_tdisent.streaming.shards import ImageSet, Policy, Sample, Shards
 
 
 class ResumableLoader:
@@ -22,9 +25,16 @@ class ResumableLoader:
     from one epoch to the next.
     """
 
-    def __init__(self, dataset: Resident | Streamed, workers: int, start: int = 0, rewind: bool = False) -> None:
+    def __init__(self, dataset: Shuffled | Streamed, workers: int, start: int = 0, rewind: bool = False) -> None:
         self.source, self.done, self.rewind = dataset, start, rewind
-        self.loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=_ignore_signals)
+        self.parts = dataset.parts(workers)
+        self.loader = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers if self.parts == 1 else self.parts,
+            worker_init_fn=_ignore_signals,
+            pin_memory=workers > 0 and torch.cuda.is_available(),
+        )
         self._stream: Iterator[Sample] | None = None
 
     def __len__(self) -> int:
@@ -33,13 +43,19 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[Sample]:
         if self._stream is None or self.rewind:  # for overfit_batches: the same ones in every epoch
             self.source.first = 0 if self.rewind else self.done
-            self._stream = iter(self.loader if self.loader.num_workers else self.source)
+            self._stream = self._whole(iter(self.loader if self.loader.num_workers else self.source))
         try:
             for batch in itertools.islice(self._stream, len(self)):
                 self.done += 1
                 yield batch
         except InputError as error:  # a worker's comes wrapped in its traceback
-            raise InputError(str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]) from None
+            raise InputError(re.sub(r"^([A-Za-z_]\w*\.)+\w+: ", "", str(error).strip().splitlines()[-1])) from None
+
+    def _whole(self, stream: Iterator[Sample]) -> Iterator[Sample]:
+        """Batches put together from the parts that the workers make."""
+        while True:
+            parts = list(itertools.islice(stream, self.parts))
+            yield parts[0] if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
     def close(self) -> None:
         """Let the workers go."""
@@ -58,6 +74,10 @@ class ResumableLoader:
                 f"this run has {mine}; change data.batch_size or trainer.devices so that they agree"
             )
         self.done, self._stream = state["batches"], None
+
+
+def _joined(values: list[Any]) -> Any:
+    return torch.cat(values) if isinstance(values[0], torch.Tensor) else list(itertools.chain(*values))
 
 
 def _ignore_signals(_: int) -> None:
@@ -81,16 +101,22 @@ class Batches:
 
 
 class ImageShards(L.LightningDataModule):
-    """Images of a folder of shards ``{split}-*.tar(.gz)`` with ``KEY.png|jpg|webp`` and ``KEY.cls``.
+    """Images, or pre-encoded latents, of a folder of shards ``{split}-*.tar(.gz)``, local or of an object store.
 
-    Batches are dicts of ``image`` uint8 (B, C, H, W), ``label`` int64 (B,) and ``id`` int64 (B,), the position in the
-    split. The order of an epoch is a function of (seed, epoch) alone, the same for any number of
-    ranks and workers; an incomplete last batch is left out of an epoch.
+    Batches are dicts of ``image`` uint8 (B, C, H, W) or ``latent`` float16 (B, 2, C, h, w), ``label`` int64 (B,),
+    ``id`` int64 (B,), the position in the split, and ``caption`` where there are any. The order of an epoch is a
+    function of (seed, epoch) alone, the same for any number of ranks and workers; an incomplete last batch is left out.
 
-    path: the folder; channels: 1 or 3; batch_size: images per rank and step; train, val: names of the two splits;
-    val_limit: held-out images used during training (the first ones); resident: decode once and keep everything in
-    memory, for sets that fit; otherwise shards are streamed through a shuffle ``buffer`` by ``workers`` processes;
-    seed: of the order, that of the run if not given.
+    path: the folder; channels: 1 or 3; size: side that images are cropped and resized to as ADM does it, if not given
+    they are taken as they are; batch_size: images per rank and step; train, val: names of the two splits, or patterns
+    of their shards; val_limit: held-out images used during training (the first ones); flip: mirror a random half.
+
+    resident: decode once and keep everything in memory, or on the device, for sets that fit. Otherwise ``workers``
+    processes read as they go: single samples in a new permutation every epoch (``access`` random), or shards from end
+    to end, shuffled through a ``buffer`` of samples (sequential, for .tar.gz and for an index without samples).
+
+    verify: compare every sample with the index when it is first read. on_bad_shard: stop at what is damaged, or skip
+    up to a share of ``bad_ceiling`` of the samples. seed: of the order, that of the run if not given.
     """
 
     load_from_checkpoint = refuse_to_load
@@ -99,46 +125,64 @@ class ImageShards(L.LightningDataModule):
         self,
         path: str,
         channels: int = 3,
+        size: int | None = None,
         batch_size: int = 64,
         train: str = "train",
         val: str = "test",
         val_limit: int | None = 1000,
-        resident: bool = True,
+        flip: bool = False,
+        resident: bool | Literal["device"] = True,
+        access: Literal["auto", "random", "sequential"] = "auto",
         buffer: int = 2000,
         workers: int = 0,
+        verify: bool = True,
+        on_bad_shard: Literal["stop", "skip"] = "stop",
+        bad_ceiling: float = 1e-3,
         seed: int | None = None,
     ) -> None:
         super().__init__()
         if channels not in (1, 3):
             raise InputError(f"data.channels: images have 1 or 3 channels, got {channels}")
-        if batch_size < 1:
-            raise InputError(f"data.batch_size: at least 1, got {batch_size}")
-        self.path, self.channels, self.batch_size, self.train, self.val = path, channels, batch_size, train, val
-        self.val_limit, self.resident, self.buffer = val_limit, resident, buffer
-        self.workers, self.seed = workers, seed
+        for name, value in (("batch_size", batch_size), ("buffer", buffer), ("size", size or 1)):
+            if value < 1:
+                raise InputError(f"data.{name}: at least 1, got {value}")
+        self.path, self.batch_size, self.train, self.val = path, batch_size, train, val
+        self.val_limit, self.resident, self.buffer, self.access = val_limit, resident, buffer, access
+        self.workers, self.seed, self.flip = workers, seed, flip
+        self.decoder, self.policy = Decoder(channels, size), Policy(on_bad_shard, bad_ceiling, verify)
         self._loader: ResumableLoader | None = None
 
     @cached_property
     def held_out(self) -> ImageSet:
-        """The held-out images in memory."""
-        return load(self.path, self.val, self.channels, self.val_limit)
+        """The held-out images in memory; what is damaged among them always stops."""
+        return Shards.open(self.path, self.val, self.decoder, Policy(verify=self.policy.verify)).decoded(self.val_limit)
+
+    @cached_property
+    def shards(self) -> Shards:
+        """The training shards."""
+        return Shards.open(self.path, self.train, self.decoder, self.policy)
 
     @cached_property
     def training(self) -> ImageSet:
         """The training images in memory."""
-        return load(self.path, self.train, self.channels)
+        return self.shards.decoded()
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Hash of the training shards."""
-        return digest(find(self.path, self.train))
+        return self.shards.digest
+
+    @property
+    def lost(self) -> int:
+        """Training samples skipped so far by this process and its workers."""
+        return self.shards.lost if "shards" in vars(self) else 0
 
     def images(self, split: str, limit: int) -> ImageSet:
         """The first images of a split, taken from memory where the training images are kept there."""
         if split == self.train and self.resident:
             whole = self.training
             return ImageSet(whole.images[:limit], whole.labels[:limit], whole.digest)
-        return load(self.path, split, self.channels, limit)
+        return Shards.open(self.path, split, self.decoder, self.policy).decoded(limit)
 
     @property
     def image_shape(self) -> list[int]:
@@ -150,17 +194,20 @@ class ImageShards(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of this rank."""
-        place = self._place()
         seed = self.seed
         if seed is None:
             seed = torch.initial_seed() & 0xFFFFFFFF
             seed = self.trainer.strategy.broadcast(seed) if self.trainer else seed
-        dataset: Resident | Streamed
+        options: dict[str, Any] = {"seed": seed, "flip": self.flip}
+        options["rank"], options["world"] = self._place()
+        dataset: Shuffled | Streamed
         if self.resident:
-            dataset = Resident(self.training, self.batch_size, seed, *place)
+            device = self.trainer.strategy.root_device if self.trainer and self.resident == "device" else None
+            dataset = Shuffled(self.training, self.batch_size, device=device, **options)
+        elif self.access == "random" or (self.access == "auto" and self.shards.random_access):
+            dataset = Shuffled(self.shards, self.batch_size, **options)
         else:
-            files = (self.path, self.train, self.channels)
-            dataset = Streamed(*files, self.batch_size, seed, self.buffer, *place)
+            dataset = Streamed(self.shards, self.batch_size, buffer=self.buffer, **options)
         start, rewind = 0, False
         if self.trainer:
             start = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
@@ -183,7 +230,7 @@ class ImageShards(L.LightningDataModule):
         ids = torch.arange(len(self.held_out))[rank::world]
         data = self.held_out
         parts = ids.split(max(self.batch_size, 250))
-        return Batches([{"image": data.images[i], "label": data.labels[i], "id": i} for i in parts])
+        return Batches([data.batch(i) for i in parts])
 
     test_dataloader = val_dataloader
 

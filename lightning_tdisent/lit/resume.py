@@ -19,7 +19,10 @@ FIXED = ("model", "data", "ema", "seed_everything", "trainer.precision", "traine
          "trainer.limit_train_batches", "trainer.overfit_batches")  # fmt: skip
 FREE = (
     "model.init_args.sampler",
-    *(f"data.init_args.{name}" for name in ("path", "workers", "val", "val_limit", "batch_size")),
+    *(
+        f"data.init_args.{name}"
+        for name in ("path", "workers", "val", "val_limit", "batch_size", "verify", "on_bad_shard", "bad_ceiling")
+    ),
 )
 
 

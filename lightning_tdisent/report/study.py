@@ -18,7 +18,8 @@ from lightning_tdisent.report.page import write_report
 from lightning_tdisent.sampling.composite import find_files
 from lightning_tdisent.sampling.expert import read_card, write_whole
 from lightning_tdisent.sampling.sampler import Sampler
-from lightning_tdisent.streaming.shards import ImageSet, find, load
+from lightning_tdisent.streaming.shards import ImageSet, load
+from lightning_tdisent.streaming.tars import find
 
 
 @dataclass

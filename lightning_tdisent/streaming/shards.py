@@ -1,235 +1,402 @@
-"""WebDataset shards of images: found, digested, decoded, in memory or streamed in a reproducible order.
+"""The shards of a split, read: any samples by number, or one after the other; verified when first read.
 
-A shard is a plain or gzipped tar of ``KEY.png`` (or jpg, webp) and ``KEY.cls`` (a class number); nothing is unpacked
-to disk, no pickle is read and no ``pipe:`` is opened.
+What cannot be used, because its bytes have changed since the index was made or because it cannot be decoded, stops the
+run or is left out and counted (`Policy`), with the shard and the sample named in either case.
 """
 
 import hashlib
 import io
 import itertools
-import re
+import os
+import sys
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal, Self
 
-import numpy as np
 import torch
-import webdataset as wds
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from lightning_tdisent.diffusion.rng import key
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.streaming.decode import BadSample, Decoder, Members
+from lightning_tdisent.streaming.index import Index, build, path_of
+from lightning_tdisent.streaming.tars import file_system, find, hash_file, is_remote, open_shard, open_tar, walk
 
-IMAGES = ("png", "jpg", "jpeg", "webp")
-Sample = dict[str, Tensor]
+Sample = dict[str, Any]
+READ, BAD = 1, 2  # what is known of a sample
 
 
-def find(path: str | Path, split: str) -> list[Path]:
-    """Shards ``{split}-*.tar`` or ``.tar.gz`` of a folder, sorted; refuses a folder without any."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise InputError(f"data.path: {folder} is not a folder. data/README.md says how to prepare each data set.")
-    try:
-        files = sorted(
-            f for f in folder.iterdir() if f.name.startswith(f"{split}-") and f.name.endswith((".tar", ".tar.gz"))
+@dataclass(frozen=True)
+class Policy:
+    """What to do with samples that cannot be used: ``stop`` or ``skip`` (replace them by others of the batch).
+
+    verify: compare every sample with the index when it is first read. ceiling: share of the samples that may be
+    skipped; one more stops the run, too.
+    """
+
+    on_bad: Literal["stop", "skip"] = "stop"
+    ceiling: float = 1e-3
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.on_bad not in ("stop", "skip"):
+            raise InputError(f"data.on_bad_shard: stop or skip, got {self.on_bad}")
+        if not 0 <= self.ceiling <= 1:
+            raise InputError(f"data.bad_ceiling: a share of the samples, 0 to 1, got {self.ceiling}")
+
+
+class Shards:
+    """The samples of a split: decoded by ``batch(numbers)`` or, undecoded and in order, by ``stream``.
+
+    Uses the index beside the shards. Without one, the headers of local shards are read instead, and nothing can be
+    verified. What is known of each sample is shared with the worker processes of a loader.
+    """
+
+    def __init__(self, urls: Sequence[str], index: Index, decoder: Decoder, policy: Policy = Policy()) -> None:
+        self.urls, self.index, self.decoder, self.policy = urls, index, decoder, policy
+        self.known = torch.zeros(len(index), dtype=torch.uint8).share_memory_()
+        self._verified: set[int] = set()
+
+    @classmethod
+    def open(cls, path: str | Path, split: str, decoder: Decoder, policy: Policy = Policy()) -> Self:
+        """Those of a folder; refuses an index that does not fit them, and an empty split."""
+        urls, file = find(path, split), path_of(path, split)
+        try:
+            index = Index.load(file)
+        except FileNotFoundError:
+            if is_remote(file):
+                raise InputError(
+                    f"data.path: {file} is not there, and shards in an object store are not read without it: "
+                    f"python -m lightning_tdisent data index {path}"
+                ) from None
+            index = build(urls, hashed=False)
+        else:
+            urls = _matched(urls, index, file, sizes=policy.on_bad == "stop")
+        if not len(index):
+            raise InputError(f"the shards {split}-* of {path} are empty")
+        return cls(urls, index, decoder, policy)
+
+    @property
+    def where(self) -> str:
+        """Their folder, for messages."""
+        return self.urls[0].rpartition("/")[0]
+
+    def name(self, number: int) -> str:
+        """Shard, key and bytes of a sample, for messages."""
+        return f"{self.where}/{self.index.name(number)}"
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @cached_property
+    def digest(self) -> str:
+        """Short hash of names and bytes: which data a model has seen. Read from the index where there is one."""
+        return self.index.digest if self.index.hashed else build(self.urls, regions=False).digest
+
+    @property
+    def random_access(self) -> bool:
+        """Whether single samples can be read."""
+        return self.index.regions is not None and not any(url.endswith(".gz") for url in self.urls)
+
+    @property
+    def lost(self) -> int:
+        """Samples found to be unusable so far, by this process and its workers."""
+        return int((self.known == BAD).sum())
+
+    def batch(self, numbers: Sequence[int], flip: Tensor | None = None) -> Sample:
+        """Read and decode these samples; see `collate`."""
+        return self.collate(numbers, self._read(numbers), flip)
+
+    def collate(self, numbers: Sequence[int], raw: Sequence[Members | BadSample], flip: Tensor | None = None) -> Sample:
+        """Decode to one batch; a sample that is skipped is replaced by its neighbour.
+
+        ``image`` uint8 (B, C, H, W) or ``latent`` float16 (B, 2, C, h, w), mean and standard deviation; ``label`` int64
+        (B,), -1 where there is none; ``id`` int64 (B,), position in the split; ``caption``, a list of str, where there
+        are any. flip: bool (B,), which ones to mirror.
+        """
+        samples: list[Sample] = []
+        waiting = 0
+        for number, members in zip(numbers, raw, strict=True):
+            sample = self.use(number, members)
+            if sample is None:
+                waiting += 1
+                continue
+            samples += [sample] * (waiting + 1) if not samples else [samples[-1]] * waiting + [sample]
+            waiting = 0
+        if not samples:
+            raise InputError(f"{self.where}: not one of {len(raw)} samples of a batch can be used")
+        samples += [samples[-1]] * waiting
+        kind = "latent" if "latent" in samples[0] else "image"
+        if len(sizes := {tuple(sample[kind].shape) if kind in sample else () for sample in samples}) > 1:
+            raise self._unequal(sizes)
+        out: Sample = {
+            kind: mirrored(torch.stack([sample[kind] for sample in samples]), flip),
+            "label": torch.tensor([sample["label"] for sample in samples]),
+            "id": torch.tensor([sample["id"] for sample in samples]),
+        }
+        if any("caption" in sample for sample in samples):
+            out["caption"] = [sample.get("caption", "") for sample in samples]
+        return out
+
+    def use(self, number: int, members: Members | BadSample) -> Sample | None:
+        """Decode one sample; None if it is to be skipped."""
+        try:
+            if isinstance(members, BadSample):
+                raise members
+            return {**self.decoder(members, self.name(number)), "id": number}
+        except BadSample as error:
+            self._skip(number, error)
+            return None
+
+    def _skip(self, number: int, error: BadSample) -> None:
+        if self.policy.on_bad == "stop":
+            raise error
+        if self.known[number] == BAD:
+            return
+        self.known[number] = BAD
+        print(f"skipped: {error}", file=sys.stderr)
+        if (lost := self.lost) > self.policy.ceiling * len(self):
+            raise InputError(
+                f"{self.where}: {lost:,} of {len(self):,} samples cannot be used, more than data.bad_ceiling "
+                f"{self.policy.ceiling:g} allows; the last one: {error}"
+            )
+
+    def _members(self, number: int, region: bytes) -> Members | BadSample:
+        """Members of a sample, verified if it is read for the first time."""
+        r = self.index.regions
+        assert r is not None
+        if len(region) != r.size[number]:
+            return BadSample(f"{self.name(number)} is cut off after {len(region)} bytes")
+        if self.policy.verify and self.index.hashed and self.known[number] != READ:
+            if zlib.crc32(region) != r.crc[number]:
+                return BadSample(f"{self.name(number)} has changed since the index was made: another CRC-32")
+            self.known[number] = READ
+        return self.index.members(number, region)
+
+    def _read(self, numbers: Sequence[int]) -> list[Members | BadSample]:
+        r = self.index.regions
+        assert r is not None
+        shards = [self.index.place(number)[0] for number in numbers]
+        ranges = [(int(r.begin[number]), int(r.size[number])) for number in numbers]
+        urls = [self.urls[shard] for shard in shards]
+        found: list[bytes | Exception]
+        if is_remote(urls[0]):
+            system, _ = file_system(urls[0])
+            paths = [file_system(url)[1] for url in urls]
+            found = system.cat_ranges(paths, [b for b, _ in ranges], [b + n for b, n in ranges], on_error="return")
+        else:
+            found = [_pread(url, *place) for url, place in zip(urls, ranges, strict=True)]
+        return [
+            BadSample(f"{self.name(number)} cannot be read: {region}")
+            if isinstance(region, Exception)
+            else self._members(number, region)
+            for number, region in zip(numbers, found, strict=True)
+        ]
+
+    def stream(self, shard: int, start: int = 0) -> Iterator[tuple[int, Members | BadSample]]:
+        """Number and members of the samples of a shard from its start-th on, one after the other: all of them.
+
+        Where the shard cannot be read on, what is left of it is bad.
+        """
+        number, end = (int(n) for n in self.index.starts[shard : shard + 2])
+        number += start
+        url = self.urls[shard]
+        try:
+            for members in self._whole(shard, start) if self.index.regions is None else self._regions(shard, start):
+                yield number, members
+                number += 1
+            reason = "it holds fewer samples than its index says"
+        except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
+            if isinstance(error, InputError) and self.policy.on_bad == "stop":
+                raise
+            reason = str(error)
+        for lost in range(number, end):
+            yield (
+                lost,
+                BadSample(f"{self.name(lost)} cannot be read: {reason}"),
+            )
+
+    def decoded(self, limit: int | None = None) -> "ImageSet":
+        """All of it in memory, or the first ``limit`` samples; those that are skipped are left out."""
+        wanted = len(self) if limit is None else min(limit, len(self))
+        images, labels, captions = torch.empty(0), torch.empty(wanted, dtype=torch.int64), list[str]()
+        everything = (place for shard in range(len(self.urls)) for place in self.stream(shard))
+        for sample in itertools.islice((s for place in everything if (s := self.use(*place))), wanted):
+            image = sample["latent"] if "latent" in sample else sample["image"]
+            if not captions:
+                images = torch.empty(wanted, *image.shape, dtype=image.dtype)
+            elif image.shape != images.shape[1:]:
+                raise self._unequal([tuple(images.shape[1:]), tuple(image.shape)])
+            images[len(captions)], labels[len(captions)] = image, sample["label"]
+            captions.append(sample.get("caption", ""))
+        kept = len(captions)
+        return ImageSet(images[:kept], labels[:kept], self.digest, tuple(captions) if any(captions) else None)
+
+    def _unequal(self, sizes: Iterable[tuple[int, ...]]) -> InputError:
+        return InputError(
+            f"the images of {self.where} differ in size: {sorted(sizes)[:4]}; give data.size, or prepare them at one"
         )
-        names = sorted(f.name for f in folder.iterdir())
-        for file in files:
-            file.open("rb").close()
-    except OSError as error:
-        raise InputError(f"data.path: {folder} cannot be read: {error}") from None
-    if not files:
+
+    def _regions(self, shard: int, start: int) -> Iterator[Members | BadSample]:
+        r, url = self.index.regions, self.urls[shard]
+        assert r is not None
+        first, end = int(self.index.starts[shard]), int(self.index.starts[shard + 1])
+        if first + start >= end:
+            return
+        if url.endswith(".gz") and self.policy.verify and self.policy.on_bad == "stop" and self.index.hashed:
+            self._verify_file(shard)
+        with open_tar(url) as stream:
+            stream.seek(int(r.begin[first + start]))
+            for number in range(first + start, end):
+                yield self._members(number, stream.read(int(r.size[number])))
+
+    def _verify_file(self, shard: int) -> None:
+        """Of a gzipped shard, whose own headers belong to no sample; once per process."""
+        if shard in self._verified:
+            return
+        if hash_file(self.urls[shard])[1] != self.index.shards[shard].sha256:
+            raise BadSample(differences(self.urls[shard], self.index, shard)[0])
+        self._verified.add(shard)
+
+    def _whole(self, shard: int, start: int) -> Iterator[Members]:
+        """Without regions: parsed as it comes; the hash of the file is compared if all of it has been read."""
+        row, url = self.index.shards[shard], self.urls[shard]
+        with open_shard(url) as raw:
+            tee = _Hashed(raw)
+            mode: Any = "r|gz" if url.endswith(".gz") else "r|"
+            with tarfile.open(fileobj=tee, mode=mode) as tar:
+                last, members, n = None, dict[str, bytes](), -1
+                for key, extension, member in walk(tar, url):
+                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+                    if key != last:
+                        if members and n >= start:
+                            yield members
+                        last, members, n = key, {}, n + 1
+                    if n >= start:
+                        content = tar.extractfile(member)
+                        assert content is not None
+                        members[extension] = content.read()
+                if members and n >= start:
+                    yield members
+            if n + 1 != row.samples:
+                raise ValueError(f"it holds {n + 1} samples, its index says {row.samples}")
+            if self.policy.verify and row.sha256 and tee.rest() != row.sha256:
+                raise InputError(f"{url} has changed since its index was made: another SHA-256")
+
+
+def _matched(urls: Sequence[str], index: Index, file: str, sizes: bool) -> list[str]:
+    """The shards in the order of their index; refuses others, and, by name, those of another length."""
+    again = f"make the index anew: python -m lightning_tdisent data index {file.rpartition('/')[0]}"
+    there, listed = {url.rpartition("/")[2]: url for url in urls}, {shard.name for shard in index.shards}
+    if listed != there.keys():
+        other = min(listed ^ there.keys())
         raise InputError(
-            f"data.path: {folder} holds no shards {split}-*.tar(.gz); it holds {', '.join(names[:5]) or 'nothing'}. "
-            "data/README.md says how to prepare each data set."
+            f"{file} names {len(listed)} shards, the folder holds {len(there)}: {other} is only in the "
+            f"{'index' if other in listed else 'folder'}. If that is right, {again}"
         )
-    return files
+    for shard in index.shards if sizes and not is_remote(file) else ():
+        if (size := os.path.getsize(there[shard.name])) != shard.bytes:
+            raise InputError(
+                f"{there[shard.name]} has {size:,} bytes, its index says {shard.bytes:,}. If that is right, {again}"
+            )
+    return [there[shard.name] for shard in index.shards]
 
 
-def digest(files: list[Path]) -> str:
-    """Short hash of the names and bytes of the shards: which data a model has seen."""
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            total.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()[:16]
+class _Hashed(io.RawIOBase):
+    """Reads on, and hashes what is read."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self.raw, self.total = raw, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        block = self.raw.read(size)
+        self.total.update(block)
+        return block
+
+    def rest(self) -> str:
+        """The hash of the whole file, of which the rest is read."""
+        while self.read(2**20):
+            pass
+        return self.total.hexdigest()
 
 
-def decode(sample: dict[str, Any], channels: int) -> Sample:
-    """Decode one sample to ``image`` uint8 (C, H, W) and ``label`` int64 (-1 where the shard has none)."""
-    where = f"{sample['__url__']!s}: sample {sample['__key__']!s}"
-    found = [sample[e] for e in IMAGES if e in sample]
-    if len(found) != 1:
-        raise InputError(f"{where} has {len(found)} images ({'/'.join(IMAGES)}), expected one")
+class _Descriptor:
+    """An open file, closed when the last user lets go."""
+
+    def __init__(self, url: str) -> None:
+        self.number = os.open(url, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+_opened = lru_cache(128)(_Descriptor)
+
+
+def _pread(url: str, begin: int, size: int) -> bytes | Exception:
     try:
-        with Image.open(io.BytesIO(found[0])) as image:
-            pixels = np.array(image.convert({1: "L", 3: "RGB"}[channels]))
-        label = int(sample["cls"]) if "cls" in sample else -1
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where} cannot be decoded: {error}") from None
-    return {
-        "image": torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1),
-        "label": torch.tensor(label),
-    }
+        return os.pread(_opened(url).number, size, begin)
+    except OSError as error:
+        return error
 
 
-def _raw(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """Undecoded samples; shards are opened here, so that no URL is ever interpreted."""
+def mirrored(images: Tensor, flip: Tensor | None) -> Tensor:
+    """Images with those marked mirrored; of latents, (B, 2, 2, C, h, w), the entry that was encoded so is taken."""
+    if images.ndim == 6:
+        return images[torch.arange(len(images), device=images.device), 0 if flip is None else flip.long()]
+    return images if flip is None else torch.where(flip[:, None, None, None], images.flip(-1), images)
 
-    def opened() -> Iterator[dict[str, object]]:
-        for file in files:
-            with file.open("rb") as stream:
-                yield {"url": str(file), "stream": stream}
 
+def differences(url: str, index: Index, shard: int) -> list[str]:
+    """What is wrong with a shard, sample by sample, against its index; empty if nothing is."""
+    row, name = index.shards[shard], url.rpartition("/")[2]
     try:
-        yield from group_by_keys(tar_file_expander(opened()))
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"a shard of {files[0].parent} is damaged: {error}") from None
-
-
-def count(file: Path) -> int:
-    """Samples of a shard, from the headers of its members."""
-    last, n = None, 0
-    try:
-        with tarfile.open(file) as tar:
-            for member in tar:
-                stem = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", member.name)  # a sample's member to webdataset
-                if member.isfile() and stem and stem[1] != last:
-                    last, n = stem[1], n + 1
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"a shard of {file.parent} is damaged: {error}") from None
-    return n
+        size, sha256 = hash_file(url)
+    except (OSError, EOFError) as error:
+        return [f"{name}: cannot be read: {error}"]
+    if sha256 == row.sha256:
+        return []
+    found = []
+    if index.regions is not None:
+        folder = url.rpartition("/")[0]
+        reader = Shards([f"{folder}/{other.name}" for other in index.shards], index, Decoder(), Policy("skip"))
+        found = [str(members) for _, members in reader.stream(shard) if isinstance(members, BadSample)]
+    was = f"{row.bytes:,} bytes, now {size:,}" if size != row.bytes else f"{size:,} bytes"
+    return found or [f"{name} has changed since its index was made, outside of any sample ({was}): another SHA-256"]
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Decoded images (N, C, H, W) uint8 with labels (N,) int64, and the digest of the shards they came from."""
+    """Decoded images (N, C, H, W) uint8 with labels (N,) int64, and the digest of the shards they came from.
+
+    Of pre-encoded images, the latents float16 (N, 2, 2, C, h, w): [as it is, flipped] x [mean, standard deviation].
+    """
 
     images: Tensor
     labels: Tensor
     digest: str
+    captions: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def batch(self, numbers: Tensor, flip: Tensor | None = None) -> Sample:
+        """These images, as `Shards.collate` gives them."""
+        kind = "latent" if self.images.ndim == 6 else "image"
+        out = {kind: mirrored(self.images[numbers], flip), "label": self.labels[numbers], "id": numbers}
+        if self.captions is not None:
+            out["caption"] = [self.captions[n] for n in numbers.tolist()]  # type: ignore[assignment]
+        return out
 
-def load(path: str | Path, split: str, channels: int, limit: int | None = None) -> ImageSet:
+    def to(self, device: torch.device) -> "ImageSet":
+        """The same on a device."""
+        return ImageSet(self.images.to(device), self.labels.to(device), self.digest, self.captions)
+
+
+def load(path: str | Path, split: str, channels: int, limit: int | None = None, size: int | None = None) -> ImageSet:
     """Decode a whole split, or its first ``limit`` samples, into memory."""
-    files = find(path, split)
-    samples = []
-    for sample in _raw(files):
-        samples.append(decode(sample, channels))
-        if len(samples) == limit:
-            break
-    if not samples:
-        raise InputError(f"the shards {split}-* of {path} are empty")
-    sizes = {tuple(s["image"].shape) for s in samples}
-    if len(sizes) > 1:
-        raise InputError(f"the images of {path} differ in size: {sorted(sizes)[:4]}; prepare them at one size")
-    images = torch.stack([s["image"] for s in samples])
-    return ImageSet(images, torch.stack([s["label"] for s in samples]), digest(files))
-
-
-class _Ordered(IterableDataset[Sample]):
-    """An endless row of batches, a function of (seed, number of the batch) alone, for any number of ranks and workers.
-
-    The samples of an epoch are cut into global batches of world x batch_size; a last incomplete one is left out, so
-    that every rank takes the same number of steps, ``len`` of them an epoch. Set ``first``, the number of the first
-    batch handed out counted from the start of the run, to go on anywhere. Batches have ``image``, ``label`` and
-    ``id``, the position in the split.
-    """
-
-    def __init__(self, samples: int, batch_size: int, seed: int, rank: int, world: int) -> None:
-        self.batch_size, self.seed, self.rank, self.world, self.first = batch_size, seed, rank, world, 0
-        self.batches = samples // (batch_size * world)
-        if not self.batches:
-            raise InputError(
-                f"data.batch_size: {batch_size} on {world} rank(s) is more than the {samples} training images"
-            )
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def _order(self, n: int, epoch: int) -> Tensor:
-        return torch.randperm(n, generator=torch.Generator().manual_seed(key(self.seed, epoch)))
-
-
-class Resident(_Ordered):
-    """Batches of an `ImageSet` in memory: a permutation of (seed, epoch), one gather a step, no workers needed."""
-
-    def __init__(self, data: ImageSet, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        super().__init__(len(data), batch_size, seed, rank, world)
-        self.data = data
-
-    def __iter__(self) -> Iterator[Sample]:
-        epoch, start = divmod(self.first, len(self))
-        while True:
-            order = self._order(len(self.data), epoch)
-            for batch in range(start, len(self)):
-                first = (batch * self.world + self.rank) * self.batch_size
-                chosen = order[first : first + self.batch_size]
-                yield {"image": self.data.images[chosen], "label": self.data.labels[chosen], "id": chosen}
-            epoch, start = epoch + 1, 0
-
-
-class Streamed(_Ordered):
-    """Batches read from shards as they come, for sets larger than memory.
-
-    Shards in an order of (seed, epoch), then a shuffle buffer of undecoded samples with the same key. Every rank and
-    worker reads every shard and decodes its own share only: exact, at the price of reading the bytes more than once;
-    going on inside an epoch reads, without decoding, what lies before.
-    """
-
-    def __init__(
-        self, path: str | Path, split: str, channels: int, batch_size: int, seed: int, buffer: int = 2000,
-        rank: int = 0, world: int = 1,
-    ) -> None:  # fmt: skip
-        self.files, self.channels, self.buffer = find(path, split), channels, buffer
-        counts = [count(file) for file in self.files]
-        self.offsets = [sum(counts[:i]) for i in range(len(counts))]
-        super().__init__(sum(counts), batch_size, seed, rank, world)
-
-    def _samples(self, epoch: int) -> Iterator[dict[str, Any]]:
-        """Undecoded samples of an epoch in its order, each with its position in the split."""
-
-        def numbered() -> Iterator[dict[str, Any]]:
-            for i in self._order(len(self.files), epoch).tolist():
-                for n, sample in enumerate(_raw([self.files[i]]), self.offsets[i]):
-                    yield {**sample, "id": n}
-
-        stream = numbered()
-        return wds.detshuffle(self.buffer, seed=self.seed, epoch=epoch - 1).run(stream) if self.buffer > 1 else stream
-
-    def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
-        size, whole = self.batch_size, self.batch_size * self.world
-        epoch, start = divmod(self.first, len(self))
-        turn = 0
-        while True:
-            stream = self._samples(epoch)
-            for block in range(len(self)):
-                mine = block >= start and turn % parts == part
-                turn += block >= start
-                kept = list(itertools.islice(stream, whole))[self.rank * size : (self.rank + 1) * size]
-                if len(kept) < size:
-                    raise InputError(
-                        f"the shards of {self.files[0].parent} have changed: fewer samples than at the start"
-                    )
-                if mine:
-                    yield self._batch(kept)
-            epoch, start = epoch + 1, 0
-
-    def _batch(self, kept: list[dict[str, Any]]) -> Sample:
-        samples = [{**decode(s, self.channels), "id": torch.tensor(s["id"])} for s in kept]
-        sizes = {tuple(s["image"].shape) for s in samples}
-        if len(sizes) > 1:
-            raise InputError(f"the images of {self.files[0].parent} differ in size: {sorted(sizes)[:4]}")
-        return {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
+    return Shards.open(path, split, Decoder(channels, size)).decoded(limit)

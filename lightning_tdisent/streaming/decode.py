@@ -1,0 +1,199 @@
+"""Members of a sample to tensors, safely: images of any make to uint8 of one size, classes, captions, latents.
+
+A JPEG goes through simplejpeg (extra ``fast``) and torch's antialiased uint8 resize where that is installed, else
+through Pillow, which also takes whatever is not a plain JPEG. `adm_crop` is the resize and crop of ADM (2105.05233):
+halved with a box filter while twice the size or more, then bicubic, then the centre.
+"""
+
+import io
+import struct
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from lightning_tdisent.errors import InputError
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+IMAGES = ("png", "jpg", "jpeg", "webp")
+LATENT = "latent.npy"
+MAX_PIXELS = 89_478_485  # Pillow's bound, above which it warns; here an image above it is bad
+MODES = {1: "L", 3: "RGB"}
+
+Members = Mapping[str, bytes]
+
+
+class BadSample(InputError):
+    """A sample that cannot be used: its bytes have changed, or its content cannot be decoded."""
+
+
+def open_image(content: bytes, where: str) -> Image.Image:
+    """The first frame of an image file, upright; raises `BadSample` if it is none, empty, damaged or a bomb."""
+    if not content:
+        raise BadSample(f"{where} cannot be decoded: the image has no bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF, odd palettes; a bomb is looked for here
+            image = Image.open(io.BytesIO(content))
+            _check_size(*image.size, where)
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except BadSample:
+        raise
+    except UnidentifiedImageError:
+        raise BadSample(f"{where} cannot be decoded: not an image that Pillow knows") from None
+    except Exception as error:  # Pillow's readers raise nearly everything on damaged files
+        raise BadSample(f"{where} cannot be decoded: {type(error).__name__}: {error}") from None
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """As L (grey) or RGB: 16 bits are scaled to 8, palettes looked up, transparency laid over white."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        wide = np.asarray(image, dtype=np.float64)
+        top = 255.0 if wide.max(initial=0) <= 255 and not image.mode.startswith("I;16") else 65535.0
+        image = Image.fromarray(np.clip(np.rint(wide * (255 / top)), 0, 255).astype(np.uint8))
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == mode else image.convert("RGB").convert(mode)
+
+
+def adm_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of an image at size x size pixels, exactly as ADM's ``center_crop_arr``."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    image = image.resize(_scaled(*image.size, size), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _scaled(width: int, height: int, size: int) -> tuple[int, int]:
+    scale = size / min(width, height)
+    return max(size, round(width * scale)), max(size, round(height * scale))
+
+
+def _check_size(width: int, height: int, where: str) -> None:
+    if width < 1 or height < 1:
+        raise BadSample(f"{where} cannot be decoded: the image has {width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise BadSample(
+            f"{where} cannot be decoded: {width} x {height} pixels are more than {MAX_PIXELS:,}, a decompression bomb?"
+        )
+
+
+def decode_image(content: bytes, channels: int, size: int | None, where: str) -> Tensor:
+    """uint8 (channels, H, W); H = W = size if one is given. Raises `BadSample`."""
+    pixels = _fast(content, channels, where) if content[:3] == b"\xff\xd8\xff" else None
+    if pixels is None:
+        image = to_mode(open_image(content, where), MODES[channels])
+        if size is not None and image.size != (size, size):
+            image = adm_crop(image, size)
+        array = np.array(image)
+        return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1)
+    if size is not None and pixels.shape[:2] != (size, size):
+        return _resize(pixels, size)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _fast(content: bytes, channels: int, where: str) -> np.ndarray[Any, Any] | None:
+    """uint8 (H, W, channels) of a plain upright JPEG; None if Pillow has to look at it."""
+    if simplejpeg is None or _may_be_turned(content):
+        return None
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    _check_size(width, height, where)
+    if space not in ("YCbCr", "Gray") or (space == "YCbCr" and channels == 1):  # grey by Pillow's weights
+        return None
+    try:
+        return simplejpeg.decode_jpeg(content, "RGB" if channels == 3 else "Gray")
+    except ValueError:
+        return None
+
+
+def _may_be_turned(content: bytes) -> bool:
+    """Whether a JPEG's EXIF asks for another orientation than upright, or its segments cannot be followed."""
+    at = 2
+    while at + 4 <= len(content) and content[at] == 0xFF:
+        marker, length = content[at + 1], struct.unpack_from(">H", content, at + 2)[0]
+        if marker == 0xDA:  # the scan begins
+            return False
+        if marker == 0xE1 and content[at + 4 : at + 10] == b"Exif\0\0":
+            exif = Image.Exif()
+            try:
+                exif.load(content[at + 4 : at + 2 + length])
+                return exif.get(0x0112, 1) != 1
+            except Exception:  # as in open_image
+                return True
+        at += 2 + length
+    return True
+
+
+def _resize(pixels: np.ndarray[Any, Any], size: int) -> Tensor:
+    """`adm_crop` with torch's bicubic, within 0.1 grey levels of Pillow's on average; uint8 (C, size, size)."""
+    height, width = pixels.shape[:2]
+    if min(height, width) >= 2 * size:  # Pillow's box filter, to the bit
+        grey = pixels.shape[2] == 1
+        image = Image.fromarray(pixels[..., 0] if grey else pixels)
+        while min(image.size) >= 2 * size:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        pixels = np.array(image).reshape(image.height, image.width, -1)
+        height, width = pixels.shape[:2]
+    width, height = _scaled(width, height, size)
+    whole = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    if whole.shape[-2:] != (height, width):
+        whole = interpolate(whole, (height, width), mode="bicubic", antialias=True)
+    top, left = (height - size) // 2, (width - size) // 2
+    return whole[0, :, top : top + size, left : left + size]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a batch is made of: images of ``channels`` (1 or 3) at ``size`` (None: as they are stored), or latents."""
+
+    channels: int = 3
+    size: int | None = None
+
+    def __call__(self, members: Members, where: str) -> dict[str, Any]:
+        """``image`` uint8 (C, H, W) or ``latent`` float16 (2, 2, C, h, w), ``label`` int (-1: none), ``caption`` str.
+
+        A latent is [as it is, flipped] x [mean, standard deviation]. Raises `BadSample`.
+        """
+        out: dict[str, Any] = {}
+        if LATENT in members:
+            out["latent"] = self._latent(members[LATENT], where)
+        else:
+            found = [extension for extension in IMAGES if extension in members]
+            if len(found) != 1:
+                raise BadSample(f"{where} has {len(found)} images ({'/'.join(IMAGES)}), expected one")
+            out["image"] = decode_image(members[found[0]], self.channels, self.size, where)
+        try:
+            out["label"] = int(members["cls"]) if "cls" in members else -1
+            if "txt" in members:
+                out["caption"] = members["txt"].decode()
+        except ValueError as error:
+            raise BadSample(f"{where} cannot be decoded: {error}") from None
+        return out
+
+    @staticmethod
+    def _latent(content: bytes, where: str) -> Tensor:
+        try:
+            array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError, OSError, SyntaxError) as error:
+            raise BadSample(f"{where} cannot be decoded: {LATENT}: {error}") from None
+        if array.dtype != np.float16 or array.ndim != 5 or array.shape[:2] != (2, 2):
+            raise BadSample(
+                f"{where}: {LATENT} is {array.dtype} of shape {array.shape}, expected float16 of shape (2, 2, C, h, w)"
+            )
+        return torch.from_numpy(array)

@@ -1,0 +1,298 @@
+"""What is in the shards of a split, and what their bytes were.
+
+An index lies beside the shards as ``{split}.index.safetensors``. Every byte of a tar belongs to one sample: the region
+of a sample goes from its first header to that of the next one. The index has the place, length and CRC-32 of every
+region (any one flipped bit changes it) and the places of its members, so that a sample is one read; and per shard
+its name, bytes, SHA-256, number of samples and a hash of its keys. Without the regions (``regions=False``) it is one
+row per shard, for a corpus whose samples are too many to list.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.streaming.tars import checksums, file_system, hash_file, is_remote, layout, open_tar, size_of
+
+FORMAT = "lightning_tdisent.index/1"
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A row of an index: what a shard is. The SHA-256 is of the file as it lies there, empty if it was not read."""
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+    keys: str
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What every sample of some shards is: N samples with M members in all; offsets are within the (unzipped) tar."""
+
+    begin: Array  # (N,) int64
+    size: Array  # (N,) int64
+    crc: Array  # (N,) uint32, or (0,) if the bytes were not read
+    first: Array  # (N + 1,) int64: members first[i] .. first[i + 1] - 1 are those of sample i
+    member_begin: Array  # (M,) int64, within the region
+    member_size: Array  # (M,) int64
+    member_kind: Array  # (M,) uint8, number of the extension
+    key_end: Array  # (N,) int64, in keys
+    keys: Array  # (..,) uint8, all keys in UTF-8, one after the other
+
+
+@dataclass(frozen=True)
+class Index:
+    """The shards of a split, and the regions of all samples unless they are too many to list."""
+
+    shards: tuple[Shard, ...]
+    extensions: tuple[str, ...]
+    regions: Regions | None
+
+    @cached_property
+    def starts(self) -> Array:
+        """(shards + 1,) int64: number of the first sample of each shard, and the number of all."""
+        return np.concatenate([[0], np.cumsum([shard.samples for shard in self.shards])]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def hashed(self) -> bool:
+        """Whether the bytes were read when the index was made."""
+        return all(shard.sha256 for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """Short hash of the names and bytes of the shards: which data a model has seen."""
+        total = hashlib.sha256()
+        for shard in self.shards:
+            total.update(shard.name.encode() + bytes.fromhex(shard.sha256))
+        return total.hexdigest()[:16]
+
+    def place(self, sample: int) -> tuple[int, int]:
+        """Number of its shard, and its number in there."""
+        shard = int(np.searchsorted(self.starts, sample, "right")) - 1
+        return shard, sample - int(self.starts[shard])
+
+    def name(self, sample: int) -> str:
+        """Shard, key and bytes, for messages."""
+        shard, number = self.place(sample)
+        r = self.regions
+        if r is None:
+            return f"{self.shards[shard].name}: sample {number}"
+        begin, size = int(r.begin[sample]), int(r.size[sample])
+        return f"{self.shards[shard].name}: sample {self.key(sample)} (bytes {begin} to {begin + size - 1})"
+
+    def key(self, sample: int) -> str:
+        """As the shard has it."""
+        r = self.regions
+        assert r is not None
+        return r.keys[int(r.key_end[sample - 1]) if sample else 0 : int(r.key_end[sample])].tobytes().decode()
+
+    def members(self, sample: int, region: bytes) -> dict[str, bytes]:
+        """Content by extension, cut from the region of a sample."""
+        r = self.regions
+        assert r is not None
+        out = {}
+        for m in range(int(r.first[sample]), int(r.first[sample + 1])):
+            begin = int(r.member_begin[m])
+            out[self.extensions[r.member_kind[m]]] = region[begin : begin + int(r.member_size[m])]
+        return out
+
+    def having(self, *extensions: str) -> int:
+        """Number of samples with a member of one of these extensions (each counted once per member)."""
+        if self.regions is None:
+            return 0
+        kinds = [number for number, name in enumerate(self.extensions) if name in extensions]
+        return int(np.isin(self.regions.member_kind, kinds).sum())
+
+    def save(self, path: str | Path) -> None:
+        """Write the file: safetensors, whose metadata holds the rows of the shards and a hash of all else."""
+        arrays = asdict(self.regions) if self.regions else {"none": np.zeros(0, np.uint8)}
+        table = json.dumps({"shards": [asdict(s) for s in self.shards], "extensions": self.extensions})
+        content = save_arrays(arrays, {"format": FORMAT, "table": table, "sha256": _hash(table, arrays)})
+        if is_remote(str(path)):
+            system, inside = file_system(str(path))
+            system.pipe_file(inside, content)
+            return
+        part = Path(f"{path}.part")
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read the file; raises FileNotFoundError, or `InputError` if it is damaged or of another format."""
+        try:
+            if is_remote(str(path)):
+                system, inside = file_system(str(path))
+                content = system.cat_file(inside)
+            else:
+                content = Path(path).read_bytes()
+            size = int.from_bytes(content[:8], "little")
+            metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+            if metadata["format"] != FORMAT:
+                raise InputError(f"{path} has the format {metadata['format']}, expected {FORMAT}: make it anew")
+            arrays, table = load_arrays(content), json.loads(metadata["table"])
+            if _hash(metadata["table"], arrays) != metadata["sha256"]:
+                raise ValueError("its hash is another")
+            shards = tuple(Shard(**row) for row in table["shards"])
+            return cls(shards, tuple(table["extensions"]), None if "none" in arrays else Regions(**arrays))
+        except (ValueError, KeyError, TypeError, SafetensorError, UnicodeDecodeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{path} is damaged ({error}); make it anew: python -m lightning_tdisent data index {Path(path).parent}"
+            ) from None
+
+
+def _hash(table: str, arrays: dict[str, Array]) -> str:
+    total = hashlib.sha256(table.encode())
+    for name in sorted(arrays):
+        total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        total.update(arrays[name].tobytes())
+    return total.hexdigest()
+
+
+def path_of(folder: str | Path, split: str) -> str:
+    """File of the index of a split."""
+    return f"{str(folder).rstrip('/')}/{re.sub(r'[^A-Za-z0-9_.-]+', '_', split)}.index.safetensors"
+
+
+def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
+    """The index of one shard. Not ``hashed``, only headers are read, so that a plain tar costs little."""
+    name = url.rpartition("/")[2]
+    try:
+        with open_tar(url) as stream:
+            found, end = layout(stream, name)
+            crc = checksums(stream, [begin for begin, *_ in found], end) if hashed and regions else []
+        size, sha256 = hash_file(url) if hashed else (size_of(url), "")
+    except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{url} is damaged: {error}") from None
+    keys = [key for _, key, _ in found]
+    shard = Shard(name, size, sha256, len(found), hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16])
+    extensions = sorted({kind for *_, members in found for kind in members})
+    if len(extensions) > 255:
+        raise InputError(f"{url} holds {len(extensions)} kinds of members; do the names of its samples have dots?")
+    if not regions:
+        return Index((shard,), tuple(extensions), None)
+    begins = [begin for begin, *_ in found]
+    begin = np.array(begins, np.int64)
+    begin[:1] = 0
+    members = [(at - begin[n], size, kind) for n, (*_, m) in enumerate(found) for kind, (at, size) in m.items()]
+    encoded = [key.encode() for key in keys]
+    return Index(
+        (shard,),
+        tuple(extensions),
+        Regions(
+            begin=begin,
+            size=np.diff(np.append(begin, end)).astype(np.int64) if found else np.zeros(0, np.int64),
+            crc=np.array(crc, np.uint32),
+            first=np.cumsum([0, *(len(m) for *_, m in found)]).astype(np.int64),
+            member_begin=np.array([m[0] for m in members], np.int64),
+            member_size=np.array([m[1] for m in members], np.int64),
+            member_kind=np.array([extensions.index(m[2]) for m in members], np.uint8),
+            key_end=np.cumsum([len(key) for key in encoded], dtype=np.int64),
+            keys=np.frombuffer(b"".join(encoded), np.uint8),
+        ),
+    )
+
+
+def join(parts: Sequence[Index]) -> Index:
+    """One index of several shards; refuses a key that two of them hold, and samples with and without a class."""
+    extensions = tuple(sorted({name for part in parts for name in part.extensions}))
+    shards = tuple(shard for part in parts for shard in part.shards)
+    tables = [part.regions for part in parts]
+    if any(table is None for table in tables):
+        return Index(shards, extensions, None)
+    kept = [
+        replace(t, member_kind=_renumber(t.member_kind, p.extensions, extensions))
+        for t, p in zip(tables, parts, strict=True)
+        if t
+    ]
+
+    def chained(name: str) -> Array:
+        return np.concatenate([getattr(table, name) for table in kept])
+
+    def summed(name: str, first: bool) -> Array:
+        """Running ends, which begin anew in every part."""
+        out: list[Array] = []
+        before = 0
+        for table in kept:
+            ends = getattr(table, name)
+            out.append(ends[first and bool(out) :] + before)
+            before = int(out[-1][-1]) if len(out[-1]) else before
+        return np.concatenate(out)
+
+    plain = ("begin", "size", "crc", "member_begin", "member_size", "member_kind", "keys")
+    regions = Regions(**{k: chained(k) for k in plain}, first=summed("first", True), key_end=summed("key_end", False))
+    index = Index(shards, extensions, regions)
+    _check(index)
+    return index
+
+
+def _renumber(kinds: Array, old: Sequence[str], new: Sequence[str]) -> Array:
+    return np.array([new.index(name) for name in old] or [0], np.uint8)[kinds]
+
+
+def _check(index: Index) -> None:
+    seen: dict[str, str] = {}
+    for shard in index.shards:
+        if shard.sha256 and (other := seen.setdefault(shard.sha256, shard.name)) != shard.name:
+            raise InputError(f"{other} and {shard.name} are the same, byte for byte: remove one of them")
+    r, classes = index.regions, index.having("cls")
+    if r is not None and classes not in (0, len(index)):
+        number = index.extensions.index("cls")
+        bare = next(n for n in range(len(index)) if number not in r.member_kind[r.first[n] : r.first[n + 1]])
+        raise InputError(
+            f"{len(index) - classes:,} of {len(index):,} samples have no class (KEY.cls), first {index.name(bare)}"
+        )
+
+
+def build(
+    files: Sequence[str | Path],
+    jobs: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    hashed: bool = True,
+    regions: bool = True,
+) -> Index:
+    """The index of these shards, in this order, scanned by so many processes."""
+    urls = [str(file) for file in files]
+    work = partial(scan, hashed=hashed, regions=regions)
+    parts = []
+    if jobs > 1 and len(urls) > 1:
+        with ProcessPoolExecutor(min(jobs, len(urls)), mp_context=get_context("forkserver")) as pool:
+            for part in pool.map(work, urls):
+                parts.append(part)
+                if progress:
+                    progress(len(parts), len(urls))
+    else:
+        for url in urls:
+            parts.append(work(url))
+            if progress:
+                progress(len(parts), len(urls))
+    return join(parts)

@@ -1,0 +1,200 @@
+"""Shards as files: where those of a split are, and what members they hold.
+
+A folder is local, or whatever fsspec opens (``s3://bucket/set``); a shard is a plain or a gzipped tar. Nothing is
+unpacked to disk. Refused are links and devices, absolute names and ``..``, pickles, members over 64 MB, keys that come
+again, and tars without their end.
+"""
+
+import gzip
+import hashlib
+import io
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import IO, Any
+
+import braceexpand
+import fsspec
+
+from lightning_tdisent.errors import InputError
+
+SUFFIXES = (".tar", ".tar.gz")
+MAX_MEMBER = 64 * 2**20
+PICKLED = {"pickle", "pkl", "pyd", "pth", "pt"}
+KEY = re.compile(r"(?:\./)*((?:.*/|)[^.]+)[.]([^/]*)$")  # of a member: key and extension, as webdataset has them
+BLOCK = 512
+PREPARE = "data/README.md says how to prepare each data set."
+
+# first byte, key, and members {extension: (first byte, size)}
+Layout = tuple[int, str, dict[str, tuple[int, int]]]
+
+
+def is_remote(url: str) -> bool:
+    """Whether a folder or file is to be opened by fsspec."""
+    return "://" in url or "::" in url
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path in it; fsspec keeps one of each kind per process."""
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"data.path: {url} cannot be opened: {error}") from None
+
+
+def open_shard(url: str) -> IO[bytes]:
+    """Its bytes as they lie there; raises OSError."""
+    if not is_remote(url):
+        return open(url, "rb")
+    system, path = file_system(url)
+    return system.open(path, "rb")
+
+
+@contextmanager
+def open_tar(url: str) -> Iterator[IO[bytes]]:
+    """The bytes of the tar of a plain or gzipped shard."""
+    with open_shard(url) as raw:
+        if url.endswith(".gz"):
+            with gzip.GzipFile(fileobj=raw) as plain:
+                yield io.BufferedReader(plain, 2**20)
+        else:
+            yield raw
+
+
+def find(path: str | Path, split: str) -> list[str]:
+    """Shards of a split, sorted: ``{split}-*.tar`` or ``.tar.gz`` of a folder, or those that a pattern names.
+
+    ``split`` is a pattern if it has ``*``, ``?``, ``[..]``, ``{000..123}`` or ends in .tar or .tar.gz. Refuses a folder
+    that holds none, or not all that braces name.
+    """
+    folder = str(path).rstrip("/") if len(str(path)) > 1 else str(path)
+    if folder.startswith("pipe:") or split.startswith("pipe:"):
+        raise InputError(
+            f"data.path: {folder} {split}: pipe: runs a command; name a folder, or a URL that fsspec opens"
+        )
+    braces = re.search(r"\{[^{}]*(\.\.|,)[^{}]*\}", split)
+    names = [name for name in _names(folder) if not name.startswith(".")]
+    shards = [name for name in names if name.endswith(SUFFIXES)]
+    if braces:
+        wanted = set(braceexpand.braceexpand(split))
+        found = sorted(wanted.intersection(shards))
+        if missing := sorted(wanted.difference(shards)):
+            raise InputError(
+                f"data.path: {folder} holds {len(found)} of the {len(wanted)} shards of {split}; not {missing[0]}"
+            )
+    else:
+        pattern = split if re.search(r"[*?\[]", split) or split.endswith(SUFFIXES) else f"{split}-*"
+        found = sorted(name for name in shards if fnmatch(name, pattern))
+    if not found:
+        asked = f"{split}-*.tar(.gz)" if pattern == f"{split}-*" else split
+        raise InputError(
+            f"data.path: {folder} holds no shards {asked}; it holds {', '.join(names[:5]) or 'nothing'}. {PREPARE}"
+        )
+    return [f"{folder}/{name}" for name in found]
+
+
+def _names(folder: str) -> list[str]:
+    if not is_remote(folder) and not Path(folder).is_dir():
+        raise InputError(f"data.path: {folder} is not a folder. {PREPARE}")
+    try:
+        if not is_remote(folder):
+            return sorted(os.listdir(folder))
+        system, path = file_system(folder)
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in system.ls(path, detail=False))
+    except FileNotFoundError:
+        raise InputError(f"data.path: there is no folder {folder}. {PREPARE}") from None
+    except InputError:
+        raise
+    except Exception as error:  # the clients of object stores have errors of their own
+        raise InputError(f"data.path: {folder} cannot be read: {error}") from None
+
+
+def walk(tar: tarfile.TarFile, where: str) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Key, extension and header of every member that belongs to a sample; refuses what no shard should hold."""
+    for member in tar:
+        place = f"{where}: member {member.name} (byte {member.offset})"
+        if member.isdir():
+            continue
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            raise InputError(f"{place} is a link, a device or the like; a shard holds plain files")
+        if member.name.startswith("/") or ".." in member.name.split("/"):
+            raise InputError(f"{place} has an absolute name, or one with '..'")
+        if member.size > MAX_MEMBER:
+            raise InputError(f"{place} has {member.size:,} bytes, more than {MAX_MEMBER:,}")
+        parts = KEY.match(member.name)
+        if parts is None:  # hidden, or without an extension: of no sample
+            continue
+        extension = parts[2].lower()
+        if extension.rpartition(".")[2] in PICKLED:
+            raise InputError(f"{place} is a pickle, which could run anything; store png, jpg, webp, cls, txt or npy")
+        yield parts[1], extension, member
+
+
+def layout(stream: IO[bytes], where: str) -> tuple[list[Layout], int]:
+    """First byte, key and members {extension: (first byte, size)} of every sample, and the length of the tar."""
+    found: list[Layout] = []
+    seen: dict[str, int] = {}
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        for key, extension, member in walk(tar, where):
+            if found and found[-1][1] == key:
+                members = found[-1][2]
+                if extension in members:
+                    raise InputError(
+                        f"{where}: {member.name} is there twice, at bytes {members[extension][0]} and "
+                        f"{member.offset_data}"
+                    )
+            elif key in seen:
+                raise InputError(
+                    f"{where}: the sample {key} is there twice, at bytes {seen[key]} and {member.offset}; "
+                    "its members must follow each other"
+                )
+            else:
+                members = {}
+                found.append((member.offset, key, members))
+                seen[key] = member.offset
+            members[extension] = (member.offset_data, member.size)
+        end = tar.offset
+    stream.seek(end)
+    if (mark := stream.read(BLOCK)) != bytes(BLOCK):
+        what = "a damaged header" if mark else "its end mark is missing; was it cut off?"
+        raise InputError(f"{where} is damaged at byte {end}: {what}")
+    end += BLOCK
+    while block := stream.read(2**20):
+        end += len(block)
+    return found, end
+
+
+def checksums(stream: IO[bytes], begins: Sequence[int], end: int) -> list[int]:
+    """CRC-32 of every region; the first one begins at 0, the last one ends with the tar."""
+    stream.seek(0)
+    out = []
+    for stop in [*begins[1:], end][: len(begins)]:
+        crc, left = 0, stop - stream.tell()
+        while left:
+            block = stream.read(min(left, 2**20))
+            if not block:
+                raise EOFError("it ends early")
+            crc, left = zlib.crc32(block, crc), left - len(block)
+        out.append(crc)
+    return out
+
+
+def hash_file(url: str) -> tuple[int, str]:
+    """Bytes and SHA-256 of a shard as it lies there; raises OSError."""
+    total, size = hashlib.sha256(), 0
+    with open_shard(url) as raw:
+        while block := raw.read(2**20):
+            total.update(block)
+            size += len(block)
+    return size, total.hexdigest()
+
+
+def size_of(url: str) -> int:
+    """Bytes of a shard as it lies there; raises OSError."""
+    with open_shard(url) as raw:
+        return raw.seek(0, os.SEEK_END)

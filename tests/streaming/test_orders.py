@@ -1,0 +1,235 @@
+import gzip
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.lit.datamodule import ResumableLoader
+from lightning_tdisent.streaming.decode import Decoder
+from lightning_tdisent.streaming.index import Index, Shard, build, path_of
+from lightning_tdisent.streaming.orders import Shuffled, Streamed
+from lightning_tdisent.streaming.shards import Shards, load
+from lightning_tdisent.streaming.tars import find
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # 2 cores are enough
+LAYOUTS = [(1, 0), (1, 4), (2, 2), (4, 1)]
+
+
+def zipped(folder):
+    for file in folder.glob("*.tar"):
+        (folder / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes(), mtime=0))
+        file.unlink()
+
+
+def save_index(folder, **options):
+    build(find(folder, "train"), **options).save(path_of(folder, "train"))
+
+
+def opened(folder):
+    return Shards.open(folder, "train", Decoder(1))
+
+
+def rows(make, world, workers, first=0, steps=None):
+    """(label, id, mirrored) of what the loaders of all ranks hand out, in the order of the global batches."""
+    streams = []
+    for rank in range(world):
+        dataset = make(rank, world)
+        loader = ResumableLoader(dataset, workers, first)
+        batches = itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), steps or len(dataset))
+        streams.append(
+            [[(*x, y) for *x, y in zip(b["label"].tolist(), b["id"].tolist(), tilted(b), strict=True)] for b in batches]
+        )
+        loader.close()
+    assert len({len(s) for s in streams}) == 1  # every rank takes the same number of steps
+    return [row for step in zip(*streams, strict=True) for batch in step for row in batch]
+
+
+def tilted(batch):
+    """The images of some tests are darker on the left: whether they have been mirrored."""
+    return (batch["image"][..., 0] > batch["image"][..., -1]).flatten(1).any(1).tolist()
+
+
+KINDS = ["memory", "single reads", "sequential", "sequential, gzipped", "sequential, no samples listed"]
+
+
+def source(kind, folder):
+    """A maker of datasets with 8 images over all ranks."""
+    if kind == "sequential, gzipped":
+        zipped(folder)
+    if kind == "sequential, no samples listed":
+        save_index(folder, regions=False)
+    elif kind != "memory":
+        save_index(folder)
+    data = load(folder, "train", 1) if kind == "memory" else opened(folder)
+
+    def dataset(rank, world, total=4, seed=5):
+        if kind in ("memory", "single reads"):
+            return Shuffled(data, total // world, seed, rank, world, flip=True)
+        return Streamed(data, total // world, seed, rank, world, flip=True, buffer=8)
+
+    return dataset
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_order_is_a_function_of_seed_and_epoch_alone(kind, tilted_shards):
+    make = source(kind, tilted_shards)
+    one = rows(make, 1, 0, 3 * 7)
+    assert len(one) == 28  # 30 = 7 x 4 + 2: the incomplete batch is left out
+    assert len({label for label, *_ in one}) == 28
+    assert all(label == number for label, number, _ in one)
+    assert {mirrored for *_, mirrored in one} == {False, True}
+    for world, workers in LAYOUTS:
+        assert rows(make, world, workers, 3 * 7) == one, (world, workers)
+    assert rows(make, 1, 0, 4 * 7) != one
+    assert [label for label, *_ in one] != sorted(label for label, *_ in one)
+    other = make(0, 1, seed=6)
+    assert rows(lambda *_: other, 1, 0, 3 * 7) != one
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_anywhere(kind, tilted_shards):
+    make = source(kind, tilted_shards)
+    whole = rows(make, 1, 0, 0, 21)
+    for first in (1, 6, 7, 13, 20):
+        for workers in (0, 2):
+            assert rows(make, 1, workers, first, 21 - first) == whole[4 * first :], (first, workers)
+
+
+def test_memory_and_single_reads_have_one_order(tilted_shards):
+    assert rows(source("memory", tilted_shards), 1, 0) == rows(source("single reads", tilted_shards), 2, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_ranks_than_shards(kind, tilted_shards):
+    make = source(kind, tilted_shards)
+    labels = [label for label, *_ in rows(lambda r, w: make(r, w, total=5), 5, 0)]
+    assert sorted(labels) == list(range(30))
+
+
+@pytest.mark.parametrize("kind", ["sequential", "sequential, gzipped"])
+def test_one_shard_on_four_ranks(kind, tilted_shards):
+    for file in sorted(tilted_shards.glob("*.tar"))[1:]:
+        file.unlink()
+    make = source(kind, tilted_shards)
+    seen = [rows(make, *layout, 2) for layout in LAYOUTS]
+    assert len({label for label, *_ in seen[0]}) == 8
+    assert all(one == seen[0] for one in seen)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=7),
+    batch=st.integers(1, 12),
+    world=st.integers(1, 4),
+    buffer=st.integers(1, 60),
+    first=st.integers(0, 100),
+    workers=st.integers(1, 5),
+)
+def test_lanes_cut_any_shards_into_any_batches(counts, batch, world, buffer, first, workers):
+    """The parts of all ranks and workers, put together, are those of one process; an epoch repeats nothing."""
+
+    class Source:
+        urls = [str(i) for i in range(len(counts))]
+        index = Index(tuple(Shard(str(i), 0, "", n, "") for i, n in enumerate(counts)), (), None)
+
+        def __init__(self):
+            self.read = Counter()
+
+        def __len__(self):
+            return sum(counts)
+
+        def stream(self, shard, start):
+            begin, end = self.index.starts[shard : shard + 2]
+            for number in range(begin + start, end):
+                self.read[int(number)] += 1
+                yield int(number), {}
+
+        def collate(self, numbers, raw, flip):
+            return list(numbers)
+
+    if sum(counts) < batch * world:
+        return
+    whole = Streamed(Source(), batch * world, 3, buffer=buffer)
+    whole.first = first
+    steps = len(whole) + 2
+    expected = list(itertools.islice(whole, steps))
+    parts = Streamed(Source(), batch, 3, 0, world).parts(workers)
+    made = []
+    for rank in range(world):
+        for part in range(parts):
+            one = Streamed(Source(), batch, 3, rank, world, buffer=buffer)
+            one.first = first
+            one._worker = lambda place=(part, parts): place
+            made.append(list(itertools.islice(one, steps)))
+    assert [list(itertools.chain(*step)) for step in zip(*made, strict=True)] == expected
+    start = Streamed(Source(), batch * world, 3, buffer=buffer)
+    epoch = list(itertools.chain(*itertools.islice(start, len(start))))
+    assert len(set(epoch)) == len(epoch) == len(start) * batch * world
+    assert max(start.source.read.values()) <= 2  # the last samples of a lane may be read for the window after it
+
+
+def test_each_byte_is_read_about_once_however_many_ranks(tilted_shards):
+    """3 shards, 3 ranks: as many samples are read as there are, and a little at the seams of the lanes."""
+    save_index(tilted_shards)
+    read = 0
+    for rank in range(3):
+        shards = opened(tilted_shards)
+        part = Streamed(shards, 2, 0, rank, 3, buffer=1)
+        list(itertools.islice(part, len(part)))
+        read += int((shards.known == 1).sum())
+    assert read == 30
+
+
+def test_fewer_images_than_a_batch_are_refused_in_both_forms(shards):
+    for kind, data in ((Shuffled, load(shards, "train", 1)), (Streamed, opened(shards))):
+        with pytest.raises(InputError, match=r"batch_size: 31 .* more than the 30"):
+            kind(data, 31, 0)
+
+
+def test_single_reads_of_gzipped_shards_are_refused(shards):
+    zipped(shards)
+    with pytest.raises(InputError, match=r"single samples of .tar.gz .* use data.access sequential"):
+        Shuffled(opened(shards), 4, 0)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_on_the_device_nothing_is_copied_and_the_order_is_the_same(shards, world):
+    data = load(shards, "train", 1)
+    plain = Shuffled(data, 4, 0, world=world, flip=True)
+    resident = Shuffled(data, 4, 0, world=world, flip=True, device=torch.device("cpu"))
+    for a, b in itertools.islice(zip(plain, resident, strict=True), 9):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_half_of_the_images_are_mirrored_and_which_ones_changes(tmp_path):
+    data = torch.zeros(1000, 1, 1, 2, dtype=torch.uint8)
+    data[..., 1] = 9
+    from lightning_tdisent.streaming.shards import ImageSet
+
+    run = Shuffled(ImageSet(data, torch.arange(1000), ""), 1000, 0, flip=True)
+    marks = []
+    for batch in itertools.islice(run, 2):
+        mark = torch.zeros(1000, dtype=torch.bool)
+        mark[batch["id"]] = batch["image"][:, 0, 0, 0] == 9
+        marks.append(mark)
+    assert all(440 < int(mark.sum()) < 560 for mark in marks)
+    assert 440 < int((marks[0] ^ marks[1]).sum()) < 560
+
+
+def test_a_pattern_names_shards(shards):
+    assert len(find(shards, "train-000[01].tar")) == 2
+    assert [url.rpartition("/")[2] for url in find(shards, "train-{0000..0001}.tar")] == [
+        "train-0000.tar",
+        "train-0001.tar",
+    ]
+    assert len(find(shards, "*")) == 3
+    assert [url.rpartition("/")[2] for url in find(shards, "train-0002.tar")] == ["train-0002.tar"]
+    with pytest.raises(InputError, match=r"holds 3 of the 5 shards of train-\{0000..0004\}.tar; not train-0003.tar"):
+        find(shards, "train-{0000..0004}.tar")
+    save = Shards.open(shards, "train-{0001..0002}.tar", Decoder(1))
+    assert len(save) == 20
