@@ -3,12 +3,13 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent import __version__
-from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.errors import Halted, InputError, nearest
 
 if TYPE_CHECKING:
     from lightning_tdisent.report.study import Study
@@ -80,7 +81,48 @@ def parser() -> argparse.ArgumentParser:
     f.add_argument("--workers", type=int, default=0, help="processes at a time (default: one per core)")
     f.add_argument("--set", action="append", default=[], metavar="RUN.KEY=VALUE", dest="overrides",
                    help="override for a run's fit, e.g. experts.model.objective=Eps; * is every run")  # fmt: skip
+    _data_commands(commands.add_parser("data", help="prepare, index, verify or inspect shards of images"))
     return out
+
+
+def _data_commands(data: argparse.ArgumentParser) -> None:
+    commands = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run, imports=[])
+        command.add_argument("--split", default="train", help="which one (default train), or a pattern of its shards")
+        command.add_argument("--jobs", type=int, help="processes (default: one per core)")
+        return command
+
+    p = add("prepare", _prepare, "make shards and their index from a raw data set; the same command goes on")
+    p.add_argument(
+        "source", type=Path, help="images in class folders or flat, ILSVRC, MNIST, CIFAR-10, parquet, shards"
+    )
+    p.add_argument("out", type=Path, help="folder for the shards")
+    p.add_argument("--kind", default="auto", help="of the source, where it is not clear; a wrong one lists them")
+    p.add_argument("--size", type=int, help="crop and resize to SIZE x SIZE as ADM does (default: as they are)")
+    p.add_argument("--encode", default="keep", help="png, jpg or webp (default: keep the bytes where nothing changes)")
+    p.add_argument("--samples", type=int, default=10_000, help="per shard (default 10000)")
+    shuffle = "mix all samples once (default: where the source is sorted by class)"
+    p.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=None, help=shuffle)
+    p.add_argument("--seed", type=int, default=0, help="of the order")
+    p.add_argument("--vae", type=Path, help="folder of a diffusers AutoencoderKL: store latents instead of images")
+    p.add_argument("--device", default="cpu", help="of the autoencoder")
+    p.add_argument("--batch-size", type=int, default=32, help="of the autoencoder")
+    p.add_argument("--bad", type=float, default=0.001, help="share of the samples that may be left out (default 0.001)")
+
+    i = add("index", _index, "write the index of shards, from which on they are verified and read one by one")
+    i.add_argument("folder", help="of the shards, or its URL")
+    i.add_argument("--no-samples", action="store_true", help="one row per shard, for a corpus too large to list")
+
+    v = add("verify", _verify, "read every byte and compare it with the index; exit code 1 if anything has changed")
+    v.add_argument("folder", help="of the shards, or its URL")
+
+    n = add("inspect", _inspect, "contact sheet, histogram and classes, as PNG and in the terminal")
+    n.add_argument("folder", help="of the shards, or its URL")
+    n.add_argument("-n", type=int, default=1000, help="samples looked at (default 1000)")
+    n.add_argument("--out", type=Path, help="the PNG (default inspect-SPLIT.png, here)")
 
 
 def _sampler_options(command: argparse.ArgumentParser) -> None:
@@ -101,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(argv)
             return 0
         if argv and not argv[0].startswith("-"):
-            known = [*LIGHTNING, "sample", "compose", "average", "evaluate", "report", "study"]
+            known = [*LIGHTNING, "sample", "compose", "average", "evaluate", "report", "study", "data"]
             if argv[0] not in known:
                 raise InputError(
                     f"there is no command {argv[0]!r}.{nearest(argv[0], known)} Commands: {', '.join(known)}"
@@ -247,3 +289,77 @@ def fit_job(argv: list[str], report: Callable[[int, int], None]) -> None:
     from lightning_tdisent.lit.entry import run
 
     run(argv, [StepProgress(report)])
+
+
+def _cores(asked: int | None) -> int:
+    if asked is not None and asked < 1:
+        raise InputError(f"--jobs: at least 1, got {asked}")
+    return asked or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
+@contextmanager
+def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _prepare(a: argparse.Namespace) -> None:
+    from lightning_tdisent.streaming.prepare import Options, prepare
+    from lightning_tdisent.streaming.raw import find_source
+
+    source = find_source(a.source, a.split, a.kind)
+    options = Options(
+        a.size, a.encode, a.samples, a.shuffle, a.seed, vae=a.vae, device=a.device, batch_size=a.batch_size, bad=a.bad
+    )
+    print(f"{a.source}: {len(source):,} samples of {source.kind}")
+    with _bar("samples") as progress:
+        made = prepare(source, a.split, a.out, options, _cores(a.jobs), progress)
+    print(f"{a.out}: {made.samples:,} samples in {made.shards} shards, {made.bytes / 1e6:,.1f} MB, with their index")
+    if made.skipped:
+        first = made.skipped[0]
+        print(
+            f"{len(made.skipped)} left out, see {a.out}/{a.split}.skipped.txt; the first: {first.name}: {first.reason}"
+        )
+
+
+def _index(a: argparse.Namespace) -> None:
+    from lightning_tdisent.streaming.index import build, path_of
+    from lightning_tdisent.streaming.tars import find
+
+    files = find(a.folder, a.split)
+    with _bar("shards") as progress:
+        index = build(files, _cores(a.jobs), progress, regions=not a.no_samples)
+    index.save(path_of(a.folder, a.split))
+    print(f"{path_of(a.folder, a.split)}: {len(index):,} samples in {len(files)} shards, digest {index.digest}")
+
+
+def _verify(a: argparse.Namespace) -> None:
+    from lightning_tdisent.streaming.shards import verify
+
+    with _bar("shards") as progress:
+        index, wrong = verify(a.folder, a.split, _cores(a.jobs), progress)
+    for line in wrong[:20]:
+        print(line)
+    what = f"{a.folder} ({a.split})"
+    if wrong:
+        raise Halted(f"{what}: {len(wrong):,} samples or shards of {len(index):,} are not what they were")
+    print(f"{what}: all {len(index):,} samples in {len(index.shards)} shards are good, digest {index.digest}")
+
+
+def _inspect(a: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from lightning_tdisent.report.dataset import draw, look, table
+
+    found = look(a.folder, a.split, a.n)
+    Console().print(table(found))
+    out = a.out or Path(f"inspect-{a.split}.png")
+    draw(found).savefig(out, dpi=110)
+    print(f"picture: {out}")

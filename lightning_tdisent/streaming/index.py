@@ -130,7 +130,8 @@ class Index:
         """Write the file: safetensors, whose metadata holds the rows of the shards and a hash of all else."""
         arrays = asdict(self.regions) if self.regions else {"none": np.zeros(0, np.uint8)}
         table = json.dumps({"shards": [asdict(s) for s in self.shards], "extensions": self.extensions})
-        content = save_arrays(arrays, {"format": FORMAT, "table": table, "sha256": _hash(table, arrays)})
+        about = {"format": FORMAT, "table": table, "sha256": _hash(table, arrays)}
+        content = save_arrays(arrays, {"index": json.dumps(about)})  # one key: their order is not kept
         if is_remote(str(path)):
             system, inside = file_system(str(path))
             system.pipe_file(inside, content)
@@ -152,7 +153,7 @@ class Index:
             else:
                 content = Path(path).read_bytes()
             size = int.from_bytes(content[:8], "little")
-            metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+            metadata = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["index"])
             if metadata["format"] != FORMAT:
                 raise InputError(f"{path} has the format {metadata['format']}, expected {FORMAT}: make it anew")
             arrays, table = load_arrays(content), json.loads(metadata["table"])

@@ -11,12 +11,15 @@ import os
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,7 +111,7 @@ class Shards:
 
     def batch(self, numbers: Sequence[int], flip: Tensor | None = None) -> Sample:
         """Read and decode these samples; see `collate`."""
-        return self.collate(numbers, self._read(numbers), flip)
+        return self.collate(numbers, self.read(numbers), flip)
 
     def collate(self, numbers: Sequence[int], raw: Sequence[Members | BadSample], flip: Tensor | None = None) -> Sample:
         """Decode to one batch; a sample that is skipped is replaced by its neighbour.
@@ -176,7 +179,8 @@ class Shards:
             self.known[number] = READ
         return self.index.members(number, region)
 
-    def _read(self, numbers: Sequence[int]) -> list[Members | BadSample]:
+    def read(self, numbers: Sequence[int]) -> list[Members | BadSample]:
+        """Members of these samples, each by one read (of object stores, all at the same time)."""
         r = self.index.regions
         assert r is not None
         shards = [self.index.place(number)[0] for number in numbers]
@@ -196,6 +200,24 @@ class Shards:
             for number, region in zip(numbers, found, strict=True)
         ]
 
+    def classes(self) -> Tensor:
+        """int64 (N,), the class of every sample, -1 where there is none; images are not decoded."""
+        r = self.index.regions
+        if "cls" not in self.index.extensions:
+            return torch.full((len(self),), -1)
+        if r is None or not self.random_access or is_remote(self.urls[0]):
+            everything = (members for shard in range(len(self.urls)) for _, members in self.stream(shard))
+            found = [members.get("cls", b"-1") if isinstance(members, dict) else b"-1" for members in everything]
+        else:
+            kind, owner = self.index.extensions.index("cls"), np.repeat(np.arange(len(self)), np.diff(r.first))
+            chosen = r.member_kind == kind
+            begin, size = (r.begin[owner] + r.member_begin)[chosen], r.member_size[chosen]
+            places = zip(owner[chosen].tolist(), begin.tolist(), size.tolist(), strict=True)
+            found = [_pread(self.urls[self.index.place(n)[0]], b, size) for n, b, size in places]
+        return torch.tensor(
+            [int(c) if isinstance(c, bytes) and c.strip().lstrip(b"-").isdigit() else -1 for c in found]
+        )
+
     def stream(self, shard: int, start: int = 0) -> Iterator[tuple[int, Members | BadSample]]:
         """Number and members of the samples of a shard from its start-th on, one after the other: all of them.
 
@@ -203,7 +225,6 @@ class Shards:
         """
         number, end = (int(n) for n in self.index.starts[shard : shard + 2])
         number += start
-        url = self.urls[shard]
         try:
             for members in self._whole(shard, start) if self.index.regions is None else self._regions(shard, start):
                 yield number, members
@@ -367,6 +388,29 @@ def differences(url: str, index: Index, shard: int) -> list[str]:
         found = [str(members) for _, members in reader.stream(shard) if isinstance(members, BadSample)]
     was = f"{row.bytes:,} bytes, now {size:,}" if size != row.bytes else f"{size:,} bytes"
     return found or [f"{name} has changed since its index was made, outside of any sample ({was}): another SHA-256"]
+
+
+def verify(
+    path: str | Path, split: str, jobs: int = 1, progress: Callable[[int, int], None] | None = None
+) -> tuple[Index, list[str]]:
+    """Read every byte of a split; its index, and what is wrong by shard and sample."""
+    urls, file = find(path, split), path_of(path, split)
+    try:
+        index = Index.load(file)
+    except FileNotFoundError:
+        raise InputError(
+            f"{file} is not there, so that nothing says what the shards were. If they are good, make it: "
+            f"python -m lightning_tdisent data index {path} --split {split}"
+        ) from None
+    urls = _matched(urls, index, file, sizes=False)
+    found: list[str] = []
+    with ProcessPoolExecutor(max(1, min(jobs, len(urls))), mp_context=get_context("forkserver")) as pool:
+        work = pool.map(differences, urls, itertools.repeat(index), range(len(urls)))
+        for done, wrong in enumerate(work, 1):
+            found += wrong
+            if progress:
+                progress(done, len(urls))
+    return index, found
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,252 @@
+"""What reading shards costs: the loader against the bare decoding of the same images, and against plain webdataset.
+
+What is compared, one core each, in images per second of process time:
+
+- bare: a loop over the JPEGs of a set, already in memory: simplejpeg, torch's antialiased bicubic on uint8, centre
+  crop. Nothing is read, checked, shuffled or put into batches.
+- loader: `Shuffled` over `Shards` with an index, no worker processes: one read a sample in a new permutation, CRC-32
+  compared as in a first epoch, decoded, cropped, put into batches of uint8.
+- the same without the comparison, for what it costs; and `Streamed` over the same shards.
+- webdataset: ``WebDataset(...).decode("pil")``, ADM's crop by Pillow (box, bicubic), batches of uint8.
+
+How. The images are copied into plain tars in a temporary folder, whose pages the system then keeps. Each pass goes
+over all of them; passes alternate, in an order that turns round every time, and results are medians of the ratios of
+passes side by side. The resize is compared with Pillow's, pixel by pixel. Memory: resident set of the loader after
+epochs 2 and 12. A set that fits: time to take a batch of 128 of 50,000 images 32 x 32 in memory (or on the device)
+against a training step of a U-Net on it.
+
+The set is ``$TDISENT_DATA/imagenet-sample`` (or data/imagenet-sample); where there is none, photographs are made up.
+
+    OMP_NUM_THREADS=1 python benchmarks/data.py [--quick] [--images FOLDER] [--device cuda]
+"""
+
+import argparse
+import io
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import simplejpeg
+import torch
+import webdataset as wds
+from _machine import describe, lines, quartiles
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.lit.modules import ReducedStates
+from lightning_tdisent.networks.unet import UNet
+from lightning_tdisent.streaming.decode import Decoder, adm_crop, decode_image
+from lightning_tdisent.streaming.index import build, path_of
+from lightning_tdisent.streaming.orders import Shuffled, Streamed
+from lightning_tdisent.streaming.shards import ImageSet, Policy, Shards
+from lightning_tdisent.streaming.tars import find
+
+SIZE, BATCH, PER_SHARD = 256, 20, 50
+
+
+def photographs(folder: Path | None) -> list[bytes]:
+    """The JPEGs of a set, or 200 made-up ones of 500 x 375: smooth shapes and some grain."""
+    if folder is not None and folder.is_dir():
+        shards = Shards.open(folder, "train", Decoder())
+        everything = (m for shard in range(len(shards.urls)) for _, m in shards.stream(shard))
+        return [members["jpg"] for members in everything if isinstance(members, dict)]
+    rng, out = np.random.default_rng(0), []
+    for _ in range(200):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), 3)
+        grain = rng.normal(0, 12, (375, 500, 1))
+        pixels = np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)
+        out.append(simplejpeg.encode_jpeg(pixels, quality=92))
+    return out
+
+
+def write(jpegs: list[bytes], folder: Path) -> None:
+    """Shards of PER_SHARD images, with an index."""
+    for number in range(0, len(jpegs), PER_SHARD):
+        with wds.TarWriter(str(folder / f"train-{number // PER_SHARD:04d}.tar"), mtime=0) as shard:
+            for key, content in enumerate(jpegs[number : number + PER_SHARD], number):
+                shard.write({"__key__": f"{key:08d}", "jpg": content, "cls": b"0"})
+    build(find(folder, "train")).save(path_of(folder, "train"))
+
+
+def bare(jpegs: list[bytes]) -> int:
+    """Decode and resize, and nothing else."""
+    for content in jpegs:
+        array = simplejpeg.decode_jpeg(content)
+        while min(array.shape[:2]) >= 2 * SIZE:  # as ADM does; a plain bicubic would be another image
+            image = Image.fromarray(array)
+            even = image.width % 2 == image.height % 2 == 0
+            half = (
+                image.reduce(2) if even else image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+            )
+            array = np.array(half)
+        pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
+        height, width = pixels.shape[-2:]
+        scale = SIZE / min(height, width)
+        sides = round(height * scale), round(width * scale)
+        whole = interpolate(pixels, sides, mode="bicubic", antialias=True)
+        top, left = (sides[0] - SIZE) // 2, (sides[1] - SIZE) // 2
+        whole[0, :, top : top + SIZE, left : left + SIZE].contiguous()
+    return len(jpegs)
+
+
+def ours(order: type[Shuffled] | type[Streamed], folder: Path, verify: bool) -> Callable[[int], int]:
+    """One epoch of the loader; nothing has been verified before it."""
+    shards = Shards.open(folder, "train", Decoder(3, SIZE), Policy(verify=verify))
+
+    def epoch(number: int) -> int:
+        shards.known.zero_()
+        batches = order(shards, BATCH, seed=0)
+        batches.first = number * len(batches)
+        return sum(len(batch["image"]) for batch in itertools.islice(batches, len(batches)))
+
+    return epoch
+
+
+def plain(folder: Path) -> int:
+    """The pipeline that webdataset's documentation shows, with ADM's crop."""
+
+    def pixels(sample: tuple[Image.Image, int]) -> tuple[np.ndarray, int]:
+        return np.asarray(adm_crop(sample[0].convert("RGB"), SIZE)).transpose(2, 0, 1), sample[1]
+
+    urls = sorted(str(file) for file in folder.glob("*.tar"))
+    data = wds.WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False).shuffle(100, seed=0).decode("pil")
+    count = 0
+    for images, _ in data.to_tuple("jpg", "cls").map(pixels).batched(BATCH):
+        count += len(torch.from_numpy(np.ascontiguousarray(images)))
+    return count
+
+
+def resident_mb() -> float:
+    """Memory of this process."""
+    found = [line.split()[1] for line in lines("/proc/self/status") if line.startswith("VmRSS")]
+    return int(found[0]) / 1024 if found else float("nan")
+
+
+def memory(folder: Path) -> tuple[float, float]:
+    """After epochs 2 and 12."""
+    batches = Shuffled(Shards.open(folder, "train", Decoder(3, SIZE)), BATCH, seed=0)
+    stream = iter(batches)
+    for _ in itertools.islice(stream, 2 * len(batches)):
+        pass
+    early = resident_mb()
+    for _ in itertools.islice(stream, 10 * len(batches)):
+        pass
+    return early, resident_mb()
+
+
+def in_memory(device: str, steps: int) -> tuple[float, float]:
+    """Seconds of taking a batch of 128 from 50,000 images 32 x 32, and of a training step of a small U-Net on it."""
+    images = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8)
+    data = ImageSet(images, torch.zeros(50_000, dtype=torch.int64), "")
+    stream = iter(Shuffled(data, 128, seed=0, device=torch.device(device)))
+    module = ReducedStates(UNet([3, 32, 32], [32, 64], layers=1, mid_attention=False), LatentStates(S=8)).to(device)
+    optimizer = torch.optim.AdamW(module.denoiser.parameters())
+    taken: list[float] = []
+    trained: list[float] = []
+
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for _ in range(steps + 1):
+        begin = now()
+        batches = list(itertools.islice(stream, 20))
+        taken.append((now() - begin) / 20)
+        x0 = batches[0]["image"].float() / 127.5 - 1
+        begin = now()
+        s = torch.randint(1, 9, (len(x0),), device=device)
+        module.denoiser.loss(x0, s, torch.randn_like(x0), None).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trained.append(now() - begin)
+    return median(taken[1:]), median(trained[1:])
+
+
+def error(jpegs: list[bytes]) -> float:
+    """Grey levels between our crop and Pillow's, mean over all pixels."""
+
+    def gap(content: bytes) -> float:
+        exact = np.asarray(adm_crop(Image.open(io.BytesIO(content)).convert("RGB"), SIZE)).transpose(2, 0, 1)
+        return float(np.abs(decode_image(content, 3, SIZE, "").numpy().astype(int) - exact).mean())
+
+    return float(np.mean([gap(content) for content in jpegs]))
+
+
+def rates(passes: dict[str, Callable[[int], int]], rounds: int) -> dict[str, list[float]]:
+    """Images per second of process time of every pass; the first round does not count."""
+    out: dict[str, list[float]] = {name: [] for name in passes}
+
+    def turns() -> Iterator[tuple[int, str]]:
+        for number in range(rounds + 1):
+            for name in list(passes)[:: 1 if number % 2 else -1]:
+                yield number, name
+
+    for number, name in turns():
+        begin = time.process_time()
+        count = passes[name](number)
+        if number:
+            out[name].append(count / (time.process_time() - begin))
+    return out
+
+
+def main() -> None:
+    """Measure and print the result line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer passes: under a minute on two cores")
+    parser.add_argument("--images", type=Path, default=Path(os.environ.get("TDISENT_DATA", "data")) / "imagenet-sample")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    describe(
+        "webdataset", "simplejpeg", "pillow", GPU=torch.cuda.get_device_name() if args.device == "cuda" else "none"
+    )
+    jpegs = photographs(args.images)
+    size = sum(map(len, jpegs)) / len(jpegs) / 1e3
+    print(
+        f"images: {len(jpegs)} from {args.images if args.images.is_dir() else 'a generator'}, {size:.0f} kB on average"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(jpegs, folder)
+        passes: dict[str, Callable[[int], int]] = {
+            "bare": lambda _: bare(jpegs),
+            "loader": ours(Shuffled, folder, verify=True),
+            "unverified": ours(Shuffled, folder, verify=False),
+            "streamed": ours(Streamed, folder, verify=True),
+            "webdataset": lambda _: plain(folder),
+        }
+        found = rates(passes, 5 if args.quick else 30)
+        early, late = memory(folder)
+    taken, trained = in_memory(args.device, 3 if args.quick else 20)
+    ratio = {
+        name: [a / b for a, b in zip(found[name], found[other], strict=True)]
+        for name, other in (("loader", "bare"), ("streamed", "bare"), ("unverified", "loader"))
+    }
+    against = [a / b for a, b in zip(found["loader"], found["webdataset"], strict=True)]
+    print("\nimages/s and core, median [quartiles]")
+    for name, values in found.items():
+        print(f"  {name:12s} {quartiles(values)}")
+    print(
+        f"  loader / bare {quartiles(ratio['loader'])}, streamed / bare {quartiles(ratio['streamed'])}\n"
+        f"  loader / webdataset {quartiles(against)}\n"
+        f"  unverified / loader {quartiles(ratio['unverified'])}\n"
+        f"crop against Pillow's: {error(jpegs):.3f} grey levels on average\n"
+        f"memory: {early:.0f} MB after 2 epochs, {late:.0f} MB after 12\n"
+        f"in memory, 128 of 50,000 images 32 x 32: {taken * 1e3:.3f} ms of a step of {trained * 1e3:.1f} ms"
+    )
+    print(
+        f"\nRESULT loader_vs_decode={median(ratio['loader']):.3f} loader_vs_webdataset={median(against):.2f} "
+        f"verify_cost={median(ratio['unverified']) - 1:.4f} in_memory_share={taken / trained:.4f} "
+        f"resize_error={error(jpegs):.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
