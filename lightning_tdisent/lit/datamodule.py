@@ -143,7 +143,7 @@ class ImageShards(L.LightningDataModule):
         super().__init__()
         if channels not in (1, 3):
             raise InputError(f"data.channels: images have 1 or 3 channels, got {channels}")
-        for name, value in (("batch_size", batch_size), ("buffer", buffer), ("size", size or 1)):
+        for name, value in (("batch_size", batch_size), ("buffer", buffer), ("size", 1 if size is None else size)):
             if value < 1:
                 raise InputError(f"data.{name}: at least 1, got {value}")
         self.path, self.batch_size, self.train, self.val = path, batch_size, train, val
@@ -186,8 +186,8 @@ class ImageShards(L.LightningDataModule):
 
     @property
     def image_shape(self) -> list[int]:
-        """(C, H, W) of the held-out images."""
-        return list(self.held_out.images.shape[1:])
+        """(C, H, W) of the held-out images or latents."""
+        return list(self.held_out.images.shape[-3:])
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -11,7 +11,20 @@ from lightning_tdisent.lit.checkpoints import refuse_to_load
 from lightning_tdisent.sampling.composite import CompositeDenoiser, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import x0_errors
-from lightning_tdisent.sampling.sampler import DDIM, Sampler, probe_rows, sample
+from lightning_tdisent.sampling.sampler import DDIM, Sampler, from_uint8, probe_rows, sample
+
+
+def clean(batch: dict[str, Any], generator: torch.Generator | None = None) -> Tensor:
+    """x0 of a batch, float (B, C, H, W): its images in [-1, 1], or a draw from its latents (no generator: their mean).
+
+    A latent is mean + deviation z, z ~ N(0, 1): what the autoencoder would have drawn (its ``latent_dist``).
+    """
+    if "image" in batch:
+        return from_uint8(batch["image"])
+    mean, deviation = batch["latent"].float().unbind(1)
+    if generator is None:
+        return mean
+    return mean + deviation * torch.randn(mean.shape, generator=generator, device=mean.device)
 
 
 class DenoiserModule(L.LightningModule):
@@ -58,7 +71,7 @@ class DenoiserModule(L.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Error of x0_hat at the probe rows, on noise keyed by image and row."""
         label = batch["label"] if self.denoiser.classes else None
-        errors = x0_errors(self.denoiser, batch["image"], batch["id"].tolist(), self._probe, label)
+        errors = x0_errors(self.denoiser, clean(batch), batch["id"].tolist(), self._probe, label)
         self._sums += torch.cat([errors.sum(1), torch.tensor([errors.shape[1]])])
 
     def on_validation_epoch_end(self, prefix: str = "val") -> None:

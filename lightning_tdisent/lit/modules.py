@@ -21,12 +21,12 @@ from lightning_tdisent.diffusion.spec import Part, build, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.checkpoints import load
-from lightning_tdisent.lit.inference import DenoiserModule
+from lightning_tdisent.lit.inference import DenoiserModule, clean
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.composite import start_warm
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import Card
-from lightning_tdisent.sampling.sampler import DDIM, Sampler, from_uint8
+from lightning_tdisent.sampling.sampler import DDIM, Sampler
 
 SAME = ("network", "objective", "fingerprint", "rows", "image_range", "data")
 
@@ -140,7 +140,7 @@ class Diffusion(Part, DenoiserModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Noise the batch to rows owned, and take the loss of each image."""
-        x0 = from_uint8(batch["image"])
+        x0 = clean(batch, self.generator)
         s = draw_rows(self.row_choices, len(x0), self.generator, self.draw == "balanced")
         eps = torch.randn(x0.shape, generator=self.generator, device=x0.device)
         losses = self.denoiser.loss(x0, s, eps, self.drop_labels(batch["label"]))

@@ -35,10 +35,11 @@ def x0_errors(
 ) -> Tensor:
     """Mean squared error of x0_hat per row and image, (R, B) float64, on noise keyed by (image id, original index).
 
-    images: uint8 (B, C, H, W). Times SNR(s) it is the error of eps, over b_s^2 the error of v.
+    images: uint8 (B, C, H, W), or x0 itself, float (B, C, H, W). Times SNR(s) it is the error of eps, over b_s^2 the
+    error of v.
     """
     device = next(iter(denoise.parameters())).device
-    x0 = from_uint8(images).to(device)
+    x0 = (images.float() if images.is_floating_point() else from_uint8(images)).to(device)
     index = denoise.states.index.tolist()
     out = torch.empty(len(rows), len(images), dtype=torch.float64)
     for k, s in enumerate(rows):

@@ -158,6 +158,11 @@ def sample(
     """
     if batch_size < 1:
         raise InputError(f"batch_size: at least 1, got {batch_size}")
+    if denoise.shape[0] not in (1, 3):
+        raise InputError(
+            f"the model makes latents of {denoise.shape}, not images: call its sampler with clip None, and decode what "
+            "it returns with the autoencoder (z / scaling_factor + shift_factor)"
+        )
     if label is None and denoise.classes:
         label = torch.tensor([seed % denoise.classes for seed in seeds])
     for i in range(0, len(seeds), batch_size):

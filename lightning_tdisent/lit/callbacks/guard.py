@@ -15,13 +15,14 @@ class Guard(L.Callback):
     """Report steps that the module skipped, with the samples to blame, and stop after ``patience`` of them in a row.
 
     The module itself keeps optimizer and averages from moving, on the device. The report on a GPU comes one step
-    late, so that nobody waits for it.
+    late, so that nobody waits for it. Samples that the data module skipped (data.on_bad_shard) are counted in
+    ``train/skipped_samples``, those of the first rank; every rank names its own on stderr.
     """
 
     def __init__(self, patience: int = 10) -> None:
         if patience < 1:
             raise InputError(f"guard.patience: at least 1, got {patience}")
-        self.patience, self.skipped, self.streak = patience, 0, 0
+        self.patience, self.skipped, self.streak, self.lost = patience, 0, 0, 0
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
         self._waiting: tuple[int, list[tuple[Tensor, Tensor, Tensor]]] | None = None
 
@@ -39,6 +40,8 @@ class Guard(L.Callback):
         if trainer.global_step == self._seen:
             return  # gradients are being accumulated
         self._seen = trainer.global_step
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            self._count_samples(trainer, pl_module)
         self._look(trainer, pl_module)
         self._host.copy_(pl_module.skipped, non_blocking=True)
         self._waiting, self._parts = (trainer.global_step, self._parts), []
@@ -49,7 +52,15 @@ class Guard(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Look at the last step."""
+        self._count_samples(trainer, pl_module)
         self._look(trainer, pl_module)
+
+    def _count_samples(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        lost = getattr(trainer.datamodule, "lost", 0)
+        if lost != self.lost:
+            self.lost = lost
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/skipped_samples": float(lost)}, pl_module.images_seen)
 
     def _look(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         if self._waiting is None:

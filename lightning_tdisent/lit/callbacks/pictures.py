@@ -18,7 +18,7 @@ class Pictures(L.Callback):
 
     samples: images of the grid, seeds first_seed ..; strips: images of each strip. Rank 0 draws them. A model that
     owns only some rows cannot sample: its grid shows x0_hat from its highest row, under ``estimate``. Also written as
-    PNG under ``pictures/`` of the run folder.
+    PNG under ``pictures/`` of the run folder. Of latents nothing is drawn: their decoder is no part of a run.
     """
 
     def __init__(self, samples: int = 64, strips: int = 6, first_seed: int = 0) -> None:
@@ -26,7 +26,7 @@ class Pictures(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: DenoiserModule) -> None:
         """Draw and log."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or pl_module.denoiser.shape[0] not in (1, 3):
             return
         denoiser, data = pl_module.denoiser, trainer.datamodule.held_out
         rows = probe_rows(pl_module.rows)
