@@ -113,11 +113,9 @@ class Index:
         """Content by extension, cut from the region of a sample."""
         r = self.regions
         assert r is not None
-        out = {}
-        for m in range(int(r.first[sample]), int(r.first[sample + 1])):
-            begin = int(r.member_begin[m])
-            out[self.extensions[r.member_kind[m]]] = region[begin : begin + int(r.member_size[m])]
-        return out
+        chosen = slice(r.first[sample], r.first[sample + 1])
+        members = zip(r.member_kind[chosen], r.member_begin[chosen], r.member_size[chosen], strict=True)
+        return {self.extensions[kind]: region[begin : begin + size] for kind, begin, size in members}
 
     def having(self, *extensions: str) -> int:
         """Number of samples with a member of one of these extensions (each counted once per member)."""

@@ -61,6 +61,7 @@ class Shards:
     def __init__(self, urls: Sequence[str], index: Index, decoder: Decoder, policy: Policy = Policy()) -> None:
         self.urls, self.index, self.decoder, self.policy = urls, index, decoder, policy
         self.known = torch.zeros(len(index), dtype=torch.uint8).share_memory_()
+        self.checked = policy.verify and index.hashed
         self._verified: set[int] = set()
 
     @classmethod
@@ -149,7 +150,7 @@ class Shards:
         try:
             if isinstance(members, BadSample):
                 raise members
-            return {**self.decoder(members, self.name(number)), "id": number}
+            return {**self.decoder(members, _Name(self, number)), "id": number}
         except BadSample as error:
             self._skip(number, error)
             return None
@@ -173,19 +174,20 @@ class Shards:
         assert r is not None
         if len(region) != r.size[number]:
             return BadSample(f"{self.name(number)} is cut off after {len(region)} bytes")
-        if self.policy.verify and self.index.hashed and self.known[number] != READ:
+        known = self.known.numpy()  # of the shared memory; quicker than the tensor
+        if self.checked and known[number] != READ:
             if zlib.crc32(region) != r.crc[number]:
                 return BadSample(f"{self.name(number)} has changed since the index was made: another CRC-32")
-            self.known[number] = READ
+            known[number] = READ
         return self.index.members(number, region)
 
     def read(self, numbers: Sequence[int]) -> list[Members | BadSample]:
         """Members of these samples, each by one read (of object stores, all at the same time)."""
         r = self.index.regions
         assert r is not None
-        shards = [self.index.place(number)[0] for number in numbers]
-        ranges = [(int(r.begin[number]), int(r.size[number])) for number in numbers]
-        urls = [self.urls[shard] for shard in shards]
+        chosen = np.asarray(numbers)
+        urls = [self.urls[i] for i in (np.searchsorted(self.index.starts, chosen, "right") - 1).tolist()]
+        ranges = list(zip(r.begin[chosen].tolist(), r.size[chosen].tolist(), strict=True))
         found: list[bytes | Exception]
         if is_remote(urls[0]):
             system, _ = file_system(urls[0])
@@ -267,7 +269,7 @@ class Shards:
         first, end = int(self.index.starts[shard]), int(self.index.starts[shard + 1])
         if first + start >= end:
             return
-        if url.endswith(".gz") and self.policy.verify and self.policy.on_bad == "stop" and self.index.hashed:
+        if url.endswith(".gz") and self.checked and self.policy.on_bad == "stop":
             self._verify_file(shard)
         with open_tar(url) as stream:
             stream.seek(int(r.begin[first + start]))
@@ -324,6 +326,18 @@ def _matched(urls: Sequence[str], index: Index, file: str, sizes: bool) -> list[
                 f"{there[shard.name]} has {size:,} bytes, its index says {shard.bytes:,}. If that is right, {again}"
             )
     return [there[shard.name] for shard in index.shards]
+
+
+class _Name:
+    """A sample's name, put together only where a message needs it."""
+
+    __slots__ = ("number", "shards")
+
+    def __init__(self, shards: Shards, number: int) -> None:
+        self.shards, self.number = shards, number
+
+    def __str__(self) -> str:
+        return self.shards.name(self.number)
 
 
 class _Hashed(io.RawIOBase):
