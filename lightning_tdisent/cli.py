@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     f.add_argument("--workers", type=int, default=0, help="processes at a time (default: one per core)")
     f.add_argument("--set", action="append", default=[], metavar="RUN.KEY=VALUE", dest="overrides",
                    help="override for a run's fit, e.g. experts.model.objective=Eps; * is every run")  # fmt: skip
-    _data_commands(commands.add_parser("data", help="prepare, index, verify or inspect shards of images"))
+    _data_commands(commands.add_parser("data", help="make, prepare, index, verify or inspect shards of images"))
     return out
 
 
@@ -111,6 +111,12 @@ def _data_commands(data: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="cpu", help="of the autoencoder")
     p.add_argument("--batch-size", type=int, default=32, help="of the autoencoder")
     p.add_argument("--bad", type=float, default=0.001, help="share of the samples that may be left out (default 0.001)")
+
+    t = add("toy", _toy, "shards of made-up pictures with classes and captions: no download, no network")
+    t.add_argument("out", type=Path, help="folder for the shards")
+    t.add_argument("-n", type=int, default=2000, help="pictures (default 2000), in 4 shards")
+    t.add_argument("--size", type=int, default=32, help="of a side in pixels (default 32)")
+    t.add_argument("--seed", type=int, default=0, help="of the pictures; another one for another split")
 
     i = add("index", _index, "write the index of shards, from which on they are verified and read one by one")
     i.add_argument("folder", help="of the shards, or its URL")
@@ -327,6 +333,18 @@ def _prepare(a: argparse.Namespace) -> None:
         print(
             f"{len(made.skipped)} left out, see {a.out}/{a.split}.skipped.txt; the first: {first.name}: {first.reason}"
         )
+
+
+def _toy(a: argparse.Namespace) -> None:
+    from lightning_tdisent.streaming.prepare import Options, prepare
+    from lightning_tdisent.streaming.toy import Toy
+
+    if a.n < 1 or a.size < 4:
+        raise InputError(f"-n {a.n} --size {a.size}: at least one picture, of at least 4 pixels")
+    with _bar("samples") as progress:
+        source = Toy(a.n, a.size, a.seed)
+        made = prepare(source, a.split, a.out, Options(samples=-(-a.n // 4)), _cores(a.jobs), progress)
+    print(f"{a.out}: {made.samples:,} pictures in {made.shards} shards, with their index")
 
 
 def _index(a: argparse.Namespace) -> None:

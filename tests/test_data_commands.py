@@ -37,6 +37,32 @@ def test_from_a_folder_of_images_to_verified_shards(photographs, tmp_path, capsy
     assert capsys.readouterr().out == f"{out} (train): all 12 samples in 3 shards are good, digest {data.digest}\n"
 
 
+def test_toy_pictures_have_the_shapes_and_colours_that_they_are_said_to_have(tmp_path, capsys):
+    out = tmp_path / "toy"
+    command = ["data", "toy", str(out), "-n", "400", "--size", "64"]
+    assert main(command) == 0
+    assert "400 pictures in 4 shards" in capsys.readouterr().out
+    data = load(out, "train", 3)
+    assert data.labels.bincount(minlength=4).min() > 70
+    shape = ("circle", "square", "triangle", "cross")
+    assert [caption.split()[2] for caption in data.captions] == [shape[label] for label in data.labels]
+    images = data.images.float()
+    ground = images.flatten(2).amax(2).amax(1)  # of shape and grey ground, the ground is the lighter
+    inside = (images.amax(1) - images.amin(1)) > 20  # grey has no colour
+    share = {name: inside[data.labels == k].float().mean().item() for k, name in enumerate(shape)}
+    assert share["square"] > share["circle"] > share["cross"] > 0
+    assert share["circle"] / share["square"] == pytest.approx(np.pi / 4, abs=0.12)
+    assert share["triangle"] / share["square"] == pytest.approx(1 / 2, abs=0.12)
+    red = [i for i, caption in enumerate(data.captions) if " red " in caption]
+    strongest = (images * inside[:, None]).sum((2, 3)).argmax(1)
+    assert set(strongest[red].tolist()) == {0}
+    assert ground.min() >= 150
+    assert main(["data", "toy", str(tmp_path / "again"), "-n", "400", "--size", "64", "--jobs", "1"]) == 0
+    assert load(tmp_path / "again", "train", 3).digest == data.digest
+    assert main(["data", "toy", str(out), "-n", "40", "--split", "test", "--seed", "1"]) == 0
+    assert len(load(out, "test", 3)) == 40
+
+
 def test_verify_names_what_has_changed(photographs, tmp_path, capsys):
     out = tmp_path / "shards"
     main(["data", "prepare", str(photographs), str(out), "--samples", "5"])

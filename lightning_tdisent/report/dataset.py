@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 from torch import Tensor
 
@@ -112,6 +113,7 @@ def draw(look: Look, columns: int = 12, rows: int = 6) -> Figure:
         left.legend()
         right.bar(range(len(look.classes)), look.classes.tolist(), width=1 if len(look.classes) > 50 else 0.8)
         right.set(title="samples per class" if len(look.classes) else "no classes", xlabel="class")
+        right.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.suptitle(f"{Path(look.shards.where).name}, {look.split}: {len(look.shards):,} samples")
     return figure
 
