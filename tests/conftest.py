@@ -39,3 +39,17 @@ def cli():
         return done.returncode, done.stdout, done.stderr
 
     return run
+
+
+@pytest.fixture(scope="session")
+def prepared():
+    """The folder of a real data set, in $TDISENT_DATA, in data/, or in shared/data beside the checkout."""
+
+    def find(name: str) -> Path:
+        places = [Path(os.environ.get("TDISENT_DATA", ROOT / "data")), ROOT / "data", ROOT.parent / "shared" / "data"]
+        for place in places:
+            if (place / name).is_dir():
+                return (place / name).resolve()
+        pytest.skip(f"{name} is in none of {', '.join(map(str, places))}")
+
+    return find
