@@ -8,6 +8,7 @@ halved with a box filter while twice the size or more, then bicubic, then the ce
 """
 
 import io
+import math
 import struct
 import warnings
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from lightning_tdisent.errors import InputError
 IMAGES = ("png", "jpg", "jpeg", "webp")
 LATENT = "latent.npy"
 MAX_PIXELS = 89_478_485  # Pillow's bound, above which it warns; here an image above it is bad
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not those that start programs, as EPS does
 MODES = {1: "L", 3: "RGB"}
 
 Members = Mapping[str, bytes]
@@ -42,7 +44,7 @@ def open_image(content: bytes, where: object) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged EXIF, odd palettes; a bomb is looked for here
-            image = Image.open(io.BytesIO(content))
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
             _check_size(*image.size, where)
             image.load()
             return ImageOps.exif_transpose(image)
@@ -57,7 +59,7 @@ def open_image(content: bytes, where: object) -> Image.Image:
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """As L (grey) or RGB: 16 bits are scaled to 8, palettes looked up, transparency laid over white."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        wide = np.asarray(image, dtype=np.float64)
+        wide = np.nan_to_num(np.asarray(image, dtype=np.float64))
         top = 255.0 if wide.max(initial=0) <= 255 and not image.mode.startswith("I;16") else 65535.0
         image = Image.fromarray(np.clip(np.rint(wide * (255 / top)), 0, 255).astype(np.uint8))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -127,13 +129,15 @@ def _fast(content: bytes, channels: int, where: object) -> np.ndarray[Any, Any] 
 
 def _may_be_turned(content: bytes) -> bool:
     """Whether a JPEG's EXIF asks for another orientation than upright, or its segments cannot be followed."""
-    if len(content) < 8192 and b"Exif\0\0" not in content:  # quicker than to follow them
+    if len(content) < 8192 and b"Exif\0\0" not in content and b"tiff:" not in content:  # quicker than to follow them
         return False
     at = 2
     while at + 4 <= len(content) and content[at] == 0xFF:
         marker, length = content[at + 1], struct.unpack_from(">H", content, at + 2)[0]
         if marker == 0xDA:  # the scan begins
             return False
+        if marker == 0xE1 and b"tiff:Orientation" in content[at : at + 2 + length]:  # XMP, which Pillow heeds, too
+            return True
         if marker == 0xE1 and content[at + 4 : at + 10] == b"Exif\0\0":
             exif = Image.Exif()
             try:
@@ -185,6 +189,8 @@ class Decoder:
             out["image"] = decode_image(members[found[0]], self.channels, self.size, where)
         try:
             out["label"] = int(members["cls"]) if "cls" in members else -1
+            if not -1 <= out["label"] < 2**31:
+                raise ValueError(f"the class {members['cls'][:20]!r} is not from 0 to {2**31 - 1:,}")
             if "txt" in members:
                 out["caption"] = members["txt"].decode()
         except ValueError as error:
@@ -193,12 +199,18 @@ class Decoder:
 
     @staticmethod
     def _latent(content: bytes, where: object) -> Tensor:
+        stream = io.BytesIO(content)
         try:
-            array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-        except (ValueError, EOFError, OSError, SyntaxError) as error:
-            raise BadSample(f"{where} cannot be decoded: {LATENT}: {error}") from None
-        if array.dtype != np.float16 or array.ndim != 5 or array.shape[:2] != (2, 2):
+            np.lib.format.read_magic(stream)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        except Exception as error:  # its header is Python text, whose parser raises all kinds
+            raise BadSample(f"{where} cannot be decoded: {LATENT}: {type(error).__name__}") from None
+        values = content[stream.tell() :]
+        sized = len(shape) == 5 and shape[:2] == (2, 2) and min(shape) > 0 and math.prod(shape) * 2 == len(values)
+        if dtype != np.dtype("<f2") or not sized:
             raise BadSample(
-                f"{where}: {LATENT} is {array.dtype} of shape {array.shape}, expected float16 of shape (2, 2, C, h, w)"
+                f"{where}: {LATENT} is {dtype} of shape {shape} in {len(values):,} bytes, expected float16 of shape "
+                "(2, 2, C, h, w)"
             )
+        array = np.frombuffer(values, "<f2").reshape(shape, order="F" if fortran else "C").copy()
         return torch.from_numpy(array)

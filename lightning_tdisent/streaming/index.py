@@ -30,6 +30,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming.tars import checksums, file_system, hash_file, is_remote, layout, open_tar, size_of
 
 FORMAT = "lightning_tdisent.index/1"
+MAX_EXTENSIONS = 256
 
 Array = np.ndarray[Any, Any]
 
@@ -117,13 +118,6 @@ class Index:
         members = zip(r.member_kind[chosen], r.member_begin[chosen], r.member_size[chosen], strict=True)
         return {self.extensions[kind]: region[begin : begin + size] for kind, begin, size in members}
 
-    def having(self, *extensions: str) -> int:
-        """Number of samples with a member of one of these extensions (each counted once per member)."""
-        if self.regions is None:
-            return 0
-        kinds = [number for number, name in enumerate(self.extensions) if name in extensions]
-        return int(np.isin(self.regions.member_kind, kinds).sum())
-
     def save(self, path: str | Path) -> None:
         """Write the file: safetensors, whose metadata holds the rows of the shards and a hash of all else."""
         arrays = asdict(self.regions) if self.regions else {"none": np.zeros(0, np.uint8)}
@@ -162,9 +156,14 @@ class Index:
         except (ValueError, KeyError, TypeError, SafetensorError, UnicodeDecodeError) as error:
             if isinstance(error, InputError):
                 raise
+            folder = str(path).rpartition("/")[0]
             raise InputError(
-                f"{path} is damaged ({error}); make it anew: python -m lightning_tdisent data index {Path(path).parent}"
+                f"{path} is damaged ({error}); make it anew: python -m lightning_tdisent data index {folder}"
             ) from None
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _hash(table: str, arrays: dict[str, Array]) -> str:
@@ -195,15 +194,19 @@ def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
     keys = [key for _, key, _ in found]
     shard = Shard(name, size, sha256, len(found), hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16])
     extensions = sorted({kind for *_, members in found for kind in members})
-    if len(extensions) > 255:
-        raise InputError(f"{url} holds {len(extensions)} kinds of members; do the names of its samples have dots?")
-    if not regions:
+    bare = [(key, begin) for begin, key, members in found if "cls" not in members]
+    if 0 < len(bare) < len(found):
+        raise InputError(
+            f"{len(bare):,} of {len(found):,} samples have no class (KEY.cls), first {name}: sample {bare[0][0]} (byte "
+            f"{bare[0][1]})"
+        )
+    if not regions or len(extensions) > MAX_EXTENSIONS:  # which `join` refuses
         return Index((shard,), tuple(extensions), None)
     begins = [begin for begin, *_ in found]
     begin = np.array(begins, np.int64)
     begin[:1] = 0
     members = [(at - begin[n], size, kind) for n, (*_, m) in enumerate(found) for kind, (at, size) in m.items()]
-    encoded = [key.encode() for key in keys]
+    encoded, kinds = [key.encode() for key in keys], {kind: number for number, kind in enumerate(extensions)}
     return Index(
         (shard,),
         tuple(extensions),
@@ -214,7 +217,7 @@ def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
             first=np.cumsum([0, *(len(m) for *_, m in found)]).astype(np.int64),
             member_begin=np.array([m[0] for m in members], np.int64),
             member_size=np.array([m[1] for m in members], np.int64),
-            member_kind=np.array([extensions.index(m[2]) for m in members], np.uint8),
+            member_kind=np.array([kinds[m[2]] for m in members], np.uint8),
             key_end=np.cumsum([len(key) for key in encoded], dtype=np.int64),
             keys=np.frombuffer(b"".join(encoded), np.uint8),
         ),
@@ -225,7 +228,12 @@ def join(parts: Sequence[Index]) -> Index:
     """One index of several shards; refuses a key that two of them hold, and samples with and without a class."""
     extensions = tuple(sorted({name for part in parts for name in part.extensions}))
     shards = tuple(shard for part in parts for shard in part.shards)
+    if len(extensions) > MAX_EXTENSIONS:
+        raise InputError(
+            f"the samples have {len(extensions)} kinds of members, more than {MAX_EXTENSIONS}; do keys have dots?"
+        )
     tables = [part.regions for part in parts]
+    _check(parts)
     if any(table is None for table in tables):
         return Index(shards, extensions, None)
     kept = [
@@ -249,26 +257,26 @@ def join(parts: Sequence[Index]) -> Index:
 
     plain = ("begin", "size", "crc", "member_begin", "member_size", "member_kind", "keys")
     regions = Regions(**{k: chained(k) for k in plain}, first=summed("first", True), key_end=summed("key_end", False))
-    index = Index(shards, extensions, regions)
-    _check(index)
-    return index
+    return Index(shards, extensions, regions)
 
 
 def _renumber(kinds: Array, old: Sequence[str], new: Sequence[str]) -> Array:
     return np.array([new.index(name) for name in old] or [0], np.uint8)[kinds]
 
 
-def _check(index: Index) -> None:
+def _check(parts: Sequence[Index]) -> None:
+    """Refuse one shard twice, and shards with beside shards without classes."""
     seen: dict[str, str] = {}
-    for shard in index.shards:
-        if shard.sha256 and (other := seen.setdefault(shard.sha256, shard.name)) != shard.name:
-            raise InputError(f"{other} and {shard.name} are the same, byte for byte: remove one of them")
-    r, classes = index.regions, index.having("cls")
-    if r is not None and classes not in (0, len(index)):
-        number = index.extensions.index("cls")
-        bare = next(n for n in range(len(index)) if number not in r.member_kind[r.first[n] : r.first[n + 1]])
+    labelled: dict[bool, str] = {}
+    for part in parts:
+        shard = part.shards[0]
+        if shard.samples:
+            labelled.setdefault("cls" in part.extensions, shard.name)
+            if shard.sha256 and (other := seen.setdefault(shard.sha256, shard.name)) != shard.name:
+                raise InputError(f"{other} and {shard.name} are the same, byte for byte: remove one of them")
+    if len(labelled) > 1:
         raise InputError(
-            f"{len(index) - classes:,} of {len(index):,} samples have no class (KEY.cls), first {index.name(bare)}"
+            f"the samples of {labelled[False]} have no class (KEY.cls), those of {labelled[True]} have one"
         )
 
 

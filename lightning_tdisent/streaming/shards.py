@@ -26,7 +26,16 @@ from torch import Tensor
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming.decode import BadSample, Decoder, Members
 from lightning_tdisent.streaming.index import Index, build, path_of
-from lightning_tdisent.streaming.tars import file_system, find, hash_file, is_remote, open_shard, open_tar, walk
+from lightning_tdisent.streaming.tars import (
+    file_system,
+    find,
+    hash_file,
+    is_remote,
+    open_shard,
+    open_tar,
+    tar_members,
+    walk,
+)
 
 Sample = dict[str, Any]
 READ, BAD = 1, 2  # what is known of a sample
@@ -130,9 +139,7 @@ class Shards:
                 continue
             samples += [sample] * (waiting + 1) if not samples else [samples[-1]] * waiting + [sample]
             waiting = 0
-        if not samples:
-            raise InputError(f"{self.where}: not one of {len(raw)} samples of a batch can be used")
-        samples += [samples[-1]] * waiting
+        samples += [samples[-1] if samples else self._good] * waiting
         kind = "latent" if "latent" in samples[0] else "image"
         if len(sizes := {tuple(sample[kind].shape) if kind in sample else () for sample in samples}) > 1:
             raise self._unequal(sizes)
@@ -144,6 +151,12 @@ class Shards:
         if any("caption" in sample for sample in samples):
             out["caption"] = [sample.get("caption", "") for sample in samples]
         return out
+
+    @cached_property
+    def _good(self) -> Sample:
+        """The first sample of the split that can be used: for a batch in which none can."""
+        everything = (place for shard in range(len(self.urls)) for place in self.stream(shard))
+        return next(sample for place in everything if (sample := self.use(*place)))
 
     def use(self, number: int, members: Members | BadSample) -> Sample | None:
         """Decode one sample; None if it is to be skipped."""
@@ -289,8 +302,7 @@ class Shards:
         row, url = self.index.shards[shard], self.urls[shard]
         with open_shard(url) as raw:
             tee = _Hashed(raw)
-            mode: Any = "r|gz" if url.endswith(".gz") else "r|"
-            with tarfile.open(fileobj=tee, mode=mode) as tar:
+            with tar_members(tee, "r|gz" if url.endswith(".gz") else "r|", url) as tar:
                 last, members, n = None, dict[str, bytes](), -1
                 for key, extension, member in walk(tar, url):
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
@@ -302,12 +314,12 @@ class Shards:
                         content = tar.extractfile(member)
                         assert content is not None
                         members[extension] = content.read()
-                if members and n >= start:
-                    yield members
             if n + 1 != row.samples:
                 raise ValueError(f"it holds {n + 1} samples, its index says {row.samples}")
             if self.policy.verify and row.sha256 and tee.rest() != row.sha256:
-                raise InputError(f"{url} has changed since its index was made: another SHA-256")
+                raise BadSample(f"{url} has changed since its index was made: another SHA-256")
+            if members:  # the last one: as long as it is not handed out, nobody goes on without the comparison
+                yield members
 
 
 def _matched(urls: Sequence[str], index: Index, file: str, sizes: bool) -> list[str]:

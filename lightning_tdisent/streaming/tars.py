@@ -81,7 +81,10 @@ def find(path: str | Path, split: str) -> list[str]:
     names = [name for name in _names(folder) if not name.startswith(".")]
     shards = [name for name in names if name.endswith(SUFFIXES)]
     if braces:
-        wanted = set(braceexpand.braceexpand(split))
+        try:
+            wanted = set(braceexpand.braceexpand(split))
+        except braceexpand.UnbalancedBracesError as error:
+            raise InputError(f"data.path: {folder} {split}: {error}") from None
         found = sorted(wanted.intersection(shards))
         if missing := sorted(wanted.difference(shards)):
             raise InputError(
@@ -114,18 +117,42 @@ def _names(folder: str) -> list[str]:
         raise InputError(f"data.path: {folder} cannot be read: {error}") from None
 
 
+class _Header(tarfile.TarInfo):
+    """Refuses a size that cannot be, also of headers that only hold names, before anything of it is read."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:
+        if not 0 <= self.size <= MAX_MEMBER:
+            raise InputError(
+                f"member {self.name} (byte {self.offset}) is to have {self.size:,} bytes, more than {MAX_MEMBER:,} or "
+                "fewer than 0"
+            )
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
+@contextmanager
+def tar_members(stream: Any, mode: Any, where: str) -> Iterator[tarfile.TarFile]:
+    """A tar whose headers are checked as they are read; whatever is wrong with it is an `InputError`."""
+    try:
+        with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Header) as tar:
+            yield tar
+    except InputError as error:
+        raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
+
+
 def walk(tar: tarfile.TarFile, where: str) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Key, extension and header of every member that belongs to a sample; refuses what no shard should hold."""
     for member in tar:
         place = f"{where}: member {member.name} (byte {member.offset})"
         if member.isdir():
             continue
-        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
             raise InputError(f"{place} is a link, a device or the like; a shard holds plain files")
+        if not member.name.isprintable():  # also what is no UTF-8
+            raise InputError(f"{where}: the member at byte {member.offset} has the name {member.name!a}")
         if member.name.startswith("/") or ".." in member.name.split("/"):
             raise InputError(f"{place} has an absolute name, or one with '..'")
-        if member.size > MAX_MEMBER:
-            raise InputError(f"{place} has {member.size:,} bytes, more than {MAX_MEMBER:,}")
+        if not 0 <= member.size <= MAX_MEMBER:  # once more: an extended header may change it
+            raise InputError(f"{place} has {member.size:,} bytes, more than {MAX_MEMBER:,}, or fewer than 0")
         parts = KEY.match(member.name)
         if parts is None:  # hidden, or without an extension: of no sample
             continue
@@ -139,7 +166,7 @@ def layout(stream: IO[bytes], where: str) -> tuple[list[Layout], int]:
     """First byte, key and members {extension: (first byte, size)} of every sample, and the length of the tar."""
     found: list[Layout] = []
     seen: dict[str, int] = {}
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
+    with tar_members(stream, "r:", where) as tar:
         for key, extension, member in walk(tar, where):
             if found and found[-1][1] == key:
                 members = found[-1][2]
