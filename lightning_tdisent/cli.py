@@ -376,8 +376,10 @@ def _inspect(a: argparse.Namespace) -> None:
 
     from lightning_tdisent.report.dataset import draw, look, table
 
+    out = a.out or Path(f"inspect-{a.split}.png")
+    if a.n < 1 or out.suffix != ".png" or not out.parent.is_dir():
+        raise InputError(f"-n {a.n} --out {out}: at least one sample, and a .png in a folder that is there")
     found = look(a.folder, a.split, a.n)
     Console().print(table(found))
-    out = a.out or Path(f"inspect-{a.split}.png")
     draw(found).savefig(out, dpi=110)
     print(f"picture: {out}")

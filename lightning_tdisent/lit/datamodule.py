@@ -27,15 +27,17 @@ class ResumableLoader:
 
     def __init__(self, dataset: Shuffled | Streamed, workers: int, start: int = 0, rewind: bool = False) -> None:
         self.source, self.done, self.rewind = dataset, start, rewind
+        workers = dataset.workers(workers)
         self.parts = dataset.parts(workers)
         self.loader = DataLoader(
             dataset,
             batch_size=None,
-            num_workers=workers if self.parts == 1 else self.parts,
+            num_workers=workers,
             worker_init_fn=_ignore_signals,
             pin_memory=workers > 0 and torch.cuda.is_available(),
         )
         self._stream: Iterator[Sample] | None = None
+        self._workers: Any = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -43,13 +45,17 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[Sample]:
         if self._stream is None or self.rewind:  # for overfit_batches: the same ones in every epoch
             self.source.first = 0 if self.rewind else self.done
-            self._stream = self._whole(iter(self.loader if self.loader.num_workers else self.source))
+            self._stream = self._whole(self._open())
         try:
             for batch in itertools.islice(self._stream, len(self)):
                 self.done += 1
                 yield batch
-        except InputError as error:  # a worker's comes wrapped in its traceback
-            raise InputError(re.sub(r"^([A-Za-z_]\w*\.)+\w+: ", "", str(error).strip().splitlines()[-1])) from None
+        except InputError as error:
+            self.close()
+            said = str(error).strip()  # a worker's comes wrapped in its traceback
+            if said.startswith("Caught "):
+                said = re.sub(r"^lightning_tdisent\.[\w.]+: ", "", said.splitlines()[-1])
+            raise InputError(said) from None
 
     def _whole(self, stream: Iterator[Sample]) -> Iterator[Sample]:
         """Batches put together from the parts that the workers make."""
@@ -60,18 +66,35 @@ class ResumableLoader:
     def close(self) -> None:
         """Let the workers go."""
         self._stream = None
+        if self._workers is not None:  # else a cycle of references may keep them for 20 s after an error
+            self._workers._shutdown_workers()
+            self._workers = None
+
+    def _open(self) -> Iterator[Sample]:
+        self.close()
+        if not self.loader.num_workers:
+            return iter(self.source)
+        self._workers = iter(self.loader)
+        return self._workers
 
     def state_dict(self) -> dict[str, int]:
         """Batches handed out, and images in each over all ranks."""
-        return {"batches": self.done, "images": self.source.batch_size * self.source.world}
+        return {"batches": self.done, **self.source.state()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on behind them; refuses batches of another size."""
-        mine = self.state_dict()["images"]
-        if state["images"] != mine:
+        mine = self.state_dict()
+        if state["images"] != mine["images"]:
             raise InputError(
                 f"data.batch_size: the checkpoint was trained with {state['images']} images a step over all ranks, "
-                f"this run has {mine}; change data.batch_size or trainer.devices so that they agree"
+                f"this run has {mine['images']}; change data.batch_size or trainer.devices so that they agree"
+            )
+        order = {k: v for k, v in state.items() if k not in ("batches", "images")}
+        here = {k: v for k, v in mine.items() if k not in ("batches", "images")}
+        if order and order != here:
+            raise InputError(
+                f"data: the checkpoint was trained in the order of {order}, this run has that of {here}; give it the "
+                "same shards, data.resident, data.access and data.buffer"
             )
         self.done, self._stream = state["batches"], None
 
@@ -133,7 +156,7 @@ class ImageShards(L.LightningDataModule):
         flip: bool = False,
         resident: bool | Literal["device"] = True,
         access: Literal["auto", "random", "sequential"] = "auto",
-        buffer: int = 2000,
+        buffer: int = 10_000,
         workers: int = 0,
         verify: bool = True,
         on_bad_shard: Literal["stop", "skip"] = "stop",
@@ -143,9 +166,14 @@ class ImageShards(L.LightningDataModule):
         super().__init__()
         if channels not in (1, 3):
             raise InputError(f"data.channels: images have 1 or 3 channels, got {channels}")
-        for name, value in (("batch_size", batch_size), ("buffer", buffer), ("size", 1 if size is None else size)):
-            if value < 1:
-                raise InputError(f"data.{name}: at least 1, got {value}")
+        least = {"batch_size": (batch_size, 1), "buffer": (buffer, 1), "size": (size, 1), "val_limit": (val_limit, 1)}
+        for name, (value, low) in {**least, "workers": (workers, 0)}.items():
+            if value is not None and value < low:
+                raise InputError(f"data.{name}: at least {low}, got {value}")
+        if resident not in (True, False, "device"):
+            raise InputError(f"data.resident: true, false or device, got {resident}")
+        if access not in ("auto", "random", "sequential"):
+            raise InputError(f"data.access: auto, random or sequential, got {access}")
         self.path, self.batch_size, self.train, self.val = path, batch_size, train, val
         self.val_limit, self.resident, self.buffer, self.access = val_limit, resident, buffer, access
         self.workers, self.seed, self.flip = workers, seed, flip
@@ -198,6 +226,7 @@ class ImageShards(L.LightningDataModule):
         if seed is None:
             seed = torch.initial_seed() & 0xFFFFFFFF
             seed = self.trainer.strategy.broadcast(seed) if self.trainer else seed
+        self.shards.classes_known = getattr(getattr(self.trainer, "lightning_module", None), "classes", None)
         options: dict[str, Any] = {"seed": seed, "flip": self.flip}
         options["rank"], options["world"] = self._place()
         dataset: Shuffled | Streamed

@@ -41,6 +41,11 @@ class DenoiserModule(L.LightningModule):
         return self.denoiser.rows if isinstance(self.denoiser, Denoiser) else self.denoiser.states.rows
 
     @property
+    def classes(self) -> int | None:
+        """Classes that the network knows, None if it takes none."""
+        return self.denoiser.classes
+
+    @property
     def whole(self) -> bool:
         """Whether it owns every row, so that images can be sampled from it alone."""
         return self.rows == self.denoiser.states.rows

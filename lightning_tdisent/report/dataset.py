@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_tdisent.report.figures import COLOURS, STYLE
 from lightning_tdisent.streaming.decode import BadSample, Decoder
-from lightning_tdisent.streaming.shards import Sample, Shards
+from lightning_tdisent.streaming.shards import Policy, Sample, Shards
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -38,7 +38,7 @@ class Look:
 
 def look(path: str | Path, split: str, n: int = 1000) -> Look:
     """Decode ``n`` samples spread over a split; nothing that is bad stops it."""
-    shards = Shards.open(path, split, Decoder(3))
+    shards = Shards.open(path, split, Decoder(3), Policy("skip", 1.0))
     wanted = set(np.linspace(0, len(shards) - 1, min(n, len(shards))).astype(int).tolist())
     samples: list[Sample] = []
     bad: list[str] = []
@@ -49,11 +49,11 @@ def look(path: str | Path, split: str, n: int = 1000) -> Look:
         found = ((i, members) for i, members in every if i in wanted)
     for number, members in found:
         try:
-            sample = shards.use(number, members)
+            if isinstance(members, BadSample):
+                raise members
+            samples.append({**shards.decoder(members, shards.name(number)), "id": number})
         except BadSample as error:
             bad.append(str(error))
-            continue
-        samples += [sample] if sample else []
     images = [s["latent"][0, 0].float() if "latent" in s else s["image"] for s in samples]
     low, high = (-4, 4) if samples and "latent" in samples[0] else (0, 256)
     values = torch.zeros(max((len(i) for i in images), default=1), 256)

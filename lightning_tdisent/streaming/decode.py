@@ -150,7 +150,10 @@ def _may_be_turned(content: bytes) -> bool:
 
 
 def _resize(pixels: np.ndarray[Any, Any], size: int, where: object) -> Tensor:
-    """`adm_crop` with torch's bicubic, within 0.1 grey levels of Pillow's on average; uint8 (C, size, size)."""
+    """`adm_crop` with torch's bicubic; uint8 (C, size, size).
+
+    Of photographs at 256 pixels within 0.004 grey levels of Pillow's on average, at 64 within 0.3 (`Image.reduce`).
+    """
     if min(pixels.shape[:2]) >= 2 * size:
         image = Image.fromarray(pixels if pixels.shape[2] > 1 else pixels[..., 0])
         while min(image.size) >= 2 * size:
@@ -165,6 +168,12 @@ def _resize(pixels: np.ndarray[Any, Any], size: int, where: object) -> Tensor:
         whole = interpolate(whole, (height, width), mode="bicubic", antialias=True)
     top, left = (height - size) // 2, (width - size) // 2
     return whole[0, :, top : top + size, left : left + size]
+
+
+def parse_class(content: bytes) -> int:
+    """The class that a ``cls`` member names, 0 to 2^31 - 1; -1 for anything else."""
+    digits = content.strip()
+    return int(digits) if digits.isdigit() and len(digits) <= 10 and int(digits) < 2**31 else -1
 
 
 @dataclass(frozen=True)
@@ -188,9 +197,11 @@ class Decoder:
                 raise BadSample(f"{where} has {len(found)} images ({'/'.join(IMAGES)}), expected one")
             out["image"] = decode_image(members[found[0]], self.channels, self.size, where)
         try:
-            out["label"] = int(members["cls"]) if "cls" in members else -1
-            if not -1 <= out["label"] < 2**31:
-                raise ValueError(f"the class {members['cls'][:20]!r} is not from 0 to {2**31 - 1:,}")
+            out["label"] = -1
+            if "cls" in members and (label := parse_class(members["cls"])) != -1:
+                out["label"] = label
+            elif members.get("cls", b"-1").strip() != b"-1":
+                raise ValueError(f"the class {members['cls'][:20]!r} is no number from 0 to {2**31 - 1:,}")
             if "txt" in members:
                 out["caption"] = members["txt"].decode()
         except ValueError as error:

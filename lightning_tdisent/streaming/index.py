@@ -27,7 +27,17 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.streaming.tars import checksums, file_system, hash_file, is_remote, layout, open_tar, size_of
+from lightning_tdisent.streaming.tars import (
+    MAX_REGION,
+    checksums,
+    file_system,
+    hash_file,
+    is_remote,
+    layout,
+    open_tar,
+    size_of,
+    store_errors,
+)
 
 FORMAT = "lightning_tdisent.index/1"
 MAX_EXTENSIONS = 256
@@ -90,6 +100,29 @@ class Index:
             total.update(shard.name.encode() + bytes.fromhex(shard.sha256))
         return total.hexdigest()[:16]
 
+    def part(self, shard: int) -> Self:
+        """The index of one shard alone."""
+        row, r = self.shards[shard : shard + 1], self.regions
+        if r is None:
+            return type(self)(row, self.extensions, None)
+        chosen = slice(int(self.starts[shard]), int(self.starts[shard + 1]))
+        first = r.first[chosen.start : chosen.stop + 1]
+        members = slice(int(first[0]), int(first[-1]))
+        before = int(r.key_end[chosen.start - 1]) if chosen.start else 0
+        ends = r.key_end[chosen] - before
+        regions = Regions(
+            begin=r.begin[chosen],
+            size=r.size[chosen],
+            crc=r.crc[chosen],
+            first=first - first[0],
+            member_begin=r.member_begin[members],
+            member_size=r.member_size[members],
+            member_kind=r.member_kind[members],
+            key_end=ends,
+            keys=r.keys[before : before + (int(ends[-1]) if len(ends) else 0)],
+        )
+        return type(self)(row, self.extensions, regions)
+
     def place(self, sample: int) -> tuple[int, int]:
         """Number of its shard, and its number in there."""
         shard = int(np.searchsorted(self.starts, sample, "right")) - 1
@@ -126,14 +159,18 @@ class Index:
         content = save_arrays(arrays, {"index": json.dumps(about)})  # one key: their order is not kept
         if is_remote(str(path)):
             system, inside = file_system(str(path))
-            system.pipe_file(inside, content)
+            with store_errors():
+                system.pipe_file(inside, content)
             return
         part = Path(f"{path}.part")
-        with part.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
+        try:
+            with part.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(path)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -141,7 +178,8 @@ class Index:
         try:
             if is_remote(str(path)):
                 system, inside = file_system(str(path))
-                content = system.cat_file(inside)
+                with store_errors():
+                    content = system.cat_file(inside)
             else:
                 content = Path(path).read_bytes()
             size = int.from_bytes(content[:8], "little")
@@ -152,8 +190,19 @@ class Index:
             if _hash(metadata["table"], arrays) != metadata["sha256"]:
                 raise ValueError("its hash is another")
             shards = tuple(Shard(**row) for row in table["shards"])
-            return cls(shards, tuple(table["extensions"]), None if "none" in arrays else Regions(**arrays))
-        except (ValueError, KeyError, TypeError, SafetensorError, UnicodeDecodeError) as error:
+            index = cls(shards, tuple(table["extensions"]), None if "none" in arrays else Regions(**arrays))
+            if wrong := _misfit(index):
+                raise ValueError(wrong)
+            return index
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+            SafetensorError,
+        ) as error:
             if isinstance(error, InputError):
                 raise
             folder = str(path).rpartition("/")[0]
@@ -164,6 +213,37 @@ class Index:
             raise
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _misfit(index: Index) -> str:
+    """What in a file that says it is an index cannot be; empty if nothing."""
+    for s in index.shards:
+        numbers = isinstance(s.bytes, int) and isinstance(s.samples, int) and s.bytes >= 0 and s.samples >= 0
+        if not numbers or not isinstance(s.name, str) or not re.fullmatch("([0-9a-f]{64})?", s.sha256):
+            return f"the shard {s.name!r}"
+    r, n = index.regions, len(index)
+    if r is None:
+        return ""
+    kinds = {name: np.uint8 if name in ("member_kind", "keys") else np.int64 for name in asdict(r)} | {"crc": np.uint32}
+    if bad := [k for k, kind in kinds.items() if getattr(r, k).dtype != kind or getattr(r, k).ndim != 1]:
+        return f"the type of {bad[0]}"
+    m = len(r.member_kind)
+    lengths = {"begin": n, "size": n, "first": n + 1, "key_end": n, "member_begin": m, "member_size": m}
+    if bad := [k for k, length in lengths.items() if len(getattr(r, k)) != length]:
+        return f"the length of {bad[0]}"
+    if len(r.crc) not in (0, n) or (index.hashed and len(r.crc) != n):
+        return "the length of crc"
+    owner = np.repeat(np.arange(n), np.diff(r.first)) if (np.diff(r.first) >= 0).all() else np.zeros(0)
+    fits = len(owner) == m and r.first[0] == 0 and (np.diff(r.key_end, prepend=0) >= 0).all()
+    fits = fits and (r.key_end[-1] if n else 0) == len(r.keys) and (r.member_kind < len(index.extensions)).all()
+    fits = fits and (r.begin >= 0).all() and (r.size >= 0).all() and (r.size <= MAX_REGION).all()
+    fits = fits and (r.member_begin >= 0).all() and (r.member_size >= 0).all()
+    fits = fits and bool((r.member_begin + r.member_size <= r.size[owner]).all())
+    try:
+        r.keys.tobytes().decode()
+    except UnicodeDecodeError:
+        fits = False
+    return "" if fits else "its numbers do not fit together"
 
 
 def _hash(table: str, arrays: dict[str, Array]) -> str:
@@ -225,7 +305,7 @@ def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
 
 
 def join(parts: Sequence[Index]) -> Index:
-    """One index of several shards; refuses a key that two of them hold, and samples with and without a class."""
+    """One index of several shards; refuses one that is there twice, and samples with and without a class."""
     extensions = tuple(sorted({name for part in parts for name in part.extensions}))
     shards = tuple(shard for part in parts for shard in part.shards)
     if len(extensions) > MAX_EXTENSIONS:

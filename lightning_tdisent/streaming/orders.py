@@ -4,6 +4,7 @@ The samples of an epoch are cut into global batches of world x batch_size, of wh
 incomplete one is left out, so that every rank takes the same number of steps. Where a run stands is one integer.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_tdisent.streaming.shards import ImageSet, Sample, Shards
 
 FLIP = 1  # keys of draws other than the order
 WINDOW = 2
+TURN = 3
 
 
 class Batches(IterableDataset[Sample]):
@@ -39,9 +41,17 @@ class Batches(IterableDataset[Sample]):
     def __len__(self) -> int:
         return self.batches
 
+    def workers(self, asked: int) -> int:
+        """How many workers there is something to do for."""
+        return asked
+
     def parts(self, workers: int) -> int:
         """In how many parts, each from a worker of its own, a batch comes."""
         return 1
+
+    def state(self) -> dict[str, int]:
+        """What the order depends on besides the seed: a run goes on with the same."""
+        return {"samples": self.samples, "images": self.batch_size * self.world}
 
     def _worker(self) -> tuple[int, int]:
         """Number of this worker process, and how many there are."""
@@ -95,17 +105,18 @@ class Shuffled(Batches):
 class Streamed(Batches):
     """Batches of shards that are read from end to end: gzipped ones, or a corpus too large to list its samples.
 
-    An epoch is the shards in a permutation of (seed, epoch), end to end, cut into as many equal lanes as there are
-    shards (or places in a batch, if those are fewer). Every batch takes its share from each lane, lane after lane.
-    Within a lane, windows of its share of ``buffer`` samples are permuted. So each rank and worker reads the lanes of
-    its own places in the batch only, each byte is read about once, and to go on somewhere takes one window.
+    An epoch is the shards in a permutation of (seed, epoch), end to end in a ring, cut into as many equal lanes as
+    there are shards (or places in a batch, if those are fewer). Every batch takes its share from each lane, lane after
+    lane. Within a lane, windows of its share of ``buffer`` samples (at least 16 batches) are permuted. So each rank and
+    worker reads the lanes of its own places in the batch only, and to go on somewhere takes one window. Where there are
+    fewer lanes than ranks x workers, several read the same one.
 
     A worker makes its part of every batch; the parts are put together in the order of the workers.
     """
 
     def __init__(
         self, source: Shards, batch_size: int, seed: int, rank: int = 0, world: int = 1, flip: bool = False,
-        buffer: int = 2000,
+        buffer: int = 10_000,
     ) -> None:  # fmt: skip
         super().__init__(len(source), batch_size, seed, rank, world, flip)
         self.source, self.buffer = source, buffer
@@ -113,9 +124,17 @@ class Streamed(Batches):
         lanes = min(len(source.urls), whole)
         self.lanes = [whole * lane // lanes for lane in range(lanes + 1)]  # places in a batch, where lanes begin
 
+    def workers(self, asked: int) -> int:
+        """No more than there are images for."""
+        return min(asked, self.batch_size)
+
+    def state(self) -> dict[str, int]:
+        """As above, and shards and windows."""
+        return {**super().state(), "shards": len(self.source.urls), "buffer": self.buffer}
+
     def parts(self, workers: int) -> int:
-        """As many as there are workers, and no empty ones; a loader has so many workers."""
-        return max(1, min(workers, self.batch_size))
+        """One of each worker."""
+        return max(1, workers)
 
     def __iter__(self) -> Iterator[Sample]:
         part, parts = self._worker()
@@ -140,9 +159,9 @@ class Streamed(Batches):
         """For every batch of an epoch, from the start-th on, what a lane gives to its places begin .. end - 1."""
         place, each = self.lanes[lane], self.lanes[lane + 1] - self.lanes[lane]
         low, high = max(begin - place, 0), min(end - place, each)
-        steps = max(1, self.buffer // (each * (len(self.lanes) - 1)))  # batches that a window lasts
+        steps = max(16, self.buffer // self.lanes[-1])  # batches that a window lasts
         first = start // steps * steps
-        stream = self._samples(epoch, place * len(self) + first * each)
+        stream = self._turned(epoch, lane, first * each)
         for window in range(first, len(self), steps):
             size = (min(window + steps, len(self)) - window) * each
             order = torch.randperm(size, generator=self._generator(epoch, WINDOW, lane, window)).tolist()
@@ -155,6 +174,23 @@ class Streamed(Batches):
                     kept[position] = (number, members, flips is not None and bool(flips[position]))
             for batch in range(max(start - window, 0), size // each):
                 yield [kept.pop(batch * each + at) for at in range(low, high)]
+
+    def _turned(self, epoch: int, lane: int, taken: int) -> Iterator[tuple[int, Members | BadSample]]:
+        """A lane from its taken-th sample on. It begins anywhere in its share of the ring, and the ring anywhere.
+
+        So that in every epoch others meet, at another time, and others are left over.
+        """
+        begin, end = (n * len(self) for n in self.lanes[lane : lane + 2])
+
+        def draw(n: int, *keys: int) -> int:
+            return int(torch.randint(n, (), generator=self._generator(epoch, TURN, *keys)))
+
+        shift, turn = draw(self.samples), draw(end - begin, lane)
+        first = (turn + taken) % (end - begin)
+        for low, high in ((first, end - begin), (0, turn)) if first >= turn else ((first, turn),):
+            position = (shift + begin + low) % self.samples
+            ring = itertools.chain(self._samples(epoch, position), self._samples(epoch, 0))
+            yield from itertools.islice(ring, high - low)
 
     def _samples(self, epoch: int, position: int) -> Iterator[tuple[int, Members | BadSample]]:
         """The shards of an epoch end to end, from a position on."""

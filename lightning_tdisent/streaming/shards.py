@@ -4,27 +4,25 @@ What cannot be used, because its bytes have changed since the index was made or 
 run or is left out and counted (`Policy`), with the shard and the sample named in either case.
 """
 
-import hashlib
-import io
 import itertools
 import os
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.streaming.decode import BadSample, Decoder, Members
+from lightning_tdisent.streaming.decode import BadSample, Decoder, Members, parse_class
 from lightning_tdisent.streaming.index import Index, build, path_of
 from lightning_tdisent.streaming.tars import (
     file_system,
@@ -33,6 +31,8 @@ from lightning_tdisent.streaming.tars import (
     is_remote,
     open_shard,
     open_tar,
+    size_of,
+    store_errors,
     tar_members,
     walk,
 )
@@ -71,6 +71,7 @@ class Shards:
         self.urls, self.index, self.decoder, self.policy = urls, index, decoder, policy
         self.known = torch.zeros(len(index), dtype=torch.uint8).share_memory_()
         self.checked = policy.verify and index.hashed
+        self.classes_known: int | None = None  # a class beyond is bad
         self._verified: set[int] = set()
 
     @classmethod
@@ -117,32 +118,25 @@ class Shards:
     @property
     def lost(self) -> int:
         """Samples found to be unusable so far, by this process and its workers."""
-        return int((self.known == BAD).sum())
+        return 0 if self.policy.on_bad == "stop" else int((self.known == BAD).sum())
 
     def batch(self, numbers: Sequence[int], flip: Tensor | None = None) -> Sample:
         """Read and decode these samples; see `collate`."""
         return self.collate(numbers, self.read(numbers), flip)
 
     def collate(self, numbers: Sequence[int], raw: Sequence[Members | BadSample], flip: Tensor | None = None) -> Sample:
-        """Decode to one batch; a sample that is skipped is replaced by its neighbour.
+        """Decode to one batch; a sample that is skipped is replaced, by the same one wherever it is needed.
 
         ``image`` uint8 (B, C, H, W) or ``latent`` float16 (B, 2, C, h, w), mean and standard deviation; ``label`` int64
         (B,), -1 where there is none; ``id`` int64 (B,), position in the split; ``caption``, a list of str, where there
         are any. flip: bool (B,), which ones to mirror.
         """
-        samples: list[Sample] = []
-        waiting = 0
-        for number, members in zip(numbers, raw, strict=True):
-            sample = self.use(number, members)
-            if sample is None:
-                waiting += 1
-                continue
-            samples += [sample] * (waiting + 1) if not samples else [samples[-1]] * waiting + [sample]
-            waiting = 0
-        samples += [samples[-1] if samples else self._good] * waiting
+        samples = [self.use(n, m) or self._instead(n) for n, m in zip(numbers, raw, strict=True)]
         kind = "latent" if "latent" in samples[0] else "image"
-        if len(sizes := {tuple(sample[kind].shape) if kind in sample else () for sample in samples}) > 1:
-            raise self._unequal(sizes)
+        first = samples[0]
+        for sample in samples:
+            if kind not in sample or sample[kind].shape != first[kind].shape:
+                raise self._unequal(first, sample)
         out: Sample = {
             kind: mirrored(torch.stack([sample[kind] for sample in samples]), flip),
             "label": torch.tensor([sample["label"] for sample in samples]),
@@ -152,18 +146,33 @@ class Shards:
             out["caption"] = [sample.get("caption", "") for sample in samples]
         return out
 
+    def _instead(self, number: int) -> Sample:
+        """What replaces a sample that is skipped: the next one that can be used, or the first of the split."""
+        if self.random_access:
+            for other in itertools.chain(range(number + 1, len(self)), range(number)):
+                if self.known[other] != BAD and (sample := self.use(other, self.read([other])[0])):
+                    return sample
+        if self._good is None:
+            raise InputError(f"{self.where}: none of {len(self):,} samples can be used")
+        return self._good
+
     @cached_property
-    def _good(self) -> Sample:
-        """The first sample of the split that can be used: for a batch in which none can."""
+    def _good(self) -> Sample | None:
         everything = (place for shard in range(len(self.urls)) for place in self.stream(shard))
-        return next(sample for place in everything if (sample := self.use(*place)))
+        return next((sample for place in everything if (sample := self.use(*place))), None)
 
     def use(self, number: int, members: Members | BadSample) -> Sample | None:
         """Decode one sample; None if it is to be skipped."""
         try:
             if isinstance(members, BadSample):
                 raise members
-            return {**self.decoder(members, _Name(self, number)), "id": number}
+            sample = {**self.decoder(members, _Name(self, number)), "id": number}
+            if self.classes_known is not None and not 0 <= sample["label"] < self.classes_known:
+                raise BadSample(
+                    f"{self.name(number)} has the class {sample['label']} (-1: none), the network knows "
+                    f"{self.classes_known} (model.network.classes)"
+                )
+            return sample
         except BadSample as error:
             self._skip(number, error)
             return None
@@ -191,7 +200,8 @@ class Shards:
         if self.checked and known[number] != READ:
             if zlib.crc32(region) != r.crc[number]:
                 return BadSample(f"{self.name(number)} has changed since the index was made: another CRC-32")
-            known[number] = READ
+            if known[number] != BAD:  # it may be sound, and yet not to be decoded
+                known[number] = READ
         return self.index.members(number, region)
 
     def read(self, numbers: Sequence[int]) -> list[Members | BadSample]:
@@ -205,7 +215,8 @@ class Shards:
         if is_remote(urls[0]):
             system, _ = file_system(urls[0])
             paths = [file_system(url)[1] for url in urls]
-            found = system.cat_ranges(paths, [b for b, _ in ranges], [b + n for b, n in ranges], on_error="return")
+            with store_errors():
+                found = system.cat_ranges(paths, [b for b, _ in ranges], [b + n for b, n in ranges], on_error="return")
         else:
             found = [_pread(url, *place) for url, place in zip(urls, ranges, strict=True)]
         return [
@@ -229,9 +240,7 @@ class Shards:
             begin, size = (r.begin[owner] + r.member_begin)[chosen], r.member_size[chosen]
             places = zip(owner[chosen].tolist(), begin.tolist(), size.tolist(), strict=True)
             found = [_pread(self.urls[self.index.place(n)[0]], b, size) for n, b, size in places]
-        return torch.tensor(
-            [int(c) if isinstance(c, bytes) and c.strip().lstrip(b"-").isdigit() else -1 for c in found]
-        )
+        return torch.tensor([parse_class(content) if isinstance(content, bytes) else -1 for content in found])
 
     def stream(self, shard: int, start: int = 0) -> Iterator[tuple[int, Members | BadSample]]:
         """Number and members of the samples of a shard from its start-th on, one after the other: all of them.
@@ -258,23 +267,41 @@ class Shards:
     def decoded(self, limit: int | None = None) -> "ImageSet":
         """All of it in memory, or the first ``limit`` samples; those that are skipped are left out."""
         wanted = len(self) if limit is None else min(limit, len(self))
-        images, labels, captions = torch.empty(0), torch.empty(wanted, dtype=torch.int64), list[str]()
+        images, captions = torch.empty(0), list[str]()
+        labels, numbers = torch.empty(wanted, dtype=torch.int64), torch.empty(wanted, dtype=torch.int64)
+        first: Sample = {}
         everything = (place for shard in range(len(self.urls)) for place in self.stream(shard))
         for sample in itertools.islice((s for place in everything if (s := self.use(*place))), wanted):
             image = sample["latent"] if "latent" in sample else sample["image"]
             if not captions:
+                first = sample
+                self._check_room(wanted, image)
                 images = torch.empty(wanted, *image.shape, dtype=image.dtype)
             elif image.shape != images.shape[1:]:
-                raise self._unequal([tuple(images.shape[1:]), tuple(image.shape)])
-            images[len(captions)], labels[len(captions)] = image, sample["label"]
+                raise self._unequal(first, sample)
+            images[len(captions)] = image
+            labels[len(captions)], numbers[len(captions)] = sample["label"], sample["id"]
             captions.append(sample.get("caption", ""))
         kept = len(captions)
-        return ImageSet(images[:kept], labels[:kept], self.digest, tuple(captions) if any(captions) else None)
+        named = tuple(captions) if any(captions) else None
+        return ImageSet(images[:kept], labels[:kept], self.digest, named, numbers[:kept] if self.lost else None)
 
-    def _unequal(self, sizes: Iterable[tuple[int, ...]]) -> InputError:
+    def _unequal(self, one: Sample, other: Sample) -> InputError:
+        shapes = [list((s["latent"] if "latent" in s else s["image"]).shape) for s in (one, other)]
         return InputError(
-            f"the images of {self.where} differ in size: {sorted(sizes)[:4]}; give data.size, or prepare them at one"
+            f"the images differ in size: {self.name(one['id'])} has {shapes[0]}, {self.name(other['id'])} has "
+            f"{shapes[1]}; give data.size, or prepare all at one size"
         )
+
+    def _check_room(self, n: int, image: Tensor) -> None:
+        """Refuse to hold in memory what the machine does not have."""
+        need = n * image.nbytes
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else need
+        if need > there:
+            raise InputError(
+                f"data.resident: {n:,} images of {list(image.shape)} need {need / 1e9:,.0f} GB, the machine has "
+                f"{there / 1e9:,.0f}; set data.resident false"
+            )
 
     def _regions(self, shard: int, start: int) -> Iterator[Members | BadSample]:
         r, url = self.index.regions, self.urls[shard]
@@ -290,36 +317,37 @@ class Shards:
                 yield self._members(number, stream.read(int(r.size[number])))
 
     def _verify_file(self, shard: int) -> None:
-        """Of a gzipped shard, whose own headers belong to no sample; once per process."""
+        """The whole file: of gzipped shards, whose own headers belong to no sample, and where no samples are listed.
+
+        Once per process. Nobody can say which samples are sound, so that all of the shard are bad.
+        """
         if shard in self._verified:
             return
         if hash_file(self.urls[shard])[1] != self.index.shards[shard].sha256:
-            raise BadSample(differences(self.urls[shard], self.index, shard)[0])
+            raise BadSample(differences(self.urls[shard], self.index.part(shard))[0])
         self._verified.add(shard)
 
     def _whole(self, shard: int, start: int) -> Iterator[Members]:
-        """Without regions: parsed as it comes; the hash of the file is compared if all of it has been read."""
+        """Without regions: parsed as it comes, once the hash of the file has been compared."""
         row, url = self.index.shards[shard], self.urls[shard]
-        with open_shard(url) as raw:
-            tee = _Hashed(raw)
-            with tar_members(tee, "r|gz" if url.endswith(".gz") else "r|", url) as tar:
-                last, members, n = None, dict[str, bytes](), -1
-                for key, extension, member in walk(tar, url):
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
-                    if key != last:
-                        if members and n >= start:
-                            yield members
-                        last, members, n = key, {}, n + 1
-                    if n >= start:
-                        content = tar.extractfile(member)
-                        assert content is not None
-                        members[extension] = content.read()
-            if n + 1 != row.samples:
-                raise ValueError(f"it holds {n + 1} samples, its index says {row.samples}")
-            if self.policy.verify and row.sha256 and tee.rest() != row.sha256:
-                raise BadSample(f"{url} has changed since its index was made: another SHA-256")
-            if members:  # the last one: as long as it is not handed out, nobody goes on without the comparison
+        if self.checked:
+            self._verify_file(shard)
+        with open_shard(url) as raw, tar_members(raw, "r|gz" if url.endswith(".gz") else "r|", url) as tar:
+            last, members, n = None, dict[str, bytes](), -1
+            for key, extension, member in walk(tar, url):
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+                if key != last:
+                    if members and n >= start:
+                        yield members
+                    last, members, n = key, {}, n + 1
+                if n >= start:
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    members[extension] = content.read()
+            if members and n >= start:
                 yield members
+        if n + 1 != row.samples:
+            raise ValueError(f"it holds {n + 1} samples, its index says {row.samples}")
 
 
 def _matched(urls: Sequence[str], index: Index, file: str, sizes: bool) -> list[str]:
@@ -333,7 +361,11 @@ def _matched(urls: Sequence[str], index: Index, file: str, sizes: bool) -> list[
             f"{'index' if other in listed else 'folder'}. If that is right, {again}"
         )
     for shard in index.shards if sizes and not is_remote(file) else ():
-        if (size := os.path.getsize(there[shard.name])) != shard.bytes:
+        try:
+            size = size_of(there[shard.name])
+        except OSError as error:
+            raise InputError(f"{there[shard.name]} cannot be read: {error.strerror or error}") from None
+        if size != shard.bytes:
             raise InputError(
                 f"{there[shard.name]} has {size:,} bytes, its index says {shard.bytes:,}. If that is right, {again}"
             )
@@ -350,24 +382,6 @@ class _Name:
 
     def __str__(self) -> str:
         return self.shards.name(self.number)
-
-
-class _Hashed(io.RawIOBase):
-    """Reads on, and hashes what is read."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self.raw, self.total = raw, hashlib.sha256()
-
-    def read(self, size: int = -1) -> bytes:
-        block = self.raw.read(size)
-        self.total.update(block)
-        return block
-
-    def rest(self) -> str:
-        """The hash of the whole file, of which the rest is read."""
-        while self.read(2**20):
-            pass
-        return self.total.hexdigest()
 
 
 class _Descriptor:
@@ -398,22 +412,21 @@ def mirrored(images: Tensor, flip: Tensor | None) -> Tensor:
     return images if flip is None else torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 
-def differences(url: str, index: Index, shard: int) -> list[str]:
-    """What is wrong with a shard, sample by sample, against its index; empty if nothing is."""
-    row, name = index.shards[shard], url.rpartition("/")[2]
+def differences(url: str, index: Index) -> list[str]:
+    """What is wrong with a shard, sample by sample, against the index of it alone; empty if nothing is."""
+    (row,) = index.shards
     try:
         size, sha256 = hash_file(url)
     except (OSError, EOFError) as error:
-        return [f"{name}: cannot be read: {error}"]
+        return [f"{url}: cannot be read: {error}"]
     if sha256 == row.sha256:
         return []
     found = []
     if index.regions is not None:
-        folder = url.rpartition("/")[0]
-        reader = Shards([f"{folder}/{other.name}" for other in index.shards], index, Decoder(), Policy("skip"))
-        found = [str(members) for _, members in reader.stream(shard) if isinstance(members, BadSample)]
+        reader = Shards([url], index, Decoder(), Policy("skip"))
+        found = [str(members) for _, members in reader.stream(0) if isinstance(members, BadSample)]
     was = f"{row.bytes:,} bytes, now {size:,}" if size != row.bytes else f"{size:,} bytes"
-    return found or [f"{name} has changed since its index was made, outside of any sample ({was}): another SHA-256"]
+    return found or [f"{url} has changed since its index was made, outside of any sample ({was}): another SHA-256"]
 
 
 def verify(
@@ -431,7 +444,7 @@ def verify(
     urls = _matched(urls, index, file, sizes=False)
     found: list[str] = []
     with ProcessPoolExecutor(max(1, min(jobs, len(urls))), mp_context=get_context("forkserver")) as pool:
-        work = pool.map(differences, urls, itertools.repeat(index), range(len(urls)))
+        work = pool.map(differences, urls, (index.part(number) for number in range(len(urls))))
         for done, wrong in enumerate(work, 1):
             found += wrong
             if progress:
@@ -450,6 +463,7 @@ class ImageSet:
     labels: Tensor
     digest: str
     captions: tuple[str, ...] | None = None
+    numbers: Tensor | None = None  # positions in the split, where some were left out
 
     def __len__(self) -> int:
         return len(self.images)
@@ -457,14 +471,16 @@ class ImageSet:
     def batch(self, numbers: Tensor, flip: Tensor | None = None) -> Sample:
         """These images, as `Shards.collate` gives them."""
         kind = "latent" if self.images.ndim == 6 else "image"
-        out = {kind: mirrored(self.images[numbers], flip), "label": self.labels[numbers], "id": numbers}
+        out = {kind: mirrored(self.images[numbers], flip), "label": self.labels[numbers]}
+        out["id"] = numbers if self.numbers is None else self.numbers[numbers]
         if self.captions is not None:
             out["caption"] = [self.captions[n] for n in numbers.tolist()]  # type: ignore[assignment]
         return out
 
     def to(self, device: torch.device) -> "ImageSet":
         """The same on a device."""
-        return ImageSet(self.images.to(device), self.labels.to(device), self.digest, self.captions)
+        numbers = self.numbers if self.numbers is None else self.numbers.to(device)
+        return ImageSet(self.images.to(device), self.labels.to(device), self.digest, self.captions, numbers)
 
 
 def load(path: str | Path, split: str, channels: int, limit: int | None = None, size: int | None = None) -> ImageSet:

@@ -8,6 +8,7 @@ again, and tars without their end.
 import gzip
 import hashlib
 import io
+import itertools
 import os
 import re
 import tarfile
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import braceexpand
 import fsspec
@@ -25,9 +26,12 @@ from lightning_tdisent.errors import InputError
 
 SUFFIXES = (".tar", ".tar.gz")
 MAX_MEMBER = 64 * 2**20
+MAX_REGION = 4 * MAX_MEMBER  # of a sample
+MAX_END = 2**20  # behind the end mark
 PICKLED = {"pickle", "pkl", "pyd", "pth", "pt"}
 KEY = re.compile(r"(?:\./)*((?:.*/|)[^.]+)[.]([^/]*)$")  # of a member: key and extension, as webdataset has them
 BLOCK = 512
+MAX_SHARDS = 10**6
 PREPARE = "data/README.md says how to prepare each data set."
 
 # first byte, key, and members {extension: (first byte, size)}
@@ -47,12 +51,57 @@ def file_system(url: str) -> tuple[Any, str]:
         raise InputError(f"data.path: {url} cannot be opened: {error}") from None
 
 
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Turn whatever the client of an object store raises into an OSError."""
+    try:
+        yield
+    except (OSError, InputError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+
+
+class _Remote(io.RawIOBase):
+    """A file of an object store, whose errors are OSErrors."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        with store_errors():
+            return self.file.read(size)
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        with store_errors():
+            return self.file.seek(place, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
 def open_shard(url: str) -> IO[bytes]:
     """Its bytes as they lie there; raises OSError."""
     if not is_remote(url):
         return open(url, "rb")
     system, path = file_system(url)
-    return system.open(path, "rb")
+    with store_errors():
+        return cast(IO[bytes], _Remote(system.open(path, "rb")))
 
 
 @contextmanager
@@ -72,7 +121,7 @@ def find(path: str | Path, split: str) -> list[str]:
     ``split`` is a pattern if it has ``*``, ``?``, ``[..]``, ``{000..123}`` or ends in .tar or .tar.gz. Refuses a folder
     that holds none, or not all that braces name.
     """
-    folder = str(path).rstrip("/") if len(str(path)) > 1 else str(path)
+    folder = str(path) if str(path).endswith("://") or str(path) == "/" else str(path).rstrip("/")
     if folder.startswith("pipe:") or split.startswith("pipe:"):
         raise InputError(
             f"data.path: {folder} {split}: pipe: runs a command; name a folder, or a URL that fsspec opens"
@@ -80,11 +129,15 @@ def find(path: str | Path, split: str) -> list[str]:
     braces = re.search(r"\{[^{}]*(\.\.|,)[^{}]*\}", split)
     names = [name for name in _names(folder) if not name.startswith(".")]
     shards = [name for name in names if name.endswith(SUFFIXES)]
+    if twice := sorted(set(shards).intersection(name.removesuffix(".gz") for name in shards if name.endswith(".gz"))):
+        raise InputError(f"data.path: {folder} holds {twice[0]} and {twice[0]}.gz: remove one of them")
     if braces:
         try:
-            wanted = set(braceexpand.braceexpand(split))
-        except braceexpand.UnbalancedBracesError as error:
+            wanted = set(itertools.islice(braceexpand.braceexpand(split), MAX_SHARDS + 1))
+        except ValueError as error:  # braces that do not match
             raise InputError(f"data.path: {folder} {split}: {error}") from None
+        if len(wanted) > MAX_SHARDS:
+            raise InputError(f"data.path: {folder} {split}: more than {MAX_SHARDS:,} names")
         found = sorted(wanted.intersection(shards))
         if missing := sorted(wanted.difference(shards)):
             raise InputError(
@@ -121,10 +174,9 @@ class _Header(tarfile.TarInfo):
     """Refuses a size that cannot be, also of headers that only hold names, before anything of it is read."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> Any:
-        if not 0 <= self.size <= MAX_MEMBER:
+        if not 0 <= self.size <= (MAX_MEMBER if self.isreg() else MAX_END):
             raise InputError(
-                f"member {self.name} (byte {self.offset}) is to have {self.size:,} bytes, more than {MAX_MEMBER:,} or "
-                "fewer than 0"
+                f"member {self.name} (byte {self.offset}) is to have {self.size:,} bytes: too many, or fewer than 0"
             )
         return super()._proc_member(archive)  # type: ignore[misc]
 
@@ -191,8 +243,16 @@ def layout(stream: IO[bytes], where: str) -> tuple[list[Layout], int]:
         what = "a damaged header" if mark else "its end mark is missing; was it cut off?"
         raise InputError(f"{where} is damaged at byte {end}: {what}")
     end += BLOCK
-    while block := stream.read(2**20):
-        end += len(block)
+    rest = len(stream.read(MAX_END + 1))
+    if rest > MAX_END:
+        raise InputError(f"{where} goes on for more than {MAX_END:,} bytes behind its end mark (byte {end})")
+    end += rest
+    begins = [0, *(begin for begin, *_ in found[1:]), end]
+    for (_, key, _), begin, stop in zip(found, begins, begins[1:], strict=False):
+        if stop - begin > MAX_REGION:
+            raise InputError(
+                f"{where}: sample {key} (byte {begin}) has {stop - begin:,} bytes, more than {MAX_REGION:,}"
+            )
     return found, end
 
 

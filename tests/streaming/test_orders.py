@@ -157,7 +157,7 @@ def test_lanes_cut_any_shards_into_any_batches(counts, batch, world, buffer, fir
     whole.first = first
     steps = len(whole) + 2
     expected = list(itertools.islice(whole, steps))
-    parts = Streamed(Source(), batch, 3, 0, world).parts(workers)
+    parts = whole.parts(Streamed(Source(), batch, 3, 0, world).workers(workers))
     made = []
     for rank in range(world):
         for part in range(parts):
@@ -182,6 +182,60 @@ def test_each_byte_is_read_about_once_however_many_ranks(tilted_shards):
         list(itertools.islice(part, len(part)))
         read += int((shards.known == 1).sum())
     assert read == 30
+
+
+class Numbers:
+    """A source of equal shards whose samples are their numbers."""
+
+    def __init__(self, shards, each):
+        self.urls = [str(i) for i in range(shards)]
+        self.index = Index(tuple(Shard(url, 0, "", each, "") for url in self.urls), (), None)
+
+    def __len__(self):
+        return len(self.index)
+
+    def stream(self, shard, start):
+        begin, end = self.index.starts[shard : shard + 2].tolist()
+        for number in range(begin + start, end):
+            yield number, {}
+
+    def collate(self, numbers, raw, flip):
+        return torch.tensor(numbers)
+
+
+@pytest.mark.parametrize(("shards", "batch"), [(1, 50), (4, 64), (8, 64), (64, 64), (100, 256)])
+def test_lanes_mix_from_epoch_to_epoch(shards, batch):
+    """When a sample comes in an epoch says little about the next one, and others share its batch then."""
+    source = Numbers(shards, 1000)
+    run = Streamed(source, batch, 0, buffer=2000)
+    epochs = [torch.cat(list(itertools.islice(run_, len(run)))) for run_ in starts(run, 6)]
+    when = torch.full((6, len(source)), float("nan"))
+    for epoch, numbers in enumerate(epochs):
+        when[epoch, numbers] = torch.arange(len(numbers)) / len(numbers)
+    pairs = list(itertools.pairwise(when))
+    both = [~(a.isnan() | b.isnan()) for a, b in pairs]
+    correlation = [
+        float(torch.corrcoef(torch.stack([a[k], b[k]]))[0, 1]) for (a, b), k in zip(pairs, both, strict=True)
+    ]
+    limit = 0.35 if shards > 1 else 0.7  # a single shard is turned, not permuted
+    assert abs(sum(correlation) / 5) < limit, correlation
+    assert (when.isnan().sum(0) <= 2).all()  # what an epoch leaves over, others have
+    if shards > 1:
+        mates = epochs[0].view(-1, batch)
+        apart = torch.stack([(when[1][m][:, None] - when[1][m]).abs().nanmean() for m in mates]).mean()
+        assert apart > 0.25  # of a full shuffle: 1/3
+
+
+def starts(run, epochs):
+    for epoch in range(epochs):
+        run.first = epoch * len(run)
+        yield run
+
+
+def test_nobody_is_left_out_for_ever():
+    run = Streamed(Numbers(1, 30), 4, 0)
+    seen = torch.cat(list(itertools.islice(run, 20 * len(run)))).bincount(minlength=30)
+    assert seen.min() >= 12
 
 
 def test_fewer_images_than_a_batch_are_refused_in_both_forms(shards):

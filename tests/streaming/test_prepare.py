@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import io
 import itertools
@@ -245,6 +246,17 @@ def test_the_order_is_a_matter_of_the_seed(shuffle, tmp_path):
         assert widths(0) == widths(1) == list(range(20))
 
 
+def test_gzipped_shards_are_not_shuffled(folder, tmp_path):
+    plain, zipped = tmp_path / "plain", tmp_path / "zipped"
+    prepare(find_source(folder, "train"), "train", plain, jobs=0)
+    zipped.mkdir()
+    (zipped / "train-0000.tar.gz").write_bytes(gzip.compress((plain / "train-0000.tar").read_bytes()))
+    with pytest.raises(InputError, match=r"gzipped, and read in order alone. Unzip it first"):
+        prepare(find_source(zipped, "train"), "train", tmp_path / "out", Options(shuffle=True), jobs=0)
+    prepare(find_source(zipped, "train"), "train", tmp_path / "out", Options(samples=7), jobs=2)
+    assert list(read(tmp_path / "out").values()) == list(read(plain).values())
+
+
 # Bad samples
 
 
@@ -477,7 +489,7 @@ def test_a_full_disk_leaves_whole_shards(folder, tmp_path, monkeypatch):
     sync = os.fsync
 
     def full(handle):
-        if next(calls) == 4:  # of the second shard
+        if next(calls) == 2:  # of the second shard
             raise OSError(28, "No space left on device")
         sync(handle)
 

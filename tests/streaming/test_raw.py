@@ -155,7 +155,7 @@ def test_ilsvrc_val_without_its_table_is_refused(ilsvrc):
     with pytest.raises(InputError, match=r"LOC_val_solution.csv is not beside it"):
         find_source(ilsvrc, "val")
     put(ilsvrc / "ILSVRC" / "devkit" / "data" / "ILSVRC2012_validation_ground_truth.txt", b"490\n361\n171\n")
-    with pytest.raises(InputError, match=r"ground_truth.txt numbers the classes in another order .*LOC_val_solution"):
+    with pytest.raises(InputError, match=r"LOC_val_solution.*ground_truth.txt numbers the classes in another order"):
         find_source(ilsvrc, "val")
     put(ilsvrc / "LOC_val_solution.csv", SOLUTION.replace("val_2,", "val_9,").encode())
     with pytest.raises(InputError, match="no class for ILSVRC2012_val_2"):
@@ -207,13 +207,15 @@ def test_mnist_files_that_are_not_what_they_say_are_refused(digits28, tmp_path):
     with pytest.raises(InputError, match="has no labels of train-images"):
         find_source(tmp_path, "train")
     for changed, message in (
-        ((images[:-1], labels), r"asks for 5,488 bytes, but it has only 5,487"),
-        ((images + b"x", labels), "but it has more"),
+        ((images[:-1], labels), r"asks for 5,488 bytes, but it has 5,487"),
+        ((images + b"x", labels), "but it has 5,489"),
         ((images[:10], labels), "ends within its header, after 10 bytes"),
         ((labels, labels), "begins with 00000801, not with the IDX 00000803"),
-        ((images, idx(digits28[1][:6])), "7 images, but .* 6 labels"),
+        ((images, idx(digits28[1][:6])), "7 images, but 6 labels"),
         ((struct.pack(">4I", 0x803, 2**31, 2**31, 2**31), labels), "claims the shape"),
         ((b"", labels), "begins with nothing"),
+        ((idx(np.empty((7, 0, 28), np.uint8)), labels), "claims the shape"),
+        ((idx(digits28[0][:0]), idx(digits28[1][:0])), "the split 'train' of this mnist data set is empty"),
     ):
         for file, content in zip(files, changed, strict=True):
             put(file, content)
@@ -296,14 +298,14 @@ class Runs:
         (lambda proof: b"cbuiltins\neval\n.", r"asks for builtins\.eval"),
         (lambda proof: b"cnumpy\nload\n.", r"asks for numpy\.load"),
         (lambda proof: b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.", r"asks for numpy\.ndarray\.tofile"),
-        (lambda proof: b"Pid\n.", r"object 'id' outside itself"),
-        (lambda proof: pickle.dumps({b"data": np.array([{}], object)}, 2), r"array of b?'O8'"),
+        (lambda proof: b"Pid\n.", "is damaged: UnpicklingError: .*persistent"),
+        (lambda proof: pickle.dumps({b"data": np.array([{}], object)}, 2), "no array of bytes"),
         (lambda proof: b"c_codecs\nencode\n(S'x'\nS'zlib'\ntR.", "encodes as"),
         (lambda proof: pickle.dumps([1], 2), "holds a list"),
         (lambda proof: b"", "is damaged: EOFError"),
         (lambda proof: pickle.dumps({b"data": 3}, 2)[:-3], "is damaged"),
-        (lambda proof: pickle.dumps({b"data": 3}, 2), "data is int"),
-        (lambda proof: pickle.dumps({b"data": np.zeros((2, 9), np.uint8)}, 2), r"data is uint8 \(2, 9\)"),
+        (lambda proof: pickle.dumps({b"data": 3}, 2), "no array of bytes"),
+        (lambda proof: pickle.dumps({b"data": np.zeros((2, 9), np.uint8)}, 2), r"no array of bytes \(N, 3072\)"),
         (lambda proof: pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, 2), "2 images, but 1"),
         (lambda proof: pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [3]}, 2), "label 3, outside"),
     ],
@@ -320,7 +322,7 @@ def test_a_pickle_runs_nothing_and_is_refused(content, message, tmp_path):
 def test_a_missing_batch_and_an_archive_are_named(tmp_path):
     cifar(tmp_path, np.random.default_rng(0))
     (tmp_path / "data_batch_3").unlink()
-    with pytest.raises(InputError, match="data_batch_3 is missing"):
+    with pytest.raises(InputError, match=r"No such file.*data_batch_3"):
         find_source(tmp_path, "train")
     archive = put(tmp_path / "other" / "cifar-10-python.tar.gz")
     for path in (archive, archive.parent):
@@ -382,6 +384,11 @@ def test_parquet_without_labels_and_with_nulls(parquet, tmp_path):
     assert source[0].members == {"png": image(0)}
     assert source[1].members == {"png": image(1), "txt": b"x"}
     assert source[2].members["png"] == b""  # prepare calls it bad
+    pa = pytest.importorskip("pyarrow")
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    parquet("a.parquet", [(None, 0, "x")], image=pa.array([{"bytes": None, "path": "far/away.png"}], kind))
+    with pytest.raises(InputError, match=r"row 0 of group 0 names the file far/away.png instead of holding it"):
+        find_source(tmp_path, "train")[0]
 
 
 def test_parquet_with_other_columns_is_refused(parquet, tmp_path):
@@ -434,14 +441,59 @@ def test_existing_shards_come_back_with_all_members(zipped, tmp_path):
             put(file.with_suffix(".tar.gz"), gzip.compress(file.read_bytes()))
             file.unlink()
     source = find_source(tmp_path, "train")
-    assert (source.kind, len(source), source.shuffled) == ("webdataset", 7, False)
+    assert (source.kind, len(source), source.shuffled) == ("webdataset", 7, None if zipped else False)
     for i in (5, 0, 6, 1, 2, 3, 4):
         assert source[i].members == samples[i]
     assert source[5].name == f"train-0001.tar{'.gz' if zipped else ''}/1-1"
     assert source.fingerprint() == pickle.loads(pickle.dumps(source)).fingerprint()  # noqa: S301
-    with pytest.raises(InputError, match=r"no files test-\*.tar, but others of train"):
+    with pytest.raises(InputError, match=r"no files test\*.tar, but others of train"):
         find_source(tmp_path, "test")
-    find_source.__globals__["_gzipped"].clear()
+
+
+def shard(file, *samples):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with wds.TarWriter(str(file), encoder=False) as tar:
+        for i, sample in enumerate(samples):
+            tar.write({"__key__": f"{i}", "png": sample})
+    return file
+
+
+def test_a_split_is_a_word_at_the_begin_of_a_name_or_a_folder(tmp_path):
+    for name in ("train_0", "test_0", "training-0", "val/0", "val/1"):
+        shard(tmp_path / f"{name}.tar", name.encode())
+    assert listing(find_source(tmp_path, "train")) == [("train_0.tar/0", ["png"], None)]
+    with pytest.raises(InputError, match=r"no files val\*.tar, but others of test, train"):
+        find_source(tmp_path, "val")
+    assert len(find_source(tmp_path / "val", "val")) == 2
+    for file in tmp_path.glob("*.tar"):
+        file.unlink()
+    assert [find_source(tmp_path, "val")[i].members["png"] for i in (0, 1)] == [b"val/0", b"val/1"]
+
+
+def test_a_gzipped_shard_is_unzipped_once_if_read_in_order(tmp_path, monkeypatch):
+    whole = shard(tmp_path / "a.tar", *(bytes([i]) * 9_000 for i in range(50))).read_bytes()
+    put(tmp_path / "a.tar.gz", gzip.compress(whole))
+    (tmp_path / "a.tar").unlink()
+    source, unzipped, read = find_source(tmp_path, "train"), 0, gzip._GzipReader.read
+
+    def counted(self, size=-1):
+        nonlocal unzipped
+        found = read(self, size)
+        unzipped += len(found)
+        return found
+
+    monkeypatch.setattr(gzip._GzipReader, "read", counted)
+    assert all(source[i].members["png"] == bytes([i]) * 9_000 for i in range(0, 50, 3))  # as one of three processes
+    assert 0.9 * len(whole) < unzipped <= len(whole)
+
+
+def test_a_shard_that_changes_while_it_is_read_is_named(tmp_path):
+    file = shard(tmp_path / "a.tar", b"one", b"two")
+    source = find_source(tmp_path, "train")
+    file.write_bytes(file.read_bytes()[:2100])
+    assert source[0].members["png"] == b"one"
+    with pytest.raises(InputError, match=r"a\.tar ends within a\.tar: sample 1 .*Has it changed"):
+        source[1]
 
 
 # Recognition
@@ -455,11 +507,9 @@ def test_what_is_not_known_or_ambiguous_is_refused(parquet, tmp_path):
         find_source(tmp_path, "train")
     with pytest.raises(InputError, match=r"'cifar' is not known; .*Did you mean 'cifar10'"):
         find_source(tmp_path, "train", "cifar")
-    for kind in ("ilsvrc", "cifar10", "mnist", "parquet", "webdataset"):
-        with pytest.raises(InputError, match=r"holds readme.md"):
+    for kind in ("ilsvrc", "cifar10", "mnist", "parquet", "webdataset", "folder"):
+        with pytest.raises(InputError, match=rf"is no {kind} data set; it holds readme.md"):
             find_source(tmp_path, "train", kind)
-    with pytest.raises(InputError, match="is empty"):
-        find_source(tmp_path, "train", "folder")
     put(tmp_path / "a.png", image(0))
     parquet("b.parquet", [(image(0), 0, "x")])
     with pytest.raises(InputError, match="can be read as parquet and folder"):

@@ -94,7 +94,7 @@ def test_images_of_two_sizes_are_refused(shards):
     Image.new("L", (5, 5)).save(png, "png")
     add(shards / "train-0002.tar", "9999.png", png.getvalue())
     add(shards / "train-0002.tar", "9999.cls", b"3")
-    with pytest.raises(InputError, match=r"differ in size: \[\(1, 4, 4\), \(1, 5, 5\)\]"):
+    with pytest.raises(InputError, match=r"differ in size: .* has \[1, 4, 4\], .*sample 9999 .* has \[1, 5, 5\]"):
         load(shards, "train", 1)
 
 

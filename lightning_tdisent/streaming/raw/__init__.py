@@ -1,0 +1,71 @@
+"""Raw data sets as they are published, read item by item: image folders, ILSVRC, MNIST, CIFAR-10, parquet, tars.
+
+`find_source` looks at a path and says what it is. A kind is a pair of functions, one that finds its files and one that
+opens them. All hand out undecoded bytes, so that `prepare` decides what an image becomes. Nothing is unpacked or run.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.streaming.raw.arrays import find_cifar, find_mnist, open_cifar, open_mnist
+from lightning_tdisent.streaming.raw.folders import find_folder, find_ilsvrc, open_folder, open_ilsvrc
+from lightning_tdisent.streaming.raw.source import ARCHIVES, IMAGES, Item, Source, image_type, names_in, some
+from lightning_tdisent.streaming.raw.tables import find_parquet, open_parquet
+from lightning_tdisent.streaming.raw.tars import find_tars, open_tars
+
+__all__ = ["IMAGES", "KINDS", "Item", "Kind", "Source", "find_source", "image_type"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``find(path, split)`` gives the files of a data set, nothing if there are none; ``open`` takes them."""
+
+    find: Callable[[Path, str], Any]
+    open: Callable[[Any, str], Source]
+    looks_for: str
+
+
+KINDS = {
+    "ilsvrc": Kind(find_ilsvrc, open_ilsvrc, "ILSVRC/Data/CLS-LOC"),
+    "cifar10": Kind(find_cifar, open_cifar, "cifar-10-batches-py with data_batch_1..5, batches.meta"),
+    "mnist": Kind(find_mnist, open_mnist, "train-images-idx3-ubyte(.gz), t10k-images-idx3-ubyte(.gz)"),
+    "parquet": Kind(find_parquet, open_parquet, "*.parquet"),
+    "webdataset": Kind(find_tars, open_tars, "*.tar, *.tar.gz"),
+    "folder": Kind(find_folder, open_folder, f"images ({', '.join(IMAGES)}), flat or in class folders"),
+}
+
+
+def find_source(path: str | Path, split: str, kind: str = "auto") -> Source:
+    """Open a raw data set; ``kind`` is one of `KINDS`, or ``auto`` to recognise it.
+
+    Raises `InputError` if it is none, more than one, damaged, or has no such split.
+    """
+    path = Path(path)
+    if kind not in ("auto", *KINDS):
+        raise InputError(f"kind: {kind!r} is not known; it is one of auto, {', '.join(KINDS)}.{nearest(kind, KINDS)}")
+    if not path.exists():
+        raise InputError(f"{path} does not exist. Name the folder or file of the raw data set")
+    kinds = KINDS if kind == "auto" else {kind: KINDS[kind]}
+    try:
+        for name, advice in ARCHIVES.items():
+            if names_in(path) == [name]:
+                raise InputError(f"{path} is an archive that is not opened here: {advice}")
+        found = {name: files for name, k in kinds.items() if (files := k.find(path, split))}
+        if "ilsvrc" in found:  # its images are in folders, too
+            found = {"ilsvrc": found["ilsvrc"]}
+        if not found:
+            what = "data set that is known here" if kind == "auto" else f"{kind} data set"
+            looked = "; ".join(f"{name}: {k.looks_for}" for name, k in kinds.items())
+            raise InputError(f"{path} is no {what}; it holds {some(names_in(path))}. Looked for {looked}")
+        if len(found) > 1:
+            raise InputError(f"{path} can be read as {' and '.join(found)}. Say which, with kind")
+        ((name, files),) = found.items()
+        source = KINDS[name].open(files, split)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if not len(source):
+        raise InputError(f"{path}: the split {split!r} of this {source.kind} data set is empty")
+    return source

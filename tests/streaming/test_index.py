@@ -1,0 +1,566 @@
+"""What an index says against the file, zlib, tarfile and webdataset; where it is read from; what it does not fit."""
+
+import gzip
+import hashlib
+import io
+import itertools
+import tarfile
+import zlib
+from dataclasses import fields, replace
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.streaming.decode import BadSample, Decoder
+from lightning_tdisent.streaming.index import Index, Regions, Shard, build, join, path_of, scan
+from lightning_tdisent.streaming.orders import Shuffled, Streamed
+from lightning_tdisent.streaming.shards import Policy, Shards, differences, load
+from lightning_tdisent.streaming.tars import find
+
+
+def write(file, members, form=tarfile.PAX_FORMAT):
+    """A tar of (name, content), of which a directory has None."""
+    with tarfile.open(file, "w", format=form) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if content is None:
+                member.type = tarfile.DIRTYPE
+            else:
+                member.size = len(content)
+            tar.addfile(member, None if content is None else io.BytesIO(content))
+    return file
+
+
+def zipped(folder):
+    for file in folder.glob("*.tar"):
+        (folder / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes(), mtime=0))
+        file.unlink()
+
+
+STOP = Policy()
+
+
+def save_index(folder, **options):
+    index = build(find(folder, "train"), **options)
+    index.save(path_of(folder, "train"))
+    return index
+
+
+def opened(folder, policy=STOP):
+    return Shards.open(folder, "train", Decoder(1), policy)
+
+
+def same(a, b):
+    """Whether two indices agree in everything."""
+    if (a.shards, a.extensions, a.regions is None) != (b.shards, b.extensions, b.regions is None):
+        return False
+    pairs = [(getattr(a.regions, f.name), getattr(b.regions, f.name)) for f in fields(Regions)] if a.regions else []
+    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
+
+
+def by_webdataset(file):
+    """[(key, {extension: content})], as it reads them."""
+    with open(file, "rb") as stream:
+        members = wds.tariterators.tar_file_expander([{"url": str(file), "stream": stream}])
+        return [
+            (sample["__key__"], {k: v for k, v in sample.items() if not k.startswith("__")})
+            for sample in wds.tariterators.group_by_keys(members)
+        ]
+
+
+# Regions
+
+WORD = st.text("abcdeé-_ 0", min_size=1, max_size=6)
+SAMPLE = st.tuples(
+    st.lists(WORD, max_size=2),  # folders
+    st.one_of(WORD, st.integers(90, 300).map(lambda n: "k" * n)),  # over 100 bytes: in a header of its own
+    st.dictionaries(st.sampled_from(["png", "txt", "a.b", "JPG"]), st.binary(max_size=1100), min_size=1),
+)
+OTHER = st.sampled_from(
+    [("folder", None), ("README", b"x" * 700), (".hidden", b"y"), ("a/LICENSE", b""), (".d/x", b"")]
+)
+
+
+@st.composite
+def shard(draw):
+    """The members of a shard, and those of them that are of a sample."""
+    members = []
+    for number, (folders, key, content) in enumerate(draw(st.lists(SAMPLE, max_size=5))):
+        members += draw(st.lists(OTHER, max_size=2))
+        key = "/".join([*folders, f"{key}{number}"])
+        for extension, value in content.items():
+            members.append((f"{key}.{extension}", value))
+            members += draw(st.lists(OTHER, max_size=1))
+    return members
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    contents=st.lists(shard(), min_size=1, max_size=3),
+    form=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
+    packed=st.booleans(),
+)
+def test_regions_tile_the_tar_and_hold_what_webdataset_reads(contents, form, packed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tars")
+    parts, expected = [], []
+    for number, members in enumerate(contents):
+        # other keys and bytes in every shard, so that they can be joined
+        members = [("empty" * (number + 1), b""), *((f"{number}/{n}" if "." in n[1:] else n, c) for n, c in members)]
+        file = write(folder / f"t-{number}.tar", members, form)
+        raw, url = file.read_bytes(), str(file)
+        if packed:
+            url = f"{file}.gz"
+            Path(url).write_bytes(gzip.compress(raw, 1))
+        index, r = (one := scan(url)), one.regions
+        parts.append(index)
+        read = by_webdataset(file)
+        expected += [(url.rpartition("/")[2], key, content) for key, content in read]
+
+        stored = Path(url).read_bytes()
+        row = index.shards[0]
+        assert (row.name, row.bytes, row.samples) == (url.rpartition("/")[2], len(stored), len(read))
+        assert row.sha256 == hashlib.sha256(stored).hexdigest()
+        ends = r.begin + r.size
+        if read:
+            assert r.begin[0] == 0
+            assert ends[-1] == len(raw)
+        assert np.array_equal(r.begin[1:], ends[:-1])
+        for n, (key, content) in enumerate(read):
+            region = raw[r.begin[n] : ends[n]]
+            assert r.crc[n] == zlib.crc32(region)
+            assert (index.key(n), index.members(n, region)) == (key, content)
+
+    whole = join(parts)
+    assert len(whole) == len(expected)
+    for n, (name, key, content) in enumerate(expected):
+        place, number = whole.place(n)
+        assert whole.shards[place].name == name
+        assert number + sum(part.shards[0].samples for part in parts[:place]) == n
+        assert whole.key(n) == key
+        assert whole.name(n).startswith(f"{name}: sample {key} (bytes ")
+        tar = gzip.decompress((folder / name).read_bytes()) if packed else (folder / name).read_bytes()
+        begin = int(whole.regions.begin[n])
+        assert whole.members(n, tar[begin : begin + int(whole.regions.size[n])]) == content
+    assert set(whole.extensions) == {kind for *_, content in expected for kind in content}
+    whole.save(folder / "i.safetensors")
+    assert same(Index.load(folder / "i.safetensors"), whole)
+    for number in range(len(contents)):  # the reader gives the same
+        shards = Shards([str(folder / row.name) for row in whole.shards], whole, Decoder(1))
+        streamed = [(whole.key(n), members) for n, members in shards.stream(number)]
+        assert streamed == [(key, c) for name, key, c in expected if name == whole.shards[number].name]
+
+
+def test_a_leading_dot_and_slash_is_of_no_key(tmp_path):
+    index = scan(str(write(tmp_path / "t-0.tar", [("./", None), ("./a.png", b"1"), ("./b/c.PNG", b"2")])))
+    assert [index.key(n) for n in range(2)] == ["a", "b/c"]
+    assert index.extensions == ("png",)
+
+
+def test_an_index_of_headers_alone_has_the_same_places(shards):
+    read, quick = build(find(shards, "train")), build(find(shards, "train"), hashed=False)
+    assert (read.hashed, quick.hashed) == (True, False)
+    assert len(quick.regions.crc) == 0
+    assert same(replace(quick, shards=read.shards, regions=replace(quick.regions, crc=read.regions.crc)), read)
+
+
+def test_an_index_made_by_two_processes_is_the_same(shards):
+    seen = []
+    assert same(build(find(shards, "train"), 2, lambda *n: seen.append(n)), build(find(shards, "train")))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("at", ["local", "memory://index-round-trip"])
+def test_what_is_saved_is_loaded(regions, at, shards, tmp_path):
+    file = f"{at if '://' in at else tmp_path}/train.index.safetensors"
+    index = build(find(shards, "train"), regions=regions)
+    index.save(file)
+    again = Index.load(file)
+    assert same(again, index)
+    assert again.digest == index.digest
+    assert len(again) == 30
+    assert again.starts.tolist() == [0, 10, 17, 30]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_digest_is_that_of_names_and_bytes(shards):
+    index = build(find(shards, "train"))
+    total = hashlib.sha256()
+    for file in sorted(shards.glob("*.tar")):
+        total.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    assert index.digest == total.hexdigest()[:16] == build(find(shards, "train"), regions=False).digest
+    before = opened(shards).digest  # from the files
+    index.save(path_of(shards, "train"))
+    assert opened(shards).digest == before == index.digest
+
+
+def test_names_that_are_not_utf8_and_too_many_kinds_are_refused(tmp_path):
+    file = write(tmp_path / "a-0.tar", [("caf\udce9.png", b"1")])
+    with pytest.raises(InputError, match=r"a-0.tar"):
+        build([file])
+    one, two = (
+        write(tmp_path / f"b-{n}.tar", [(f"{n}.{n}x{i}", b"1") for i in range(200)], tarfile.USTAR_FORMAT)
+        for n in (0, 1)
+    )
+    with pytest.raises(InputError, match=r"400 kinds"):
+        build([one, two])
+    many = write(tmp_path / "c-0.tar", [(f"k.x{i}", b"1") for i in range(300)], tarfile.USTAR_FORMAT)
+    with pytest.raises(InputError, match=r"300 kinds of members"):
+        build([many])
+
+
+# A damaged index, and one that does not fit
+
+
+def test_any_flipped_bit_of_an_index_is_found(shards):
+    rng = np.random.default_rng(0)
+    found = 0
+    for regions in (True, False):
+        file = shards / "train.index.safetensors"
+        save_index(shards, regions=regions)
+        content = file.read_bytes()
+        for _ in range(100):
+            at = int(rng.integers(len(content)))
+            changed = bytearray(content)
+            changed[at] ^= 1 << int(rng.integers(8))
+            file.write_bytes(changed)
+            with pytest.raises(InputError, match=r"train.index.safetensors"):
+                opened(shards)
+            found += 1
+    assert found == 200
+
+
+def test_the_ends_of_the_header_of_an_index_bit_by_bit(shards):
+    """Length, names, types and places, of which a flip might leave a readable file."""
+    save_index(shards)
+    file = shards / "train.index.safetensors"
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    for at in (*range(min(200, end)), *range(end - 16, end + 16)):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[at] ^= 1 << bit
+            file.write_bytes(changed)
+            with pytest.raises(InputError):
+                Index.load(file)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, -1])
+def test_a_cut_off_index_is_refused(keep, shards):
+    save_index(shards)
+    file = shards / "train.index.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"train.index.safetensors is damaged .* data index"):
+        opened(shards)
+
+
+def test_an_index_of_another_format_and_one_that_is_no_file_are_refused(shards):
+    index = save_index(shards)
+    file = shards / "train.index.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"lightning_tdisent.index/1", b"lightning_tdisent.index/9"))
+    with pytest.raises(InputError, match=r"has the format lightning_tdisent.index/9, expected lightning_t"):
+        opened(shards)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(InputError, match=r"train.index.safetensors"):
+        opened(shards)
+    with pytest.raises(FileNotFoundError):
+        Index.load(shards / "none")
+    assert len(index) == 30
+
+
+def test_the_message_names_a_remote_folder_as_it_was_given(shards):
+    fsspec.filesystem("memory").pipe_file("/bad-index/train.index.safetensors", b"")
+    fsspec.filesystem("memory").pipe_file("/bad-index/train-0.tar", b"")
+    with pytest.raises(InputError, match=r"data index memory://bad-index$"):
+        Shards.open("memory://bad-index", "train", Decoder(1))
+
+
+def test_an_index_that_does_not_fit_is_refused_by_name(shards):
+    save_index(shards)
+    content = (shards / "train-0001.tar").read_bytes()
+    (shards / "train-0003.tar").write_bytes(content)
+    with pytest.raises(InputError, match=r"names 3 shards, the folder holds 4: train-0003.tar is only in the folder"):
+        opened(shards)
+    (shards / "train-0003.tar").unlink()
+    (shards / "train-0001.tar").unlink()
+    with pytest.raises(InputError, match=r"names 3 shards, the folder holds 2: train-0001.tar is only in the index"):
+        opened(shards)
+    (shards / "train-0001.tar").write_bytes(content + bytes(512))
+    size = len(content)
+    with pytest.raises(InputError, match=rf"train-0001.tar has {size + 512:,} bytes, its index says {size:,}.*data"):
+        opened(shards)
+    assert len(opened(shards, Policy("skip"))) == 30  # all that the index lists is there
+    (shards / "train-0001.tar").write_bytes(content)
+    assert len(opened(shards)) == 30
+
+
+def test_shards_are_read_in_the_order_of_their_index(shards):
+    urls = find(shards, "train")
+    build([urls[2], urls[0], urls[1]]).save(path_of(shards, "train"))
+    assert opened(shards).decoded().labels.tolist() == [*range(17, 30), *range(10), *range(10, 17)]
+
+
+def test_empty_shards_are_read_like_others(shards):
+    for number in (3, 4):
+        write(shards / f"train-000{number}.tar", [])
+    index = save_index(shards)
+    assert index.starts.tolist() == [0, 10, 17, 30, 30, 30]
+    data = opened(shards)
+    assert data.decoded().labels.tolist() == list(range(30))
+    assert sum(len(batch["id"]) for batch in itertools.islice(Streamed(data, 4, 0), 7)) == 28
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    write(tmp_path / "train-0.tar", [])
+    with pytest.raises(InputError, match=r"the shards train-\* of .* are empty"):
+        opened(tmp_path)
+    save_index(tmp_path)
+    with pytest.raises(InputError, match=r"the shards train-\* of .* are empty"):
+        opened(tmp_path)
+
+
+# Keys, classes and shards that come twice
+
+
+def test_a_shard_and_its_gzipped_copy_are_refused(shards):
+    (shards / "train-0001.tar.gz").write_bytes(gzip.compress((shards / "train-0001.tar").read_bytes()))
+    with pytest.raises(InputError, match=r"holds train-0001.tar and train-0001.tar.gz: remove one of them"):
+        find(shards, "train")
+
+
+def test_a_copy_of_a_shard_is_refused(shards):
+    (shards / "train-0003.tar").write_bytes((shards / "train-0001.tar").read_bytes())
+    for regions in (True, False):
+        with pytest.raises(InputError, match=r"train-0001.tar and train-0003.tar are the same, byte for byte"):
+            build(find(shards, "train"), regions=regions)
+
+
+@pytest.mark.parametrize("regions", [True, False])
+@pytest.mark.parametrize("where", ["one shard", "two shards"])
+def test_a_sample_without_its_label_is_refused(where, regions, shards):
+    files = find(shards, "train")
+    if where == "one shard":
+        files = [str(write(shards / "x-0.tar", [("a.png", b"1"), ("a.cls", b"1"), ("b.png", b"2")]))]
+    else:
+        files.append(str(write(shards / "x-0.tar", [("b.png", b"2"), ("c.png", b"2")])))
+    with pytest.raises(InputError, match=r"have no class"):
+        build(files, regions=regions)
+
+
+def test_the_sample_without_its_label_is_named_and_none_with_one_is_fine(shards):
+    file = write(shards / "x-0.tar", [("a.png", b"1"), ("a.cls", b"1"), ("b.png", b"2"), ("c.png", b"3")])
+    with pytest.raises(InputError, match=r"2 of 3 samples have no class \(KEY.cls\), first x-0.tar: sample b \("):
+        build([file])
+    assert len(build([write(shards / "y-0.tar", [("a.png", b"1"), ("b.png", b"2")])])) == 2
+
+
+# Object stores
+
+REMOTE = ["memory://{name}", "simplecache::memory://{name}", "file://{folder}"]
+
+
+@pytest.fixture
+def remote(shards, request):
+    """Puts the shards, as they are then, where fsspec finds them."""
+
+    def put(form):
+        name = request.node.name.replace("/", "-").replace(":", "-").replace("[", "-").replace("]", "")
+        if "memory" in form:
+            store = fsspec.filesystem("memory")
+            if store.exists(f"/{name}"):
+                store.rm(f"/{name}", recursive=True)
+            for file in shards.iterdir():
+                if file.is_file():
+                    store.pipe_file(f"/{name}/{file.name}", file.read_bytes())
+        return form.format(name=name, folder=shards)
+
+    return put
+
+
+@pytest.mark.parametrize("form", REMOTE)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("regions", [True, False])
+def test_an_object_store_reads_as_a_folder(form, packed, regions, shards, remote):
+    if packed:
+        zipped(shards)
+    save_index(shards, regions=regions)
+    url, here = remote(form), opened(shards)
+    there = opened(url)
+    assert len(find(url, "train")) == 3
+    assert there.digest == here.digest
+    assert there.random_access == here.random_access == (regions and not packed)
+    whole, expected = there.decoded(), here.decoded()
+    assert torch.equal(whole.images, expected.images)
+    assert whole.labels.tolist() == list(range(30))
+    assert [n for n, members in there.stream(1, 3)] == [13, 14, 15, 16]
+    batch = 1 if form.startswith("memory") else 4  # fsspec's memory has one position per file, whoever opens it
+    orders = [Streamed(source, batch, 1, buffer=8) for source in (here, there)]
+    if regions and not packed:
+        orders += [Shuffled(source, 4, 1) for source in (here, there)]
+        assert there.batch([29, 0, 12])["label"].tolist() == [29, 0, 12]
+    for one, other in zip(orders[::2], orders[1::2], strict=True):
+        for a, b in itertools.islice(zip(one, other, strict=True), 9):
+            assert a["id"].tolist() == b["id"].tolist()
+            assert torch.equal(a["image"], b["image"])
+
+
+def test_a_batch_is_one_request_for_ranges(shards, remote, monkeypatch):
+    save_index(shards)
+    there = opened(remote("memory://{name}"))
+    asked, read = [], fsspec.implementations.memory.MemoryFileSystem.cat_ranges
+
+    def cat_ranges(self, paths, starts, ends, **options):
+        asked.append((len(paths), sum(e - s for s, e in zip(starts, ends, strict=True))))
+        return read(self, paths, starts, ends, **options)
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "cat_ranges", cat_ranges)
+    assert there.batch([3, 20, 11])["label"].tolist() == [3, 20, 11]
+    assert asked == [(3, int(there.index.regions.size[[3, 20, 11]].sum()))]
+
+
+@pytest.mark.parametrize("form", REMOTE)
+def test_without_an_index_an_object_store_is_refused_in_a_line(form, remote):
+    with pytest.raises(InputError, match=r"train.index.safetensors is not there, .*data index") as refusal:
+        opened(remote(form))
+    assert "\n" not in str(refusal.value)
+
+
+def test_damage_and_loss_in_an_object_store_are_named(shards, remote):
+    save_index(shards)
+    url = remote("memory://{name}")
+    store, path = fsspec.core.url_to_fs(f"{url}/train-0001.tar")
+    content = bytearray(store.cat_file(path))
+    content[600] ^= 4
+    store.pipe_file(path, bytes(content))
+    for read in (lambda s: s.batch(range(9, 12)), lambda s: s.decoded()):
+        with pytest.raises(BadSample, match=r"train-0001.tar: sample 0010 \(bytes 0 to .* changed since"):
+            read(opened(url))
+    content[600] ^= 4
+    store.pipe_file(path, bytes(content[:5000]))
+    begin = (r := opened(url).index.regions).begin[10:17]
+    cut = 10 + int((begin + r.size[10:17] > 5000).argmax())
+    for read in (lambda s: s.batch(range(10, 17)), lambda s: s.decoded()):
+        with pytest.raises(BadSample, match=rf"train-0001.tar: sample 00{cut} .* is cut off after"):
+            read(opened(url))
+    there = opened(url)
+    store.rm(path)
+    for read in (lambda: there.batch([12]), lambda: there.decoded()):
+        with pytest.raises(BadSample, match=r"train-0001.tar: sample 001[02] .* cannot be read"):
+            read()
+    with pytest.raises(InputError, match=r"train-0001.tar is only in the index"):
+        opened(url)
+
+
+@pytest.mark.parametrize("url", ["nosuch://bucket/set", "memory://not-there", "file:///not/there", "nosuch::file:///x"])
+def test_a_url_that_cannot_be_opened_is_refused_in_a_line(url):
+    with pytest.raises(InputError, match=r"data.path: ") as refusal:
+        find(url, "train")
+    assert "\n" not in str(refusal.value)
+    assert url in str(refusal.value)
+
+
+def test_an_index_saved_to_an_object_store_lies_beside_the_shards(shards, remote):
+    url = remote("memory://{name}")
+    build(find(url, "train")).save(path_of(url, "train"))
+    assert same(Index.load(path_of(url, "train")), build(find(shards, "train")))
+    assert opened(url).decoded().labels.tolist() == list(range(30))
+
+
+# Names of shards
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("pipe:cat x", "train"),
+        ("pipe:touch ran #", "train"),
+        (".", "pipe:cat x-0.tar"),
+        ("simplecache::pipe:cat x", "train"),
+        ("-", "train"),
+    ],
+)
+def test_commands_are_refused(path, split, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"pipe: runs a command|no folder|is not a folder"):
+        find(path, split)
+    with pytest.raises(InputError):
+        load(path, split, 1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("split", ["train-{0000..0001}{.tar", "train-{0000..0001}.tar}", "[", "{a..b", "train-{}.tar"])
+def test_odd_patterns_find_shards_or_are_refused(split, shards):
+    try:
+        urls = find(shards, split)
+    except InputError as error:
+        said = str(error)
+    else:
+        said = urls[0]
+    assert said.removeprefix("data.path: ").startswith(str(shards))
+
+
+def test_an_index_of_a_pattern_has_a_name_of_its_own(shards):
+    file = path_of(f"{shards}/", "train-{0001..0002}.tar")
+    assert file == f"{shards}/train-_0001..0002_.tar.index.safetensors"
+    build(find(shards, "train-{0001..0002}.tar")).save(file)
+    some = Shards.open(shards, "train-{0001..0002}.tar", Decoder(1))
+    assert some.index.hashed
+    assert some.decoded().labels.tolist() == list(range(10, 30))
+
+
+# What is wrong with a shard
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_differences_name_every_damaged_sample(packed, shards):
+    raw = (shards / "train-0001.tar").read_bytes()
+    if packed:
+        zipped(shards)
+    index = save_index(shards)
+    urls = find(shards, "train")
+    assert [differences(url, index.part(n)) for n, url in enumerate(urls)] == [[], [], []]
+    changed = bytearray(raw)
+    for sample in (11, 16):
+        changed[int(index.regions.begin[sample]) + 700] ^= 32
+    name = urls[1].rpartition("/")[2]
+    Path(urls[1]).write_bytes(gzip.compress(changed, mtime=0) if packed else changed)
+    found = differences(urls[1], index.part(1))
+    assert [line.partition(" (bytes")[0] for line in found] == [f"{shards}/{name}: sample 00{n}" for n in (11, 16)]
+    assert all("another CRC-32" in line for line in found)
+    assert differences(urls[0], index.part(0)) == []
+    Path(urls[1]).write_bytes(gzip.compress(raw, mtime=7) if packed else raw + bytes(512))
+    size = index.shards[1].bytes
+    (only,) = differences(urls[1], index.part(1))
+    assert f"{name} has changed since its index was made, outside of any sample ({size:,} bytes" in only
+    assert (f"now {size + 512:,}" in only) is not packed
+
+
+def test_differences_of_shards_that_are_gone_cut_off_or_not_listed(shards):
+    index, rows = save_index(shards), save_index(shards, regions=False)
+    url = find(shards, "train")[2]
+    content = (shards / "train-0002.tar").read_bytes()
+    (shards / "train-0002.tar").write_bytes(content[:5000])
+    whole = int((index.regions.begin[17:] + index.regions.size[17:] <= 5000).sum())
+    assert len(differences(url, index.part(2))) == 13 - whole
+    (line,) = differences(url, rows.part(2))
+    assert (
+        f"train-0002.tar has changed since its index was made, outside of any sample ({len(content):,} bytes, " in line
+    )
+    (shards / "train-0002.tar").unlink()
+    for one in (index, rows):
+        (line,) = differences(url, one.part(2))
+        assert line.startswith(f"{shards}/train-0002.tar: cannot be read: ")
+
+
+def test_an_index_without_samples_names_by_number():
+    index = Index((Shard("a.tar", 1, "", 3, ""), Shard("b.tar", 1, "", 2, "")), (), None)
+    assert [index.name(n) for n in (0, 2, 3)] == ["a.tar: sample 0", "a.tar: sample 2", "b.tar: sample 0"]
