@@ -16,12 +16,13 @@ from lightning_tdisent.report.figures import COLOURS, STYLE
 from lightning_tdisent.streaming.decode import BadSample, Decoder
 from lightning_tdisent.streaming.shards import Policy, Sample, Shards
 
+PICTURES = 72
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
 class Look:
-    """What ``n`` samples spread over a split look like, and the classes of all of them.
+    """What ``looked`` samples spread over a split look like, some of them decoded, and the classes of all.
 
     sizes: how often each shape (C, H, W); values: for each channel the counts of 0 .. 255, or of latents in 256 bins
     of [-4, 4]; classes: number of samples of class 0, 1, ..; bad: what could not be decoded.
@@ -30,6 +31,7 @@ class Look:
     split: str
     shards: Shards
     samples: list[Sample]
+    looked: int
     sizes: Counter[tuple[int, ...]]
     values: Tensor
     classes: Tensor
@@ -40,8 +42,10 @@ def look(path: str | Path, split: str, n: int = 1000) -> Look:
     """Decode ``n`` samples spread over a split; nothing that is bad stops it."""
     shards = Shards.open(path, split, Decoder(3), Policy("skip", 1.0))
     wanted = set(np.linspace(0, len(shards) - 1, min(n, len(shards))).astype(int).tolist())
+    shown = set(sorted(wanted)[:: max(1, len(wanted) // PICTURES)])
     samples: list[Sample] = []
     bad: list[str] = []
+    sizes, values, looked = Counter[tuple[int, ...]](), torch.zeros(0, 256), 0
     if shards.random_access:
         found = ((i, members) for i in sorted(wanted) for members in shards.read([i]))
     else:
@@ -51,18 +55,19 @@ def look(path: str | Path, split: str, n: int = 1000) -> Look:
         try:
             if isinstance(members, BadSample):
                 raise members
-            samples.append({**shards.decoder(members, shards.name(number)), "id": number})
+            sample = {**shards.decoder(members, shards.name(number)), "id": number}
         except BadSample as error:
             bad.append(str(error))
-    images = [s["latent"][0, 0].float() if "latent" in s else s["image"] for s in samples]
-    low, high = (-4, 4) if samples and "latent" in samples[0] else (0, 256)
-    values = torch.zeros(max((len(i) for i in images), default=1), 256)
-    for image in images:
-        for channel, plane in enumerate(image):
-            values[channel] += torch.histc(plane.float(), 256, low, high)
+            continue
+        looked += 1
+        image, low, high = (sample["latent"][0, 0], -4, 4) if "latent" in sample else (sample["image"], 0, 256)
+        counts = torch.stack([torch.histc(plane.float(), 256, low, high) for plane in image])
+        values = counts + (values if len(values) == len(counts) else 0)
+        sizes[tuple(image.shape)] += 1
+        samples += [sample] if number in shown else []
     labels = shards.classes()
     classes = torch.bincount(labels[labels >= 0]) if bool((labels >= 0).any()) else torch.empty(0, dtype=torch.int64)
-    return Look(split, shards, samples, Counter(tuple(i.shape) for i in images), values, classes, bad)
+    return Look(split, shards, samples, looked, sizes, values, classes, bad)
 
 
 def table(look: Look) -> Table:
@@ -75,7 +80,7 @@ def table(look: Look) -> Table:
     out.add_row("digest", f"{look.shards.digest}, {'indexed' if index.hashed else 'no index: nothing can be verified'}")
     shapes = ", ".join(f"{' x '.join(map(str, shape))} ({n})" for shape, n in look.sizes.most_common(4))
     more = f" and {len(look.sizes) - 4} more" if len(look.sizes) > 4 else ""
-    out.add_row(f"shapes of {len(look.samples):,}", shapes + more)
+    out.add_row(f"shapes of {look.looked:,}", shapes + more)
     for name, counts in zip(_channels(look), look.values, strict=False):
         bars = counts.view(32, 8).sum(1)
         heights = (bars / bars.max().clamp_min(1) * 8).ceil().int().tolist()
@@ -109,7 +114,7 @@ def draw(look: Look, columns: int = 12, rows: int = 6) -> Figure:
         colours = [COLOURS[5]] if names == ["grey"] else [COLOURS[1], COLOURS[2], COLOURS[0], *COLOURS[3:]]
         for counts, name, colour in zip(look.values, names, colours, strict=False):
             left.plot(at, counts / counts.sum().clamp_min(1), label=name, color=colour, lw=1)
-        left.set(title=f"values of {len(look.samples):,} samples", xlabel="latent" if latent else "grey level")
+        left.set(title=f"values of {look.looked:,} samples", xlabel="latent" if latent else "grey level")
         left.legend()
         right.bar(range(len(look.classes)), look.classes.tolist(), width=1 if len(look.classes) > 50 else 0.8)
         right.set(title="samples per class" if len(look.classes) else "no classes", xlabel="class")

@@ -109,21 +109,17 @@ def prepare(
 
 def _check(source: Source, options: Options, split: str, jobs: int) -> None:
     """Refuse what cannot be met, all of it at once."""
-    formats = ("keep", *ENCODE)
+    formats, latents = ("keep", *ENCODE), options.vae is not None
+    unknown = f"{options.encode!r} is not one of {', '.join(formats)}.{nearest(options.encode, formats)}"
     wrong = {
         f"the {source.kind} data set is empty": not len(source),
         f"split: {split!r} is to be of letters, digits and _": not re.fullmatch(r"\w+", split, re.ASCII),
         f"size: {options.size} is not at least 1": options.size is not None and options.size < 1,
-        f"encode: {options.encode!r} is not one of {', '.join(formats)}.{nearest(options.encode, formats)}": (
-            options.encode not in formats
-        ),
-        f"encode: {options.encode} and vae: {options.vae}: latents are stored instead of images; leave one of them": (
-            options.vae is not None and options.encode in ENCODE
-        ),
+        f"encode: {unknown}": options.encode not in formats,
+        f"encode: {options.encode} and vae: latents are not encoded; leave one of them": latents
+        and options.encode in ENCODE,
         f"samples: {options.samples} per shard is not at least 1": options.samples < 1,
-        f"shuffle: this {source.kind} data set is gzipped, and read in order alone. Unzip it first: gunzip *.gz": bool(
-            options.shuffle and source.shuffled is None
-        ),
+        "shuffle: what is gzipped is read in order alone; gunzip it": bool(options.shuffle) and source.shuffled is None,
         f"seed: {options.seed} is not in 0 .. 2^32 - 1": not 0 <= options.seed < 2**32,
         f"batch_size: {options.batch_size} is not at least 1": options.batch_size < 1,
         f"bad: {options.bad} is not a fraction in 0 .. 1": not 0 <= options.bad <= 1,
@@ -243,24 +239,21 @@ class _Run:
                         bisect.insort(self.skipped, bad)
                     self._stop_if_too_many()
                     good = [s for s in samples if isinstance(s, Made)]
-                    for sample in self._with_latents(good) if self.latents and good else good:
+                    if self.latents and good:
+                        latents = self.latents.encode([s.pixels for s in good], [s.name for s in good])
+                        good = [
+                            replace(s, members={**s.members, LATENT: z}) for s, z in zip(good, latents, strict=True)
+                        ]
+                    for sample in good:
                         self._stop_if_unlike(sample)
                         tar.write({"__key__": _key(sample), **sample.members})
                     written += len(good)
                     self.done += len(samples)
                     self.progress(self.done, len(self.source))
             if not written:
-                last = self.skipped[-1]
-                raise InputError(
-                    f"{file.name} would be empty: all of its samples are bad, the last one {last.name}: {last.reason}. "
-                    "Put more samples into a shard"
-                )
+                last = f"{self.skipped[-1].name}: {self.skipped[-1].reason}"
+                raise InputError(f"{file.name} would be empty: all of its samples are bad, the last one {last}")
             self._write_skipped()  # before the shard has its name: a run that goes on from it knows what it lacks
-
-    def _with_latents(self, samples: list[Made]) -> list[Made]:
-        assert self.latents is not None
-        files = self.latents.encode([s.pixels for s in samples], [s.name for s in samples])
-        return [replace(s, members={**s.members, LATENT: file}) for s, file in zip(samples, files, strict=True)]
 
     def _stop_if_too_many(self) -> None:
         if len(self.skipped) > self.allowed:
@@ -290,10 +283,11 @@ class _Run:
         return [s for s in found if s.number // self.options.samples not in self.missing]
 
     def _write_skipped(self) -> None:
-        self.skipped_file.unlink(missing_ok=True)
-        if self.skipped:
-            with _whole(self.skipped_file) as stream:
-                stream.writelines(f"{s.number:08d}\t{s.name}\t{s.reason}\n".encode() for s in self.skipped)
+        if not self.skipped:
+            self.skipped_file.unlink(missing_ok=True)
+            return
+        with _whole(self.skipped_file) as stream:
+            stream.writelines(f"{s.number:08d}\t{s.name}\t{s.reason}\n".encode() for s in self.skipped)
 
     def _index(self, jobs: int) -> Index:
         """That of an earlier run if it is of these shards, or a new one."""

@@ -87,6 +87,9 @@ class Shards:
                     f"python -m lightning_tdisent data index {path}"
                 ) from None
             index = build(urls, hashed=False)
+            if len(index) > 10_000:
+                said = "takes long, and that nothing is verified; make one: python -m lightning_tdisent data index"
+                print(f"{file} is not there, so that the start {said} {path}", file=sys.stderr)
         else:
             urls = _matched(urls, index, file, sizes=policy.on_bad == "stop")
         if not len(index):
@@ -220,7 +223,7 @@ class Shards:
         else:
             found = [_pread(url, *place) for url, place in zip(urls, ranges, strict=True)]
         return [
-            BadSample(f"{self.name(number)} cannot be read: {region}")
+            BadSample(f"{self.name(number)} cannot be read: {type(region).__name__}: {' '.join(str(region).split())}")
             if isinstance(region, Exception)
             else self._members(number, region)
             for number, region in zip(numbers, found, strict=True)

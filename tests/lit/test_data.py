@@ -1,12 +1,15 @@
 """Shards as a run sees them: latents, damaged samples, other layouts of ranks and workers."""
 
 import io
+import itertools
+import os
 
 import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from fsspec import AbstractFileSystem, register_implementation
 from watching import Memory, Watch
 
 from lightning_tdisent.diffusion.states import LatentStates
@@ -179,8 +182,97 @@ def test_single_reads_by_workers_train_as_from_memory(digits, tmp_path, tiny):
         ({"buffer": 0}, "data.buffer: at least 1, got 0"),
         ({"on_bad_shard": "ignore"}, "data.on_bad_shard: stop or skip, got ignore"),
         ({"bad_ceiling": 2}, "data.bad_ceiling: a share of the samples, 0 to 1, got 2"),
+        ({"workers": -1}, "data.workers: at least 0, got -1"),
+        ({"val_limit": 0}, "data.val_limit: at least 1, got 0"),
+        ({"access": "bogus"}, "data.access: auto, random or sequential, got bogus"),
+        ({"resident": "devise"}, "data.resident: true, false or device, got devise"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, words):
     with pytest.raises(InputError, match=words):
         ImageShards("data/digits", **options)
+
+
+def test_more_workers_than_images_in_a_batch(digits, tmp_path):
+    folder = indexed(digits, tmp_path)
+    for access in ("random", "sequential"):
+        data = ImageShards(str(folder), 1, batch_size=1, resident=False, access=access, workers=2, seed=0)
+        loader = data.train_dataloader()
+        ids = [int(batch["id"]) for batch in itertools.islice(loader, 8)]
+        loader.close()
+        assert len(set(ids)) == 8
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_classes_that_the_network_does_not_know_are_refused(digits, tmp_path, tiny, resident):
+    folder = indexed(digits, tmp_path)
+    module = ReducedStates(tiny(classes=9), LatentStates(S=4))
+    module.setup = lambda stage: None  # which looks at the held-out images
+    with pytest.raises(InputError, match=r"train-0000.tar: sample .* has the class 9 .*, the network knows 9"):
+        fit(folder, module, 15, resident=resident)
+
+
+def test_in_memory_the_ids_are_positions_in_the_split_also_where_some_are_left_out(digits, tmp_path):
+    folder = indexed(digits, tmp_path, [10])
+    whole = ImageShards(str(digits), 1, seed=0).training
+    data = ImageShards(str(folder), 1, batch_size=1499, on_bad_shard="skip", seed=0)
+    (batch,) = data.train_dataloader()
+    assert sorted(batch["id"].tolist()) == [n for n in range(1500) if n != 10]
+    assert torch.equal(batch["image"], whole.images[batch["id"]])
+    assert torch.equal(batch["label"], whole.labels[batch["id"]])
+
+
+def test_a_run_goes_on_in_the_same_order_or_not_at_all(digits, tmp_path):
+    folder = indexed(digits, tmp_path)
+
+    def loader(**options):
+        return ImageShards(str(folder), 1, batch_size=100, seed=0, **options).train_dataloader()
+
+    state = loader().state_dict()
+    loader(resident=False).load_state_dict(state)  # single reads have the order of memory
+    for options in ({"access": "sequential", "resident": False}, {"train": "test"}):
+        with pytest.raises(InputError, match=r"data: the checkpoint was trained in the order of .*, this run has that"):
+            loader(**options).load_state_dict(state)
+    with pytest.raises(InputError, match=r"data.batch_size: .* 100 images .* this run has 50"):
+        ImageShards(str(folder), 1, batch_size=50, seed=0).train_dataloader().load_state_dict(state)
+    loader().load_state_dict({"batches": 3, "images": 100})  # of a checkpoint from before these were kept
+
+
+def test_what_does_not_fit_in_memory_is_refused(digits, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 20}.get)
+    with pytest.raises(InputError, match=r"data.resident: 1,500 images of \[1, 8, 8\] need .* set data.resident false"):
+        ImageShards(str(digits), 1, seed=0).train_dataloader()
+
+
+class Failing(AbstractFileSystem):
+    """An object store whose client has errors of its own."""
+
+    protocol = "failing"
+
+    class ClientError(Exception):
+        def __init__(self, code, what):
+            super().__init__(f"An error occurred ({code}) when calling {what}")
+
+    def _open(self, path, mode="rb", **_):
+        raise self.ClientError("SlowDown", "GetObject")
+
+    def ls(self, path, detail=True, **_):
+        raise self.ClientError("AccessDenied", "ListObjects")
+
+    def cat_file(self, path, start=None, end=None, **_):
+        raise self.ClientError("SlowDown", "GetObject")
+
+
+def test_an_object_store_that_fails_is_answered_in_a_line(digits, tmp_path, monkeypatch):
+    register_implementation("failing", Failing, clobber=True)
+    with pytest.raises(InputError, match=r"failing://set cannot be read: .*AccessDenied"):
+        ImageShards("failing://set", 1, seed=0).train_dataloader()
+    monkeypatch.setattr(Failing, "ls", lambda *_, **__: ["/set/train-0000.tar"])
+    with pytest.raises(InputError, match=r"train.index.safetensors cannot be read: ClientError: .*SlowDown"):
+        ImageShards("failing://set", 1, seed=0).train_dataloader()
+    index = Index.load(path_of(indexed(digits, tmp_path), "train"))
+    monkeypatch.setattr(Index, "load", lambda _: index)
+    for access in ("random", "sequential"):
+        data = ImageShards("failing://set", 1, resident=False, access=access, seed=0)
+        with pytest.raises(InputError, match=r"train-0000.tar: sample .* cannot be read: ClientError: .*SlowDown"):
+            next(iter(data.train_dataloader()))

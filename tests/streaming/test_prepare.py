@@ -251,7 +251,7 @@ def test_gzipped_shards_are_not_shuffled(folder, tmp_path):
     prepare(find_source(folder, "train"), "train", plain, jobs=0)
     zipped.mkdir()
     (zipped / "train-0000.tar.gz").write_bytes(gzip.compress((plain / "train-0000.tar").read_bytes()))
-    with pytest.raises(InputError, match=r"gzipped, and read in order alone. Unzip it first"):
+    with pytest.raises(InputError, match="gzipped is read in order alone; gunzip it"):
         prepare(find_source(zipped, "train"), "train", tmp_path / "out", Options(shuffle=True), jobs=0)
     prepare(find_source(zipped, "train"), "train", tmp_path / "out", Options(samples=7), jobs=2)
     assert list(read(tmp_path / "out").values()) == list(read(plain).values())
@@ -501,6 +501,26 @@ def test_a_full_disk_leaves_whole_shards(folder, tmp_path, monkeypatch):
     prepare(source, "train", out, Options(samples=7), jobs=0)
     prepare(source, "train", tmp_path / "unbroken", Options(samples=7), jobs=0)
     assert fingerprints(out) == fingerprints(tmp_path / "unbroken")
+
+
+def test_what_was_left_out_is_known_whatever_happens(tmp_path, monkeypatch):
+    """A run that ends while it writes the list of the second shard must not lose that of the first, which is there."""
+    source = Listed(*(b"" if i in (3, 15) else coded(noise()) for i in range(20)))
+    options, calls, sync = Options(samples=10, bad=0.1), itertools.count(), os.fsync
+
+    def full(handle):
+        if next(calls) == 3:
+            raise OSError(28, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Halted, match="No space left"):
+        prepare(source, "train", tmp_path / "a", options, jobs=0)
+    monkeypatch.undo()
+    assert (tmp_path / "a" / "train.skipped.txt").read_text().startswith("00000003\t")
+    assert [s.number for s in prepare(source, "train", tmp_path / "a", options, jobs=0).skipped] == [3, 15]
+    prepare(source, "train", tmp_path / "b", options, jobs=0)
+    assert fingerprints(tmp_path / "a") == fingerprints(tmp_path / "b")
 
 
 class Dies(Listed):

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.streaming.raw.source import IMAGES, Item, files_of, hashed, image_type, some
+from lightning_tdisent.streaming.raw.source import Item, files_of, hashed, image_type, some
 
 _COLUMNS = {
     "image": ("image", "img", "jpg"),
@@ -47,8 +47,7 @@ class Parquet:
         content, path = held.get("bytes") or b"", PurePosixPath(held.get("path") or "")
         if not content and path.name:
             raise InputError(f"{file}: row {row} of group {group} names the file {path} instead of holding it")
-        suffix = path.suffix[1:].lower()
-        members = {image_type(content) or (suffix if suffix in IMAGES else "png"): content}
+        members = {image_type(content) or "png": content}
         if label is not None and label >= 0:  # -1 is how test sets without classes are written
             members["cls"] = str(label).encode()
         if text is not None:
