@@ -75,6 +75,9 @@ UNSAFE += r"|(?<![\w.])eval\(|extractall|shell=True"
 def test_no_unsafe_calls_in_the_package():
     for file in (ROOT / "lightning_tdisent").rglob("*.py"):
         found = [line for line in file.read_text().splitlines() if re.search(UNSAFE, line)]
+        if file.name == "arrays.py":  # CIFAR-10 comes as pickles; it has an Unpickler that finds no class
+            found.remove("import pickle")
+            assert "class _BytesOnly(pickle.Unpickler)" in file.read_text()
         assert not found, f"{file}: {found}"
     assert re.search(UNSAFE, "x = eval(text)")
     assert not re.search(UNSAFE, "model.eval()")
