@@ -287,3 +287,6 @@ def test_a_pattern_names_shards(shards):
         find(shards, "train-{0000..0004}.tar")
     save = Shards.open(shards, "train-{0001..0002}.tar", Decoder(1))
     assert len(save) == 20
+    for path in (shards / "*", shards / "train-{0000..0001}.tar", shards / "train-0000.tar"):
+        with pytest.raises(InputError, match=r"is not a folder; name the folder there, and the pattern in data.train"):
+            find(path, "train")
