@@ -156,7 +156,9 @@ def find(path: str | Path, split: str) -> list[str]:
 
 def _names(folder: str) -> list[str]:
     if not is_remote(folder) and not Path(folder).is_dir():
-        pattern = "; name the folder there, and the pattern in data.train" if re.search(r"[*?\[{]|\.tar", folder) else ""
+        pattern = (
+            "; name the folder there, and the pattern in data.train" if re.search(r"[*?\[{]|\.tar", folder) else ""
+        )
         raise InputError(f"data.path: {folder} is not a folder{pattern}. {PREPARE}")
     try:
         if not is_remote(folder):
