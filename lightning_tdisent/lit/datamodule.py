@@ -45,7 +45,7 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[Sample]:
         if self._stream is None or self.rewind:  # for overfit_batches: the same ones in every epoch
             self.source.first = 0 if self.rewind else self.done
-            self._stream = self._whole(self._open())
+            self._stream = self._open() if self.parts == 1 else self._whole(self._open())
         try:
             for batch in itertools.islice(self._stream, len(self)):
                 self.done += 1
@@ -61,7 +61,7 @@ class ResumableLoader:
         """Batches put together from the parts that the workers make."""
         while True:
             parts = list(itertools.islice(stream, self.parts))
-            yield parts[0] if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
+            yield {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
     def close(self) -> None:
         """Let the workers go."""
