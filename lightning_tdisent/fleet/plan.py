@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.files import write_whole
 from lightning_tdisent.fleet.local import Job
-from lightning_tdisent.sampling.expert import write_whole
 
 KEYS = (
     "title",

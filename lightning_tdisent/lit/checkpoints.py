@@ -21,7 +21,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from lightning_tdisent.errors import Halted, InputError
-from lightning_tdisent.sampling.expert import sha256, sync_folder, write_whole
+from lightning_tdisent.files import sync_folder, write_whole
+from lightning_tdisent.sampling.expert import sha256
 
 SCHEMA = 1
 POINTER = "newest.json"

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 # imported so that a YAML may name them by their short names
 from lightning_tdisent.diffusion import objectives, schedules  # noqa: F401
 from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.files import write_whole
 from lightning_tdisent.lit import datamodule, inference, modules  # noqa: F401
 from lightning_tdisent.lit.callbacks import pictures, quality  # noqa: F401
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ from lightning_tdisent.lit.explain import explain, explain_interpolation
 from lightning_tdisent.lit.resume import check_config, find_checkpoint, lock
 from lightning_tdisent.networks import dit, unet  # noqa: F401
 from lightning_tdisent.sampling import sampler  # noqa: F401
-from lightning_tdisent.sampling.expert import read_card, write_whole
+from lightning_tdisent.sampling.expert import read_card
 
 COMMANDS = ("fit", "validate", "test", "predict")
 

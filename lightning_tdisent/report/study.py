@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import write_whole
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.report.evaluate import Contender, evaluate, table
 from lightning_tdisent.report.page import write_report
 from lightning_tdisent.sampling.composite import find_files
-from lightning_tdisent.sampling.expert import read_card, write_whole
+from lightning_tdisent.sampling.expert import read_card
 from lightning_tdisent.sampling.sampler import Sampler
 from lightning_tdisent.streaming.shards import ImageSet, load
 from lightning_tdisent.streaming.tars import find

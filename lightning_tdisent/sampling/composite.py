@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lightning_tdisent.diffusion.spec import spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import write_whole
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import Card, load_expert, read_card, sha256, write_whole
+from lightning_tdisent.sampling.expert import Card, load_expert, read_card, sha256
 
 MANIFEST = "composite.json"
 

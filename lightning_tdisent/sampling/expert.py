@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor
 from lightning_tdisent.diffusion.objectives import Objective
 from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.diffusion.states import LatentStates
-from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import write_whole
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.denoiser import Denoiser
 
@@ -103,34 +103,6 @@ def save_expert(path: str | Path, denoiser: Denoiser, card: Card, weights: dict[
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     content = save(tensors, {"card": json.dumps({"sha256": BLANK, **dataclasses.asdict(card)})})
     write_whole(path, content.replace(BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1))
-
-
-def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file beside its target, fsync it and rename it over, so that nobody ever reads a half of it."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with beside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise Halted(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_card(path: str | Path, verify: bool = False) -> Card:
