@@ -9,7 +9,6 @@ row per shard, for a corpus whose samples are too many to list.
 
 import hashlib
 import json
-import os
 import re
 import tarfile
 import zlib
@@ -26,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.files import write_whole
 from lightning_tdisent.streaming.tars import (
     MAX_REGION,
     checksums,
@@ -152,25 +152,23 @@ class Index:
         return {self.extensions[kind]: region[begin : begin + size] for kind, begin, size in members}
 
     def save(self, path: str | Path) -> None:
-        """Write the file: safetensors, whose metadata holds the rows of the shards and a hash of all else."""
+        """Write the file: safetensors, whose metadata holds the rows of the shards and a hash of all else.
+
+        Raises `Halted` if it cannot be written.
+        """
         arrays = asdict(self.regions) if self.regions else {"none": np.zeros(0, np.uint8)}
         table = json.dumps({"shards": [asdict(s) for s in self.shards], "extensions": self.extensions})
         about = {"format": FORMAT, "table": table, "sha256": _hash(table, arrays)}
         content = save_arrays(arrays, {"index": json.dumps(about)})  # one key: their order is not kept
         if is_remote(str(path)):
             system, inside = file_system(str(path))
-            with store_errors():
-                system.pipe_file(inside, content)
-            return
-        part = Path(f"{path}.part")
-        try:
-            with part.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(path)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+            try:
+                with store_errors():
+                    system.pipe_file(inside, content)
+            except OSError as error:
+                raise Halted(f"{path}: cannot be written: {error.strerror or error}") from None
+        else:
+            write_whole(path, content)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

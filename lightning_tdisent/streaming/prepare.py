@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import webdataset
 
 from lightning_tdisent.errors import Halted, InputError, nearest
+from lightning_tdisent.files import whole
 from lightning_tdisent.streaming.decode import LATENT
 from lightning_tdisent.streaming.index import Index, build, path_of
 from lightning_tdisent.streaming.latents import LatentEncoder
@@ -173,20 +174,6 @@ def _same(file: Path, content: bytes, record: dict[str, Any]) -> None:
         raise InputError(f"{file.parent} was begun otherwise: {said}. Ask for the same, or name another folder")
 
 
-@contextlib.contextmanager
-def _whole(file: Path) -> Iterator[IO[bytes]]:
-    """A file that is seen under its name when all of it is on the disk, or never."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 class _Run:
     """Which shards are missing, what was left out so far, and how far it is."""
 
@@ -232,7 +219,7 @@ class _Run:
 
     def _write(self, file: Path, parts: Iterable[Samples]) -> None:
         written = 0
-        with _whole(file) as stream:
+        with whole(file) as stream:
             with webdataset.TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
                 for samples in parts:
                     for bad in (s for s in samples if isinstance(s, Skipped)):
@@ -286,7 +273,7 @@ class _Run:
         if not self.skipped:
             self.skipped_file.unlink(missing_ok=True)
             return
-        with _whole(self.skipped_file) as stream:
+        with whole(self.skipped_file) as stream:
             stream.writelines(f"{s.number:08d}\t{s.name}\t{s.reason}\n".encode() for s in self.skipped)
 
     def _index(self, jobs: int) -> Index:

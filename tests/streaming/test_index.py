@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import itertools
+import os
 import tarfile
 import zlib
 from dataclasses import fields, replace
@@ -17,7 +18,7 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.streaming.decode import BadSample, Decoder
 from lightning_tdisent.streaming.index import Index, Regions, Shard, build, join, path_of, scan
 from lightning_tdisent.streaming.orders import Shuffled, Streamed
@@ -187,7 +188,23 @@ def test_what_is_saved_is_loaded(regions, at, shards, tmp_path):
     assert again.digest == index.digest
     assert len(again) == 30
     assert again.starts.tolist() == [0, 10, 17, 30]
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_index_that_cannot_be_written_leaves_the_old_one(shards, monkeypatch):
+    before = save_index(shards)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Halted, match=r"train.index.safetensors: cannot be written: No space left on device"):
+        save_index(shards, regions=False)
+    assert same(Index.load(path_of(shards, "train")), before)
+    assert not list(shards.glob(".*"))
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "pipe_file", full)
+    with pytest.raises(Halted, match=r"memory://full/i: cannot be written: No space left on device"):
+        before.save("memory://full/i")
 
 
 def test_the_digest_is_that_of_names_and_bytes(shards):

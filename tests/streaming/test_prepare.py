@@ -12,6 +12,9 @@ import sys
 import tarfile
 import time
 import zlib
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -483,40 +486,56 @@ def test_two_runs_at_once_are_refused(folder, tmp_path):
     assert prepare(source, "train", tmp_path / "out", jobs=0, progress=inner).samples == 30
 
 
-def test_a_full_disk_leaves_whole_shards(folder, tmp_path, monkeypatch):
-    source, out = find_source(folder, "train"), tmp_path / "out"
-    calls = itertools.count()
-    sync = os.fsync
+@contextmanager
+def full_at(name, time=0):
+    """The disk is full when a file of that name is synced, the first time or a later one."""
+    sync, times = os.fsync, itertools.count()
 
     def full(handle):
-        if next(calls) == 2:  # of the second shard
+        if fnmatch(Path(os.readlink(f"/proc/self/fd/{handle}")).name, name) and next(times) == time:
             raise OSError(28, "No space left on device")
         sync(handle)
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Halted, match=r"No space left on device. What is there is whole"):
-        prepare(source, "train", out, Options(samples=7), jobs=0)
-    monkeypatch.undo()
-    assert sorted(f.name for f in out.iterdir()) == ["train-0000.tar", "train.prepare.json"]
-    prepare(source, "train", out, Options(samples=7), jobs=0)
-    prepare(source, "train", tmp_path / "unbroken", Options(samples=7), jobs=0)
-    assert fingerprints(out) == fingerprints(tmp_path / "unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        yield
 
 
-def test_what_was_left_out_is_known_whatever_happens(tmp_path, monkeypatch):
+SHARDS = [f"train-000{k}.tar" for k in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "time", "left"),
+    [
+        ("train.prepare.json", 0, ["train.prepare.json"]),
+        (".train.skipped.txt.*", 0, ["train.prepare.json"]),
+        (".train-0000.tar.*", 0, ["train.prepare.json", "train.skipped.txt"]),
+        (".train-0001.tar.*", 0, ["train-0000.tar", "train.prepare.json", "train.skipped.txt"]),
+        ("out", 0, ["train.prepare.json", "train.skipped.txt"]),  # of the folder: its names may be lost, not its files
+        ("out", 1, ["train-0000.tar", "train.prepare.json", "train.skipped.txt"]),
+        (".train.index.safetensors.*", 0, [*SHARDS, "train.prepare.json", "train.skipped.txt"]),
+    ],
+)
+def test_a_full_disk_leaves_whole_files(name, time, left, folder, tmp_path):
+    (folder / "c0" / "bad.png").write_bytes(b"bad")
+    out, options = tmp_path / "out", Options(samples=9, shuffle=False)
+    source = find_source(folder, "train")
+    with full_at(name, time), pytest.raises(Halted, match=r"cannot be written: No space left on device"):
+        prepare(source, "train", out, options, jobs=0)
+    assert sorted(f.name for f in out.iterdir()) == left
+    prepare(source, "train", tmp_path / "unbroken", options, jobs=0)
+    whole = fingerprints(tmp_path / "unbroken")
+    assert all(fingerprints(out)[file] == whole[file] for file in left)
+    prepare(source, "train", out, options, jobs=0)
+    assert fingerprints(out) == whole
+
+
+def test_what_was_left_out_is_known_whatever_happens(tmp_path):
     """A run that ends while it writes the list of the second shard must not lose that of the first, which is there."""
     source = Listed(*(b"" if i in (3, 15) else coded(noise()) for i in range(20)))
-    options, calls, sync = Options(samples=10, bad=0.1), itertools.count(), os.fsync
-
-    def full(handle):
-        if next(calls) == 3:
-            raise OSError(28, "No space left on device")
-        sync(handle)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Halted, match="No space left"):
+    options = Options(samples=10, bad=0.1)
+    with full_at(".train.skipped.txt.*", 1), pytest.raises(Halted, match="No space left"):
         prepare(source, "train", tmp_path / "a", options, jobs=0)
-    monkeypatch.undo()
     assert (tmp_path / "a" / "train.skipped.txt").read_text().startswith("00000003\t")
     assert [s.number for s in prepare(source, "train", tmp_path / "a", options, jobs=0).skipped] == [3, 15]
     prepare(source, "train", tmp_path / "b", options, jobs=0)
