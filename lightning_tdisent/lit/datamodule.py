@@ -110,7 +110,7 @@ def _ignore_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
-class Batches:
+class FixedBatches:
     """Batches made beforehand; an object of our own, so that Lightning neither counts loaders nor adds a sampler."""
 
     def __init__(self, batches: list[Any]) -> None:
@@ -253,17 +253,17 @@ class ImageShards(L.LightningDataModule):
         """Let the workers go."""
         self.teardown("fit")
 
-    def val_dataloader(self) -> Batches:
+    def val_dataloader(self) -> FixedBatches:
         """Batches of every world-th held-out image: nothing padded, nothing left out."""
         rank, world = self._place()
         ids = torch.arange(len(self.held_out))[rank::world]
         data = self.held_out
         parts = ids.split(max(self.batch_size, 250))
-        return Batches([data.batch(i) for i in parts])
+        return FixedBatches([data.batch(i) for i in parts])
 
     test_dataloader = val_dataloader
 
-    def predict_dataloader(self) -> Batches:
+    def predict_dataloader(self) -> FixedBatches:
         """Refuse: `predict` draws from seeds."""
         raise InputError("predict draws images from seeds, not from data: use --data Seeds --data.n 64")
 
@@ -277,8 +277,8 @@ class Seeds(L.LightningDataModule):
         super().__init__()
         self.n, self.first, self.batch_size = n, first, batch_size
 
-    def predict_dataloader(self) -> Batches:
+    def predict_dataloader(self) -> FixedBatches:
         """Lists of seeds."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         seeds = list(range(self.first, self.first + self.n)[rank::world])
-        return Batches([seeds[i : i + self.batch_size] for i in range(0, len(seeds), self.batch_size)])
+        return FixedBatches([seeds[i : i + self.batch_size] for i in range(0, len(seeds), self.batch_size)])
