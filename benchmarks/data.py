@@ -55,8 +55,7 @@ def photographs(folder: Path | None) -> list[bytes]:
     """The JPEGs of a set, or 200 made-up ones of 500 x 375: smooth shapes and some grain."""
     if folder is not None and folder.is_dir():
         shards = Shards.open(folder, "train", Decoder())
-        everything = (m for shard in range(len(shards.urls)) for _, m in shards.stream(shard))
-        return [members["jpg"] for members in everything if isinstance(members, dict)]
+        return [members["jpg"] for _, members in shards if isinstance(members, dict)]
     rng, out = np.random.default_rng(0), []
     for _ in range(200):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), 3)

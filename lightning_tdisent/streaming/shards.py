@@ -32,7 +32,6 @@ from lightning_tdisent.streaming.tars import (
     open_shard,
     open_tar,
     size_of,
-    store_errors,
     tar_members,
     walk,
 )
@@ -43,7 +42,7 @@ READ, BAD = 1, 2  # what is known of a sample
 
 @dataclass(frozen=True)
 class Policy:
-    """What to do with samples that cannot be used: ``stop`` or ``skip`` (replace them by others of the batch).
+    """What to do with samples that cannot be used: ``stop`` or ``skip`` (take the next one of the split instead).
 
     verify: compare every sample with the index when it is first read. ceiling: share of the samples that may be
     skipped; one more stops the run, too.
@@ -61,7 +60,7 @@ class Policy:
 
 
 class Shards:
-    """The samples of a split: decoded by ``batch(numbers)`` or, undecoded and in order, by ``stream``.
+    """The samples of a split: decoded by ``batch(numbers)`` or, undecoded, one after the other.
 
     Uses the index beside the shards. Without one, the headers of local shards are read instead, and nothing can be
     verified. What is known of each sample is shared with the worker processes of a loader.
@@ -107,6 +106,10 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __iter__(self) -> Iterator[tuple[int, Members | BadSample]]:
+        """Number and members of all samples, as `stream` gives them."""
+        return itertools.chain.from_iterable(map(self.stream, range(len(self.urls))))
 
     @cached_property
     def digest(self) -> str:
@@ -161,8 +164,7 @@ class Shards:
 
     @cached_property
     def _good(self) -> Sample | None:
-        everything = (place for shard in range(len(self.urls)) for place in self.stream(shard))
-        return next((sample for place in everything if (sample := self.use(*place))), None)
+        return next((sample for place in self if (sample := self.use(*place))), None)
 
     def use(self, number: int, members: Members | BadSample) -> Sample | None:
         """Decode one sample; None if it is to be skipped."""
@@ -218,8 +220,12 @@ class Shards:
         if is_remote(urls[0]):
             system, _ = file_system(urls[0])
             paths = [file_system(url)[1] for url in urls]
-            with store_errors():
+            try:
                 found = system.cat_ranges(paths, [b for b, _ in ranges], [b + n for b, n in ranges], on_error="return")
+            except (
+                Exception
+            ) as error:  # of the request as a whole; the clients of object stores have errors of their own
+                found = [error] * len(paths)
         else:
             found = [_pread(url, *place) for url, place in zip(urls, ranges, strict=True)]
         return [
@@ -235,8 +241,7 @@ class Shards:
         if "cls" not in self.index.extensions:
             return torch.full((len(self),), -1)
         if r is None or not self.random_access or is_remote(self.urls[0]):
-            everything = (members for shard in range(len(self.urls)) for _, members in self.stream(shard))
-            found = [members.get("cls", b"-1") if isinstance(members, dict) else b"-1" for members in everything]
+            found = [members.get("cls", b"-1") if isinstance(members, dict) else b"-1" for _, members in self]
         else:
             kind, owner = self.index.extensions.index("cls"), np.repeat(np.arange(len(self)), np.diff(r.first))
             chosen = r.member_kind == kind
@@ -273,8 +278,7 @@ class Shards:
         images, captions = torch.empty(0), list[str]()
         labels, numbers = torch.empty(wanted, dtype=torch.int64), torch.empty(wanted, dtype=torch.int64)
         first: Sample = {}
-        everything = (place for shard in range(len(self.urls)) for place in self.stream(shard))
-        for sample in itertools.islice((s for place in everything if (s := self.use(*place))), wanted):
+        for sample in itertools.islice((s for place in self if (s := self.use(*place))), wanted):
             image = sample["latent"] if "latent" in sample else sample["image"]
             if not captions:
                 first = sample

@@ -106,9 +106,8 @@ def single(shards):
 
 
 def one_after_the_other(shards):
-    for shard in range(len(shards.urls)):
-        for number, members in shards.stream(shard):
-            shards.use(number, members)
+    for number, members in shards:
+        shards.use(number, members)
 
 
 def in_memory(shards):
@@ -254,7 +253,7 @@ def test_a_shard_cut_off_anywhere_is_found(packed, corpus, tmp_path):
             with pytest.raises(InputError, match=names[2]):  # also without looking at the length
                 Shards([str(folder / name) for name in names], listed, Decoder(1)).decoded()
             shards = opened(folder, Policy("skip", 1.0))
-            kept = [sample for k in range(3) for place in shards.stream(k) if (sample := shards.use(*place))]
+            kept = [sample for place in shards if (sample := shards.use(*place))]
             assert len(kept) + shards.lost == 24
             assert all(torch.equal(sample["image"], images[sample["id"]]) for sample in kept)
             if listed is index and not packed:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -202,7 +203,7 @@ def test_an_index_that_cannot_be_written_leaves_the_old_one(shards, monkeypatch)
         save_index(shards, regions=False)
     assert same(Index.load(path_of(shards, "train")), before)
     assert not list(shards.glob(".*"))
-    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "pipe_file", full)
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", full)
     with pytest.raises(Halted, match=r"memory://full/i: cannot be written: No space left on device"):
         before.save("memory://full/i")
 
@@ -433,15 +434,46 @@ def test_an_object_store_reads_as_a_folder(form, packed, regions, shards, remote
 def test_a_batch_is_one_request_for_ranges(shards, remote, monkeypatch):
     save_index(shards)
     there = opened(remote("memory://{name}"))
-    asked, read = [], fsspec.implementations.memory.MemoryFileSystem.cat_ranges
+    asked, read = [], MemoryFileSystem.cat_ranges
 
     def cat_ranges(self, paths, starts, ends, **options):
         asked.append((len(paths), sum(e - s for s, e in zip(starts, ends, strict=True))))
         return read(self, paths, starts, ends, **options)
 
-    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "cat_ranges", cat_ranges)
+    monkeypatch.setattr(MemoryFileSystem, "cat_ranges", cat_ranges)
     assert there.batch([3, 20, 11])["label"].tolist() == [3, 20, 11]
     assert asked == [(3, int(there.index.regions.size[[3, 20, 11]].sum()))]
+
+
+class ClientError(Exception):
+    """Of an object store's client: no OSError."""
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_request_that_fails_as_a_whole_is_a_bad_sample_each(times, shards, remote, monkeypatch, capsys):
+    save_index(shards)
+    url = remote("memory://{name}")
+    read, calls = MemoryFileSystem.cat_ranges, itertools.count()
+
+    def cat_ranges(*args, **options):
+        if next(calls) < times:
+            raise ClientError("SlowDown:\nreduce your rate")
+        return read(*args, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_ranges", cat_ranges)
+    with pytest.raises(BadSample, match=r"sample 0003 .* cannot be read: ClientError: SlowDown: reduce your rate$"):
+        opened(url).batch([3, 20, 11])
+    calls = itertools.count()
+    some = opened(url, Policy("skip", 0.1))
+    if times == 1:
+        assert some.batch([3, 20, 11])["id"].tolist() == [4, 21, 12]
+        assert some.lost == 3
+    else:
+        with pytest.raises(InputError, match=r"4 of 30 samples cannot be used, more than data.bad_ceiling 0.1 allows"):
+            some.batch([3, 20, 11])
+    told = capsys.readouterr().err.splitlines()
+    assert all("cannot be read: ClientError: SlowDown" in line for line in told)
+    assert len(told) == some.lost
 
 
 @pytest.mark.parametrize("form", REMOTE)
