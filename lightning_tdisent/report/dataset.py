@@ -24,8 +24,8 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 class Look:
     """What ``looked`` samples spread over a split look like, some of them decoded, and the classes of all.
 
-    sizes: how often each shape (C, H, W); values: for each channel the counts of 0 .. 255, or of latents in 256 bins
-    of [-4, 4]; classes: number of samples of class 0, 1, ..; bad: what could not be decoded.
+    sizes: how often each shape (C, H, W); values: for each channel, of grey images for one, the counts of 0 .. 255, or
+    of latents in 256 bins of [-4, 4]; classes: number of samples of class 0, 1, ..; bad: what could not be decoded.
     """
 
     split: str
@@ -34,6 +34,7 @@ class Look:
     looked: int
     sizes: Counter[tuple[int, ...]]
     values: Tensor
+    latent: bool
     classes: Tensor
     bad: list[str]
 
@@ -45,12 +46,11 @@ def look(path: str | Path, split: str, n: int = 1000) -> Look:
     shown = set(sorted(wanted)[:: max(1, len(wanted) // PICTURES)])
     samples: list[Sample] = []
     bad: list[str] = []
-    sizes, values, looked = Counter[tuple[int, ...]](), torch.zeros(0, 256), 0
+    sizes, values, latent, looked = Counter[tuple[int, ...]](), torch.zeros(0, 256), False, 0
     if shards.random_access:
         found = ((i, members) for i in sorted(wanted) for members in shards.read([i]))
     else:
-        every = (place for shard in range(len(shards.urls)) for place in shards.stream(shard))
-        found = ((i, members) for i, members in every if i in wanted)
+        found = ((i, members) for i, members in shards if i in wanted)
     for number, members in found:
         try:
             if isinstance(members, BadSample):
@@ -60,14 +60,17 @@ def look(path: str | Path, split: str, n: int = 1000) -> Look:
             bad.append(str(error))
             continue
         looked += 1
-        image, low, high = (sample["latent"][0, 0], -4, 4) if "latent" in sample else (sample["image"], 0, 256)
+        latent = "latent" in sample
+        image, low, high = (sample["latent"][0, 0], -4, 4) if latent else (sample["image"], 0, 256)
         counts = torch.stack([torch.histc(plane.float(), 256, low, high) for plane in image])
         values = counts + (values if len(values) == len(counts) else 0)
         sizes[tuple(image.shape)] += 1
         samples += [sample] if number in shown else []
+    if sizes and not latent and all(torch.equal(counts, values[0]) for counts in values):
+        values = values[:1]
     labels = shards.classes()
     classes = torch.bincount(labels[labels >= 0]) if bool((labels >= 0).any()) else torch.empty(0, dtype=torch.int64)
-    return Look(split, shards, samples, looked, sizes, values, classes, bad)
+    return Look(split, shards, samples, looked, sizes, values, latent, classes, bad)
 
 
 def table(look: Look) -> Table:
@@ -81,7 +84,7 @@ def table(look: Look) -> Table:
     shapes = ", ".join(f"{' x '.join(map(str, shape))} ({n})" for shape, n in look.sizes.most_common(4))
     more = f" and {len(look.sizes) - 4} more" if len(look.sizes) > 4 else ""
     out.add_row(f"shapes of {look.looked:,}", shapes + more)
-    for name, counts in zip(_channels(look), look.values, strict=False):
+    for name, counts in zip(_channels(look), look.values, strict=True):
         bars = counts.view(32, 8).sum(1)
         heights = (bars / bars.max().clamp_min(1) * 8).ceil().int().tolist()
         out.add_row(f"values, {name}", "".join(BLOCKS[height] for height in heights))
@@ -99,23 +102,23 @@ def draw(look: Look, columns: int = 12, rows: int = 6) -> Figure:
         figure = Figure((12, 10), layout="constrained")
         upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=(rows, 3))).tolist()
         chosen = np.linspace(0, len(look.samples) - 1, min(columns * rows, len(look.samples))).astype(int)
-        for axes, i in zip(
-            upper.subplots(rows, columns).flat, [*chosen.tolist(), *[-1] * columns * rows], strict=False
-        ):
+        places = upper.subplots(rows, columns).flat
+        for axes in places:
             axes.axis("off")
-            if i >= 0:
-                sample = look.samples[i]
-                axes.imshow(_picture(sample), interpolation="nearest")
-                axes.set_title(sample["label"] if sample["label"] >= 0 else "", fontsize=7, pad=2)
+        for axes, i in zip(places[: len(chosen)], chosen.tolist(), strict=True):
+            sample = look.samples[i]
+            axes.imshow(_picture(sample), interpolation="nearest")
+            axes.set_title(sample["label"] if sample["label"] >= 0 else "", fontsize=7, pad=2)
         left, right = lower.subplots(1, 2)
-        latent = bool(look.samples) and "latent" in look.samples[0]
-        at = np.linspace(-4, 4, 256) if latent else np.arange(256)
+        at = np.linspace(-4, 4, 256) if look.latent else np.arange(256)
         names = _channels(look)
         colours = [COLOURS[5]] if names == ["grey"] else [COLOURS[1], COLOURS[2], COLOURS[0], *COLOURS[3:]]
-        for counts, name, colour in zip(look.values, names, colours, strict=False):
+        for n, (counts, name) in enumerate(zip(look.values, names, strict=True)):
+            colour = colours[n % len(colours)]
             left.plot(at, counts / counts.sum().clamp_min(1), label=name, color=colour, lw=1)
-        left.set(title=f"values of {look.looked:,} samples", xlabel="latent" if latent else "grey level")
-        left.legend()
+        left.set(title=f"values of {look.looked:,} samples", xlabel="latent" if look.latent else "grey level")
+        if names:
+            left.legend()
         right.bar(range(len(look.classes)), look.classes.tolist(), width=1 if len(look.classes) > 50 else 0.8)
         right.set(title="samples per class" if len(look.classes) else "no classes", xlabel="class")
         right.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -124,15 +127,14 @@ def draw(look: Look, columns: int = 12, rows: int = 6) -> Figure:
 
 
 def _channels(look: Look) -> list[str]:
-    """Names of the channels; grey if all are the same."""
-    if look.samples and "latent" in look.samples[0]:
-        return [f"channel {number}" for number in range(len(look.values))]
-    same = all(torch.equal(counts, look.values[0]) for counts in look.values)
-    return ["grey"] if same else ["red", "green", "blue"]
+    names = {0: [], 1: ["grey"], 3: ["red", "green", "blue"]}
+    n = len(look.values)
+    return [f"channel {number}" for number in range(n)] if look.latent else names[n]
 
 
 def _picture(sample: Sample) -> np.ndarray:
     if "image" in sample:
         return sample["image"].permute(1, 2, 0).numpy()
-    planes = sample["latent"][0, 0, :3].float()  # of a latent, its first channels
+    planes = sample["latent"][0, 0].float()
+    planes = planes[: 3 if len(planes) > 2 else 1]  # of a latent, its first channels
     return ((planes.clamp(-2, 2) + 2) / 4).expand(3, -1, -1).permute(1, 2, 0).numpy()
