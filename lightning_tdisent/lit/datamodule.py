@@ -4,6 +4,7 @@ import itertools
 import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -220,13 +221,20 @@ class ImageShards(L.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
+    def setup(self, stage: str) -> None:
+        """Let the training samples have no other classes than those that the network knows."""
+        module = self.trainer.lightning_module if self.trainer else None
+        decoder = replace(self.decoder, classes=getattr(module, "classes", None))
+        if stage == "fit" and decoder != self.shards.decoder:
+            self.shards.decoder = decoder
+            vars(self).pop("training", None)  # decoded for another network
+
     def train_dataloader(self) -> ResumableLoader:
         """Batches of this rank."""
         seed = self.seed
         if seed is None:
             seed = torch.initial_seed() & 0xFFFFFFFF
             seed = self.trainer.strategy.broadcast(seed) if self.trainer else seed
-        self.shards.classes_known = getattr(getattr(self.trainer, "lightning_module", None), "classes", None)
         options: dict[str, Any] = {"seed": seed, "flip": self.flip}
         options["rank"], options["world"] = self._place()
         dataset: Shuffled | Streamed

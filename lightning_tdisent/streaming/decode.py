@@ -178,10 +178,14 @@ def parse_class(content: bytes) -> int:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a batch is made of: images of ``channels`` (1 or 3) at ``size`` (None: as they are stored), or latents."""
+    """What a batch is made of: images of ``channels`` (1 or 3) at ``size`` (None: as they are stored), or latents.
+
+    Where a number of ``classes`` is given, every sample is to have one of them.
+    """
 
     channels: int = 3
     size: int | None = None
+    classes: int | None = None
 
     def __call__(self, members: Members, where: object) -> dict[str, Any]:
         """``image`` uint8 (C, H, W) or ``latent`` float16 (2, 2, C, h, w), ``label`` int (-1: none), ``caption`` str.
@@ -206,6 +210,11 @@ class Decoder:
                 out["caption"] = members["txt"].decode()
         except ValueError as error:
             raise BadSample(f"{where} cannot be decoded: {error}") from None
+        if self.classes is not None and not 0 <= out["label"] < self.classes:
+            raise BadSample(
+                f"{where} has the class {out['label']} (-1: none), the network knows {self.classes} "
+                "(model.network.classes)"
+            )
         return out
 
     @staticmethod

@@ -70,7 +70,6 @@ class Shards:
         self.urls, self.index, self.decoder, self.policy = urls, index, decoder, policy
         self.known = torch.zeros(len(index), dtype=torch.uint8).share_memory_()
         self.checked = policy.verify and index.hashed
-        self.classes_known: int | None = None  # a class beyond is bad
         self._verified: set[int] = set()
 
     @classmethod
@@ -171,13 +170,7 @@ class Shards:
         try:
             if isinstance(members, BadSample):
                 raise members
-            sample = {**self.decoder(members, _Name(self, number)), "id": number}
-            if self.classes_known is not None and not 0 <= sample["label"] < self.classes_known:
-                raise BadSample(
-                    f"{self.name(number)} has the class {sample['label']} (-1: none), the network knows "
-                    f"{self.classes_known} (model.network.classes)"
-                )
-            return sample
+            return {**self.decoder(members, _Name(self, number)), "id": number}
         except BadSample as error:
             self._skip(number, error)
             return None

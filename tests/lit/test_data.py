@@ -203,13 +203,34 @@ def test_more_workers_than_images_in_a_batch(digits, tmp_path):
         assert len(set(ids)) == 8
 
 
-@pytest.mark.parametrize("resident", [True, False])
-def test_classes_that_the_network_does_not_know_are_refused(digits, tmp_path, tiny, resident):
+class Early(L.Callback):
+    """Asks for training images while callbacks are set up, as `Quality` may."""
+
+    def setup(self, trainer, pl_module, stage):
+        trainer.datamodule.images("train", 10)
+
+
+@pytest.mark.parametrize(("resident", "callbacks"), [(True, []), (True, [Early()]), (False, []), (False, [Early()])])
+def test_classes_that_the_network_does_not_know_are_refused(digits, tmp_path, tiny, resident, callbacks):
     folder = indexed(digits, tmp_path)
     module = ReducedStates(tiny(classes=9), LatentStates(S=4))
     module.setup = lambda stage: None  # which looks at the held-out images
     with pytest.raises(InputError, match=r"train-0000.tar: sample .* has the class 9 .*, the network knows 9"):
-        fit(folder, module, 15, resident=resident)
+        fit(folder, module, 15, *callbacks, resident=resident)
+
+
+def test_a_second_network_that_knows_fewer_classes_refuses_what_the_first_one_took(digits, tmp_path, tiny):
+    data = ImageShards(str(indexed(digits, tmp_path)), channels=1, batch_size=100)
+    run = {"logger": False, "limit_val_batches": 0, "enable_checkpointing": False, "enable_progress_bar": False}
+    for classes in (10, 9):
+        module = ReducedStates(tiny(classes=classes), LatentStates(S=4))
+        module.setup = lambda stage: None
+        trainer = L.Trainer(max_steps=1, accelerator="cpu", enable_model_summary=False, **run)
+        if classes == 10:
+            trainer.fit(module, datamodule=data)
+        else:
+            with pytest.raises(InputError, match=r"has the class 9 .*, the network knows 9"):
+                trainer.fit(module, datamodule=data)
 
 
 def test_in_memory_the_ids_are_positions_in_the_split_also_where_some_are_left_out(digits, tmp_path):

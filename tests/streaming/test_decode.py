@@ -6,7 +6,6 @@ import tarfile
 import time
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,6 @@ from PIL import EpsImagePlugin, Image, ImageFile, ImageOps, PngImagePlugin
 
 from lightning_tdisent.streaming import decode
 from lightning_tdisent.streaming.decode import MAX_PIXELS, BadSample, Decoder, adm_crop, decode_image
-
-PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "imagenet-sample"
 
 
 def by_pillow(*_):
@@ -323,12 +320,10 @@ def test_the_fast_resize_is_within_half_a_grey_level(width, height, size, mode):
 
 
 @pytest.mark.parametrize("size", [64, 256])
-def test_real_photographs_are_resized_as_adm_does_it(size):
+def test_real_photographs_are_resized_as_adm_does_it(size, prepared):
     """Of 20 of them, 0.26 grey levels on average at 64 pixels, the worst 0.77; at 256, 0.0035 and 0.009."""
-    if not PHOTOGRAPHS.is_dir():
-        pytest.skip("no photographs here")
     means, most = [], 0
-    for file in sorted(PHOTOGRAPHS.glob("*.tar.gz")):
+    for file in sorted(prepared("imagenet-sample").glob("*.tar.gz")):
         with tarfile.open(file) as tar:
             for member in [m for m in tar if m.name.endswith("jpg")][::10]:
                 content = tar.extractfile(member).read()
@@ -646,6 +641,18 @@ def test_a_sample_has_its_label_and_caption():
 def test_a_sample_that_is_not_one_is_bad(members, message):
     with pytest.raises(BadSample, match=f"^{message}"):
         Decoder(1)(members, "x")
+
+
+@pytest.mark.parametrize("members", [{"png": PNG}, {"png": PNG, "cls": b"3"}, {"png": PNG, "cls": b"2"}])
+def test_a_class_that_is_not_one_of_those_asked_for_is_bad(members):
+    label = int(members.get("cls", b"-1"))
+    assert Decoder(1)(members, "x")["label"] == label
+    assert Decoder(1, classes=4)({**members, "cls": b"3"}, "x")["label"] == 3
+    if label == 2:
+        assert Decoder(1, classes=3)(members, "x")["label"] == 2
+    else:
+        with pytest.raises(BadSample, match=rf"^x has the class {label} \(-1: none\), the network knows 3 "):
+            Decoder(1, classes=3)(members, "x")
 
 
 # Latents
