@@ -43,8 +43,9 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.streaming.decode import Decoder, adm_crop, decode_image
-from lightning_tdisent.streaming.index import build, path_of
+from lightning_tdisent.streaming.index import path_of
 from lightning_tdisent.streaming.orders import Shuffled, Streamed
+from lightning_tdisent.streaming.scan import build
 from lightning_tdisent.streaming.shards import ImageSet, Policy, Shards
 from lightning_tdisent.streaming.tars import find
 

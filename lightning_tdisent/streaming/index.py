@@ -10,13 +10,9 @@ row per shard, for a corpus whose samples are too many to list.
 import hashlib
 import json
 import re
-import tarfile
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,20 +23,9 @@ from safetensors.numpy import save as save_arrays
 
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.files import write_whole
-from lightning_tdisent.streaming.tars import (
-    MAX_REGION,
-    checksums,
-    file_system,
-    hash_file,
-    is_remote,
-    layout,
-    open_tar,
-    size_of,
-    store_errors,
-)
+from lightning_tdisent.streaming.tars import MAX_REGION, file_system, is_remote, store_errors
 
 FORMAT = "lightning_tdisent.index/1"
-MAX_EXTENSIONS = 256
 
 Array = np.ndarray[Any, Any]
 
@@ -142,6 +127,16 @@ class Index:
         r = self.regions
         assert r is not None
         return r.keys[int(r.key_end[sample - 1]) if sample else 0 : int(r.key_end[sample])].tobytes().decode()
+
+    def fault(self, sample: int, region: bytes, crc: bool = True) -> str:
+        """What is wrong with the bytes of a sample, in length and, if asked for, in CRC-32; empty if nothing is."""
+        r = self.regions
+        assert r is not None
+        if len(region) != r.size[sample]:
+            return f"is cut off after {len(region)} bytes"
+        if crc and len(r.crc) and zlib.crc32(region) != r.crc[sample]:
+            return "has changed since the index was made: another CRC-32"
+        return ""
 
     def members(self, sample: int, region: bytes) -> dict[str, bytes]:
         """Content by extension, cut from the region of a sample."""
@@ -252,132 +247,14 @@ def _hash(table: str, arrays: dict[str, Array]) -> str:
     return total.hexdigest()
 
 
+def __getattr__(name: str) -> Any:
+    if name != "build":  # which was here
+        raise AttributeError(name)
+    from lightning_tdisent.streaming.scan import build
+
+    return build
+
+
 def path_of(folder: str | Path, split: str) -> str:
     """File of the index of a split."""
     return f"{str(folder).rstrip('/')}/{re.sub(r'[^A-Za-z0-9_.-]+', '_', split)}.index.safetensors"
-
-
-def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
-    """The index of one shard. Not ``hashed``, only headers are read, so that a plain tar costs little."""
-    name = url.rpartition("/")[2]
-    try:
-        with open_tar(url) as stream:
-            found, end = layout(stream, name)
-            crc = checksums(stream, [begin for begin, *_ in found], end) if hashed and regions else []
-        size, sha256 = hash_file(url) if hashed else (size_of(url), "")
-    except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{url} is damaged: {error}") from None
-    keys = [key for _, key, _ in found]
-    shard = Shard(name, size, sha256, len(found), hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16])
-    extensions = sorted({kind for *_, members in found for kind in members})
-    bare = [(key, begin) for begin, key, members in found if "cls" not in members]
-    if 0 < len(bare) < len(found):
-        raise InputError(
-            f"{len(bare):,} of {len(found):,} samples have no class (KEY.cls), first {name}: sample {bare[0][0]} (byte "
-            f"{bare[0][1]})"
-        )
-    if not regions or len(extensions) > MAX_EXTENSIONS:  # which `join` refuses
-        return Index((shard,), tuple(extensions), None)
-    begins = [begin for begin, *_ in found]
-    begin = np.array(begins, np.int64)
-    begin[:1] = 0
-    members = [(at - begin[n], size, kind) for n, (*_, m) in enumerate(found) for kind, (at, size) in m.items()]
-    encoded, kinds = [key.encode() for key in keys], {kind: number for number, kind in enumerate(extensions)}
-    return Index(
-        (shard,),
-        tuple(extensions),
-        Regions(
-            begin=begin,
-            size=np.diff(np.append(begin, end)).astype(np.int64) if found else np.zeros(0, np.int64),
-            crc=np.array(crc, np.uint32),
-            first=np.cumsum([0, *(len(m) for *_, m in found)]).astype(np.int64),
-            member_begin=np.array([m[0] for m in members], np.int64),
-            member_size=np.array([m[1] for m in members], np.int64),
-            member_kind=np.array([kinds[m[2]] for m in members], np.uint8),
-            key_end=np.cumsum([len(key) for key in encoded], dtype=np.int64),
-            keys=np.frombuffer(b"".join(encoded), np.uint8),
-        ),
-    )
-
-
-def join(parts: Sequence[Index]) -> Index:
-    """One index of several shards; refuses one that is there twice, and samples with and without a class."""
-    extensions = tuple(sorted({name for part in parts for name in part.extensions}))
-    shards = tuple(shard for part in parts for shard in part.shards)
-    if len(extensions) > MAX_EXTENSIONS:
-        raise InputError(
-            f"the samples have {len(extensions)} kinds of members, more than {MAX_EXTENSIONS}; do keys have dots?"
-        )
-    tables = [part.regions for part in parts]
-    _check(parts)
-    if any(table is None for table in tables):
-        return Index(shards, extensions, None)
-    kept = [
-        replace(t, member_kind=_renumber(t.member_kind, p.extensions, extensions))
-        for t, p in zip(tables, parts, strict=True)
-        if t
-    ]
-
-    def chained(name: str) -> Array:
-        return np.concatenate([getattr(table, name) for table in kept])
-
-    def summed(name: str, first: bool) -> Array:
-        """Running ends, which begin anew in every part."""
-        out: list[Array] = []
-        before = 0
-        for table in kept:
-            ends = getattr(table, name)
-            out.append(ends[first and bool(out) :] + before)
-            before = int(out[-1][-1]) if len(out[-1]) else before
-        return np.concatenate(out)
-
-    plain = ("begin", "size", "crc", "member_begin", "member_size", "member_kind", "keys")
-    regions = Regions(**{k: chained(k) for k in plain}, first=summed("first", True), key_end=summed("key_end", False))
-    return Index(shards, extensions, regions)
-
-
-def _renumber(kinds: Array, old: Sequence[str], new: Sequence[str]) -> Array:
-    return np.array([new.index(name) for name in old] or [0], np.uint8)[kinds]
-
-
-def _check(parts: Sequence[Index]) -> None:
-    """Refuse one shard twice, and shards with beside shards without classes."""
-    seen: dict[str, str] = {}
-    labelled: dict[bool, str] = {}
-    for part in parts:
-        shard = part.shards[0]
-        if shard.samples:
-            labelled.setdefault("cls" in part.extensions, shard.name)
-            if shard.sha256 and (other := seen.setdefault(shard.sha256, shard.name)) != shard.name:
-                raise InputError(f"{other} and {shard.name} are the same, byte for byte: remove one of them")
-    if len(labelled) > 1:
-        raise InputError(
-            f"the samples of {labelled[False]} have no class (KEY.cls), those of {labelled[True]} have one"
-        )
-
-
-def build(
-    files: Sequence[str | Path],
-    jobs: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-    hashed: bool = True,
-    regions: bool = True,
-) -> Index:
-    """The index of these shards, in this order, scanned by so many processes."""
-    urls = [str(file) for file in files]
-    work = partial(scan, hashed=hashed, regions=regions)
-    parts = []
-    if jobs > 1 and len(urls) > 1:
-        with ProcessPoolExecutor(min(jobs, len(urls)), mp_context=get_context("forkserver")) as pool:
-            for part in pool.map(work, urls):
-                parts.append(part)
-                if progress:
-                    progress(len(parts), len(urls))
-    else:
-        for url in urls:
-            parts.append(work(url))
-            if progress:
-                progress(len(parts), len(urls))
-    return join(parts)

@@ -26,10 +26,11 @@ import webdataset
 from lightning_tdisent.errors import Halted, InputError, nearest
 from lightning_tdisent.files import whole
 from lightning_tdisent.streaming.decode import LATENT
-from lightning_tdisent.streaming.index import Index, build, path_of
+from lightning_tdisent.streaming.index import Index, path_of
 from lightning_tdisent.streaming.latents import LatentEncoder
 from lightning_tdisent.streaming.raw import Source
 from lightning_tdisent.streaming.raw.convert import ENCODE, Convert, Made, Samples, Skipped, Task, in_order
+from lightning_tdisent.streaming.scan import build
 from lightning_tdisent.streaming.tars import SUFFIXES
 
 FORMAT = "lightning_tdisent.prepare/1"

@@ -1,7 +1,8 @@
 """The shards of a split, read: any samples by number, or one after the other; verified when first read.
 
 What cannot be used, because its bytes have changed since the index was made or because it cannot be decoded, stops the
-run or is left out and counted (`Policy`), with the shard and the sample named in either case.
+run or is left out and counted (`Policy`), with the shard and the sample named in either case. The file is long because
+all ways to read a sample, single or in a row, listed or not, are to treat a bad one alike.
 """
 
 import itertools
@@ -9,11 +10,9 @@ import os
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming.decode import BadSample, Decoder, Members, parse_class
-from lightning_tdisent.streaming.index import Index, build, path_of
+from lightning_tdisent.streaming.index import Index, path_of
+from lightning_tdisent.streaming.scan import build
 from lightning_tdisent.streaming.tars import (
     file_system,
     find,
@@ -31,10 +31,11 @@ from lightning_tdisent.streaming.tars import (
     is_remote,
     open_shard,
     open_tar,
-    size_of,
     tar_members,
     walk,
 )
+from lightning_tdisent.streaming.verify import differences, matched
+from lightning_tdisent.streaming.verify import verify as verify
 
 Sample = dict[str, Any]
 READ, BAD = 1, 2  # what is known of a sample
@@ -89,7 +90,7 @@ class Shards:
                 said = "takes long, and that nothing is verified; make one: python -m lightning_tdisent data index"
                 print(f"{file} is not there, so that the start {said} {path}", file=sys.stderr)
         else:
-            urls = _matched(urls, index, file, sizes=policy.on_bad == "stop")
+            urls = matched(urls, index, file, sizes=policy.on_bad == "stop")
         if not len(index):
             raise InputError(f"the shards {split}-* of {path} are empty")
         return cls(urls, index, decoder, policy)
@@ -190,16 +191,12 @@ class Shards:
 
     def _members(self, number: int, region: bytes) -> Members | BadSample:
         """Members of a sample, verified if it is read for the first time."""
-        r = self.index.regions
-        assert r is not None
-        if len(region) != r.size[number]:
-            return BadSample(f"{self.name(number)} is cut off after {len(region)} bytes")
         known = self.known.numpy()  # of the shared memory; quicker than the tensor
-        if self.checked and known[number] != READ:
-            if zlib.crc32(region) != r.crc[number]:
-                return BadSample(f"{self.name(number)} has changed since the index was made: another CRC-32")
-            if known[number] != BAD:  # it may be sound, and yet not to be decoded
-                known[number] = READ
+        new = self.checked and known[number] != READ
+        if fault := self.index.fault(number, region, crc=new):
+            return BadSample(f"{self.name(number)} {fault}")
+        if new and known[number] != BAD:  # it may be sound, and yet not to be decoded
+            known[number] = READ
         return self.index.members(number, region)
 
     def read(self, numbers: Sequence[int]) -> list[Members | BadSample]:
@@ -260,10 +257,7 @@ class Shards:
                 raise
             reason = str(error)
         for lost in range(number, end):
-            yield (
-                lost,
-                BadSample(f"{self.name(lost)} cannot be read: {reason}"),
-            )
+            yield lost, BadSample(f"{self.name(lost)} cannot be read: {reason}")
 
     def decoded(self, limit: int | None = None) -> "ImageSet":
         """All of it in memory, or the first ``limit`` samples; those that are skipped are left out."""
@@ -350,28 +344,6 @@ class Shards:
             raise ValueError(f"it holds {n + 1} samples, its index says {row.samples}")
 
 
-def _matched(urls: Sequence[str], index: Index, file: str, sizes: bool) -> list[str]:
-    """The shards in the order of their index; refuses others, and, by name, those of another length."""
-    again = f"make the index anew: python -m lightning_tdisent data index {file.rpartition('/')[0]}"
-    there, listed = {url.rpartition("/")[2]: url for url in urls}, {shard.name for shard in index.shards}
-    if listed != there.keys():
-        other = min(listed ^ there.keys())
-        raise InputError(
-            f"{file} names {len(listed)} shards, the folder holds {len(there)}: {other} is only in the "
-            f"{'index' if other in listed else 'folder'}. If that is right, {again}"
-        )
-    for shard in index.shards if sizes and not is_remote(file) else ():
-        try:
-            size = size_of(there[shard.name])
-        except OSError as error:
-            raise InputError(f"{there[shard.name]} cannot be read: {error.strerror or error}") from None
-        if size != shard.bytes:
-            raise InputError(
-                f"{there[shard.name]} has {size:,} bytes, its index says {shard.bytes:,}. If that is right, {again}"
-            )
-    return [there[shard.name] for shard in index.shards]
-
-
 class _Name:
     """A sample's name, put together only where a message needs it."""
 
@@ -410,46 +382,6 @@ def mirrored(images: Tensor, flip: Tensor | None) -> Tensor:
     if images.ndim == 6:
         return images[torch.arange(len(images), device=images.device), 0 if flip is None else flip.long()]
     return images if flip is None else torch.where(flip[:, None, None, None], images.flip(-1), images)
-
-
-def differences(url: str, index: Index) -> list[str]:
-    """What is wrong with a shard, sample by sample, against the index of it alone; empty if nothing is."""
-    (row,) = index.shards
-    try:
-        size, sha256 = hash_file(url)
-    except (OSError, EOFError) as error:
-        return [f"{url}: cannot be read: {error}"]
-    if sha256 == row.sha256:
-        return []
-    found = []
-    if index.regions is not None:
-        reader = Shards([url], index, Decoder(), Policy("skip"))
-        found = [str(members) for _, members in reader.stream(0) if isinstance(members, BadSample)]
-    was = f"{row.bytes:,} bytes, now {size:,}" if size != row.bytes else f"{size:,} bytes"
-    return found or [f"{url} has changed since its index was made, outside of any sample ({was}): another SHA-256"]
-
-
-def verify(
-    path: str | Path, split: str, jobs: int = 1, progress: Callable[[int, int], None] | None = None
-) -> tuple[Index, list[str]]:
-    """Read every byte of a split; its index, and what is wrong by shard and sample."""
-    urls, file = find(path, split), path_of(path, split)
-    try:
-        index = Index.load(file)
-    except FileNotFoundError:
-        raise InputError(
-            f"{file} is not there, so that nothing says what the shards were. If they are good, make it: "
-            f"python -m lightning_tdisent data index {path} --split {split}"
-        ) from None
-    urls = _matched(urls, index, file, sizes=False)
-    found: list[str] = []
-    with ProcessPoolExecutor(max(1, min(jobs, len(urls))), mp_context=get_context("forkserver")) as pool:
-        work = pool.map(differences, urls, (index.part(number) for number in range(len(urls))))
-        for done, wrong in enumerate(work, 1):
-            found += wrong
-            if progress:
-                progress(done, len(urls))
-    return index, found
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -36,6 +36,7 @@ PREPARE = "data/README.md says how to prepare each data set."
 
 # first byte, key, and members {extension: (first byte, size)}
 Layout = tuple[int, str, dict[str, tuple[int, int]]]
+Span = tuple[int, int]  # begin and end
 
 
 def is_remote(url: str) -> bool:
@@ -217,8 +218,8 @@ def walk(tar: tarfile.TarFile, where: str) -> Iterator[tuple[str, str, tarfile.T
         yield parts[1], extension, member
 
 
-def layout(stream: IO[bytes], where: str) -> tuple[list[Layout], int]:
-    """First byte, key and members {extension: (first byte, size)} of every sample, and the length of the tar."""
+def layout(stream: IO[bytes], where: str) -> tuple[list[Layout], list[Span]]:
+    """First byte, key and members {extension: (first byte, size)} of every sample; begin and end of their regions."""
     found: list[Layout] = []
     seen: dict[str, int] = {}
     with tar_members(stream, "r:", where) as tar:
@@ -250,21 +251,22 @@ def layout(stream: IO[bytes], where: str) -> tuple[list[Layout], int]:
     if rest > MAX_END:
         raise InputError(f"{where} goes on for more than {MAX_END:,} bytes behind its end mark (byte {end})")
     end += rest
-    begins = [0, *(begin for begin, *_ in found[1:]), end]
-    for (_, key, _), begin, stop in zip(found, begins, begins[1:], strict=False):
+    edges = [0, *(begin for begin, *_ in found[1:]), end]  # the regions tile the tar
+    spans = list(itertools.pairwise(edges)) if found else []
+    for (_, key, _), (begin, stop) in zip(found, spans, strict=True):
         if stop - begin > MAX_REGION:
             raise InputError(
                 f"{where}: sample {key} (byte {begin}) has {stop - begin:,} bytes, more than {MAX_REGION:,}"
             )
-    return found, end
+    return found, spans
 
 
-def checksums(stream: IO[bytes], begins: Sequence[int], end: int) -> list[int]:
-    """CRC-32 of every region; the first one begins at 0, the last one ends with the tar."""
+def checksums(stream: IO[bytes], spans: Iterable[Span]) -> list[int]:
+    """CRC-32 of every region, one after the other from the first byte on."""
     stream.seek(0)
     out = []
-    for stop in [*begins[1:], end][: len(begins)]:
-        crc, left = 0, stop - stream.tell()
+    for begin, stop in spans:
+        crc, left = 0, stop - begin
         while left:
             block = stream.read(min(left, 2**20))
             if not block:

@@ -21,7 +21,8 @@ from lightning_tdisent.lit.inference import clean
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.sampling.expert import load_expert
 from lightning_tdisent.sampling.sampler import DDIM, sample
-from lightning_tdisent.streaming.index import Index, build, path_of
+from lightning_tdisent.streaming.index import Index, path_of
+from lightning_tdisent.streaming.scan import build
 from lightning_tdisent.streaming.tars import find
 
 

@@ -17,8 +17,9 @@ from PIL import Image
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.datamodule import ImageShards, ResumableLoader
 from lightning_tdisent.streaming.decode import BadSample, Decoder
-from lightning_tdisent.streaming.index import build, path_of
+from lightning_tdisent.streaming.index import path_of
 from lightning_tdisent.streaming.orders import Shuffled, Streamed
+from lightning_tdisent.streaming.scan import build
 from lightning_tdisent.streaming.shards import Policy, Shards, load
 from lightning_tdisent.streaming.tars import MAX_MEMBER, find
 

@@ -21,10 +21,12 @@ from hypothesis import strategies as st
 
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.streaming.decode import BadSample, Decoder
-from lightning_tdisent.streaming.index import Index, Regions, Shard, build, join, path_of, scan
+from lightning_tdisent.streaming.index import Index, Regions, Shard, path_of
 from lightning_tdisent.streaming.orders import Shuffled, Streamed
-from lightning_tdisent.streaming.shards import Policy, Shards, differences, load
+from lightning_tdisent.streaming.scan import build, join, scan
+from lightning_tdisent.streaming.shards import Policy, Shards, load
 from lightning_tdisent.streaming.tars import find
+from lightning_tdisent.streaming.verify import differences
 
 
 def write(file, members, form=tarfile.PAX_FORMAT):

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.datamodule import ResumableLoader
 from lightning_tdisent.streaming.decode import Decoder
-from lightning_tdisent.streaming.index import Index, Shard, build, path_of
+from lightning_tdisent.streaming.index import Index, Shard, path_of
 from lightning_tdisent.streaming.orders import Shuffled, Streamed
+from lightning_tdisent.streaming.scan import build
 from lightning_tdisent.streaming.shards import Shards, load
 from lightning_tdisent.streaming.tars import find
 

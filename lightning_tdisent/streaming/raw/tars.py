@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.streaming.index import Index, build
+from lightning_tdisent.streaming.index import Index
 from lightning_tdisent.streaming.raw.source import Item, files_of, hashed
+from lightning_tdisent.streaming.scan import build
 from lightning_tdisent.streaming.tars import SUFFIXES
 
 

@@ -1,0 +1,74 @@
+"""Shards against their index: which there are, their lengths, every byte of them."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.streaming.index import Index, path_of
+from lightning_tdisent.streaming.scan import Progress, spread
+from lightning_tdisent.streaming.tars import find, hash_file, is_remote, open_tar, size_of
+
+
+def matched(urls: Sequence[str], index: Index, file: str, sizes: bool) -> list[str]:
+    """The shards in the order of their index; refuses others, and, by name, those of another length."""
+    again = f"make the index anew: python -m lightning_tdisent data index {file.rpartition('/')[0]}"
+    there, listed = {url.rpartition("/")[2]: url for url in urls}, {shard.name for shard in index.shards}
+    if listed != there.keys():
+        other = min(listed ^ there.keys())
+        raise InputError(
+            f"{file} names {len(listed)} shards, the folder holds {len(there)}: {other} is only in the "
+            f"{'index' if other in listed else 'folder'}. If that is right, {again}"
+        )
+    for shard in index.shards if sizes and not is_remote(file) else ():
+        try:
+            size = size_of(there[shard.name])
+        except OSError as error:
+            raise InputError(f"{there[shard.name]} cannot be read: {error.strerror or error}") from None
+        if size != shard.bytes:
+            raise InputError(
+                f"{there[shard.name]} has {size:,} bytes, its index says {shard.bytes:,}. If that is right, {again}"
+            )
+    return [there[shard.name] for shard in index.shards]
+
+
+def differences(url: str, index: Index) -> list[str]:
+    """What is wrong with a shard, sample by sample, against the index of it alone; empty if nothing is."""
+    (row,) = index.shards
+    try:
+        size, sha256 = hash_file(url)
+    except OSError as error:
+        return [f"{url}: cannot be read: {error}"]
+    if sha256 == row.sha256:
+        return []
+    folder = url.rpartition("/")[0]
+    found = [f"{folder}/{index.name(sample)} {fault}" for sample, fault in _faults(url, index)]
+    was = f"{row.bytes:,} bytes, now {size:,}" if size != row.bytes else f"{size:,} bytes"
+    return found or [f"{url} has changed since its index was made, outside of any sample ({was}): another SHA-256"]
+
+
+def _faults(url: str, index: Index) -> Iterator[tuple[int, str]]:
+    """Samples of a shard that are not what they were, as far as its index lists them, and why."""
+    sample, sizes = 0, index.regions.size.tolist() if index.regions else []
+    try:
+        with open_tar(url) as stream:
+            for sample, size in enumerate(sizes):
+                if fault := index.fault(sample, stream.read(size)):
+                    yield sample, fault
+    except (EOFError, OSError, zlib.error) as error:  # nothing can be read on from here
+        yield from ((lost, f"cannot be read: {error}") for lost in range(sample, len(sizes)))
+
+
+def verify(path: str | Path, split: str, jobs: int = 1, progress: Progress | None = None) -> tuple[Index, list[str]]:
+    """Read every byte of a split; its index, and what is wrong by shard and sample."""
+    urls, file = find(path, split), path_of(path, split)
+    try:
+        index = Index.load(file)
+    except FileNotFoundError:
+        raise InputError(
+            f"{file} is not there, so that nothing says what the shards were. If they are good, make it: "
+            f"python -m lightning_tdisent data index {path} --split {split}"
+        ) from None
+    urls = matched(urls, index, file, sizes=False)
+    parts = (index.part(number) for number in range(len(urls)))
+    return index, [line for lines in spread(differences, urls, parts, jobs=jobs, progress=progress) for line in lines]
