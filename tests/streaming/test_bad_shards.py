@@ -1,4 +1,7 @@
-"""Damage is found and named, what no shard should hold is refused, and what cannot be used is skipped and counted."""
+"""Damage is found and named, what no shard should hold is refused, and what cannot be used is skipped and counted.
+
+Long, as there are many kinds of damage; all trials of one bit share one corpus.
+"""
 
 import gzip
 import io
@@ -12,6 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from making import STOP, opened, save_index, write
 from PIL import Image
 
 from lightning_tdisent.errors import InputError
@@ -30,33 +34,6 @@ def png(seed, size=6):
     out = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size), np.uint8)).save(out, "png")
     return out.getvalue()
-
-
-def write(file, members, form=tarfile.PAX_FORMAT):
-    """A tar of (name, content), or of (name, type of member, ...)."""
-    with tarfile.open(file, "w", format=form) as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            if content is None or isinstance(content, int):
-                member.type = tarfile.DIRTYPE if content is None else bytes([content])
-                member.linkname = "0000.png"
-            else:
-                member.size = len(content)
-            tar.addfile(member, io.BytesIO(content) if isinstance(content, bytes) else None)
-    return file
-
-
-STOP = Policy()
-
-
-def save_index(folder, **options):
-    index = build(find(folder, "train"), **options)
-    index.save(path_of(folder, "train"))
-    return index
-
-
-def opened(folder, policy=STOP):
-    return Shards.open(folder, "train", Decoder(1), policy)
 
 
 # One flipped bit

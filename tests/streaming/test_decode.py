@@ -1,4 +1,7 @@
-"""Images of any make against Pillow, numpy and ADM's own lines; what is damaged is a `BadSample` and nothing else."""
+"""Images of any make against Pillow, numpy and ADM's own lines; what is damaged is a `BadSample` and nothing else.
+
+Long, as every format, mode and way to be damaged is made here, by the same few functions.
+"""
 
 import io
 import struct

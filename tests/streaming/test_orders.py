@@ -1,37 +1,26 @@
-import gzip
+"""Which samples come when: the same for any ranks and workers, each once an epoch, mixed, and on from anywhere."""
+
 import itertools
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making import opened, save_index, zipped
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.datamodule import ResumableLoader
+from lightning_tdisent.streaming import tars
 from lightning_tdisent.streaming.decode import Decoder
-from lightning_tdisent.streaming.index import Index, Shard, path_of
+from lightning_tdisent.streaming.index import Index, Shard
 from lightning_tdisent.streaming.orders import Shuffled, Streamed
-from lightning_tdisent.streaming.scan import build
-from lightning_tdisent.streaming.shards import Shards, load
+from lightning_tdisent.streaming.shards import ImageSet, Shards, load
 from lightning_tdisent.streaming.tars import find
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # 2 cores are enough
 LAYOUTS = [(1, 0), (1, 4), (2, 2), (4, 1)]
-
-
-def zipped(folder):
-    for file in folder.glob("*.tar"):
-        (folder / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes(), mtime=0))
-        file.unlink()
-
-
-def save_index(folder, **options):
-    build(find(folder, "train"), **options).save(path_of(folder, "train"))
-
-
-def opened(folder):
-    return Shards.open(folder, "train", Decoder(1))
 
 
 def rows(make, world, workers, first=0, steps=None):
@@ -173,16 +162,32 @@ def test_lanes_cut_any_shards_into_any_batches(counts, batch, world, buffer, fir
     assert max(start.source.read.values()) <= 2  # the last samples of a lane may be read for the window after it
 
 
-def test_each_byte_is_read_about_once_however_many_ranks(tilted_shards):
-    """3 shards, 3 ranks: as many samples are read as there are, and a little at the seams of the lanes."""
+@pytest.mark.parametrize(("ranks", "times"), [(1, 1), (2, 4 / 3), (3, 1), (6, 2)])
+def test_each_byte_is_read_once_unless_ranks_share_a_lane(ranks, times, tilted_shards, monkeypatch):
+    """There are 3 shards, hence 3 lanes: 2 ranks share the middle one, of 6 every two share one."""
     save_index(tilted_shards)
-    read = 0
-    for rank in range(3):
-        shards = opened(tilted_shards)
-        part = Streamed(shards, 2, 0, rank, 3, buffer=1)
+    read = []
+
+    class Counted:
+        def __init__(self, stream):
+            self.stream, self.seek = stream, stream.seek
+
+        def read(self, size):
+            read.append(len(content := self.stream.read(size)))
+            return content
+
+    @contextmanager
+    def open_tar(url):
+        with tars.open_tar(url) as stream:
+            yield Counted(stream)
+
+    monkeypatch.setattr("lightning_tdisent.streaming.shards.open_tar", open_tar)
+    for rank in range(ranks):
+        part = Streamed(opened(tilted_shards), 6 // ranks, 0, rank, ranks, buffer=1)
         list(itertools.islice(part, len(part)))
-        read += int((shards.known == 1).sum())
-    assert read == 30
+    size = sum(file.stat().st_size for file in tilted_shards.glob("*.tar"))
+    assert len(read) == times * 30
+    assert sum(read) == pytest.approx(times * size, rel=0 if times in (1, 2) else 0.1)
 
 
 class Numbers:
@@ -264,8 +269,6 @@ def test_on_the_device_nothing_is_copied_and_the_order_is_the_same(shards, world
 def test_half_of_the_images_are_mirrored_and_which_ones_changes(tmp_path):
     data = torch.zeros(1000, 1, 1, 2, dtype=torch.uint8)
     data[..., 1] = 9
-    from lightning_tdisent.streaming.shards import ImageSet
-
     run = Shuffled(ImageSet(data, torch.arange(1000), ""), 1000, 0, flip=True)
     marks = []
     for batch in itertools.islice(run, 2):

@@ -1,3 +1,8 @@
+"""What is prepared against the raw samples, and that nothing that happens to a run changes a byte of it.
+
+Long, as every way to break off a run is followed by going on, and compared with one that was not broken off.
+"""
+
 import gzip
 import hashlib
 import io

@@ -1,3 +1,8 @@
+"""Every kind of raw data set, written as it is published, is recognised and read, or refused in a line.
+
+Long, as there are six kinds, each with its own writer.
+"""
+
 import gzip
 import io
 import os

@@ -1,13 +1,15 @@
+"""A folder of shards is read as it was written, or what is wrong with it is named."""
+
 import io
 import tarfile
 
 import pytest
 import torch
+from making import opened, zipped
 from PIL import Image
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.streaming.decode import Decoder
-from lightning_tdisent.streaming.shards import Shards, load
+from lightning_tdisent.streaming.shards import load
 from lightning_tdisent.streaming.tars import find
 
 
@@ -27,29 +29,21 @@ def test_load_decodes_every_sample_as_written(shards):
     assert load(shards, "train", 3).images.shape == (30, 3, 4, 4)
 
 
-def test_gzipped_shards_read_the_same(shards, tmp_path):
-    import gzip
-
+def test_gzipped_shards_read_the_same(shards):
     plain = load(shards, "train", 1)
-    for file in list(shards.glob("*.tar")):
-        (shards / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
-        file.unlink()
+    zipped(shards)
     again = load(shards, "train", 1)
     assert torch.equal(again.images, plain.images)
     assert again.digest != plain.digest  # other bytes
 
 
-def digest(folder):
-    return Shards.open(folder, "train", Decoder(1)).digest
-
-
 def test_the_digest_sees_one_byte(shards):
-    before = digest(shards)
+    before = opened(shards).digest
     file = shards / "train-0001.tar"
     content = bytearray(file.read_bytes())
     content[600] ^= 1
     file.write_bytes(content)
-    assert digest(shards) != before
+    assert opened(shards).digest != before
 
 
 def test_a_folder_without_shards_is_refused(tmp_path, shards):
