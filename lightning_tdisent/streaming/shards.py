@@ -212,9 +212,7 @@ class Shards:
             paths = [file_system(url)[1] for url in urls]
             try:
                 found = system.cat_ranges(paths, [b for b, _ in ranges], [b + n for b, n in ranges], on_error="return")
-            except (
-                Exception
-            ) as error:  # of the request as a whole; the clients of object stores have errors of their own
+            except Exception as error:  # the request as a whole; clients have errors of their own
                 found = [error] * len(paths)
         else:
             found = [_pread(url, *place) for url, place in zip(urls, ranges, strict=True)]

@@ -238,6 +238,35 @@ def starts(run, epochs):
         yield run
 
 
+def test_shards_follow_each_other_in_another_order_every_epoch():
+    class Noted(Numbers):
+        def stream(self, shard, start):
+            self.asked.append(shard)
+            return super().stream(shard, start)
+
+    source, rings = Noted(8, 20), []
+    run = Streamed(source, 1, 0)
+    for one in starts(run, 5):
+        source.asked = []
+        list(itertools.islice(one, len(one)))
+        rings.append(frozenset((a, b) for a, b in itertools.pairwise(source.asked) if a != b))
+    assert all(sorted(b for _, b in ring) == list(range(8)) for ring in rings)  # each behind one other
+    assert len(set(rings)) == 5
+
+
+def test_a_window_is_mixed_each_time_in_another_way():
+    """10 windows of 16 batches: each holds neighbours in the ring, in a permutation of its own."""
+    run, seen = Streamed(Numbers(1, 960), 6, 0, buffer=96), set()
+    for window in torch.cat(list(itertools.islice(run, 2 * len(run)))).view(20, 96):
+        there = set(window.tolist())
+        (low,) = [n for n in there if (n - 1) % 960 not in there]
+        order = (window - low) % 960
+        assert sorted(order.tolist()) == list(range(96))
+        assert abs(float(torch.corrcoef(torch.stack([order, torch.arange(96)]))[0, 1])) < 0.4  # of chance: 0.1
+        seen.add(tuple(order.tolist()))
+    assert len(seen) == 20
+
+
 def test_nobody_is_left_out_for_ever():
     run = Streamed(Numbers(1, 30), 4, 0)
     seen = torch.cat(list(itertools.islice(run, 20 * len(run)))).bincount(minlength=30)
