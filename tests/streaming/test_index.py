@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from making import opened, same, save_index, write
 
 from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.streaming import tars
 from lightning_tdisent.streaming.decode import Decoder
 from lightning_tdisent.streaming.index import Index, Shard, path_of
 from lightning_tdisent.streaming.orders import Streamed
@@ -240,6 +241,64 @@ def test_a_cut_off_index_is_refused(keep, shards):
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(InputError, match=r"train.index.safetensors is damaged .* data index"):
         opened(shards)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("begin", lambda a: a.astype(np.int32), "the type of begin"),
+        ("crc", lambda a: a.astype(np.int64), "the type of crc"),
+        ("keys", lambda a: a[None], "the type of keys"),
+        ("size", lambda a: a[1:], "the length of size"),
+        ("first", lambda a: a[1:], "the length of first"),
+        ("crc", lambda a: a[1:], "the length of crc"),
+        ("crc", lambda a: a[:0], "the length of crc"),
+        *(
+            (name, change, "its numbers do not fit together")
+            for name, change in (
+                ("first", lambda a: a[::-1].copy()),
+                ("first", lambda a: a + 1),
+                ("begin", lambda a: a - 1),
+                ("size", lambda a: -a),
+                ("size", lambda a: a + 2**40),
+                ("member_begin", lambda a: a - 2**20),
+                ("member_begin", lambda a: a + 2**20),
+                ("member_size", lambda a: -a),
+                ("member_size", lambda a: a + 2**20),
+                ("member_kind", lambda a: a + np.uint8(9)),
+                ("key_end", lambda a: a[::-1].copy()),
+                ("key_end", lambda a: a + 1),
+                ("keys", lambda a: a | np.uint8(128)),
+            )
+        ),
+    ],
+)
+def test_an_index_whose_numbers_cannot_be_is_refused_whatever_its_hash(name, change, said, shards):
+    index = build(find(shards, "train"))
+    changed = replace(index, regions=replace(index.regions, **{name: change(getattr(index.regions, name))}))
+    changed.save(path_of(shards, "train"))
+    with pytest.raises(InputError, match=rf"train.index.safetensors is damaged \({said}\)"):
+        opened(shards)
+
+
+@pytest.mark.parametrize(
+    "row", [{"bytes": -1}, {"samples": 1.5}, {"name": 7}, {"sha256": "0" * 63}, {"sha256": "x" * 64}]
+)
+def test_an_index_whose_shards_cannot_be_is_refused_whatever_its_hash(row, shards):
+    index = build(find(shards, "train"), regions=False)
+    replace(index, shards=(*index.shards[:2], replace(index.shards[2], **row))).save(path_of(shards, "train"))
+    with pytest.raises(InputError, match=r"train.index.safetensors is damaged \(the shard "):
+        opened(shards)
+
+
+def test_a_sample_of_too_many_bytes_in_all_is_refused(tmp_path, monkeypatch):
+    file = write(
+        tmp_path / "a-0.tar", [("a.png", b"1"), ("b.png", b"1" * 4000), ("b.txt", b"2" * 4000), ("c.png", b"")]
+    )
+    assert scan(str(file)).regions.size.tolist()[1] == 2 * (512 + 4096)
+    monkeypatch.setattr(tars, "MAX_REGION", 9215)
+    with pytest.raises(InputError, match=r"a-0.tar: sample b \(byte 1024\) has 9,216 bytes, more than 9,215"):
+        scan(str(file))
 
 
 def test_an_index_of_another_format_and_one_that_is_no_file_are_refused(shards):

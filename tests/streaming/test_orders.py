@@ -254,17 +254,18 @@ def test_shards_follow_each_other_in_another_order_every_epoch():
     assert len(set(rings)) == 5
 
 
-def test_a_window_is_mixed_each_time_in_another_way():
-    """10 windows of 16 batches: each holds neighbours in the ring, in a permutation of its own."""
-    run, seen = Streamed(Numbers(1, 960), 6, 0, buffer=96), set()
-    for window in torch.cat(list(itertools.islice(run, 2 * len(run)))).view(20, 96):
+@pytest.mark.parametrize(("buffer", "size"), [(1, 96), (192, 192)])
+def test_a_window_is_mixed_each_time_in_another_way(buffer, size):
+    """Windows of the buffer, or of 16 batches, hold neighbours in the ring, each in a permutation of its own."""
+    run, seen = Streamed(Numbers(1, 960), 6, 0, buffer=buffer), set()
+    for window in torch.cat(list(itertools.islice(run, 2 * len(run)))).view(-1, size):
         there = set(window.tolist())
         (low,) = [n for n in there if (n - 1) % 960 not in there]
         order = (window - low) % 960
-        assert sorted(order.tolist()) == list(range(96))
-        assert abs(float(torch.corrcoef(torch.stack([order, torch.arange(96)]))[0, 1])) < 0.4  # of chance: 0.1
+        assert sorted(order.tolist()) == list(range(size))
+        assert abs(float(torch.corrcoef(torch.stack([order, torch.arange(size)]))[0, 1])) < 0.4  # of chance: 0.1
         seen.add(tuple(order.tolist()))
-    assert len(seen) == 20
+    assert len(seen) == 2 * 960 // size
 
 
 def test_nobody_is_left_out_for_ever():
