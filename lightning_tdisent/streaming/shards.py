@@ -77,6 +77,7 @@ class Shards:
     def open(cls, path: str | Path, split: str, decoder: Decoder, policy: Policy = Policy()) -> Self:
         """Those of a folder; refuses an index that does not fit them, and an empty split."""
         urls, file = find(path, split), path_of(path, split)
+        _opened.cache_clear()  # of files that may have been replaced since
         try:
             index = Index.load(file)
         except FileNotFoundError:

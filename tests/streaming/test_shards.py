@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 import torch
-from making import opened, zipped
+from making import opened, save_index, zipped
 from PIL import Image
 
 from lightning_tdisent.errors import InputError
@@ -44,6 +44,14 @@ def test_the_digest_sees_one_byte(shards):
     content[600] ^= 1
     file.write_bytes(content)
     assert opened(shards).digest != before
+
+
+def test_a_shard_that_was_replaced_is_read_anew(shards):
+    save_index(shards)
+    assert opened(shards).batch([12])["label"].tolist() == [12]
+    (shards / "train-0002.tar").replace(shards / "train-0001.tar")
+    save_index(shards)
+    assert opened(shards).batch([12])["label"].tolist() == [19]
 
 
 def test_a_folder_without_shards_is_refused(tmp_path, shards):
