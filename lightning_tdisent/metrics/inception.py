@@ -25,7 +25,7 @@ from lightning_tdisent.metrics.features import Extracted, FeatureNetwork
 
 SIDE = 299
 RESIZES = ("tf1", "pil_bicubic", "torch_antialias")
-_AT_ONCE = 64  # images in the network at a time, on a GPU: 1 GB of activations
+AT_ONCE = 64  # images in the network at a time, on a GPU: 1 GB of activations
 _STEM = ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"]
 _UP_TO_SPATIAL = [*_STEM, "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d"]
 _TO_THE_END = ["Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c", "AvgPool"]
@@ -86,7 +86,7 @@ class Inception(FeatureNetwork):
         """Features, logits without bias, and spatial features."""
         if images.shape[1] not in (1, 3):
             raise InputError(f"features inception: takes images of 1 or 3 channels, got {images.shape[1]}")
-        parts = [self._extract(part) for part in images.split(_AT_ONCE)]
+        parts = [self._extract(part) for part in images.split(AT_ONCE)]
         features, logits, spatial = (torch.cat(said) for said in zip(*parts, strict=True))
         return Extracted(features, logits, spatial)
 
@@ -111,11 +111,16 @@ def _resized(images: Tensor, resize: str, dtype: torch.dtype) -> Tensor:
     if resize == "torch_antialias":
         x = images.to(dtype)
         return nn.functional.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
-    resized = np.empty((*images.shape[:2], SIDE, SIDE), np.float32)
+    return pil_bicubic(images, SIDE, np.float32).to(images.device, dtype)
+
+
+def pil_bicubic(images: Tensor, side: int, numbers: type[np.uint8] | type[np.float32]) -> Tensor:
+    """uint8 (B, C, H, W) to (B, C, side, side) on the CPU, 0 to 255, by Pillow: in bytes, or in unrounded floats."""
+    resized = np.empty((*images.shape[:2], side, side), numbers)
     for i, image in enumerate(images.cpu().numpy()):
-        for j, channel in enumerate(image.astype(np.float32)):
-            resized[i, j] = Image.fromarray(channel).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    return torch.from_numpy(resized.clip(0, 255)).to(images.device, dtype)
+        for j, channel in enumerate(image.astype(numbers)):
+            resized[i, j] = Image.fromarray(channel).resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(resized.clip(0, 255))
 
 
 @contextlib.contextmanager

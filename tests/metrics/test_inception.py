@@ -151,7 +151,7 @@ def test_grey_is_repeated(made, few, resize):
 def test_batches_are_cut_and_joined(made, few, monkeypatch):
     x = torch.cat([few[0], few[0][:1]])
     at_once = said(made(), x)
-    monkeypatch.setattr("lightning_tdisent.metrics.inception._AT_ONCE", 2)
+    monkeypatch.setattr("lightning_tdisent.metrics.inception.AT_ONCE", 2)
     for a, b in zip(said(made(), x), at_once, strict=True):
         close(a, b, 1e-5)
     assert said(made(), x[:0]).features.shape == (0, 2048)

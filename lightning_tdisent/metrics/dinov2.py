@@ -1,0 +1,167 @@
+"""DINOv2's class token, for FD-DINOv2: a network that saw no labels, and that FID's blind spots are not those of."""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.metrics.features import Extracted, FeatureNetwork
+from lightning_tdisent.metrics.inception import AT_ONCE, pil_bicubic
+
+SIDE = 224
+RESIZES = ("pil_bicubic_uint8", "torch_bicubic")
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_VITL14 = (1024, 24, 14)
+_GET = (
+    "take config.json and model.safetensors of facebook/dinov2-large from the Hugging Face hub (on a machine with a "
+    "network: hf download facebook/dinov2-large config.json model.safetensors --local-dir FOLDER) and name the folder "
+    "with --weights FOLDER"
+)
+
+
+class DINOv2(FeatureNetwork):
+    """A vision transformer of DINOv2 (2304.07193); FD-DINOv2 (2306.04675) is the distance in those of its ViT-L/14.
+
+    weights: folder with config.json and model.safetensors as transformers writes them (facebook/dinov2-large has
+    them); nothing is ever downloaded. resize: to 224 x 224, ``pil_bicubic_uint8`` rounded to bytes as in the paper's
+    code, or ``torch_bicubic``, antialiased and unrounded as in that of EDM2 (2312.02696); sha256: the digest that
+    model.safetensors must have, any if None; dtype: of the computation, ``float32`` or ``float64``.
+
+    Features (B, 1024), float32, are the class token after the last norm. The 37 x 37 positions are brought to 16 x 16
+    as DINOv2's own code does, by a factor of 16.1 / 37; transformers takes 16 / 37, which is another network. Grey
+    images are repeated in three channels. The name is ``dinov2`` for ViT-L/14 alone; others add their sizes. Raises
+    `InputError` for a missing or other folder, a missing transformers, and images of another number of channels.
+    """
+
+    name = "dinov2"
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        resize: str = "pil_bicubic_uint8",
+        sha256: str | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__()
+        if resize not in RESIZES:
+            raise InputError(f"dinov2: no resize {resize!r}; there are {', '.join(RESIZES)}.{nearest(resize, RESIZES)}")
+        if dtype not in ("float32", "float64"):
+            raise InputError(f"dinov2: computes in float32 or float64, not in {dtype!r}")
+        self.weights = None if weights is None else str(weights)
+        self.resize, self.sha256, self.dtype = resize, sha256, dtype
+        self.packages = ("transformers", "pillow") if resize == "pil_bicubic_uint8" else ("transformers",)
+        if weights is None:
+            raise InputError(f"dinov2: no weights are named; {_GET}")
+        folder = Path(weights).expanduser()
+        patch = _check(folder)
+        with (folder / "model.safetensors").open("rb") as file:
+            self.weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 is not None and self.weights_sha256 != sha256.lower():
+            raise InputError(f"dinov2: {folder}/model.safetensors has SHA-256 {self.weights_sha256}, expected {sha256}")
+        self.model = _loaded(folder).to(getattr(torch, dtype))
+        config: Any = self.model.config
+        self.num_features = config.hidden_size
+        if (config.hidden_size, config.num_hidden_layers, patch) != _VITL14:
+            self.name = f"dinov2_{config.hidden_size}x{config.num_hidden_layers}"
+        embeddings: Any = self.model.embeddings
+        embeddings.position_embeddings = nn.Parameter(_positions(embeddings.position_embeddings.data, SIDE // patch))
+        self.eval().requires_grad_(False)
+
+    def extract(self, images: Tensor) -> Extracted:
+        """The class tokens."""
+        if images.shape[1] not in (1, 3):
+            raise InputError(f"features {self.name}: takes images of 1 or 3 channels, got {images.shape[1]}")
+        return Extracted(torch.cat([self._extract(part) for part in images.split(AT_ONCE)]))
+
+    def _extract(self, images: Tensor) -> Tensor:
+        dtype = getattr(torch, self.dtype)
+        if self.resize == "pil_bicubic_uint8":
+            x = pil_bicubic(images, SIDE, np.uint8).to(images.device, dtype)
+        else:
+            x = nn.functional.interpolate(images.to(dtype), (SIDE, SIDE), mode="bicubic", antialias=True)
+        mean, std = torch.tensor([_MEAN, _STD], dtype=dtype, device=x.device)[..., None, None]
+        x = (x.expand(-1, 3, -1, -1) / 255 - mean) / std
+        tokens: Tensor = self.model(x).last_hidden_state
+        return tokens[:, 0].float()
+
+
+def _check(folder: Path) -> int:
+    """Size of the patches of a folder that holds a DINOv2."""
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"dinov2: {folder} has no {name}; {_GET}")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise InputError(f"dinov2: {folder}/config.json is no JSON: {error}") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "dinov2":
+        raise InputError(f"dinov2: {folder}/config.json is of a model of type {kind!r}, expected 'dinov2'")
+    patch = config.get("patch_size", 14)
+    if not isinstance(patch, int) or patch < 1 or SIDE % patch:
+        raise InputError(f"dinov2: {folder}/config.json has patches of {patch}, which do not divide {SIDE}")
+    return patch
+
+
+def _loaded(folder: Path) -> nn.Module:
+    """Only transformers knows how the names in published files became those of its modules."""
+    if importlib.util.find_spec("transformers") is None:
+        raise InputError("features dinov2: transformers is not installed: pip install 'lightning_tdisent[dinov2]'")
+    from transformers.models.dinov2 import Dinov2Model
+
+    try:
+        with _quiet():
+            loaded: Any = Dinov2Model.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                attn_implementation="sdpa",  # a config may name code on the hub
+                dtype=torch.float32,
+            )
+    except Exception as error:  # of safetensors, of the hub's client, of transformers
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"dinov2: {folder} cannot be read: {reason}") from None
+    network: nn.Module = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        said = "; ".join(f"{kind.replace('_', ' ')} {', '.join(keys[:3])}" for kind, keys in wrong.items() if keys)
+        raise InputError(f"dinov2: {folder}/model.safetensors holds another network than config.json says: {said}")
+    return network
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no reports: what they would say is checked."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _positions(learned: Tensor, side: int) -> Tensor:
+    """Position embeddings (1, 1 + n * n, d) for side * side patches, as DINOv2's interpolate_pos_encoding."""
+    first, rest = learned[:, :1], learned[:, 1:]
+    grid = round(rest.shape[1] ** 0.5)
+    if grid == side:
+        return learned
+    places = rest.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+    factor = (side + 0.1) / grid
+    places = nn.functional.interpolate(places.float(), scale_factor=(factor, factor), mode="bicubic").to(learned.dtype)
+    return torch.cat([first, places.flatten(2).transpose(1, 2)], 1)
