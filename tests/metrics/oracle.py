@@ -15,6 +15,7 @@ import platform
 import sys
 import types
 import warnings
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from pathlib import Path
 
@@ -105,6 +106,8 @@ def _import_torch_fidelity() -> str:
         return version("torchvision")
     names = ["", ".transforms", ".transforms.functional", ".datasets"]
     modules = {name: types.ModuleType(f"torchvision{name}") for name in names}
+    for module in modules.values():
+        module.__spec__ = ModuleSpec(module.__name__, None)
     for name in ("CIFAR10", "CIFAR100", "STL10"):
         setattr(modules[".datasets"], name, type(name, (), {}))
     modules[""].transforms, modules[""].datasets = modules[".transforms"], modules[".datasets"]
