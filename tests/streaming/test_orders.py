@@ -1,4 +1,7 @@
-"""Which samples come when: the same for any ranks and workers, each once an epoch, mixed, and on from anywhere."""
+"""Which samples come when: the same for any ranks and workers, each once an epoch, mixed, and on from anywhere.
+
+Long, as every kind of reading, from memory to gzipped, is asked the same questions.
+"""
 
 import itertools
 from collections import Counter
