@@ -15,10 +15,12 @@ $(BIN)/.run: setup.cfg .ci/constraints.txt | $(BIN)/python
 
 $(BIN)/.test: setup.cfg .ci/constraints.txt | $(BIN)/python
 	$(PIP) -e ".[test]"
+	$(PIP) --no-deps torch-fidelity
 	@touch $@
 
 $(BIN)/.lint: setup.cfg .ci/constraints.txt | $(BIN)/python
 	$(PIP) -e ".[test,lint]"
+	$(PIP) --no-deps torch-fidelity
 	@touch $@
 
 data/digits/train-0000.tar: data/digits.py

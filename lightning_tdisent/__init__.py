@@ -4,6 +4,9 @@ Reading order: diffusion.states, diffusion.process, sampling.sampler, sampling.c
 """
 
 import importlib
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 __version__ = "0.1.0"
@@ -32,3 +35,25 @@ def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+
+
+class _TorchFidelity:
+    """Lets torch-fidelity be imported where torchvision is missing: as a package whose own ``__init__`` is not run.
+
+    That one imports torchvision for parts that nobody here uses; torchmetrics imports torch-fidelity where it is
+    installed, and Lightning imports torchmetrics: without this, installing the one would break all of them.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "torch_fidelity" or importlib.util.find_spec("torchvision") is not None:
+            return None
+        found = PathFinder.find_spec(name, path)
+        if found is None:
+            return None
+        bare = ModuleSpec(name, None, is_package=True)
+        bare.submodule_search_locations = found.submodule_search_locations
+        return bare
+
+
+sys.meta_path.insert(0, _TorchFidelity)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.errors import InputError, Unavailable, nearest
 from lightning_tdisent.metrics.features import Extracted, FeatureNetwork
 from lightning_tdisent.metrics.inception import AT_ONCE, pil_bicubic
 
@@ -59,7 +59,7 @@ class DINOv2(FeatureNetwork):
         self.resize, self.sha256, self.dtype = resize, sha256, dtype
         self.packages = ("transformers", "pillow") if resize == "pil_bicubic_uint8" else ("transformers",)
         if weights is None:
-            raise InputError(f"dinov2: no weights are named; {_GET}")
+            raise Unavailable(f"dinov2: no weights are named; {_GET}")
         folder = Path(weights).expanduser()
         patch = _check(folder)
         with (folder / "model.safetensors").open("rb") as file:
@@ -97,7 +97,7 @@ def _check(folder: Path) -> int:
     """Size of the patches of a folder that holds a DINOv2."""
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise InputError(f"dinov2: {folder} has no {name}; {_GET}")
+            raise Unavailable(f"dinov2: {folder} has no {name}; {_GET}")
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:

@@ -1,11 +1,15 @@
 """Feature networks behind one small interface; each is named after the data it was trained on.
 
-A feature network maps uint8 images (B, C, H, W) to float32 features (B, num_features), and has ``logits`` for the
-Inception Score. Numbers from different networks are never comparable; the metric's name says which was used.
+Distances in the features of different networks are never comparable: the metric's name says which was used, and the
+protocol holds the SHA-256 of its weights. Only the network of the literature's FID is called Inception.
 """
 
+import hashlib
 import json
+from abc import ABC, abstractmethod
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -13,12 +17,73 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_tdisent.diffusion.spec import Part, build, spec
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, nearest
 
-SHIPPED = Path(__file__).parent / "weights"
+SHIPPED = Path(__file__).parent / "shipped"
+BLOCK = 16  # images at a time on a CPU, whose kernels round otherwise for other numbers of them; also the fastest
 
 
-class SmallClassifier(Part, nn.Module):
+class Extracted(NamedTuple):
+    """What a network says of images: features (B, d), float32; where it has them logits (B, classes), and spatial,
+    features of an inner layer with their places, (B, e)."""
+
+    features: Tensor
+    logits: Tensor | None = None
+    spatial: Tensor | None = None
+
+
+class FeatureNetwork(Part, nn.Module, ABC):
+    """uint8 images (B, C, H, W) -> `Extracted`; frozen, in eval mode.
+
+    name: after the data it was trained on; shape: (C, H, W) of the images it takes, None for any; num_features: d;
+    classes, num_spatial: widths of logits and spatial features, None where it has none; resize: how images come to
+    the size of its input; weights_sha256: of the file, or of the numbers, that make it what it is; packages: those
+    whose code it is.
+    """
+
+    name = "features"
+    shape: list[int] | None = None
+    num_features: int
+    classes: int | None = None
+    num_spatial: int | None = None
+    resize = "none"
+    weights_sha256 = ""
+    packages: tuple[str, ...] = ()
+
+    @abstractmethod
+    def extract(self, images: Tensor) -> Extracted:
+        """uint8 (B, C, H, W), on the network's device, to what it says of them."""
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Extracted:
+        """As `extract`; refuses images of another dtype, range or shape and says what was found.
+
+        On a CPU the network always sees `BLOCK` images, so that those of one image do not depend on its company.
+        """
+        if images.dtype != torch.uint8:
+            found = f"{images.dtype}"
+            if images.numel() and not images.is_complex():
+                found += f" from {float(images.min()):g} to {float(images.max()):g}"
+            raise InputError(f"features {self.name}: images must be uint8, 0 to 255, got {found}; see to_uint8")
+        if images.ndim != 4 or (self.shape is not None and list(images.shape[1:]) != self.shape):
+            wanted = self.shape or "[C, H, W]"
+            raise InputError(f"features {self.name}: takes images of {wanted}, got {list(images.shape[1:])}")
+        if images.device.type != "cpu":
+            return self.extract(images)
+        blocks = [self.extract(filled(block)) for block in images.split(BLOCK)]
+        parts = ([p for p in part if p is not None] for part in zip(*blocks, strict=True))
+        features, logits, spatial = (torch.cat(part)[: len(images)] if part else None for part in parts)
+        assert features is not None
+        return Extracted(features, logits, spatial)
+
+
+def filled(images: Tensor) -> Tensor:
+    """A block of `BLOCK` images, the missing ones copies of the last."""
+    missing = BLOCK - len(images)
+    return torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]) if missing and len(images) else images
+
+
+class SmallClassifier(FeatureNetwork):
     """Three convolutions and a linear layer; the features are the 64 activations before the classes.
 
     shape: (C, H, W) of an image; classes: number of classes; width: channels of the convolutions. The image is halved
@@ -47,35 +112,128 @@ class SmallClassifier(Part, nn.Module):
         )
         self.head = nn.Linear(self.num_features, classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) -> features (B, 64)."""
-        if images.dtype != torch.uint8 or list(images.shape[1:]) != self.shape:
-            raise InputError(
-                f"this feature network takes uint8 images {self.shape}, got {images.dtype} {list(images.shape[1:])}"
-            )
-        out: Tensor = self.body(images.float() / 127.5 - 1)
-        return out
-
-    def logits(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) -> (B, classes)."""
-        out: Tensor = self.head(self(images))
-        return out
+    def extract(self, images: Tensor) -> Extracted:
+        """The 64 activations and the logits."""
+        features = self.body(images.float() / 127.5 - 1)
+        return Extracted(features, self.head(features))
 
 
-def load_features(name: str) -> SmallClassifier:
-    """Load a shipped feature network, frozen: ``digits`` or ``mnist`` (experiments/features/train.py made them)."""
-    path = SHIPPED / f"{name}.safetensors"
-    if not path.exists():
-        shipped = sorted(p.stem for p in SHIPPED.glob("*.safetensors"))
-        raise InputError(f"features: {name!r} is not shipped; choose from {', '.join(shipped)}")
-    with safe_open(path, "pt") as file:
-        network = build(json.loads(file.metadata()["spec"]), SmallClassifier)
-    network.load_state_dict(load_file(path))
+class WhitenedClassifier(FeatureNetwork):
+    """Three stages of two convolutions on decorrelated 2 x 2 patches (2404.00498); features pooled over the image.
+
+    shape: (C, H, W), sides from 16 on; classes: number of classes; widths: channels of the stages, the last is the
+    number of features. `whiten` sets the first convolution, which is not trained.
+    """
+
+    def __init__(self, shape: list[int], classes: int = 10, widths: tuple[int, ...] = (64, 256, 256)) -> None:
+        super().__init__()
+        self.shape, self.classes, self.widths = shape, classes, tuple(widths)
+        self.num_features = widths[-1]
+        patch = 4 * shape[0]
+        self.whitening = nn.Conv2d(shape[0], 2 * patch, 2)
+        self.whitening.weight.requires_grad_(False)
+        stages = [_stage(i, o) for i, o in pairwise((2 * patch, *widths))]
+        self.body = nn.Sequential(nn.GELU(), *stages, nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        self.head = nn.Linear(self.num_features, classes, bias=False)
+
+    @torch.no_grad()
+    def whiten(self, images: Tensor) -> None:
+        """Make the first convolution the eigenvectors of the images' 2 x 2 patches over their deviation, both signs."""
+        x = (images.float() / 127.5 - 1).unfold(2, 2, 1).unfold(3, 2, 1)
+        patches = x.permute(0, 2, 3, 1, 4, 5).reshape(-1, 4 * images.shape[1]).double()
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (vectors / (values + 5e-4).sqrt()).T.float().view(-1, *self.whitening.weight.shape[1:])
+        self.whitening.weight.copy_(torch.cat([filters, -filters]))
+
+    def extract(self, images: Tensor) -> Extracted:
+        """The pooled activations and the logits."""
+        features = self.body(self.whitening(images.float() / 127.5 - 1))
+        return Extracted(features, self.head(features) / 9)
+
+
+def _stage(inside: int, outside: int) -> nn.Sequential:
+    def normed() -> list[nn.Module]:
+        norm = nn.BatchNorm2d(outside, momentum=0.4)
+        norm.weight.requires_grad_(False)
+        return [norm, nn.GELU()]
+
+    convolutions = [nn.Conv2d(i, outside, 3, padding=1, bias=False) for i in (inside, outside)]
+    for c in convolutions:  # as many channels as go in begin as they come
+        nn.init.dirac_(c.weight[: c.in_channels])
+    first, second = convolutions
+    return nn.Sequential(first, nn.MaxPool2d(2), *normed(), second, *normed())
+
+
+class Random(FeatureNetwork):
+    """Four convolutions that nobody trained, for any images, with no download: a curve that moves, not a quality.
+
+    Weights are He-initialised from ``seed`` on the CPU; features are mean and deviation over the places of the last
+    layer's ``width`` channels, 2 width numbers. Random features do tell distributions apart (1801.03924, table 5),
+    badly.
+    """
+
+    name = "random"
+
+    def __init__(self, channels: int = 3, width: int = 32, seed: int = 0) -> None:
+        super().__init__()
+        self.channels, self.width, self.seed, self.num_features = channels, width, seed, 2 * width
+        generator = torch.Generator().manual_seed(seed)
+        sizes = [channels, width, width, width, width]
+        weights = [
+            torch.randn(outside, inside, 3, 3, generator=generator) * (2 / (9 * inside)) ** 0.5
+            for inside, outside in pairwise(sizes)
+        ]
+        self.weights = nn.ParameterList(weights)
+        self.weights_sha256 = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights)).hexdigest()
+        self.requires_grad_(False)
+
+    def extract(self, images: Tensor) -> Extracted:
+        """Mean and deviation of the last activations."""
+        x = images.float() / 127.5 - 1
+        for i, weight in enumerate(self.weights):
+            x = nn.functional.conv2d(x, weight, padding=1, stride=1 if i == 0 else 2).relu()
+        return Extracted(torch.cat([x.mean((2, 3)), x.std((2, 3), correction=0)], 1))
+
+
+def load_classifier(path: Path) -> FeatureNetwork:
+    """Load a feature network that `save_classifier` wrote, frozen and in float32."""
+    with safe_open(path, "pt") as file, torch.device("meta"):  # where nothing is drawn
+        network = build(json.loads(file.metadata()["spec"]), FeatureNetwork)
+    state = {k: v.float() if v.is_floating_point() else v.clone() for k, v in load_file(path).items()}
+    network.load_state_dict(state, assign=True)
+    network.name, network.weights_sha256 = path.stem, hashlib.sha256(path.read_bytes()).hexdigest()
     return network.eval().requires_grad_(False)
 
 
-def save_features(path: Path, network: SmallClassifier) -> None:
-    """Write a feature network with its description."""
-    tensors = {k: v.detach().contiguous() for k, v in network.state_dict().items()}
+def save_classifier(path: Path, network: FeatureNetwork, dtype: torch.dtype = torch.float32) -> None:
+    """Write a feature network with its description; float16 halves the file, and is what is then measured."""
+    state = network.state_dict().items()
+    tensors = {k: (v.to(dtype) if v.is_floating_point() else v).detach().contiguous() for k, v in state}
     save_file(tensors, path, {"spec": json.dumps(spec(network))})
     path.chmod(0o644)
+
+
+def load_features(
+    name: str, weights: str | None = None, resize: str | None = None, dtype: str = "float32", channels: int = 3
+) -> FeatureNetwork:
+    """The feature network of a protocol, frozen: a shipped classifier, ``random``, ``inception`` or ``dinov2``.
+
+    weights: of the last two, see there; channels: of the images, for ``random``.
+    """
+    if name == "inception":
+        from lightning_tdisent.metrics.inception import Inception
+
+        return Inception(weights, resize or "tf1", dtype=dtype)
+    if name == "dinov2":
+        from lightning_tdisent.metrics.dinov2 import DINOv2
+
+        return DINOv2(weights, resize or "pil_bicubic_uint8", dtype=dtype)
+    shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.safetensors"))}
+    if weights is not None:
+        raise InputError(f"weights: {name!r} has its own; they are given for inception and dinov2")
+    if name == "random":
+        return Random(channels)
+    if name not in shipped:
+        known = [*shipped, "random", "inception", "dinov2"]
+        raise InputError(f"features: there is no {name!r}.{nearest(name, known)} Choose from {', '.join(known)}")
+    return load_classifier(shipped[name])

@@ -1,25 +1,20 @@
 """The network of the literature's FID, Inception Score, KID and sFID, in the three resizes that papers use.
 
 Its layers are torch-fidelity's, a port of TensorFlow's inception-2015-12-05 graph whose poolings differ from those of
-any other Inception. torch-fidelity is not a dependency: it declares torchvision, which breaks lightning and
-torchmetrics where torch is a CPU build (see setup.cfg), and whose functions the layers do not use.
+any other Inception. torch-fidelity is an extra: it declares torchvision, which these layers do not use.
 """
 
-import contextlib
 import functools
 import importlib
-import importlib.util
 import io
-import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.errors import InputError, Unavailable, nearest
 from lightning_tdisent.metrics import weights as files
 from lightning_tdisent.metrics.features import Extracted, FeatureNetwork
 
@@ -123,39 +118,17 @@ def pil_bicubic(images: Tensor, side: int, numbers: type[np.uint8] | type[np.flo
     return torch.from_numpy(resized.clip(0, 255))
 
 
-@contextlib.contextmanager
-def without_torchvision() -> Iterator[None]:
-    """Inside, torch_fidelity's modules can be imported where torchvision is missing; afterwards nothing has changed.
-
-    Its ``__init__`` imports all of it, torchvision too. A package with nothing but its path stands in for it, and
-    all that was imported through it is forgotten again, so that a later ``import torch_fidelity`` is the real one.
-    torchmetrics.image, which takes the Inception layers from there, can be imported inside as well. Raises
-    `InputError` if torch-fidelity is not installed.
-    """
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "torch_fidelity"}
-    if "torch_fidelity" in before:
-        yield
-        return
-    found = importlib.util.find_spec("torch_fidelity")
-    if found is None:
-        raise InputError("features inception: torch-fidelity is not installed: pip install --no-deps torch-fidelity")
-    package = types.ModuleType("torch_fidelity")
-    package.__spec__, package.__path__ = found, list(found.submodule_search_locations or ())
-    sys.modules["torch_fidelity"] = package
-    try:
-        yield
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "torch_fidelity"]:
-            del sys.modules[name]
-        sys.modules.update(before)
-
-
 @functools.cache
 def _torch_fidelity() -> tuple[type[nn.Module], Callable[..., Tensor]]:
-    """The class with the layers, and the resize of TensorFlow 1."""
-    with without_torchvision():
+    """The class with the layers, and the resize of TensorFlow 1; see the package's ``__init__``."""
+    try:
         layers = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
         resize = importlib.import_module("torch_fidelity.interpolate_compat_tensorflow")
+    except ImportError as error:
+        raise Unavailable(
+            f"inception: torch-fidelity is not installed ({error}): pip install lightning_tdisent[inception], or, "
+            "where torchvision cannot be had or would replace torch, pip install --no-deps torch-fidelity"
+        ) from None
     return layers.FeatureExtractorInceptionV3, resize.interpolate_bilinear_2d_like_tensorflow1x
 
 

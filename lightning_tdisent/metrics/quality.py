@@ -1,100 +1,106 @@
-"""Distance of generated images to real ones, and the protocol that a number belongs to."""
+"""`Quality`: every metric of one protocol from one pass over the images, the same under any split over ranks."""
 
 import dataclasses
-import hashlib
-import json
 import warnings
-from importlib.metadata import version
 
 import torch
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.inception import InceptionScore
+from torch import Tensor
+from torchmetrics import Metric
 
-from lightning_tdisent.metrics.features import SHIPPED, SmallClassifier, load_features
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """Everything an evaluation number depends on besides the model; its hash is printed beside the number.
-
-    features: name of the feature network; n: generated images; first_seed: they have seeds first_seed .. + n - 1;
-    real: digest and split of the real images; n_real: how many.
-    """
-
-    features: str
-    n: int
-    first_seed: int
-    real: str
-    n_real: int
-    image_range: str = "uint8, rounded"
-    moments: str = "float64"
-    labels: str = "seed modulo classes"
-    torchmetrics: str = dataclasses.field(default_factory=lambda: version("torchmetrics"))
-    weights_sha256: str = ""
-
-    def __post_init__(self) -> None:
-        digest = hashlib.sha256((SHIPPED / f"{self.features}.safetensors").read_bytes()).hexdigest()
-        object.__setattr__(self, "weights_sha256", digest)
-
-    @property
-    def hash(self) -> str:
-        """Eight hex digits; numbers with different hashes must not share a table or a curve."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:8]
-
-
-class _Logits(nn.Module):
-    def __init__(self, network: SmallClassifier) -> None:
-        super().__init__()
-        self.network, self.num_features = network, network.classes
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network.logits(images)
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.metrics.distances import frechet_bias
+from lightning_tdisent.metrics.features import FeatureNetwork
+from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.metrics.reference import Reference
+from lightning_tdisent.metrics.scores import FeatureList, FrechetDistance, InceptionScore, PairMetrics
 
 
 class Quality:
-    """Frechet distance and Inception Score in the features of a named network, exact under any split over ranks.
+    """The metrics of one protocol between generated images and a reference.
 
-    Both are torchmetrics' own. Results are named after the features (``fd_digits``, ``is_digits``): neither is
-    comparable with numbers from the Inception network. The score is taken over the whole set at once, so the order of
-    the images does not matter.
+    Names say the features: ``fd_digits``, ``is_mnist``; those of Inception have the literature's, ``fid``, ``is``,
+    ``kid``. ``fd_bias`` is what a perfect model would reach with as few images (`frechet_bias`).
     """
 
-    def __init__(self, features: str) -> None:
-        self.features = features
-        network = load_features(features)
-        self.shape = network.shape
-        self.fd = FrechetInceptionDistance(network, reset_real_features=False)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*save all extracted features.*")  # ten numbers an image
-            self.score = InceptionScore(_Logits(network), splits=1)
+    def __init__(self, protocol: Protocol, network: FeatureNetwork, reference: Reference) -> None:
+        self.protocol, self.network, self.reference = protocol, network, reference
+        if reference.key != protocol.reference:
+            raise InputError(
+                f"the reference was measured by another protocol ({reference.key}) than {protocol.line} "
+                f"({protocol.reference}): other features, resize, images or versions"
+            )
+        asked = set(protocol.metrics)
+        self.metrics: dict[str, Metric] = {}
+        if "fd" in asked:
+            self.metrics["fd"] = FrechetDistance(reference.moments)
+        if "sfd" in asked:
+            if reference.spatial is None:
+                raise InputError(f"sfd: {protocol.features} has no features with places; leave it out of metrics")
+            self.metrics["sfd"] = FrechetDistance(reference.spatial)
+        if "is" in asked:
+            if network.classes is None:
+                raise InputError(f"is: {protocol.features} names no classes; leave it out of metrics")
+            self.metrics["is"] = InceptionScore(network.classes, protocol.n, protocol.score_splits, protocol.score_seed)
+        if pairs := asked & {"kid", "prdc", "fd_infinity"}:
+            self.metrics["pairs"] = PairMetrics(reference.moments, reference.kept, sorted(pairs), protocol.neighbours)
+        if "fd" in asked:
+            self.bias = frechet_bias(reference.moments.covariance, protocol.n, reference.moments.n)
+
+    def of(self, n: int) -> "Quality":
+        """The same for n images that come from files."""
+        protocol = dataclasses.replace(self.protocol, n=n, first_seed=None, labels="")
+        return Quality(protocol, self.network, self.reference).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where network and states are."""
+        return next(iter(self.metrics.values())).device
 
     def to(self, device: torch.device) -> "Quality":
-        """Move networks and states to a device."""
-        self.fd.to(device)
-        self.score.to(device)
+        """Move network and states to a device."""
+        for part in (self.network, *self.metrics.values()):
+            part.to(device)
         return self
 
-    def add_real(self, images: Tensor) -> None:
-        """Add uint8 images (B, C, H, W) to the reference; they stay over `reset`."""
-        for part in images.split(500):
-            self.fd.update(part.to(self.fd.device), real=True)
-
-    def add(self, images: Tensor) -> None:
-        """Add generated uint8 images (B, C, H, W)."""
-        images = images.to(self.fd.device)
-        self.fd.update(images, real=False)
-        self.score.update(images)
+    def add(self, images: Tensor, numbers: Tensor) -> None:
+        """Add uint8 images (B, C, H, W), with their numbers 0..n-1, int64 (B,)."""
+        found = self.network(images.to(self.device))
+        for name, metric in self.metrics.items():
+            if name == "is":
+                metric.update(found.logits, numbers)
+            elif name == "pairs":
+                metric.update(found.features, numbers)
+            else:
+                metric.update(found.spatial if name == "sfd" else found.features)
 
     def compute(self) -> dict[str, float]:
-        """Synchronise over ranks and return the numbers by name."""
-        # the score permutes, which must not move the training's generator, and takes the deviation of its one split
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"std\(\): degrees of freedom")
-            mean, _ = self.score.compute()
-            return {f"fd_{self.features}": float(self.fd.compute()), f"is_{self.features}": float(mean)}
+        """Synchronise over ranks and return the numbers by name; raises InputError where they are none."""
+        out: dict[str, float] = {}
+        for metric in self.metrics.values():
+            if isinstance(metric, FeatureList):  # a rank without images has something to send all the same
+                metric.update(torch.empty(0, self.network.num_features), torch.empty(0, dtype=torch.int64))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*was called before the ``update``.*")  # more ranks than images
+            for name, metric in self.metrics.items():
+                value = metric.compute()
+                if name == "is":
+                    out["is"], out["is_std"] = map(float, value)
+                    if self.protocol.score_splits == 1:
+                        del out["is_std"]
+                else:
+                    out |= value if isinstance(value, dict) else {name: float(value)}
+        if "fd" in out:
+            out["fd_bias"] = self.bias
+        return {named(k, self.protocol.features): v for k, v in out.items()}
 
     def reset(self) -> None:
         """Forget the generated images."""
-        self.fd.reset()
-        self.score.reset()
+        for metric in self.metrics.values():
+            metric.reset()
+
+
+def named(metric: str, features: str) -> str:
+    """Name of a metric in these features: Inception's are the literature's."""
+    if features == "inception":
+        return metric.replace("fd", "fid")
+    return f"{metric}_{features}"

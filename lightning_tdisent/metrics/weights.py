@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_tdisent.errors import Halted, InputError, nearest
+from lightning_tdisent.errors import Halted, InputError, Unavailable, nearest
 from lightning_tdisent.files import whole
 
 _COMMAND = "python -m lightning_tdisent fetch"
@@ -128,7 +128,7 @@ def _where(name: str, path: str | Path | None) -> Path:
     known = KNOWN[name]
     file = Path(path).expanduser() if path else cache_folder() / known.file
     if not file.is_file():
-        raise InputError(
+        raise Unavailable(
             f"{name}: no weights at {file}. Get them ({known.megabytes} MB) with: {_COMMAND} {name}; or name a file "
             "that you have with --weights FILE"
         )

@@ -3,7 +3,6 @@ import json
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.dinov2 import DINOv2
 from lightning_tdisent.metrics.features import FeatureNetwork
 
-pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 WIDTH, LAYERS, HEADS, GRID = 32, 2, 2, 37
 
 

@@ -1,14 +1,42 @@
-import warnings
+"""Metrics of images: feature networks, the protocol, sums over any ranks and batches, the kept reference."""
 
-import numpy as np
+import dataclasses
+import json
+
 import pytest
 import torch
-from scipy.linalg import sqrtm
+from oracle import CASES, RECORDED, features
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.metrics.features import SHIPPED, SmallClassifier, load_features, save_features
-from lightning_tdisent.metrics.quality import Protocol, Quality
+from lightning_tdisent.metrics import reference as references
+from lightning_tdisent.metrics.features import (
+    SHIPPED,
+    Extracted,
+    FeatureNetwork,
+    SmallClassifier,
+    load_classifier,
+    load_features,
+    save_classifier,
+)
+from lightning_tdisent.metrics.protocol import PRESETS, Protocol
+from lightning_tdisent.metrics.quality import Quality, named
+from lightning_tdisent.metrics.reference import cache_folder, measure, reference
+from lightning_tdisent.metrics.scores import InceptionScore
 from lightning_tdisent.streaming.shards import load
+
+SAID = json.loads(RECORDED.read_text())["features"]
+
+
+class Flat(FeatureNetwork):
+    """Pixels as features, classes and inner features: every number can be worked out by hand."""
+
+    name, num_features, classes, num_spatial = "flat", 4, 4, 2
+
+    def extract(self, images):
+        x = images.flatten(1).float()
+        return Extracted(x, x / 50, x[:, :2])
 
 
 @pytest.fixture(scope="module")
@@ -16,90 +44,374 @@ def sets(digits):
     return load(digits, "train", 1), load(digits, "test", 1)
 
 
-def frechet(a, b):
-    """The closed form, written independently with scipy's square root."""
-    a, b = a.double().numpy(), b.double().numpy()
-    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    with warnings.catch_warnings():  # some features are zero on all images
-        warnings.simplefilter("ignore")
-        root = sqrtm(ca @ cb).real
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * root))
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TDISENT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def test_the_distance_is_the_closed_form(sets):
+def drawn(n, seed=0, shape=(1, 2, 2)):
+    return torch.randint(0, 256, (n, *shape), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def quality_of(real, network=None, **fields):
+    network = network or Flat()
+    protocol = Protocol("flat", **fields).resolved(network, "digest", len(real), real.shape[1:])
+    return Quality(protocol, network, measure(protocol, network, lambda i: real[i]))
+
+
+def test_every_number_is_that_of_its_function(sets):
+    from lightning_tdisent.metrics.distances import Moments, frechet, kernel_distance, precision_recall
+
     train, test = sets
-    quality = Quality("digits")
-    quality.add_real(train.images)
-    for part in test.images.split(50):
-        quality.add(part)
-    features = load_features("digits")
-    expected = frechet(features(train.images), features(test.images))
-    assert quality.compute()["fd_digits"] == pytest.approx(expected, rel=1e-3)
-    quality.reset()
-    quality.add(train.images)
-    assert quality.compute()["fd_digits"] == pytest.approx(0, abs=1e-3)
+    network = load_features("digits")
+    p = Protocol.preset("digits", n=len(test)).resolved(network, train.digest, len(train), (1, 8, 8))
+    quality = Quality(p, network, measure(p, network, lambda i: train.images[i]))
+    quality.add(test.images, torch.arange(len(test)))
+    found = quality.compute()
+    real, fake = network(train.images).features, network(test.images)
+    assert found["fd_digits"] == pytest.approx(frechet(Moments.of(real), Moments.of(fake.features)), rel=1e-12)
+    assert found["kid_digits"] == pytest.approx(kernel_distance(real, fake.features), rel=1e-12)
+    shares = {f"{k}_digits": v for k, v in precision_recall(real, fake.features, 5).items()}
+    assert {k: found[k] for k in shares} == shares
+    probability = fake.logits.double().softmax(1)
+    expected = (probability * (probability.log() - probability.mean(0).log())).sum(1).mean().exp()
+    assert found["is_digits"] == pytest.approx(float(expected), rel=1e-12)
+    assert found["fd_bias_digits"] == pytest.approx(2.4, abs=0.2)  # of a distance of 3.3 of real images
 
 
-def test_the_score_is_the_closed_form_and_knows_no_order(sets):
+@pytest.mark.parametrize("case", CASES)
+def test_the_score_is_torch_fidelitys(case):
+    _, _, logits = features(case)
+    said, n = SAID[case]["torch_fidelity"], len(logits)
+    ten, one = InceptionScore(20, n, 10), InceptionScore(20, n, 1, None)
+    for numbers in torch.arange(n).flip(0).split(7):  # in another order, too
+        ten.update(logits[numbers], numbers)
+        one.update(logits[numbers], numbers)
+    mean, deviation = map(float, ten.compute())
+    assert (mean, deviation) == pytest.approx((said["isc_10"]["mean"], said["isc_10"]["std"]), rel=1e-9)
+    assert float(one.compute()[0]) == pytest.approx(said["isc_1"], rel=1e-9)
+    assert float(one.compute()[0]) == pytest.approx(SAID[case]["torchmetrics"]["isc_1"], rel=1e-5)
+
+
+def test_images_sorted_by_class_have_the_same_score(sets):
     _, test = sets
-    p = load_features("digits").logits(test.images).double().softmax(1)
-    expected = (p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item()
     values = []
-    for images in (test.images, test.images[test.labels.argsort()]):
-        quality = Quality("digits")
-        quality.add_real(test.images)
-        quality.add(images)
-        values.append(quality.compute()["is_digits"])
-    assert values[0] == pytest.approx(expected, rel=1e-5)
-    assert values[1] == pytest.approx(values[0], rel=1e-6)
+    for order in (torch.arange(297), test.labels.argsort()):
+        quality = quality_of(test.images, load_features("digits"), n=297, metrics=("is",), score_splits=3)
+        quality.add(test.images[order], order)
+        values.append(quality.compute())
+    assert values[0] == pytest.approx(values[1], rel=1e-13)
+    assert values[0]["is_std_flat"] > 0
+
+
+def test_real_images_are_at_no_distance_from_themselves(sets):
+    train, _ = sets
+    quality = quality_of(train.images, load_features("digits"), n=1500, metrics=("fd", "kid", "prdc"))
+    quality.add(train.images, torch.arange(1500))
+    found = quality.compute()
+    assert abs(found["fd_flat"]) < 1e-6
+    assert (found["precision_flat"], found["recall_flat"], found["coverage_flat"]) == (1, 1, 1)
+
+
+def test_inner_features_have_a_distance_of_their_own():
+    real, fake = drawn(200), drawn(100, 1)
+    quality = quality_of(real, n=100, metrics=("fd", "sfd"))
+    quality.add(fake, torch.arange(100))
+    found = quality.compute()
+    from lightning_tdisent.metrics.distances import Moments, frechet
+
+    halves = (Moments.of(x.flatten(1)[:, :2]) for x in (real, fake))
+    assert found["sfd_flat"] == pytest.approx(frechet(*halves), rel=1e-12)
+    assert found["sfd_flat"] < found["fd_flat"]
 
 
 def test_noise_scores_worse_than_digits(sets):
     train, test = sets
-    quality = Quality("digits")
-    quality.add_real(train.images)
-    quality.add(test.images)
-    real = quality.compute()
-    quality.reset()
-    quality.add(torch.randint(0, 256, test.images.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8))
-    noise = quality.compute()
-    assert noise["fd_digits"] > 10 * real["fd_digits"]
-    assert noise["is_digits"] < real["is_digits"] / 2
+    quality = quality_of(train.images, load_features("digits"), n=297)
+    values = []
+    for images in (test.images, drawn(297, shape=(1, 8, 8))):
+        quality.reset()
+        quality.add(images, torch.arange(297))
+        values.append(quality.compute())
+    real, noise = values
+    assert noise["fd_flat"] > 10 * real["fd_flat"]
+    assert noise["is_flat"] < real["is_flat"] / 2
 
 
-def test_measuring_moves_no_generator(sets):
+@pytest.mark.parametrize("name", ["digits", "mnist", "cifar10", "random"])
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_features_of_an_image_are_bitwise_the_same_in_any_batch(name, size):
+    network = load_features(name)
+    images = drawn(70, shape=tuple(network.shape or (3, 12, 12)))
+    whole, parts = network(images), [network(part) for part in images.split(size)]
+    assert torch.equal(torch.cat([p.features for p in parts]), whole.features)
+    if whole.logits is not None:
+        assert torch.equal(torch.cat([p.logits for p in parts]), whole.logits)
+
+
+def test_measuring_moves_no_generator(sets, cache):
     _, test = sets
-    quality = Quality("digits")
     before = torch.get_rng_state()
-    quality.add_real(test.images)
-    quality.add(test.images[:50])
+    p = Protocol.preset("digits", n=50).resolved(network := load_features("digits"), "x", 297, (1, 8, 8))
+    quality = Quality(p, network, reference(p, network, lambda i: test.images[i]))
+    quality.add(test.images[:50], torch.arange(50))
     quality.compute()
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(("name", "limit"), [("digits", 300_000), ("mnist", 1_000_000)])
-def test_shipped_features_are_small_and_load(name, limit):
+# --- networks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "width"), [("digits", 300_000, 64), ("mnist", 1_000_000, 64), ("cifar10", 5_000_000, 256)]
+)
+def test_shipped_features_are_small_and_load(name, limit, width):
     assert (SHIPPED / f"{name}.safetensors").stat().st_size < limit
-    assert load_features(name).num_features == 64
+    network = load_features(name)
+    assert (network.num_features, network.name, len(network.weights_sha256)) == (width, name, 64)
+    assert not network.training
+    assert not any(p.requires_grad for p in network.parameters())
 
 
-def test_the_digit_classifier_knows_digits(sets):
-    _, test = sets
-    assert (load_features("digits").logits(test.images).argmax(1) == test.labels).double().mean() > 0.98
+@pytest.mark.parametrize(("name", "least"), [("digits", 0.98), ("mnist", 0.98), ("cifar10", 0.92)])
+def test_shipped_classifiers_know_their_data(name, least, digits, prepared):
+    data = load(digits if name == "digits" else prepared(name), "test", 3 if name == "cifar10" else 1, 2000)
+    network = load_features(name)
+    right = torch.cat([network(part).logits.argmax(1) for part in data.images.split(500)]) == data.labels
+    assert right.double().mean() > least - 0.01  # of the first 2,000
 
 
-def test_features_round_trip_and_refuse(tmp_path):
-    network = SmallClassifier([3, 16, 16], 5, 4)
-    save_features(tmp_path / "x.safetensors", network)
-    with pytest.raises(InputError, match=r"uint8 images \[3, 16, 16\], got torch.float32"):
-        network(torch.zeros(1, 3, 16, 16))
-    with pytest.raises(InputError, match="'inception' is not shipped; choose from digits, mnist"):
-        load_features("inception")
+def test_random_features_are_those_of_their_seed_and_see_a_change():
+    network = load_features("random", channels=1)
+    assert network.weights_sha256 == load_features("random", channels=1).weights_sha256
+    assert network.weights_sha256 != load_features("random", channels=3).weights_sha256
+    values = []
+    for shift in (0, 10, 40):
+        quality = quality_of(drawn(300, 1, (1, 8, 8)) // 2, network, n=200, metrics=("fd", "kid"))
+        quality.add(drawn(200, 2, (1, 8, 8)) // 2 + shift, torch.arange(200))
+        values.append(quality.compute())
+    assert values[0]["fd_flat"] < values[1]["fd_flat"] < values[2]["fd_flat"]
+    assert values[0]["kid_flat"] < values[1]["kid_flat"] < values[2]["kid_flat"]
 
 
-def test_the_protocol_hash_changes_with_every_field():
-    base = {"features": "digits", "n": 10, "first_seed": 0, "real": "abc", "n_real": 5}
-    other = {"features": "mnist", "n": 11, "first_seed": 1, "real": "abd", "n_real": 6}
-    hashes = {Protocol(**{**base, k: other[k]}).hash for k in base} | {Protocol(**base).hash}
-    assert len(hashes) == 6
-    assert Protocol(**base).hash == Protocol(**base).hash
+def test_a_classifier_round_trips(tmp_path):
+    network = SmallClassifier([3, 16, 16], 5, 4).eval()
+    save_classifier(tmp_path / "mine.safetensors", network)
+    again, images = load_classifier(tmp_path / "mine.safetensors"), drawn(20, shape=(3, 16, 16))
+    assert again.name == "mine"
+    assert torch.equal(again(images).logits, network(images).logits)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(1, 1, 8, 8), r"uint8, 0 to 255, got torch.float32 from 0 to 0"),
+        (torch.linspace(-1, 1, 64).view(1, 1, 8, 8), r"got torch.float32 from -1 to 1; see to_uint8"),
+        (torch.full((1, 1, 8, 8), 300), r"got torch.int64 from 300 to 300"),
+        (torch.zeros(1, 1, 8, 9, dtype=torch.uint8), r"takes images of \[1, 8, 8\], got \[1, 8, 9\]"),
+        (torch.zeros(1, 8, 8, dtype=torch.uint8), r"takes images of \[1, 8, 8\], got \[8, 8\]"),
+    ],
+)
+def test_images_of_another_kind_are_refused(images, message):
+    with pytest.raises(InputError, match=message):
+        load_features("digits")(images)
+
+
+def test_unknown_features_are_refused():
+    with pytest.raises(
+        InputError, match=r"no 'digit'. Did you mean 'digits'.*cifar10, digits, mnist, random, inception"
+    ):
+        load_features("digit")
+    with pytest.raises(InputError, match="'digits' has its own"):
+        load_features("digits", weights="x")
+
+
+# --- what cannot be measured ----------------------------------------------------------------------------------------
+
+
+def test_images_that_are_all_the_same_are_refused(sets):
+    train, _ = sets
+    quality = quality_of(train.images, load_features("digits"), n=20)
+    quality.add(train.images[:1].expand(20, -1, -1, -1), torch.arange(20))
+    with pytest.raises(InputError, match="all 20 images are the same"):
+        quality.compute()
+    quality.reset()  # and what comes after is measured again
+    quality.add(train.images[:20], torch.arange(20))
+    assert quality.compute()["fd_flat"] > 0
+
+
+@pytest.mark.parametrize("metrics", ["fd", "is", "kid", "prdc"])
+def test_features_that_are_not_finite_are_refused(metrics):
+    class Broken(Flat):
+        def extract(self, images):
+            found = super().extract(images)
+            return found._replace(features=found.features / 0 * 0, logits=found.logits * float("nan"))
+
+    quality = quality_of(drawn(30), n=20, metrics=(metrics,))
+    quality.network = Broken()
+    quality.add(drawn(20, 1), torch.arange(20))
+    with pytest.raises(InputError, match=r"20 images are NaN or infinite|NaN or infinite in at least one of 20 images"):
+        quality.compute()
+
+
+@pytest.mark.parametrize(("metric", "lacks"), [("is", "classes"), ("sfd", "num_spatial")])
+def test_a_metric_that_the_network_cannot_give_is_refused(metric, lacks):
+    network = Flat()
+    setattr(network, lacks, None)
+    with pytest.raises(InputError, match=f"{metric}: flat .*leave it out of metrics"):
+        quality_of(drawn(20), network, n=5, metrics=(metric,))
+
+
+# --- protocol -------------------------------------------------------------------------------------------------------
+
+CHANGED = {
+    "features": "mnist", "n": 11, "first_seed": 1, "split": "test", "n_real": 6, "resize": "clean", "dtype": "float64",
+    "neighbours": 4, "kept": 100, "score_splits": 2, "score_seed": None, "image_range": "x", "labels": "y",
+    "moments": "z", "shape": (1, 2, 3), "weights_sha256": "w", "real": "r", "versions": "v",
+}  # fmt: skip
+
+
+def test_the_hash_changes_with_every_field_but_the_metrics():
+    base = Protocol("digits")
+    names = {f.name for f in dataclasses.fields(Protocol)}
+    assert names == {*CHANGED, "metrics"}
+    hashes = {dataclasses.replace(base, **{k: v}).hash for k, v in CHANGED.items()} | {base.hash}
+    assert len(hashes) == len(CHANGED) + 1
+    assert dataclasses.replace(base, metrics=("kid",)).hash == base.hash == Protocol("digits").hash
+
+
+def test_the_reference_depends_on_the_real_images_alone():
+    base = Protocol("digits")
+    same = {k for k, v in CHANGED.items() if dataclasses.replace(base, **{k: v}).reference == base.reference}
+    assert same == {"n", "first_seed", "neighbours", "score_splits", "score_seed", "labels"}
+    assert dataclasses.replace(base, metrics=("sfd",)).reference != base.reference
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_protocols_and_differ(name):
+    assert Protocol.preset(name).hash not in {Protocol.preset(other).hash for other in PRESETS if other != name}
+
+
+def test_presets_are_those_of_the_literature():
+    adm, clean = Protocol.preset("adm"), Protocol.preset("clean")
+    assert (adm.features, adm.resize, adm.n, adm.neighbours, adm.score_splits) == ("inception", "tf1", 50_000, 3, 10)
+    assert (clean.features, clean.resize) == ("inception", "pil_bicubic")
+    assert (Protocol.preset("torch-fidelity").score_seed, Protocol.preset("torchmetrics").resize) == (
+        2020,
+        "torch_antialias",
+    )
+    assert Protocol.preset({"preset": "adm", "n": 7}, n=None).n == 7
+    assert Protocol.preset({"preset": "adm", "n": 7}, n=8).n == 8
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Protocol.preset("digit"), "there is no 'digit'. Did you mean 'digits'"),
+        (lambda: Protocol.preset("adm", feature="x"), "no field 'feature'. Did you mean 'features'"),
+        (lambda: Protocol("digits", n=1), "n: two images at least make a distribution, got 1"),
+        (lambda: Protocol("digits", n_real=1), "n_real: two images at least"),
+        (lambda: Protocol("digits", metrics=("fid",)), "there is no 'fid'. Did you mean 'fd'"),
+        (lambda: Protocol("digits", score_splits=0), "score_splits: 1 to n"),
+        (lambda: Protocol("digits", n=5, neighbours=5, metrics=("prdc",)), "neighbours: 1 to below.*5, got 5"),
+    ],
+)
+def test_protocols_that_cannot_be_are_refused(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_names_say_the_features():
+    assert named("fd", "digits") == "fd_digits"
+    names = [named(m, "inception") for m in ("fd", "is", "kid", "sfd", "fd_infinity", "precision")]
+    assert names == ["fid", "is", "kid", "sfid", "fid_infinity", "precision"]
+
+
+# --- reference ------------------------------------------------------------------------------------------------------
+
+
+class Counting(Flat):
+    calls = 0
+
+    def extract(self, images):
+        Counting.calls += 1
+        return super().extract(images)
+
+
+def cached(take, n=40, **fields):
+    network = Counting()
+    protocol = Protocol("flat", **fields).resolved(network, "digest", n, (1, 2, 2))
+    return protocol, network, reference(protocol, network, take)
+
+
+def test_a_second_run_passes_no_real_image(cache):
+    real = drawn(40)
+    first = cached(lambda i: real[i], metrics=("fd", "sfd"), kept=10)[2]
+    calls = Counting.calls
+
+    def never(numbers):
+        raise AssertionError("a real image was asked for")
+
+    again = cached(never, metrics=("fd", "sfd"), kept=10)[2]
+    assert Counting.calls == calls > 0
+    assert torch.equal(again.moments.covariance, first.moments.covariance)
+    assert torch.equal(again.kept, real[:10].flatten(1).float())
+    assert torch.equal(again.spatial.mean, first.spatial.mean)
+    assert again.moments.n == 40
+
+
+@pytest.mark.parametrize("place", [0.1, 0.4, 0.7, 0.999])
+def test_a_changed_byte_is_refused_and_measured_anew(cache, place):
+    real = drawn(40)
+    first = cached(lambda i: real[i])[2]
+    (file,) = cache_folder().rglob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"refused \(.*computed anew"):
+        again = cached(lambda i: real[i])[2]
+    assert torch.equal(again.moments.covariance, first.moments.covariance)
+    cached(lambda i: 1 / 0)  # and it has been mended
+
+
+def test_a_reference_under_another_name_is_refused(cache):
+    real = drawn(40)
+    protocol = cached(lambda i: real[i])[0]
+    (file,) = cache_folder().rglob("*.safetensors")
+    other = dataclasses.replace(protocol, dtype="float64")
+    file.rename(file.with_name(f"{other.real}-{other.reference}.safetensors"))
+    with pytest.warns(UserWarning, match=f"belongs to protocol {protocol.reference}, not to {other.reference}"):
+        reference(other, Counting(), lambda i: real[i])
+
+
+def test_a_forged_file_is_refused(cache):
+    real = drawn(40)
+    cached(lambda i: real[i])
+    (file,) = cache_folder().rglob("*.safetensors")
+    with safe_open(file, "pt") as old:
+        tensors, about = {k: old.get_tensor(k) for k in old.keys()}, old.metadata()  # noqa: SIM118
+    tensors["mean"] = tensors["mean"] + 1
+    save_file(tensors, file, about)
+    with pytest.warns(UserWarning, match="its sha256 is .*it was written with"):
+        cached(lambda i: real[i])
+
+
+def test_a_reference_of_another_protocol_is_refused():
+    real, network = drawn(40), Flat()
+    protocol = Protocol("flat").resolved(network, "digest", 40, (1, 2, 2))
+    found = measure(protocol, network, lambda i: real[i])
+    other = dataclasses.replace(protocol, resize="tf1")
+    with pytest.raises(InputError, match=f"measured by another protocol \\({protocol.reference}\\).*{other.reference}"):
+        Quality(other, network, found)
+
+
+def test_real_images_are_taken_in_batches(monkeypatch):
+    monkeypatch.setattr(references, "BATCH", 7)
+    real, network = drawn(40), Flat()
+    protocol = Protocol("flat", n_real=30).resolved(network, "digest", 40, (1, 2, 2))
+    asked = []
+    found = measure(protocol, network, lambda i: asked.append(len(i)) or real[i])
+    assert asked == [7, 7, 7, 7, 2]
+    assert found.moments.n == 30
+    assert torch.allclose(found.moments.mean, real[:30].flatten(1).double().mean(0))

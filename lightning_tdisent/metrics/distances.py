@@ -1,0 +1,205 @@
+"""Distances between two sets of features, as plain functions of tensors in float64.
+
+docs/evaluation.md says for each why it is not a library's.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_tdisent.errors import InputError
+
+CHUNK = 2048  # rows of a kernel or distance matrix in memory at a time
+
+
+class Moments(NamedTuple):
+    """How many, mean (d,) and covariance (d, d), float64, divided by n - 1."""
+
+    n: int
+    mean: Tensor
+    covariance: Tensor
+
+    def to(self, device: torch.device) -> "Moments":
+        """The same on a device."""
+        return Moments(self.n, self.mean.to(device), self.covariance.to(device))
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Moments":
+        """Of features (n, d)."""
+        f = features.double()
+        return cls.of_sums(len(f), f.sum(0), f.T @ f)
+
+    @classmethod
+    def of_sums(cls, n: int, total: Tensor, outer: Tensor) -> "Moments":
+        """Of n, the sum of f and the sum of f f^T; refuses what is no distribution and says what was found."""
+        if n < 2:
+            raise InputError(f"two images at least make a distribution, got {n}")
+        if not (total.isfinite().all() and outer.isfinite().all()):
+            bad = int((~total.isfinite()).sum())
+            raise InputError(f"{bad} of {len(total)} features are NaN or infinite in at least one of {n} images")
+        mean = total / n
+        covariance = (outer - torch.outer(total, mean)) / (n - 1)
+        if bool((covariance.diagonal() <= 1e-12 * outer.diagonal() / n).all()):
+            raise InputError(f"all {n} images are the same to the feature network: constant images, or a constant one")
+        return cls(n, mean, covariance)
+
+
+def frechet(one: Moments, two: Moments) -> float:
+    """|m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^{1/2} (1706.08500, eq. 6), without a matrix square root.
+
+    tr (C1 C2)^{1/2} is the sum of the square roots of the eigenvalues of L^T C2 L, symmetric, C1 = L L^T. Where a
+    covariance has no full rank it is the sum of singular values of F2^T F1, C = F F^T: squaring would leave an error
+    of 1e-8 in each vanishing direction.
+    """
+    d = len(one.mean)
+    squared = (one.mean - two.mean).square().sum() + one.covariance.trace() + two.covariance.trace()
+    trace = _trace_by_cholesky(one.covariance, two.covariance) if min(one.n, two.n) > d else None
+    if trace is None:
+        trace = torch.linalg.svdvals(_factor(two.covariance).T @ _factor(one.covariance)).sum()
+    return float(squared - 2 * trace)
+
+
+def _trace_by_cholesky(one: Tensor, two: Tensor) -> Tensor | None:
+    lower, info = torch.linalg.cholesky_ex(one)
+    if int(info):
+        return None
+    eigenvalues = torch.linalg.eigvalsh(_sandwich(lower, two))
+    low, high = float(eigenvalues[0]), float(eigenvalues[-1])
+    return eigenvalues.sqrt().sum() if low > 1e-13 * high else None
+
+
+def _sandwich(lower: Tensor, c: Tensor) -> Tensor:
+    """L^T C L, its lower triangle (the rest is not filled in), in 10 of 16 products of halves."""
+    h = len(c) // 2
+    a, b, d = lower[:h, :h], lower[h:, :h], lower[h:, h:]
+    left, right = c @ lower[:, :h], c[:, h:] @ d
+    out = torch.zeros_like(c)
+    out[:h, :h] = a.T @ left[:h] + b.T @ left[h:]
+    out[h:, :h] = d.T @ left[h:]
+    out[h:, h:] = d.T @ right[h:]
+    return out
+
+
+def _factor(c: Tensor) -> Tensor:
+    """F (d, rank) with F F^T = C."""
+    values, vectors = torch.linalg.eigh(c)
+    kept = values > len(c) * torch.finfo(c.dtype).eps * values[-1]
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+def frechet_infinity(real: Moments, features: Tensor) -> tuple[float, float]:
+    """Frechet distance extrapolated to infinitely many generated images, and its standard error (1911.07023).
+
+    The bias of n images is close to b/n: the line over 1/n through the distance of all images and the mean of those of
+    their halves meets 0 at the estimate. The error is that of the distance itself to first order, the deviation of
+    its influence function over sqrt(n). features (n, d), n > 2 d; the bias of a finite reference stays.
+    """
+    n, d = features.shape
+    if n // 2 <= d:
+        raise InputError(f"fd_infinity: half the images must outnumber the {d} features, got {n} images")
+    f = features.double()
+    fake, halves = Moments.of(f), [Moments.of(f[i::2]) for i in range(2)]
+    whole, half = frechet(real, fake), sum(frechet(real, part) for part in halves) / 2
+    x, x_half = 1 / n, sum(1 / part.n for part in halves) / 2
+    # d F / d C = 1 - A, A the optimal map of the one Gaussian to the other: A C A = C_real
+    values, vectors = torch.linalg.eigh(fake.covariance)
+    root = values.clamp_min(values[-1] * d * torch.finfo(values.dtype).eps).sqrt()
+    inner = (vectors * root).T @ real.covariance @ (vectors * root)
+    squares, axes = torch.linalg.eigh(inner)
+    middle = (axes * squares.clamp_min(0).sqrt()) @ axes.T
+    gradient = torch.eye(d).to(f) - (vectors / root) @ middle @ (vectors / root).T
+    centred = f - fake.mean
+    influence = 2 * centred @ (fake.mean - real.mean) + (centred @ gradient * centred).sum(1)
+    return whole - x * (half - whole) / (x_half - x), float(influence.std() / n**0.5)
+
+
+def frechet_bias(covariance: Tensor, n: int, n_real: int, seed: int = 0) -> float:
+    """What `frechet` gives on average for n and n_real draws of one Gaussian with this covariance, by simulation.
+
+    It is what a perfect model would get: an estimate of the bias, since features are not Gaussian.
+    """
+    values = torch.linalg.eigvalsh(covariance).clamp_min(0)
+    scale = values[values > len(values) * torch.finfo(values.dtype).eps * values[-1]].sqrt().cpu()
+    rng = np.random.default_rng(seed)
+    runs = max(1, 256 // len(scale))
+
+    def draw(n: int) -> Moments:
+        mean = torch.from_numpy(rng.standard_normal(len(scale))) * scale / n**0.5
+        return Moments(n, mean, _wishart(n - 1, scale, rng))
+
+    return max(0.0, sum(frechet(draw(n_real), draw(n)) for _ in range(runs)) / runs)
+
+
+def _wishart(freedom: int, scale: Tensor, rng: np.random.Generator) -> Tensor:
+    """Covariance of freedom + 1 draws of N(0, diag(scale^2)): Bartlett's triangle, as many columns as its rank."""
+    rank = min(freedom, len(scale))
+    lower = torch.from_numpy(rng.standard_normal((len(scale), rank))).tril(-1)
+    lower[range(rank), range(rank)] = torch.from_numpy(rng.chisquare(np.arange(freedom, freedom - rank, -1))).sqrt()
+    lower *= scale[:, None]
+    return lower @ lower.T / freedom
+
+
+def kernel_distance(real: Tensor, fake: Tensor) -> float:
+    """Unbiased squared MMD with the kernel (x.y/d + 1)^3 over all pairs (1801.01401, section 4); may be below 0.
+
+    It is the expectation of the usual mean over random subsets of 1,000, and depends on no draw.
+    """
+
+    def total(x: Tensor, y: Tensor) -> float:
+        return sum(float(_kernel(rows, y).sum()) for rows in x.split(CHUNK))
+
+    def within(x: Tensor) -> float:
+        own = (x.square().sum(1) / x.shape[1] + 1).pow(3).sum()
+        return (total(x, x) - float(own)) / (len(x) * (len(x) - 1))
+
+    real, fake = _checked(real), _checked(fake)
+    return within(real) + within(fake) - 2 * total(real, fake) / (len(real) * len(fake))
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1).pow_(3)
+
+
+def _checked(features: Tensor) -> Tensor:
+    if len(features) < 2:
+        raise InputError(f"two images at least make a distribution, got {len(features)}")
+    bad = int((~features.isfinite().all(1)).sum())
+    if bad:
+        raise InputError(f"features of {bad} of {len(features)} images are NaN or infinite")
+    return features.double()
+
+
+def neighbourhoods(features: Tensor, k: int) -> Tensor:
+    """Distance of each of (n, d) features to its k-th nearest neighbour among the others, (n,) float64."""
+    if len(features) <= k:
+        raise InputError(f"{k} neighbours: more than {k} images are needed, got {len(features)}")
+    f = _checked(features)
+    return torch.cat([torch.cdist(rows, f).kthvalue(k + 1, dim=1).values for rows in f.split(CHUNK)])
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int) -> dict[str, float]:
+    """Improved precision and recall (1904.06991, eq. 1), density and coverage (2002.09797, eq. 5 and 6).
+
+    real (n, d), fake (m, d); a ball around each image reaches its k-th neighbour of its own set. precision: fakes in
+    a real one's ball; recall: reals in a fake one's; density: balls of reals per fake, over k; coverage: reals whose
+    ball holds a fake.
+    """
+    reach, reach_fake = neighbourhoods(real, k), neighbourhoods(fake, k)
+    real, fake = real.double(), fake.double()
+    inside, recalled = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    covered, precise = recalled.clone(), 0
+    for rows, limits in zip(fake.split(CHUNK), reach_fake.split(CHUNK), strict=True):
+        distance = torch.cdist(rows, real)
+        held = distance <= reach
+        precise += int(held.any(1).sum())
+        inside += int(held.sum())
+        covered |= held.any(0)
+        recalled |= (distance <= limits[:, None]).any(0)
+    return {
+        "precision": precise / len(fake),
+        "recall": float(recalled.double().mean()),
+        "density": inside / (k * len(fake)),
+        "coverage": float(covered.double().mean()),
+    }

@@ -1,0 +1,127 @@
+"""Statistics of the real images, computed once for each data set and protocol, and kept."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lightning_tdisent.files import write_whole
+from lightning_tdisent.metrics.distances import Moments
+from lightning_tdisent.metrics.features import FeatureNetwork
+from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.metrics.scores import FeatureList, FeatureMoments
+from lightning_tdisent.metrics.weights import cache_folder
+
+BATCH = 256
+_KEY = "check"
+
+
+class Reference(NamedTuple):
+    """Moments of the real images' features, features (k, d) of the first ones, moments of an inner layer's.
+
+    key: `Protocol.reference` of the protocol they were taken by.
+    """
+
+    key: str
+    moments: Moments
+    kept: Tensor
+    spatial: Moments | None = None
+
+
+def reference(
+    protocol: Protocol, network: FeatureNetwork, take: Callable[[Tensor], Tensor], device: torch.device | str = "cpu"
+) -> Reference:
+    """Statistics of the real images that a resolved protocol names, from the cache if they are there.
+
+    take: numbers, int64 (B,), to uint8 images (B, C, H, W); each rank takes its share, and all get the same. A file
+    whose bytes have changed is refused, and made anew.
+    """
+    path = cache_folder() / "reference" / f"{protocol.real}-{protocol.reference}.safetensors"
+    try:
+        found = _read(path, protocol.reference)
+    except FileNotFoundError:
+        found = None
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        warnings.warn(f"{path}: refused ({error}); its statistics are computed anew", stacklevel=2)
+        found = None
+    complete = all(gather(found is not None))
+    if found is not None and complete:
+        return found
+    found = measure(protocol, network, take, device)
+    if place()[0] == 0:
+        _write(path, found, protocol)
+    return found
+
+
+def measure(
+    protocol: Protocol, network: FeatureNetwork, take: Callable[[Tensor], Tensor], device: torch.device | str = "cpu"
+) -> Reference:
+    """Pass the real images through the network, this rank's share of them, and put all ranks' together."""
+    assert protocol.n_real is not None
+    rank, world = place()
+    network.to(device)
+    moments, kept = FeatureMoments(network.num_features).to(device), FeatureList().to(device)
+    inner = "sfd" in protocol.metrics and network.num_spatial
+    spatial = FeatureMoments(inner).to(device) if inner else None
+    kept.update(torch.empty(0, network.num_features, device=device), torch.empty(0, dtype=torch.int64))
+    for numbers in torch.arange(rank, max(protocol.n_real, rank), world).split(BATCH):
+        found = network(take(numbers).to(device))
+        moments.update(found.features)
+        first = numbers < protocol.kept
+        kept.update(found.features[first.to(device)], numbers[first])
+        if spatial is not None:
+            spatial.update(found.spatial)
+    inner_moments = None if spatial is None else spatial.compute().to("cpu")
+    return Reference(protocol.reference, moments.compute().to("cpu"), kept.compute().cpu(), inner_moments)
+
+
+def place() -> tuple[int, int]:
+    """Number of this process among those that share the work, and how many they are; (0, 1) if it is alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(mine: Any) -> list[Any]:
+    """What each rank has to say, in their order; each of them must ask."""
+    if not dist.is_initialized():
+        return [mine]
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, mine)
+    return answers
+
+
+def _write(path: Path, found: Reference, protocol: Protocol) -> None:
+    tensors = {"mean": found.moments.mean, "covariance": found.moments.covariance, "kept": found.kept.contiguous()}
+    if found.spatial is not None:
+        tensors |= {"spatial_mean": found.spatial.mean, "spatial_covariance": found.spatial.covariance}
+    about = {"n": str(found.moments.n), "key": found.key, "protocol": json.dumps(protocol.fields)}
+    write_whole(path, save(tensors, about | {_KEY: _check(tensors, about)}))
+
+
+def _read(path: Path, key: str) -> Reference:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+        about = dict(file.metadata())
+    said = about.pop(_KEY)
+    if (now := _check(tensors, about)) != said:
+        raise ValueError(f"its sha256 is {now[:12]}.., it was written with {said[:12]}..")
+    if about["key"] != key:
+        raise ValueError(f"it belongs to protocol {about['key']}, not to {key}")
+    n = int(about["n"])
+    inner = Moments(n, tensors["spatial_mean"], tensors["spatial_covariance"]) if "spatial_mean" in tensors else None
+    return Reference(key, Moments(n, tensors["mean"], tensors["covariance"]), tensors["kept"], inner)
+
+
+def _check(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
+    total = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        total.update(tensor.contiguous().numpy().data)
+    return total.hexdigest()

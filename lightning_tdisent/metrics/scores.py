@@ -1,0 +1,140 @@
+"""The metrics as `torchmetrics.Metric`: sums and lists that ranks put together, then the functions of `distances`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.metrics.distances import Moments, frechet, frechet_infinity, kernel_distance, precision_recall
+
+
+class FeatureMoments(Metric):
+    """Mean and covariance of features from float64 sums, which ranks add."""
+
+    full_state_update = False
+    n: Tensor
+    total: Tensor
+    outer: Tensor
+
+    def __init__(self, width: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("n", torch.zeros((), dtype=torch.float64), "sum")
+        self.add_state("total", torch.zeros(width, dtype=torch.float64), "sum")
+        self.add_state("outer", torch.zeros(width, width, dtype=torch.float64), "sum")
+
+    def update(self, features: Tensor) -> None:
+        """Add features (B, d)."""
+        f = features.double()
+        self.n += len(f)
+        self.total += f.sum(0)
+        self.outer.addmm_(f.T, f)
+
+    def compute(self) -> Any:
+        """`Moments` of all ranks' features."""
+        return Moments.of_sums(int(self.n), self.total, self.outer)
+
+
+class FrechetDistance(FeatureMoments):
+    """`frechet` between a reference and the features added, of whatever network or layer they are."""
+
+    higher_is_better = False
+
+    def __init__(self, reference: Moments, **kwargs: Any) -> None:
+        super().__init__(len(reference.mean), **kwargs)
+        self.reference = reference
+
+    def compute(self) -> Tensor:
+        """The distance, float64."""
+        return torch.tensor(frechet(self.reference.to(self.device), super().compute()), dtype=torch.float64)
+
+
+class InceptionScore(Metric):
+    """exp E KL(p(y|x) || p(y)) (1606.03498), averaged over parts of the images, from sums: no order matters.
+
+    n: images to come; splits: parts; seed: of the permutation of image numbers that makes the parts, as torch-fidelity
+    draws it; None takes them in order.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    count: Tensor
+    p: Tensor
+    plogp: Tensor
+
+    def __init__(self, classes: int, n: int, splits: int = 1, seed: int | None = 2020, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        order = np.arange(n) if seed is None else np.random.RandomState(seed).permutation(n)
+        part = np.empty(n, np.int64)
+        for k in range(splits):
+            part[order[k * n // splits : (k + 1) * n // splits]] = k
+        self.part = torch.from_numpy(part)
+        self.add_state("count", torch.zeros(splits, dtype=torch.float64), "sum")
+        self.add_state("p", torch.zeros(splits, classes, dtype=torch.float64), "sum")
+        self.add_state("plogp", torch.zeros(splits, dtype=torch.float64), "sum")
+
+    def update(self, logits: Tensor, numbers: Tensor) -> None:
+        """Add logits (B, classes) of the images with these numbers, int64 (B,) in 0..n-1."""
+        part = self.part[numbers.cpu()].to(logits.device)
+        log_p = logits.double().log_softmax(1)
+        p = log_p.exp()
+        self.count.index_add_(0, part, torch.ones_like(p[:, 0]))
+        self.p.index_add_(0, part, p)
+        self.plogp.index_add_(0, part, (p * log_p).sum(1))
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Mean of the parts' scores, and their standard deviation (0 of one part), float64."""
+        if not self.plogp.isfinite().all():
+            raise InputError(f"the logits of some of {int(self.count.sum())} images are NaN or infinite")
+        mean = self.p / self.count[:, None]
+        scores = (self.plogp / self.count - torch.xlogy(mean, mean).sum(1)).exp()
+        return scores.mean(), scores.std(correction=0)
+
+
+class FeatureList(Metric):
+    """Features themselves, in the order of the images' numbers."""
+
+    full_state_update = False
+    features: list[Tensor]
+    numbers: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("features", [], "cat")
+        self.add_state("numbers", [], "cat")
+
+    def update(self, features: Tensor, numbers: Tensor) -> None:
+        """Add features (B, d) of the images with these numbers, int64 (B,)."""
+        self.features.append(features)
+        self.numbers.append(numbers.to(features.device))
+
+    def compute(self) -> Any:
+        """(n, d) of all ranks."""
+        features, numbers = (torch.cat(x) if isinstance(x, list) else x for x in (self.features, self.numbers))
+        return features[numbers.argsort()]
+
+
+class PairMetrics(FeatureList):
+    """What looks at pairs of images or takes parts of them: `kernel_distance`, `precision_recall`, `frechet_infinity`.
+
+    real, kept: moments of the real images, and features (k, d) of some; asked: of kid, prdc, fd_infinity.
+    """
+
+    def __init__(self, real: Moments, kept: Tensor, asked: Sequence[str], neighbours: int = 3, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.real, self.kept, self.asked, self.neighbours = real, kept, tuple(asked), neighbours
+
+    def compute(self) -> dict[str, float]:
+        """What was asked, by name."""
+        features, out = super().compute(), dict[str, float]()
+        kept = self.kept.to(features.device)
+        if "kid" in self.asked:
+            out["kid"] = kernel_distance(kept, features)
+        if "prdc" in self.asked:
+            out |= precision_recall(kept, features, self.neighbours)
+        if "fd_infinity" in self.asked:
+            out["fd_infinity"], out["fd_infinity_error"] = frechet_infinity(self.real.to(features.device), features)
+        return out

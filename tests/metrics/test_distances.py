@@ -1,0 +1,227 @@
+"""Closed forms, what torch-fidelity and torchmetrics say of the same features, and what may never change a number."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import CASES, NEIGHBOURS, RECORDED, features
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.metrics import distances
+from lightning_tdisent.metrics.distances import (
+    Moments,
+    frechet,
+    frechet_bias,
+    frechet_infinity,
+    kernel_distance,
+    precision_recall,
+)
+
+SAID = json.loads(RECORDED.read_text())["features"]
+
+
+def normal(n, d, seed=0, dtype=torch.float64):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def gaussian(mean, covariance, n=10**9):
+    return Moments(n, torch.as_tensor(mean, dtype=torch.float64), torch.as_tensor(covariance, dtype=torch.float64))
+
+
+def rotation(d, seed):
+    return torch.linalg.qr(normal(d, d, seed))[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_distance_is_torch_fidelitys_and_torchmetrics(case):
+    fake, real, _ = features(case)
+    mine = frechet(Moments.of(real), Moments.of(fake))
+    assert mine == pytest.approx(SAID[case]["torch_fidelity"]["fid_float64"], rel=1e-7)
+    assert mine == pytest.approx(SAID[case]["torchmetrics"]["fid"], rel=1e-7)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c != "unequal_16"])
+def test_the_kernel_distance_is_torch_fidelitys(case):
+    fake, real, _ = features(case)
+    assert kernel_distance(real, fake) == pytest.approx(SAID[case]["torch_fidelity"]["kid_all_float64"], rel=1e-12)
+
+
+@pytest.mark.parametrize("k", NEIGHBOURS)
+@pytest.mark.parametrize("case", CASES)
+def test_precision_and_recall_are_torch_fidelitys(case, k):
+    fake, real, _ = features(case)
+    said = SAID[case]["torch_fidelity"][f"prc_{k}_float64"]
+    mine = precision_recall(real, fake, k)
+    assert (mine["precision"], mine["recall"]) == pytest.approx((said["precision"], said["recall"]), abs=1e-7)
+
+
+def test_density_and_coverage_are_their_definitions():
+    fake, real, _ = features("unequal_16")
+    k, mine = 3, precision_recall(real, fake, 3)
+    far = np.linalg.norm(real.double().numpy()[:, None] - real.double().numpy()[None], axis=2)
+    reach = np.sort(far, 1)[:, k]
+    inside = np.linalg.norm(real.double().numpy()[:, None] - fake.double().numpy()[None], axis=2) <= reach[:, None]
+    assert mine["density"] == pytest.approx(inside.sum() / (k * len(fake)))
+    assert mine["coverage"] == pytest.approx(inside.any(1).mean())
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 17, 64])
+def test_independent_gaussians_have_the_closed_form(d):
+    a, b = torch.linspace(0.1, 3, d).double(), torch.linspace(2, 0.5, d).double()
+    mean = torch.linspace(-1, 1, d).double()
+    expected = mean.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    turn = rotation(d, 1)  # of both: commuting covariances, the distance stays
+    one = gaussian(torch.zeros(d), turn @ a.diag() @ turn.T)
+    assert frechet(one, gaussian(turn @ mean, turn @ b.diag() @ turn.T)) == pytest.approx(float(expected), rel=1e-11)
+
+
+def test_correlated_gaussians_have_the_closed_form_of_two_dimensions():
+    # tr (C1 C2)^(1/2) of 2 x 2 matrices is sqrt(tr C1 C2 + 2 sqrt(det C1 C2))
+    one, two = torch.tensor([[2.0, 0.9], [0.9, 1.0]]).double(), torch.tensor([[1.0, -0.4], [-0.4, 3.0]]).double()
+    product = one @ two
+    trace = (product.trace() + 2 * torch.det(product).sqrt()).sqrt()
+    expected = 0.25 + one.trace() + two.trace() - 2 * trace
+    found = frechet(gaussian([0.0, 0.5], one), gaussian([0.0, 0.0], two))
+    assert found == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize(("n", "d"), [(400, 32), (65, 64), (64, 64), (20, 64), (3000, 256)])
+def test_a_set_is_at_no_distance_from_itself(n, d):
+    f = normal(n, d) @ normal(d, d, 1) * torch.logspace(-4, 1, d).double()
+    m = Moments.of(f)
+    assert abs(frechet(m, m)) < 1e-6
+    assert abs(frechet(m, Moments.of(f.flip(0)))) < 1e-6
+    nothing = {"precision": 1, "recall": 1, "coverage": 1}
+    assert {k: v for k, v in precision_recall(f, f, 3).items() if k != "density"} == nothing
+
+
+def test_both_ways_to_the_trace_agree(monkeypatch):
+    one, two = Moments.of(normal(900, 40) @ normal(40, 40, 2)), Moments.of(normal(900, 40, 3) + 0.3)
+    fast = frechet(one, two)
+    monkeypatch.setattr(distances, "_trace_by_cholesky", lambda *_: None)
+    assert frechet(one, two) == pytest.approx(fast, rel=1e-11)
+
+
+def test_features_that_are_always_zero_change_nothing():
+    a, b = normal(300, 10), normal(300, 10, 1) * 2
+    wide = [torch.cat([f, torch.zeros(300, 5).double()], 1) for f in (a, b)]
+    assert frechet(*map(Moments.of, wide)) == pytest.approx(frechet(Moments.of(a), Moments.of(b)), rel=1e-12)
+
+
+@given(st.integers(1, 6), st.integers(2, 40), st.integers(2, 40), st.integers(0, 2**31))
+def test_the_distance_is_symmetric_and_not_negative(d, n, m, seed):
+    one, two = Moments.of(normal(n, d, seed)), Moments.of(normal(m, d, seed + 1) * 3 + 1)
+    assert frechet(one, two) == pytest.approx(frechet(two, one), rel=1e-9, abs=1e-9)
+    assert frechet(one, two) > -1e-9
+
+
+@given(st.integers(0, 2**31))
+def test_no_order_changes_a_number(seed):
+    real, fake = normal(60, 5, seed), normal(50, 5, seed + 1) + 0.5
+    turn = torch.randperm(50, generator=torch.Generator().manual_seed(seed))
+    assert kernel_distance(real, fake[turn]) == pytest.approx(kernel_distance(real, fake), rel=1e-10, abs=1e-12)
+    assert precision_recall(real, fake[turn], 3) == precision_recall(real, fake, 3)
+    assert frechet(Moments.of(real), Moments.of(fake[turn])) == pytest.approx(
+        frechet(Moments.of(real), Moments.of(fake)), rel=1e-11
+    )
+
+
+def test_chunks_change_nothing(monkeypatch):
+    real, fake = normal(70, 4), normal(90, 4, 1)
+    whole = kernel_distance(real, fake), precision_recall(real, fake, 4)
+    monkeypatch.setattr(distances, "CHUNK", 7)
+    assert precision_recall(real, fake, 4) == whole[1]
+    assert kernel_distance(real, fake) == pytest.approx(whole[0], rel=1e-12)
+
+
+def test_the_kernel_distance_is_unbiased():
+    draws = torch.tensor([kernel_distance(normal(30, 3, 2 * i), normal(40, 3, 2 * i + 1)) for i in range(400)])
+    assert abs(draws.mean()) < 3 * draws.std() / 20
+    assert draws.min() < 0  # as an unbiased estimate of 0 must be
+    # one dimension, x ~ N(0, 1), y ~ N(m, 1): k = (xy + 1)^3, E k(x,x') + E k(y,y') - 2 E k(x,y)
+    m = 0.7
+    mean = lambda a, b, c: 1 + 3 * a + 3 * b + c  # noqa: E731 (E (xy)^1, ^2, ^3 of independent x, y)
+    second, third = 1 + m**2, 3 * m + m**3
+    expected = mean(0, 1, 0) + mean(m**2, second**2, third**2) - 2 * mean(0, second, 0)
+    draws = torch.tensor([kernel_distance(normal(60, 1, 2 * i), normal(60, 1, 2 * i + 1) + m) for i in range(600)])
+    assert abs(draws.mean() - expected) < 3 * draws.std() / 600**0.5
+
+
+def test_precision_and_recall_of_known_mixtures():
+    far = torch.tensor([100.0, 0.0]).double()
+    a, b, c = normal(300, 2), normal(300, 2, 1) + far, normal(300, 2, 2) - far
+    fresh = [normal(300, 2, 3), normal(300, 2, 4) + far]
+    both = precision_recall(torch.cat([a, b]), torch.cat(fresh), 5)
+    assert both["precision"] > 0.9
+    assert both["recall"] > 0.9
+    assert both["coverage"] > 0.9
+    assert both["density"] == pytest.approx(1, abs=0.1)
+    dropped = precision_recall(torch.cat([a, b]), normal(600, 2, 5), 5)  # one of two modes is never made
+    assert dropped["precision"] > 0.9
+    assert dropped["recall"] == pytest.approx(0.5, abs=0.05)
+    assert dropped["coverage"] == pytest.approx(0.5, abs=0.05)
+    invented = precision_recall(a, torch.cat([fresh[0], c]), 5)  # one of two modes is not real
+    assert invented["precision"] == pytest.approx(0.5, abs=0.05)
+    assert invented["recall"] > 0.9
+
+
+@pytest.mark.parametrize(("n", "n_real", "d"), [(100, 10**6, 16), (40, 500, 64), (1000, 1000, 64), (3000, 10**5, 8)])
+def test_the_bias_is_what_two_samples_of_one_distribution_are_apart(n, n_real, d):
+    scale = torch.logspace(-1, 1, d).double()
+    real = gaussian(torch.zeros(d), scale.square().diag())
+
+    def two(i):
+        if n_real > 10**4:
+            return frechet(real, Moments.of(normal(n, d, i) * scale))
+        return frechet(Moments.of(normal(n_real, d, 10**6 + i) * scale), Moments.of(normal(n, d, i) * scale))
+
+    found = torch.tensor([two(i) for i in range(30)])
+    guess = torch.tensor([frechet_bias(scale.square().diag(), n, n_real, seed) for seed in range(30)])
+    error = (found.var() / 30 + guess.var() / 30).sqrt()
+    assert abs(found.mean() - guess.mean()) < 4 * error + 0.01 * found.mean()
+
+
+def test_the_bias_shrinks_with_the_images():
+    values = [frechet_bias(torch.eye(512).double(), n, 50_000) for n in (500, 2048, 10_000, 50_000)]
+    assert values == sorted(values, reverse=True)
+    assert values[0] / values[2] > 15
+
+
+def test_the_extrapolated_distance_has_no_bias_and_an_honest_error():
+    d, n, turn = 16, 400, normal(16, 16, 9) / 4
+    real = gaussian(torch.zeros(d), torch.eye(d))
+    covariance = turn.T @ turn + 0.1 * torch.eye(d)
+    lower = torch.linalg.cholesky(covariance)
+    truth = frechet(real, gaussian(torch.full((d,), 0.5), covariance))
+    sets = [normal(n, d, i) @ lower.T + 0.5 for i in range(100)]
+    values, errors = torch.tensor([frechet_infinity(real, f) for f in sets]).T.double()
+    plain = torch.tensor([frechet(real, Moments.of(f)) for f in sets]).double()
+    assert abs(values.mean() - truth) < 3 * values.std() / 10
+    assert plain.mean() - truth > 5 * plain.std() / 10  # which the plain one does have
+    assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.2)
+    inside = (abs(values - truth) < 1.96 * errors).double().mean()
+    assert inside > 0.88
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Moments.of(normal(1, 3)), "two images at least.*got 1"),
+        (lambda: kernel_distance(normal(5, 3), normal(1, 3)), "two images at least.*got 1"),
+        (lambda: Moments.of(torch.full((9, 3), 2.5)), "all 9 images are the same"),
+        (lambda: Moments.of(torch.zeros(9, 3)), "all 9 images are the same"),
+        (
+            lambda: Moments.of(torch.tensor([[1.0, 2], [3, float("nan")]])),
+            "1 of 2 features are NaN or infinite.*2 images",
+        ),
+        (lambda: kernel_distance(normal(5, 3), torch.full((4, 3), float("inf"))), "features of 4 of 4 images are NaN"),
+        (lambda: precision_recall(normal(5, 3), normal(3, 3), 3), "3 neighbours: more than 3 images.*got 3"),
+        (lambda: frechet_infinity(Moments.of(normal(99, 3)), normal(7, 3)), "outnumber the 3 features, got 7"),
+    ],
+)
+def test_what_is_no_distribution_is_refused(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
