@@ -184,6 +184,15 @@ def find_files(source: str | Path) -> list[Path]:
     return found
 
 
+def holds_weights(source: Path) -> bool:
+    """Whether a name stands for a model; else it must be a folder or file of images."""
+    if source.is_file():
+        return source.suffix in (".safetensors", ".ckpt")
+    return (
+        (source / MANIFEST).exists() or any(source.glob("model.safetensors")) or any(source.glob("*/model.safetensors"))
+    )
+
+
 def load_model(source: str | Path) -> tuple[Denoiser | CompositeDenoiser, list[Card]]:
     """Load whatever `find_files` finds: one file that owns all rows as it is, several as a composite."""
     files = find_files(source)

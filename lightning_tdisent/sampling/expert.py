@@ -108,6 +108,8 @@ def save_expert(path: str | Path, denoiser: Denoiser, card: Card, weights: dict[
 def read_card(path: str | Path, verify: bool = False) -> Card:
     """Read the card alone, the header of a .safetensors file; with ``verify`` hash the rest too, and refuse damage."""
     path = Path(path)
+    if path.suffix == ".ckpt":
+        return _read_checkpoint(path)[0]
     try:
         with path.open("rb") as file:
             size = file.read(8)
@@ -135,16 +137,40 @@ def read_card(path: str | Path, verify: bool = False) -> Card:
 def load_expert(path: str | Path, verify: bool = True) -> tuple[Denoiser, Card]:
     """Build the denoiser of a .safetensors file with its weights, in eval mode; see `spec.build` for classes.
 
-    Raises InputError for a file whose bytes are not those written, unless ``verify`` is false: it has been looked at.
+    Of a training's .ckpt the first of its averages is taken, the live weights if it keeps none. Raises InputError for
+    a file whose bytes are not those written, unless ``verify`` is false: it has been looked at.
     """
-    card = read_card(path, verify)
+    checkpoint = _read_checkpoint(Path(path)) if Path(path).suffix == ".ckpt" else None
+    card = checkpoint[0] if checkpoint else read_card(path, verify)
     denoiser = card.build(str(path))
     try:
-        state = {k: v.clone() for k, v in load_file(path).items()}  # aligned: results must not depend on the header
+        # cloned, and so aligned: results must not depend on the length of the header
+        state = checkpoint[1] if checkpoint else {k: v.clone() for k, v in load_file(path).items()}
         denoiser.load_state_dict(state, strict=True, assign=True)
     except (SafetensorError, RuntimeError) as error:
         raise InputError(f"{path}: weights do not fit the network named in the file: {error}") from None
     return denoiser.eval(), card
+
+
+def _read_checkpoint(path: Path) -> tuple[Card, dict[str, Tensor]]:
+    """Card and weights of a training's checkpoint, which must be what its manifest says."""
+    try:
+        manifest = json.loads(path.with_suffix(".ckpt.json").read_text())
+        if (found := sha256(path)) != manifest["sha256"]:
+            raise InputError(f"{path}: damaged: sha256 {found[:12]}.., its manifest says {manifest['sha256'][:12]}..")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        card, average = content["card"], content.get("ema")
+        state = {k.removeprefix("denoiser."): v for k, v in content["state_dict"].items() if k.startswith("denoiser.")}
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: no such file; a checkpoint is read with its manifest beside it") from None
+    except Exception as error:  # torch's reader has errors of many kinds
+        raise InputError(f"{path}: not a checkpoint of this project ({type(error).__name__})") from None
+    if average is not None:
+        state |= average["weights"]
+        card |= {"weights": "ema", "average": average["kinds"][0] | {"steps": average["step"]}}
+    return Card.from_json(card, str(path)), state
 
 
 def sha256(path: str | Path) -> str:

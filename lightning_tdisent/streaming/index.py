@@ -247,14 +247,6 @@ def _hash(table: str, arrays: dict[str, Array]) -> str:
     return total.hexdigest()
 
 
-def __getattr__(name: str) -> Any:
-    if name != "build":  # which was here
-        raise AttributeError(name)
-    from lightning_tdisent.streaming.scan import build
-
-    return build
-
-
 def path_of(folder: str | Path, split: str) -> str:
     """File of the index of a split."""
     return f"{str(folder).rstrip('/')}/{re.sub(r'[^A-Za-z0-9_.-]+', '_', split)}.index.safetensors"

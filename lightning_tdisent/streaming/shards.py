@@ -35,7 +35,6 @@ from lightning_tdisent.streaming.tars import (
     walk,
 )
 from lightning_tdisent.streaming.verify import differences, matched
-from lightning_tdisent.streaming.verify import verify as verify
 
 Sample = dict[str, Any]
 READ, BAD = 1, 2  # what is known of a sample

@@ -266,3 +266,32 @@ def test_a_card_is_plain_json(model, card_of):
     data = json.loads(json.dumps(dataclasses.asdict(card)))
     assert Card.from_json(data, "here") == card
     assert card.seed == 7
+
+
+def test_a_checkpoint_of_a_training_is_read_with_its_average(tmp_path, digits):
+    path = _trained(tmp_path, digits)
+    checkpoint = next((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+    denoiser, card = load_expert(checkpoint)
+    exported, other = load_expert(path)
+    assert card.weights == "ema"
+    assert {k: v for k, v in vars(card).items() if k != "seconds"} == {
+        k: v for k, v in vars(other).items() if k != "seconds"
+    }
+    state = exported.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in denoiser.state_dict().items())
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    checkpoint.write_bytes(content)
+    with pytest.raises(InputError, match=r"damaged: sha256 .*its manifest says"):
+        load_expert(checkpoint)
+    with pytest.raises(InputError, match=r"other.ckpt.json: no such file; a checkpoint is read with its manifest"):
+        read_card(tmp_path / "other.ckpt")
+
+
+def _trained(tmp_path, digits):
+    from lightning_tdisent.cli import main
+
+    words = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.callbacks", "[]"]
+    config = ["--config", "experiments/digits/reduced8.yaml", "--data.path", str(digits)]
+    assert main(["fit", *config, *words, "--run", str(tmp_path / "run")]) == 0
+    return tmp_path / "run" / "model.safetensors"
