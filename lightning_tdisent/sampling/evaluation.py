@@ -1,32 +1,30 @@
-"""Numbers and pictures of any denoiser. Callbacks during training and the commands afterwards run this same code."""
+"""Numbers of any denoiser, and the real images they are compared with: during training and in the commands after it."""
 
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.rng import seed_noise
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.metrics.features import FeatureNetwork
+from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.metrics.quality import Quality
+from lightning_tdisent.metrics.reference import place, reference
 from lightning_tdisent.sampling.denoiser import Denoises
-from lightning_tdisent.sampling.sampler import Sampler, from_uint8, probe_rows, sample, to_uint8
+from lightning_tdisent.sampling.sampler import Sampler, from_uint8, sample
+from lightning_tdisent.streaming.decode import Decoder
+from lightning_tdisent.streaming.raw import find_source
+from lightning_tdisent.streaming.shards import Shards
 
 HELD_OUT = 1 << 20  # streams of held-out noise, far from the indices that key the sampler's
-
-
-class Scores(Protocol):
-    """What generated images are added to: `metrics.quality.Quality`."""
-
-    def add(self, images: Tensor) -> None:
-        """Add uint8 images."""
-
-    def compute(self) -> dict[str, float]:
-        """Return the numbers over all ranks."""
-
-    def reset(self) -> None:
-        """Forget the images."""
 
 
 @torch.no_grad()
@@ -49,59 +47,147 @@ def x0_errors(
     return out
 
 
+@dataclass(frozen=True)
+class RealImages:
+    """Real images by number: take gives those of int64 (B,) as uint8 (B, C, H, W); digest: of their files."""
+
+    digest: str
+    n: int
+    take: Callable[[Tensor], Tensor]
+
+
+def real_images(path: str | Path, split: str, channels: int, size: int | None = None) -> RealImages:
+    """Images of a split, decoded when they are taken, on all cores where single ones can be read."""
+    shards = Shards.open(path, split, Decoder(channels, size))
+    whole: list[Tensor] = []
+
+    def take(numbers: Tensor) -> Tensor:
+        if shards.random_access:
+            parts = pool.map(lambda part: shards.batch(part.tolist())["image"], numbers.split(32))
+            return torch.cat(list(parts))
+        if not whole:
+            whole.append(shards.decoded().images)
+        return whole[0][numbers]
+
+    pool = ThreadPoolExecutor(os.cpu_count())
+    return RealImages(shards.digest, len(shards), take)
+
+
+def image_files(path: str | Path, split: str, channels: int, size: int | None = None) -> RealImages:
+    """Images of a folder or of any data set that `data prepare` reads, in the order of their names."""
+    source, decoder = find_source(path, split), Decoder(channels, size)
+
+    def take(numbers: Tensor) -> Tensor:
+        items = [source[n] for n in numbers.tolist()]
+        return torch.stack([decoder(item.members, f"{path}/{item.name}")["image"] for item in items])
+
+    return RealImages(source.fingerprint(), len(source), take)
+
+
+def open_quality(
+    protocol: Protocol,
+    network: FeatureNetwork,
+    real: RealImages,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> Quality:
+    """`Quality` of images of (C, H, W) = shape against real ones; their statistics are computed if need be."""
+    if network.shape is not None and list(shape) != list(network.shape):
+        raise InputError(
+            f"the features {protocol.features!r} take images of {network.shape}, these are {list(shape)}; choose "
+            "another protocol"
+        )
+    full = protocol.resolved(network, real.digest, real.n, shape)
+    return Quality(full, network, reference(full, network, real.take, device)).to(torch.device(device))
+
+
+class Scored(NamedTuple):
+    """Numbers over all ranks, or why there are none; of this rank seconds of sampling, first images, their numbers."""
+
+    values: dict[str, float] | InputError
+    seconds: float
+    numbers: Tensor
+    images: Tensor
+
+
 def score(
     denoise: Denoises,
     sampler: Sampler,
-    scores: Scores,
-    n: int,
-    first_seed: int = 0,
+    quality: Quality,
     batch_size: int = 250,
-    rank: int = 0,
-    world: int = 1,
-) -> dict[str, float]:
-    """Generate the images of seeds first_seed .. + n - 1, this rank's share of them, and return the numbers over all.
+    keep: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Scored:
+    """Generate the images of the protocol's seeds, this rank's share of them, and return the numbers over all ranks.
 
-    Exactly n images enter, whatever the number of ranks; image i depends on its seed alone.
+    Exactly n images enter, whatever the number of ranks; image i depends on its seed alone, and no rank waits for
+    another before all have theirs. On a GPU their features are taken beside the sampling of the next ones.
     """
-    scores.reset()
-    seeds = range(first_seed, first_seed + n)[rank::world]
-    for images in sample(denoise, sampler, seeds, batch_size):
-        scores.add(images)
-    return scores.compute()
+    (rank, world), n, first = place(), quality.protocol.n, quality.protocol.first_seed
+    assert first is not None
+    numbers = torch.arange(n)[rank::world]
+    device = next(iter(denoise.parameters())).device
+    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+    clock = _Clock(device)
+    kept: list[Tensor] = []
+    quality.reset()
+    images = iter(sample(denoise, sampler, (first + numbers).tolist(), batch_size))
+    done = 0
+    while done < len(numbers):
+        with clock:
+            batch = next(images)
+        here = numbers[done : done + len(batch)]
+        if beside is None:
+            quality.add(batch, here)
+        else:
+            beside.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(beside):
+                quality.add(batch, here)
+            batch.record_stream(beside)
+        if some := int((here < keep).sum()):
+            kept.append(batch[:some].cpu())
+        done += len(batch)
+        if progress:
+            progress(len(batch))
+    if beside is not None:
+        torch.cuda.current_stream(device).wait_stream(beside)
+    first_images = torch.cat(kept) if kept else torch.empty(0, *denoise.shape, dtype=torch.uint8)
+    return Scored(compute(quality), clock.seconds, numbers[numbers < keep], first_images)
 
 
-@torch.no_grad()
-def forward_strip(denoise: Denoises, images: Tensor, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
-    """x_0 and x_s at the given rows, each image on one noise: uint8 (B, 1 + R, C, H, W)."""
-    x0 = from_uint8(images)
-    eps = seed_noise(ids, HELD_OUT, x0.shape[1:])
-    strip = [x0, *(noise(denoise.states, x0, s, eps.to(x0)) for s in rows)]
-    return to_uint8(torch.stack(strip, 1))
+def compute(quality: Quality) -> dict[str, float] | InputError:
+    """The numbers, or why there are none: one model's failure must not cost those of the others."""
+    try:
+        return quality.compute()
+    except InputError as error:
+        return error
 
 
-@torch.inference_mode()
-def reverse_strip(
-    denoise: Denoises, sampler: Sampler, seeds: Sequence[int], columns: int = 9
-) -> tuple[Tensor, list[int]]:
-    """x_s on the way from noise to image: uint8 (B, columns, C, H, W) and the rows shown, S first, 0 last."""
-    keep = {*probe_rows(sampler.rows(denoise.states)[::-1], columns - 1), 0}
-    shown = [(s, to_uint8(x).cpu()) for s, x, _ in sampler.walk(denoise, seeds) if s in keep]
-    return torch.stack([x for _, x in shown], 1), [s for s, _ in shown]
+class _Clock:
+    """Seconds spent inside, on a GPU by its own events, which nobody waits for until the end."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.cuda, self.spent, self.events = device.type == "cuda", 0.0, list[Any]()
 
-def grid(images: Tensor, columns: int = 16, gap: int = 1) -> Tensor:
-    """Tile uint8 images (B, C, H, W) into one (C, rows (H+gap) + gap, columns (W+gap) + gap) on mid-grey."""
-    n, c, h, w = images.shape
-    columns = min(columns, n)
-    out = torch.full((c, -(-n // columns) * (h + gap) + gap, columns * (w + gap) + gap), 128, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
-        out[:, top : top + h, left : left + w] = image
-    return out
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
+    def __enter__(self) -> None:
+        self.start = self._now()
 
-def save_png(picture: Tensor, path: Path) -> None:
-    """Write a uint8 picture (C, H, W)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    array = picture.permute(1, 2, 0).numpy()
-    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(path)
+    def __exit__(self, *_: object) -> None:
+        end = self._now()
+        if self.cuda:
+            self.events.append((self.start, end))
+        else:
+            self.spent += end - self.start
+
+    @property
+    def seconds(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return self.spent + sum(start.elapsed_time(end) for start, end in self.events) / 1000

@@ -16,6 +16,7 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.metrics.features import BLOCK
 from lightning_tdisent.sampling.denoiser import Denoises
 
 
@@ -152,9 +153,11 @@ def from_uint8(image: Tensor) -> Tensor:
 def sample(
     denoise: Denoises, sampler: Sampler, seeds: Sequence[int], batch_size: int = 250, label: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Yield uint8 images (B, C, H, W) on the CPU, batch by batch, in the order of the seeds.
+    """Yield uint8 images (B, C, H, W) on the model's device, batch by batch, in the order of the seeds.
 
     label: int64, one per seed; not given, a class-conditional model draws the classes in turn, seed modulo classes.
+    On a CPU a batch has `BLOCK` images whatever batch_size says, the last one filled up, so that image i is the same
+    bit for bit in any company.
     """
     if batch_size < 1:
         raise InputError(f"batch_size: at least 1, got {batch_size}")
@@ -165,6 +168,12 @@ def sample(
         )
     if label is None and denoise.classes:
         label = torch.tensor([seed % denoise.classes for seed in seeds])
-    for i in range(0, len(seeds), batch_size):
-        part = None if label is None else label[i : i + batch_size]
-        yield to_uint8(sampler(denoise, seeds[i : i + batch_size], part)).cpu()
+    on_cpu = next(iter(denoise.parameters())).device.type == "cpu"
+    size = BLOCK if on_cpu else batch_size
+    for i in range(0, len(seeds), size):
+        places = list(range(i, min(i + size, len(seeds))))
+        n = len(places)
+        if on_cpu:
+            places += places[-1:] * (size - n)
+        part = None if label is None else label[places]
+        yield to_uint8(sampler(denoise, [seeds[k] for k in places], part)[:n])

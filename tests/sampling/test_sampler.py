@@ -332,10 +332,10 @@ def test_uint8_and_back():
 @ALL
 @pytest.mark.parametrize("size", [1, 4, 250])
 def test_sample_yields_bytes_in_the_order_of_the_seeds(model, sampler, size):
-    denoise, seeds = model(classes=3), range(20, 30)
-    label = torch.arange(10) % 4
+    denoise, seeds = model(classes=3), range(20, 60)
+    label = torch.arange(40) % 4
     batches = list(sample(denoise, sampler, seeds, size, label))
-    assert [len(b) for b in batches] == {1: [1] * 10, 4: [4, 4, 2], 250: [10]}[size]
+    assert [len(b) for b in batches] == [16, 16, 8]  # on a CPU, whatever was asked for
     images = torch.cat(batches)
     assert images.dtype == torch.uint8
     assert images.device.type == "cpu"

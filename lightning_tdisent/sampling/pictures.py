@@ -1,0 +1,51 @@
+"""Pictures of any denoiser, for TensorBoard, the report and files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lightning_tdisent.diffusion.process import noise
+from lightning_tdisent.diffusion.rng import seed_noise
+from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.evaluation import HELD_OUT
+from lightning_tdisent.sampling.sampler import Sampler, from_uint8, probe_rows, to_uint8
+
+
+@torch.no_grad()
+def forward_strip(denoise: Denoises, images: Tensor, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
+    """x_0 and x_s at the given rows, each image on one noise: uint8 (B, 1 + R, C, H, W)."""
+    x0 = from_uint8(images)
+    eps = seed_noise(ids, HELD_OUT, x0.shape[1:])
+    strip = [x0, *(noise(denoise.states, x0, s, eps.to(x0)) for s in rows)]
+    return to_uint8(torch.stack(strip, 1))
+
+
+@torch.inference_mode()
+def reverse_strip(
+    denoise: Denoises, sampler: Sampler, seeds: Sequence[int], columns: int = 9
+) -> tuple[Tensor, list[int]]:
+    """x_s on the way from noise to image: uint8 (B, columns, C, H, W) and the rows shown, S first, 0 last."""
+    keep = {*probe_rows(sampler.rows(denoise.states)[::-1], columns - 1), 0}
+    shown = [(s, to_uint8(x).cpu()) for s, x, _ in sampler.walk(denoise, seeds) if s in keep]
+    return torch.stack([x for _, x in shown], 1), [s for s, _ in shown]
+
+
+def grid(images: Tensor, columns: int = 16, gap: int = 1) -> Tensor:
+    """Tile uint8 images (B, C, H, W) into one (C, rows (H+gap) + gap, columns (W+gap) + gap) on mid-grey."""
+    n, c, h, w = images.shape
+    columns = min(columns, n)
+    out = torch.full((c, -(-n // columns) * (h + gap) + gap, columns * (w + gap) + gap), 128, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        out[:, top : top + h, left : left + w] = image
+    return out
+
+
+def save_png(picture: Tensor, path: Path) -> None:
+    """Write a uint8 picture (C, H, W)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = picture.permute(1, 2, 0).numpy()
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(path)

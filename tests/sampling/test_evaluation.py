@@ -1,0 +1,162 @@
+"""Images of seeds and their numbers: the same for any ranks and batches; real images from shards and files."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from lightning_tdisent.diffusion.objectives import V
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.metrics.features import load_features
+from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.evaluation import RealImages, image_files, open_quality, real_images, score
+from lightning_tdisent.sampling.pictures import save_png
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, sample
+from lightning_tdisent.streaming.shards import load
+
+N = 50
+METRICS = ("fd", "is", "kid", "prdc")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TDISENT_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def denoiser(unet, states):
+    return Denoiser(unet(), V(), states).eval()
+
+
+def digit_quality(digits, n=N, **changes):
+    real = real_images(digits, "train", 1)
+    protocol = Protocol.preset("digits", **{"n": n, "metrics": METRICS, "first_seed": 7, **changes})
+    return open_quality(protocol, load_features("digits"), real, [1, 8, 8])
+
+
+@pytest.mark.parametrize("sampler", [DDIM(), Ancestral()])
+def test_images_are_bitwise_the_same_in_any_batch(denoiser, sampler):
+    seeds = range(3, 67)
+    whole = torch.cat(list(sample(denoiser, sampler, seeds)))
+    for size in (1, 7, 64):
+        assert torch.equal(torch.cat(list(sample(denoiser, sampler, seeds, size))), whole)
+    one_by_one = torch.cat([torch.cat(list(sample(denoiser, sampler, [seed]))) for seed in seeds[:20]])
+    assert torch.equal(one_by_one, whole[:20])
+    shares = [torch.cat(list(sample(denoiser, sampler, seeds[r::4]))) for r in range(4)]
+    assert torch.equal(torch.stack(shares, 1).flatten(0, 1), whole)
+
+
+def counted(name, calls):
+    inner = getattr(dist, name)
+
+    def call(*args, **options):
+        calls.append(name)
+        return inner(*args, **options)
+
+    return call
+
+
+def share(rank, world, batch, denoiser, digits, folder):
+    os.environ["TDISENT_CACHE"] = str(folder / "cache")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store_{world}", rank=rank, world_size=world)
+    calls = []
+    for name in ("all_gather", "all_gather_object", "barrier", "all_reduce", "broadcast"):
+        setattr(dist, name, counted(name, calls))
+    quality = digit_quality(digits)
+    scored = score(denoiser, DDIM(), quality, batch, keep=9, progress=lambda n: calls.append(n))
+    state = {k: getattr(quality.metrics["fd"], k) for k in ("n", "total", "outer")}
+    steps = [i for i, c in enumerate(calls) if isinstance(c, int)]
+    quiet = all(isinstance(c, int) for c in calls[steps[0] : steps[-1] + 1])
+    kept = {
+        "numbers": scored.numbers,
+        "images": scored.images,
+        "generated": sum(c for c in calls if isinstance(c, int)),
+    }
+    torch.save((scored.values, state, kept, quiet), folder / f"{world}_{batch}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_sums_and_numbers_are_the_same_for_any_ranks_and_batches(denoiser, digits, cache):
+    context, found = mp.get_context("fork"), {}
+    for world, batch in ((1, 64), (1, 1), (2, 64), (4, 1)):
+        args = [(r, world, batch, denoiser, digits, cache) for r in range(world)]
+        processes = [context.Process(target=share, args=a) for a in args]
+        for p in processes:
+            p.start()
+        for p in processes:
+            p.join(120)
+        assert [p.exitcode for p in processes] == [0] * world
+        (cache / f"store_{world}").unlink(missing_ok=True)
+        parts = [torch.load(cache / f"{world}_{batch}_{r}.pt", weights_only=True) for r in range(world)]
+        assert all(values == parts[0][0] for values, *_ in parts)  # every rank has the numbers of all
+        assert all(quiet for *_, quiet in parts)  # and nobody waited for another while images were made
+        sums = {k: sum(state[k] for _, state, *_ in parts) for k in ("n", "total", "outer")}
+        assert sums["n"] == N == sum(kept["generated"] for _, _, kept, _ in parts)
+        order = torch.cat([kept["numbers"] for _, _, kept, _ in parts]).argsort()
+        found[world, batch] = parts[0][0], sums, torch.cat([kept["images"] for _, _, kept, _ in parts])[order]
+    values, sums, images = found[1, 64]
+    assert len(values) == 8
+    assert len(images) == 9
+    for other, other_sums, other_images in found.values():
+        assert other == pytest.approx(values, rel=1e-9)
+        assert torch.equal(other_images, images)
+        for k in sums:
+            torch.testing.assert_close(other_sums[k], sums[k], rtol=1e-9, atol=0)
+
+
+def test_a_score_is_that_of_its_images(denoiser, digits, cache):
+    quality = digit_quality(digits)
+    scored = score(denoiser, DDIM(), quality, keep=N)
+    assert torch.equal(scored.images, torch.cat(list(sample(denoiser, DDIM(), range(7, 7 + N)))))
+    assert scored.seconds > 0
+    quality.reset()
+    quality.add(scored.images, torch.arange(N))
+    assert quality.compute() == pytest.approx(scored.values, rel=1e-12)
+    other = score(denoiser, DDIM(), digit_quality(digits, first_seed=1000)).values
+    assert other["fd_digits"] != scored.values["fd_digits"]
+
+
+def test_a_score_that_cannot_be_says_why(denoiser, digits, cache):
+    for p in denoiser.parameters():
+        p.data.fill_(float("nan"))
+    scored = score(denoiser, DDIM(), digit_quality(digits))
+    assert isinstance(scored.values, InputError)  # NaN becomes one grey level in uint8
+    assert "50 images are the same" in str(scored.values)
+
+
+def test_real_images_are_decoded_when_they_are_taken(digits):
+    real, whole = real_images(digits, "test", 1), load(digits, "test", 1)
+    numbers = torch.tensor([5, 0, 296, 17] + list(range(100)))
+    assert (real.n, real.digest) == (297, whole.digest)
+    assert torch.equal(real.take(numbers), whole.images[numbers])
+
+
+def test_image_files_are_taken_in_the_order_of_their_names(tmp_path, digits):
+    images = load(digits, "test", 1).images[:12]
+    for k, image in enumerate(images):
+        save_png(image, tmp_path / "pictures" / f"{k:06d}.png")
+    found = image_files(tmp_path / "pictures", "train", 1)
+    assert found.n == 12
+    assert torch.equal(found.take(torch.tensor([3, 1, 11])), images[[3, 1, 11]])
+    assert torch.equal(image_files(digits, "test", 1).take(torch.arange(12)), images)  # shards, too
+    with pytest.raises(InputError, match="does not exist"):
+        image_files(tmp_path / "nothing", "train", 1)
+
+
+def test_images_of_another_shape_are_refused(digits, cache):
+    real = real_images(digits, "train", 1)
+    with pytest.raises(InputError, match=r"features 'mnist' take images of \[1, 28, 28\], these are \[1, 8, 8\]"):
+        open_quality(Protocol.preset("mnist"), load_features("mnist"), real, [1, 8, 8])
+
+
+def test_a_second_quality_asks_for_no_real_image(digits, cache):
+    digit_quality(digits)
+    real = real_images(digits, "train", 1)
+    never = RealImages(real.digest, real.n, lambda numbers: 1 / 0)
+    protocol = Protocol.preset("digits", n=20, metrics=METRICS, first_seed=7)  # another n: the same statistics
+    assert open_quality(protocol, load_features("digits"), never, [1, 8, 8]).reference.moments.n == 1500
