@@ -22,6 +22,7 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.checkpoints import load
 from lightning_tdisent.lit.inference import DenoiserModule, clean
+from lightning_tdisent.metrics.reference import gather
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.composite import start_warm
 from lightning_tdisent.sampling.denoiser import Denoiser
@@ -99,6 +100,7 @@ class Diffusion(Part, DenoiserModule):
         A checkpoint brings its rates; those of the config count. (They are the same unless a run was branched.)
         """
         self._since = time.perf_counter()
+        self._refuse_equal_noise()
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
             if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
@@ -106,6 +108,14 @@ class Diffusion(Part, DenoiserModule):
                 for group, rate in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
                     group["initial_lr"], group["weight_decay"] = self.lr, self.weight_decay
                     group["lr"] = self.lr * rate(scheduler.last_epoch)
+
+    def _refuse_equal_noise(self) -> None:
+        """Two ranks that drew the same noise would train on fewer samples than they say."""
+        generator = torch.Generator().manual_seed(key(self.seed, self.trainer.global_rank, 0))
+        draws = gather(torch.randn(4, generator=generator).tolist())
+        same = [r for r, draw in enumerate(draws) if draws.count(draw) > 1]
+        if same:
+            raise InputError(f"ranks {same} draw the same training noise: each must have a rank number of its own")
 
     def on_validation_start(self) -> None:
         """Stop the clock."""

@@ -229,7 +229,8 @@ def test_validation_leaves_the_training_bitwise_unchanged(order, tiny, data, tra
         recorder = next(c for c in callbacks if isinstance(c, Recorder))
         trainer(12, *callbacks, val_check_interval=3 if watched else 12).fit(module, datamodule=data())
         finals.append((recorder.losses, module.denoiser.state_dict(), torch.get_rng_state()))
-    (losses, weights, _), (watched_losses, watched_weights, _) = finals
+    (losses, weights, state), (watched_losses, watched_weights, watched_state) = finals
+    assert torch.equal(state, watched_state)
     assert all(torch.equal(a, b) for a, b in zip(losses, watched_losses, strict=True))
     assert all(torch.equal(weights[k], watched_weights[k]) for k in weights)
 

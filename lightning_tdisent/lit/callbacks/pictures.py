@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lightning_tdisent.lit.inference import DenoiserModule
-from lightning_tdisent.sampling.evaluation import forward_strip, grid, reverse_strip, save_png
+from lightning_tdisent.sampling.pictures import forward_strip, grid, reverse_strip, save_png
 from lightning_tdisent.sampling.sampler import from_uint8, probe_rows, sample, to_uint8
 
 
@@ -34,7 +34,7 @@ class Pictures(L.Callback):
         self._show(trainer, "forward_strip", strip.flatten(0, 1), strip.shape[1])
         if pl_module.whole:
             seeds = range(self.first_seed, self.first_seed + self.samples)
-            self._show(trainer, "samples", torch.cat(list(sample(denoiser, pl_module.sampler, seeds))))
+            self._show(trainer, "samples", torch.cat(list(sample(denoiser, pl_module.sampler, seeds))).cpu())
             strip, _ = reverse_strip(denoiser, pl_module.sampler, seeds[: self.strips])
             self._show(trainer, "reverse_strip", strip.flatten(0, 1), strip.shape[1])
         else:

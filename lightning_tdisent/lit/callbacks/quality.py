@@ -1,49 +1,70 @@
-"""Frechet distance and Inception Score during validation."""
+"""Metrics of generated images during validation."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, Unavailable
 from lightning_tdisent.lit.inference import DenoiserModule
-from lightning_tdisent.metrics.quality import Protocol, Quality
-from lightning_tdisent.sampling.evaluation import score
+from lightning_tdisent.metrics.features import load_features
+from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.metrics.quality import Quality
+from lightning_tdisent.metrics.reference import gather
+from lightning_tdisent.sampling.evaluation import open_quality, real_images, score
 
 
 class SampleQuality(L.Callback):
-    """Sample from fixed seeds at each validation and compare with the training images, as is the custom.
+    """Sample from fixed seeds at each validation and compare with real images, by the code of ``evaluate``.
 
-    features: the feature network (``digits``, ``mnist``); the metric's name says which, and ``protocol`` what it
-    depends on. n: images, seeds first_seed .. + n - 1, each rank its
-    share; split, n_real: the real ones, the first of a split. A model that owns only some rows of its
-    table cannot be sampled and is left out.
+    protocol: a preset (``digits``, ``cifar10``, ``adm``, ..) or a mapping of ``preset`` and the fields of `Protocol`
+    that differ from it; n, first_seed, split, n_real: the fields that most often do. weights: of the feature network,
+    where it needs a file. batch_size: images at a time, on a GPU. Numbers are logged as ``quality/NAME/HASH``: those
+    of other protocols make curves of their own. Each rank makes its share of the images. A model that owns only some
+    rows of its table cannot be sampled and is left out, and so is the metric if its network is not at hand.
     """
 
     def __init__(
-        self, features: str, n: int = 500, first_seed: int = 0, split: str = "train", n_real: int = 10000
+        self,
+        protocol: str | Mapping[str, Any],
+        n: int | None = 500,
+        first_seed: int | None = None,
+        split: str | None = None,
+        n_real: int | None = 10_000,
+        weights: str | None = None,
+        batch_size: int = 250,
     ) -> None:
-        self.features, self.n, self.first_seed, self.split, self.n_real = features, n, first_seed, split, n_real
+        self.protocol = Protocol.preset(protocol, n=n, first_seed=first_seed, split=split, n_real=n_real)
+        self.weights, self.batch_size = weights, batch_size
         self._quality: Quality | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: DenoiserModule, stage: str) -> None:
-        """Load the features and the real images' moments once; refuse images of another shape."""
+        """Load the features and the real images' statistics once; refuse images of another shape."""
         if not pl_module.whole or stage == "predict" or self._quality is not None:
             return
-        quality, data = Quality(self.features), trainer.datamodule.images(self.split, self.n_real)
-        if quality.shape != pl_module.denoiser.shape:
-            raise InputError(
-                f"the features {self.features!r} take images {quality.shape}, the model makes "
-                f"{pl_module.denoiser.shape}; choose other features or remove SampleQuality"
-            )
-        quality.add_real(data.images[trainer.global_rank :: trainer.world_size])
-        self.protocol = Protocol(self.features, self.n, self.first_seed, data.digest, len(data))
-        self._quality = quality
+        data, shape, p = trainer.datamodule, pl_module.denoiser.shape, self.protocol
+        missing, network = "", None
+        try:
+            network = load_features(p.features, self.weights, p.resize, p.dtype, shape[0])
+        except Unavailable as error:
+            missing = str(error)
+        if any(missing := gather(missing)):
+            rank_zero_warn(f"SampleQuality is left out: {max(missing)}")
+            return
+        assert network is not None
+        real = real_images(data.path, p.split, shape[0], data.decoder.size)
+        self._quality = open_quality(p, network, real, shape, trainer.strategy.root_device)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: DenoiserModule) -> None:
         """Score this rank's share of the seeds and log the numbers over all."""
         if self._quality is None or trainer.sanity_checking:
             return
         quality = self._quality.to(pl_module.device)
-        place = (trainer.global_rank, trainer.world_size)
-        values = score(pl_module.denoiser, pl_module.sampler, quality, self.n, self.first_seed, 250, *place)
-        pl_module.publish({f"quality/{name}/{self.protocol.hash}": float(v) for name, v in values.items()})
+        values = score(pl_module.denoiser, pl_module.sampler, quality, self.batch_size).values
+        if isinstance(values, InputError):  # images of an untrained model may all be the same
+            rank_zero_warn(f"no quality at step {trainer.global_step}: {values}")
+            return
+        pl_module.publish({f"quality/{name}/{quality.protocol.hash}": v for name, v in values.items()})
 
     on_test_epoch_end = on_validation_epoch_end
