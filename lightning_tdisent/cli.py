@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
 
     s = add("sample", _sample, "draw images from a run, a file of weights, or a composite folder")
     s.add_argument("model", type=Path, help="run folder, model.safetensors, folder of experts, or composite folder")
-    s.add_argument("--out", type=Path, required=True, help="folder for SEED.png and grid.png; must not hold images yet")
+    s.add_argument(
+        "--out", type=Path, required=True, help="folder for SEED.png, the grid beside it; must not hold images yet"
+    )
     s.add_argument("--seeds", default="0:64", help="FIRST:END (default 0:64)")
     s.add_argument("--label", type=int, help="class, for a class-conditional model")
     s.add_argument("--guidance", type=float, help="scale of classifier-free guidance; needs --label")
@@ -60,16 +62,22 @@ def parser() -> argparse.ArgumentParser:
     w.add_argument("--step", type=int, help="step of the training it ends at (default: the last snapshot)")
     w.add_argument("--out", type=Path, required=True, help="the .safetensors to write")
 
-    e = add("evaluate", _evaluate, "models side by side in one table, from the same seeds")
-    e.add_argument("models", type=Path, nargs="+", help="as for sample")
+    e = add("evaluate", _evaluate, "models and folders of images side by side; on several ranks under torchrun")
+    e.add_argument("models", type=Path, nargs="+", help="as for sample, a .ckpt, or a folder of images or shards")
     e.add_argument("--data", required=True, help="folder of shards with the real images")
     e.add_argument("--split", default="test", help="split of the errors per state (default test)")
-    e.add_argument("--reference", default="train", help="split that distances are taken to (default train)")
-    e.add_argument("--features", required=True, help="feature network: digits or mnist")
-    e.add_argument("-n", type=int, default=1000, help="images generated per model (default 1000)")
-    e.add_argument("--first-seed", type=int, default=0)
+    e.add_argument("--reference", help="split that distances are taken to (default: the protocol's, train)")
+    e.add_argument("--protocol", required=True, help="digits, mnist, cifar10, random, adm, clean, torch-fidelity, ..")
+    e.add_argument("--metrics", help="of fd, fd_infinity, is, kid, prdc, sfd, by commas (default: the protocol's)")
+    e.add_argument("--weights", help="file or folder of the feature network, where the protocol's is not shipped")
+    e.add_argument("-n", type=int, help="images generated per model (default: the protocol's, e.g. 1000 or 50000)")
+    e.add_argument("--first-seed", type=int)
     e.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="folder for results.json and report.html")
     _sampler_options(e)
+
+    k = add("fetch", _fetch, "download weights of a feature network that is not shipped, and check them")
+    k.add_argument("name", help="inception")
+    k.add_argument("--source", help="a file or URL to take them from instead")
 
     r = add("report", _report, "write report.html anew from a folder that study or evaluate filled")
     r.add_argument("folder", type=Path)
@@ -149,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(argv)
             return 0
         if argv and not argv[0].startswith("-"):
-            known = [*LIGHTNING, "sample", "compose", "average", "evaluate", "report", "study", "data"]
+            known = [*LIGHTNING, "sample", "compose", "average", "evaluate", "fetch", "report", "study", "data"]
             if argv[0] not in known:
                 raise InputError(
                     f"there is no command {argv[0]!r}.{nearest(argv[0], known)} Commands: {', '.join(known)}"
@@ -197,7 +205,7 @@ def _sample(a: argparse.Namespace) -> None:
 
     from lightning_tdisent.sampling.composite import load_model
     from lightning_tdisent.sampling.denoiser import Guided
-    from lightning_tdisent.sampling.evaluation import grid, save_png
+    from lightning_tdisent.sampling.pictures import grid, save_png
     from lightning_tdisent.sampling.sampler import sample
 
     try:
@@ -215,11 +223,12 @@ def _sample(a: argparse.Namespace) -> None:
     if a.label is not None and (model.classes is None or not 0 <= a.label < model.classes):
         raise InputError(f"--label {a.label}: the model has {model.classes or 'no'} classes")
     label = None if a.label is None else torch.full((end - first,), a.label, device=a.device)
-    images = torch.cat(list(sample(model, _sampler(a), range(first, end), a.batch_size, label)))
+    images = torch.cat(list(sample(model, _sampler(a), range(first, end), a.batch_size, label))).cpu()
     for seed, image in enumerate(images, first):
         save_png(image, a.out / f"{seed:06d}.png")
-    save_png(grid(images[:256]), a.out / "grid.png")
-    print(f"{len(images)} images and grid.png in {a.out}")
+    tiles = a.out.with_name(f"{a.out.name}.png")
+    save_png(grid(images[:256]), tiles)
+    print(f"{len(images)} images in {a.out}, the first of them in {tiles}")
 
 
 def _average(a: argparse.Namespace) -> None:
@@ -244,16 +253,53 @@ def _compose(a: argparse.Namespace) -> None:
 def _evaluate(a: argparse.Namespace) -> None:
     from lightning_tdisent.diffusion.spec import spec
     from lightning_tdisent.report.study import Study
+    from lightning_tdisent.sampling.composite import holds_weights
 
     if (a.out / "study.json").exists():
         raise InputError(f"--out {a.out} already keeps results; choose another folder")
-    contenders = [{"name": str(m), "source": str(m), "sampler": spec(_sampler(a))} for m in a.models]
-    options = {"reference": a.reference, "batch_size": a.batch_size, "device": a.device}
-    study = Study(
-        str(a.out), "Evaluation", contenders, a.data, a.features, a.split, n=a.n, first_seed=a.first_seed, **options
-    )
-    study.check()
-    _finish(study)
+    contenders = [
+        {"name": str(m), "source": str(m), "sampler": spec(_sampler(a)) if holds_weights(m) else None} for m in a.models
+    ]
+    protocol = {"preset": a.protocol, **({"metrics": a.metrics.split(",")} if a.metrics else {})}
+    options = {"reference": a.reference, "batch_size": a.batch_size, "n": a.n, "first_seed": a.first_seed}
+    with _ranks(a.device) as device:
+        study = Study(
+            str(a.out), "Evaluation", contenders, a.data, protocol, a.weights, a.split, device=device, **options
+        )
+        study.check()
+        _finish(study)
+
+
+@contextmanager
+def _ranks(device: str) -> Iterator[str]:
+    """Join the other processes that torchrun started, if it did; gives this one's device."""
+    import datetime
+
+    import torch.distributed as dist
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        _device(device)
+        import torch
+
+        torch.cuda.set_device(device)
+    # ranks wait for each other at the end alone, and that may be hours after the first is done
+    dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=datetime.timedelta(days=1))
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _fetch(a: argparse.Namespace) -> None:
+    from lightning_tdisent.metrics.weights import fetch
+
+    with _bar("MB") as progress:
+        print(fetch(a.name, a.source, progress=lambda done, total: progress(done >> 20, (total or 0) >> 20)))
 
 
 def _report(a: argparse.Namespace) -> None:
@@ -282,11 +328,20 @@ def _study(a: argparse.Namespace) -> None:
 def _finish(study: "Study") -> None:
     from rich.console import Console
 
+    from lightning_tdisent.metrics.reference import place
+
     _device(study.device)
     study.evaluate()
+    if place()[0]:
+        return
     console = Console()
-    Console(width=max(console.width, 160) if not console.is_terminal else None).print(study.rich_table())
-    print(f"report: {study.write_report()}")
+    console = Console(width=max(console.width, 160) if not console.is_terminal else None)
+    for part in study.lines():
+        console.print(part, highlight=False)
+    print(f"numbers: {study.folder / 'results.json'}\nreport: {study.write_report()}")
+    refused = [f"{row['name']}: {row['refused']}" for row in study.rows if "refused" in row]
+    if refused:
+        raise InputError("; ".join(refused))
 
 
 def fit_job(argv: list[str], report: Callable[[int, int], None]) -> None:
@@ -348,7 +403,8 @@ def _toy(a: argparse.Namespace) -> None:
 
 
 def _index(a: argparse.Namespace) -> None:
-    from lightning_tdisent.streaming.index import build, path_of
+    from lightning_tdisent.streaming.index import path_of
+    from lightning_tdisent.streaming.scan import build
     from lightning_tdisent.streaming.tars import find
 
     files = find(a.folder, a.split)
@@ -359,7 +415,7 @@ def _index(a: argparse.Namespace) -> None:
 
 
 def _verify(a: argparse.Namespace) -> None:
-    from lightning_tdisent.streaming.shards import verify
+    from lightning_tdisent.streaming.verify import verify
 
     with _bar("shards") as progress:
         index, wrong = verify(a.folder, a.split, _cores(a.jobs), progress)

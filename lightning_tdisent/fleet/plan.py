@@ -24,7 +24,8 @@ KEYS = (
     "data",
     "split",
     "reference",
-    "features",
+    "protocol",
+    "weights",
     "n",
     "first_seed",
     "notes",
@@ -68,7 +69,7 @@ def plan(
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"{file}: not valid: {' '.join(str(error).split())}") from None
-    _known(study, KEYS, str(file), required=("runs", "contenders", "data", "features"))
+    _known(study, KEYS, str(file), required=("runs", "contenders", "data", "protocol"))
     folder = Path(out or study.get("out") or f"runs/{file.stem}")
     seed = int(study.get("seed", 0)) if seed is None else seed
     extra = _overrides(overrides, study["runs"])
@@ -123,9 +124,10 @@ def plan(
         "data": study["data"],
         "split": study.get("split", "test"),
         "reference": study.get("reference", "train"),
-        "features": study["features"],
-        "n": study.get("n", 1000),
-        "first_seed": study.get("first_seed", 0),
+        "protocol": study["protocol"],
+        "weights": study.get("weights"),
+        "n": study.get("n"),
+        "first_seed": study.get("first_seed"),
         "runs": {job.name: str(job.folder) for job in jobs},
     }
     content = {"study": study, "seed": seed, "overrides": list(overrides), "configs": digests}

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import platform
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,24 +15,28 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_tdisent.diffusion.spec import build
+from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.metrics.quality import Protocol, Quality
+from lightning_tdisent.metrics.features import FeatureNetwork
+from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.metrics.quality import Quality
+from lightning_tdisent.metrics.reference import gather, place
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.denoiser import Denoises
-from lightning_tdisent.sampling.evaluation import x0_errors
+from lightning_tdisent.sampling.evaluation import RealImages, compute, image_files, open_quality, score, x0_errors
 from lightning_tdisent.sampling.expert import Card
-from lightning_tdisent.sampling.sampler import Sampler, probe_rows, sample
+from lightning_tdisent.sampling.sampler import Sampler, probe_rows
 from lightning_tdisent.streaming.shards import ImageSet
 
 
 @dataclasses.dataclass
 class Contender:
-    """A name in the table, the weights behind it, and the sampler that draws its images."""
+    """A name in the table, the weights behind it and the sampler that draws its images; None: source holds images."""
 
     name: str
     source: Path
-    sampler: Sampler
+    sampler: Sampler | None
 
 
 def _flops(network: Network, card_like: dict[str, Any]) -> float:
@@ -59,99 +66,161 @@ def training_cost(cards: Sequence[Card]) -> dict[str, float]:
 
 def evaluate(
     contenders: Sequence[Contender],
-    reference: ImageSet,
+    protocol: Protocol,
+    network: FeatureNetwork,
+    real: RealImages,
     held_out: ImageSet,
-    features: str,
-    n: int,
-    first_seed: int = 0,
     batch_size: int = 250,
     device: str = "cpu",
     keep: int = 64,
-    progress: Any = None,
+    progress: Callable[[str, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Return one row of numbers per contender, and its first ``keep`` images.
+    """Return one row of numbers per contender, and its first ``keep`` images; the same on all ranks.
 
-    reference: the real images that distances are taken to; held_out: those of the errors per state. n images are
-    generated with seeds first_seed .. + n - 1, the same for all. Errors are taken at the rows of the contender with
-    the fewest rows, for every contender that has those rows at the same values. A last row scores the held-out
-    images themselves, as if a model had made them: what a perfect one would reach with so few.
+    real: the images that distances are taken to; held_out: those of the errors per state. A model makes the images of
+    the protocol's seeds, files are taken as they are. Errors are taken at the rows of the model with the fewest, for
+    every model that has those rows at the same values. A last row scores the held-out images themselves, as if a model
+    had made them: what a perfect one would reach with so few. Where a metric refuses what it is given, the row says
+    why under ``refused``.
     """
-    if n < 2:
-        raise InputError(f"n: two images at least make a distribution, got {n}")
-    loaded = [load_model(c.source) for c in contenders]
-    quality = Quality(features)
-    for contender, (model, _) in zip(contenders, loaded, strict=True):
-        if model.shape != quality.shape:
-            raise InputError(
-                f"{contender.source} makes images {model.shape}, the features {features!r} take {quality.shape}"
-            )
-        contender.sampler.rows(model.states)  # refuses more steps than rows, before any work
-    quality.to(torch.device(device)).add_real(reference.images)
-    protocol = Protocol(features, n, first_seed, reference.digest, len(reference))
-    few = min((model.states for model, _ in loaded), key=lambda states: states.S)
-    common = probe_rows(few.rows, 32)
-    levels = few.log_snr[common].clone()  # a model moves to the device with its table
-    indices = [int(few.index[s]) for s in common]
-    rows, images = [], {}
-    for contender, (model, cards) in zip(contenders, loaded, strict=True):
-        model.to(device)
-        quality.reset()
-        start, first = time.perf_counter(), []
-        for batch in sample(model, contender.sampler, range(first_seed, first_seed + n), batch_size):
-            quality.add(batch)
-            first.append(batch)
+    loaded = [load_model(c.source) if c.sampler else None for c in contenders]
+    shape = list(held_out.images.shape[1:])
+    for contender, model in zip(contenders, loaded, strict=True):
+        if model is not None and contender.sampler is not None:
+            if model[0].shape != shape:
+                raise InputError(f"{contender.source} makes images {model[0].shape}, the real ones are {shape}")
+            contender.sampler.rows(model[0].states)  # refuses more steps than rows, before any work
+    files = {
+        c.name: image_files(c.source, protocol.split, shape[0]) for c in contenders if c.sampler is None
+    }  # opened before any work, too
+    quality = open_quality(protocol, network, real, shape, device)
+    common = _Common.of([model[0].states for model in loaded if model is not None])
+    rows, images = [], dict[str, Tensor]()
+    for contender, model in zip(contenders, loaded, strict=True):
+        advance = functools.partial(progress, contender.name) if progress else None
+        if model is None:
+            row, images[contender.name] = _of_files(files[contender.name], quality, keep, advance)
+        else:
+            row, images[contender.name] = _of_model(contender, model, quality, held_out, common, batch_size, device,
+                                                    keep, advance)  # fmt: skip
+        rows.append({"name": contender.name, **row, "source": str(contender.source)})
+    held = RealImages("", len(held_out), lambda numbers: held_out.images[numbers])
+    floor, _ = _of_files(held, quality, 0)
+    return [*rows, {"name": f"{len(held_out)} real images, held out", **floor}], images
+
+
+@dataclasses.dataclass
+class _Common:
+    """Noise levels that the errors of all models are taken at: those of the table with the fewest rows."""
+
+    indices: list[int]
+    log_snr: Tensor
+
+    @classmethod
+    def of(cls, tables: Sequence[LatentStates]) -> "_Common":
+        if not tables:
+            return cls([], torch.empty(0))
+        few = min(tables, key=lambda states: states.S)
+        rows = probe_rows(few.rows, 32)
+        return cls([int(few.index[s]) for s in rows], few.log_snr[rows].clone())  # a model takes its table to a device
+
+    def rows(self, states: LatentStates) -> list[int]:
+        """Those rows of a table, none if it has not all of them at the same values."""
+        here = {t: s for s, t in enumerate(states.index.tolist())}
+        at = [here[t] for t in self.indices if t in here]
+        same = len(at) == len(self.indices) and torch.allclose(states.log_snr[at].cpu(), self.log_snr)
+        return at if same else []
+
+
+def _of_model(
+    contender: Contender,
+    loaded: tuple[Any, list[Card]],
+    quality: Quality,
+    held_out: ImageSet,
+    common: _Common,
+    batch_size: int,
+    device: str,
+    keep: int,
+    progress: Callable[[int], None] | None,
+) -> tuple[dict[str, Any], Tensor]:
+    (model, cards), sampler = loaded, contender.sampler
+    assert sampler is not None
+    model.to(device)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    scored = score(model, sampler, quality, batch_size, keep, progress)
+    parts = gather((scored.numbers, scored.images, scored.seconds))
+    images, order = torch.cat([p[1] for p in parts]), torch.cat([p[0] for p in parts]).argsort()
+    errors: dict[str, dict[str, float]] = {}
+    if at := common.rows(model.states):
+        x0 = _held_out_errors(model, held_out, at, batch_size)
+        eps = x0 * model.states.log_snr[at].exp().mean(1).cpu()
+        names = [str(t) for t in common.indices]
+        errors = {name: dict(zip(names, v.tolist(), strict=True)) for name, v in (("x0_mse", x0), ("eps_mse", eps))}
+    row = {
+        "networks": len(cards),
+        "weights": sum(p.numel() for p in model.parameters()),
+        "rows": model.states.S,
+        "nfe": len(sampler.rows(model.states)),
+        **_numbers(scored.values, quality),
+        **errors,
+        **training_cost(cards),
+        "sampling_seconds_per_image": sum(p[2] for p in parts) / quality.protocol.n,
+        "evaluation_seconds": time.perf_counter() - start,
+        "peak_memory_bytes": _peak_memory(device),
+        "ranks": len(parts),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
+        "weights_kind": cards[0].weights,
+        "training_data": cards[0].data,
+        "table": cards[0].fingerprint,
+        "sampler": repr_sampler(sampler),
+    }
+    return row, images[order]
+
+
+def _of_files(
+    files: RealImages, quality: Quality, keep: int, progress: Callable[[int], None] | None = None
+) -> tuple[dict[str, Any], Tensor]:
+    """A row of images that are there already, each rank taking its share of them."""
+    quality = quality.of(files.n)
+    rank, world = place()
+    for numbers in torch.arange(files.n)[rank::world].split(250):
+        if len(numbers):
+            quality.add(files.take(numbers), numbers)
             if progress:
-                progress(contender.name, len(batch))
-        seconds = time.perf_counter() - start
-        images[contender.name] = torch.cat(first)[:keep]
-        here = {t: s for s, t in enumerate(model.states.index.tolist())}
-        errors: dict[str, dict[str, float]] = {}
-        at = [here[t] for t in indices if t in here]
-        if len(at) == len(common) and torch.allclose(model.states.log_snr[at].cpu(), levels):
-            x0 = _held_out_errors(model, held_out, at, batch_size)
-            eps = x0 * model.states.log_snr[at].exp().mean(1).cpu()
-            errors = {
-                "x0_mse": dict(zip(map(str, indices), x0.tolist(), strict=True)),
-                "eps_mse": dict(zip(map(str, indices), eps.tolist(), strict=True)),
-            }
-        rows.append(
-            {
-                "name": contender.name,
-                "networks": len(cards),
-                "weights": sum(p.numel() for p in model.parameters()),
-                "rows": model.states.S,
-                "steps": len(contender.sampler.rows(model.states)),
-                **quality.compute(),
-                **errors,
-                **training_cost(cards),
-                "sampling_seconds_per_image": seconds / n,
-                "weights_kind": cards[0].weights,
-                "training_data": cards[0].data,
-                "table": cards[0].fingerprint,
-                "sampler": repr_sampler(contender.sampler),
-                "protocol": protocol.hash,
-                "protocol_fields": dataclasses.asdict(protocol),
-                "source": str(contender.source),
-            }
-        )
-    quality.reset()
-    quality.add(held_out.images)
-    protocol = dataclasses.replace(protocol, n=len(held_out), first_seed=-1)
-    floor = {"name": f"{len(held_out)} real images, held out", **quality.compute(), "protocol": protocol.hash}
-    return rows + [floor], images
+                progress(len(numbers))
+    first = files.take(torch.arange(min(keep, files.n))) if keep else torch.empty(0)
+    return _numbers(compute(quality), quality), first
+
+
+def _numbers(values: dict[str, float] | InputError, quality: Quality) -> dict[str, Any]:
+    refused = {"refused": str(values)} if isinstance(values, InputError) else values
+    return {**refused, "n": quality.protocol.n, "protocol": quality.protocol.hash,
+            "protocol_fields": quality.protocol.fields, "protocol_line": quality.protocol.line}  # fmt: skip
+
+
+def _peak_memory(device: str) -> int:
+    """Of the device for this model, or of this process since it began."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _held_out_errors(model: Denoises, held_out: ImageSet, rows: Sequence[int], batch_size: int) -> Tensor:
-    """Mean x0 error per row, with the true labels where the model takes some."""
+    """Mean x0 error per row, with the true labels where the model takes some; ranks share the batches."""
     if model.classes and not 0 <= int(held_out.labels.min()) <= int(held_out.labels.max()) < model.classes:
         raise InputError(f"the model has {model.classes} classes; the held-out images have other labels, or none")
-    parts = torch.arange(len(held_out)).split(batch_size)
+    (rank, world), batches = place(), torch.arange(len(held_out)).split(batch_size)
     device = next(iter(model.parameters())).device
-    errors = [
-        x0_errors(model, held_out.images[i], i.tolist(), rows, held_out.labels[i].to(device) if model.classes else None)
-        for i in parts
-    ]
-    return torch.cat(errors, 1).mean(1)
+    mine = {
+        k: x0_errors(
+            model, held_out.images[i], i.tolist(), rows, held_out.labels[i].to(device) if model.classes else None
+        ).sum(1)
+        for k, i in list(enumerate(batches))[rank::world]
+    }
+    sums = {k: v for part in gather(mine) for k, v in part.items()}
+    return torch.stack([sums[k] for k in range(len(batches))]).sum(0) / len(held_out)
 
 
 def repr_sampler(sampler: Sampler) -> str:
@@ -159,38 +228,85 @@ def repr_sampler(sampler: Sampler) -> str:
     return f"{type(sampler).__name__}({', '.join(f'{k}={v}' for k, v in vars(sampler).items())})"
 
 
-def _number(name: str, row: dict[str, Any]) -> str:
-    return f"{row[name]:.3f}"
+def tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The rows of each protocol, with the line that names it: numbers of different ones are never put together."""
+    lines = dict.fromkeys((r["protocol"], r["protocol_line"]) for r in rows)
+    return [(line, [r for r in rows if r["protocol"] == protocol]) for protocol, line in lines]
+
+
+def metrics_of(row: dict[str, Any]) -> list[str]:
+    """Names of the metrics of a row, without those that say how certain another is."""
+    ends = ("_bias", "_std", "_error", "_mse")
+    names = (k for k, v in row.items() if isinstance(v, float) and not k.startswith(_NOT_METRICS))
+    return [k for k in names if not any(end in k for end in ends)]
+
+
+_NOT_METRICS = ("training", "sampling", "evaluation", "images_seen")
+
+
+Columns = dict[str, Callable[[dict[str, Any]], str]]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Head and rows of text, for the terminal and the report; total compute always stands beside wall clock."""
-    metrics = [k for k in rows[0] if k.startswith(("fd_", "is_"))]
+    """Head and rows of text: the quality of models and images under one protocol.
 
-    def mean(errors: dict[str, float]) -> float:
-        return sum(errors.values()) / len(errors)
+    Raises InputError for rows of different protocols.
+    """
+    hashes = sorted({r["protocol"] for r in rows})
+    if len(hashes) > 1:
+        raise InputError(f"a table must not mix protocols, these rows have {hashes}; see tables()")
+    metrics = dict.fromkeys(m for row in rows for m in metrics_of(row))
+    columns: Columns = {
+        "states": lambda r: str(r["rows"]),
+        "NFE": lambda r: str(r["nfe"]),
+        **{m: functools.partial(_number, m) for m in metrics},
+        "eps-MSE": lambda r: f"{sum(r['eps_mse'].values()) / len(r['eps_mse']):.4f}",
+    }
+    return _text(rows, columns)
 
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "model": lambda r: r["name"],
+
+def costs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Head and rows of text: what the models cost; total compute always stands beside wall clock."""
+    columns: Columns = {
         "networks": lambda r: str(r["networks"]),
         "weights": lambda r: f"{r['weights']:,}",
-        "states": lambda r: str(r["rows"]),
-        "steps": lambda r: str(r["steps"]),
-        **{m: functools.partial(_number, m) for m in metrics},
-        "eps-MSE": lambda r: f"{mean(r['eps_mse']):.4f}",
         "images seen": lambda r: f"{r['images_seen']:,}",
         "by the longest job": lambda r: f"{r['images_seen_longest']:,}",
         "training TFLOP": lambda r: f"{r['training_flops'] / 1e12:.2f}",
         "training s, total": lambda r: f"{r['training_seconds']:.1f}",
         "longest job s": lambda r: f"{r['training_seconds_longest']:.1f}",
         "sampling ms/image": lambda r: f"{1000 * r['sampling_seconds_per_image']:.2f}",
-        "protocol": lambda r: r["protocol"],
+        "peak memory MB": lambda r: f"{r['peak_memory_bytes'] / 1e6:,.0f}",
     }
+    return _text([r for r in rows if "networks" in r], columns)
 
+
+def _text(rows: Sequence[dict[str, Any]], columns: Columns) -> list[tuple[str, ...]]:
     def cell(row: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> str:
         try:
             return text(row)
         except KeyError:  # not known of this row: another table, or images that no model made
             return ""
 
-    return [tuple(columns), *(tuple(cell(r, text) for text in columns.values()) for r in rows)]
+    body = [(r["name"], *(cell(r, text) for text in columns.values())) for r in rows]
+    kept = [i for i in range(len(columns) + 1) if any(row[i] for row in body)]
+    return [tuple(row[i] for i in kept) for row in [("model", *columns), *body]]
+
+
+def _number(name: str, row: dict[str, Any]) -> str:
+    return f"{row[name]:.3f}" if abs(row[name]) >= 0.1 else f"{row[name]:.2g}"
+
+
+def warnings_of(row: dict[str, Any]) -> list[str]:
+    """What a reader must know of a row's numbers: why there are none, or how much of them is bias."""
+    if "refused" in row:
+        return [f"{row['name']}: {row['refused']}"]
+    out = []
+    for name in (k for k in metrics_of(row) if k == "fid" or (k.startswith("fd_") and "infinity" not in k)):
+        bias = row.get("fid_bias" if name == "fid" else name.replace("fd_", "fd_bias_"), 0.0)
+        if bias > 0.05 * row[name]:
+            out.append(
+                f"{row['name']}: {name} = {row[name]:.3f}, of which about {bias:.3f} is the bias of n={row['n']:,}: "
+                "compare it with nothing of another n, or take more images"
+            )
+    return out

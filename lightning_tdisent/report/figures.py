@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,16 +79,17 @@ def errors_per_state(rows: Sequence[dict[str, Any]]) -> str:
 
 def cost(rows: Sequence[dict[str, Any]]) -> str:
     """Total compute and the longest job beside the distance reached."""
-    metric = next(k for k in rows[0] if k.startswith("fd_"))
+    metrics = [k for k in rows[0] if k == "fid" or k.startswith(("fd_", "kid_"))]
+    metric = metrics[0] if metrics and all(metrics[0] in r for r in rows) else None
     with mpl.rc_context(STYLE):
         figure = Figure((9, 0.5 + 0.42 * len(rows)))
-        axes = figure.subplots(1, 3, sharey=True)
+        axes = figure.subplots(1, 3 if metric else 2, sharey=True)
         names = [r["name"] for r in rows][::-1]
-        panels = (
-            (metric, [r[metric] for r in rows]),
+        panels = [(metric, [r[metric] for r in rows])] if metric else []
+        panels += [
             ("training TFLOP, all jobs", [r["training_flops"] / 1e12 for r in rows]),
             ("training seconds of the longest job", [r["training_seconds_longest"] for r in rows]),
-        )
+        ]
         for axis, (title, values) in zip(axes, panels, strict=True):
             bars = axis.barh(names, values[::-1], color=[COLOURS[i % 8] for i in range(len(rows))][::-1])
             axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=9)
@@ -110,7 +112,8 @@ def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
 def training_curves(folders: dict[str, Path]) -> str:
     """Training loss and, where it was measured, the distance, against images seen by that job."""
     curves = {name: read_curves(folder) for name, folder in folders.items()}
-    distance = sorted({tag for c in curves.values() for tag in c if tag.startswith("quality/fd_")})
+    drawn = [tag for c in curves.values() for tag in c if re.match(r"quality/(fid|fd_(?!bias|infinity)\w+)/", tag)]
+    distance = sorted(set(drawn), key=lambda tag: -drawn.count(tag))[:1]  # one protocol: others are not comparable
     with mpl.rc_context(STYLE):
         figure = Figure((9, 3.2))
         axes = figure.subplots(1, 2)

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tdisent.errors import InputError
 from lightning_tdisent.report import figures
-from lightning_tdisent.report.evaluate import table
+from lightning_tdisent.report.evaluate import costs, table, tables, warnings_of
 from lightning_tdisent.sampling.composite import load_model
-from lightning_tdisent.sampling.evaluation import forward_strip, grid, reverse_strip
+from lightning_tdisent.sampling.pictures import forward_strip, grid, reverse_strip
 from lightning_tdisent.sampling.sampler import probe_rows
 from lightning_tdisent.streaming.shards import ImageSet
 
@@ -33,16 +32,25 @@ pre{background:#f6f6f9;padding:.8rem 1rem;overflow-x:auto;font-size:.8rem}img{ma
 """
 
 
+LOW = ("fd", "fid", "kid", "sfd", "sfid")
+HIGH = ("is", "precision", "recall", "density", "coverage")
+
+
 def html_table(rows: Sequence[dict[str, Any]]) -> str:
     """The table of `evaluate.table`, best value of every quality column marked."""
-    head, *body = table(rows)
+    return _html(table(rows), rows)
+
+
+def _html(text: Sequence[tuple[str, ...]], rows: Sequence[dict[str, Any]]) -> str:
+    head, *body = text
     models = body[: sum("source" in r for r in rows)]  # the row of real images is no contender
     best = {}
     for column, name in enumerate(head):
-        if name.startswith("fd_") or name == "eps-MSE":
-            best[column] = min((r[column] for r in models if r[column]), key=float, default=None)
-        elif name.startswith("is_"):
-            best[column] = max((r[column] for r in models), key=float)
+        values = [r[column] for r in models if r[column]]
+        if name.partition("_")[0] in LOW or name == "eps-MSE":
+            best[column] = min(values, key=float, default=None)
+        elif name.partition("_")[0] in HIGH:
+            best[column] = max(values, key=float, default=None)
     cells = "".join(
         "<tr>"
         + "".join(
@@ -75,17 +83,20 @@ def write_report(
     notes: str = "",
 ) -> Path:
     """Write the page; ``images`` are the first samples of every contender, ``runs`` the folders with event files."""
-    hashes = {r["protocol"] for r in rows if "source" in r}
-    if len(hashes) > 1:
-        raise InputError(f"a table must not mix protocols, these rows have {sorted(hashes)}; evaluate them together")
-    models = [r for r in rows if "source" in r]
+    models = [r for r in rows if "networks" in r]
+    drawn = [c for c in contenders if c.sampler is not None]
     side = real.images.shape[-1]
     zoom = max(1, 34 // side)
     wide = lambda picture: picture.shape[-1] * zoom  # noqa: E731
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{notes}</p>" if notes else "", html_table(rows)]
+    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{notes}</p>" if notes else ""]
+    for line, alike in tables(rows):
+        parts.append(f"<p>{html.escape(line)}</p>{html_table(alike)}")
+    said = [html.escape(line) for row in rows for line in warnings_of(row)]
+    parts.append(f"<ul>{''.join(f'<li>{line}</li>' for line in said)}</ul>" if said else "")
     parts.append(
-        "<p>Distances (fd, lower is better) and scores (is) are taken in the features their name says and are "
-        "comparable with nothing else; eps-MSE is the mean over the states of the smallest table. "
+        "<p>Distances (fd, kid; lower is better) and shares (is, precision, recall, density, coverage) are taken in "
+        "the features their name says and are comparable under the same protocol alone; eps-MSE is the mean over the "
+        "states of the smallest table. "
         "The last row scores real images that no model was trained on: what a perfect model would reach with so few. "
         "Total compute counts all experts; the longest job is what one waits for with a machine for each.</p>"
     )
@@ -95,18 +106,20 @@ def write_report(
         parts.append(figures.picture(tiles, wide(tiles), html.escape(name)))
     tiles = grid(real.images[:64], 8)
     parts.append(figures.picture(tiles, wide(tiles), "real images, held out"))
-    parts.append("<h2>Where the models are right and wrong</h2>" + figures.errors_per_state(models))
-    parts.append("<h2>What it cost</h2>" + figures.cost(models))
+    if models:
+        parts.append("<h2>Where the models are right and wrong</h2>" + figures.errors_per_state(models))
+        parts.append("<h2>What it cost</h2>" + _html(costs(models), []) + figures.cost(models))
     if runs:
         parts.append("<h2>Training</h2>" + figures.training_curves(runs))
-    parts.append("<h2>From image to noise and back</h2>")
-    model = load_model(contenders[-1].source)[0]
-    shown = probe_rows(model.states.rows, 8)
-    strip = forward_strip(model, real.images[:5], shown, range(5))
-    tiles = grid(strip.flatten(0, 1), strip.shape[1])
-    levels = ", ".join(f"{float(model.states.a[s, 0]):.3g}" for s in shown)
-    parts.append(figures.picture(tiles, wide(tiles), f"Forward: x_0, then signal coefficients a = {levels}."))
-    for contender in contenders:
+    if drawn:
+        parts.append("<h2>From image to noise and back</h2>")
+        model = load_model(drawn[-1].source)[0]
+        shown = probe_rows(model.states.rows, 8)
+        strip = forward_strip(model, real.images[:5], shown, range(5))
+        tiles = grid(strip.flatten(0, 1), strip.shape[1])
+        levels = ", ".join(f"{float(model.states.a[s, 0]):.3g}" for s in shown)
+        parts.append(figures.picture(tiles, wide(tiles), f"Forward: x_0, then signal coefficients a = {levels}."))
+    for contender in drawn:
         strip, at = reverse_strip(load_model(contender.source)[0], contender.sampler, range(5))
         tiles = grid(strip.flatten(0, 1), strip.shape[1])
         caption = f"Reverse, {html.escape(contender.name)}: rows {', '.join(map(str, at))}."

@@ -1,6 +1,7 @@
 """A finished comparison on disk: what was compared, the numbers, the first samples, and the page made of them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -13,35 +14,42 @@ from torch import Tensor
 from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
-from lightning_tdisent.metrics.features import load_features
-from lightning_tdisent.report.evaluate import Contender, evaluate, table
+from lightning_tdisent.metrics.features import FeatureNetwork, load_features
+from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.metrics.reference import place
+from lightning_tdisent.report.evaluate import Contender, costs, evaluate, table, tables, warnings_of
 from lightning_tdisent.report.page import write_report
 from lightning_tdisent.sampling.composite import find_files
+from lightning_tdisent.sampling.evaluation import real_images
 from lightning_tdisent.sampling.expert import read_card
 from lightning_tdisent.sampling.sampler import Sampler
 from lightning_tdisent.streaming.shards import ImageSet, load
 from lightning_tdisent.streaming.tars import find
+
+NEAREST = 60_000  # real images among which the report looks for copies
 
 
 @dataclass
 class Study:
     """Contenders, the real images they are measured on, and the folder that keeps the results.
 
-    split: held-out images, its first n_held_out, for the errors per state; reference: those of the distances.
-    contenders: dicts of name, source (a run, composite or file) and sampler (class path and arguments); runs: folders
-    with event files for the curves; the other fields as in `report.evaluate`.
+    contenders: dicts of name, source and sampler (class path and arguments), or None where the source holds images;
+    protocol: a preset, or a mapping of ``preset`` and fields of `Protocol` that differ; n, first_seed, reference (its
+    split): those that most often do; weights: of its feature network, where it needs a file. split: held-out images,
+    its first n_held_out, for the errors per state; runs: folders with event files for the curves.
     """
 
     out: str
     title: str
     contenders: list[dict[str, Any]]
     data: str
-    features: str
+    protocol: str | dict[str, Any]
+    weights: str | None = None
     split: str = "test"
-    reference: str = "train"
+    reference: str | None = None
     n_held_out: int = 1000
-    n: int = 1000
-    first_seed: int = 0
+    n: int | None = None
+    first_seed: int | None = None
     batch_size: int = 250
     device: str = "cpu"
     notes: str = ""
@@ -68,27 +76,50 @@ class Study:
         if len(set(names)) < len(names):
             raise InputError(f"contenders must have different names, got {names}")
         self._contenders()
-        load_features(self.features)
-        for split in (self.split, self.reference, "train"):
+        self._network()
+        for split in {self.split, self._protocol.split}:
             find(self.data, split)
 
+    @property
+    def _protocol(self) -> Protocol:
+        return Protocol.preset(self.protocol, n=self.n, first_seed=self.first_seed, split=self.reference)
+
+    def _network(self, channels: int = 3) -> FeatureNetwork:
+        p = self._protocol
+        return load_features(p.features, self.weights, p.resize, p.dtype, channels)
+
     def _contenders(self) -> list[Contender]:
-        return [Contender(c["name"], Path(c["source"]), build(c["sampler"], Sampler)) for c in self.contenders]
+        return [
+            Contender(c["name"], Path(c["source"]), build(c["sampler"], Sampler) if c["sampler"] else None)
+            for c in self.contenders
+        ]
+
+    def _shape(self) -> tuple[int, int | None]:
+        """Channels of the images and their side: the first model's, else what the features take."""
+        for c in self._contenders():
+            if c.sampler is not None:
+                channels, side, _ = read_card(find_files(c.source)[0]).network["init_args"]["shape"]
+                return channels, side
+        shape = self._network().shape
+        return (shape[0], shape[1]) if shape else (3, None)
 
     def _real(self, split: str, limit: int | None = None) -> ImageSet:
-        channels = read_card(find_files(self.contenders[0]["source"])[0]).network["init_args"]["shape"][0]
-        return load(self.data, split, channels, limit)
+        channels, size = self._shape()
+        return load(self.data, split, channels, limit, size)
 
     def evaluate(self) -> None:
-        """Measure every contender and keep the results."""
-        contenders = self._contenders()
-        with Progress(transient=True) as bar:
-            tasks = {c.name: bar.add_task(f"sampling {c.name}", total=self.n) for c in contenders}
-            splits = self._real(self.reference), self._real(self.split, self.n_held_out)
+        """Measure every contender and keep the results; the first rank writes them."""
+        contenders, protocol, (channels, size) = self._contenders(), self._protocol, self._shape()
+        first = place()[0] == 0
+        with Progress(transient=True, disable=not first) as bar:
+            tasks = {c.name: bar.add_task(f"measuring {c.name}", total=protocol.n // place()[1]) for c in contenders}
             rows, images = evaluate(
-                contenders, *splits, self.features, self.n, self.first_seed, self.batch_size, self.device,
+                contenders, protocol, self._network(channels), real_images(self.data, protocol.split, channels, size),
+                self._real(self.split, self.n_held_out), self.batch_size, self.device,
                 progress=lambda name, count: bar.advance(tasks[name], count),
             )  # fmt: skip
+        if not first:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "results.json", json.dumps(rows, indent=1).encode())
         save_file({k: v.contiguous() for k, v in images.items()}, self.folder / "samples.safetensors")
@@ -104,15 +135,12 @@ class Study:
         kept = load_file(self.folder / "samples.safetensors")
         return {c["name"]: kept[c["name"]] for c in self.contenders}
 
-    def rich_table(self) -> Table:
-        """The table for the terminal."""
-        head, *body = table(self.rows)
-        out = Table(title=self.title, show_lines=False)
-        for i, name in enumerate(head):
-            out.add_column(name, justify="left" if i == 0 else "right")
-        for row in body:
-            out.add_row(*row)
-        return out
+    def lines(self) -> list[Table | str]:
+        """For the terminal: a table per protocol, what the models cost, and what must be known of the numbers."""
+        out: list[Table | str] = [_table(line, table(rows)) for line, rows in tables(self.rows)]
+        cost = costs(self.rows)
+        notes = [f"note: {said}" for row in self.rows for said in warnings_of(row)]
+        return [self.title, *out, *([_table("what it cost", cost)] if len(cost) > 1 else []), *notes]
 
     def write_report(self) -> Path:
         """Write report.html."""
@@ -123,7 +151,17 @@ class Study:
             self._images(),
             self._contenders(),
             self._real(self.split, self.n_held_out),
-            self._real(self.reference).images,
+            self._real(self._protocol.split, NEAREST).images,
             {name: Path(folder) for name, folder in self.runs.items()},
             self.notes,
         )
+
+
+def _table(title: str, text: Sequence[Sequence[str]]) -> Table:
+    head, *body = text
+    out = Table(title=title, title_justify="left")
+    for i, name in enumerate(head):
+        out.add_column(name, justify="left" if i == 0 else "right")
+    for row in body:
+        out.add_row(*row)
+    return out

@@ -116,7 +116,7 @@ STUDY = {
     },
     "contenders": {"one": {"run": "shared"}, "all": {"run": "experts", "sampler": "DPMSolver"}},
     "data": "data/digits",
-    "features": "digits",
+    "protocol": "digits",
 }
 
 

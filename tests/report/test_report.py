@@ -8,13 +8,16 @@ import torch
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.modules import ReducedStates
+from lightning_tdisent.metrics.features import load_features
+from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.report.evaluate import Contender, evaluate, table, training_cost
+from lightning_tdisent.report.evaluate import Contender, costs, evaluate, table, tables, training_cost, warnings_of
 from lightning_tdisent.report.page import nearest, write_report
 from lightning_tdisent.report.study import Study
-from lightning_tdisent.sampling.evaluation import grid, x0_errors
+from lightning_tdisent.sampling.evaluation import real_images, x0_errors
 from lightning_tdisent.sampling.expert import load_expert, save_expert
-from lightning_tdisent.sampling.sampler import DDIM
+from lightning_tdisent.sampling.pictures import grid, save_png
+from lightning_tdisent.sampling.sampler import DDIM, sample
 from lightning_tdisent.streaming.shards import load
 
 
@@ -33,28 +36,78 @@ def model(tmp_path):
 
 
 @pytest.fixture
-def sets(digits):
-    return load(digits, "train", 1), load(digits, "test", 1)
+def sets(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("TDISENT_CACHE", str(tmp_path / "cache"))
+    return real_images(digits, "train", 1), load(digits, "test", 1)
+
+
+def measured(contenders, sets, protocol="digits", **fields):
+    protocol = Protocol.preset(protocol, **{"n": 20, **fields})
+    return evaluate(contenders, protocol, load_features(protocol.features), *sets, batch_size=7)
 
 
 def test_rows_say_what_was_measured(model, sets):
     few, other = model("few", S=4), model("native", S=4, kind="native", terminal_bound=1.0)
     contenders = [Contender("few", few, DDIM()), Contender("native", other, DDIM(steps=2))]
-    rows, images = evaluate(contenders, *sets, "digits", 20, first_seed=5, batch_size=7)
+    rows, images = measured(contenders, sets, first_seed=5)
     first, native, real = rows
     denoiser = load_expert(few / "model.safetensors")[0]
     errors = x0_errors(denoiser, sets[1].images, range(297), [1, 2, 3, 4]).mean(1)
     assert list(first["x0_mse"].values()) == pytest.approx(errors.tolist())
     assert list(first["eps_mse"].values()) == pytest.approx((errors * denoiser.states.log_snr[1:, 0].exp()).tolist())
     assert "eps_mse" not in native  # other noise levels at the same indices
-    assert (first["steps"], native["steps"]) == (4, 2)
+    assert (first["nfe"], native["nfe"]) == (4, 2)
     assert first["protocol"] == native["protocol"] != real["protocol"]
+    assert (first["n"], real["n"]) == (20, 297)
+    assert (first["ranks"], first["sampling_seconds_per_image"] > 0, first["peak_memory_bytes"] > 1e7) == (1, 1, 1)
     assert (first["images_seen"], first["training_seconds"]) == (1000, 2.0)
     assert real["fd_digits"] < first["fd_digits"]
     assert images["few"].shape == (20, 1, 8, 8)
-    text = table(rows)
+    (line, models), (_, alone) = tables(rows)  # numbers of different protocols are in no table together
+    assert ([r["name"] for r in models], alone) == (["few", "native"], [real])
+    assert first["protocol"] in line
+    assert "seeds 5..24" in line
+    text = table(models)
     assert len({len(row) for row in text}) == 1
-    assert text[3][0] == "297 real images, held out"
+    assert text[0][:4] == ("model", "states", "NFE", "fd_digits")
+    assert text[1][3] == f"{first['fd_digits']:.3f}"
+    assert costs(rows)[1][3] == "1,000"
+    assert "of which about" in warnings_of(first)[0]
+    with pytest.raises(InputError, match="must not mix protocols"):
+        table(rows)
+
+
+def test_files_of_images_have_the_numbers_of_the_seeds_that_made_them(model, sets, tmp_path, digits):
+    folder = model("few", S=4)
+    denoiser = load_expert(folder / "model.safetensors")[0]
+    for seed, image in enumerate(torch.cat(list(sample(denoiser, DDIM(), range(20))))):
+        save_png(image, tmp_path / "pictures" / f"{seed:06d}.png")
+    contenders = [
+        Contender("model", folder, DDIM()),
+        Contender("files", tmp_path / "pictures", None),
+        Contender("shards", digits, None),
+    ]
+    (first, files, shards, _), images = measured(contenders, sets, score_splits=2)
+    for name in ("fd_digits", "is_digits", "is_std_digits", "kid_digits", "recall_digits"):
+        assert files[name] == pytest.approx(first[name], rel=1e-12)
+    assert torch.equal(images["files"], images["model"])
+    assert first["protocol"] != files["protocol"]  # seeds say more than files
+    assert abs(shards["fd_digits"]) < 1e-6  # the reference itself
+    assert (shards["n"], shards["precision_digits"]) == (1500, 1)
+
+
+def test_one_that_cannot_be_measured_costs_no_other(model, sets, tmp_path):
+    torch.manual_seed(0)
+    module = ReducedStates(UNet([1, 8, 8], [8, 16], 1, mid_attention=False, groups=4), LatentStates(S=4))
+    for p in module.denoiser.parameters():
+        p.data.fill_(float("nan"))
+    save_expert(tmp_path / "broken" / "model.safetensors", module.denoiser, module.card("ema", 0.9))
+    contenders = [Contender("broken", tmp_path / "broken", DDIM()), Contender("good", model("few", S=4), DDIM())]
+    (broken, good, _), _ = measured(contenders, sets)
+    assert "all 20 images are the same" in broken["refused"]
+    assert warnings_of(broken) == [f"broken: {broken['refused']}"]
+    assert good["fd_digits"] > 0
+    assert table([broken, good])[1][3] == ""
 
 
 def test_cost_counts_every_expert_and_a_shared_start_once(model):
@@ -74,21 +127,24 @@ def test_cost_counts_every_expert_and_a_shared_start_once(model):
 
 def test_the_wrong_features_and_steps_are_refused_before_any_work(model, sets):
     with pytest.raises(InputError, match="5 steps on a table of 4"):
-        evaluate([Contender("few", model("few", S=4), DDIM(steps=5))], *sets, "digits", 20)
+        measured([Contender("few", model("few", S=4), DDIM(steps=5))], sets)
     with pytest.raises(InputError, match="features 'mnist' take"):
-        evaluate([Contender("x", model("x", S=4), DDIM())], *sets, "mnist", 20)
+        measured([Contender("x", model("x", S=4), DDIM())], sets, "mnist")
     with pytest.raises(InputError, match="two images at least"):
-        evaluate([Contender("y", model("y", S=4), DDIM())], *sets, "digits", 1)
+        measured([Contender("y", model("y", S=4), DDIM())], sets, n=1)
+    with pytest.raises(InputError, match="does not exist"):
+        measured([Contender("y", "nowhere", None)], sets)
 
 
-def test_a_page_never_mixes_protocols(model, sets, tmp_path):
-    contender = Contender("few", model("few", S=4), DDIM())
-    rows = [{"protocol": "a", "source": "x"}, {"protocol": "b", "source": "y"}]
-    with pytest.raises(InputError, match=r"must not mix protocols.*\['a', 'b'\]"):
-        write_report(tmp_path / "r.html", "t", rows, {}, [contender], sets[1])
+def test_a_page_of_files_alone_has_a_table_per_protocol(sets, tmp_path, digits):
+    contenders = [Contender("a", digits, None)]
+    rows, images = measured(contenders, sets)
+    page = write_report(tmp_path / "r.html", "t", rows, images, contenders, sets[1]).read_text()
+    assert page.count("<table>") == 2
+    assert all(row["protocol"] in page for row in rows)
 
 
-def test_a_study_is_kept_and_shown_again(model, digits, tmp_path):
+def test_a_study_is_kept_and_shown_again(model, sets, digits, tmp_path):
     spec = {"class_path": "lightning_tdisent.DDIM", "init_args": {}}
     folder = model("few", S=4)
     contenders = [{"name": "few & <fair>", "source": str(folder), "sampler": spec}]
