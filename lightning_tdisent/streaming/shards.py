@@ -370,7 +370,8 @@ _opened = lru_cache(128)(_Descriptor)
 
 def _pread(url: str, begin: int, size: int) -> bytes | Exception:
     try:
-        return os.pread(_opened(url).number, size, begin)
+        file = _opened(url)  # held: another thread may have the cache let go of it
+        return os.pread(file.number, size, begin)
     except OSError as error:
         return error
 

@@ -1,6 +1,7 @@
 """A folder of shards is read as it was written, or what is wrong with it is named."""
 
 import io
+import os
 import tarfile
 
 import pytest
@@ -9,6 +10,7 @@ from making import opened, save_index, zipped
 from PIL import Image
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.streaming import shards as streaming
 from lightning_tdisent.streaming.shards import load
 from lightning_tdisent.streaming.tars import find
 
@@ -108,3 +110,16 @@ def test_the_digits_are_the_scans_of_scikit_learn(digits):
     mine = torch.cat([p.images for p in parts]).flatten(1).double() * 16 / 255
     both = sorted(map(tuple, torch.cat([torch.cat([p.labels for p in parts])[:, None], mine.round()], 1).tolist()))
     assert both == sorted((float(y), *x) for x, y in zip(scans, labels, strict=True))
+
+
+def test_a_file_stays_open_while_it_is_read(shards, monkeypatch):
+    # another thread that opens many shards, or this one at the same moment, makes the cache let go of it
+    save_index(shards)
+    data, read = opened(shards), os.pread
+
+    def late(*place):
+        streaming._opened.cache_clear()
+        return read(*place)
+
+    monkeypatch.setattr(os, "pread", late)
+    assert data.batch(range(30))["label"].tolist() == list(range(30))
