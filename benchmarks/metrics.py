@@ -1,0 +1,138 @@
+"""Cost of the metrics: the Frechet distance beside torchmetrics', and quality during a training beside that training.
+
+Distance. Two sets of 10,000 features of Inception's width, 2,048, with a spectrum that falls as features' do, go into
+`FrechetDistance` and torchmetrics' `FrechetInceptionDistance` (its network passes them through). Both keep float64
+sums; ``compute`` is then called in turn, which goes first alternates, and the result is the median of the ratios of
+the pairs. Ours has the reference's moments, as torchmetrics has the sums of its real images. Their values must agree.
+
+Training. The digits' reduced model is trained by its YAML with SampleQuality of n = 1,000; its time in a validation is
+taken relative to that of the training steps between two validations. The reference is in the cache, as in any second
+run. A GPU is used if there is one.
+
+Evaluation. `score` of n images with small features against sampling alone: what extracting features adds (on a GPU
+they overlap).
+
+    OMP_NUM_THREADS=1 python benchmarks/metrics.py [--quick]
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from statistics import median
+
+import torch
+from _machine import describe, quartiles, timed
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from lightning_tdisent.lit.callbacks.quality import SampleQuality
+from lightning_tdisent.lit.entry import run
+from lightning_tdisent.metrics.distances import Moments
+from lightning_tdisent.metrics.features import load_features
+from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.metrics.scores import FrechetDistance
+from lightning_tdisent.sampling.composite import load_model
+from lightning_tdisent.sampling.evaluation import open_quality, real_images, score
+from lightning_tdisent.sampling.sampler import DPMSolver, sample
+
+ROOT = Path(__file__).parents[1]
+WIDTH = 2048
+
+
+class Passed(nn.Module):
+    """Features that are given as they are."""
+
+    num_features = WIDTH
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x
+
+
+def features(n: int, seed: int) -> Tensor:
+    """(n, WIDTH) with eigenvalues falling as 1/k, not negative."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(WIDTH, WIDTH, generator=generator) / torch.arange(1, WIDTH + 1).sqrt()[:, None]
+    return (torch.randn(n, WIDTH, generator=generator) @ mixing / 8 + 0.4).relu()
+
+
+def distance(n: int, pairs: int) -> tuple[float, float, float]:
+    """Median ratio theirs / ours of compute, ours in seconds, and the relative difference of the values."""
+    real, fake = features(n, 0), features(n, 1)
+    ours, theirs = FrechetDistance(Moments.of(real)), FrechetInceptionDistance(Passed(), normalize=False)
+    adding: list[list[float]] = [[], []]
+    for part in range(0, n, 500):
+        theirs.update(real[part : part + 500], real=True)
+        adding[0].append(timed(lambda: ours.update(fake[part : part + 500])))  # noqa: B023
+        adding[1].append(timed(lambda: theirs.update(fake[part : part + 500], real=False)))  # noqa: B023
+    times: list[list[float]] = [[], []]
+    values = [0.0, 0.0]
+    for pair in range(pairs):
+        for which in (0, 1) if pair % 2 else (1, 0):
+            metric = (ours, theirs)[which]
+            metric._computed = None
+            begin = time.perf_counter()
+            values[which] = float(metric.compute())
+            times[which].append(time.perf_counter() - begin)
+    ratios = [b / a for a, b in zip(*times, strict=True)]
+    print(f"compute, {n:,} x {WIDTH}: ours {quartiles(times[0])} s, torchmetrics {quartiles(times[1])} s")
+    print(f"ratio {quartiles(ratios)}; values {values[0]:.6f} and {values[1]:.6f}")
+    print(f"update of 500: ours {quartiles(adding[0])} s, torchmetrics {quartiles(adding[1])} s")
+    return median(ratios), median(times[0]), abs(values[0] / values[1] - 1)
+
+
+def training(steps: int) -> tuple[float, float]:
+    """Seconds of SampleQuality in a validation relative to those of the steps between two, and the seconds."""
+    spent: list[float] = []
+    inner = SampleQuality.on_validation_epoch_end
+
+    def watched(self: SampleQuality, *args: object) -> None:
+        spent.append(timed(lambda: inner(self, *args)))  # type: ignore[arg-type]
+
+    SampleQuality.on_validation_epoch_end = watched  # type: ignore[method-assign, assignment]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TDISENT_CACHE"] = f"{folder}/cache"
+        words = (
+            f"--trainer.max_steps {steps} --trainer.val_check_interval {steps // 2} --trainer.callbacks+=SampleQuality"
+        )
+        words += " --trainer.callbacks.protocol=digits --trainer.callbacks.n=1000"
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(["fit", "--config", "experiments/digits/reduced8.yaml", *words.split(), "--run", f"{folder}/run"])
+        model, cards = load_model(f"{folder}/run")
+        per_step = cards[0].seconds / steps
+        quality = open_quality(
+            Protocol.preset("digits", metrics=("fd", "is", "kid", "prdc")), load_features("digits"),
+            real_images("data/digits", "train", 1), [1, 8, 8],
+        )  # fmt: skip
+        alone = timed(lambda: list(sample(model, DPMSolver(), range(1000))))
+        added = [timed(lambda: score(model, DPMSolver(), quality)) / alone for _ in range(3)]
+    interval = 800 * per_step  # of the YAML
+    share = min(spent[1::2]) / interval
+    print(f"quality of 1,000 digits: {min(spent[1::2]):.2f} s in a validation, {interval:.1f} s of 800 training steps")
+    print(f"score of 1,000 digits: {median(added):.3f} of sampling alone, which takes {alone:.2f} s")
+    return share, median(added)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="under 50 s on 2 cores")
+    quick = parser.parse_args().quick
+    os.chdir(ROOT)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    describe("torchmetrics", "lightning", "numpy")
+    speedup, seconds, apart = distance(10_000, 3 if quick else 9)
+    share, added = training(100 if quick else 1600)
+    print(
+        f"RESULT frechet_speedup={speedup:.2f} frechet_s={seconds:.2f} frechet_difference={apart:.1e} "
+        f"quality_share={share:.3f} score_ratio={added:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
