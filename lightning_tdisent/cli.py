@@ -196,6 +196,8 @@ def _device(name: str) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)
     if name == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
@@ -284,11 +286,8 @@ def _ranks(device: str) -> Iterator[str]:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         _device(device)
-        import torch
-
-        torch.cuda.set_device(device)
     # ranks wait for each other at the end alone, and that may be hours after the first is done
-    dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=datetime.timedelta(days=1))
+    dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=datetime.timedelta(hours=12))
     try:
         yield device
     finally:
@@ -339,7 +338,7 @@ def _finish(study: "Study") -> None:
     for part in study.lines():
         console.print(part, highlight=False)
     print(f"numbers: {study.folder / 'results.json'}\nreport: {study.write_report()}")
-    refused = [f"{row['name']}: {row['refused']}" for row in study.rows if "refused" in row]
+    refused = [f"{row['name']}: {row['refused']}" for row in study.rows if "refused" in row and "source" in row]
     if refused:
         raise InputError("; ".join(refused))
 

@@ -114,7 +114,7 @@ def _check(folder: Path) -> int:
 def _loaded(folder: Path) -> nn.Module:
     """Only transformers knows how the names in published files became those of its modules."""
     if importlib.util.find_spec("transformers") is None:
-        raise InputError("features dinov2: transformers is not installed: pip install 'lightning_tdisent[dinov2]'")
+        raise Unavailable("features dinov2: transformers is not installed: pip install 'lightning_tdisent[dinov2]'")
     from transformers.models.dinov2 import Dinov2Model
 
     try:

@@ -90,15 +90,16 @@ def _factor(c: Tensor) -> Tensor:
 
 
 def frechet_infinity(real: Moments, features: Tensor) -> tuple[float, float]:
-    """Frechet distance extrapolated to infinitely many generated images, and its standard error (1911.07023).
+    """Frechet distance extrapolated to infinitely many generated images, with its standard error (1911.07023).
 
     The bias of n images is close to b/n: the line over 1/n through the distance of all images and the mean of those of
     their halves meets 0 at the estimate. The error is that of the distance itself to first order, the deviation of
-    its influence function over sqrt(n). features (n, d), n > 2 d; the bias of a finite reference stays.
+    its influence function over sqrt(n). features (n, d); with n < 10 d, where the bias is not yet b/n, refused. The
+    bias of a finite reference stays.
     """
     n, d = features.shape
-    if n // 2 <= d:
-        raise InputError(f"fd_infinity: half the images must outnumber the {d} features, got {n} images")
+    if n < 10 * d:
+        raise InputError(f"fd_infinity: {d} features need {10 * d:,} images at least, got {n:,}")
     f = features.double()
     fake, halves = Moments.of(f), [Moments.of(f[i::2]) for i in range(2)]
     whole, half = frechet(real, fake), sum(frechet(real, part) for part in halves) / 2

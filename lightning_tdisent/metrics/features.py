@@ -37,7 +37,8 @@ class FeatureNetwork(Part, nn.Module, ABC):
 
     name: after the data it was trained on; shape: (C, H, W) of the images it takes, None for any; num_features: d;
     classes, num_spatial: widths of logits and spatial features, None where it has none; resize: how images come to
-    the size of its input; weights_sha256: of the file, or of the numbers, that make it what it is; packages: those
+    the size of its input; dtype: of its arithmetic; weights_sha256: of the file,
+    or of the numbers, that make it what it is; packages: those
     whose code it is.
     """
 
@@ -47,6 +48,7 @@ class FeatureNetwork(Part, nn.Module, ABC):
     classes: int | None = None
     num_spatial: int | None = None
     resize = "none"
+    dtype = "float32"
     weights_sha256 = ""
     packages: tuple[str, ...] = ()
 
@@ -69,7 +71,8 @@ class FeatureNetwork(Part, nn.Module, ABC):
             wanted = self.shape or "[C, H, W]"
             raise InputError(f"features {self.name}: takes images of {wanted}, got {list(images.shape[1:])}")
         if images.device.type != "cpu":
-            return self.extract(images)
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):  # float32 is float32
+                return self.extract(images)
         blocks = [self.extract(filled(block)) for block in images.split(BLOCK)]
         parts = ([p for p in part if p is not None] for part in zip(*blocks, strict=True))
         features, logits, spatial = (torch.cat(part)[: len(images)] if part else None for part in parts)
@@ -125,7 +128,7 @@ class WhitenedClassifier(FeatureNetwork):
     number of features. `whiten` sets the first convolution, which is not trained.
     """
 
-    def __init__(self, shape: list[int], classes: int = 10, widths: tuple[int, ...] = (64, 256, 256)) -> None:
+    def __init__(self, shape: list[int], classes: int = 10, widths: tuple[int, ...] = (64, 256, 320)) -> None:
         super().__init__()
         self.shape, self.classes, self.widths = shape, classes, tuple(widths)
         self.num_features = widths[-1]
@@ -145,10 +148,15 @@ class WhitenedClassifier(FeatureNetwork):
         filters = (vectors / (values + 5e-4).sqrt()).T.float().view(-1, *self.whitening.weight.shape[1:])
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
 
-    def extract(self, images: Tensor) -> Extracted:
-        """The pooled activations and the logits."""
+    def once(self, images: Tensor) -> Extracted:
+        """Pooled activations and logits of images as they are, to train on."""
         features = self.body(self.whitening(images.float() / 127.5 - 1))
         return Extracted(features, self.head(features) / 9)
+
+    def extract(self, images: Tensor) -> Extracted:
+        """Means of those of the images and of their mirror images."""
+        one, other = self.once(images), self.once(images.flip(3))
+        return Extracted((one.features + other.features) / 2, (one.logits + other.logits) / 2)  # type: ignore[operator]
 
 
 def _stage(inside: int, outside: int) -> nn.Sequential:
@@ -214,12 +222,13 @@ def save_classifier(path: Path, network: FeatureNetwork, dtype: torch.dtype = to
 
 
 def load_features(
-    name: str, weights: str | None = None, resize: str | None = None, dtype: str = "float32", channels: int = 3
+    name: str, weights: str | None = None, resize: str | None = None, dtype: str | None = None, channels: int = 3
 ) -> FeatureNetwork:
     """The feature network of a protocol, frozen: a shipped classifier, ``random``, ``inception`` or ``dinov2``.
 
-    weights: of the last two, see there; channels: of the images, for ``random``.
+    weights, resize, dtype: of the last two, see there; channels: of the images, for ``random``.
     """
+    dtype = dtype or "float32"
     if name == "inception":
         from lightning_tdisent.metrics.inception import Inception
 

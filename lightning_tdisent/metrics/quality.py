@@ -1,6 +1,7 @@
 """`Quality`: every metric of one protocol from one pass over the images, the same under any split over ranks."""
 
 import dataclasses
+import functools
 import warnings
 
 import torch
@@ -32,23 +33,37 @@ class Quality:
         asked = set(protocol.metrics)
         self.metrics: dict[str, Metric] = {}
         if "fd" in asked:
-            self.metrics["fd"] = FrechetDistance(reference.moments)
+            self.metrics["fd"] = FrechetDistance(reference.moments, protocol.n)
         if "sfd" in asked:
             if reference.spatial is None:
                 raise InputError(f"sfd: {protocol.features} has no features with places; leave it out of metrics")
-            self.metrics["sfd"] = FrechetDistance(reference.spatial)
+            self.metrics["sfd"] = FrechetDistance(reference.spatial, protocol.n)
         if "is" in asked:
             if network.classes is None:
                 raise InputError(f"is: {protocol.features} names no classes; leave it out of metrics")
-            self.metrics["is"] = InceptionScore(network.classes, protocol.n, protocol.score_splits, protocol.score_seed)
+            self.metrics["is"] = InceptionScore(network.classes, protocol.n, *protocol.parts)
         if pairs := asked & {"kid", "prdc", "fd_infinity"}:
-            self.metrics["pairs"] = PairMetrics(reference.moments, reference.kept, sorted(pairs), protocol.neighbours)
-        if "fd" in asked:
-            self.bias = frechet_bias(reference.moments.covariance, protocol.n, reference.moments.n)
+            self.metrics["pairs"] = PairMetrics(
+                reference.moments, reference.kept, sorted(pairs), protocol.neighbours, expected=protocol.n
+            )
+        if "fd_infinity" in asked and protocol.n < 10 * network.num_features:
+            least = 10 * network.num_features
+            raise InputError(
+                f"fd_infinity: {network.num_features} features need {least:,} images at least, got n={protocol.n:,}"
+            )
 
-    def of(self, n: int) -> "Quality":
-        """The same for n images that come from files."""
-        protocol = dataclasses.replace(self.protocol, n=n, first_seed=None, labels="")
+    @functools.cached_property
+    def bias(self) -> float:
+        """`frechet_bias` of this many images."""
+        return frechet_bias(self.reference.moments.covariance, self.protocol.n, self.reference.moments.n)
+
+    def of(self, n: int, fewer: bool = False) -> "Quality":
+        """The same for n images that come from files; fewer: without the metrics that need more of them."""
+        protocol = self.protocol.of_files(n)
+        if fewer:
+            enough = {"fd_infinity": 10 * self.network.num_features, "prdc": protocol.neighbours + 1}
+            kept = tuple(m for m in protocol.metrics if n >= enough.get(m, 2))
+            protocol = dataclasses.replace(protocol, metrics=kept or ("fd",))
         return Quality(protocol, self.network, self.reference).to(self.device)
 
     @property
@@ -63,8 +78,11 @@ class Quality:
         return self
 
     def add(self, images: Tensor, numbers: Tensor) -> None:
-        """Add uint8 images (B, C, H, W), with their numbers 0..n-1, int64 (B,)."""
-        found = self.network(images.to(self.device))
+        """Add uint8 images (B, C, H, W), with their numbers 0..n-1, int64 (B,).
+
+        On a GPU nothing waits for it if both are there.
+        """
+        found, numbers = self.network(images.to(self.device)), numbers.to(self.device)
         for name, metric in self.metrics.items():
             if name == "is":
                 metric.update(found.logits, numbers)
@@ -78,14 +96,20 @@ class Quality:
         out: dict[str, float] = {}
         for metric in self.metrics.values():
             if isinstance(metric, FeatureList):  # a rank without images has something to send all the same
-                metric.update(torch.empty(0, self.network.num_features), torch.empty(0, dtype=torch.int64))
+                none = torch.empty(0, dtype=torch.int64, device=self.device)
+                metric.update(torch.empty(0, self.network.num_features, device=self.device), none)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*was called before the ``update``.*")  # more ranks than images
             for name, metric in self.metrics.items():
-                value = metric.compute()
+                try:
+                    value = metric.compute()
+                except InputError:
+                    if metric._is_synced:  # torchmetrics leaves it so
+                        metric.unsync()
+                    raise
                 if name == "is":
                     out["is"], out["is_std"] = map(float, value)
-                    if self.protocol.score_splits == 1:
+                    if self.protocol.parts[0] == 1:
                         del out["is_std"]
                 else:
                     out |= value if isinstance(value, dict) else {name: float(value)}

@@ -1,9 +1,11 @@
 """Statistics of the real images, computed once for each data set and protocol, and kept."""
 
+import contextlib
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.metrics.distances import Moments
 from lightning_tdisent.metrics.features import FeatureNetwork
@@ -42,7 +45,7 @@ def reference(
     """Statistics of the real images that a resolved protocol names, from the cache if they are there.
 
     take: numbers, int64 (B,), to uint8 images (B, C, H, W); each rank takes its share, and all get the same. A file
-    whose bytes have changed is refused, and made anew.
+    whose bytes have changed is refused with a warning, and made anew.
     """
     path = cache_folder() / "reference" / f"{protocol.real}-{protocol.reference}.safetensors"
     try:
@@ -56,8 +59,11 @@ def reference(
     if found is not None and complete:
         return found
     found = measure(protocol, network, take, device)
-    if place()[0] == 0:
-        _write(path, found, protocol)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one of each machine, which may have a cache of its own
+        try:
+            _write(path, found, protocol)
+        except InputError as error:
+            warnings.warn(f"{error}; the next run will measure the real images again", stacklevel=2)
     return found
 
 
@@ -72,15 +78,41 @@ def measure(
     inner = "sfd" in protocol.metrics and network.num_spatial
     spatial = FeatureMoments(inner).to(device) if inner else None
     kept.update(torch.empty(0, network.num_features, device=device), torch.empty(0, dtype=torch.int64))
-    for numbers in torch.arange(rank, max(protocol.n_real, rank), world).split(BATCH):
-        found = network(take(numbers).to(device))
-        moments.update(found.features)
-        first = numbers < protocol.kept
-        kept.update(found.features[first.to(device)], numbers[first])
-        if spatial is not None:
-            spatial.update(found.spatial)
+    chosen = spaced(protocol.n_real, protocol.n_split)
+    among = torch.zeros(protocol.n_real, dtype=torch.bool)
+    among[spaced(min(protocol.kept, protocol.n_real), protocol.n_real)] = True
+    with shared_errors():
+        for numbers in torch.arange(protocol.n_real)[rank::world].split(BATCH):
+            if not len(numbers):
+                continue
+            found = network(take(chosen[numbers]).to(device))
+            moments.update(found.features)
+            keep = among[numbers]
+            kept.update(found.features[keep.to(device)], numbers[keep])
+            if spatial is not None:
+                spatial.update(found.spatial)
     inner_moments = None if spatial is None else spatial.compute().to("cpu")
     return Reference(protocol.reference, moments.compute().to("cpu"), kept.compute().cpu(), inner_moments)
+
+
+def spaced(n: int, total: int) -> Tensor:
+    """n numbers below total, evenly spaced: shards may be sorted by class."""
+    return torch.arange(n) * total // n
+
+
+@contextlib.contextmanager
+def shared_errors() -> Iterator[None]:
+    """Raise on all ranks what one of them raises inside as `InputError`, where the others would wait for it."""
+    error: InputError | None = None
+    try:
+        yield
+    except InputError as raised:
+        error = raised
+    said = [e for e in gather(None if error is None else str(error)) if e is not None]
+    if error is not None:
+        raise error
+    if said:
+        raise InputError(said[0])
 
 
 def place() -> tuple[int, int]:
@@ -108,7 +140,7 @@ def _write(path: Path, found: Reference, protocol: Protocol) -> None:
 def _read(path: Path, key: str) -> Reference:
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-        about = dict(file.metadata())
+        about = dict(file.metadata() or {})
     said = about.pop(_KEY)
     if (now := _check(tensors, about)) != said:
         raise ValueError(f"its sha256 is {now[:12]}.., it was written with {said[:12]}..")

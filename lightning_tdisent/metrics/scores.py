@@ -39,17 +39,26 @@ class FeatureMoments(Metric):
 
 
 class FrechetDistance(FeatureMoments):
-    """`frechet` between a reference and the features added, of whatever network or layer they are."""
+    """`frechet` between a reference and the features added, of whatever network or layer they are.
+
+    expected: images that must have been added, on all ranks together, if given.
+    """
 
     higher_is_better = False
 
-    def __init__(self, reference: Moments, **kwargs: Any) -> None:
+    def __init__(self, reference: Moments, expected: int | None = None, **kwargs: Any) -> None:
         super().__init__(len(reference.mean), **kwargs)
-        self.reference = reference
+        self.reference, self.expected = reference, expected
 
     def compute(self) -> Tensor:
         """The distance, float64."""
+        _check_count(int(self.n), self.expected)
         return torch.tensor(frechet(self.reference.to(self.device), super().compute()), dtype=torch.float64)
+
+
+def _check_count(found: int, expected: int | None) -> None:
+    if expected is not None and found != expected:
+        raise InputError(f"{found:,} images were measured, the protocol says {expected:,}")
 
 
 class InceptionScore(Metric):
@@ -64,6 +73,7 @@ class InceptionScore(Metric):
     count: Tensor
     p: Tensor
     plogp: Tensor
+    part: Tensor
 
     def __init__(self, classes: int, n: int, splits: int = 1, seed: int | None = 2020, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -71,14 +81,15 @@ class InceptionScore(Metric):
         part = np.empty(n, np.int64)
         for k in range(splits):
             part[order[k * n // splits : (k + 1) * n // splits]] = k
-        self.part = torch.from_numpy(part)
+        self.expected = n
+        self.register_buffer("part", torch.from_numpy(part), persistent=False)
         self.add_state("count", torch.zeros(splits, dtype=torch.float64), "sum")
         self.add_state("p", torch.zeros(splits, classes, dtype=torch.float64), "sum")
         self.add_state("plogp", torch.zeros(splits, dtype=torch.float64), "sum")
 
     def update(self, logits: Tensor, numbers: Tensor) -> None:
         """Add logits (B, classes) of the images with these numbers, int64 (B,) in 0..n-1."""
-        part = self.part[numbers.cpu()].to(logits.device)
+        part = self.part[numbers]
         log_p = logits.double().log_softmax(1)
         p = log_p.exp()
         self.count.index_add_(0, part, torch.ones_like(p[:, 0]))
@@ -87,6 +98,7 @@ class InceptionScore(Metric):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Mean of the parts' scores, and their standard deviation (0 of one part), float64."""
+        _check_count(int(self.count.sum()), self.expected)
         if not self.plogp.isfinite().all():
             raise InputError(f"the logits of some of {int(self.count.sum())} images are NaN or infinite")
         mean = self.p / self.count[:, None]
@@ -95,14 +107,15 @@ class InceptionScore(Metric):
 
 
 class FeatureList(Metric):
-    """Features themselves, in the order of the images' numbers."""
+    """Features themselves, in the order of the images' numbers; expected: as in `FrechetDistance`."""
 
     full_state_update = False
     features: list[Tensor]
     numbers: list[Tensor]
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, expected: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.expected = expected
         self.add_state("features", [], "cat")
         self.add_state("numbers", [], "cat")
 
@@ -114,13 +127,15 @@ class FeatureList(Metric):
     def compute(self) -> Any:
         """(n, d) of all ranks."""
         features, numbers = (torch.cat(x) if isinstance(x, list) else x for x in (self.features, self.numbers))
+        _check_count(len(numbers.unique()), self.expected)
         return features[numbers.argsort()]
 
 
 class PairMetrics(FeatureList):
     """What looks at pairs of images or takes parts of them: `kernel_distance`, `precision_recall`, `frechet_infinity`.
 
-    real, kept: moments of the real images, and features (k, d) of some; asked: of kid, prdc, fd_infinity.
+    real, kept: moments of the real images, and features (k, d) of some; asked: of kid, prdc, fd_infinity,
+    which comes with the ends of its 95 % interval.
     """
 
     def __init__(self, real: Moments, kept: Tensor, asked: Sequence[str], neighbours: int = 3, **kwargs: Any) -> None:
@@ -136,5 +151,7 @@ class PairMetrics(FeatureList):
         if "prdc" in self.asked:
             out |= precision_recall(kept, features, self.neighbours)
         if "fd_infinity" in self.asked:
-            out["fd_infinity"], out["fd_infinity_error"] = frechet_infinity(self.real.to(features.device), features)
+            value, error = frechet_infinity(self.real.to(features.device), features)
+            low, high = value - 1.96 * error, value + 1.96 * error
+            out |= {"fd_infinity": value, "fd_infinity_low": low, "fd_infinity_high": high}
         return out

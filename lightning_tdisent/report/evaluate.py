@@ -1,5 +1,6 @@
 """Models side by side: one row of numbers each, from the same seeds, on the same held-out images."""
 
+import contextlib
 import dataclasses
 import functools
 import platform
@@ -20,23 +21,27 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.features import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
-from lightning_tdisent.metrics.reference import gather, place
+from lightning_tdisent.metrics.reference import gather, place, shared_errors
 from lightning_tdisent.networks.network import Network
-from lightning_tdisent.sampling.composite import load_model
+from lightning_tdisent.sampling.composite import find_files, load_model
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.evaluation import RealImages, compute, image_files, open_quality, score, x0_errors
-from lightning_tdisent.sampling.expert import Card
+from lightning_tdisent.sampling.expert import Card, sha256
 from lightning_tdisent.sampling.sampler import Sampler, probe_rows
 from lightning_tdisent.streaming.shards import ImageSet
 
 
 @dataclasses.dataclass
 class Contender:
-    """A name in the table, the weights behind it and the sampler that draws its images; None: source holds images."""
+    """A name in the table, the weights behind it and the sampler that draws its images.
+
+    Without a sampler the source holds images: a folder of them, or a split of a data set.
+    """
 
     name: str
     source: Path
     sampler: Sampler | None
+    split: str = "test"
 
 
 def _flops(network: Network, card_like: dict[str, Any]) -> float:
@@ -90,22 +95,23 @@ def evaluate(
             if model[0].shape != shape:
                 raise InputError(f"{contender.source} makes images {model[0].shape}, the real ones are {shape}")
             contender.sampler.rows(model[0].states)  # refuses more steps than rows, before any work
-    files = {
-        c.name: image_files(c.source, protocol.split, shape[0]) for c in contenders if c.sampler is None
-    }  # opened before any work, too
+            _check_labels(model[0], held_out)
+    files = {c.name: image_files(c.source, c.split, shape) for c in contenders if c.sampler is None}
     quality = open_quality(protocol, network, real, shape, device)
+    qualities = {name: quality.of(found.n) for name, found in files.items()}  # refuses too few, before any work, too
     common = _Common.of([model[0].states for model in loaded if model is not None])
     rows, images = [], dict[str, Tensor]()
     for contender, model in zip(contenders, loaded, strict=True):
         advance = functools.partial(progress, contender.name) if progress else None
         if model is None:
-            row, images[contender.name] = _of_files(files[contender.name], quality, keep, advance)
+            found = files[contender.name]
+            row, first = _of_files(found, qualities[contender.name], keep, advance)
         else:
-            row, images[contender.name] = _of_model(contender, model, quality, held_out, common, batch_size, device,
-                                                    keep, advance)  # fmt: skip
+            row, first = _of_model(contender, model, quality, held_out, common, batch_size, device, keep, advance)
+        images |= {contender.name: first} if len(first) else {}
         rows.append({"name": contender.name, **row, "source": str(contender.source)})
     held = RealImages("", len(held_out), lambda numbers: held_out.images[numbers])
-    floor, _ = _of_files(held, quality, 0)
+    floor, _ = _of_files(held, quality.of(held.n, fewer=True), 0)
     return [*rows, {"name": f"{len(held_out)} real images, held out", **floor}], images
 
 
@@ -146,11 +152,10 @@ def _of_model(
     (model, cards), sampler = loaded, contender.sampler
     assert sampler is not None
     model.to(device)
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
+    _reset_peak(device)
     start = time.perf_counter()
     scored = score(model, sampler, quality, batch_size, keep, progress)
-    parts = gather((scored.numbers, scored.images, scored.seconds))
+    parts = gather((scored.numbers, scored.images, scored.seconds, _peak(device)))
     images, order = torch.cat([p[1] for p in parts]), torch.cat([p[0] for p in parts]).argsort()
     errors: dict[str, dict[str, float]] = {}
     if at := common.rows(model.states):
@@ -168,14 +173,16 @@ def _of_model(
         **training_cost(cards),
         "sampling_seconds_per_image": sum(p[2] for p in parts) / quality.protocol.n,
         "evaluation_seconds": time.perf_counter() - start,
-        "peak_memory_bytes": _peak_memory(device),
+        "peak_memory_bytes": max(p[3] for p in parts),
         "ranks": len(parts),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
         "weights_kind": cards[0].weights,
         "training_data": cards[0].data,
         "table": cards[0].fingerprint,
         "sampler": repr_sampler(sampler),
+        "sha256": [sha256(file) for file in find_files(contender.source)],
     }
+    model.cpu()  # the next one's peak memory is its own
     return row, images[order]
 
 
@@ -183,34 +190,59 @@ def _of_files(
     files: RealImages, quality: Quality, keep: int, progress: Callable[[int], None] | None = None
 ) -> tuple[dict[str, Any], Tensor]:
     """A row of images that are there already, each rank taking its share of them."""
-    quality = quality.of(files.n)
     rank, world = place()
-    for numbers in torch.arange(files.n)[rank::world].split(250):
-        if len(numbers):
-            quality.add(files.take(numbers), numbers)
-            if progress:
-                progress(len(numbers))
-    first = files.take(torch.arange(min(keep, files.n))) if keep else torch.empty(0)
-    return _numbers(compute(quality), quality), first
+    try:
+        with shared_errors():
+            for numbers in torch.arange(files.n)[rank::world].split(250):
+                if len(numbers):
+                    quality.add(files.take(numbers), numbers)
+                    if progress:
+                        progress(len(numbers))
+            first = files.take(torch.arange(min(keep, files.n)))
+    except InputError as error:
+        return _numbers(error, quality), torch.empty(0, dtype=torch.uint8)
+    return {**_numbers(compute(quality), quality), "images": files.digest}, first
 
 
 def _numbers(values: dict[str, float] | InputError, quality: Quality) -> dict[str, Any]:
     refused = {"refused": str(values)} if isinstance(values, InputError) else values
-    return {**refused, "n": quality.protocol.n, "protocol": quality.protocol.hash,
-            "protocol_fields": quality.protocol.fields, "protocol_line": quality.protocol.line}  # fmt: skip
+    protocol = quality.protocol
+    return {
+        **refused,
+        "n": protocol.n,
+        "num_features": quality.network.num_features,
+        "protocol": protocol.hash,
+        "protocol_fields": protocol.fields,
+        "protocol_line": protocol.line,
+    }
 
 
-def _peak_memory(device: str) -> int:
-    """Of the device for this model, or of this process since it began."""
+def _reset_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # only Linux knows
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(device: str) -> int:
+    """Bytes of the device's memory, or of this process, at most since `_reset_peak`."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _check_labels(model: Denoises, held_out: ImageSet) -> None:
+    if model.classes and not 0 <= int(held_out.labels.min()) <= int(held_out.labels.max()) < model.classes:
+        raise InputError(f"the model has {model.classes} classes; the held-out images have other labels, or none")
 
 
 def _held_out_errors(model: Denoises, held_out: ImageSet, rows: Sequence[int], batch_size: int) -> Tensor:
     """Mean x0 error per row, with the true labels where the model takes some; ranks share the batches."""
-    if model.classes and not 0 <= int(held_out.labels.min()) <= int(held_out.labels.max()) < model.classes:
-        raise InputError(f"the model has {model.classes} classes; the held-out images have other labels, or none")
     (rank, world), batches = place(), torch.arange(len(held_out)).split(batch_size)
     device = next(iter(model.parameters())).device
     mine = {
@@ -226,87 +258,3 @@ def _held_out_errors(model: Denoises, held_out: ImageSet, rows: Sequence[int], b
 def repr_sampler(sampler: Sampler) -> str:
     """One line naming a sampler and its options."""
     return f"{type(sampler).__name__}({', '.join(f'{k}={v}' for k, v in vars(sampler).items())})"
-
-
-def tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The rows of each protocol, with the line that names it: numbers of different ones are never put together."""
-    lines = dict.fromkeys((r["protocol"], r["protocol_line"]) for r in rows)
-    return [(line, [r for r in rows if r["protocol"] == protocol]) for protocol, line in lines]
-
-
-def metrics_of(row: dict[str, Any]) -> list[str]:
-    """Names of the metrics of a row, without those that say how certain another is."""
-    ends = ("_bias", "_std", "_error", "_mse")
-    names = (k for k, v in row.items() if isinstance(v, float) and not k.startswith(_NOT_METRICS))
-    return [k for k in names if not any(end in k for end in ends)]
-
-
-_NOT_METRICS = ("training", "sampling", "evaluation", "images_seen")
-
-
-Columns = dict[str, Callable[[dict[str, Any]], str]]
-
-
-def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Head and rows of text: the quality of models and images under one protocol.
-
-    Raises InputError for rows of different protocols.
-    """
-    hashes = sorted({r["protocol"] for r in rows})
-    if len(hashes) > 1:
-        raise InputError(f"a table must not mix protocols, these rows have {hashes}; see tables()")
-    metrics = dict.fromkeys(m for row in rows for m in metrics_of(row))
-    columns: Columns = {
-        "states": lambda r: str(r["rows"]),
-        "NFE": lambda r: str(r["nfe"]),
-        **{m: functools.partial(_number, m) for m in metrics},
-        "eps-MSE": lambda r: f"{sum(r['eps_mse'].values()) / len(r['eps_mse']):.4f}",
-    }
-    return _text(rows, columns)
-
-
-def costs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Head and rows of text: what the models cost; total compute always stands beside wall clock."""
-    columns: Columns = {
-        "networks": lambda r: str(r["networks"]),
-        "weights": lambda r: f"{r['weights']:,}",
-        "images seen": lambda r: f"{r['images_seen']:,}",
-        "by the longest job": lambda r: f"{r['images_seen_longest']:,}",
-        "training TFLOP": lambda r: f"{r['training_flops'] / 1e12:.2f}",
-        "training s, total": lambda r: f"{r['training_seconds']:.1f}",
-        "longest job s": lambda r: f"{r['training_seconds_longest']:.1f}",
-        "sampling ms/image": lambda r: f"{1000 * r['sampling_seconds_per_image']:.2f}",
-        "peak memory MB": lambda r: f"{r['peak_memory_bytes'] / 1e6:,.0f}",
-    }
-    return _text([r for r in rows if "networks" in r], columns)
-
-
-def _text(rows: Sequence[dict[str, Any]], columns: Columns) -> list[tuple[str, ...]]:
-    def cell(row: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> str:
-        try:
-            return text(row)
-        except KeyError:  # not known of this row: another table, or images that no model made
-            return ""
-
-    body = [(r["name"], *(cell(r, text) for text in columns.values())) for r in rows]
-    kept = [i for i in range(len(columns) + 1) if any(row[i] for row in body)]
-    return [tuple(row[i] for i in kept) for row in [("model", *columns), *body]]
-
-
-def _number(name: str, row: dict[str, Any]) -> str:
-    return f"{row[name]:.3f}" if abs(row[name]) >= 0.1 else f"{row[name]:.2g}"
-
-
-def warnings_of(row: dict[str, Any]) -> list[str]:
-    """What a reader must know of a row's numbers: why there are none, or how much of them is bias."""
-    if "refused" in row:
-        return [f"{row['name']}: {row['refused']}"]
-    out = []
-    for name in (k for k in metrics_of(row) if k == "fid" or (k.startswith("fd_") and "infinity" not in k)):
-        bias = row.get("fid_bias" if name == "fid" else name.replace("fd_", "fd_bias_"), 0.0)
-        if bias > 0.05 * row[name]:
-            out.append(
-                f"{row['name']}: {name} = {row[name]:.3f}, of which about {bias:.3f} is the bias of n={row['n']:,}: "
-                "compare it with nothing of another n, or take more images"
-            )
-    return out

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_tdisent.report import figures
-from lightning_tdisent.report.evaluate import costs, table, tables, warnings_of
+from lightning_tdisent.report.table import costs, table, tables, warnings_of
 from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.pictures import forward_strip, grid, reverse_strip
 from lightning_tdisent.sampling.sampler import probe_rows
@@ -48,9 +48,9 @@ def _html(text: Sequence[tuple[str, ...]], rows: Sequence[dict[str, Any]]) -> st
     for column, name in enumerate(head):
         values = [r[column] for r in models if r[column]]
         if name.partition("_")[0] in LOW or name == "eps-MSE":
-            best[column] = min(values, key=float, default=None)
+            best[column] = min(values, key=_value, default=None)
         elif name.partition("_")[0] in HIGH:
-            best[column] = max(values, key=float, default=None)
+            best[column] = max(values, key=_value, default=None)
     cells = "".join(
         "<tr>"
         + "".join(
@@ -62,6 +62,10 @@ def _html(text: Sequence[tuple[str, ...]], rows: Sequence[dict[str, Any]]) -> st
     )
     head_cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     return f'<div class="scroll"><table><tr>{head_cells}</tr>{cells}</table></div>'
+
+
+def _value(cell: str) -> float:
+    return float(cell.partition(" [")[0])
 
 
 def nearest(images: Tensor, training: Tensor) -> Tensor:
@@ -97,7 +101,7 @@ def write_report(
         "<p>Distances (fd, kid; lower is better) and shares (is, precision, recall, density, coverage) are taken in "
         "the features their name says and are comparable under the same protocol alone; eps-MSE is the mean over the "
         "states of the smallest table. "
-        "The last row scores real images that no model was trained on: what a perfect model would reach with so few. "
+        "The last one scores real images that no model was trained on: what a perfect model would reach with so few. "
         "Total compute counts all experts; the longest job is what one waits for with a machine for each.</p>"
     )
     parts.append("<h2>The same seeds, every model</h2>")
@@ -124,15 +128,15 @@ def write_report(
         tiles = grid(strip.flatten(0, 1), strip.shape[1])
         caption = f"Reverse, {html.escape(contender.name)}: rows {', '.join(map(str, at))}."
         parts.append(figures.picture(tiles, wide(tiles), caption))
-    if training is not None:
+    if training is not None and images:
         parts.append("<h2>Are they copies?</h2>")
-        last = images[contenders[-1].name][:24]
+        name, last = list(images)[-1], list(images.values())[-1][:24]
         both = torch.stack([last, nearest(last, training)]).flatten(0, 1)
         tiles = grid(both, len(last))
-        caption = f"{html.escape(contenders[-1].name)}: samples above, the nearest training image of each below."
+        caption = f"{html.escape(name)}: samples above, the nearest training image of each below."
         parts.append(figures.picture(tiles, wide(tiles), caption))
     facts = {
-        "protocol": rows[0]["protocol_fields"],
+        "protocols": {r["protocol"]: r["protocol_fields"] for r in rows},
         "models": [
             {k: r[k] for k in ("name", "sampler", "table", "training_data", "weights_kind", "source")} for r in models
         ],

@@ -1,8 +1,9 @@
 """A finished comparison on disk: what was compared, the numbers, the first samples, and the page made of them."""
 
+import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,16 +18,17 @@ from lightning_tdisent.files import write_whole
 from lightning_tdisent.metrics.features import FeatureNetwork, load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.reference import place
-from lightning_tdisent.report.evaluate import Contender, costs, evaluate, table, tables, warnings_of
+from lightning_tdisent.report.evaluate import Contender, evaluate
 from lightning_tdisent.report.page import write_report
-from lightning_tdisent.sampling.composite import find_files
+from lightning_tdisent.report.table import costs, table, tables, warnings_of
+from lightning_tdisent.sampling.composite import find_files, holds_weights
 from lightning_tdisent.sampling.evaluation import real_images
 from lightning_tdisent.sampling.expert import read_card
 from lightning_tdisent.sampling.sampler import Sampler
 from lightning_tdisent.streaming.shards import ImageSet, load
 from lightning_tdisent.streaming.tars import find
 
-NEAREST = 60_000  # real images among which the report looks for copies
+NEAREST = 500_000_000  # bytes of real images among which the report looks for copies
 
 
 @dataclass
@@ -76,7 +78,7 @@ class Study:
         if len(set(names)) < len(names):
             raise InputError(f"contenders must have different names, got {names}")
         self._contenders()
-        self._network()
+        _ = self._network
         for split in {self.split, self._protocol.split}:
             find(self.data, split)
 
@@ -84,37 +86,47 @@ class Study:
     def _protocol(self) -> Protocol:
         return Protocol.preset(self.protocol, n=self.n, first_seed=self.first_seed, split=self.reference)
 
-    def _network(self, channels: int = 3) -> FeatureNetwork:
+    @functools.cached_property
+    def _network(self) -> FeatureNetwork:
         p = self._protocol
-        return load_features(p.features, self.weights, p.resize, p.dtype, channels)
+        return load_features(p.features, self.weights, p.resize, p.dtype, self._channels)
 
     def _contenders(self) -> list[Contender]:
         return [
-            Contender(c["name"], Path(c["source"]), build(c["sampler"], Sampler) if c["sampler"] else None)
+            Contender(c["name"], Path(c["source"]), build(c["sampler"], Sampler) if c["sampler"] else None, self.split)
             for c in self.contenders
         ]
 
-    def _shape(self) -> tuple[int, int | None]:
-        """Channels of the images and their side: the first model's, else what the features take."""
+    @property
+    def _model_shape(self) -> list[int] | None:
         for c in self._contenders():
-            if c.sampler is not None:
-                channels, side, _ = read_card(find_files(c.source)[0]).network["init_args"]["shape"]
-                return channels, side
-        shape = self._network().shape
-        return (shape[0], shape[1]) if shape else (3, None)
+            if c.sampler is not None and holds_weights(c.source):
+                shape: list[int] = read_card(find_files(c.source)[0]).network["init_args"]["shape"]
+                return shape
+        return None
+
+    @property
+    def _channels(self) -> int:
+        """Of the images: the first model's, else what the protocol is for."""
+        return self._model_shape[0] if self._model_shape else 1 if self._protocol.features in ("digits", "mnist") else 3
+
+    def _size(self) -> tuple[int, int | None]:
+        """Channels of the images, and their side where a model or the features say it."""
+        shape = self._model_shape or self._network.shape
+        return (shape[0], shape[1]) if shape else (self._channels, None)
 
     def _real(self, split: str, limit: int | None = None) -> ImageSet:
-        channels, size = self._shape()
+        channels, size = self._size()
         return load(self.data, split, channels, limit, size)
 
     def evaluate(self) -> None:
         """Measure every contender and keep the results; the first rank writes them."""
-        contenders, protocol, (channels, size) = self._contenders(), self._protocol, self._shape()
+        contenders, protocol, (channels, size) = self._contenders(), self._protocol, self._size()
         first = place()[0] == 0
         with Progress(transient=True, disable=not first) as bar:
             tasks = {c.name: bar.add_task(f"measuring {c.name}", total=protocol.n // place()[1]) for c in contenders}
             rows, images = evaluate(
-                contenders, protocol, self._network(channels), real_images(self.data, protocol.split, channels, size),
+                contenders, protocol, self._network, real_images(self.data, protocol.split, channels, size),
                 self._real(self.split, self.n_held_out), self.batch_size, self.device,
                 progress=lambda name, count: bar.advance(tasks[name], count),
             )  # fmt: skip
@@ -123,7 +135,8 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "results.json", json.dumps(rows, indent=1).encode())
         save_file({k: v.contiguous() for k, v in images.items()}, self.folder / "samples.safetensors")
-        write_whole(self.folder / "study.json", json.dumps(vars(self), indent=1).encode())
+        study = {f.name: getattr(self, f.name) for f in fields(self)}
+        write_whole(self.folder / "study.json", json.dumps(study, indent=1).encode())
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -133,7 +146,7 @@ class Study:
 
     def _images(self) -> dict[str, Tensor]:
         kept = load_file(self.folder / "samples.safetensors")
-        return {c["name"]: kept[c["name"]] for c in self.contenders}
+        return {c["name"]: kept[c["name"]] for c in self.contenders if c["name"] in kept}
 
     def lines(self) -> list[Table | str]:
         """For the terminal: a table per protocol, what the models cost, and what must be known of the numbers."""
@@ -151,7 +164,7 @@ class Study:
             self._images(),
             self._contenders(),
             self._real(self.split, self.n_held_out),
-            self._real(self._protocol.split, NEAREST).images,
+            self._real(self._protocol.split, NEAREST // self._real(self.split, 1).images.numel()).images,
             {name: Path(folder) for name, folder in self.runs.items()},
             self.notes,
         )

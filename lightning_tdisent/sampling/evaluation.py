@@ -61,27 +61,52 @@ def real_images(path: str | Path, split: str, channels: int, size: int | None = 
     shards = Shards.open(path, split, Decoder(channels, size))
     whole: list[Tensor] = []
 
+    def some(numbers: Tensor) -> Tensor:
+        batch = shards.batch(numbers.tolist())
+        if "image" not in batch:
+            raise InputError(f"{path}: holds latents, whose decoder is no part of an evaluation; name shards of images")
+        return batch["image"]
+
     def take(numbers: Tensor) -> Tensor:
         if shards.random_access:
-            parts = pool.map(lambda part: shards.batch(part.tolist())["image"], numbers.split(32))
-            return torch.cat(list(parts))
+            return _spread(some, numbers)
         if not whole:
             whole.append(shards.decoded().images)
         return whole[0][numbers]
 
-    pool = ThreadPoolExecutor(os.cpu_count())
     return RealImages(shards.digest, len(shards), take)
 
 
-def image_files(path: str | Path, split: str, channels: int, size: int | None = None) -> RealImages:
-    """Images of a folder or of any data set that `data prepare` reads, in the order of their names."""
-    source, decoder = find_source(path, split), Decoder(channels, size)
+def image_files(path: str | Path, split: str, shape: Sequence[int]) -> RealImages:
+    """Images of (C, H, W) = shape in a folder or any data set that `data prepare` reads, in the order of their names.
+
+    Raises InputError if there are fewer than two, or the first has another size; `take` does for any other.
+    """
+    source, decoder = find_source(path, split), Decoder(shape[0])
+    if len(source) < 2:
+        raise InputError(f"{path}: two images at least make a distribution, it has {len(source)}")
+
+    def one(number: int) -> Tensor:
+        item = source[number]
+        image: Tensor = decoder(item.members, f"{path}/{item.name}")["image"]
+        if list(image.shape) != list(shape):
+            raise InputError(f"{path}/{item.name} is an image of {list(image.shape)}, the real ones are {list(shape)}")
+        return image
 
     def take(numbers: Tensor) -> Tensor:
-        items = [source[n] for n in numbers.tolist()]
-        return torch.stack([decoder(item.members, f"{path}/{item.name}")["image"] for item in items])
+        return _spread(lambda part: torch.stack([one(n) for n in part.tolist()]), numbers)
 
+    one(0)
     return RealImages(source.fingerprint(), len(source), take)
+
+
+def _spread(take: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
+    """What it takes of these numbers, by a thread on each core; none is left, as processes may be forked later."""
+    parts = numbers.split(32)
+    if len(parts) == 1:
+        return take(numbers)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return torch.cat(list(pool.map(take, parts)))
 
 
 def open_quality(
@@ -125,8 +150,9 @@ def score(
     """
     (rank, world), n, first = place(), quality.protocol.n, quality.protocol.first_seed
     assert first is not None
-    numbers = torch.arange(n)[rank::world]
     device = next(iter(denoise.parameters())).device
+    numbers = torch.arange(n)[rank::world]
+    there = numbers.to(device)  # once: copying them batch by batch would make the host wait
     beside = torch.cuda.Stream(device) if device.type == "cuda" else None
     clock = _Clock(device)
     kept: list[Tensor] = []
@@ -136,7 +162,7 @@ def score(
     while done < len(numbers):
         with clock:
             batch = next(images)
-        here = numbers[done : done + len(batch)]
+        here = there[done : done + len(batch)]
         if beside is None:
             quality.add(batch, here)
         else:
@@ -144,7 +170,7 @@ def score(
             with torch.cuda.stream(beside):
                 quality.add(batch, here)
             batch.record_stream(beside)
-        if some := int((here < keep).sum()):
+        if some := int((numbers[done : done + len(batch)] < keep).sum()):
             kept.append(batch[:some].cpu())
         done += len(batch)
         if progress:
@@ -164,16 +190,19 @@ def compute(quality: Quality) -> dict[str, float] | InputError:
 
 
 class _Clock:
-    """Seconds spent inside, on a GPU by its own events, which nobody waits for until the end."""
+    """Seconds spent inside, on a GPU by its own events, which nobody waits for until the end.
+
+    There they are those of sampling beside the features of the batch before.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda, self.spent, self.events = device.type == "cuda", 0.0, list[Any]()
+        self.device, self.cuda, self.spent, self.events = device, device.type == "cuda", 0.0, list[Any]()
 
     def _now(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def __enter__(self) -> None:
@@ -189,5 +218,5 @@ class _Clock:
     @property
     def seconds(self) -> float:
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         return self.spent + sum(start.elapsed_time(end) for start, end in self.events) / 1000

@@ -10,6 +10,7 @@ halved with a box filter while twice the size or more, then bicubic, then the ce
 import io
 import math
 import struct
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ MAX_PIXELS = 89_478_485  # Pillow's bound, above which it warns; here an image a
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not those that start programs, as EPS does
 MODES = {1: "L", 3: "RGB"}
 
+_FILTERS = threading.Lock()  # of warnings: they are all threads' at once
+
 Members = Mapping[str, bytes]
 
 
@@ -42,7 +45,7 @@ def open_image(content: bytes, where: object) -> Image.Image:
     if not content:
         raise BadSample(f"{where} cannot be decoded: the image has no bytes")
     try:
-        with warnings.catch_warnings():
+        with _FILTERS, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged EXIF, odd palettes; a bomb is looked for here
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             _check_size(*image.size, where)

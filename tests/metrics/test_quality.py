@@ -263,11 +263,40 @@ def test_a_metric_that_the_network_cannot_give_is_refused(metric, lacks):
         quality_of(drawn(20), network, n=5, metrics=(metric,))
 
 
+@pytest.mark.parametrize(
+    ("metric", "numbers", "found"),
+    [("fd", range(12), 12), ("is", range(12), 12), ("kid", range(12), 12), ("kid", [0] * 20, 1)],
+)
+def test_another_number_of_images_than_the_protocol_says_is_refused(metric, numbers, found):
+    quality = quality_of(drawn(30), n=20, metrics=(metric,))
+    quality.add(drawn(len(numbers), 1), torch.tensor(list(numbers)))
+    with pytest.raises(InputError, match=f"{found} images were measured, the protocol says 20"):
+        quality.compute()
+
+
+def test_fd_infinity_comes_with_its_interval_and_needs_images():
+    real, fake = drawn(4000), drawn(400, 1) // 2
+    quality = quality_of(real, n=400, metrics=("fd", "fd_infinity"))
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    quality.add(fake[order], order)
+    found = quality.compute()
+    again = quality_of(real, n=400, metrics=("fd_infinity",))
+    again.add(fake, torch.arange(400))
+    assert again.compute()["fd_infinity_flat"] == pytest.approx(found["fd_infinity_flat"], rel=1e-9)  # in any order
+    low, value, high = (found[f"fd_infinity{end}_flat"] for end in ("_low", "", "_high"))
+    assert low < value < high
+    assert value < found["fd_flat"]
+    with pytest.raises(InputError, match="4 features need 40 images at least, got n=39"):
+        quality_of(real, n=39, metrics=("fd_infinity",))
+    assert quality.of(39, fewer=True).protocol.metrics == ("fd",)
+
+
 # --- protocol -------------------------------------------------------------------------------------------------------
 
 CHANGED = {
     "features": "mnist", "n": 11, "first_seed": 1, "split": "test", "n_real": 6, "resize": "clean", "dtype": "float64",
-    "neighbours": 4, "kept": 100, "score_splits": 2, "score_seed": None, "image_range": "x", "labels": "y",
+    "neighbours": 4, "kept": 100, "score_splits": 2, "score_seed": 1, "score_part": 3, "n_split": 9,
+    "image_range": "x", "labels": "y",
     "moments": "z", "shape": (1, 2, 3), "weights_sha256": "w", "real": "r", "versions": "v",
 }  # fmt: skip
 
@@ -284,7 +313,7 @@ def test_the_hash_changes_with_every_field_but_the_metrics():
 def test_the_reference_depends_on_the_real_images_alone():
     base = Protocol("digits")
     same = {k for k, v in CHANGED.items() if dataclasses.replace(base, **{k: v}).reference == base.reference}
-    assert same == {"n", "first_seed", "neighbours", "score_splits", "score_seed", "labels"}
+    assert same == {"n", "first_seed", "neighbours", "score_splits", "score_seed", "score_part", "labels"}
     assert dataclasses.replace(base, metrics=("sfd",)).reference != base.reference
 
 
@@ -295,7 +324,11 @@ def test_presets_are_protocols_and_differ(name):
 
 def test_presets_are_those_of_the_literature():
     adm, clean = Protocol.preset("adm"), Protocol.preset("clean")
-    assert (adm.features, adm.resize, adm.n, adm.neighbours, adm.score_splits) == ("inception", "tf1", 50_000, 3, 10)
+    assert (adm.features, adm.resize, adm.n, adm.neighbours, adm.parts) == ("inception", "tf1", 50_000, 3, (10, None))
+    assert [Protocol.preset("adm", n=n).parts[0] for n in (1000, 10_000, 12_000)] == [1, 2, 3]  # of 5,000 images
+    assert Protocol.preset("torch-fidelity", n=50).parts == (1, 2020)
+    assert Protocol.preset("torch-fidelity", n=50, score_splits=25).parts == (25, 2020)
+    assert Protocol.preset("torch-fidelity").of_files(99).parts == (1, 2020)
     assert (clean.features, clean.resize) == ("inception", "pil_bicubic")
     assert (Protocol.preset("torch-fidelity").score_seed, Protocol.preset("torchmetrics").resize) == (
         2020,
@@ -314,6 +347,14 @@ def test_presets_are_those_of_the_literature():
         (lambda: Protocol("digits", n_real=1), "n_real: two images at least"),
         (lambda: Protocol("digits", metrics=("fid",)), "there is no 'fid'. Did you mean 'fd'"),
         (lambda: Protocol("digits", score_splits=0), "score_splits: 1 to n"),
+        (lambda: Protocol("digits", metrics=()), "metrics: none is asked for"),
+        (lambda: Protocol("digits", first_seed=-1), "first_seed: image seeds must lie in"),
+        (lambda: Protocol("digits", first_seed=2**32 - 9, n=10), "first_seed: image seeds must lie in"),
+        (
+            lambda: Protocol.preset("digits", dtype="float64").resolved(Flat(), "", 9, (1, 2, 2)),
+            "dtype: digits has",
+        ),
+        (lambda: Protocol.preset("digits", resize="tf1").resolved(Flat(), "", 9, (1, 2, 2)), "resize: digits has"),
         (lambda: Protocol("digits", n=5, neighbours=5, metrics=("prdc",)), "neighbours: 1 to below.*5, got 5"),
     ],
 )
@@ -356,7 +397,7 @@ def test_a_second_run_passes_no_real_image(cache):
     again = cached(never, metrics=("fd", "sfd"), kept=10)[2]
     assert Counting.calls == calls > 0
     assert torch.equal(again.moments.covariance, first.moments.covariance)
-    assert torch.equal(again.kept, real[:10].flatten(1).float())
+    assert torch.equal(again.kept, real[::4].flatten(1).float())  # evenly spaced
     assert torch.equal(again.spatial.mean, first.spatial.mean)
     assert again.moments.n == 40
 
@@ -414,4 +455,5 @@ def test_real_images_are_taken_in_batches(monkeypatch):
     found = measure(protocol, network, lambda i: asked.append(len(i)) or real[i])
     assert asked == [7, 7, 7, 7, 2]
     assert found.moments.n == 30
-    assert torch.allclose(found.moments.mean, real[:30].flatten(1).double().mean(0))
+    chosen = [40 * k // 30 for k in range(30)]  # evenly spaced: shards may be sorted by class
+    assert torch.allclose(found.moments.mean, real[chosen].flatten(1).double().mean(0))

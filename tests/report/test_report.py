@@ -11,9 +11,10 @@ from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.report.evaluate import Contender, costs, evaluate, table, tables, training_cost, warnings_of
+from lightning_tdisent.report.evaluate import Contender, evaluate, training_cost
 from lightning_tdisent.report.page import nearest, write_report
 from lightning_tdisent.report.study import Study
+from lightning_tdisent.report.table import costs, table, tables, warnings_of
 from lightning_tdisent.sampling.evaluation import real_images, x0_errors
 from lightning_tdisent.sampling.expert import load_expert, save_expert
 from lightning_tdisent.sampling.pictures import grid, save_png
@@ -69,10 +70,11 @@ def test_rows_say_what_was_measured(model, sets):
     assert "seeds 5..24" in line
     text = table(models)
     assert len({len(row) for row in text}) == 1
-    assert text[0][:4] == ("model", "states", "NFE", "fd_digits")
-    assert text[1][3] == f"{first['fd_digits']:.3f}"
+    assert text[0][:4] == ("model", "sampler", "states", "NFE")
+    assert text[1][4] == f"{first['fd_digits']:.3f}"
     assert costs(rows)[1][3] == "1,000"
-    assert "of which about" in warnings_of(first)[0]
+    assert "20 images leave a covariance of 64 features without full rank" in warnings_of(first)[0]
+    assert "of which about" in warnings_of(real)[0]
     with pytest.raises(InputError, match="must not mix protocols"):
         table(rows)
 
@@ -85,7 +87,7 @@ def test_files_of_images_have_the_numbers_of_the_seeds_that_made_them(model, set
     contenders = [
         Contender("model", folder, DDIM()),
         Contender("files", tmp_path / "pictures", None),
-        Contender("shards", digits, None),
+        Contender("shards", digits, None, "train"),
     ]
     (first, files, shards, _), images = measured(contenders, sets, score_splits=2)
     for name in ("fd_digits", "is_digits", "is_std_digits", "kid_digits", "recall_digits"):
@@ -107,7 +109,7 @@ def test_one_that_cannot_be_measured_costs_no_other(model, sets, tmp_path):
     assert "all 20 images are the same" in broken["refused"]
     assert warnings_of(broken) == [f"broken: {broken['refused']}"]
     assert good["fd_digits"] > 0
-    assert table([broken, good])[1][3] == ""
+    assert table([broken, good])[1][4] == ""
 
 
 def test_cost_counts_every_expert_and_a_shared_start_once(model):
@@ -137,7 +139,7 @@ def test_the_wrong_features_and_steps_are_refused_before_any_work(model, sets):
 
 
 def test_a_page_of_files_alone_has_a_table_per_protocol(sets, tmp_path, digits):
-    contenders = [Contender("a", digits, None)]
+    contenders = [Contender("a", digits, None, "train")]
     rows, images = measured(contenders, sets)
     page = write_report(tmp_path / "r.html", "t", rows, images, contenders, sets[1]).read_text()
     assert page.count("<table>") == 2

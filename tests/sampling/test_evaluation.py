@@ -140,12 +140,22 @@ def test_image_files_are_taken_in_the_order_of_their_names(tmp_path, digits):
     images = load(digits, "test", 1).images[:12]
     for k, image in enumerate(images):
         save_png(image, tmp_path / "pictures" / f"{k:06d}.png")
-    found = image_files(tmp_path / "pictures", "train", 1)
+    found = image_files(tmp_path / "pictures", "train", [1, 8, 8])
     assert found.n == 12
     assert torch.equal(found.take(torch.tensor([3, 1, 11])), images[[3, 1, 11]])
-    assert torch.equal(image_files(digits, "test", 1).take(torch.arange(12)), images)  # shards, too
+    assert torch.equal(image_files(digits, "test", [1, 8, 8]).take(torch.arange(12)), images)  # shards, too
     with pytest.raises(InputError, match="does not exist"):
-        image_files(tmp_path / "nothing", "train", 1)
+        image_files(tmp_path / "nothing", "train", [1, 8, 8])
+
+
+def test_image_files_of_another_size_are_named(tmp_path):
+    for k, side in enumerate((8, 8, 6)):
+        save_png(torch.zeros(1, side, 8, dtype=torch.uint8), tmp_path / f"{k}.png")
+    found = image_files(tmp_path, "train", [1, 8, 8])
+    with pytest.raises(InputError, match=r"2.png is an image of \[1, 6, 8\], the real ones are \[1, 8, 8\]"):
+        found.take(torch.arange(3))
+    with pytest.raises(InputError, match=r"0.png is an image of \[1, 8, 8\], the real ones are \[1, 9, 9\]"):
+        image_files(tmp_path, "train", [1, 9, 9])
 
 
 def test_images_of_another_shape_are_refused(digits, cache):

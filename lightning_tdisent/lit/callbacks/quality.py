@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_tdisent.errors import InputError, Unavailable
 from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
-from lightning_tdisent.metrics.reference import gather
+from lightning_tdisent.metrics.reference import gather, shared_errors
 from lightning_tdisent.sampling.evaluation import open_quality, real_images, score
 
 
@@ -45,16 +45,22 @@ class SampleQuality(L.Callback):
             return
         data, shape, p = trainer.datamodule, pl_module.denoiser.shape, self.protocol
         missing, network = "", None
-        try:
-            network = load_features(p.features, self.weights, p.resize, p.dtype, shape[0])
-        except Unavailable as error:
-            missing = str(error)
+        with shared_errors():
+            real = real_images(data.path, p.split, shape[0], data.decoder.size)
+            try:
+                network = load_features(p.features, self.weights, p.resize, p.dtype, shape[0])
+            except Unavailable as error:
+                missing = str(error)
         if any(missing := gather(missing)):
             rank_zero_warn(f"SampleQuality is left out: {max(missing)}")
             return
         assert network is not None
-        real = real_images(data.path, p.split, shape[0], data.decoder.size)
         self._quality = open_quality(p, network, real, shape, trainer.strategy.root_device)
+        if p.n <= network.num_features:
+            rank_zero_info(
+                f"SampleQuality: n={p.n} images leave a covariance of {network.num_features} features without full "
+                f"rank; a perfect model would have a distance of about {self._quality.bias:.3f}"
+            )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: DenoiserModule) -> None:
         """Score this rank's share of the seeds and log the numbers over all."""

@@ -1,0 +1,97 @@
+"""The numbers of an evaluation as text: a table for each protocol, one of costs, and what a reader must know."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning_tdisent.errors import InputError
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The rows of each protocol, with the line that names it: numbers of different ones are never put together."""
+    lines = dict.fromkeys((r["protocol"], r["protocol_line"]) for r in rows)
+    return [(line, [r for r in rows if r["protocol"] == protocol]) for protocol, line in lines]
+
+
+def metrics_of(row: dict[str, Any]) -> list[str]:
+    """Names of the metrics of a row, without those that say how certain another is."""
+    ends = ("_bias", "_std", "_low", "_high", "_mse")
+    names = (k for k, v in row.items() if isinstance(v, float) and not k.startswith(_NOT_METRICS))
+    return [k for k in names if not any(end in k for end in ends)]
+
+
+_NOT_METRICS = ("training", "sampling", "evaluation", "images_seen")
+
+
+Columns = dict[str, Callable[[dict[str, Any]], str]]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Head and rows of text: the quality of models and images under one protocol.
+
+    Raises InputError for rows of different protocols.
+    """
+    hashes = sorted({r["protocol"] for r in rows})
+    if len(hashes) > 1:
+        raise InputError(f"a table must not mix protocols, these rows have {hashes}; see tables()")
+    metrics = dict.fromkeys(m for row in rows for m in metrics_of(row))
+    columns: Columns = {
+        "sampler": lambda r: r["sampler"].partition("(")[0],
+        "states": lambda r: str(r["rows"]),
+        "NFE": lambda r: str(r["nfe"]),
+        **{m: functools.partial(_number, m) for m in metrics},
+        "eps-MSE": lambda r: f"{sum(r['eps_mse'].values()) / len(r['eps_mse']):.4f}",
+    }
+    return _text(rows, columns)
+
+
+def costs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Head and rows of text: what the models cost; total compute always stands beside wall clock."""
+    columns: Columns = {
+        "networks": lambda r: str(r["networks"]),
+        "weights": lambda r: f"{r['weights']:,}",
+        "images seen": lambda r: f"{r['images_seen']:,}",
+        "by the longest job": lambda r: f"{r['images_seen_longest']:,}",
+        "training TFLOP": lambda r: f"{r['training_flops'] / 1e12:.2f}",
+        "training s, total": lambda r: f"{r['training_seconds']:.1f}",
+        "longest job s": lambda r: f"{r['training_seconds_longest']:.1f}",
+        "sampling ms/image": lambda r: f"{1000 * r['sampling_seconds_per_image']:.2f}",
+        "peak memory MB": lambda r: f"{r['peak_memory_bytes'] / 1e6:,.0f}",
+    }
+    return _text([r for r in rows if "networks" in r], columns)
+
+
+def _text(rows: Sequence[dict[str, Any]], columns: Columns) -> list[tuple[str, ...]]:
+    def cell(row: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> str:
+        try:
+            return text(row)
+        except KeyError:  # not known of this row: another table, or images that no model made
+            return ""
+
+    body = [(r["name"], *(cell(r, text) for text in columns.values())) for r in rows]
+    kept = [i for i in range(len(columns) + 1) if any(row[i] for row in body)]
+    return [tuple(row[i] for i in kept) for row in [("model", *columns), *body]]
+
+
+def _number(name: str, row: dict[str, Any]) -> str:
+    low, high = (row.get(name.replace("infinity", f"infinity_{end}")) for end in ("low", "high"))
+    text = f"{row[name]:.3f}" if abs(row[name]) >= 0.1 else f"{row[name]:.2g}"
+    return f"{text} [{low:.3f}, {high:.3f}]" if "infinity" in name and low is not None and high is not None else text
+
+
+def warnings_of(row: dict[str, Any]) -> list[str]:
+    """What a reader must know of a row's numbers: why there are none, or how much of them is bias."""
+    if "refused" in row:
+        return [f"{row['name']}: {row['refused']}"]
+    out = []
+    for name in (k for k in metrics_of(row) if k == "fid" or (k.startswith("fd_") and "infinity" not in k)):
+        bias = row.get("fid_bias" if name == "fid" else name.replace("fd_", "fd_bias_"), 0.0)
+        if row["n"] <= row["num_features"]:
+            out.append(f"{row['name']}: {row['n']:,} images leave a covariance of {row['num_features']:,} features "
+                       f"without full rank; {name} has a bias of about {bias:.3f}")  # fmt: skip
+        elif bias > 0.05 * row[name]:
+            out.append(
+                f"{row['name']}: {name} = {row[name]:.3f}, of which about {bias:.3f} is the bias of n={row['n']:,}: "
+                "compare it with nothing of another n, or take more images"
+            )
+    return out

@@ -1,0 +1,90 @@
+"""SampleQuality in a training: by the code of evaluate, once per protocol, and never at the training's expense."""
+
+import pytest
+import torch
+
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.lit.callbacks.quality import SampleQuality
+from lightning_tdisent.lit.modules import ReducedStates, SingleState
+from lightning_tdisent.metrics.features import SmallClassifier, load_features
+from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.sampling.evaluation import open_quality, real_images, score
+from lightning_tdisent.sampling.sampler import DDIM
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TDISENT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def fitted(tiny, data, trainer):
+    def fit(quality, steps=2, cls=ReducedStates, rows=None, broken=False):
+        torch.manual_seed(0)
+        module = cls(tiny(), LatentStates(S=4), **({"expert": 2} if cls is SingleState else {}))
+        if broken:
+            for p in module.denoiser.parameters():
+                p.data.zero_()
+            module.sampler = Constant()
+        run = trainer(steps, quality, ema=0.0)
+        run.fit(module, datamodule=data())
+        return module, {k: float(v) for k, v in run.callback_metrics.items() if k.startswith("quality/")}
+
+    return fit
+
+
+class Constant(DDIM):
+    def __call__(self, denoise, seeds, label=None):
+        return torch.zeros(len(seeds), *denoise.shape)
+
+
+def test_it_logs_what_evaluate_would_say(fitted, digits, caplog):
+    module, found = fitted(SampleQuality("digits", 40, first_seed=3, n_real=1000))
+    protocol = Protocol.preset("digits", n=40, first_seed=3, n_real=1000)
+    quality = open_quality(protocol, load_features("digits"), real_images(digits, "train", 1), [1, 8, 8])
+    values = score(module.denoiser.eval(), module.sampler, quality).values
+    tagged = {f"quality/{k}/{quality.protocol.hash}": v for k, v in values.items()}
+    assert found == pytest.approx(tagged, rel=1e-6)  # Lightning keeps float32
+    assert quality.protocol.n_real == 1000
+    assert "40 images leave a covariance of 64 features without full rank" in caplog.text
+
+
+def test_a_second_training_passes_no_real_image(fitted, monkeypatch):
+    seen = []
+    inner = SmallClassifier.extract
+    monkeypatch.setattr(SmallClassifier, "extract", lambda self, x: seen.append(len(x)) or inner(self, x))
+    fitted(SampleQuality("digits", 32))
+    first, seen[:] = sum(seen), []
+    fitted(SampleQuality("digits", 32))
+    assert sum(seen) == 32
+    assert first >= 32 + 1500
+
+
+def test_weights_that_are_missing_cost_the_metric_alone(fitted):
+    with pytest.warns(UserWarning, match="SampleQuality is left out: inception: no weights at .* fetch inception"):
+        module, found = fitted(SampleQuality("adm", 32))
+    assert found == {}
+    assert module.images_seen == 64
+
+
+def test_images_that_are_all_the_same_cost_the_number_alone(fitted):
+    with pytest.warns(UserWarning, match="no quality at step 2: all 32 images are the same"):
+        module, found = fitted(SampleQuality("digits", 32), broken=True)
+    assert found == {}
+    assert module.images_seen == 64
+
+
+def test_an_expert_that_cannot_be_sampled_is_left_out(fitted):
+    assert fitted(SampleQuality("digits", 32), cls=SingleState)[1] == {}
+
+
+def test_features_of_another_shape_are_refused_before_the_first_step(fitted):
+    with pytest.raises(InputError, match=r"features 'mnist' take images of \[1, 28, 28\], these are \[1, 8, 8\]"):
+        fitted(SampleQuality("mnist", 32))
+
+
+def test_protocols_that_are_none_are_refused_when_they_are_named():
+    with pytest.raises(InputError, match="there is no 'digit'"):
+        SampleQuality("digit")
+    assert SampleQuality({"preset": "digits", "metrics": ["fd"], "neighbours": 7}).protocol.metrics == ("fd",)

@@ -1,0 +1,156 @@
+"""The command evaluate, as its user types it: on several ranks, and with what cannot be."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lightning_tdisent.cli import main
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.lit.modules import ReducedStates
+from lightning_tdisent.networks.unet import UNet
+from lightning_tdisent.sampling.expert import save_expert
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.setenv("TDISENT_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    module = ReducedStates(UNet([1, 8, 8], [8, 16], 1, mid_attention=False, groups=4), LatentStates(S=4))
+    save_expert(tmp_path / "model" / "model.safetensors", module.denoiser, module.card("live"))
+    return tmp_path / "model"
+
+
+def words(*sources, out, n=37, protocol="digits", more=()):
+    fixed = ["--data", "data/digits", "--protocol", protocol, "-n", n, "--out", out]
+    return [str(word) for word in ("evaluate", *sources, *fixed, *more)]
+
+
+def test_two_ranks_say_what_one_says(model, tmp_path):
+    assert main(["sample", str(model), "--seeds", "0:21", "--out", str(tmp_path / "images")]) == 0
+    assert main(words(model, tmp_path / "images", out=tmp_path / "one")) == 0
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [*run, "-m", "lightning_tdisent", *words(model, tmp_path / "images", out=tmp_path / "two")]
+    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("what it cost") == 1  # one rank speaks
+    one, two = (json.loads((tmp_path / k / "results.json").read_text()) for k in ("one", "two"))
+    assert [r["name"] for r in one] == [r["name"] for r in two]
+    for a, b in zip(one, two, strict=True):
+        assert a["protocol"] == b["protocol"]
+        kept = [k for k, v in a.items() if isinstance(v, float) and "second" not in k]
+        assert len(kept) >= 8
+        assert {k: a[k] for k in kept} == pytest.approx({k: b[k] for k in kept}, rel=1e-9)
+    assert one[0]["eps_mse"] == two[0]["eps_mse"]
+    assert (one[0]["ranks"], two[0]["ranks"], one[0]["nfe"]) == (1, 2, 4)
+
+
+def test_metrics_and_reference_can_be_chosen(model, tmp_path, capsys):
+    more = ["--metrics", "kid,fd_infinity", "--reference", "test", "--first-seed", 5]
+    assert main(words(model, out=tmp_path / "e", n=640, more=more)) == 0
+    row = json.loads((tmp_path / "e" / "results.json").read_text())[0]
+    assert {"kid_digits", "fd_infinity_digits", "fd_infinity_low_digits"} <= set(row)
+    assert "fd_digits" not in row
+    assert (row["protocol_fields"]["split"], row["protocol_fields"]["first_seed"]) == ("test", 5)
+    said = capsys.readouterr().out
+    assert row["protocol"] in said
+    assert "ms/image" in said
+    assert "peak memory" in said
+
+
+def test_a_model_that_cannot_be_measured_is_named_at_the_end(model, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    module = ReducedStates(UNet([1, 8, 8], [8, 16], 1, mid_attention=False, groups=4), LatentStates(S=4))
+    for p in module.denoiser.parameters():
+        p.data.fill_(float("nan"))
+    save_expert(broken / "model.safetensors", module.denoiser, module.card("live"))
+    assert main(words(broken, model, out=tmp_path / "e")) == 2
+    said = capsys.readouterr()
+    assert said.err == f"error: {broken}: all 37 images are the same to the feature network: constant images, or a " \
+        "constant one\n"  # fmt: skip
+    assert "report: " in said.out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"protocol": "digit"}, "protocol: there is no 'digit'. Did you mean 'digits'"),
+        ({"n": 1}, "n: two images at least make a distribution, got 1"),
+        (
+            {"protocol": "adm"},
+            r"inception: no weights at .*lightning_tdisent fetch inception.*--weights FILE",
+        ),
+        ({"protocol": "adm", "more": ["--weights", "nothing.pth"]}, "nothing.pth"),
+        ({"protocol": "dinov2"}, "dinov2: no weights are named"),
+        ({"more": ["--weights", "x"]}, "'digits' has its own"),
+        ({"more": ["--metrics", "fd,fids"]}, "metrics: there is no 'fids'. Did you mean"),
+        ({"more": ["--metrics", "sfd"]}, "sfd: digits has no features with places"),
+        ({"more": ["--metrics", "fd_infinity"]}, "64 features need 640 images at least, got n=37"),
+        ({"protocol": "mnist"}, r"features 'mnist' take images of \[1, 28, 28\], these are \[1, 8, 8\]"),
+        ({"more": ["--reference", "tests"]}, "tests"),
+        ({"more": ["--first-seed", str(2**32)]}, "image seeds must lie in"),
+        ({"more": ["--device", "cuda:7"]}, "--device cuda:7"),
+    ],
+)
+def test_what_cannot_be_is_one_line(change, message, model, tmp_path, capsys):
+    assert main(words(model, out=tmp_path / "e", **change)) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ")
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "source does not exist"),
+        ({}, "source is no data set that is known here; it holds nothing"),
+        ({"a.png": b"x"}, "source: two images at least make a distribution, it has 1"),
+        ({f"{k}.png": b"x" for k in range(7)}, "0.png"),
+        ({"a.txt": b"x"}, "it holds a.txt"),
+    ],
+)
+def test_sources_that_are_none_are_one_line(files, message, model, tmp_path, capsys):
+    folder = tmp_path / "source"
+    if files is not None:
+        folder.mkdir()
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content)
+    assert main(words(folder, out=tmp_path / "e")) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ")
+    assert message in said
+
+
+def test_fetch_takes_a_file_and_refuses_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TDISENT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "other.pth").write_bytes(b"not the weights")
+    assert main(["fetch", "inception", "--source", str(tmp_path / "other.pth")]) == 2
+    assert "expected 6726825d" in capsys.readouterr().err
+    assert not list((tmp_path / "cache").rglob("*.pth"))
+    assert main(["fetch", "vgg"]) == 2
+    assert "no weights are known as 'vgg'; there are inception" in capsys.readouterr().err
+
+
+def test_three_pictures_and_the_others_are_refused_before_the_model_is_sampled(model, tmp_path, capsys, digits):
+    from lightning_tdisent.sampling.pictures import save_png
+
+    for k in range(3):
+        save_png(torch.full((1, 8, 8), 80 * k, dtype=torch.uint8), tmp_path / "few" / f"{k}.png")
+    assert main(words(model, tmp_path / "few", out=tmp_path / "e")) == 2
+    assert "neighbours: 1 to below the number of images, 3, got 5" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_decoded_costs_its_row_alone(model, tmp_path, capsys):
+    assert main(["sample", str(model), "--seeds", "0:9", "--out", str(tmp_path / "images")]) == 0
+    (tmp_path / "images" / "000007.png").write_bytes(b"x")
+    assert main(words(tmp_path / "images", model, out=tmp_path / "e")) == 2
+    said = capsys.readouterr()
+    assert "000007.png cannot be decoded" in said.err.strip().splitlines()[-1]
+    files, made, _ = json.loads((tmp_path / "e" / "results.json").read_text())
+    assert "000007.png" in files["refused"]
+    assert made["fd_digits"] > 0
+    assert len(made["sha256"][0]) == 64
