@@ -12,7 +12,7 @@ run. A GPU is used if there is one.
 Evaluation. `score` of n images with small features against sampling alone: what extracting features adds (on a GPU
 they overlap).
 
-    OMP_NUM_THREADS=1 python benchmarks/metrics.py [--quick]
+    OMP_NUM_THREADS=1 python benchmarks/metrics.py [--quick] [--device cuda]
 """
 
 import argparse
@@ -60,10 +60,10 @@ def features(n: int, seed: int) -> Tensor:
     return (torch.randn(n, WIDTH, generator=generator) @ mixing / 8 + 0.4).relu()
 
 
-def distance(n: int, pairs: int) -> tuple[float, float, float]:
+def distance(n: int, pairs: int, device: str) -> tuple[float, float, float]:
     """Median ratio theirs / ours of compute, ours in seconds, and the relative difference of the values."""
-    real, fake = features(n, 0), features(n, 1)
-    ours, theirs = FrechetDistance(Moments.of(real)), FrechetInceptionDistance(Passed(), normalize=False)
+    real, fake = features(n, 0).to(device), features(n, 1).to(device)
+    ours, theirs = FrechetDistance(Moments.of(real)).to(device), FrechetInceptionDistance(Passed()).to(device)
     adding: list[list[float]] = [[], []]
     for part in range(0, n, 500):
         theirs.update(real[part : part + 500], real=True)
@@ -85,7 +85,7 @@ def distance(n: int, pairs: int) -> tuple[float, float, float]:
     return median(ratios), median(times[0]), abs(values[0] / values[1] - 1)
 
 
-def training(steps: int) -> tuple[float, float]:
+def training(steps: int, device: str) -> tuple[float, float]:
     """Seconds of SampleQuality in a validation relative to those of the steps between two, and the seconds."""
     spent: list[float] = []
     inner = SampleQuality.on_validation_epoch_end
@@ -107,9 +107,10 @@ def training(steps: int) -> tuple[float, float]:
         per_step = cards[0].seconds / steps
         quality = open_quality(
             Protocol.preset("digits", metrics=("fd", "is", "kid", "prdc")), load_features("digits"),
-            real_images("data/digits", "train", 1), [1, 8, 8],
+            real_images("data/digits", "train", 1), [1, 8, 8], device,
         )  # fmt: skip
-        alone = timed(lambda: list(sample(model, DPMSolver(), range(1000))))
+        model.to(device)
+        alone = min(timed(lambda: [images.cpu() for images in sample(model, DPMSolver(), range(1000))]) for _ in "ab")
         added = [timed(lambda: score(model, DPMSolver(), quality)) / alone for _ in range(3)]
     interval = 800 * per_step  # of the YAML
     share = min(spent[1::2]) / interval
@@ -122,12 +123,16 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under 50 s on 2 cores")
-    quick = parser.parse_args().quick
+    parser.add_argument(
+        "--device", default="cpu", help="of distance and evaluation; trainings take a GPU if there is one"
+    )
+    arguments = parser.parse_args()
+    quick, device = arguments.quick, arguments.device
     os.chdir(ROOT)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     describe("torchmetrics", "lightning", "numpy")
-    speedup, seconds, apart = distance(10_000, 3 if quick else 9)
-    share, added = training(100 if quick else 1600)
+    speedup, seconds, apart = distance(10_000, 3 if quick else 9, device)
+    share, added = training(100 if quick else 1600, device)
     print(
         f"RESULT frechet_speedup={speedup:.2f} frechet_s={seconds:.2f} frechet_difference={apart:.1e} "
         f"quality_share={share:.3f} score_ratio={added:.3f}"

@@ -259,6 +259,12 @@ def _evaluate(a: argparse.Namespace) -> None:
 
     if (a.out / "study.json").exists():
         raise InputError(f"--out {a.out} already keeps results; choose another folder")
+    missing = [str(m) for m in a.models if not m.exists()]
+    if missing:
+        raise InputError(
+            f"{', '.join(missing)}: not there. Name run folders, files of weights, checkpoints, composites, or folders "
+            "or shards of images"
+        )
     contenders = [
         {"name": str(m), "source": str(m), "sampler": spec(_sampler(a)) if holds_weights(m) else None} for m in a.models
     ]

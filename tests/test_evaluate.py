@@ -106,7 +106,7 @@ def test_what_cannot_be_is_one_line(change, message, model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (None, "source does not exist"),
+        (None, "source: not there. Name run folders"),
         ({}, "source is no data set that is known here; it holds nothing"),
         ({"a.png": b"x"}, "source: two images at least make a distribution, it has 1"),
         ({f"{k}.png": b"x" for k in range(7)}, "0.png"),

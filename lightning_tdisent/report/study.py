@@ -124,7 +124,10 @@ class Study:
         contenders, protocol, (channels, size) = self._contenders(), self._protocol, self._size()
         first = place()[0] == 0
         with Progress(transient=True, disable=not first) as bar:
-            tasks = {c.name: bar.add_task(f"measuring {c.name}", total=protocol.n // place()[1]) for c in contenders}
+            share = protocol.n // place()[1]
+            tasks = {
+                c.name: bar.add_task(f"measuring {c.name}", total=share if c.sampler else None) for c in contenders
+            }
             rows, images = evaluate(
                 contenders, protocol, self._network, real_images(self.data, protocol.split, channels, size),
                 self._real(self.split, self.n_held_out), self.batch_size, self.device,
@@ -153,6 +156,10 @@ class Study:
         out: list[Table | str] = [_table(line, table(rows)) for line, rows in tables(self.rows)]
         cost = costs(self.rows)
         notes = [f"note: {said}" for row in self.rows for said in warnings_of(row)]
+        if self.split == self._protocol.split:
+            notes.append(
+                f"note: the reference and the held-out images are both of {self.split}: their distance is none"
+            )
         return [self.title, *out, *([_table("what it cost", cost)] if len(cost) > 1 else []), *notes]
 
     def write_report(self) -> Path:
