@@ -15,12 +15,12 @@ from torch.nn.functional import cross_entropy, pad
 
 from lightning_tdisent.metrics.features import (
     SHIPPED,
-    FeatureNetwork,
     SmallClassifier,
     WhitenedClassifier,
     load_classifier,
     save_classifier,
 )
+from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.streaming.shards import ImageSet, load
 
 

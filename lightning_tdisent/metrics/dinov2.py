@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tdisent.errors import InputError, Unavailable, nearest
-from lightning_tdisent.metrics.features import Extracted, FeatureNetwork
 from lightning_tdisent.metrics.inception import AT_ONCE, pil_bicubic
+from lightning_tdisent.metrics.network import Extracted, FeatureNetwork
 
 SIDE = 224
 RESIZES = ("pil_bicubic_uint8", "torch_bicubic")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_tdisent.errors import InputError, Unavailable, nearest
 from lightning_tdisent.metrics import weights as files
-from lightning_tdisent.metrics.features import Extracted, FeatureNetwork
+from lightning_tdisent.metrics.network import Extracted, FeatureNetwork
 
 SIDE = 299
 RESIZES = ("tf1", "pil_bicubic", "torch_antialias")

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from lightning_tdisent import __version__
 from lightning_tdisent.errors import InputError, nearest
-from lightning_tdisent.metrics.features import FeatureNetwork
+from lightning_tdisent.metrics.network import FeatureNetwork
 
 METRICS = ("fd", "fd_infinity", "is", "kid", "prdc", "sfd")
 

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.distances import frechet_bias
-from lightning_tdisent.metrics.features import FeatureNetwork
+from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.reference import Reference
 from lightning_tdisent.metrics.scores import FeatureList, FrechetDistance, InceptionScore, PairMetrics

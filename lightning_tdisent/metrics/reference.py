@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.metrics.distances import Moments
-from lightning_tdisent.metrics.features import FeatureNetwork
+from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.scores import FeatureList, FeatureMoments
 from lightning_tdisent.metrics.weights import cache_folder

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.metrics.features import FeatureNetwork
+from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.metrics.reference import gather, place, shared_errors

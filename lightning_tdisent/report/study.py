@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
-from lightning_tdisent.metrics.features import FeatureNetwork, load_features
+from lightning_tdisent.metrics.features import load_features
+from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.reference import place
 from lightning_tdisent.report.evaluate import Contender, evaluate

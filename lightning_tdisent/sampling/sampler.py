@@ -16,7 +16,7 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.metrics.features import BLOCK
+from lightning_tdisent.metrics.network import BLOCK
 from lightning_tdisent.sampling.denoiser import Denoises
 
 

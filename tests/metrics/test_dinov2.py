@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d, gelu, interpolate, layer_norm, linear, s
 from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.dinov2 import DINOv2
-from lightning_tdisent.metrics.features import FeatureNetwork
+from lightning_tdisent.metrics.network import FeatureNetwork
 
 WIDTH, LAYERS, HEADS, GRID = 32, 2, 2, 37
 

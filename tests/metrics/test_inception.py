@@ -10,8 +10,8 @@ from PIL import Image
 
 from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.metrics.features import FeatureNetwork
 from lightning_tdisent.metrics.inception import RESIZES, Inception, empty
+from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.weights import KNOWN
 
 FEATURES = ["2048", "logits_unbiased"]

@@ -11,15 +11,8 @@ from safetensors.torch import save_file
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics import reference as references
-from lightning_tdisent.metrics.features import (
-    SHIPPED,
-    Extracted,
-    FeatureNetwork,
-    SmallClassifier,
-    load_classifier,
-    load_features,
-    save_classifier,
-)
+from lightning_tdisent.metrics.features import SHIPPED, SmallClassifier, load_classifier, load_features, save_classifier
+from lightning_tdisent.metrics.network import Extracted, FeatureNetwork
 from lightning_tdisent.metrics.protocol import PRESETS, Protocol
 from lightning_tdisent.metrics.quality import Quality, named
 from lightning_tdisent.metrics.reference import cache_folder, measure, reference
