@@ -1,4 +1,7 @@
-"""The commands: wiring only. Nothing heavy is imported before a command needs it, so that help is instant."""
+"""The commands: wiring only, and long since every option of every command is named here with its help.
+
+Nothing heavy is imported before a command needs it, so that help is instant.
+"""
 
 import argparse
 import os

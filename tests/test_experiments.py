@@ -85,7 +85,8 @@ def test_every_digits_run_runs_shows_and_validates(name, tmp_path):
     assert any(t.startswith("train_loss/t") for t in tags["scalars"])
     assert any(t.startswith("val_eps_mse/t") for t in tags["scalars"])
     measured = {t.split("/")[1] for t in tags["scalars"] if t.startswith("quality/")}
-    assert measured == (set() if name == "experts8" else {"fd_digits", "is_digits"})
+    kinds = ["fd", "fd_bias", "is", "kid", "precision", "recall", "density", "coverage"]
+    assert measured == (set() if name == "experts8" else {f"{kind}_digits" for kind in kinds})
     if name == "reduced8":  # the saved config is the run again, and the other commands take the checkpoint
         again = ["--config", str(run / "config.yaml"), "--run", str(tmp_path / "again")]
         assert main(["fit", *again]) == 0

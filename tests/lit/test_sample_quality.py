@@ -39,7 +39,9 @@ class Constant(DDIM):
         return torch.zeros(len(seeds), *denoise.shape)
 
 
-def test_it_logs_what_evaluate_would_say(fitted, digits, caplog):
+def test_it_logs_what_evaluate_would_say(fitted, digits, monkeypatch):
+    said = []
+    monkeypatch.setattr("lightning_tdisent.lit.callbacks.quality.rank_zero_info", said.append)
     module, found = fitted(SampleQuality("digits", 40, first_seed=3, n_real=1000))
     protocol = Protocol.preset("digits", n=40, first_seed=3, n_real=1000)
     quality = open_quality(protocol, load_features("digits"), real_images(digits, "train", 1), [1, 8, 8])
@@ -47,7 +49,7 @@ def test_it_logs_what_evaluate_would_say(fitted, digits, caplog):
     tagged = {f"quality/{k}/{quality.protocol.hash}": v for k, v in values.items()}
     assert found == pytest.approx(tagged, rel=1e-6)  # Lightning keeps float32
     assert quality.protocol.n_real == 1000
-    assert "40 images leave a covariance of 64 features without full rank" in caplog.text
+    assert "n=40 images leave a covariance of 64 features without full rank" in said[0]
 
 
 def test_a_second_training_passes_no_real_image(fitted, monkeypatch):
