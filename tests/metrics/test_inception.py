@@ -12,6 +12,9 @@ from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.inception import RESIZES, Inception, empty
 from lightning_tdisent.metrics.network import FeatureNetwork
+from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.metrics.quality import Quality
+from lightning_tdisent.metrics.reference import measure
 from lightning_tdisent.metrics.weights import KNOWN
 
 FEATURES = ["2048", "logits_unbiased"]
@@ -235,3 +238,22 @@ except InputError as error:
     print(error)
 """
     assert "pip install --no-deps torch-fidelity" in run(program)
+
+
+def test_all_metrics_of_the_literature_come_from_one_pass(made):
+    """adm's metrics and KID of a few images: their names, and the distances of both layers."""
+    network = made()
+    rng = np.random.RandomState(3)
+    real, fake = (torch.from_numpy(rng.randint(0, top, (10, 3, 32, 32), np.uint8)) for top in (256, 128))
+    protocol = Protocol.preset("adm", n=10, neighbours=2, metrics=("fd", "sfd", "is", "kid", "prdc"))
+    full = protocol.resolved(network, "digest", 10, (3, 32, 32))
+    quality = Quality(full, network, measure(full, network, lambda numbers: real[numbers]))
+    quality.add(fake, torch.arange(10))
+    found = quality.compute()
+    names = ["fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage", "fid_bias"]
+    assert set(found) == set(names)
+    expected = said(network, fake)
+    for name, layer in (("fd", expected.features), ("sfd", expected.spatial)):
+        torch.testing.assert_close(quality.metrics[name].total, layer.double().sum(0), rtol=1e-4, atol=1e-4)
+    assert found["sfid"] != found["fid"]
+    assert "torch-fidelity 0.4.0" in full.versions
