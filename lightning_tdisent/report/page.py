@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_tdisent.report import figures
-from lightning_tdisent.report.table import costs, table, tables, warnings_of
+from lightning_tdisent.report.table import costs, table, tables
+from lightning_tdisent.report.table import notes as notes_of
 from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.pictures import forward_strip, grid, reverse_strip
 from lightning_tdisent.sampling.sampler import probe_rows
@@ -95,7 +96,7 @@ def write_report(
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{notes}</p>" if notes else ""]
     for line, alike in tables(rows):
         parts.append(f"<p>{html.escape(line)}</p>{html_table(alike)}")
-    said = [html.escape(line) for row in rows for line in warnings_of(row)]
+    said = [html.escape(line) for line in notes_of(rows)]
     parts.append(f"<ul>{''.join(f'<li>{line}</li>' for line in said)}</ul>" if said else "")
     parts.append(
         "<p>Distances (fd, kid; lower is better) and shares (is, precision, recall, density, coverage) are taken in "

@@ -21,7 +21,7 @@ from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.reference import place
 from lightning_tdisent.report.evaluate import Contender, evaluate
 from lightning_tdisent.report.page import write_report
-from lightning_tdisent.report.table import costs, table, tables, warnings_of
+from lightning_tdisent.report.table import costs, notes, table, tables
 from lightning_tdisent.sampling.composite import find_files, holds_weights
 from lightning_tdisent.sampling.evaluation import real_images
 from lightning_tdisent.sampling.expert import read_card
@@ -156,12 +156,11 @@ class Study:
         """For the terminal: a table per protocol, what the models cost, and what must be known of the numbers."""
         out: list[Table | str] = [_table(line, table(rows)) for line, rows in tables(self.rows)]
         cost = costs(self.rows)
-        notes = [f"note: {said}" for row in self.rows for said in warnings_of(row)]
+        said = notes(self.rows)
         if self.split == self._protocol.split:
-            notes.append(
-                f"note: the reference and the held-out images are both of {self.split}: their distance is none"
-            )
-        return [self.title, *out, *([_table("what it cost", cost)] if len(cost) > 1 else []), *notes]
+            said.append(f"the reference and the held-out images are both of {self.split}: no distance")
+        costly = [_table("what it cost", cost)] if len(cost) > 1 else []
+        return [self.title, *out, *costly, *(f"note: {line}" for line in said)]
 
     def write_report(self) -> Path:
         """Write report.html."""

@@ -79,19 +79,23 @@ def _number(name: str, row: dict[str, Any]) -> str:
     return f"{text} [{low:.3f}, {high:.3f}]" if "infinity" in name and low is not None and high is not None else text
 
 
-def warnings_of(row: dict[str, Any]) -> list[str]:
-    """What a reader must know of a row's numbers: why there are none, or how much of them is bias."""
-    if "refused" in row:
-        return [f"{row['name']}: {row['refused']}"]
-    out = []
-    for name in (k for k in metrics_of(row) if k == "fid" or (k.startswith("fd_") and "infinity" not in k)):
-        bias = row.get("fid_bias" if name == "fid" else name.replace("fd_", "fd_bias_"), 0.0)
-        if row["n"] <= row["num_features"]:
-            out.append(f"{row['name']}: {row['n']:,} images leave a covariance of {row['num_features']:,} features "
-                       f"without full rank; {name} has a bias of about {bias:.3f}")  # fmt: skip
-        elif bias > 0.05 * row[name]:
-            out.append(
-                f"{row['name']}: {name} = {row[name]:.3f}, of which about {bias:.3f} is the bias of n={row['n']:,}: "
-                "compare it with nothing of another n, or take more images"
-            )
+def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader must know of these numbers: why there are none, and how much of a distance is bias."""
+    out = [f"{row['name']}: {row['refused']}" for row in rows if "refused" in row]
+    for _, alike in tables(rows):
+        measured = [row for row in alike if "refused" not in row]
+        names = metrics_of(measured[0]) if measured else []
+        for name in (k for k in names if k == "fid" or (k.startswith("fd_") and "infinity" not in k)):
+            n, d = measured[0]["n"], measured[0]["num_features"]
+            bias = measured[0]["fid_bias" if name == "fid" else name.replace("fd_", "fd_bias_")]
+            much = [row["name"] for row in measured if bias > 0.05 * row[name]]
+            if n <= d:
+                out.append(
+                    f"{name} of n={n:,}: {d:,} features' covariance has no full rank; its bias is about {bias:.3f}"
+                )
+            elif much:
+                out.append(
+                    f"{name} of n={n:,}: about {bias:.3f} of it is the bias of so few images, more than a twentieth "
+                    f"for {', '.join(much)}; compare it with nothing of another n"
+                )
     return out

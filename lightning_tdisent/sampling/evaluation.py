@@ -21,7 +21,7 @@ from lightning_tdisent.metrics.reference import place, reference
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.sampler import Sampler, from_uint8, sample
 from lightning_tdisent.streaming.decode import Decoder
-from lightning_tdisent.streaming.raw import find_source
+from lightning_tdisent.streaming.raw import Item, find_source
 from lightning_tdisent.streaming.shards import Shards
 
 HELD_OUT = 1 << 20  # streams of held-out noise, far from the indices that key the sampler's
@@ -86,17 +86,17 @@ def image_files(path: str | Path, split: str, shape: Sequence[int]) -> RealImage
     if len(source) < 2:
         raise InputError(f"{path}: two images at least make a distribution, it has {len(source)}")
 
-    def one(number: int) -> Tensor:
-        item = source[number]
+    def decoded(item: Item) -> Tensor:
         image: Tensor = decoder(item.members, f"{path}/{item.name}")["image"]
         if list(image.shape) != list(shape):
             raise InputError(f"{path}/{item.name} is an image of {list(image.shape)}, the real ones are {list(shape)}")
         return image
 
     def take(numbers: Tensor) -> Tensor:
-        return _spread(lambda part: torch.stack([one(n) for n in part.tolist()]), numbers)
+        items = [source[n] for n in numbers.tolist()]  # by one thread: a source may have one open file
+        return _spread(lambda part: torch.stack([decoded(items[k]) for k in part.tolist()]), torch.arange(len(items)))
 
-    one(0)
+    decoded(source[0])
     return RealImages(source.fingerprint(), len(source), take)
 
 

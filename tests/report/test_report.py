@@ -14,7 +14,7 @@ from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.report.evaluate import Contender, evaluate, training_cost
 from lightning_tdisent.report.page import nearest, write_report
 from lightning_tdisent.report.study import Study
-from lightning_tdisent.report.table import costs, table, tables, warnings_of
+from lightning_tdisent.report.table import costs, notes, table, tables
 from lightning_tdisent.sampling.evaluation import real_images, x0_errors
 from lightning_tdisent.sampling.expert import load_expert, save_expert
 from lightning_tdisent.sampling.pictures import grid, save_png
@@ -73,8 +73,11 @@ def test_rows_say_what_was_measured(model, sets):
     assert text[0][:4] == ("model", "sampler", "states", "NFE")
     assert text[1][4] == f"{first['fd_digits']:.3f}"
     assert costs(rows)[1][3] == "1,000"
-    assert "20 images leave a covariance of 64 features without full rank" in warnings_of(first)[0]
-    assert "of which about" in warnings_of(real)[0]
+    few, enough = notes(rows)
+    assert "fd_digits of n=20: 64 features' covariance has no full rank; its bias is about" in few
+    assert "fd_digits of n=297: about 2.4" in enough
+    assert "for 297 real images, held out" in enough
+    assert notes([{**real, "fd_digits": 1000.0}]) == []
     with pytest.raises(InputError, match="must not mix protocols"):
         table(rows)
 
@@ -107,7 +110,7 @@ def test_one_that_cannot_be_measured_costs_no_other(model, sets, tmp_path):
     contenders = [Contender("broken", tmp_path / "broken", DDIM()), Contender("good", model("few", S=4), DDIM())]
     (broken, good, _), _ = measured(contenders, sets)
     assert "all 20 images are the same" in broken["refused"]
-    assert warnings_of(broken) == [f"broken: {broken['refused']}"]
+    assert f"broken: {broken['refused']}" in notes([broken, good])
     assert good["fd_digits"] > 0
     assert table([broken, good])[1][4] == ""
 

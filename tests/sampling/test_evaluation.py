@@ -1,5 +1,6 @@
 """Images of seeds and their numbers: the same for any ranks and batches; real images from shards and files."""
 
+import gzip
 import os
 
 import pytest
@@ -146,6 +147,13 @@ def test_image_files_are_taken_in_the_order_of_their_names(tmp_path, digits):
     assert torch.equal(image_files(digits, "test", [1, 8, 8]).take(torch.arange(12)), images)  # shards, too
     with pytest.raises(InputError, match="does not exist"):
         image_files(tmp_path / "nothing", "train", [1, 8, 8])
+
+
+def test_gzipped_shards_are_read_by_one_thread(tmp_path, digits):
+    zipped = tmp_path / "test-0000.tar.gz"
+    zipped.write_bytes(gzip.compress((digits / "test-0000.tar").read_bytes()))
+    found = image_files(tmp_path, "test", [1, 8, 8])
+    assert torch.equal(found.take(torch.arange(297)), load(digits, "test", 1).images)
 
 
 def test_image_files_of_another_size_are_named(tmp_path):
