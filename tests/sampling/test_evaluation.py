@@ -12,8 +12,9 @@ from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.metrics.reference import shared_errors
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.evaluation import RealImages, image_files, open_quality, real_images, score
+from lightning_tdisent.sampling.evaluation import RealImages, compute, image_files, open_quality, real_images, score
 from lightning_tdisent.sampling.pictures import save_png
 from lightning_tdisent.sampling.sampler import DDIM, Ancestral, sample
 from lightning_tdisent.streaming.shards import load
@@ -41,7 +42,8 @@ def digit_quality(digits, n=N, **changes):
 
 @pytest.mark.parametrize("sampler", [DDIM(), Ancestral()])
 def test_images_are_bitwise_the_same_in_any_batch(denoiser, sampler):
-    seeds = range(3, 67)
+    seeds, seen = range(3, 67), set()
+    denoiser.network.register_forward_pre_hook(lambda _, inputs: seen.add(len(inputs[0])))
     whole = torch.cat(list(sample(denoiser, sampler, seeds)))
     for size in (1, 7, 64):
         assert torch.equal(torch.cat(list(sample(denoiser, sampler, seeds, size))), whole)
@@ -49,6 +51,7 @@ def test_images_are_bitwise_the_same_in_any_batch(denoiser, sampler):
     assert torch.equal(one_by_one, whole[:20])
     shares = [torch.cat(list(sample(denoiser, sampler, seeds[r::4]))) for r in range(4)]
     assert torch.equal(torch.stack(shares, 1).flatten(0, 1), whole)
+    assert seen == {16}  # which is why: kernels round otherwise for other numbers of images
 
 
 def counted(name, calls):
@@ -178,3 +181,40 @@ def test_a_second_quality_asks_for_no_real_image(digits, cache):
     never = RealImages(real.digest, real.n, lambda numbers: 1 / 0)
     protocol = Protocol.preset("digits", n=20, metrics=METRICS, first_seed=7)  # another n: the same statistics
     assert open_quality(protocol, load_features("digits"), never, [1, 8, 8]).reference.moments.n == 1500
+
+
+def refused(rank, digits, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    said = []
+    try:
+        with shared_errors():
+            if rank == 1:
+                raise InputError("a picture of rank 1")
+    except InputError as error:
+        said.append(str(error))
+    quality = digit_quality(digits, n=30, metrics=("kid",))
+    images = load(digits, "test", 1).images
+    for wanted in (20, 30):  # the first time too few
+        mine = torch.arange(wanted)[rank::2]
+        quality.reset()
+        quality.add(images[mine], mine)
+        found = compute(quality)
+        said.append(str(found) if isinstance(found, InputError) else found)
+    torch.save(said, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_refusal_on_one_rank_reaches_all_and_costs_nothing_after_it(digits, cache):
+    processes = [mp.get_context("fork").Process(target=refused, args=(r, digits, cache)) for r in range(2)]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join(100)
+    assert [p.exitcode for p in processes] == [0, 0]
+    one, two = (torch.load(cache / f"{r}.pt", weights_only=True) for r in range(2))
+    assert one == two
+    assert one[:2] == ["a picture of rank 1", "20 images were measured, the protocol says 30"]
+    quality = digit_quality(digits, n=30, metrics=("kid",))
+    quality.add(load(digits, "test", 1).images[:30], torch.arange(30))
+    assert one[2] == pytest.approx(quality.compute(), rel=1e-9)
