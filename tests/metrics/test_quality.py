@@ -157,7 +157,7 @@ def test_measuring_moves_no_generator(sets, cache):
 
 
 @pytest.mark.parametrize(
-    ("name", "limit", "width"), [("digits", 300_000, 64), ("mnist", 1_000_000, 64), ("cifar10", 5_000_000, 256)]
+    ("name", "limit", "width"), [("digits", 300_000, 64), ("mnist", 1_000_000, 64), ("cifar10", 5_000_000, 320)]
 )
 def test_shipped_features_are_small_and_load(name, limit, width):
     assert (SHIPPED / f"{name}.safetensors").stat().st_size < limit
@@ -167,12 +167,12 @@ def test_shipped_features_are_small_and_load(name, limit, width):
     assert not any(p.requires_grad for p in network.parameters())
 
 
-@pytest.mark.parametrize(("name", "least"), [("digits", 0.98), ("mnist", 0.98), ("cifar10", 0.92)])
+@pytest.mark.parametrize(("name", "least"), [("digits", 0.99), ("mnist", 0.98), ("cifar10", 0.90)])
 def test_shipped_classifiers_know_their_data(name, least, digits, prepared):
     data = load(digits if name == "digits" else prepared(name), "test", 3 if name == "cifar10" else 1, 2000)
     network = load_features(name)
     right = torch.cat([network(part).logits.argmax(1) for part in data.images.split(500)]) == data.labels
-    assert right.double().mean() > least - 0.01  # of the first 2,000
+    assert right.double().mean() > least  # of the first 2,000
 
 
 def test_random_features_are_those_of_their_seed_and_see_a_change():
