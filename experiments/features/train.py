@@ -2,9 +2,9 @@
 
 python experiments/features/train.py {digits,mnist,cifar10} DATA_FOLDER [OUT.safetensors] [--device cuda]
 
-One core: digits 20 s, mnist 3 min; cifar10 an hour on a core with bfloat16. Test accuracy of those shipped: 99.7 %, 99.2 %
-and 90.8 %, the last one trained and tested on JPEGs of quality 75 with halved colour, not on the lossless original; from
-that the same script should make a better one (2404.00498 reports 94 % for its recipe).
+One core: digits 20 s, mnist 3 min; cifar10 an hour on a core with bfloat16. Test accuracy of those shipped: 99.7 %,
+99.2 % and 90.8 %, the last one trained and tested on JPEGs of quality 75 with halved colour, not on the lossless
+original; from that the same script should make a better one (2404.00498 reports 94 % for its recipe).
 """
 
 import argparse
