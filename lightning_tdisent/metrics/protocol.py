@@ -163,7 +163,7 @@ class Protocol:
     @property
     def fields(self) -> dict[str, Any]:
         """All of it as plain data."""
-        return dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @property
     def line(self) -> str:

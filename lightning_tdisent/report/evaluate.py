@@ -21,7 +21,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
-from lightning_tdisent.metrics.reference import gather, place, shared_errors
+from lightning_tdisent.metrics.reference import gather, place, remembered, shared_errors
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.composite import find_files, load_model
 from lightning_tdisent.sampling.denoiser import Denoises
@@ -110,8 +110,10 @@ def evaluate(
             row, first = _of_model(contender, model, quality, held_out, common, batch_size, device, keep, advance)
         images |= {contender.name: first} if len(first) else {}
         rows.append({"name": contender.name, **row, "source": str(contender.source)})
-    held = RealImages("", len(held_out), lambda numbers: held_out.images[numbers])
-    floor, _ = _of_files(held, quality.of(held.n, fewer=True), 0)
+    held = RealImages(held_out.digest, len(held_out), lambda numbers: held_out.images[numbers])
+    perfect = quality.of(held.n, fewer=True)
+    name = f"{held.digest}-{perfect.protocol.hash}-{'-'.join(perfect.protocol.metrics)}"
+    floor = remembered(name, lambda: _of_files(held, perfect, 0)[0])
     return [*rows, {"name": f"{len(held_out)} real images, held out", **floor}], images
 
 

@@ -8,7 +8,7 @@ import torch
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.modules import ReducedStates
-from lightning_tdisent.metrics.features import load_features
+from lightning_tdisent.metrics.features import SmallClassifier, load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.report.evaluate import Contender, evaluate, training_cost
@@ -99,6 +99,20 @@ def test_files_of_images_have_the_numbers_of_the_seeds_that_made_them(model, set
     assert first["protocol"] != files["protocol"]  # seeds say more than files
     assert abs(shards["fd_digits"]) < 1e-6  # the reference itself
     assert (shards["n"], shards["precision_digits"]) == (1500, 1)
+
+
+def test_a_second_evaluation_passes_no_real_image_through_the_network(model, sets, tmp_path, monkeypatch):
+    contenders, seen = [Contender("few", model("few", S=4), DDIM())], []
+    first, _ = measured(contenders, sets)
+    inner = SmallClassifier.extract
+    monkeypatch.setattr(SmallClassifier, "extract", lambda self, x: seen.append(len(x)) or inner(self, x))
+    again, _ = measured(contenders, sets)
+    assert sum(seen) == 32  # 20 generated ones in two blocks
+    assert again[1] == first[1]
+    (file,) = (tmp_path / "cache" / "numbers").iterdir()
+    file.write_text(file.read_text().replace('"n": 297', '"n": 298'))
+    assert measured(contenders, sets)[0][1] == first[1]
+    assert sum(seen) == 32 + 32 + 304
 
 
 def test_one_that_cannot_be_measured_costs_no_other(model, sets, tmp_path):
