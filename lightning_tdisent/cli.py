@@ -68,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     e = add("evaluate", _evaluate, "models and folders of images side by side; on several ranks under torchrun")
     e.add_argument("models", type=Path, nargs="+", help="as for sample, a .ckpt, or a folder of images or shards")
     e.add_argument("--data", required=True, help="folder of shards with the real images")
-    e.add_argument("--split", default="test", help="split of the errors per state, and of shards measured (default test)")
+    e.add_argument(
+        "--split", default="test", help="split of the errors per state, and of shards measured (default test)"
+    )
     e.add_argument("--reference", help="split that distances are taken to (default: the protocol's, train)")
     e.add_argument("--protocol", required=True, help="digits, mnist, cifar10, random, adm, clean, torch-fidelity, ..")
     e.add_argument("--metrics", help="of fd, fd_infinity, is, kid, prdc, sfd, by commas (default: the protocol's)")
