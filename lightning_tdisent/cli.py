@@ -301,6 +301,7 @@ def _ranks(device: str) -> Iterator[str]:
     dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=datetime.timedelta(hours=12))
     try:
         yield device
+        dist.barrier()  # who leaves while another still writes the report may find its connections torn down
     finally:
         dist.destroy_process_group()
 
