@@ -339,7 +339,7 @@ def _study(a: argparse.Namespace) -> None:
 def _finish(study: "Study") -> None:
     from rich.console import Console
 
-    from lightning_tdisent.metrics.reference import place
+    from lightning_tdisent.ranks import place
 
     _device(study.device)
     study.evaluate()

@@ -22,8 +22,8 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.checkpoints import load
 from lightning_tdisent.lit.inference import DenoiserModule, clean
-from lightning_tdisent.metrics.reference import gather
 from lightning_tdisent.networks.network import Network
+from lightning_tdisent.ranks import gather
 from lightning_tdisent.sampling.composite import start_warm
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import Card

@@ -5,12 +5,11 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -22,13 +21,14 @@ from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.scores import FeatureList, FeatureMoments
 from lightning_tdisent.metrics.weights import cache_folder
+from lightning_tdisent.ranks import gather, place, shared_errors
 
 BATCH = 256
 _KEY = "check"
 
 
 class Reference(NamedTuple):
-    """Moments of the real images' features, features (k, d) of the first ones, moments of an inner layer's.
+    """Moments of the real images' features, features (k, d) of some, moments of an inner layer's.
 
     key: `Protocol.reference` of the protocol they were taken by.
     """
@@ -120,35 +120,6 @@ def _hash(values: Any) -> str:
 def spaced(n: int, total: int) -> Tensor:
     """n numbers below total, evenly spaced: shards may be sorted by class."""
     return torch.arange(n) * total // n
-
-
-@contextlib.contextmanager
-def shared_errors() -> Iterator[None]:
-    """Raise on all ranks what one of them raises inside as `InputError`, where the others would wait for it."""
-    error: InputError | None = None
-    try:
-        yield
-    except InputError as raised:
-        error = raised
-    said = [e for e in gather(None if error is None else str(error)) if e is not None]
-    if error is not None:
-        raise error
-    if said:
-        raise InputError(said[0])
-
-
-def place() -> tuple[int, int]:
-    """Number of this process among those that share the work, and how many they are; (0, 1) if it is alone."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(mine: Any) -> list[Any]:
-    """What each rank has to say, in their order; each of them must ask."""
-    if not dist.is_initialized():
-        return [mine]
-    answers = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, mine)
-    return answers
 
 
 def _write(path: Path, found: Reference, protocol: Protocol) -> None:

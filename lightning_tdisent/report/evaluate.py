@@ -21,8 +21,9 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
-from lightning_tdisent.metrics.reference import gather, place, remembered, shared_errors
+from lightning_tdisent.metrics.reference import remembered
 from lightning_tdisent.networks.network import Network
+from lightning_tdisent.ranks import gather, place, shared_errors
 from lightning_tdisent.sampling.composite import find_files, load_model
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.evaluation import RealImages, compute, image_files, open_quality, score, x0_errors

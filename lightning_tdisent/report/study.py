@@ -18,7 +18,7 @@ from lightning_tdisent.files import write_whole
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
-from lightning_tdisent.metrics.reference import place
+from lightning_tdisent.ranks import place
 from lightning_tdisent.report.evaluate import Contender, evaluate
 from lightning_tdisent.report.page import write_report
 from lightning_tdisent.report.table import costs, notes, table, tables
@@ -164,14 +164,15 @@ class Study:
 
     def write_report(self) -> Path:
         """Write report.html."""
+        held_out = self._real(self.split, self.n_held_out)
         return write_report(
             self.folder / "report.html",
             self.title,
             self.rows,
             self._images(),
             self._contenders(),
-            self._real(self.split, self.n_held_out),
-            self._real(self._protocol.split, NEAREST // self._real(self.split, 1).images.numel()).images,
+            held_out,
+            self._real(self._protocol.split, NEAREST // held_out.images[0].numel()).images,
             {name: Path(folder) for name, folder in self.runs.items()},
             self.notes,
         )

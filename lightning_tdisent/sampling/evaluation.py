@@ -17,7 +17,8 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
-from lightning_tdisent.metrics.reference import place, reference
+from lightning_tdisent.metrics.reference import reference
+from lightning_tdisent.ranks import place
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.sampler import Sampler, from_uint8, sample
 from lightning_tdisent.streaming.decode import Decoder

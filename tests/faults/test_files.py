@@ -1,4 +1,7 @@
-"""Checkpoint files under faults: kill -9, loss of power, a full disk, flipped bits, and content that is no data."""
+"""Checkpoint files under faults: kill -9, loss of power, a full disk, flipped bits, and content that is no data.
+
+Long, as there are many faults of a file, and each is tried on the same few checkpoints.
+"""
 
 import errno
 import io

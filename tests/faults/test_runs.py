@@ -1,4 +1,7 @@
-"""The command itself under faults: whatever happens to it, the same command goes on and ends with the same weights."""
+"""The command itself under faults: whatever happens to it, the same command goes on and ends with the same weights.
+
+Long, as every fault is a run of its own, by the same few processes.
+"""
 
 import contextlib
 import json

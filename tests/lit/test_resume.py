@@ -1,4 +1,7 @@
-"""Stopping and going on: what was computed is the same, bit for bit, as if nothing had happened."""
+"""Stopping and going on: what was computed is the same, bit for bit, as if nothing had happened.
+
+Long, as every way to stop is followed by going on, and compared with one that was not stopped.
+"""
 
 import io
 import os

@@ -1,4 +1,7 @@
-"""Metrics of images: feature networks, the protocol, sums over any ranks and batches, the kept reference."""
+"""Metrics of images: feature networks, the protocol, sums over any ranks and batches, the kept reference.
+
+Long, as networks, protocol and reference are tested on the images that one small network makes countable.
+"""
 
 import dataclasses
 import json

@@ -1,3 +1,8 @@
+"""Averages of weights over any length, from snapshots: against quadrature, exact fractions and closed forms.
+
+Long, as every formula has an oracle of its own.
+"""
+
 import dataclasses
 import math
 from fractions import Fraction

@@ -12,7 +12,7 @@ from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
-from lightning_tdisent.metrics.reference import shared_errors
+from lightning_tdisent.ranks import shared_errors
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import RealImages, compute, image_files, open_quality, real_images, score
 from lightning_tdisent.sampling.pictures import save_png

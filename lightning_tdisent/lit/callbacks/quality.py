@@ -11,7 +11,7 @@ from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
-from lightning_tdisent.metrics.reference import gather, shared_errors
+from lightning_tdisent.ranks import gather, shared_errors
 from lightning_tdisent.sampling.evaluation import open_quality, real_images, score
 
 
