@@ -1,0 +1,175 @@
+import itertools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lightning_tdisent.fleet import lease
+from lightning_tdisent.fleet.lease import Watch, current, gone, me, take
+from lightning_tdisent.fleet.store import Store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path)
+
+
+def content_of(store, job):
+    return current(store, job)[1]
+
+
+def write(store, job, number, **content):
+    store.write(f"leases/{job}.{number:05d}.json", json.dumps(content).encode())
+
+
+def test_one_holder_at_a_time_and_the_next_after_it_lets_go(store):
+    first = take(store, "expert_001", Watch())
+    assert first is not None
+    assert first.held
+    assert take(store, "expert_001", Watch()) is None
+    other = take(store, "expert_002", Watch())
+    assert other is not None
+    first.release()
+    second = take(store, "expert_001", Watch())
+    assert second is not None
+    assert second.number == first.number + 1
+    assert not first.held
+    assert second.deaths == 0
+    for held in (second, other):
+        held.release()
+    assert store.names("leases") == ["expert_001.00002.json", "expert_002.00001.json"]
+
+
+def _race(folder, barrier, wins):
+    barrier.wait()
+    for round_ in range(20):
+        if take(Store(folder), f"job{round_}", Watch()) is not None:
+            wins.put(round_)
+    barrier.wait()  # nobody dies before all have tried
+
+
+def test_of_many_processes_exactly_one_gets_each_job(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, wins = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=_race, args=(tmp_path, barrier, wins)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    won = sorted(wins.get(timeout=30) for _ in range(20))
+    for process in processes:
+        process.join(30)
+    assert won == list(range(20))
+    assert wins.empty()
+
+
+def test_a_dead_process_of_this_machine_is_known_at_once(store):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    began = lease._began(child.pid)
+    write(store, "a", 3, **{**me(), "pid": child.pid, "began": began}, beat=5, saved=7, deaths=1, ttl=60)
+    assert take(store, "a", Watch(), saved=7) is None
+    child.communicate(b"\n")
+    assert gone(content_of(store, "a"))
+    held = take(store, "a", Watch(), saved=7)
+    assert held is not None
+    assert held.number == 4
+    assert held.deaths == 2  # no newer checkpoint than when it began
+    held.release()
+
+
+def test_a_new_process_with_an_old_number_is_not_the_holder():
+    mine = me()
+    assert not gone(mine)
+    assert gone({**mine, "began": mine["began"] - 1})
+    assert not gone({**mine, "host": "elsewhere/1234", "began": 0, "pid": 2**22 - 1})
+
+
+def test_a_silent_worker_of_another_machine_is_waited_for(store):
+    now = 0.0
+    watch = Watch(lambda: now)
+    write(
+        store, "a", 1, host="elsewhere/1", pid=1, began=1, beat=0, saved=0, deaths=4, ttl=60, written=time.time() + 9e9
+    )
+    assert take(store, "a", watch) is None  # its clock says nothing to us
+    now = 50.0
+    write(store, "a", 1, host="elsewhere/1", pid=1, began=1, beat=1, saved=0, deaths=4, ttl=60, written=0)
+    assert take(store, "a", watch) is None
+    now = 109.0
+    assert take(store, "a", watch) is None
+    now = 111.0
+    held = take(store, "a", watch, saved=10)
+    assert held is not None
+    assert held.deaths == 1  # it had got further
+    held.release()
+
+
+@pytest.mark.parametrize("spoiled", [b"", b"{", b"[1]", b"\xff"])
+def test_a_spoiled_lease_dies_of_age(spoiled, store):
+    now = 0.0
+    watch = Watch(lambda: now)
+    store.write("leases/a.00001.json", spoiled)
+    assert take(store, "a", watch) is None
+    now = lease.TTL + 1
+    held = take(store, "a", watch)
+    assert held is not None
+    held.release()
+
+
+def test_a_holder_beats_with_its_progress_and_learns_that_it_was_replaced(store):
+    said = []
+    held = take(store, "a", Watch(), said.append, ttl=0.12)
+    assert held is not None
+    held.progress.update(step=3, loss=0.5)
+    deadline = time.monotonic() + 10
+    while content_of(store, "a")["beat"] < 2 or content_of(store, "a").get("step") != 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    write(store, "a", held.number + 1, host="elsewhere/1", pid=1, beat=0)
+    while not said:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert said == ["a: another worker holds its lease by now"]
+    held.release()
+    assert content_of(store, "a")["host"] == "elsewhere/1"  # letting go does not touch the new holder's
+    assert not content_of(store, "a").get("released")
+
+
+def test_a_holder_whose_store_is_gone_lets_go_after_the_life_of_its_lease(tmp_path):
+    folder, said = tmp_path / "shared", []
+    held = take(Store(folder), "a", Watch(), said.append, ttl=0.2)
+    assert held is not None
+
+    def fail(*_):
+        raise OSError("network is unreachable")
+
+    held.store.names = fail
+    deadline = time.monotonic() + 10
+    while not said:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert "cannot be reached for 0 s: network is unreachable" in said[0]
+    held.release()
+
+
+def test_who_listed_long_ago_cannot_take_a_number_that_is_gone(store, monkeypatch):
+    write(store, "a", 5, **me(), beat=0, ttl=60)
+    answers = itertools.chain([(3, {"released": True})], itertools.repeat(None))
+    true = lease.current
+
+    def stale(*args):
+        return next(answers) or true(*args)
+
+    monkeypatch.setattr(lease, "current", stale)
+    assert take(store, "a", Watch()) is None
+    assert store.names("leases") == ["a.00005.json"]
+
+
+def test_names_that_begin_alike_are_told_apart(store):
+    write(store, "expert_1", 4, **me(), beat=0)
+    write(store, "expert_1.2", 9, **me(), beat=0)
+    assert current(store, "expert_1")[0] == 4
+    assert current(store, "expert_1.2")[0] == 9
+    assert current(store, "expert") == (0, None)
+    assert os.getpid() == current(store, "expert_1")[1]["pid"]
