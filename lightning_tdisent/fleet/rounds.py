@@ -1,0 +1,82 @@
+"""Adaptive budgets: after every round of training, who goes on for how long, decided from the curves of all."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.fleet.budget import effects, fit_curve, grant, value
+
+if TYPE_CHECKING:
+    from lightning_tdisent.fleet.plan import Fleet
+
+FOLDER = "rounds"
+CURVE = "curve.json"
+
+
+def newest(fleet: "Fleet") -> dict[str, Any] | None:
+    """The last decision, None while the first part of the budget is spent."""
+    names = [name for name in fleet.store.names(FOLDER) if name.endswith(".json")]
+    if not names:
+        return None
+    content: dict[str, Any] = json.loads(fleet.store.read(f"{FOLDER}/{names[-1]}") or b"null")
+    return content
+
+
+def targets(fleet: "Fleet") -> dict[str, int]:
+    """Images that each expert is to see by now."""
+    decided = newest(fleet) if fleet.budget.rule == "adaptive" else None
+    return decided["images"] if decided else {e.name: e.images for e in fleet.experts}
+
+
+def advance(fleet: "Fleet") -> bool:
+    """Decide the next round, once all experts have reached their targets; False when the budget is spent.
+
+    A function of the curves alone, so whoever comes first writes what anybody would have written.
+    """
+    if fleet.budget.rule != "adaptive":
+        return False
+    images, number = targets(fleet), len(fleet.store.names(FOLDER))
+    spent = sum(e.cost * images[e.name] for e in fleet.experts)
+    left = fleet.budget.images - (fleet.shared["images"] if fleet.shared else 0) - spent
+    batch = max(e.batch for e in fleet.experts)
+    if left < batch or number >= fleet.budget.rounds:
+        return False
+    curves = {e.name: _curve(fleet, e.name) for e in fleet.experts}
+    weight = effects(fleet.table["log_snr"], curves[fleet.experts[0].name]["variances"])
+    fits, curve_of = {}, {}
+    for e in fleet.experts:
+        points = [
+            (n, sum(weight[s - 1] * error for s, error in zip(e.rows, errors, strict=True)))
+            for n, errors in curves[e.name]["points"]
+            if n <= images[e.name]
+        ]
+        if len({n for n, _ in points}) < 2:
+            raise InputError(
+                f"{e.name}: its curve has {len(points)} points, a fit needs two at least: validate more often (set: "
+                "{trainer.val_check_interval: ..})"
+            )
+        fits[e.name], curve_of[e.name] = fit_curve(points), points
+    part = left if number == fleet.budget.rounds - 1 else left / (fleet.budget.rounds - number)
+    unit = max(1, int(part / (8 * len(fleet.experts))) // batch) * batch
+    names = [e.name for e in fleet.experts]
+    granted = grant([fits[n] for n in names], [images[n] for n in names], [e.cost for e in fleet.experts], unit, part)
+    new = dict(zip(names, granted, strict=True))
+    if new == images:
+        return False
+    content = {
+        "images": new,
+        "effects": weight,
+        "fits": fits,
+        "predicted": {n: value(fits[n], new[n]) for n in names},
+        "curves": curve_of,
+    }
+    fleet.store.create(f"{FOLDER}/{number + 1:04d}.json", json.dumps(content, indent=1).encode())
+    return True
+
+
+def _curve(fleet: "Fleet", name: str) -> dict[str, Any]:
+    content = fleet.store.read(f"{fleet.folder(name)}/{CURVE}")
+    if content is None:
+        raise InputError(f"{name}: {fleet.store}/{fleet.folder(name)}/{CURVE} is missing; an adaptive budget needs it")
+    data: dict[str, Any] = json.loads(content)
+    return data

@@ -1,0 +1,140 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.fleet.budget import Budget, effects, fit_curve, grant, value
+from lightning_tdisent.sampling.sampler import DDIM
+
+
+def rows_of(S):
+    return LatentStates(S=S).log_snr[1:, 0].tolist()
+
+
+def blocks_of(S, experts):
+    L, cut = rows_of(S), [round(k * S / experts) for k in range(experts + 1)]
+    return [L[a:b] for a, b in pairwise(cut)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    S=st.integers(1, 40), share=st.floats(0, 1), batch=st.integers(1, 64), more=st.integers(0, 5000),
+    rule=st.sampled_from(["uniform", "taper", "snr", "adaptive"]), least=st.floats(0, 1), end=st.floats(0, 1),
+)  # fmt: skip
+def test_a_budget_is_spent_to_the_last_batch_and_nobody_is_left_out(S, share, batch, more, rule, least, end):
+    experts = max(1, round(share * S))
+    images = 2 * experts * batch + more
+    budget = Budget(images, rule, least, end)
+    out = budget.split(images, batch, blocks_of(S, experts))
+    spent = images // 2 if rule == "adaptive" else images
+    assert sum(out) == spent // batch * batch
+    assert all(n % batch == 0 and n >= batch for n in out)
+    assert min(out) >= int(least * (spent // batch) / experts) * batch
+
+
+def test_shares_of_the_rules_are_those_of_their_formulas():
+    L = rows_of(8)
+    one_each = [[x] for x in L]
+    assert Budget(8000).split(8000, 10, one_each) == [1000] * 8
+    taper = Budget(9000, "taper", least=0, end=0.125).split(9000, 1, one_each)
+    assert taper == [round(2000 * (1 - 0.125 * k)) for k in range(8)]
+    snr = Budget(10**6, "snr", least=0).split(10**6, 1, one_each)
+    a = LatentStates(S=8).a[1:, 0].numpy()
+    assert np.allclose(snr, 1e6 * a / a.sum(), atol=1)
+    assert Budget(700, "explicit", shares=(4, 2, 1), least=0).split(700, 10, one_each[:3]) == [400, 200, 100]
+    assert Budget(900, least=0).split(900, 10, [L[:2], L[2:3]]) == [600, 300]  # a row is a row
+
+
+def test_what_is_held_at_the_least_leaves_the_rest_in_proportion():
+    out = Budget(1000, "explicit", shares=(6, 3, 0, 0), least=0.5).split(1000, 1, [[1.0], [0.0], [-1.0], [-2.0]])
+    assert out == [500, 250, 125, 125]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"images": 0}, "images: of all jobs together, at least 1, got 0"),
+        ({"images": 10, "rule": "tapir"}, "'tapir' is none. Did you mean 'taper'"),
+        ({"images": 10, "rul": "taper"}, "unknown key 'rul'. Did you mean 'rule'"),
+        ({"rule": "taper"}, "expected images: N"),
+        ({"images": 10, "least": 2}, r"budget.least: must lie in \[0, 1\], got 2"),
+        ({"images": 10, "rule": "explicit"}, "shares: belong to the rule explicit"),
+        ({"images": 10, "shares": [1]}, "shares: belong to the rule explicit"),
+    ],
+)
+def test_a_wrong_budget_is_refused(data, message):
+    with pytest.raises(InputError, match=message):
+        Budget.of(data, "budget")
+
+
+def test_a_budget_too_small_for_a_batch_each_is_refused():
+    with pytest.raises(InputError, match="less than a batch of 64 for each of the 8"):
+        Budget(500).split(500, 64, [[x] for x in rows_of(8)])
+    with pytest.raises(InputError, match="3 numbers >= 0, one per expert"):
+        Budget(100, "explicit", shares=(1, 2)).split(100, 1, [[1.0], [0.0], [-1.0]])
+
+
+class Gaussian:
+    """The exact denoiser of N(0, diag(variances)), with an error of its own at one row."""
+
+    def __init__(self, states, variances, row, error):
+        self.states, self.v, self.row, self.error = states, variances, row, error
+        self.shape, self.classes = [1, 1, len(variances)], None
+
+    def parameters(self):
+        return iter([torch.zeros((), dtype=torch.float64)])
+
+    def __call__(self, x, s, label=None):
+        a, b = self.states.coefficients(s)
+        out = a * self.v / (a * a * self.v + b * b) * x
+        return out + self.error if s == self.row else out
+
+
+@pytest.mark.parametrize("S", [4, 8, 20])
+def test_the_effect_of_a_row_is_what_the_sampler_makes_of_an_error_there(S):
+    states = LatentStates(S=S, spacing="trailing")
+    v = torch.tensor([4.0, 1.0, 0.3, 0.01], dtype=torch.float64)
+    found, noise = effects(states.log_snr[1:, 0].tolist(), v.tolist()), torch.randn(3, 1, 1, 4).double()
+    for row in (1, 2, S // 2, S):
+        error = v.sqrt()  # whose mean square is shared out as the variance is
+        images = [
+            list(DDIM(clip=None).walk(Gaussian(states, v, row, e), [0, 1, 2], start=noise))[-1][1] for e in (0.0, error)
+        ]
+        off = (images[1] - images[0]).square().sum() / (3 * error.square().sum())
+        assert math.isclose(float(off), found[row - 1], rel_tol=1e-9)
+    assert found[0] == 1.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(floor=st.floats(0, 1), amplitude=st.floats(0.1, 50), p=st.floats(0.2, 1.5), m=st.sampled_from([0, 0.3, 1]))
+def test_a_curve_of_its_own_kind_is_continued_well(floor, amplitude, p, m):
+    def truth(n):
+        return floor + amplitude * (n / 1000 + m) ** -p
+
+    fit = fit_curve([(n, truth(n)) for n in range(1000, 9000, 1000)])
+    assert math.isclose(value(fit, 5000), truth(5000), rel_tol=0.01)
+    gain = truth(8000) - truth(12000)
+    assert math.isclose(value(fit, 8000) - value(fit, 12000), gain, rel_tol=0.35, abs_tol=0.01 * truth(8000))
+
+
+def test_a_flat_or_rising_curve_promises_nothing():
+    for curve in ([(1, 2.0), (2, 2.0), (3, 2.0)], [(1, 1.0), (2, 1.5), (3, 2.0)]):
+        fit = fit_curve(curve)
+        assert value(fit, 3) - value(fit, 300) == pytest.approx(0, abs=1e-9)
+
+
+def test_images_go_where_they_lower_the_sum_most():
+    fits = [(0.5, 100.0, 1.0, 0.0), (0.0, 25.0, 1.0, 0.0), (3.0, 0.0, 1.0, 0.0)]
+    out = grant(fits, [100, 100, 100], [1.0, 1.0, 1.0], 1, 700)
+    assert sum(out) == 1000
+    assert out[2] == 100  # it has nothing to gain
+    assert out[0] / out[1] == pytest.approx(2, rel=0.02)  # n ~ sqrt(A), from setting A/n^2 equal
+    dear = grant(fits, [100, 100, 100], [4.0, 1.0, 1.0], 1, 700)
+    assert dear[0] / dear[1] == pytest.approx(1, rel=0.02)  # n ~ sqrt(A/c)
+    assert 4 * (dear[0] - 100) + (dear[1] - 100) <= 700
