@@ -15,6 +15,11 @@ from lightning_tdisent import __version__
 from lightning_tdisent.errors import Halted, InputError, nearest
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lightning_tdisent.fleet.job import Report
+    from lightning_tdisent.fleet.plan import Facts, Fleet
+    from lightning_tdisent.fleet.work import FleetWork
     from lightning_tdisent.report.study import Study
     from lightning_tdisent.sampling.sampler import Sampler
 
@@ -94,8 +99,44 @@ def parser() -> argparse.ArgumentParser:
     f.add_argument("--workers", type=int, default=0, help="processes at a time (default: one per core)")
     f.add_argument("--set", action="append", default=[], metavar="RUN.KEY=VALUE", dest="overrides",
                    help="override for a run's fit, e.g. experts.model.objective=Eps; * is every run")  # fmt: skip
+    _fleet_commands(commands.add_parser("fleet", help="plan, run and watch the trainings of many independent experts"))
     _data_commands(commands.add_parser("data", help="make, prepare, index, verify or inspect shards of images"))
     return out
+
+
+def _fleet_commands(fleet: argparse.ArgumentParser) -> None:
+    commands = fleet.add_subparsers(dest="fleet_command", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        command.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE",
+                             help="import your module first, so that configs may name its classes")  # fmt: skip
+        return command
+
+    p = add("plan", _fleet_plan, "expand a fleet's YAML into a plan, one training per expert; or check one")
+    p.add_argument("folder", nargs="?", help="of a fleet that is planned already: check its plan, as edited")
+    p.add_argument("--config", type=Path, help="the YAML, e.g. experiments/digits/fleet.yaml")
+    p.add_argument("--out", help="folder or URL of the fleet (default: that of the YAML)")
+    p.add_argument("--seed", type=int, help="of all trainings (default: that of the YAML)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                   help="config key of every training, e.g. trainer.val_check_interval=100")  # fmt: skip
+
+    r = add("run", _fleet_run, "train what is not trained yet; the same command goes on, on any number of machines")
+    r.add_argument("folder", help="of the fleet, or its URL")
+    r.add_argument("--only", action="append", default=[], metavar="EXPERT",
+                   help="a number or name, or several by commas; a single one is trained right here")  # fmt: skip
+    r.add_argument("--workers", type=int, default=0, help="processes at a time (default: one per core, or per GPU)")
+    r.add_argument("--gpus", default="", help="names for CUDA_VISIBLE_DEVICES by commas, e.g. 0,1: a worker sees one")
+    r.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                   help="what is different on this machine, e.g. data.path=/data/digits")  # fmt: skip
+    r.add_argument("--scratch", type=Path, help="folder for runs of a fleet in an object store (default: the cache)")
+    r.add_argument("--ttl", type=float, default=60.0, help="seconds of silence after which a worker is taken for dead")
+
+    s = add("status", _fleet_status, "where every expert stands")
+    s.add_argument("folder", help="of the fleet, or its URL")
+    s.add_argument("--watch", action="store_true", help="show it until all is done, or Ctrl-C")
+    s.add_argument("--html", type=Path, help="write it to this file, too")
 
 
 def _data_commands(data: argparse.ArgumentParser) -> None:
@@ -162,7 +203,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(argv)
             return 0
         if argv and not argv[0].startswith("-"):
-            known = [*LIGHTNING, "sample", "compose", "average", "evaluate", "fetch", "report", "study", "data"]
+            known = [
+                *LIGHTNING,
+                "sample",
+                "compose",
+                "average",
+                "evaluate",
+                "fetch",
+                "report",
+                "study",
+                "fleet",
+                "data",
+            ]
             if argv[0] not in known:
                 raise InputError(
                     f"there is no command {argv[0]!r}.{nearest(argv[0], known)} Commands: {', '.join(known)}"
@@ -321,7 +373,9 @@ def _report(a: argparse.Namespace) -> None:
 
 def _study(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.local import run
-    from lightning_tdisent.fleet.plan import plan
+    from lightning_tdisent.fleet.store import Store
+    from lightning_tdisent.fleet.study import plan
+    from lightning_tdisent.fleet.work import Jobs
     from lightning_tdisent.report.study import Study
     from lightning_tdisent.sampling.composite import MANIFEST, compose, find_files
 
@@ -329,24 +383,120 @@ def _study(a: argparse.Namespace) -> None:
     study = Study(**todo.evaluation)
     study.check()
     todo.claim()
-    run(todo.jobs, fit_job, a.workers)
+    run(Jobs(Store(todo.out), todo.jobs), fit_job, a.workers, title=str(study.title))
     for fleet, folder in todo.composites.items():
         if not (folder / MANIFEST).exists():
             compose(find_files(todo.out / fleet), folder)
     _finish(study)
 
 
-def _finish(study: "Study") -> None:
+def _fleet_plan(a: argparse.Namespace) -> None:
+    from lightning_tdisent.fleet.plan import Fleet, draft
+
+    if (a.folder is None) == (a.config is None):
+        raise InputError("fleet plan wants --config FILE for a new fleet, or the folder of one that is planned")
+    fleet = draft(a.config, describe, a.out, a.seed, a.overrides) if a.config else Fleet.load(a.folder)
+    facts = fleet.check(describe)
+    _console().print(_plan_table(fleet, facts), highlight=False)
+    print(f"plan: {fleet.store}/plan.yaml\nrun it: python -m lightning_tdisent fleet run {fleet.store}")
+
+
+def _plan_table(fleet: "Fleet", facts: Sequence["Facts"]) -> Any:
+    from rich.table import Table
+
+    out = Table(title=f"{fleet.title}: {fleet.budget.rule} budget, table {fleet.table['fingerprint']}")
+    for name in ("job", "rows", "t", "images", "batch", "steps", "start", "weights", "TFLOP"):
+        out.add_column(name, justify="left" if name in ("job", "start") else "right")
+    total = [0.0, 0.0]
+    starts = {e.name: e.start for e in fleet.experts}
+    for job, fact in zip(fleet.jobs(), facts, strict=True):
+        rows = job.expect.get("rows", list(range(1, fact.S + 1)))
+        span = [f"{v[0]}..{v[-1]}" if len(v) > 1 else str(v[0]) for v in (rows, [fact.index[s - 1] for s in rows])]
+        images, flop = job.images or 0, 3e-12 * fact.flops * (job.images or 0)
+        total = [total[0] + images, total[1] + flop]
+        out.add_row(
+            job.name, *span, f"{images:,}", str(fact.batch), f"{fact.max_steps:,}", starts.get(job.name, "scratch"),
+            f"{fact.weights:,}", f"{flop:.3f}",
+        )  # fmt: skip
+    out.add_section()
+    out.add_row("all", "", "", f"{total[0]:,.0f}", "", "", "", "", f"{total[1]:.3f}")
+    return out
+
+
+def _open_fleet(where: str, overrides: Sequence[str] = (), scratch: Path | None = None) -> "FleetWork":
+    import hashlib
+
+    from lightning_tdisent.fleet.plan import Fleet, words
+    from lightning_tdisent.fleet.store import Store
+    from lightning_tdisent.fleet.work import FleetWork
+
+    if Store(where).remote and scratch is None:
+        from lightning_tdisent.metrics.weights import cache_folder
+
+        scratch = cache_folder() / "fleets" / hashlib.sha256(where.encode()).hexdigest()[:16]
+    return FleetWork(Fleet.load(where, words(overrides), scratch), describe)
+
+
+def _fleet_run(a: argparse.Namespace) -> None:
+    from lightning_tdisent.fleet.local import refuse_undone, run
+    from lightning_tdisent.fleet.status import summary, tiles
+    from lightning_tdisent.fleet.work import Session, work_through
+
+    if a.ttl <= 0 or a.workers < 0:
+        raise InputError(f"--ttl {a.ttl:g} --workers {a.workers}: a time above 0, a number of processes")
+    work = _open_fleet(a.folder, a.overrides, a.scratch)
+    work.store.check()
+    names = [name for words in a.only for name in words.split(",")]
+    only = [f"expert_{int(name):03d}" if name.isdigit() else name for name in names]
+    here = len(only) == 1
+    session = Session(only, a.ttl, quiet=not here)
+    if here:
+        _device("cpu")
+        work_through(work, fit_job, session)
+        refuse_undone(work, session)
+    else:
+        run(work, fit_job, a.workers, session, gpus=[g for g in a.gpus.split(",") if g], title=work.fleet.title)
+    print(summary(tiles(work)))
+
+
+def _fleet_status(a: argparse.Namespace) -> None:
+    import time
+
+    from rich.live import Live
+
+    from lightning_tdisent.files import write_whole
+    from lightning_tdisent.fleet.status import board, page, tiles
+
+    work, console = _open_fleet(a.folder), _console()
+    found, title = tiles(work), work.fleet.title
+    if a.watch:
+        with Live(board(found, title), console=console) as live:
+            while any(tile.state not in ("done", "failed") for tile in found):
+                time.sleep(1)
+                found = tiles(work)
+                live.update(board(found, title))
+    else:
+        console.print(board(found, title), highlight=False)
+    if a.html:
+        write_whole(a.html, f"<!DOCTYPE html><meta charset=utf-8>{page(found, title)}".encode())
+
+
+def _console() -> "Console":
+    """The terminal, or something wide where there is none."""
     from rich.console import Console
 
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 160))
+
+
+def _finish(study: "Study") -> None:
     from lightning_tdisent.ranks import place
 
     _device(study.device)
     study.evaluate()
     if place()[0]:
         return
-    console = Console()
-    console = Console(width=max(console.width, 160) if not console.is_terminal else None)
+    console = _console()
     for part in study.lines():
         console.print(part, highlight=False)
     print(f"numbers: {study.folder / 'results.json'}\nreport: {study.write_report()}")
@@ -355,12 +505,35 @@ def _finish(study: "Study") -> None:
         raise InputError("; ".join(refused))
 
 
-def fit_job(argv: list[str], report: Callable[[int, int], None]) -> None:
+def fit_job(argv: list[str], report: "Report") -> None:
     """Run one `fit` in a worker process."""
+    from lightning_tdisent.lit.callbacks.curve import Curve
     from lightning_tdisent.lit.callbacks.progress import StepProgress
     from lightning_tdisent.lit.entry import run
 
-    run(argv, [StepProgress(report)])
+    run(argv, [StepProgress(report), Curve()])
+
+
+def describe(argv: list[str]) -> "Facts":
+    """What a command line of `fit` amounts to; nothing is read but its configs, nothing is written."""
+    from lightning_tdisent.fleet.plan import Facts
+    from lightning_tdisent.lit.entry import parse
+    from lightning_tdisent.report.evaluate import flops
+
+    cli = parse(argv)
+    module, states = cli.model, cli.model.states
+    return Facts(
+        f"{type(module).__module__}.{type(module).__qualname__}",
+        states.fingerprint,
+        states.S,
+        states.index.tolist()[1:],
+        states.log_snr[1:, 0].tolist(),
+        cli.datamodule.batch_size,
+        sum(p.numel() for p in module.parameters()),
+        flops(module.network),
+        module.decay,
+        cli.trainer.max_steps,
+    )
 
 
 def _cores(asked: int | None) -> int:

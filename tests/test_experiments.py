@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from lightning_tdisent.cli import main
-from lightning_tdisent.fleet.plan import plan
+from lightning_tdisent.fleet.study import plan
 from lightning_tdisent.lit.entry import parse
 
 FOLDER = Path(__file__).parents[1] / "experiments"

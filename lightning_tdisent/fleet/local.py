@@ -1,156 +1,139 @@
-"""Independent jobs on this machine: some processes, each working through jobs as soon as what they wait for is done."""
+"""Workers on this machine: some processes that take one job after another, watched and replaced when they die."""
 
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.live import Live
 
-from lightning_tdisent.errors import InputError
-
-Report = Callable[[int, int], None]
-Target = Callable[[list[str], Report], None]
+from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.fleet.job import Train
+from lightning_tdisent.fleet.status import board, tiles
+from lightning_tdisent.fleet.work import Session, Work, failures, work_through
 
 
-@dataclass(frozen=True)
-class Job:
-    """A command line with the folder it fills, its steps for the progress bar, and the names of jobs it needs."""
+def run(
+    work: Work, train: Train, workers: int = 0, session: Session | None = None, show: bool = True,
+    gpus: Sequence[str] = (), title: str = "",
+) -> None:  # fmt: skip
+    """Do all jobs that are not done; a failed one stops what needs it, the rest go on, then all failures are named.
 
-    name: str
-    argv: list[str]
-    folder: Path
-    needs: tuple[str, ...] = ()
-
-    @property
-    def done(self) -> bool:
-        """Whether a whole training has left its weights."""
-        return (self.folder / "model.safetensors").exists()
-
-
-def _serve(pipe: Connection, target: Target, threads: int) -> None:
-    """Work through jobs from the pipe; runs in a process of its own, whose output goes to the job's log.txt."""
-    import torch
-
-    torch.set_num_threads(threads)
-    while (job := _next(pipe)) is not None:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        error = None
-        with (job.folder / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-            try:
-                target(job.argv, lambda step, steps: _tell(pipe, step, steps))
-            except InputError as refusal:
-                error = str(refusal)
-            except SystemExit as end:
-                if end.code and end.code not in (0, 1, 2):  # a signal: whoever sent it wants the process gone
-                    raise
-                error = f"ended with status {end.code}" if end.code else None
-            except KeyboardInterrupt:
-                return
-            except BaseException:
-                error = traceback.format_exc()
-                print(error, file=log)
-        pipe.send(("end", error, 0))
-
-
-def _tell(pipe: Connection, step: int, steps: int) -> None:
-    """Report a step; if nobody listens any more, go as one who was told to: with a checkpoint."""
-    try:
-        pipe.send(("step", step, steps))
-    except OSError:
-        signal.raise_signal(signal.SIGTERM)
-
-
-def _next(pipe: Connection) -> Job | None:
-    """Next job; None when told to end, or when nobody is left to tell."""
-    try:
-        job: Job | None = pipe.recv()
-        return job
-    except (EOFError, KeyboardInterrupt):
-        return None
-
-
-def run(jobs: Sequence[Job], target: Target, workers: int = 0, show: bool = True) -> None:
-    """Run all jobs that are not done; a failed one stops what needs it, the rest go on, then all failures are named.
-
-    target: called in a fresh process with a job's argv and a progress report; must be importable. workers: processes
-    at a time, one per core if 0; each takes its share of the cores as torch threads. Refuses failed jobs at the end.
+    train: called in a fresh process with a job's argv and a progress report; must be importable. workers: processes at
+    a time, one per core if 0, or one per GPU where ``gpus`` (names for CUDA_VISIBLE_DEVICES) are given: each sees its
+    own alone, in turn. The cores are divided among them as torch threads. Raises InputError for failed jobs at the end.
     """
-    cores = len(os.sched_getaffinity(0))
-    workers = min(workers or cores, len(jobs)) or 1
+    session, jobs = session or Session(), work.jobs()
     names = [job.name for job in jobs]
     for job in jobs:
         unknown = set(job.needs) - set(names)
         if unknown:
             raise InputError(f"{job.name} needs {sorted(unknown)}, which are not among the jobs {names}")
-    waiting = [job for job in jobs if not job.done]
-    failed: dict[str, str] = {}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    cores = len(os.sched_getaffinity(0))
+    count = workers or len(gpus) or cores
+    count = max(1, min(count, len(session.only) or len(jobs)))
     context = multiprocessing.get_context("spawn")
-    with _told_to_go(), Progress(*columns, disable=not show) as bar:
-        whole = bar.add_task("all jobs", total=len(jobs), completed=len(jobs) - len(waiting))
-        pool = [_Worker(context, target, max(1, cores // workers)) for _ in range(min(workers, len(waiting)))]
+
+    def start(number: int) -> multiprocessing.process.BaseProcess:
+        mine = {"OMP_NUM_THREADS": str(max(1, cores // count))}  # before torch is imported there
+        if gpus:
+            mine["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+        process = context.Process(target=_serve, args=(work, train, session, os.getpid()))
+        with _environment(mine):
+            process.start()
+        return process
+
+    live = Live(refresh_per_second=2, transient=True)
+    show = show and live.console.is_terminal
+    with _told_to_go():
+        pool, starts = [start(k) for k in range(count)], count
         try:
-            while waiting or any(w.job for w in pool):
-                for worker in (w for w in pool if w.job is None):
-                    if todo := next(_ready(waiting, jobs, failed), None):
-                        waiting.remove(todo)
-                        worker.start(todo, bar.add_task(todo.name, total=None))
-                if not any(w.job for w in pool):
-                    break
-                for pipe in wait([w.pipe for w in pool if w.job]):
-                    worker = next(w for w in pool if w.pipe is pipe)
-                    kind, value, steps = worker.receive()
-                    if kind == "step":
-                        bar.update(worker.task, completed=value, total=steps)
-                        continue
-                    assert worker.job
-                    if value is not None:
-                        failed[worker.job.name] = (
-                            f"{str(value).strip().splitlines()[-1]} (see {worker.job.folder}/log.txt)"
-                        )
-                    bar.remove_task(worker.task)
-                    bar.advance(whole)
-                    worker.job = None
-                    if not worker.process.is_alive():
-                        pool[pool.index(worker)] = _Worker(context, target, max(1, cores // workers))
+            if show:
+                live.start()
+            while running := [p for p in pool if p.exitcode != 0]:
+                wait([p.sentinel for p in running], timeout=1.0)
+                if show:
+                    live.update(board(tiles(work), title))
+                for k, process in enumerate(pool):
+                    if process.exitcode:
+                        starts += 1
+                        if process.exitcode == 2 or starts > session.deaths * (len(jobs) + 1):
+                            raise Halted(
+                                f"a worker ended with status {process.exitcode} after {starts} in all; see above"
+                            )
+                        pool[k] = start(k)  # which takes up what that one had
         finally:
-            for worker in pool:
-                worker.release()
-            for worker in pool:
-                worker.join()
-    if failed or waiting:
-        lines = [f"  - {name}: {why}" for name, why in failed.items()]
-        lines += [f"  - {job.name}: not started, it needs {', '.join(job.needs)}" for job in waiting]
-        raise InputError(f"{len(lines)} of {len(jobs)} jobs are not done:\n" + "\n".join(lines))
+            if show:
+                live.stop()
+            for process in pool:
+                process.terminate()
+            for process in pool:
+                process.join(60)  # which may take a checkpoint
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+    refuse_undone(work, session)
+
+
+def refuse_undone(work: Work, session: Session) -> None:
+    """Name every job that this session was to do and has not done, with its reason."""
+    failed = {name: str(f["reason"]) for name, f in failures(work).items() if f["session"] == session.name}
+    jobs = {job.name: job for job in work.jobs()}
+    lines, undone = [], []
+    for name, job in jobs.items():
+        if session.only and name not in session.only:
+            continue
+        if name in failed:
+            lines.append(f"  - {name}: {failed[name].strip().splitlines()[-1]}")
+        elif not work.done(job):
+            undone.append(f"  - {name}: not started" + (f", it needs {', '.join(job.needs)}" if job.needs else ""))
+    if lines or undone:
+        raise InputError(f"{len(lines + undone)} of {len(jobs)} jobs are not done:\n" + "\n".join(lines + undone))
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _serve(work: Work, train: Train, session: Session, parent: int) -> None:
+    """Be a worker; a process of its own, that goes when its parent has gone."""
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    try:
+        work_through(work, train, session)
+    except InputError as error:  # of no job, but of the plan or the place
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _leave_with(parent: int) -> None:
+    """Go as one who was told to, with a checkpoint, when nobody is there any more who would replace this process."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
 def _told_to_go() -> Iterator[None]:
     """Turn SIGTERM and SIGUSR1 into an exit with 143, so that the workers are told as well."""
 
-    def leave(*_: Any) -> None:
+    def leave(*_: object) -> None:
         raise SystemExit(143)
 
     numbers = (signal.SIGTERM, signal.SIGUSR1) if threading.current_thread() is threading.main_thread() else ()
@@ -160,45 +143,3 @@ def _told_to_go() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _ready(waiting: Sequence[Job], jobs: Sequence[Job], failed: dict[str, str]) -> Iterator[Job]:
-    done = {job.name for job in jobs if job.done and job.name not in failed}
-    return (job for job in waiting if done.issuperset(job.needs))
-
-
-class _Worker:
-    """A process and the job it has."""
-
-    def __init__(self, context: multiprocessing.context.SpawnContext, target: Target, threads: int) -> None:
-        self.pipe, end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(end, target, threads), daemon=True)
-        self.process.start()
-        end.close()
-        self.job: Job | None = None
-
-    def start(self, job: Job, task: TaskID) -> None:
-        self.job, self.task = job, task
-        self.pipe.send(job)
-
-    def receive(self) -> tuple[str, Any, int]:
-        """Next message; a process that died has ended its job."""
-        try:
-            message: tuple[str, Any, int] = self.pipe.recv()
-            return message
-        except EOFError:
-            self.process.join()
-            return ("end", f"its process died with status {self.process.exitcode}", 0)
-
-    def release(self) -> None:
-        """Tell the process to end, at once if it has a job."""
-        self.pipe.close()
-        if self.job:
-            self.process.terminate()
-
-    def join(self) -> None:
-        """Wait for its end, which may take a checkpoint, but not for ever."""
-        self.process.join(60)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()

@@ -1,9 +1,9 @@
-"""The plan of a study: one YAML expanded into independent jobs, composites, and what is compared at the end."""
+"""The plan of a fleet: one YAML expanded into one training per expert, as a file to be read, compared and edited."""
 
 import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,137 +12,460 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_tdisent.errors import InputError, nearest
-from lightning_tdisent.files import write_whole
-from lightning_tdisent.fleet.local import Job
+from lightning_tdisent.fleet.budget import Budget
+from lightning_tdisent.fleet.job import Job
+from lightning_tdisent.fleet.store import Store
 
-KEYS = (
-    "title",
-    "out",
-    "seed",
-    "runs",
-    "contenders",
-    "data",
-    "split",
-    "reference",
-    "protocol",
-    "weights",
-    "n",
-    "first_seed",
-    "notes",
-)
-RUN_KEYS = ("configs", "experts", "warm_start", "set")
+SCHEMA = 1
+FILE = "plan.yaml"
+SHARED = "shared"
+KEYS = ("title", "out", "seed", "configs", "set", "experts", "rows", "for_rows", "start", "budget", "batch")
+STARTS = "scratch, common, neighbour, {shared: {configs: .., images: ..}}, or a file or run folder with weights"
+SHARED_KEYS = ("configs", "images", "batch", "set")
+PLAN_KEYS = ("schema", "title", "seed", "table", "budget", "configs", "set", "shared", "experts")
+EXPERT_KEYS = ("name", "rows", "images", "batch", "seed", "start", "set", "cost")
+HEADER = """\
+# The plan of a fleet: every line below `experts` is one training. Edit rows, images, batch, seed, start or set of an
+# expert as long as it has not begun; `python -m lightning_tdisent fleet plan {where}` checks the whole.
+# start: scratch, shared (the run above), the name of another expert, or a file or run folder with weights.
+"""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Jobs with their folders, composites to make of fleets, and the evaluation as plain data."""
+class Facts:
+    """What a command line of ``fit`` amounts to: table, batch, network, how it is trained.
 
-    out: Path
-    jobs: list[Job]
-    composites: dict[str, Path]
-    evaluation: dict[str, Any]
-    content: dict[str, Any]
+    log_snr: of rows 1..S, first column; flops: of a forward pass of one image; decay: course of the learning rate.
+    """
 
-    def claim(self) -> None:
-        """Take the folder, or go on in it; refuse one that holds another plan."""
-        mine, file = json.loads(json.dumps(self.content)), self.out / "plan.json"
-        if file.exists():
-            theirs = json.loads(file.read_text())
-            differ = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-            if differ:
-                detail = "; ".join(f"{k}: {theirs.get(k)} there, {mine.get(k)} now" for k in differ)
-                raise InputError(f"{self.out} holds another study ({detail}). Choose another --out, or remove it.")
-        elif self.out.exists() and any(self.out.iterdir()):
-            raise InputError(f"{self.out} is not empty and holds no study; choose another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(mine, indent=1).encode())
+    module: str
+    fingerprint: str
+    S: int
+    index: list[int]
+    log_snr: list[float]
+    batch: int
+    weights: int
+    flops: float
+    decay: str
+    max_steps: int
 
 
-def plan(
-    config: str | Path, out: str | Path | None = None, seed: int | None = None, overrides: Sequence[str] = ()
-) -> Plan:
-    """Read a study's YAML; every config it names must exist, every key must be known."""
+Describe = Callable[[list[str]], Facts]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One expert: rows it owns, images it is to see, images a step, seed, start, and what else its config sets.
+
+    cost: of one image, in those of the fleet's largest network, in which a budget counts.
+    """
+
+    name: str
+    rows: list[int]
+    images: int
+    batch: int
+    seed: int
+    start: str = "scratch"
+    set: dict[str, Any] = field(default_factory=dict)
+    cost: float = 1.0
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A plan and where it is kept; experts own every row 1..S exactly once."""
+
+    store: Store
+    title: str
+    seed: int
+    table: dict[str, Any]
+    budget: Budget
+    configs: dict[str, str]
+    set: dict[str, Any]
+    shared: dict[str, Any] | None
+    experts: list[Planned]
+    extra: tuple[str, ...] = ()
+    scratch: Path | None = None
+
+    @property
+    def root(self) -> Path:
+        """The folder in which runs are trained: the fleet's own, or a local one where that is a store."""
+        return self.scratch if self.scratch is not None else Path(self.store.where)
+
+    @property
+    def config_files(self) -> dict[str, str]:
+        """Copies of all configs in the folder, with their digests."""
+        return {**self.configs, **(self.shared["configs"] if self.shared else {})}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all jobs."""
+        return [*([SHARED] if self.shared else []), *(e.name for e in self.experts)]
+
+    def folder(self, name: str) -> str:
+        """Run folder of a job, relative to the fleet's; that of the shared model is not among the experts'."""
+        return f"start/{name}" if name == SHARED else name
+
+    def jobs(self, images: dict[str, int] | None = None) -> list[Job]:
+        """All trainings, with other numbers of images where given."""
+        out = []
+        if self.shared:
+            out.append(self._job(SHARED, list(self.shared["configs"]), self.shared, self.seed, {}, ()))
+        for e in self.experts:
+            words: dict[str, Any] = {"model.rows": e.rows}
+            needs: tuple[str, ...] = ()
+            if e.seed != self.seed:
+                words["data.seed"] = self.seed  # the same images for all, so that they are decoded once
+            if e.start in self.names:
+                needs = (e.start,)
+                words["model.warm_start"] = str(self.root / self.folder(e.start))
+            elif e.start != "scratch":
+                words["model.warm_start"] = e.start
+            entry = {"images": (images or {}).get(e.name, e.images), "batch": e.batch, "set": e.set}
+            expect = {"rows": e.rows, "fingerprint": self.table["fingerprint"]}
+            out.append(self._job(e.name, list(self.configs), entry, e.seed, words, needs, expect))
+        return out
+
+    def _job(
+        self, name: str, configs: Sequence[str], entry: dict[str, Any], seed: int, words: dict[str, Any],
+        needs: tuple[str, ...], expect: dict[str, Any] | None = None,
+    ) -> Job:  # fmt: skip
+        folder = self.root / self.folder(name)
+        steps = entry["images"] // entry["batch"]
+        settings = {**self.set, **entry.get("set", {}), **words, "seed_everything": seed}
+        settings |= {"data.batch_size": entry["batch"], "trainer.max_steps": steps}
+        argv = ["fit"]
+        for config in configs:
+            argv += ["--config", str(self.root / config)]
+        argv += [word for key, value in settings.items() for word in (f"--{key}", _word(value))]
+        argv += [*self.extra, "--run", str(folder)]
+        return Job(name, argv, folder, needs, steps * entry["batch"], expect or {})
+
+    def content(self) -> dict[str, Any]:
+        """As written."""
+        experts = [{k: v for k, v in vars(e).items() if v != {} and (k, v) != ("cost", 1.0)} for e in self.experts]
+        out = {"schema": SCHEMA, "title": self.title, "seed": self.seed, "table": self.table}
+        out |= {"budget": self.budget.content(), "configs": self.configs, "set": self.set, "shared": self.shared}
+        return {**out, "experts": experts}
+
+    def text(self) -> str:
+        """The file: a line for each expert."""
+        content = self.content()
+        lines = [HEADER.format(where=self.store)]
+        for key, value in content.items():
+            if key == "experts":
+                lines += ["experts:\n", *(f"- {_flow(entry)}\n" for entry in value)]
+            elif isinstance(value, dict):
+                lines.append(f"{key}: {_flow(value)}\n")
+            else:
+                lines.append(yaml.safe_dump({key: value}, sort_keys=False))
+        return "".join(lines)
+
+    @classmethod
+    def load(cls, where: str | Path, extra: Sequence[str] = (), scratch: Path | None = None) -> "Fleet":
+        """Read the plan of a folder or URL, as it was written or edited; every mistake in it is named."""
+        store = Store(where)
+        file = f"{store}/{FILE}"
+        try:
+            text = store.read(FILE)
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {error}") from None
+        if text is None:
+            raise InputError(f"{file}: there is no plan here; write one with fleet plan --config FILE --out {where}")
+        try:
+            data = yaml.safe_load(text)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+        known(data, PLAN_KEYS, file, required=[k for k in PLAN_KEYS if k not in ("set", "shared", "title")])
+        if data["schema"] != SCHEMA:
+            raise InputError(f"{file}: plan of schema {data['schema']}, this version reads {SCHEMA}")
+        entries = data["experts"]
+        if not isinstance(entries, list) or not entries:
+            raise InputError(f"{file}: experts: expected a list of experts, got {entries!r}")
+        experts = [_expert(entry, f"{file}: experts[{i}]") for i, entry in enumerate(entries)]
+        refuse_unfit(experts, data["table"]["S"], bool(data.get("shared")), file)
+        if data.get("shared"):
+            known(data["shared"], SHARED_KEYS, f"{file}: shared", required=("configs", "images", "batch"))
+        budget = Budget.of(data["budget"], f"{file}: budget")
+        problems = []
+        fleet = cls(
+            store, str(data.get("title", "")), data["seed"], data["table"], budget, data["configs"],
+            data.get("set") or {}, data.get("shared"), experts, tuple(extra), scratch,
+        )  # fmt: skip
+        for name, digest in fleet.config_files.items():
+            if (found := store.read(name)) is None or _digest(found) != digest:
+                problems.append(f"{store}/{name} {'is missing' if found is None else 'has been changed'}")
+        if problems:
+            raise InputError(
+                f"{file}: {'; '.join(problems)}. Configs of a fleet stay as they were planned: put them back, say what "
+                "is to differ under set, or plan anew in another folder"
+            )
+        return fleet
+
+    def check(self, describe: Describe, names: Sequence[str] = ()) -> list[Facts]:
+        """Facts of these jobs, all if none are named; refuses what its config cannot train, or with another table."""
+        out = []
+        for job in [job for job in self.jobs() if not names or job.name in names]:
+            try:
+                facts = describe(job.argv)
+            except InputError as error:
+                raise InputError(f"{job.name}: {error}") from None
+            want = self.table["fingerprint"]
+            if job.name != SHARED and facts.fingerprint != want:
+                raise InputError(
+                    f"{job.name}: its config gives a table of fingerprint {facts.fingerprint}, the plan has {want}; "
+                    "all experts of a fleet share one table"
+                )
+            if self.budget.rule == "adaptive" and facts.decay != "constant" and job.name != SHARED:
+                raise InputError(
+                    f"{job.name}: model.decay is {facts.decay}, whose course needs the end to be known; an adaptive "
+                    "budget wants model.decay: constant (and ema.lengths: [0.1], which averages as long as it trains)"
+                )
+            out.append(facts)
+        return out
+
+
+def draft(
+    config: str | Path, describe: Describe, out: str | Path | None = None, seed: int | None = None,
+    overrides: Sequence[str] = (),
+) -> Fleet:  # fmt: skip
+    """Expand a fleet's YAML into a plan, and write it with copies of all configs; refuses a folder that has one."""
     file = Path(config)
+    data = read_yaml(file)
+    known(data, KEYS, str(file), required=("configs", "budget"))
+    store = Store(out or data.get("out") or f"runs/{file.stem}")
+    seed = int(data.get("seed", 0)) if seed is None else seed
+    common = {**(data.get("set") or {}), **dict(_pair(word) for word in overrides)}
+    configs, copies = _copies(file, data["configs"], "configs")
+    shared = None
+    if isinstance(data.get("start"), dict):
+        known(data["start"], (SHARED,), f"{file}: start", required=(SHARED,))
+        shared = dict(data["start"][SHARED])
+        known(shared, SHARED_KEYS, f"{file}: start.{SHARED}", required=("configs", "images"))
+        shared["configs"], more = _copies(file, shared["configs"], f"start.{SHARED}.configs")
+        copies |= more
+
+    def facts_of(names: Sequence[str], settings: dict[str, Any]) -> Facts:
+        words = [word for name in names for word in ("--config", str(copies[name][1]))]
+        words += [w for key, value in settings.items() for w in (f"--{key}", _word(value))]
+        return describe(["fit", *words, "--run", f"{store}/nothing"])
+
+    facts = facts_of(list(configs), common)
+    if not facts.module.endswith("SingleState"):
+        raise InputError(f"{file}: configs make a {facts.module}; an expert is a SingleState")
+    blocks = _blocks(data, facts.S, str(file))
+    specials = _for_rows(data.get("for_rows") or {}, blocks, facts.S, str(file))
+    batch = int(data.get("batch") or facts.batch)
+    if shared:
+        shared["batch"] = int(
+            shared.get("batch") or facts_of(list(shared["configs"]), {**common, **shared.get("set", {})}).batch
+        )
+        shared["images"] = _whole(shared["images"], shared["batch"], f"{file}: start.{SHARED}.images")
+    budget = Budget.of(data["budget"], f"{file}: budget")
+    free = budget.images - (shared["images"] if shared else 0)
+    images = budget.split(free, batch, [[facts.log_snr[s - 1] for s in rows] for rows in blocks], str(file))
+    start = data.get("start", "common")
+    names = [f"expert_{k:03d}" for k in range(1, len(blocks) + 1)]
+    flops = [
+        facts_of(list(configs), {**common, "model.rows": r, **more}).flops
+        for r, more in zip(blocks, specials, strict=True)
+    ]
+    experts = []
+    for k, (name, rows) in enumerate(zip(names, blocks, strict=True)):
+        begin = SHARED if shared else "scratch" if start == "common" else str(start)
+        if any(key.startswith("model.network") for key in specials[k]):
+            begin = "scratch"  # no other network's weights fit
+        if start == "neighbour":  # a chain from the highest noise, which is learned first, down
+            begin = names[k + 1] if k + 1 < len(names) else "scratch"
+        elif begin not in ("scratch", SHARED):
+            begin = _place(file, begin)
+        own = seed + k if start == "scratch" else seed
+        cost = float(f"{flops[k] / max(flops):.4g}")
+        experts.append(Planned(name, rows, images[k], batch, own, begin, specials[k], cost))
+    table = {"fingerprint": facts.fingerprint, "S": facts.S, "index": facts.index}
+    table["log_snr"] = [float(f"{L:.8g}") for L in facts.log_snr]
+    fleet = Fleet(
+        store, str(data.get("title", file.stem)), seed, table, budget, configs,
+        common, shared, experts,
+    )  # fmt: skip
+    refuse_unfit(experts, facts.S, shared is not None, str(file))
+    _claim(fleet, {name: content for name, (content, _) in copies.items()})
+    return fleet
+
+
+def _claim(fleet: Fleet, copies: dict[str, bytes]) -> None:
+    """Write plan and configs; the plan last, as it says that all is there."""
+    fleet.store.check()
+    text = fleet.text().encode()
+    there = fleet.store.read(FILE)
+    if there is not None and there != text:
+        raise InputError(
+            f"{fleet.store} holds another plan. Look at it with fleet plan {fleet.store}, edit {FILE} there, or choose "
+            "another --out"
+        )
+    for name, content in copies.items():
+        fleet.store.write(name, content)
+    fleet.store.write(FILE, text)
+
+
+def refuse_unfit(experts: Sequence[Planned], S: int, shared: bool, where: str) -> None:
+    """Refuse experts that do not own the rows 1..S exactly once, or whose names or starts do not fit together."""
+    problems = []
+    owners: dict[int, list[str]] = {s: [] for s in range(1, S + 1)}
+    for e in experts:
+        for s in e.rows:
+            owners.setdefault(s, []).append(e.name)
+    problems += [f"row {s} is owned by no expert" for s, who in owners.items() if not who]
+    problems += [f"row {s} is owned by {' and '.join(who)}" for s, who in owners.items() if len(who) > 1]
+    problems += [
+        f"row {s} of {' and '.join(who)} is not among 1..{S}" for s, who in owners.items() if who and not 1 <= s <= S
+    ]
+    names = [e.name for e in experts]
+    problems += [f"two experts are called {name}" for name in sorted({n for n in names if names.count(n) > 1})]
+    starts = {e.name: e.start for e in experts}
+    for e in experts:
+        if e.start == SHARED and not shared:
+            problems.append(f"{e.name} starts from the shared model, of which the plan has none")
+        seen, at = {e.name}, e.start
+        while at in starts:
+            if at in seen:
+                problems.append(f"{e.name} starts from {e.start}, which waits for {e.name}")
+                break
+            seen.add(at)
+            at = starts[at]
+        if e.images < e.batch:
+            problems.append(f"{e.name}: {e.images} images are less than one batch of {e.batch}")
+    if problems:
+        raise InputError(f"{where}: this plan cannot be run:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def _expert(entry: Any, where: str) -> Planned:
+    known(entry, EXPERT_KEYS, where, required=("name", "rows", "images", "batch", "seed", "start"))
+    wrong = []
+    for key in ("images", "batch", "seed"):
+        if not isinstance(entry[key], int) or entry[key] < (key != "seed"):
+            wrong.append(f"{key}: {entry[key]!r}")
+    rows = entry["rows"]
+    if not isinstance(rows, list) or not rows or not all(isinstance(s, int) for s in rows) or sorted(set(rows)) != rows:
+        wrong.append(f"rows: {rows!r} (ascending row numbers)")
+    name = entry["name"]
+    if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum() or name == SHARED:
+        wrong.append(f"name: {name!r} (letters, digits, - and _; not {SHARED})")
+    if not isinstance(entry.get("cost", 1.0), float) or not 0 < entry.get("cost", 1.0) <= 1:
+        wrong.append(f"cost: {entry['cost']!r} (of an image of the largest network, in (0, 1])")
+    if not isinstance(entry["start"], str):
+        wrong.append(f"start: {entry['start']!r}")
+    if not isinstance(entry.get("set", {}), dict):
+        wrong.append(f"set: {entry['set']!r} (a mapping of config keys)")
+    if wrong:
+        raise InputError(f"{where} ({name}): {'; '.join(wrong)}")
+    return Planned(**entry)
+
+
+def _blocks(data: dict[str, Any], S: int, file: str) -> list[list[int]]:
+    if data.get("rows") is not None and data.get("experts") is not None:
+        raise InputError(f"{file}: experts and rows are both given; give one of them")
+    if data.get("rows") is not None:
+        rows = data["rows"]
+        good = isinstance(rows, list) and all(isinstance(b, list) and all(isinstance(s, int) for s in b) for b in rows)
+        if not good:
+            raise InputError(f"{file}: rows: expected a list of lists of row numbers, got {rows!r}")
+        return [sorted(block) for block in rows]
+    owners = S if data.get("experts") is None else data["experts"]
+    if not isinstance(owners, int) or not 1 <= owners <= S:
+        raise InputError(f"{file}: experts: {owners} owners cannot share {S} rows; choose 1..{S}")
+    cut = [round(k * S / owners) for k in range(owners + 1)]
+    return [list(range(lo + 1, hi + 1)) for lo, hi in pairwise(cut)]
+
+
+def _for_rows(data: Any, blocks: Sequence[Sequence[int]], S: int, file: str) -> list[dict[str, Any]]:
+    """What each expert's config sets besides: that of the ranges of rows which hold all of its rows."""
+    if not isinstance(data, dict):
+        raise InputError(f"{file}: for_rows: expected a mapping of FIRST..LAST to config keys, got {data!r}")
+    out: list[dict[str, Any]] = [{} for _ in blocks]
+    for key, settings in data.items():
+        first, _, last = str(key).partition("..")
+        if not first.isdigit() or not (last or first).isdigit() or not 1 <= int(first) <= int(last or first) <= S:
+            raise InputError(f"{file}: for_rows: {key!r} is no range FIRST..LAST within 1..{S}")
+        if not isinstance(settings, dict):
+            raise InputError(f"{file}: for_rows.{key}: expected a mapping of config keys, got {settings!r}")
+        span = range(int(first), int(last or first) + 1)
+        for k, rows in enumerate(blocks):
+            inside = [s in span for s in rows]
+            if any(inside) and not all(inside):
+                raise InputError(f"{file}: for_rows: {key} cuts the rows {list(rows)} of one expert")
+            if all(inside):
+                out[k] |= settings
+    return out
+
+
+def _copies(file: Path, names: Any, key: str) -> tuple[dict[str, str], dict[str, tuple[bytes, Path]]]:
+    """Digests by the names of copies, and contents with where they come from."""
+    if not isinstance(names, list) or not names:
+        raise InputError(f"{file}: {key}: expected a list of YAML files, got {names!r}")
+    digests, copies = {}, {}
+    for name in names:
+        path = file.parent / str(name)
+        if not path.is_file():
+            near = nearest(str(name), [p.name for p in file.parent.glob("*.yaml")])
+            raise InputError(f"{file}: {key}: {path} is no file.{near}")
+        content = path.read_bytes()
+        copy = f"configs/{path.parent.resolve().name}_{path.name}"
+        digests[copy], copies[copy] = _digest(content), (content, path)
+    return digests, copies
+
+
+def _place(file: Path, start: str) -> str:
+    """Absolute path of weights to start from, named from where the command is given or beside the YAML."""
+    for path in (Path(start), file.parent / start):
+        if path.exists():
+            return str(path.resolve())
+    raise InputError(f"{file}: start: {start!r} is nothing that is here; give {STARTS}")
+
+
+def _whole(images: Any, batch: int, where: str) -> int:
+    if not isinstance(images, int) or images < batch:
+        raise InputError(f"{where}: at least one batch of {batch} images, got {images!r}")
+    return images // batch * batch
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _word(value: Any) -> str:
+    return (
+        value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n")[0]
+    )
+
+
+def _flow(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()
+
+
+def words(overrides: Sequence[str]) -> list[str]:
+    """Options of ``fit`` for words KEY=VALUE."""
+    return [word for key, value in map(_pair, overrides) for word in (f"--{key}", _word(value))]
+
+
+def _pair(word: str) -> tuple[str, Any]:
+    key, _, value = word.partition("=")
+    if not key or not value:
+        raise InputError(f"--set {word}: expected KEY=VALUE, e.g. trainer.val_check_interval=100")
+    return key, yaml.safe_load(value)
+
+
+def read_yaml(file: Path) -> Any:
+    """Content of a YAML file with its ``${...}``."""
     try:
-        study: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+        return OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid: {' '.join(str(error).split())}") from None
-    _known(study, KEYS, str(file), required=("runs", "contenders", "data", "protocol"))
-    folder = Path(out or study.get("out") or f"runs/{file.stem}")
-    seed = int(study.get("seed", 0)) if seed is None else seed
-    extra = _overrides(overrides, study["runs"])
-    jobs: list[Job] = []
-    composites: dict[str, Path] = {}
-    members: dict[str, list[str]] = {}
-    digests = {}
-    if not isinstance(study["runs"], dict) or not isinstance(study["contenders"], dict):
-        raise InputError(f"{file}: runs and contenders are mappings of a name to its settings")
-    for name, run in study["runs"].items():
-        _known(run, RUN_KEYS, f"{file}: runs.{name}", required=("configs",))
-        argv = ["fit"]
-        for entry in run["configs"]:
-            path = file.parent / entry
-            if not path.is_file():
-                near = nearest(entry, [p.name for p in file.parent.glob("*.yaml")])
-                raise InputError(f"{file}: runs.{name}.configs: {path} is no file.{near}")
-            digests[str(entry)] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-            argv += ["--config", str(path)]
-        for key, value in {**(run.get("set") or {}), **extra.get(name, {}), "seed_everything": seed}.items():
-            argv += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-        needs: tuple[str, ...] = ()
-        if warm := run.get("warm_start"):
-            if warm not in members:
-                raise InputError(
-                    f"{file}: runs.{name}.warm_start: {warm!r} is no run above it.{nearest(warm, members)}"
-                )
-            needs, argv = tuple(members[warm]), [*argv, "--model.warm_start", str(folder / warm)]
-        count = run.get("experts")
-        if count is None:
-            jobs.append(Job(name, [*argv, "--run", str(folder / name)], folder / name, needs))
-            members[name] = [name]
-            continue
-        composites[name] = folder / f"{name}_composite"
-        members[name] = [f"{name} {k}/{count}" for k in range(1, count + 1)]
-        for k, label in enumerate(members[name], 1):
-            place = folder / name / f"expert_{k:03d}"
-            words = [*argv, "--model.expert", str(k), "--model.experts", str(count), "--run", str(place)]
-            jobs.append(Job(label, words, place, needs))
-    contenders = []
-    for name, entry in study["contenders"].items():
-        _known(entry, ("run", "sampler"), f"{file}: contenders.{name}", required=("run",))
-        if entry["run"] not in members:
-            raise InputError(f"{file}: contenders.{name}.run: no run {entry['run']!r}.{nearest(entry['run'], members)}")
-        source = composites.get(entry["run"], folder / entry["run"])
-        contenders.append({"name": name, "source": str(source), "sampler": _sampler(entry.get("sampler"))})
-    evaluation = {
-        "out": str(folder),
-        "title": study.get("title", file.stem),
-        "notes": study.get("notes", ""),
-        "contenders": contenders,
-        "data": study["data"],
-        "split": study.get("split", "test"),
-        "reference": study.get("reference", "train"),
-        "protocol": study["protocol"],
-        "weights": study.get("weights"),
-        "n": study.get("n"),
-        "first_seed": study.get("first_seed"),
-        "runs": {job.name: str(job.folder) for job in jobs},
-    }
-    content = {"study": study, "seed": seed, "overrides": list(overrides), "configs": digests}
-    return Plan(folder, jobs, composites, evaluation, content)
 
 
-def _sampler(entry: Any) -> dict[str, Any]:
-    """Class path and arguments of a sampler given as a name, a short or a full class path, or nothing (DDIM)."""
-    entry = {"class_path": entry} if isinstance(entry, str) else dict(entry or {"class_path": "DDIM"})
-    _known(entry, ("class_path", "init_args"), "sampler", required=("class_path",))
-    path = entry["class_path"]
-    return {"class_path": path if "." in path else f"lightning_tdisent.{path}", "init_args": entry.get("init_args", {})}
-
-
-def _known(data: Any, keys: Sequence[str], where: str, required: Sequence[str] = ()) -> None:
+def known(data: Any, keys: Sequence[str], where: str, required: Sequence[str] = ()) -> None:
+    """Refuse what is no mapping, has a key that is not among these, or lacks one that must be there."""
     if not isinstance(data, dict):
         raise InputError(f"{where}: expected keys {', '.join(keys)}, got {data!r}")
     for key in data:
@@ -151,15 +474,3 @@ def _known(data: Any, keys: Sequence[str], where: str, required: Sequence[str] =
     missing = [key for key in required if key not in data]
     if missing:
         raise InputError(f"{where}: {', '.join(missing)} is missing")
-
-
-def _overrides(words: Sequence[str], runs: dict[str, Any]) -> dict[str, dict[str, str]]:
-    out: dict[str, dict[str, str]] = {name: {} for name in runs}
-    for word in words:
-        target, _, value = word.partition("=")
-        name, _, key = target.partition(".")
-        if not value or not key or (name != "*" and name not in runs):
-            raise InputError(f"--set {word}: expected RUN.KEY=VALUE with RUN one of *, {', '.join(runs)}")
-        for run in runs if name == "*" else [name]:
-            out[run][key] = value
-    return out

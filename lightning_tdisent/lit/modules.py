@@ -276,19 +276,29 @@ class SingleState(Diffusion):
     """One expert: one row, or one block of rows, of a table shared by all (2508.14413, contribution 2).
 
     expert: which one, 1..experts; experts: how many share the rows 1..S in contiguous blocks, S (one row each) if not
-    given. An expert of one row is time-agnostic unless its network says ``conditioning: state``: where that
+    given; rows: the rows themselves, instead of these two. An expert of one row is time-agnostic unless its network says ``conditioning: state``: where that
     is left open, a time-agnostic network of the same arguments is built, with new weights. With warm_start it
     begins as the shared model at its row, exactly: the time embedding of that row is folded into the network.
     """
 
     def __init__(
-        self, network: Network, states: LatentStates, expert: int = 1, experts: int | None = None, **kwargs: Any
+        self,
+        network: Network,
+        states: LatentStates,
+        expert: int = 1,
+        experts: int | None = None,
+        rows: list[int] | None = None,
+        **kwargs: Any,
     ):
-        self.expert, self.experts = expert, experts
+        self.expert, self.experts, self.chosen = expert, experts, rows
         super().__init__(network, states, **kwargs)
 
     def owned(self, states: LatentStates) -> list[int]:
-        """The block of this expert."""
+        """The block of this expert, or the rows it was given."""
+        if self.chosen is not None:
+            if self.chosen != sorted({*self.chosen} & {*states.rows}) or not self.chosen:
+                raise InputError(f"model.rows: {self.chosen} must be ascending rows of 1..{states.S}")
+            return self.chosen
         blocks = states.blocks(self.experts or states.S)
         if not 1 <= self.expert <= len(blocks):
             raise InputError(f"model.expert: {self.expert} is not among the {len(blocks)} experts 1..{len(blocks)}")

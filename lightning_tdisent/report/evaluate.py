@@ -45,11 +45,12 @@ class Contender:
     split: str = "test"
 
 
-def _flops(network: Network, card_like: dict[str, Any]) -> float:
+def flops(network: Network) -> int:
+    """Floating point operations of a forward pass of one image."""
     index = torch.ones(1, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, *network.shape), index)
-    return 3.0 * counter.get_total_flops() * int(card_like["images_seen"])
+    return int(counter.get_total_flops())
 
 
 def training_cost(cards: Sequence[Card]) -> dict[str, float]:
@@ -64,7 +65,7 @@ def training_cost(cards: Sequence[Card]) -> dict[str, float]:
     return {
         "images_seen": sum(run["images_seen"] for run in runs),
         "images_seen_longest": max(sum(run["images_seen"] for run in chain) for chain in chains),
-        "training_flops": sum(_flops(build(run["network"], Network).eval(), run) for run in runs),
+        "training_flops": sum(3.0 * flops(build(run["network"], Network).eval()) * run["images_seen"] for run in runs),
         "training_seconds": sum(run["seconds"] for run in runs),
         "training_seconds_longest": max(sum(run["seconds"] for run in chain) for chain in chains),
     }

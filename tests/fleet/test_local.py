@@ -9,25 +9,33 @@ from pathlib import Path
 import pytest
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.fleet.local import Job, run
-from lightning_tdisent.fleet.plan import plan
+from lightning_tdisent.fleet.job import Job
+from lightning_tdisent.fleet.local import run
+from lightning_tdisent.fleet.store import Store
+from lightning_tdisent.fleet.study import plan
+from lightning_tdisent.fleet.work import Jobs, Session
 
 
 def work(argv, report):
     """A job that says what it saw, or fails as it is told."""
     folder, what, *needs = argv
-    report(1, 2)
+    report(1, 2, {})
     if what == "refuse":
         raise InputError("this cannot be trained")
     if what == "raise":
         raise RuntimeError("a bug")
     if what == "die":
+        with (Path(folder) / "deaths").open("a") as file:
+            file.write("x")
         os._exit(9)
+    if what == "die once" and not (Path(folder) / "deaths").exists():
+        (Path(folder) / "deaths").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     if what == "sleep":
         time.sleep(0.5)
     seen = {need: (Path(need) / "model.safetensors").exists() for need in needs}
     (Path(folder) / "model.safetensors").write_text(json.dumps({"seen": seen, "pid": os.getpid()}))
-    report(2, 2)
+    report(2, 2, {})
 
 
 def job(tmp_path, name, what="ok", needs=()):
@@ -35,9 +43,14 @@ def job(tmp_path, name, what="ok", needs=()):
     return Job(name, [str(tmp_path / name), what, *folders], tmp_path / name, tuple(needs))
 
 
+def go(jobs, workers=1, **options):
+    store = Store(jobs[0].folder.parent)
+    run(Jobs(store, jobs), work, workers, Session(**options), show=False)
+
+
 def test_jobs_run_after_what_they_need_in_several_processes(tmp_path):
     jobs = [job(tmp_path, "late", needs=("a", "b")), job(tmp_path, "a", "sleep"), job(tmp_path, "b", "sleep")]
-    run(jobs, work, 2, show=False)
+    go(jobs, 2)
     results = {j.name: json.loads((j.folder / "model.safetensors").read_text()) for j in jobs}
     assert all(results["late"]["seen"].values())
     assert len(results["late"]["seen"]) == 2
@@ -49,7 +62,7 @@ def test_done_jobs_are_not_done_again(tmp_path):
     done = job(tmp_path, "a", "raise")
     done.folder.mkdir()
     (done.folder / "model.safetensors").write_text("kept")
-    run([done, job(tmp_path, "b", needs=("a",))], work, 1, show=False)
+    go([done, job(tmp_path, "b", needs=("a",))])
     assert (done.folder / "model.safetensors").read_text() == "kept"
 
 
@@ -62,15 +75,23 @@ def test_failures_are_all_named_and_the_rest_is_finished(tmp_path):
         job(tmp_path, "after", needs=("bug",)),
     ]
     with pytest.raises(InputError) as refusal:
-        run(jobs, work, 1, show=False)
+        go(jobs, 1, deaths=2)
     text = str(refusal.value)
     assert "4 of 5 jobs are not done" in text
     assert "refused: this cannot be trained" in text
     assert "bug: RuntimeError: a bug" in text
-    assert "dead: its process died with status 9" in text
+    assert "dead: its process died 2 times in a row without saving anything beyond step 0" in text
+    assert (tmp_path / "dead" / "deaths").read_text() == "xx"
     assert "after: not started, it needs bug" in text
     assert jobs[3].done
     assert "Traceback" in (tmp_path / "bug" / "log.txt").read_text()
+
+
+def test_what_a_dead_process_had_is_taken_up_by_another(tmp_path):
+    jobs = [job(tmp_path, "a", "die once"), job(tmp_path, "b", needs=("a",))]
+    go(jobs, 2)
+    assert all(j.done for j in jobs)
+    assert (tmp_path / "a" / "deaths").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
@@ -78,11 +99,14 @@ def test_an_interrupted_run_ends_with_all_its_processes(number, code, tmp_path):
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
-        "from lightning_tdisent.fleet.local import Job, run\n"
+        "from lightning_tdisent.fleet.job import Job\n"
+        "from lightning_tdisent.fleet.local import run\n"
+        "from lightning_tdisent.fleet.store import Store\n"
+        "from lightning_tdisent.fleet.work import Jobs\n"
         "import interrupted\n"
         "jobs = [Job(n, [], Path(sys.argv[1]) / n) for n in 'ab']\n"
         "if __name__ == '__main__':\n"
-        "    try: run(jobs, interrupted.wait, 2, show=False)\n"
+        "    try: run(Jobs(Store(sys.argv[1]), jobs), interrupted.wait, 2, show=False)\n"
         "    except KeyboardInterrupt: sys.exit(130)\n"
     )
     work = (
@@ -91,7 +115,7 @@ def test_an_interrupted_run_ends_with_all_its_processes(number, code, tmp_path):
         "def wait(argv, report):\n"
         "    Path(__file__).with_name(f'pid_{os.getpid()}').touch()\n"
         "    for _ in range(600):\n"
-        "        report(1, 2)\n"
+        "        report(1, 2, {})\n"
         "        time.sleep(0.1)\n"
     )
     (tmp_path / "interrupted.py").write_text(work)
@@ -134,7 +158,7 @@ def study(tmp_path):
 
 def test_a_plan_has_one_job_per_expert_with_its_needs(study, tmp_path):
     todo = plan(study(), tmp_path / "out", 7, ["experts.model.lr=0.1", "*.data.batch_size=8"])
-    assert [j.name for j in todo.jobs] == ["shared", "experts 1/3", "experts 2/3", "experts 3/3"]
+    assert [j.name for j in todo.jobs] == ["shared", "experts_001", "experts_002", "experts_003"]
     assert len({j.folder for j in todo.jobs}) == 4
     expert = todo.jobs[2]
     assert expert.needs == ("shared",)

@@ -8,22 +8,24 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Report = Callable[[int, int], None]
+Report = Callable[[int, int, dict[str, float]], None]
 
 
 class StepProgress(ProgressBar):
-    """Steps done, images per second and time left; told to ``report`` (step, steps) instead where one is given.
+    """Steps done, images per second and time left; told to ``report`` instead where one is given.
 
-    Looks at the clock every 10 steps and at no tensor.
+    report: called with step, steps and numbers worth showing: images seen, images per second, the last training loss
+    that was logged and the last held-out error. Looks at the clock every 10 steps and at no tensor.
     """
 
     def __init__(self, report: Report | None = None) -> None:
         super().__init__()
         self.report, self._bar = report, None
+        self._numbers: dict[str, float] = {}
 
     def disable(self) -> None:
         """Ranks other than 0 show nothing."""
-        self.report = lambda step, steps: None
+        self.report = lambda step, steps, numbers: None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Say what is trained, and open the line."""
@@ -45,11 +47,15 @@ class StepProgress(ProgressBar):
         step = trainer.global_step
         if step % 10 and step != trainer.max_steps:
             return
+        start, seen = self._first
+        rate = (pl_module.images_seen - seen) / max(1e-9, time.perf_counter() - start)
         if self.report is not None:
-            self.report(step, trainer.max_steps)
+            losses = [
+                c.last[1]["train/loss"] for c in trainer.callbacks if "train/loss" in getattr(c, "last", (0, {}))[1]
+            ]
+            self._numbers |= {"images": pl_module.images_seen, "rate": rate, **({"loss": losses[0]} if losses else {})}
+            self.report(step, trainer.max_steps, self._numbers)
         elif self._bar is not None:
-            start, seen = self._first
-            rate = (pl_module.images_seen - seen) / max(1e-9, time.perf_counter() - start)
             self._bar.update(self._task, completed=step, description=f"training, {rate:,.0f} images/s")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: D102
@@ -60,6 +66,8 @@ class StepProgress(ProgressBar):
         if trainer.state.fn != "fit" and trainer.is_global_zero:
             for name, value in sorted(trainer.callback_metrics.items()):
                 print(f"{name}  {float(value):.6g}")
+        if self.report is not None and "val/x0_mse" in trainer.callback_metrics:
+            self._numbers["x0_mse"] = float(trainer.callback_metrics["val/x0_mse"])
         if self._bar is not None and "val/eps_mse" in trainer.callback_metrics:
             numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "quality/"))}
             self._bar.print(f"step {trainer.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))

@@ -1,0 +1,156 @@
+"""Where every expert of a fleet stands, read from its files, as tiles in a terminal and as HTML."""
+
+import html
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.text import Text
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.fleet import lease
+from lightning_tdisent.fleet.job import Job
+from lightning_tdisent.fleet.work import Work, failures
+
+COLOURS = {"done": "green", "training": "cyan", "silent": "yellow", "waiting": "bright_black", "failed": "red"}
+HTML = {"done": "#2e7d32", "training": "#00838f", "silent": "#f9a825", "waiting": "#9e9e9e", "failed": "#c62828"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One job: state is done, training, silent (its worker has not been heard of), waiting or failed.
+
+    seen, images: so far, and planned; loss: of training, lately; x0: held-out error of x0_hat; predicted: the same as
+    the plan foresees it at its end, where an adaptive budget does; eta: seconds to its end; note: who, or why.
+    """
+
+    name: str
+    state: str
+    rows: Sequence[int] = ()
+    seen: int = 0
+    images: int | None = None
+    loss: float | None = None
+    x0: float | None = None
+    predicted: float | None = None
+    eta: float | None = None
+    note: str = ""
+
+    def lines(self) -> list[str]:
+        """Its text below the name."""
+        rows = f"row{'s' * (len(self.rows) > 1)} {_span(self.rows)}" if self.rows else ""
+        of = f" of {self.images:,}" if self.images else ""
+        numbers = [f"loss {self.loss:.4g}"] if self.loss is not None else []
+        numbers += [f"x0 {self.x0:.4g}"] if self.x0 is not None else []
+        numbers += [f"plan {self.predicted:.4g}"] if self.predicted is not None else []
+        time_left = f", {_duration(self.eta)} left" if self.eta is not None else ""
+        lines = [f"{self.state}{time_left}", rows, f"{self.seen:,}{of} images", " ".join(numbers), self.note]
+        return [line for line in lines if line]
+
+
+def tiles(work: Work, now: float | None = None) -> list[Tile]:
+    """Of all jobs, as their files are now."""
+    now = time.time() if now is None else now
+    failed, jobs = failures(work), work.jobs()
+    out = []
+    done: set[str] = set()
+    for job in jobs:
+        tile = _tile(work, job, failed.get(job.name), done, now)
+        if tile.state == "done":
+            done.add(job.name)
+        out.append(tile)
+    return out
+
+
+def _tile(work: Work, job: Job, failed: dict[str, Any] | None, done: set[str], now: float) -> Tile:
+    rows = job.expect.get("rows", [])
+    try:
+        if work.done(job):
+            card = job.card if not work.store.remote else None
+            curve = _curve(work, job)
+            seen = card.images_seen if card else job.images or 0
+            return Tile(job.name, "done", rows, seen, job.images, x0=curve)
+    except InputError as error:
+        return Tile(job.name, "failed", rows, note=" ".join(str(error).split()))
+    _, held = lease.current(work.store, job.name)
+    held = held or {}
+    seen = int(held.get("images", 0))
+    host = str(held.get("host", "?")).partition("/")[0]
+    if held and not lease.gone(held):
+        silent = now - held.get("written", 0)
+        state = "silent" if silent > held.get("ttl", lease.TTL) else "training"
+        rate = held.get("rate") or 0
+        eta = max(0, job.images - seen) / rate if job.images and rate and state == "training" else None
+        who = f"process {held.get('pid')} on {host}" + (f", silent for {_duration(silent)}" * (state == "silent"))
+        return Tile(job.name, state, rows, seen, job.images, held.get("loss"), held.get("x0_mse"), None, eta, who)
+    if failed:
+        return Tile(job.name, "failed", rows, seen, job.images, note=" ".join(str(failed["reason"]).split()))
+    lost = "" if not held or held.get("released") else f"its worker on {host} died at step {held.get('step', 0)}"
+    needs = [need for need in job.needs if need not in done]
+    note = lost or (f"for {', '.join(needs)}" if needs else "")
+    return Tile(job.name, "waiting", rows, seen, job.images, held.get("loss"), held.get("x0_mse"), note=note)
+
+
+def _curve(work: Work, job: Job) -> float | None:
+    """The last held-out error of its curve, where one was written."""
+    name = f"{job.folder.name}/curve.json"
+    try:
+        content = work.store.read(name) if work.store.remote else (job.folder / "curve.json").read_bytes()
+        errors = json.loads(content or b"{}")["points"][-1][1]
+        return sum(errors) / len(errors)
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+
+
+def board(found: Sequence[Tile], title: str = "") -> RenderableType:
+    """The tiles, and a line that sums them up."""
+    panels = []
+    for tile in found:
+        text = Text("\n".join(tile.lines()), overflow="fold")
+        panels.append(Panel(text, title=tile.name, border_style=COLOURS[tile.state], width=34))
+    return Group(Text(" ".join(filter(None, [title, summary(found)]))), Columns(panels))
+
+
+def summary(found: Sequence[Tile]) -> str:
+    """How many are in which state, and the images seen."""
+    count = Counter(tile.state for tile in found)
+    states = ", ".join(f"{count[state]} {state}" for state in COLOURS if count[state])
+    seen, planned = sum(tile.seen for tile in found), sum(tile.images or 0 for tile in found)
+    share = f", {seen:,} of {planned:,} images ({seen / planned:.0%})" if planned else ""
+    return f"{len(found)} jobs: {states}{share}"
+
+
+def page(found: Sequence[Tile], title: str) -> str:
+    """The board as a piece of HTML that stands alone."""
+    boxes = []
+    for tile in found:
+        share = min(1.0, tile.seen / tile.images) if tile.images else float(tile.state == "done")
+        lines = "<br>".join(html.escape(line) for line in tile.lines())
+        boxes.append(
+            f'<div style="border:2px solid {HTML[tile.state]};border-radius:6px;padding:6px 8px;font:12px sans-serif;'
+            f'overflow-wrap:anywhere"><b>{html.escape(tile.name)}</b><div style="background:#eee;height:5px;margin:4px '
+            f'0"><div style="background:{HTML[tile.state]};height:5px;width:{100 * share:.1f}%"></div></div>'
+            f"{lines}</div>"
+        )
+    return (
+        f"<section><h2>{html.escape(title)}</h2><p>{html.escape(summary(found))}</p>"
+        '<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px">'
+        + "".join(boxes)
+        + "</div></section>"
+    )
+
+
+def _span(rows: Sequence[int]) -> str:
+    whole = list(rows) == list(range(rows[0], rows[-1] + 1))
+    return f"{rows[0]}..{rows[-1]}" if len(rows) > 1 and whole else ", ".join(map(str, rows))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -1,0 +1,146 @@
+"""A study: one YAML expanded into independent jobs, composites, and what is compared at the end."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.files import write_whole
+from lightning_tdisent.fleet.job import Job
+from lightning_tdisent.fleet.plan import known, read_yaml
+
+KEYS = (
+    "title",
+    "out",
+    "seed",
+    "runs",
+    "contenders",
+    "data",
+    "split",
+    "reference",
+    "protocol",
+    "weights",
+    "n",
+    "first_seed",
+    "notes",
+)
+RUN_KEYS = ("configs", "experts", "warm_start", "set")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Jobs with their folders, composites to make of fleets, and the evaluation as plain data."""
+
+    out: Path
+    jobs: list[Job]
+    composites: dict[str, Path]
+    evaluation: dict[str, Any]
+    content: dict[str, Any]
+
+    def claim(self) -> None:
+        """Take the folder, or go on in it; refuse one that holds another plan."""
+        mine, file = json.loads(json.dumps(self.content)), self.out / "plan.json"
+        if file.exists():
+            theirs = json.loads(file.read_text())
+            differ = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+            if differ:
+                detail = "; ".join(f"{k}: {theirs.get(k)} there, {mine.get(k)} now" for k in differ)
+                raise InputError(f"{self.out} holds another study ({detail}). Choose another --out, or remove it.")
+        elif self.out.exists() and any(self.out.iterdir()):
+            raise InputError(f"{self.out} is not empty and holds no study; choose another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(mine, indent=1).encode())
+
+
+def plan(
+    config: str | Path, out: str | Path | None = None, seed: int | None = None, overrides: Sequence[str] = ()
+) -> Plan:
+    """Read a study's YAML; every config it names must exist, every key must be known."""
+    file = Path(config)
+    study = read_yaml(file)
+    known(study, KEYS, str(file), required=("runs", "contenders", "data", "protocol"))
+    folder = Path(out or study.get("out") or f"runs/{file.stem}")
+    seed = int(study.get("seed", 0)) if seed is None else seed
+    extra = _overrides(overrides, study["runs"])
+    jobs: list[Job] = []
+    composites: dict[str, Path] = {}
+    members: dict[str, list[str]] = {}
+    digests = {}
+    if not isinstance(study["runs"], dict) or not isinstance(study["contenders"], dict):
+        raise InputError(f"{file}: runs and contenders are mappings of a name to its settings")
+    for name, run in study["runs"].items():
+        known(run, RUN_KEYS, f"{file}: runs.{name}", required=("configs",))
+        argv = ["fit"]
+        for entry in run["configs"]:
+            path = file.parent / entry
+            if not path.is_file():
+                near = nearest(entry, [p.name for p in file.parent.glob("*.yaml")])
+                raise InputError(f"{file}: runs.{name}.configs: {path} is no file.{near}")
+            digests[str(entry)] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            argv += ["--config", str(path)]
+        for key, value in {**(run.get("set") or {}), **extra.get(name, {}), "seed_everything": seed}.items():
+            argv += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        needs: tuple[str, ...] = ()
+        if warm := run.get("warm_start"):
+            if warm not in members:
+                raise InputError(
+                    f"{file}: runs.{name}.warm_start: {warm!r} is no run above it.{nearest(warm, members)}"
+                )
+            needs, argv = tuple(members[warm]), [*argv, "--model.warm_start", str(folder / warm)]
+        count = run.get("experts")
+        if count is None:
+            jobs.append(Job(name, [*argv, "--run", str(folder / name)], folder / name, needs))
+            members[name] = [name]
+            continue
+        composites[name] = folder / f"{name}_composite"
+        members[name] = [f"{name}_{k:03d}" for k in range(1, count + 1)]
+        for k, label in enumerate(members[name], 1):
+            place = folder / name / f"expert_{k:03d}"
+            words = [*argv, "--model.expert", str(k), "--model.experts", str(count), "--run", str(place)]
+            jobs.append(Job(label, words, place, needs))
+    contenders = []
+    for name, entry in study["contenders"].items():
+        known(entry, ("run", "sampler"), f"{file}: contenders.{name}", required=("run",))
+        if entry["run"] not in members:
+            raise InputError(f"{file}: contenders.{name}.run: no run {entry['run']!r}.{nearest(entry['run'], members)}")
+        source = composites.get(entry["run"], folder / entry["run"])
+        contenders.append({"name": name, "source": str(source), "sampler": _sampler(entry.get("sampler"))})
+    evaluation = {
+        "out": str(folder),
+        "title": study.get("title", file.stem),
+        "notes": study.get("notes", ""),
+        "contenders": contenders,
+        "data": study["data"],
+        "split": study.get("split", "test"),
+        "reference": study.get("reference", "train"),
+        "protocol": study["protocol"],
+        "weights": study.get("weights"),
+        "n": study.get("n"),
+        "first_seed": study.get("first_seed"),
+        "runs": {job.name: str(job.folder) for job in jobs},
+    }
+    content = {"study": study, "seed": seed, "overrides": list(overrides), "configs": digests}
+    return Plan(folder, jobs, composites, evaluation, content)
+
+
+def _sampler(entry: Any) -> dict[str, Any]:
+    """Class path and arguments of a sampler given as a name, a short or a full class path, or nothing (DDIM)."""
+    entry = {"class_path": entry} if isinstance(entry, str) else dict(entry or {"class_path": "DDIM"})
+    known(entry, ("class_path", "init_args"), "sampler", required=("class_path",))
+    path = entry["class_path"]
+    return {"class_path": path if "." in path else f"lightning_tdisent.{path}", "init_args": entry.get("init_args", {})}
+
+
+def _overrides(words: Sequence[str], runs: dict[str, Any]) -> dict[str, dict[str, str]]:
+    out: dict[str, dict[str, str]] = {name: {} for name in runs}
+    for word in words:
+        target, _, value = word.partition("=")
+        name, _, key = target.partition(".")
+        if not value or not key or (name != "*" and name not in runs):
+            raise InputError(f"--set {word}: expected RUN.KEY=VALUE with RUN one of *, {', '.join(runs)}")
+        for run in runs if name == "*" else [name]:
+            out[run][key] = value
+    return out

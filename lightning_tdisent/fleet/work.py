@@ -1,0 +1,307 @@
+"""What every worker does, whoever started it: take a job that nobody holds, train it, take the next.
+
+Workers know nothing of each other; they meet in the files of the fleet alone.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.fleet import lease, rounds
+from lightning_tdisent.fleet.job import Job, Train
+from lightning_tdisent.fleet.lease import TTL, Lease, Watch
+from lightning_tdisent.fleet.mirror import Mirror
+from lightning_tdisent.fleet.plan import Describe, Fleet
+from lightning_tdisent.fleet.store import Store
+
+FAILED = "failed"
+POLL = 1.0
+NEWEST = "checkpoints/newest.json"
+
+
+class Work(Protocol):
+    """Jobs and the place where their state is kept."""
+
+    @property
+    def store(self) -> Store:
+        """Where it is kept."""
+
+    def jobs(self) -> list[Job]:
+        """All jobs as they stand now."""
+
+    def done(self, job: Job) -> bool:
+        """Whether a job is finished; refuses foreign weights in its folder."""
+
+    def begin(self, job: Job) -> Mirror | None:
+        """Prepare a job's folder; what keeps a copy of it, if one is kept."""
+
+    def saved(self, job: Job) -> int:
+        """Step of its newest checkpoint, 0 if it has none."""
+
+    def more(self) -> bool:
+        """Whether, all jobs being done, there is something new to do."""
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """A fixed list of jobs, trained where they are."""
+
+    store: Store
+    listed: list[Job]
+
+    def jobs(self) -> list[Job]:
+        """The list."""
+        return self.listed
+
+    def done(self, job: Job) -> bool:
+        """See `Job.done`."""
+        return job.done
+
+    def begin(self, job: Job) -> Mirror | None:
+        """Nothing to prepare."""
+        return None
+
+    def saved(self, job: Job) -> int:
+        """By the pointer beside it."""
+        return _step(Store(job.folder).read(NEWEST))
+
+    def more(self) -> bool:
+        """Never."""
+        return False
+
+
+@dataclass(frozen=True)
+class FleetWork:
+    """The jobs of a fleet; of one in an object store a copy of each run folder is kept there."""
+
+    fleet: Fleet
+    describe: Describe
+
+    @property
+    def store(self) -> Store:
+        """Of the fleet."""
+        return self.fleet.store
+
+    def jobs(self) -> list[Job]:
+        """With the images that the last round granted."""
+        return self.fleet.jobs(rounds.targets(self.fleet))
+
+    def done(self, job: Job) -> bool:
+        """Whether its images have been seen, by the weights or, in a store, by what their trainer said of them."""
+        if not self.store.remote:
+            return job.done
+        said = json.loads(self.store.read(f"done/{job.name}.json") or b"null")
+        return said is not None and said["images_seen"] >= (job.images or 0)
+
+    def begin(self, job: Job) -> Mirror | None:
+        """Bring configs, the weights it starts from, and what there is of its run; refuse a config that has changed."""
+        mirror = None
+        if self.store.remote:
+            for config in self.fleet.config_files:
+                Store(self.fleet.root).write(config, self.store.read(config) or b"")
+            for name in job.needs:
+                Mirror(self.store, self.fleet.folder(name), self.fleet.root / self.fleet.folder(name)).pull()
+            mirror = Mirror(self.store, self.fleet.folder(job.name), job.folder)
+            mirror.pull()
+        self.fleet.check(self.describe, [job.name])
+        return mirror
+
+    def saved(self, job: Job) -> int:
+        """By the pointer beside it."""
+        return _step(self.store.read(f"{self.fleet.folder(job.name)}/{NEWEST}"))
+
+    def more(self) -> bool:
+        """Whether an adaptive budget has another round."""
+        return rounds.advance(self.fleet)
+
+
+def _step(pointer: bytes | None) -> int:
+    try:
+        return int(json.loads(pointer or b"{}").get("step", 0))
+    except (ValueError, AttributeError):
+        return 0
+
+
+@dataclass
+class Session:
+    """One launch of workers: what has failed under its name is not tried again by any of them.
+
+    only: names of jobs, all if empty; ttl: seconds that a silent worker is believed to live; deaths: how often in a row
+    a job's process may die without a newer checkpoint; quiet: output of trainings goes to log.txt of their folders.
+    """
+
+    only: Sequence[str] = ()
+    ttl: float = TTL
+    deaths: int = 5
+    quiet: bool = True
+    name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+
+
+def failures(work: Work) -> dict[str, dict[str, Any]]:
+    """What kept jobs from being done, the last time somebody tried."""
+    out = {}
+    for name in work.store.names(FAILED):
+        content = json.loads(work.store.read(f"{FAILED}/{name}") or b"null")
+        if content:
+            out[name.removesuffix(".json")] = content
+    return out
+
+
+def work_through(work: Work, train: Train, session: Session) -> dict[str, str]:
+    """Train what there is to train until nothing is left for this session; returns what is not done, and why.
+
+    Raises SystemExit when told to go, once the training in hand has been saved.
+    """
+    watch = Watch()
+    while True:
+        jobs = {job.name: job for job in work.jobs()}
+        unknown = [name for name in session.only if name not in jobs]
+        if unknown:
+            raise InputError(f"--only {', '.join(unknown)}: no such expert; there are {', '.join(jobs)}")
+        reasons = {n: str(f["reason"]) for n, f in failures(work).items() if f["session"] == session.name and n in jobs}
+        undone = {name: job for name, job in jobs.items() if not _done(work, job, reasons, session)}
+        mine = [n for n in undone if n not in reasons and (not session.only or n in session.only)]
+        if not mine:
+            if not undone and work.more():
+                continue
+            return {n: reasons.get(n, "not asked for") for n in undone if not session.only or n in session.only}
+        blocked = {n for n in undone if n in reasons or (session.only and n not in session.only)}
+        while more := {n for n in undone if n not in blocked and set(jobs[n].needs) & blocked}:
+            blocked |= more
+        free = [n for n in mine if n not in blocked]
+        if not free:
+            needed = {n: [need for need in jobs[n].needs if need in undone] for n in mine}
+            return reasons | {n: f"not started, it needs {', '.join(needs)}" for n, needs in needed.items()}
+        ready = [jobs[n] for n in free if not any(need in undone for need in jobs[n].needs)]
+        for job in sorted(ready, key=lambda job: -(job.images or 0)):
+            if held := lease.take(work.store, job.name, watch, _Go(), session.ttl, work.saved(job)):
+                _train(work, job, held, train, session)
+                break
+        else:
+            if list(session.only) == free and len(free) == 1:
+                _say_who(work, free[0], session)
+            time.sleep(min(POLL, session.ttl / 4))
+
+
+def _done(work: Work, job: Job, reasons: dict[str, str], session: Session) -> bool:
+    try:
+        return work.done(job)
+    except InputError as error:
+        if job.name not in reasons:
+            _fail(work, job, str(error), session)
+            reasons[job.name] = str(error)
+        return False
+
+
+def _fail(work: Work, job: Job, reason: str, session: Session) -> None:
+    content = {"reason": reason, "session": session.name, "when": time.time(), **lease.me()}
+    work.store.write(f"{FAILED}/{job.name}.json", json.dumps(content).encode())
+
+
+_told: set[str] = set()
+
+
+def _say_who(work: Work, name: str, session: Session) -> None:
+    """Say once who holds the only job that was asked for, and how long a silent one is waited for."""
+    _, content = lease.current(work.store, name)
+    if content and name not in _told:
+        _told.add(name)
+        ago = time.time() - content.get("written", 0)
+        print(
+            f"{name} is held by process {content.get('pid')} on {str(content.get('host')).partition('/')[0]}, heard of "
+            f"{max(0, ago):.0f} s ago; waiting for its end, or for {session.ttl:.0f} s of silence",
+            file=sys.stderr,
+        )
+
+
+class _Go:
+    """Tells this process to save and go: its lease was lost."""
+
+    def __call__(self, why: str) -> None:
+        print(f"{why}; this worker lets go of it", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _train(work: Work, job: Job, held: Lease, train: Train, session: Session) -> None:
+    """Train one job under its lease; what is wrong with it is written down, and does not stop this worker."""
+    reason = None
+    try:
+        if held.deaths >= session.deaths:
+            raise InputError(
+                f"its process died {held.deaths} times in a row without saving anything beyond step {work.saved(job)} "
+                f"(see {job.folder / 'log.txt'})"
+            )
+        work.store.remove(f"{FAILED}/{job.name}.json")
+        job.folder.mkdir(parents=True, exist_ok=True)
+        mirror = work.begin(job)
+        if not work.done(job):  # by whoever held it before
+            with _log(job, session.quiet), _copying(mirror, held):
+                train(job.argv, lambda step, steps, numbers: held.progress.update(step=step, steps=steps, **numbers))
+        if mirror is not None and (card := job.card):
+            content = {"images_seen": card.images_seen, "rows": card.rows, "fingerprint": card.fingerprint}
+            work.store.write(f"done/{job.name}.json", json.dumps(content).encode())
+        if not work.done(job):
+            reason = f"its training ended before its images were seen (see {job.folder / 'log.txt'})"
+    except InputError as refusal:
+        reason = str(refusal)
+    except SystemExit as end:
+        if end.code not in (None, 0, 1, 2):  # a signal: whoever sent it wants the process gone
+            raise
+        reason = f"ended with status {end.code}" if end.code else None
+    except OSError as error:
+        reason = f"{error.filename or work.store}: {error.strerror or error}"
+    except Exception as error:
+        with _log(job, session.quiet):
+            traceback.print_exc()
+        reason = f"{type(error).__name__}: {error} (see {job.folder / 'log.txt'})"
+    finally:
+        held.release()
+    if reason is not None:
+        with contextlib.suppress(OSError):
+            _fail(work, job, reason, session)
+
+
+@contextlib.contextmanager
+def _copying(mirror: Mirror | None, held: Lease) -> Iterator[None]:
+    """Keep the copy up to date, from beside the training, and whole at its end."""
+    if mirror is None:
+        yield
+        return
+    end = threading.Event()
+
+    def copy() -> None:
+        while not end.wait(held.ttl / lease.BEATS):
+            with contextlib.suppress(OSError):  # comes with the next one
+                mirror.push()
+
+    thread = threading.Thread(target=copy, name=f"copy of {held.job}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+        mirror.push()
+
+
+@contextlib.contextmanager
+def _log(job: Job, quiet: bool) -> Iterator[None]:
+    if not quiet:
+        yield
+        return
+    with (
+        (job.folder / "log.txt").open("a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        yield

@@ -1,0 +1,58 @@
+"""The held-out error of every row over images seen, as a file: what a fleet's budget and board are made of."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+
+from lightning_tdisent.files import write_whole
+from lightning_tdisent.lit.modules import Diffusion
+from lightning_tdisent.sampling.sampler import from_uint8, probe_rows
+
+
+class Curve(L.Callback):
+    """Write ``curve.json`` into the run folder at each validation: [images seen, error of x0_hat of each row owned].
+
+    Of a model with more than 8 rows some are probed, and the others between them have the error of the next probed.
+    Also in it: ``variances`` of the held-out data along its principal components. A resumed run goes on with the curve
+    of its checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, list[float]]] = []
+        self.variances: list[float] = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Add a point."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
+            return
+        index, probes = pl_module.states.index.tolist(), probe_rows(pl_module.rows)
+        error = {s: float(trainer.callback_metrics[f"val_x0_mse/t{index[s]:04d}"]) for s in probes}
+        errors = [error[next(p for p in probes if p >= s)] for s in pl_module.rows]
+        if self.points and self.points[-1][0] == pl_module.images_seen:
+            self.points.pop()
+        self.points.append((pl_module.images_seen, errors))
+        if not self.variances:
+            self.variances = _variances(trainer.datamodule.held_out.images)
+        if trainer.is_global_zero:
+            content = {"points": self.points, "variances": self.variances}
+            write_whole(Path(trainer.default_root_dir) / "curve.json", json.dumps(content).encode())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curve."""
+        return {"points": self.points}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        self.points = [(int(n), list(errors)) for n, errors in state_dict["points"]]
+
+
+def _variances(images: torch.Tensor, most: int = 1000) -> list[float]:
+    """Along the principal components of these images (or the means of latents), largest first, to 6 digits."""
+    images = images[:most]
+    x = (images[:, 0].float() if images.is_floating_point() else from_uint8(images)).flatten(1)
+    gram = (x - x.mean(0)) @ (x - x.mean(0)).T if len(x) < x.shape[1] else torch.cov(x.T, correction=0) * len(x)
+    found = torch.linalg.eigvalsh(gram.double()).clamp_min(0).flip(0) / len(x)
+    return [float(f"{v:.6g}") for v in found.tolist() if v > 1e-9 * float(found[0])]
