@@ -533,6 +533,7 @@ def describe(argv: list[str]) -> "Facts":
         flops(module.network),
         module.decay,
         cli.trainer.max_steps,
+        int(cli.trainer.val_check_interval),
     )
 
 

@@ -89,7 +89,7 @@ def refuse_undone(work: Work, session: Session) -> None:
         if session.only and name not in session.only:
             continue
         if name in failed:
-            lines.append(f"  - {name}: {failed[name].strip().splitlines()[-1]}")
+            lines.append(f"  - {name}: " + "\n    ".join(failed[name].strip().splitlines()))
         elif not work.done(job):
             undone.append(f"  - {name}: not started" + (f", it needs {', '.join(job.needs)}" if job.needs else ""))
     if lines or undone:

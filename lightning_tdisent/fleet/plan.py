@@ -19,6 +19,7 @@ from lightning_tdisent.fleet.store import Store
 SCHEMA = 1
 FILE = "plan.yaml"
 SHARED = "shared"
+POINTS = 3  # of a curve that is to be continued
 KEYS = ("title", "out", "seed", "configs", "set", "experts", "rows", "for_rows", "start", "budget", "batch")
 STARTS = "scratch, common, neighbour, {shared: {configs: .., images: ..}}, or a file or run folder with weights"
 SHARED_KEYS = ("configs", "images", "batch", "set")
@@ -35,7 +36,8 @@ HEADER = """\
 class Facts:
     """What a command line of ``fit`` amounts to: table, batch, network, how it is trained.
 
-    log_snr: of rows 1..S, first column; flops: of a forward pass of one image; decay: course of the learning rate.
+    log_snr: of rows 1..S, first column; flops: of a forward pass of one image; decay: course of the learning rate;
+    validate: steps from one validation to the next.
     """
 
     module: str
@@ -48,6 +50,7 @@ class Facts:
     flops: float
     decay: str
     max_steps: int
+    validate: int
 
 
 Describe = Callable[[list[str]], Facts]
@@ -220,6 +223,11 @@ class Fleet:
                     f"{job.name}: model.decay is {facts.decay}, whose course needs the end to be known; an adaptive "
                     "budget wants model.decay: constant (and ema.lengths: [0.1], which averages as long as it trains)"
                 )
+            if self.budget.rule == "adaptive" and job.name != SHARED and facts.max_steps < POINTS * facts.validate:
+                raise InputError(
+                    f"{job.name}: an adaptive budget follows its curve, and wants {POINTS} validations at least in its "
+                    f"first {facts.max_steps} steps; there is one every {facts.validate} (trainer.val_check_interval)"
+                )
             out.append(facts)
         return out
 
@@ -265,10 +273,10 @@ def draft(
     images = budget.split(free, batch, [[facts.log_snr[s - 1] for s in rows] for rows in blocks], str(file))
     start = data.get("start", "common")
     names = [f"expert_{k:03d}" for k in range(1, len(blocks) + 1)]
-    flops = [
-        facts_of(list(configs), {**common, "model.rows": r, **more}).flops
-        for r, more in zip(blocks, specials, strict=True)
-    ]
+    of_network: dict[str, float] = {}
+    for rows, more in zip(blocks, specials, strict=True):
+        if _flow(more) not in of_network:
+            of_network[_flow(more)] = facts_of(list(configs), {**common, "model.rows": rows, **more}).flops
     experts = []
     for k, (name, rows) in enumerate(zip(names, blocks, strict=True)):
         begin = SHARED if shared else "scratch" if start == "common" else str(start)
@@ -279,7 +287,7 @@ def draft(
         elif begin not in ("scratch", SHARED):
             begin = _place(file, begin)
         own = seed + k if start == "scratch" else seed
-        cost = float(f"{flops[k] / max(flops):.4g}")
+        cost = float(f"{of_network[_flow(specials[k])] / max(of_network.values()):.4g}")
         experts.append(Planned(name, rows, images[k], batch, own, begin, specials[k], cost))
     table = {"fingerprint": facts.fingerprint, "S": facts.S, "index": facts.index}
     table["log_snr"] = [float(f"{L:.8g}") for L in facts.log_snr]

@@ -19,6 +19,7 @@ FIXED = ("model", "data", "ema", "seed_everything", "trainer.precision", "traine
          "trainer.limit_train_batches", "trainer.overfit_batches")  # fmt: skip
 FREE = (
     "model.init_args.sampler",
+    "model.init_args.warm_start",  # a path, and over when it has been taken; the card keeps what it was
     *(
         f"data.init_args.{name}"
         for name in ("path", "workers", "val", "val_limit", "batch_size", "verify", "on_bad_shard", "bad_ceiling")

@@ -1,0 +1,220 @@
+"""Whole fleets of real trainings, small ones; the same in other processes is in tests/faults."""
+
+import json
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from lightning_tdisent.cli import describe, fit_job, main
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.fleet import lease
+from lightning_tdisent.fleet.local import refuse_undone, run
+from lightning_tdisent.fleet.plan import Fleet
+from lightning_tdisent.fleet.status import board, page, summary, tiles
+from lightning_tdisent.fleet.store import Store
+from lightning_tdisent.fleet.work import FleetWork, Session, work_through
+from lightning_tdisent.sampling.expert import read_card
+
+
+def train(fleet, *only, **options):
+    session = Session(only, **options)
+    work = FleetWork(fleet, describe)
+    work_through(work, fit_job, session)
+    refuse_undone(work, session)
+    return work
+
+
+def by_hand(configs, folder, *words, config="expert"):
+    argv = ["fit", "--config", configs / f"{config}.yaml", "--run", folder, *words]
+    assert main([str(word) for word in argv]) == 0
+
+
+def test_experts_are_the_same_by_hand_one_at_a_time_and_by_local_workers(planned, configs, tmp_path, same_weights):
+    fleet = planned()
+    assert main(["fleet", "run", str(fleet.root), "--only", "2"]) == 0
+    assert [e.name for e in fleet.experts if (fleet.root / e.name / "model.safetensors").exists()] == ["expert_002"]
+    run(FleetWork(fleet, describe), fit_job, 2, show=False)
+    for k in range(1, 5):
+        by_hand(configs, tmp_path / f"{k}", "--model.expert", k)
+        same_weights(fleet.root / f"expert_{k:03d}", tmp_path / f"{k}")
+    found = tiles(FleetWork(fleet, describe))
+    assert summary(found) == "4 jobs: 4 done, 128 of 128 images (100%)"
+    assert all(tile.x0 for tile in found)
+    assert main(["compose", *(str(fleet.root / e.name) for e in fleet.experts), "--out", str(tmp_path / "all")]) == 0
+
+
+def test_one_expert_of_all_rows_is_the_reduced_model(planned, configs, tmp_path, same_weights):
+    fleet = planned(experts=1, budget=32)
+    train(fleet)
+    by_hand(configs, tmp_path / "reduced", config="shared")
+    same_weights(fleet.root / "expert_001", tmp_path / "reduced")
+
+
+def test_shared_model_first_then_its_experts_which_begin_where_it_ended(planned):
+    fleet = planned(start={"shared": {"configs": ["shared.yaml"], "images": 32}}, budget=32 + 4 * 16)
+    with pytest.raises(InputError, match="expert_001: not started, it needs shared"):
+        train(fleet, "expert_001")
+    train(fleet)
+    card = read_card(fleet.root / "expert_003" / "model.safetensors")
+    assert (card.images_seen, [p["images_seen"] for p in card.parents]) == (16, [32])
+
+
+def test_an_adaptive_budget_is_spent_by_rounds_that_anybody_would_decide_alike(planned):
+    budget = {"images": 240, "rule": "adaptive", "first": 0.8, "rounds": 2}
+    fleets = [planned(budget=budget, rows=[[1], [2, 3, 4]], set={"trainer.val_check_interval": 1}) for _ in range(2)]
+    train(fleets[0])
+    for name in ("expert_002", "expert_001", ""):  # in another order
+        train(fleets[1], *[name] * bool(name))
+    decided = [(f.root / "rounds" / "0002.json").read_bytes() for f in fleets]
+    assert decided[0] == decided[1]
+    images = json.loads(decided[0])["images"]
+    assert 240 - 8 < sum(images.values()) <= 240
+    assert images["expert_001"] != images["expert_002"]
+    cards = {name: read_card(fleets[0].root / name / "model.safetensors") for name in images}
+    assert {name: card.images_seen for name, card in cards.items()} == images
+
+
+class Careless(LocalFileSystem):
+    """A store that looks whether a name is taken, and then takes it."""
+
+    protocol = "careless"
+
+    def __init__(self, **_: object) -> None:
+        super().__init__(auto_mkdir=True)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.partition("://")[2].strip("/") if "://" in path else path
+
+
+class Shared(Careless):
+    """An object store, as far as a fleet asks: somewhere else, and a name is created once."""
+
+    protocol = "shared"
+
+    def pipe_file(self, path, value, mode="overwrite", **_):
+        with self.open(path, "xb" if mode == "create" else "wb") as file:
+            file.write(value)
+
+
+def test_a_fleet_in_an_object_store_goes_on_on_another_machine(planned, configs, tmp_path, same_weights):
+    fsspec.register_implementation("shared", Shared, clobber=True)
+    where = f"shared:/{tmp_path}/store"
+    fleet = planned(where, experts=2, start={"shared": {"configs": ["shared.yaml"], "images": 16}}, budget=16 + 64)
+
+    def on(machine, **changes):
+        return Fleet.load(where, [], tmp_path / machine)
+
+    train(on("one"), "shared")
+    with pytest.raises(InputError, match="interrupted"):  # it dies after its checkpoint of step 2
+        session = Session(("expert_001",))
+
+        def die(argv, report):
+            def at(step, steps, numbers):
+                report(step, steps, numbers)
+
+            fit_job([*argv, "--trainer.max_steps", "2"], at)
+            raise InputError("interrupted")
+
+        work = FleetWork(on("one"), describe)
+        work_through(work, die, session)
+        refuse_undone(work, session)
+    assert Store(where).names("expert_001/checkpoints") == [
+        "newest.json",
+        "step-000000002.ckpt",
+        "step-000000002.ckpt.json",
+    ]
+    train(on("two"))
+    assert (tmp_path / "two" / "expert_001" / "model.safetensors").exists()
+    plain = planned(experts=2, start={"shared": {"configs": ["shared.yaml"], "images": 16}}, budget=16 + 64)
+    train(plain)
+    for name in ("expert_001", "expert_002"):
+        same_weights(tmp_path / "two" / name, plain.root / name)
+        assert Store(where).names(name).count("model.safetensors") == 1
+    assert summary(tiles(FleetWork(on("three"), describe))) == "3 jobs: 3 done, 80 of 80 images (100%)"
+    assert fleet.store.remote
+
+
+def test_a_store_that_cannot_create_a_file_once_is_refused():
+    fsspec.register_implementation("careless", Careless, clobber=True)
+    with pytest.raises(InputError, match="cannot create a file only if it is not there"):
+        Store("careless://tmp/fleet").check()
+    with pytest.raises(InputError, match="cannot be opened"):
+        Store("nosuch://fleet").check()
+
+
+def test_weights_of_another_training_in_an_experts_folder_are_named(planned, tmp_path):
+    fleet = planned()
+    train(fleet, "expert_002")
+    (fleet.root / "expert_001").mkdir()
+    weights = fleet.root / "expert_002" / "model.safetensors"
+    (fleet.root / "expert_001" / "model.safetensors").write_bytes(weights.read_bytes())
+    (fleet.root / "expert_003").mkdir()
+    (fleet.root / "expert_003" / "model.safetensors").write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(InputError) as refusal:
+        train(fleet)
+    text = str(refusal.value)
+    assert "2 of 4 jobs are not done" in text
+    assert "expert_001/model.safetensors is of another training: it has rows [2], not [1]. Put it elsewhere" in text
+    assert "expert_003/model.safetensors: not an expert written by this project" in text
+    states = {tile.name: tile.state for tile in tiles(FleetWork(fleet, describe))}
+    assert states == {"expert_001": "failed", "expert_002": "done", "expert_003": "failed", "expert_004": "done"}
+
+
+def test_what_a_config_refuses_fails_its_expert_alone(planned):
+    fleet = planned()
+    broken = Fleet.load(fleet.root, ["--data.path", "nowhere"])
+    with pytest.raises(InputError, match="expert_001: .*nowhere"):
+        train(broken, "expert_001")
+    failed = tiles(FleetWork(fleet, describe))[0]
+    assert failed.state == "failed"
+    assert "nowhere" in failed.note
+    train(fleet, "expert_001")  # mended, it is tried again
+    assert tiles(FleetWork(fleet, describe))[0].state == "done"
+
+
+def test_unknown_experts_are_refused(planned):
+    with pytest.raises(InputError, match="--only expert_009: no such expert; there are expert_001"):
+        train(planned(), "expert_009")
+
+
+def test_the_board_tells_training_silent_waiting_and_dead_apart(planned):
+    fleet = planned(start="neighbour")
+
+    def hold(name, **content):
+        base = {
+            "beat": 4,
+            "ttl": 60,
+            "images": 16,
+            "rate": 8.0,
+            "loss": 0.25,
+            "x0_mse": 0.5,
+            "step": 2,
+            "written": 1000.0,
+        }
+        fleet.store.write(f"leases/{name}.00002.json", json.dumps(base | content).encode())
+
+    hold("expert_004", host="far/1", pid=77)
+    hold("expert_003", host="far/1", pid=78, written=800.0)
+    hold("expert_002", **{**lease.me(), "pid": 2**22 - 1, "began": 0})
+    found = {tile.name: tile for tile in tiles(FleetWork(fleet, describe), now=1010.0)}
+    assert {name: tile.state for name, tile in found.items()} == {
+        "expert_004": "training", "expert_003": "silent", "expert_002": "waiting", "expert_001": "waiting"
+    }  # fmt: skip
+    assert found["expert_004"].eta == 2.0
+    assert found["expert_004"].lines() == [
+        "training, 2 s left",
+        "row 4",
+        "16 of 32 images",
+        "loss 0.25 x0 0.5",
+        "process 77 on far",
+    ]
+    assert "silent for 3 min 30 s" in found["expert_003"].note
+    assert "died at step 2" in found["expert_002"].note
+    assert found["expert_001"].note == "for expert_002"
+    assert board(list(found.values()))
+    text = page(list(found.values()), "A <fleet>")
+    assert "A &lt;fleet&gt;" in text
+    assert text.count("<b>expert_") == 4
+    assert "width:50.0%" in text

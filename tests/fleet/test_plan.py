@@ -1,0 +1,193 @@
+import dataclasses
+import re
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_tdisent.cli import describe
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.fleet.plan import Fleet, Planned, draft, refuse_unfit
+
+
+def edit(fleet, old, new):
+    file = fleet.store.path("plan.yaml")
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    return file
+
+
+def test_a_plan_has_a_line_for_each_expert_and_reads_back_as_it_was(planned):
+    fleet = planned(title="four")
+    text = fleet.store.path("plan.yaml").read_text()
+    assert len([line for line in text.splitlines() if line.startswith("- {name: expert_")]) == 4
+    assert Fleet.load(fleet.store.where).content() == fleet.content()
+    assert fleet.table["fingerprint"] == LatentStates(S=4).fingerprint
+    assert fleet.table["index"] == [250, 500, 750, 1000]
+    assert [e.rows for e in fleet.experts] == [[1], [2], [3], [4]]
+    assert {e.seed for e in fleet.experts} == {3}
+    assert [job.images for job in fleet.jobs()] == [32] * 4
+    assert [f.max_steps for f in fleet.check(describe)] == [4] * 4
+
+
+def test_the_same_yaml_plans_the_same_and_another_is_refused(planned, tmp_path):
+    fleet = planned(tmp_path / "fleet")
+    assert planned(tmp_path / "fleet").content() == fleet.content()
+    with pytest.raises(InputError, match="holds another plan"):
+        planned(tmp_path / "fleet", seed=4)
+
+
+def test_every_part_of_the_yaml_reaches_the_command_of_its_expert(planned):
+    fleet = planned(
+        start={"shared": {"configs": ["shared.yaml"], "images": 40}},
+        budget={"images": 40 + 8 * 20, "rule": "explicit", "shares": [8, 4, 4, 4], "least": 0},
+        for_rows={"4": {"model.network.channels": [8, 8], "model.network.conditioning": "none"}},
+        set={"model.lr": 0.02},
+    )
+    shared, *experts = fleet.jobs()
+    assert shared.folder == fleet.root / "start" / "shared"
+    assert (shared.images, [job.images for job in experts]) == (40, [64, 32, 32, 32])
+    assert [job.needs for job in experts] == [("shared",)] * 3 + [()]  # the last has a network of its own
+    words = " ".join(experts[0].argv)
+    for part in (
+        f"--config {fleet.root}/configs/yaml_expert.yaml",
+        "--model.lr 0.02",
+        "--model.rows [1]",
+        f"--model.warm_start {fleet.root}/start/shared",
+        "--seed_everything 3",
+        "--data.batch_size 8",
+        "--trainer.max_steps 8",
+        f"--run {fleet.root}/expert_001",
+    ):
+        assert part in words
+    assert "--model.network.channels [8, 8]" in " ".join(experts[3].argv)
+    assert 0.1 < fleet.experts[3].cost < 1.0 == fleet.experts[0].cost
+    facts = fleet.check(describe)
+    assert facts[4].weights < facts[1].weights
+
+
+def test_starts_are_what_they_say(planned, configs):
+    chain = planned(start="neighbour")
+    assert [e.start for e in chain.experts] == ["expert_002", "expert_003", "expert_004", "scratch"]
+    scratch = planned(start="scratch")
+    assert [e.seed for e in scratch.experts] == [3, 4, 5, 6]
+    assert "--data.seed 3" in " ".join(scratch.jobs()[2].argv)  # their images come in one order all the same
+    (configs / "weights.safetensors").touch()
+    warm = planned(start="weights.safetensors")
+    assert warm.experts[0].start == str(configs / "weights.safetensors")
+    with pytest.raises(InputError, match="'wrm' is nothing that is here"):
+        planned(start="wrm")
+
+
+@settings(max_examples=80, deadline=None)
+@given(owner=st.lists(st.integers(0, 4), min_size=1, max_size=12), spoil=st.sampled_from(["", "lose", "double", "far"]))
+def test_rows_are_owned_once_or_every_offender_is_named(owner, spoil):
+    S = len(owner)
+    owned: dict[int, list[int]] = {}
+    for s, k in enumerate(owner, 1):
+        owned.setdefault(k, []).append(s)
+    experts = [Planned(f"e{k}", rows, 8, 8, 0) for k, rows in owned.items()]
+    first = experts[0]
+    if not spoil:
+        refuse_unfit(experts, S, False, "here")
+        return
+    if spoil == "lose":
+        lost = first.rows[-1]
+        changed = [dataclasses.replace(first, rows=first.rows[:-1]), *experts[1:]]
+        message = f"row {lost} is owned by no expert"
+    elif spoil == "double":
+        changed = [*experts, Planned("twin", [first.rows[0]], 8, 8, 0)]
+        message = f"row {first.rows[0]} is owned by {first.name} and twin"
+    else:
+        changed = [dataclasses.replace(first, rows=[*first.rows, S + 2]), *experts[1:]]
+        message = f"row {S + 2} of {first.name} is not among 1..{S}"
+    with pytest.raises(InputError, match=re.escape(message)):
+        refuse_unfit(changed, S, False, "here")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rows: [2]", "rows: [3]", "row 2 is owned by no expert\n  - row 3 is owned by expert_002 and expert_003"),
+        ("rows: [2]", "rows: [2, 3]", "row 3 is owned by expert_002 and expert_003"),
+        ("rows: [2]", "rows: two", r"experts\[1\] (expert_002): rows: 'two'"),
+        ("name: expert_002", "name: expert_003", "two experts are called expert_003"),
+        ("name: expert_002", "name: ../x", "name: '../x' (letters, digits, - and _; not shared)"),
+        ("name: expert_002", "nam: x", "unknown key 'nam'. Did you mean 'name'"),
+        ("rows: [2], images: 32", "rows: [2], images: 3", "expert_002: 3 images are less than one batch of 8"),
+        ("rows: [2], images: 32", "rows: [2], images: many", "images: 'many'"),
+        ("start: scratch}", "start: shared}", "expert_001 starts from the shared model, of which the plan has none"),
+        ("schema: 1", "schema: 9", "plan of schema 9, this version reads 1"),
+        ("schema: 1", "schema: [", "not valid YAML"),
+    ],
+)
+def test_an_edited_plan_that_cannot_be_run_is_refused(old, new, message, planned):
+    fleet = planned()
+    edit(fleet, old, new)
+    with pytest.raises(InputError) as refusal:
+        Fleet.load(fleet.store.where)
+    assert message.replace("\\", "") in str(refusal.value)
+    assert "plan.yaml" in str(refusal.value)
+
+
+def test_experts_that_wait_for_each_other_are_refused(planned):
+    fleet = planned(start="neighbour")
+    edit(fleet, "start: scratch", "start: expert_001")
+    with pytest.raises(InputError, match="expert_001 starts from expert_002, which waits for expert_001"):
+        Fleet.load(fleet.store.where)
+
+
+def test_a_changed_config_or_table_is_refused(planned):
+    fleet = planned()
+    edit(fleet, fleet.table["fingerprint"], "0" * 16)
+    with pytest.raises(
+        InputError, match=f"expert_001: its config gives a table of fingerprint {fleet.table['fingerprint']}"
+    ):
+        Fleet.load(fleet.store.where).check(describe)
+    fleet = planned()
+    edit(fleet, "set: {}", "set: {model.lrr: 1}")
+    with pytest.raises(InputError, match=r"expert_001: .*lrr"):
+        Fleet.load(fleet.store.where).check(describe)
+    fleet.store.path("configs/yaml_expert.yaml").write_text("{}")
+    with pytest.raises(InputError, match=r"configs/yaml_expert.yaml has been changed. Configs of a fleet stay"):
+        Fleet.load(fleet.store.where)
+    fleet.store.path("configs/yaml_expert.yaml").unlink()
+    with pytest.raises(InputError, match=r"configs/yaml_expert.yaml is missing"):
+        Fleet.load(fleet.store.where)
+    with pytest.raises(InputError, match="there is no plan here"):
+        Fleet.load(fleet.root / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"configs": ["exprt.yaml"]}, "exprt.yaml is no file. Did you mean 'expert.yaml'"),
+        ({"configs": ["shared.yaml"]}, "an expert is a SingleState"),
+        ({"budgt": 3}, "unknown key 'budgt'. Did you mean 'budget'"),
+        ({"experts": 5}, "5 owners cannot share 4 rows"),
+        ({"experts": 2, "rows": [[1, 2, 3, 4]]}, "experts and rows are both given"),
+        ({"rows": [[1], [2], [4]]}, "row 3 is owned by no expert"),
+        ({"for_rows": {"1..9": {}}}, "'1..9' is no range FIRST..LAST within 1..4"),
+        ({"experts": 2, "for_rows": {"2..3": {}}}, "cuts the rows [1, 2] of one expert"),
+        ({"budget": {"images": 20}}, "20 images for the experts are less than a batch of 8 for each of the 4"),
+        ({"start": {"shred": {}}}, "unknown key 'shred'. Did you mean 'shared'"),
+        ({"start": {"shared": {"configs": ["shared.yaml"], "images": 3}}}, "at least one batch of 8 images, got 3"),
+        ({"set": {"model.decay": "cosine"}, "budget": {"images": 128, "rule": "adaptive"}}, "model.decay: constant"),
+        ({"budget": {"images": 256, "rule": "adaptive"}}, "wants 3 validations at least in its first 4 steps"),
+    ],
+)
+def test_a_wrong_yaml_is_refused(changes, message, planned):
+    with pytest.raises(InputError) as refusal:
+        planned(**changes).check(describe)
+    assert message in str(refusal.value)
+
+
+def test_rows_may_be_shared_out_in_any_way(planned, configs):
+    fleet = planned(rows=[[1, 3], [2, 4]])
+    assert [e.rows for e in fleet.experts] == [[1, 3], [2, 4]]
+    assert yaml.safe_load(fleet.store.path("plan.yaml").read_text())["experts"][0]["rows"] == [1, 3]
+    with pytest.raises(InputError, match="cannot be read"):
+        draft(configs / "none.yaml", describe)
