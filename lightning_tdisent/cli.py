@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,9 @@ def _fleet_commands(fleet: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, help="of all trainings (default: that of the YAML)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                    help="config key of every training, e.g. trainer.val_check_interval=100")  # fmt: skip
+
+    p.add_argument("--simulate", metavar="workers=N[,speed=..,failures=..]",
+                   help="say what it will take; without speed= a few steps are rehearsed here first")  # fmt: skip
 
     r = add("run", _fleet_run, "train what is not trained yet; the same command goes on, on any number of machines")
     r.add_argument("folder", help="of the fleet, or its URL")
@@ -398,6 +402,16 @@ def _fleet_plan(a: argparse.Namespace) -> None:
     fleet = draft(a.config, describe, a.out, a.seed, a.overrides) if a.config else Fleet.load(a.folder)
     facts = fleet.check(describe)
     _console().print(_plan_table(fleet, facts), highlight=False)
+    if a.simulate:
+        from lightning_tdisent.fleet.simulate import Pool, lines, rehearse
+
+        pool, given = Pool.of(a.simulate)
+        if "speed" not in given:
+            found = rehearse(fleet, fit_job, min(pool.workers, _cores(None)))
+            kept = {name: getattr(pool, name) for name in given}
+            pool = replace(found, **{"workers": pool.workers, **kept})
+        for name, text in lines(fleet, facts, pool):
+            print(f"{name}: {text}")
     print(f"plan: {fleet.store}/plan.yaml\nrun it: python -m lightning_tdisent fleet run {fleet.store}")
 
 

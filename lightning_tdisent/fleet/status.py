@@ -48,7 +48,7 @@ class Tile:
         numbers = [f"loss {self.loss:.4g}"] if self.loss is not None else []
         numbers += [f"x0 {self.x0:.4g}"] if self.x0 is not None else []
         numbers += [f"plan {self.predicted:.4g}"] if self.predicted is not None else []
-        time_left = f", {_duration(self.eta)} left" if self.eta is not None else ""
+        time_left = f", {duration(self.eta)} left" if self.eta is not None else ""
         lines = [f"{self.state}{time_left}", rows, f"{self.seen:,}{of} images", " ".join(numbers), self.note]
         return [line for line in lines if line]
 
@@ -86,7 +86,7 @@ def _tile(work: Work, job: Job, failed: dict[str, Any] | None, done: set[str], n
         state = "silent" if silent > held.get("ttl", lease.TTL) else "training"
         rate = held.get("rate") or 0
         eta = max(0, job.images - seen) / rate if job.images and rate and state == "training" else None
-        who = f"process {held.get('pid')} on {host}" + (f", silent for {_duration(silent)}" * (state == "silent"))
+        who = f"process {held.get('pid')} on {host}" + (f", silent for {duration(silent)}" * (state == "silent"))
         return Tile(job.name, state, rows, seen, job.images, held.get("loss"), held.get("x0_mse"), None, eta, who)
     if failed:
         return Tile(job.name, "failed", rows, seen, job.images, note=" ".join(str(failed["reason"]).split()))
@@ -150,7 +150,8 @@ def _span(rows: Sequence[int]) -> str:
     return f"{rows[0]}..{rows[-1]}" if len(rows) > 1 and whole else ", ".join(map(str, rows))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -1,0 +1,239 @@
+"""What a fleet will take, before anything runs: its jobs on N workers, event by event, with their failures."""
+
+import heapq
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.fleet.job import Job, Report, Train
+from lightning_tdisent.fleet.status import duration
+from lightning_tdisent.fleet.store import Store
+
+if TYPE_CHECKING:
+    from lightning_tdisent.fleet.plan import Facts, Fleet
+
+PROCESS = 450e6  # bytes of a worker with Lightning and torch on a CPU, before it trains anything
+PER_WEIGHT = 20  # bytes in training: value, gradient, AdamW's two, average
+REHEARSED = (16, 64)  # steps
+VALIDATIONS = 4
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Workers, and how they work.
+
+    workers: how many; speed: images a second of one of them, for the fleet's largest network; start: seconds until a
+    new process trains; job: seconds of a training beside its steps; validation: seconds of one; checkpoint: seconds
+    from one checkpoint to the next; failures: of a worker, per hour; seed: of their times.
+    """
+
+    workers: int
+    speed: float
+    start: float = 10.0
+    job: float = 2.0
+    validation: float = 0.0
+    checkpoint: float = 300.0
+    failures: float = 0.0
+    seed: int = 0
+
+    @classmethod
+    def of(cls, text: str) -> tuple["Pool", set[str]]:
+        """Pool of words ``workers=8,speed=900``, with the names of what was given."""
+        names = [f.name for f in fields(cls)]
+        given: dict[str, float] = {}
+        for word in text.split(","):
+            key, _, value = word.partition("=")
+            if key not in names:
+                raise InputError(f"--simulate: no {key!r}.{nearest(key, names)} Known: {', '.join(names)}")
+            try:
+                given[key] = float(value)
+            except ValueError:
+                raise InputError(f"--simulate: {key}={value!r} is no number") from None
+            if given[key] < 0 or (key in ("workers", "speed") and given[key] <= 0):
+                raise InputError(f"--simulate: {key}={value} must be above 0")
+        if "workers" not in given:
+            raise InputError("--simulate: say at least workers=N")
+        whole = {k: int(v) for k, v in given.items() if k in ("workers", "seed")}
+        return cls(**{"speed": 1.0, **given, **whole}), set(given)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Load:
+    """One job as the simulation sees it; images are those of the largest network."""
+
+    name: str
+    images: float
+    needs: tuple[str, ...] = ()
+    validations: int = 0
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds from the first process to the last image; seconds of all workers; images trained, those done twice
+    after a failure among them; failures; and the names of jobs in the order of their ends."""
+
+    wall: float
+    busy: float
+    images: float
+    repeated: float
+    failures: int
+    order: list[str]
+
+
+def simulate(loads: Sequence[Load], pool: Pool) -> Forecast:
+    """Run the jobs on the workers as `work_through` would: the longest that is ready first.
+
+    A job waits for its needs, and for all jobs of the round before its own. A worker that fails loses what its job has
+    done since the last checkpoint, and is there again after ``start``.
+    """
+    chance = random.Random(pool.seed)  # noqa: S311
+    of = {load.name: load for load in loads}
+    todo = {n: pool.job + load.validations * pool.validation + load.images / pool.speed for n, load in of.items()}
+    waiting, ended = set(of), dict[str, float]()
+    free = [(pool.start, k) for k in range(pool.workers)]  # when each is there
+    running: list[tuple[float, int, str, float, bool]] = []  # end, worker, job, begin, whether it ends well
+    busy = again = 0.0
+    failures, now = 0, 0.0
+    while len(ended) < len(of):
+        rounds = [of[n].round for n in of if n not in ended]
+        ready = [n for n in waiting if of[n].round == min(rounds) and all(need in ended for need in of[n].needs)]
+        for name in sorted(ready, key=lambda n: (-todo[n], n)):
+            if not free or free[0][0] > now:
+                break
+            _, worker = heapq.heappop(free)
+            waiting.remove(name)
+            lives = chance.expovariate(pool.failures / 3600) if pool.failures else float("inf")
+            heapq.heappush(running, (now + min(lives, todo[name]), worker, name, now, lives >= todo[name]))
+        coming = [free[0][0]] if free and free[0][0] > now else []
+        now = min(coming + ([running[0][0]] if running else []))
+        while running and running[0][0] <= now:
+            end, worker, name, begin, well = heapq.heappop(running)
+            busy += end - begin
+            if well:
+                ended[name] = end
+                heapq.heappush(free, (end, worker))
+                continue
+            failures += 1
+            saved = (end - begin - pool.job) // pool.checkpoint * pool.checkpoint if pool.checkpoint else end - begin
+            saved = max(0.0, saved)
+            again += end - begin - saved
+            todo[name] -= saved
+            waiting.add(name)
+            heapq.heappush(free, (end + pool.start, worker))
+    images, order = sum(load.images for load in loads), sorted(of, key=lambda n: ended[n])
+    return Forecast(max(ended.values()), busy, images, again * pool.speed, failures, order)
+
+
+def loads_of(fleet: "Fleet", facts: Sequence["Facts"]) -> list[Load]:
+    """The fleet's jobs; the later rounds of an adaptive budget are foreseen as equal for all experts."""
+    top = max(fact.flops for fact in facts)
+    out = []
+    jobs = list(zip(fleet.jobs(), facts, strict=True))
+    for job, fact in jobs:
+        out.append(Load(job.name, (job.images or 0) * fact.flops / top, job.needs, fact.max_steps // fact.validate))
+    if fleet.budget.rule == "adaptive":
+        spent, count = sum(load.images for load in out), fleet.budget.rounds
+        part = (fleet.budget.images - spent) / (count * len(fleet.experts))
+        batch = {e.name: e.batch for e in fleet.experts}
+        out += [
+            Load(f"{job.name} {k}", part, (), int(part / batch[job.name]) // fact.validate, k)
+            for k in range(1, count + 1)
+            for job, fact in jobs
+            if job.name in batch
+        ]
+    return out
+
+
+def footprint(facts: Sequence["Facts"], workers: int, keep: int = 2, averages: int = 1) -> tuple[float, float]:
+    """Bytes on the disk at the end, and of memory at the peak of all workers, data and activations not counted.
+
+    Of each job ``keep`` checkpoints (weights, AdamW's two moments, averages, in float32) and the weights stay.
+    """
+    disk = sum(4.0 * fact.weights * (keep * (3 + averages) + 1) for fact in facts)
+    largest = sorted((fact.weights for fact in facts), reverse=True)[:workers]
+    return disk, sum(PROCESS + PER_WEIGHT * weights for weights in largest)
+
+
+def rehearse(fleet: "Fleet", train: Train, workers: int) -> Pool:
+    """Measure a pool on this machine: workers at once, each with three short trainings of the largest expert.
+
+    Their times are those of the steps, of a validation, and of all else, as three equations; the time that a process
+    takes to start comes on top.
+    """
+    from lightning_tdisent.fleet.local import run
+    from lightning_tdisent.fleet.work import Jobs
+
+    expert = next(e for e in fleet.experts if e.cost == max(e.cost for e in fleet.experts))
+    argv = next(job.argv for job in fleet.jobs() if job.name == expert.name)
+    argv = argv[: argv.index("--run")]
+    if "--model.warm_start" in argv:  # it is not there yet
+        at = argv.index("--model.warm_start")
+        argv = argv[:at] + argv[at + 2 :]
+    few, many = REHEARSED
+    plans = {"first": (2, 0), "few": (few, 0), "many": (many, 0), "validated": (few, VALIDATIONS)}
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as name:
+        place, jobs = Path(name), []
+        for k in range(workers):
+            before: tuple[str, ...] = ()
+            for what, (steps, validations) in plans.items():
+                folder = place / f"{what}_{k}"
+                words = ["--trainer.max_steps", str(steps), "--run", str(folder)]
+                words += ["--trainer.val_check_interval", str(steps // validations if validations else steps + 1)]
+                jobs.append(Job(f"{what}_{k}", [*argv, *words], folder, before))
+                before = (f"{what}_{k}",)
+        begun = time.time()
+        run(Jobs(Store(place), jobs), _Timed(train), workers, show=False)
+        seconds = dict.fromkeys(plans, 0.0)
+        start = 0.0
+        for job in jobs:
+            begin, end = (float(word) for word in (job.folder / "times.txt").read_text().split())
+            what = job.name.rpartition("_")[0]
+            seconds[what] += (end - begin) / workers
+            if what == "first":
+                start += (end - begun) / workers
+    step = max(1e-6, (seconds["many"] - seconds["few"]) / (many - few))
+    rest = max(0.0, seconds["few"] - few * step)
+    validation = max(0.0, (seconds["validated"] - seconds["few"]) / VALIDATIONS)
+    return Pool(workers, expert.batch / step, max(0.0, start - rest - 2 * step), rest, validation)
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """Train, and leave beside it when that began and ended."""
+
+    train: Train
+
+    def __call__(self, argv: list[str], report: Report) -> None:
+        begin = time.time()
+        self.train(argv, report)
+        folder = Path(argv[argv.index("--run") + 1])
+        (folder / "times.txt").write_text(f"{begin} {time.time()}")
+
+
+def lines(fleet: "Fleet", facts: Sequence["Facts"], pool: Pool) -> list[tuple[str, str]]:
+    """What to tell of a simulation, as pairs."""
+    loads = loads_of(fleet, facts)
+    said, alone = simulate(loads, pool), simulate(loads, replace(pool, workers=1, failures=0.0))
+    jobs = fleet.jobs()
+    flops = sum(3.0 * fact.flops * (job.images or 0) for job, fact in zip(jobs, facts, strict=True))
+    if fleet.budget.rule == "adaptive":
+        flops += 3.0 * max(fact.flops for fact in facts) * sum(load.images for load in loads if load.round)
+    disk, memory = footprint(facts, pool.workers)
+    rare = f", {said.failures} failures" if pool.failures else ""
+    again = f" and {said.repeated:,.0f} again after failures" if said.repeated else ""
+    share = said.busy / (said.wall * pool.workers)
+    flops *= 1 + said.repeated / said.images
+    return [
+        ("workers", f"{pool.workers} of {pool.speed:,.0f} images/s, {pool.start:.1f} s to begin, {pool.job:.1f} s a job"),
+        ("wall clock", f"{duration(said.wall)}{rare}; one worker alone {duration(alone.wall)}"),
+        ("workers' time", f"{duration(said.busy)}, {share:.0%} of what they are there"),
+        ("total compute", f"{said.images:,.0f} images{again}, {flops / 1e12:,.3g} TFLOP"),
+        ("disk", f"{disk / 1e6:,.0f} MB"),
+        ("memory, all workers", f"{memory / 1e6:,.0f} MB, without data and activations"),
+    ]  # fmt: skip
