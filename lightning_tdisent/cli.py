@@ -64,6 +64,19 @@ def parser() -> argparse.ArgumentParser:
         "experts", type=Path, nargs="+", help="folders of runs, a folder of such folders, or files of weights"
     )
     c.add_argument("--out", type=Path, required=True, help="the composite folder to write")
+    c.add_argument("--merge", type=int, metavar="K", help="average neighbours to K networks: cheaper, and less exact")
+    c.add_argument("--merge-weights", default="uniform",
+                   help="uniform (default), images, search, or numbers by commas, one per expert")  # fmt: skip
+    c.add_argument("--merge-blocks", default="equal", help="equal (default), search, or numbers of experts by commas")
+    c.add_argument("--merge-data", help="folder of shards, for a search, and to print the errors before and after")
+    c.add_argument("--merge-split", default="train", help="of these (default train)")
+    c.add_argument("-n", type=int, default=256, help="images of these (default 256)")
+    c.add_argument("--device", default="cpu", help="of the search: cpu, cuda, cuda:1 ..")
+
+    x = add("export", _export, "write a model as a folder for others: safetensors and JSON, or a diffusers pipeline")
+    x.add_argument("model", type=Path, help="as for sample")
+    x.add_argument("--out", type=Path, required=True, help="the folder to write")
+    x.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
 
     w = add("average", _average, "average a run's weights over another length, from its snapshots (fit --ema.lengths)")
     w.add_argument("run_folder", type=Path, metavar="run", help="run folder")
@@ -207,18 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(argv)
             return 0
         if argv and not argv[0].startswith("-"):
-            known = [
-                *LIGHTNING,
-                "sample",
-                "compose",
-                "average",
-                "evaluate",
-                "fetch",
-                "report",
-                "study",
-                "fleet",
-                "data",
-            ]
+            known = [*LIGHTNING, *"sample compose average export evaluate fetch report study fleet data".split()]
             if argv[0] not in known:
                 raise InputError(
                     f"there is no command {argv[0]!r}.{nearest(argv[0], known)} Commands: {', '.join(known)}"
@@ -309,8 +311,43 @@ def _compose(a: argparse.Namespace) -> None:
     from lightning_tdisent.sampling.composite import compose, find_files
 
     files = [file for source in a.experts for file in find_files(source)]
+    if a.merge is not None:
+        _merge(a, files)
+        return
+    chosen = {"--merge-weights": a.merge_weights != "uniform", "--merge-blocks": a.merge_blocks != "equal"}
+    if odd := [name for name, given in {**chosen, "--merge-data": a.merge_data}.items() if given]:
+        raise InputError(f"{', '.join(odd)}: belong to --merge K, which is not given")
     out = compose(files, a.out)
     print(f"{len(files)} experts composed in {out}: python -m lightning_tdisent sample {out} --out {out}/images")
+
+
+def _merge(a: argparse.Namespace, files: list[Path]) -> None:
+    from lightning_tdisent.sampling.expert import read_card
+    from lightning_tdisent.sampling.merge import merge
+    from lightning_tdisent.streaming.shards import load
+
+    _device(a.device)
+    shape = read_card(files[0]).network["init_args"]["shape"]
+    data = load(a.merge_data, a.merge_split, shape[0], a.n) if a.merge_data else None
+    weights, blocks = _numbers(a.merge_weights, float), _numbers(a.merge_blocks, int)
+    for one in merge(files, a.out, a.merge, weights, blocks, data, a.device):
+        cost = f", error of its steps {one.errors[0]:.4g} -> {one.errors[1]:.4g}" if one.errors else ""
+        print(f"rows {one.rows[0]}..{one.rows[-1]}: weights {', '.join(f'{w:.3f}' for w in one.weights)}{cost}")
+    print(f"{len(files)} experts merged to {a.merge} in {a.out}")
+
+
+def _numbers(text: str, kind: type) -> Any:
+    """Numbers by commas, or the word that is there instead."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        return text
+
+
+def _export(a: argparse.Namespace) -> None:
+    from lightning_tdisent.sampling.export import export
+
+    print(f"{a.model} exported to {export(a.model, a.out, a.format)}; its README.md says how to load it")
 
 
 def _evaluate(a: argparse.Namespace) -> None:
@@ -532,7 +569,7 @@ def describe(argv: list[str]) -> "Facts":
     """What a command line of `fit` amounts to; nothing is read but its configs, nothing is written."""
     from lightning_tdisent.fleet.plan import Facts
     from lightning_tdisent.lit.entry import parse
-    from lightning_tdisent.report.evaluate import flops
+    from lightning_tdisent.sampling.cost import flops
 
     cli = parse(argv)
     module, states = cli.model, cli.model.states

@@ -13,18 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.metrics.reference import remembered
-from lightning_tdisent.networks.network import Network
 from lightning_tdisent.ranks import gather, place, shared_errors
 from lightning_tdisent.sampling.composite import find_files, load_model
+from lightning_tdisent.sampling.cost import training_cost
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.evaluation import RealImages, compute, image_files, open_quality, score, x0_errors
 from lightning_tdisent.sampling.expert import Card, sha256
@@ -43,32 +41,6 @@ class Contender:
     source: Path
     sampler: Sampler | None
     split: str = "test"
-
-
-def flops(network: Network) -> int:
-    """Floating point operations of a forward pass of one image."""
-    index = torch.ones(1, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, *network.shape), index)
-    return int(counter.get_total_flops())
-
-
-def training_cost(cards: Sequence[Card]) -> dict[str, float]:
-    """Cost of all trainings behind these cards, and of the longest chain of them.
-
-    A shared model that several experts started from counts once. Floating point operations are 3 x forward x images
-    seen: a forward pass and two of its cost for the backward one.
-    """
-    parents = {p["sha256"]: p for card in cards for p in card.parents}
-    runs = [*parents.values(), *(dataclasses.asdict(card) for card in cards)]
-    chains = [[*card.parents, dataclasses.asdict(card)] for card in cards]
-    return {
-        "images_seen": sum(run["images_seen"] for run in runs),
-        "images_seen_longest": max(sum(run["images_seen"] for run in chain) for chain in chains),
-        "training_flops": sum(3.0 * flops(build(run["network"], Network).eval()) * run["images_seen"] for run in runs),
-        "training_seconds": sum(run["seconds"] for run in runs),
-        "training_seconds_longest": max(sum(run["seconds"] for run in chain) for chain in chains),
-    }
 
 
 def evaluate(

@@ -11,10 +11,11 @@ from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.metrics.features import SmallClassifier, load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.report.evaluate import Contender, evaluate, training_cost
+from lightning_tdisent.report.evaluate import Contender, evaluate
 from lightning_tdisent.report.page import nearest, write_report
 from lightning_tdisent.report.study import Study
 from lightning_tdisent.report.table import costs, notes, table, tables
+from lightning_tdisent.sampling.cost import training_cost
 from lightning_tdisent.sampling.evaluation import real_images, x0_errors
 from lightning_tdisent.sampling.expert import load_expert, save_expert
 from lightning_tdisent.sampling.pictures import grid, save_png
