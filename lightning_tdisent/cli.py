@@ -31,6 +31,8 @@ LIGHTNING = {
     "predict": "write images of seeds with a LightningModule",
 }
 
+OTHERS = ("sample", "compose", "average", "export", "evaluate", "fetch", "report", "study", "fleet", "data")
+
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line but for the options of Lightning's four commands."""
@@ -220,7 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(argv)
             return 0
         if argv and not argv[0].startswith("-"):
-            known = [*LIGHTNING, *"sample compose average export evaluate fetch report study fleet data".split()]
+            known = [
+                *LIGHTNING,
+                *["sample", "compose", "average", "export", "evaluate", "fetch", "report", "study", "fleet", "data"],
+            ]
             if argv[0] not in known:
                 raise InputError(
                     f"there is no command {argv[0]!r}.{nearest(argv[0], known)} Commands: {', '.join(known)}"
@@ -413,18 +418,31 @@ def _report(a: argparse.Namespace) -> None:
 
 
 def _study(a: argparse.Namespace) -> None:
+    from lightning_tdisent.files import write_whole
     from lightning_tdisent.fleet.local import run
+    from lightning_tdisent.fleet.plan import draft
+    from lightning_tdisent.fleet.status import page, tiles
     from lightning_tdisent.fleet.store import Store
     from lightning_tdisent.fleet.study import plan
-    from lightning_tdisent.fleet.work import Jobs
-    from lightning_tdisent.report.study import Study
+    from lightning_tdisent.fleet.work import FleetWork, Jobs
+    from lightning_tdisent.report.study import BOARDS, Study
     from lightning_tdisent.sampling.composite import MANIFEST, compose, find_files
 
     todo = plan(a.config, a.out, a.seed, a.overrides)
     study = Study(**todo.evaluation)
     study.check()
     todo.claim()
-    run(Jobs(Store(todo.out), todo.jobs), fit_job, a.workers, title=str(study.title))
+    fleets = {}
+    for name, (file, changes) in todo.fleets.items():
+        fleets[name] = FleetWork(draft(file, describe, todo.out / name, todo.seed, changes=changes), describe)
+        fleets[name].fleet.check(describe)
+        study.runs |= {f"{name}/{e.name}": str(todo.out / name / e.name) for e in fleets[name].fleet.experts}
+    if todo.jobs:
+        run(Jobs(Store(todo.out), todo.jobs), fit_job, a.workers, title=study.title)
+    for name, work in fleets.items():
+        run(work, fit_job, a.workers, title=f"{study.title}, {name}")
+    boards = "".join(page(tiles(work), name) for name, work in fleets.items())
+    write_whole(todo.out / BOARDS, boards.encode())
     for fleet, folder in todo.composites.items():
         if not (folder / MANIFEST).exists():
             compose(find_files(todo.out / fleet), folder)

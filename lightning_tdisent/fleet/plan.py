@@ -234,11 +234,16 @@ class Fleet:
 
 def draft(
     config: str | Path, describe: Describe, out: str | Path | None = None, seed: int | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] = (), changes: dict[str, Any] | None = None,
 ) -> Fleet:  # fmt: skip
-    """Expand a fleet's YAML into a plan, and write it with copies of all configs; refuses a folder that has one."""
+    """Expand a fleet's YAML into a plan, and write it with copies of all configs; refuses a folder that has another.
+
+    overrides: KEY=VALUE of all trainings' configs; changes: keys of the YAML itself; what it has under ``set`` stays.
+    """
     file = Path(config)
     data = read_yaml(file)
+    if isinstance(data, dict) and changes:
+        data |= {**changes, "set": {**(data.get("set") or {}), **(changes.get("set") or {})}}
     known(data, KEYS, str(file), required=("configs", "budget"))
     store = Store(out or data.get("out") or f"runs/{file.stem}")
     seed = int(data.get("seed", 0)) if seed is None else seed

@@ -230,7 +230,8 @@ def lines(fleet: "Fleet", facts: Sequence["Facts"], pool: Pool) -> list[tuple[st
     share = said.busy / (said.wall * pool.workers)
     flops *= 1 + said.repeated / said.images
     return [
-        ("workers", f"{pool.workers} of {pool.speed:,.0f} images/s, {pool.start:.1f} s to begin, {pool.job:.1f} s a job"),
+        ("workers", f"{pool.workers} of {pool.speed:,.0f} images/s, {pool.start:.1f} s to start"),
+        ("a training", f"{pool.job:.1f} s beside its steps, {pool.validation:.2f} s a validation"),
         ("wall clock", f"{duration(said.wall)}{rare}; one worker alone {duration(alone.wall)}"),
         ("workers' time", f"{duration(said.busy)}, {share:.0%} of what they are there"),
         ("total compute", f"{said.images:,.0f} images{again}, {flops / 1e12:,.3g} TFLOP"),

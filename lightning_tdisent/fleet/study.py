@@ -28,15 +28,21 @@ KEYS = (
     "notes",
 )
 RUN_KEYS = ("configs", "experts", "warm_start", "set")
+FLEET_KEYS = ("fleet", "budget", "start", "set")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Jobs with their folders, composites to make of fleets, and the evaluation as plain data."""
+    """Jobs and fleets with their folders, composites to make of experts, and the evaluation as plain data.
+
+    fleets: by name the YAML of a fleet, and keys of it that this study has otherwise.
+    """
 
     out: Path
     jobs: list[Job]
     composites: dict[str, Path]
+    fleets: dict[str, tuple[Path, dict[str, Any]]]
+    seed: int
     evaluation: dict[str, Any]
     content: dict[str, Any]
 
@@ -71,21 +77,28 @@ def plan(
     digests = {}
     if not isinstance(study["runs"], dict) or not isinstance(study["contenders"], dict):
         raise InputError(f"{file}: runs and contenders are mappings of a name to its settings")
+    fleets: dict[str, tuple[Path, dict[str, Any]]] = {}
     for name, run in study["runs"].items():
+        if isinstance(run, dict) and "fleet" in run:
+            known(run, FLEET_KEYS, f"{file}: runs.{name}")
+            path = _config(file, run["fleet"], f"runs.{name}.fleet")
+            digests[str(run["fleet"])] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            changes = {key: run[key] for key in ("budget", "start") if key in run}
+            settings = {**(run.get("set") or {}), **extra.get(name, {})}
+            fleets[name] = (path, changes | ({"set": settings} if settings else {}))
+            composites[name], members[name] = folder / f"{name}_composite", []
+            continue
         known(run, RUN_KEYS, f"{file}: runs.{name}", required=("configs",))
         argv = ["fit"]
         for entry in run["configs"]:
-            path = file.parent / entry
-            if not path.is_file():
-                near = nearest(entry, [p.name for p in file.parent.glob("*.yaml")])
-                raise InputError(f"{file}: runs.{name}.configs: {path} is no file.{near}")
+            path = _config(file, entry, f"runs.{name}.configs")
             digests[str(entry)] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
             argv += ["--config", str(path)]
         for key, value in {**(run.get("set") or {}), **extra.get(name, {}), "seed_everything": seed}.items():
             argv += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
         needs: tuple[str, ...] = ()
         if warm := run.get("warm_start"):
-            if warm not in members:
+            if not members.get(warm):
                 raise InputError(
                     f"{file}: runs.{name}.warm_start: {warm!r} is no run above it.{nearest(warm, members)}"
                 )
@@ -123,7 +136,7 @@ def plan(
         "runs": {job.name: str(job.folder) for job in jobs},
     }
     content = {"study": study, "seed": seed, "overrides": list(overrides), "configs": digests}
-    return Plan(folder, jobs, composites, evaluation, content)
+    return Plan(folder, jobs, composites, fleets, seed, evaluation, content)
 
 
 def _sampler(entry: Any) -> dict[str, Any]:
@@ -132,6 +145,14 @@ def _sampler(entry: Any) -> dict[str, Any]:
     known(entry, ("class_path", "init_args"), "sampler", required=("class_path",))
     path = entry["class_path"]
     return {"class_path": path if "." in path else f"lightning_tdisent.{path}", "init_args": entry.get("init_args", {})}
+
+
+def _config(file: Path, entry: Any, where: str) -> Path:
+    path = file.parent / str(entry)
+    if not path.is_file():
+        near = nearest(str(entry), [p.name for p in file.parent.glob("*.yaml")])
+        raise InputError(f"{file}: {where}: {path} is no file.{near}")
+    return path
 
 
 def _overrides(words: Sequence[str], runs: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -86,8 +86,10 @@ def write_report(
     training: Tensor | None = None,
     runs: dict[str, Path] | None = None,
     notes: str = "",
+    boards: str = "",
 ) -> Path:
-    """Write the page; ``images`` are the first samples of every contender, ``runs`` the folders with event files."""
+    """Write the page; ``images`` are the first samples of every contender, ``runs`` the folders with event files;
+    ``boards`` HTML that says where fleets stand."""
     models = [r for r in rows if "networks" in r]
     drawn = [c for c in contenders if c.sampler is not None]
     side = real.images.shape[-1]
@@ -116,6 +118,7 @@ def write_report(
         parts.append("<h2>What it cost</h2>" + _html(costs(models), []) + figures.cost(models))
     if runs:
         parts.append("<h2>Training</h2>" + figures.training_curves(runs))
+    parts.append(boards)
     if drawn:
         parts.append("<h2>From image to noise and back</h2>")
         model = load_model(drawn[-1].source)[0]

@@ -29,6 +29,7 @@ from lightning_tdisent.sampling.sampler import Sampler
 from lightning_tdisent.streaming.shards import ImageSet, load
 from lightning_tdisent.streaming.tars import find
 
+BOARDS = "fleets.html"  # where the fleets of a study stood when it ended
 NEAREST = 500_000_000  # bytes of real images among which the report looks for copies
 
 
@@ -175,6 +176,7 @@ class Study:
             self._real(self._protocol.split, NEAREST // held_out.images[0].numel()).images,
             {name: Path(folder) for name, folder in self.runs.items()},
             self.notes,
+            boards.read_text() if (boards := self.folder / BOARDS).exists() else "",
         )
 
 
