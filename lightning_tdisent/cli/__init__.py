@@ -1,0 +1,67 @@
+"""The commands: wiring only. Nothing heavy is imported before a command needs it, so that help is instant."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lightning_tdisent import __version__
+from lightning_tdisent.cli import data, fleets, models
+from lightning_tdisent.cli.trainings import describe, fit_job
+from lightning_tdisent.errors import InputError, nearest
+
+__all__ = ["describe", "fit_job", "main", "parser"]
+
+LIGHTNING = {
+    "fit": "train one module: --config FILE [--config OVERLAY ..] [--run FOLDER]",
+    "validate": "held-out errors, quality and pictures of a checkpoint or composite",
+    "test": "the same, logged as test",
+    "predict": "write images of seeds with a LightningModule",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line but for the options of Lightning's four commands."""
+    out = argparse.ArgumentParser(
+        "python -m lightning_tdisent", description="Diffusion models over few latent states, and their composition."
+    )
+    out.add_argument("--version", action="version", version=__version__)
+    commands = out.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in LIGHTNING.items():
+        commands.add_parser(name, help=text, add_help=False)
+    for part in (models, fleets, data):
+        part.add_commands(commands)
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 done, 1 halted and 2 refused (one message, no traceback), 130 interrupted, 143 preempted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv and argv[0] in LIGHTNING:
+            from lightning_tdisent.lit.entry import run
+
+            run(argv)
+            return 0
+        if argv and not argv[0].startswith("-"):
+            known = [
+                *LIGHTNING,
+                *["sample", "compose", "average", "export", "evaluate", "fetch", "report", "study", "fleet", "data"],
+            ]
+            if argv[0] not in known:
+                raise InputError(
+                    f"there is no command {argv[0]!r}.{nearest(argv[0], known)} Commands: {', '.join(known)}"
+                )
+        arguments = parser().parse_args(argv)
+        for module in arguments.imports:
+            try:
+                __import__(module)
+            except ImportError as error:
+                raise InputError(f"--import {module}: {error}") from None
+        arguments.run(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,127 @@
+"""Commands on data: prepare, toy, index, verify, inspect."""
+
+import argparse
+from pathlib import Path
+
+from lightning_tdisent.cli.terminal import Commands, Run, bar, command, cores
+from lightning_tdisent.errors import Halted, InputError
+
+TEXT = "make, prepare, index, verify or inspect shards of images"
+
+
+def add_commands(commands: Commands) -> None:
+    """Add their options."""
+    commands = commands.add_parser("data", help=TEXT, description=TEXT).add_subparsers(
+        dest="data_command", metavar="COMMAND", required=True
+    )
+
+    def add(name: str, run: Run, text: str) -> argparse.ArgumentParser:
+        out = command(commands, name, run, text)
+        out.add_argument("--split", default="train", help="which one (default train), or a pattern of its shards")
+        out.add_argument("--jobs", type=int, help="processes (default: one per core)")
+        return out
+
+    p = add("prepare", _prepare, "make shards and their index from a raw data set; the same command goes on")
+    p.add_argument(
+        "source", type=Path, help="images in class folders or flat, ILSVRC, MNIST, CIFAR-10, parquet, shards"
+    )
+    p.add_argument("out", type=Path, help="folder for the shards")
+    p.add_argument("--kind", default="auto", help="of the source, where it is not clear; a wrong one lists them")
+    p.add_argument("--size", type=int, help="crop and resize to SIZE x SIZE as ADM does (default: as they are)")
+    p.add_argument("--encode", default="keep", help="png, jpg or webp (default: keep the bytes where nothing changes)")
+    p.add_argument("--samples", type=int, default=10_000, help="per shard (default 10000)")
+    shuffle = "mix all samples once (default: where the source is sorted by class)"
+    p.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=None, help=shuffle)
+    p.add_argument("--seed", type=int, default=0, help="of the order")
+    p.add_argument("--vae", type=Path, help="folder of a diffusers AutoencoderKL: store latents instead of images")
+    p.add_argument("--device", default="cpu", help="of the autoencoder")
+    p.add_argument("--batch-size", type=int, default=32, help="of the autoencoder")
+    p.add_argument("--bad", type=float, default=0.001, help="share of the samples that may be left out (default 0.001)")
+
+    t = add("toy", _toy, "shards of made-up pictures with classes and captions: no download, no network")
+    t.add_argument("out", type=Path, help="folder for the shards")
+    t.add_argument("-n", type=int, default=2000, help="pictures (default 2000), in 4 shards")
+    t.add_argument("--size", type=int, default=32, help="of a side in pixels (default 32)")
+    t.add_argument("--seed", type=int, default=0, help="of the pictures; another one for another split")
+
+    i = add("index", _index, "write the index of shards, from which on they are verified and read one by one")
+    i.add_argument("folder", help="of the shards, or its URL")
+    i.add_argument("--no-samples", action="store_true", help="one row per shard, for a corpus too large to list")
+
+    v = add("verify", _verify, "read every byte and compare it with the index; exit code 1 if anything has changed")
+    v.add_argument("folder", help="of the shards, or its URL")
+
+    n = add("inspect", _inspect, "contact sheet, histogram and classes, as PNG and in the terminal")
+    n.add_argument("folder", help="of the shards, or its URL")
+    n.add_argument("-n", type=int, default=1000, help="samples looked at (default 1000)")
+    n.add_argument("--out", type=Path, help="the PNG (default inspect-SPLIT.png, here)")
+
+
+def _prepare(a: argparse.Namespace) -> None:
+    from lightning_tdisent.streaming.prepare import Options, prepare
+    from lightning_tdisent.streaming.raw import find_source
+
+    source = find_source(a.source, a.split, a.kind)
+    options = Options(
+        a.size, a.encode, a.samples, a.shuffle, a.seed, vae=a.vae, device=a.device, batch_size=a.batch_size, bad=a.bad
+    )
+    print(f"{a.source}: {len(source):,} samples of {source.kind}")
+    with bar("samples") as progress:
+        made = prepare(source, a.split, a.out, options, cores(a.jobs), progress)
+    print(f"{a.out}: {made.samples:,} samples in {made.shards} shards, {made.bytes / 1e6:,.1f} MB, with their index")
+    if made.skipped:
+        first = made.skipped[0]
+        print(
+            f"{len(made.skipped)} left out, see {a.out}/{a.split}.skipped.txt; the first: {first.name}: {first.reason}"
+        )
+
+
+def _toy(a: argparse.Namespace) -> None:
+    from lightning_tdisent.streaming.prepare import Options, prepare
+    from lightning_tdisent.streaming.toy import Toy
+
+    if a.n < 1 or a.size < 4:
+        raise InputError(f"-n {a.n} --size {a.size}: at least one picture, of at least 4 pixels")
+    with bar("samples") as progress:
+        source = Toy(a.n, a.size, a.seed)
+        made = prepare(source, a.split, a.out, Options(samples=-(-a.n // 4)), cores(a.jobs), progress)
+    print(f"{a.out}: {made.samples:,} pictures in {made.shards} shards, with their index")
+
+
+def _index(a: argparse.Namespace) -> None:
+    from lightning_tdisent.streaming.index import path_of
+    from lightning_tdisent.streaming.scan import build
+    from lightning_tdisent.streaming.tars import find
+
+    files = find(a.folder, a.split)
+    with bar("shards") as progress:
+        index = build(files, cores(a.jobs), progress, regions=not a.no_samples)
+    index.save(path_of(a.folder, a.split))
+    print(f"{path_of(a.folder, a.split)}: {len(index):,} samples in {len(files)} shards, digest {index.digest}")
+
+
+def _verify(a: argparse.Namespace) -> None:
+    from lightning_tdisent.streaming.verify import verify
+
+    with bar("shards") as progress:
+        index, wrong = verify(a.folder, a.split, cores(a.jobs), progress)
+    for line in wrong[:20]:
+        print(line)
+    what = f"{a.folder} ({a.split})"
+    if wrong:
+        raise Halted(f"{what}: {len(wrong):,} samples or shards of {len(index):,} are not what they were")
+    print(f"{what}: all {len(index):,} samples in {len(index.shards)} shards are good, digest {index.digest}")
+
+
+def _inspect(a: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from lightning_tdisent.report.dataset import draw, look, table
+
+    out = a.out or Path(f"inspect-{a.split}.png")
+    if a.n < 1 or out.suffix != ".png" or not out.parent.is_dir():
+        raise InputError(f"-n {a.n} --out {out}: at least one sample, and a .png in a folder that is there")
+    found = look(a.folder, a.split, a.n)
+    Console().print(table(found))
+    draw(found).savefig(out, dpi=110)
+    print(f"picture: {out}")

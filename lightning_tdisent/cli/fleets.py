@@ -1,0 +1,158 @@
+"""Commands on fleets: plan, run, status."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_tdisent.cli.terminal import Commands, command, cores, use_device, wide_console
+from lightning_tdisent.cli.trainings import describe, fit_job
+from lightning_tdisent.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning_tdisent.fleet.plan import Facts, Fleet
+    from lightning_tdisent.fleet.work import FleetWork
+
+TEXT = "plan, run and watch the trainings of many independent experts"
+
+
+def add_commands(commands: Commands) -> None:
+    """Add their options."""
+    commands = commands.add_parser("fleet", help=TEXT, description=TEXT).add_subparsers(
+        dest="fleet_command", metavar="COMMAND", required=True
+    )
+    p = command(
+        commands, "plan", _fleet_plan, "expand a fleet's YAML into a plan, one training per expert; or check one"
+    )
+    p.add_argument("folder", nargs="?", help="of a fleet that is planned already: check its plan, as edited")
+    p.add_argument("--config", type=Path, help="the YAML, e.g. experiments/digits/fleet.yaml")
+    p.add_argument("--out", help="folder or URL of the fleet (default: that of the YAML)")
+    p.add_argument("--seed", type=int, help="of all trainings (default: that of the YAML)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                   help="config key of every training, e.g. trainer.val_check_interval=100")  # fmt: skip
+
+    p.add_argument("--simulate", metavar="workers=N[,speed=..,failures=..]",
+                   help="say what it will take; without speed= a few steps are rehearsed here first")  # fmt: skip
+
+    r = command(
+        commands,
+        "run",
+        _fleet_run,
+        "train what is not trained yet; the same command goes on, on any number of machines",
+    )
+    r.add_argument("folder", help="of the fleet, or its URL")
+    r.add_argument("--only", action="append", default=[], metavar="EXPERT",
+                   help="a number or name, or several by commas; a single one is trained right here")  # fmt: skip
+    r.add_argument("--workers", type=int, default=0, help="processes at a time (default: one per core, or per GPU)")
+    r.add_argument("--gpus", default="", help="names for CUDA_VISIBLE_DEVICES by commas, e.g. 0,1: a worker sees one")
+    r.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                   help="what is different on this machine, e.g. data.path=/data/digits")  # fmt: skip
+    r.add_argument("--scratch", type=Path, help="folder for runs of a fleet in an object store (default: the cache)")
+    r.add_argument("--ttl", type=float, default=60.0, help="seconds of silence after which a worker is taken for dead")
+
+    s = command(commands, "status", _fleet_status, "where every expert stands")
+    s.add_argument("folder", help="of the fleet, or its URL")
+    s.add_argument("--watch", action="store_true", help="show it until all is done, or Ctrl-C")
+    s.add_argument("--html", type=Path, help="write it to this file, too")
+
+
+def _fleet_plan(a: argparse.Namespace) -> None:
+    from lightning_tdisent.fleet.plan import Fleet, draft
+
+    if (a.folder is None) == (a.config is None):
+        raise InputError("fleet plan wants --config FILE for a new fleet, or the folder of one that is planned")
+    fleet = draft(a.config, describe, a.out, a.seed, a.overrides) if a.config else Fleet.load(a.folder)
+    facts = fleet.check(describe)
+    wide_console().print(_plan_table(fleet, facts), highlight=False)
+    if a.simulate:
+        from lightning_tdisent.fleet.simulate import Pool, lines, rehearse
+
+        pool, given = Pool.of(a.simulate)
+        if "speed" not in given:
+            found = rehearse(fleet, fit_job, min(pool.workers, cores(None)))
+            kept = {name: getattr(pool, name) for name in given}
+            pool = replace(found, **{"workers": pool.workers, **kept})
+        for name, text in lines(fleet, facts, pool):
+            print(f"{name}: {text}")
+    print(f"plan: {fleet.store}/plan.yaml\nrun it: python -m lightning_tdisent fleet run {fleet.store}")
+
+
+def _plan_table(fleet: "Fleet", facts: Sequence["Facts"]) -> Any:
+    from rich.table import Table
+
+    out = Table(title=f"{fleet.title}: {fleet.budget.rule} budget, table {fleet.table['fingerprint']}")
+    for name in ("job", "rows", "t", "images", "batch", "steps", "start", "weights", "TFLOP"):
+        out.add_column(name, justify="left" if name in ("job", "start") else "right")
+    total = [0.0, 0.0]
+    starts = {e.name: e.start for e in fleet.experts}
+    for job, fact in zip(fleet.jobs(), facts, strict=True):
+        rows = job.expect.get("rows", list(range(1, fact.S + 1)))
+        span = [f"{v[0]}..{v[-1]}" if len(v) > 1 else str(v[0]) for v in (rows, [fact.index[s - 1] for s in rows])]
+        images, flop = job.images or 0, 3e-12 * fact.flops * (job.images or 0)
+        total = [total[0] + images, total[1] + flop]
+        out.add_row(
+            job.name, *span, f"{images:,}", str(fact.batch), f"{fact.max_steps:,}", starts.get(job.name, "scratch"),
+            f"{fact.weights:,}", f"{flop:.3f}",
+        )  # fmt: skip
+    out.add_section()
+    out.add_row("all", "", "", f"{total[0]:,.0f}", "", "", "", "", f"{total[1]:.3f}")
+    return out
+
+
+def _open_fleet(where: str, overrides: Sequence[str] = (), scratch: Path | None = None) -> "FleetWork":
+    import hashlib
+
+    from lightning_tdisent.fleet.plan import Fleet, words
+    from lightning_tdisent.fleet.store import Store
+    from lightning_tdisent.fleet.work import FleetWork
+
+    if Store(where).remote and scratch is None:
+        from lightning_tdisent.metrics.weights import cache_folder
+
+        scratch = cache_folder() / "fleets" / hashlib.sha256(where.encode()).hexdigest()[:16]
+    return FleetWork(Fleet.load(where, words(overrides), scratch), describe)
+
+
+def _fleet_run(a: argparse.Namespace) -> None:
+    from lightning_tdisent.fleet.local import refuse_undone, run
+    from lightning_tdisent.fleet.status import summary, tiles
+    from lightning_tdisent.fleet.work import Session, work_through
+
+    if a.ttl <= 0 or a.workers < 0:
+        raise InputError(f"--ttl {a.ttl:g} --workers {a.workers}: a time above 0, a number of processes")
+    work = _open_fleet(a.folder, a.overrides, a.scratch)
+    work.store.check()
+    names = [name for words in a.only for name in words.split(",")]
+    only = [f"expert_{int(name):03d}" if name.isdigit() else name for name in names]
+    here = len(only) == 1
+    session = Session(only, a.ttl, quiet=not here)
+    if here:
+        use_device("cpu")
+        work_through(work, fit_job, session)
+        refuse_undone(work, session)
+    else:
+        run(work, fit_job, a.workers, session, gpus=[g for g in a.gpus.split(",") if g], title=work.fleet.title)
+    print(summary(tiles(work)))
+
+
+def _fleet_status(a: argparse.Namespace) -> None:
+    import time
+
+    from rich.live import Live
+
+    from lightning_tdisent.files import write_whole
+    from lightning_tdisent.fleet.status import board, page, tiles
+
+    work, console = _open_fleet(a.folder), wide_console()
+    found, title = tiles(work), work.fleet.title
+    if a.watch:
+        with Live(board(found, title), console=console) as live:
+            while any(tile.state not in ("done", "failed") for tile in found):
+                time.sleep(1)
+                found = tiles(work)
+                live.update(board(found, title))
+    else:
+        console.print(board(found, title), highlight=False)
+    if a.html:
+        write_whole(a.html, f"<!DOCTYPE html><meta charset=utf-8>{page(found, title)}".encode())

@@ -1,0 +1,309 @@
+"""Commands on models: sample, compose, average, export, evaluate, fetch, report, study."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_tdisent.cli.terminal import Commands, bar, command, use_device, wide_console
+from lightning_tdisent.cli.trainings import describe, fit_job
+from lightning_tdisent.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning_tdisent.report.study import Study
+    from lightning_tdisent.sampling.sampler import Sampler
+
+
+def add_commands(commands: Commands) -> None:
+    """Add their options."""
+    s = command(commands, "sample", _sample, "draw images from a run, a file of weights, or a composite folder")
+    s.add_argument("model", type=Path, help="run folder, model.safetensors, folder of experts, or composite folder")
+    s.add_argument(
+        "--out", type=Path, required=True, help="folder for SEED.png, the grid beside it; must not hold images yet"
+    )
+    s.add_argument("--seeds", default="0:64", help="FIRST:END (default 0:64)")
+    s.add_argument("--label", type=int, help="class, for a class-conditional model")
+    s.add_argument("--guidance", type=float, help="scale of classifier-free guidance; needs --label")
+    _sampler_options(s)
+
+    c = command(commands, "compose", _compose, "make one composite folder from the weights of experts")
+    c.add_argument(
+        "experts", type=Path, nargs="+", help="folders of runs, a folder of such folders, or files of weights"
+    )
+    c.add_argument("--out", type=Path, required=True, help="the composite folder to write")
+    c.add_argument("--merge", type=int, metavar="K", help="average neighbours to K networks: cheaper, and less exact")
+    c.add_argument("--merge-weights", default="uniform",
+                   help="uniform (default), images, search, or numbers by commas, one per expert")  # fmt: skip
+    c.add_argument("--merge-blocks", default="equal", help="equal (default), search, or numbers of experts by commas")
+    c.add_argument("--merge-data", help="folder of shards, for a search, and to print the errors before and after")
+    c.add_argument("--merge-split", default="train", help="of these (default train)")
+    c.add_argument("-n", type=int, default=256, help="images of these (default 256)")
+    c.add_argument("--device", default="cpu", help="of the search: cpu, cuda, cuda:1 ..")
+
+    x = command(
+        commands,
+        "export",
+        _export,
+        "write a model as a folder for others: safetensors and JSON, or a diffusers pipeline",
+    )
+    x.add_argument("model", type=Path, help="as for sample")
+    x.add_argument("--out", type=Path, required=True, help="the folder to write")
+    x.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
+
+    w = command(
+        commands,
+        "average",
+        _average,
+        "average a run's weights over another length, from its snapshots (fit --ema.lengths)",
+    )
+    w.add_argument("run_folder", type=Path, metavar="run", help="run folder")
+    w.add_argument("--sigma-rel", type=float, required=True, help="length of the average, relative to the training")
+    w.add_argument("--step", type=int, help="step of the training it ends at (default: the last snapshot)")
+    w.add_argument("--out", type=Path, required=True, help="the .safetensors to write")
+
+    e = command(
+        commands, "evaluate", _evaluate, "models and folders of images side by side; on several ranks under torchrun"
+    )
+    e.add_argument("models", type=Path, nargs="+", help="as for sample, a .ckpt, or a folder of images or shards")
+    e.add_argument("--data", required=True, help="folder of shards with the real images")
+    e.add_argument(
+        "--split", default="test", help="split of the errors per state, and of shards measured (default test)"
+    )
+    e.add_argument("--reference", help="split that distances are taken to (default: the protocol's, train)")
+    e.add_argument("--protocol", required=True, help="digits, mnist, cifar10, random, adm, clean, torch-fidelity, ..")
+    e.add_argument("--metrics", help="of fd, fd_infinity, is, kid, prdc, sfd, by commas (default: the protocol's)")
+    e.add_argument("--weights", help="file or folder of the feature network, where the protocol's is not shipped")
+    e.add_argument("-n", type=int, help="images generated per model (default: the protocol's, e.g. 1000 or 50000)")
+    e.add_argument("--first-seed", type=int)
+    e.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="folder for results.json and report.html")
+    _sampler_options(e)
+
+    k = command(commands, "fetch", _fetch, "download weights of a feature network that is not shipped, and check them")
+    k.add_argument("name", help="inception")
+    k.add_argument("--source", help="a file or URL to take them from instead")
+
+    r = command(commands, "report", _report, "write report.html anew from a folder that study or evaluate filled")
+    r.add_argument("folder", type=Path)
+
+    f = command(commands, "study", _study, "train, compose, sample, evaluate and report everything that one YAML names")
+    f.add_argument("config", type=Path, help="e.g. experiments/digits/quickstart.yaml")
+    f.add_argument("--out", type=Path, help="folder (default: that of the YAML)")
+    f.add_argument("--seed", type=int, help="seed of all trainings (default: that of the YAML)")
+    f.add_argument("--workers", type=int, default=0, help="processes at a time (default: one per core)")
+    f.add_argument("--set", action="append", default=[], metavar="RUN.KEY=VALUE", dest="overrides",
+                   help="override for a run's fit, e.g. experts.model.objective=Eps; * is every run")  # fmt: skip
+
+
+def _sampler_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--sampler", choices=("ddim", "ancestral", "dpm"), default="ddim")
+    command.add_argument("--eta", type=float, default=0.0, help="of ddim: 0 deterministic .. 1 ancestral")
+    command.add_argument("--steps", type=int, help="network evaluations (default: every row of the model's table)")
+    command.add_argument("--batch-size", type=int, default=250)
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ..")
+
+
+def _sampler(a: argparse.Namespace) -> "Sampler":
+    from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver
+
+    if a.eta and a.sampler != "ddim":
+        raise InputError(f"--eta {a.eta:g} belongs to --sampler ddim, not to {a.sampler}")
+    if a.sampler == "ddim":
+        return DDIM(a.eta, a.steps)
+    return {"ancestral": Ancestral, "dpm": DPMSolver}[a.sampler](a.steps)
+
+
+def _sample(a: argparse.Namespace) -> None:
+    import torch
+
+    from lightning_tdisent.sampling.composite import load_model
+    from lightning_tdisent.sampling.denoiser import Guided
+    from lightning_tdisent.sampling.pictures import grid, save_png
+    from lightning_tdisent.sampling.sampler import sample
+
+    try:
+        first, end = (int(part) for part in a.seeds.split(":"))
+    except ValueError:
+        raise InputError(f"--seeds {a.seeds}: expected FIRST:END, e.g. 0:64") from None
+    if end <= first:
+        raise InputError(f"--seeds {a.seeds}: the end must be above the first")
+    if a.out.exists() and any(a.out.glob("*.png")):
+        raise InputError(f"--out {a.out} already holds images; choose another folder")
+    use_device(a.device)
+    model: Any = load_model(a.model)[0].to(a.device)
+    if a.guidance is not None:
+        model = Guided(model, a.guidance)
+    if a.label is not None and (model.classes is None or not 0 <= a.label < model.classes):
+        raise InputError(f"--label {a.label}: the model has {model.classes or 'no'} classes")
+    label = None if a.label is None else torch.full((end - first,), a.label, device=a.device)
+    images = torch.cat(list(sample(model, _sampler(a), range(first, end), a.batch_size, label))).cpu()
+    for seed, image in enumerate(images, first):
+        save_png(image, a.out / f"{seed:06d}.png")
+    tiles = a.out.with_name(f"{a.out.name}.png")
+    save_png(grid(images[:256]), tiles)
+    print(f"{len(images)} images in {a.out}, the first of them in {tiles}")
+
+
+def _average(a: argparse.Namespace) -> None:
+    from lightning_tdisent.sampling.averages import reconstruct
+
+    if a.out.exists():
+        raise InputError(f"--out {a.out} is there already; choose another name")
+    error = reconstruct(a.run_folder, a.sigma_rel, a.out, a.step)
+    print(f"{a.out}: sigma_rel {a.sigma_rel:g}, relative error of its profile {error:.2%}")
+    if error > 0.1:
+        print("that is far from what was asked: choose a length nearer to those of the snapshots, or take more of them")
+
+
+def _compose(a: argparse.Namespace) -> None:
+    from lightning_tdisent.sampling.composite import compose, find_files
+
+    files = [file for source in a.experts for file in find_files(source)]
+    if a.merge is not None:
+        _merge(a, files)
+        return
+    chosen = {"--merge-weights": a.merge_weights != "uniform", "--merge-blocks": a.merge_blocks != "equal"}
+    if odd := [name for name, given in {**chosen, "--merge-data": a.merge_data}.items() if given]:
+        raise InputError(f"{', '.join(odd)}: belong to --merge K, which is not given")
+    out = compose(files, a.out)
+    print(f"{len(files)} experts composed in {out}: python -m lightning_tdisent sample {out} --out {out}/images")
+
+
+def _merge(a: argparse.Namespace, files: list[Path]) -> None:
+    from lightning_tdisent.sampling.expert import read_card
+    from lightning_tdisent.sampling.merge import merge
+    from lightning_tdisent.streaming.shards import load
+
+    use_device(a.device)
+    shape = read_card(files[0]).network["init_args"]["shape"]
+    data = load(a.merge_data, a.merge_split, shape[0], a.n) if a.merge_data else None
+    weights, blocks = _numbers(a.merge_weights, float), _numbers(a.merge_blocks, int)
+    for one in merge(files, a.out, a.merge, weights, blocks, data, a.device):
+        cost = f", error of its steps {one.errors[0]:.4g} -> {one.errors[1]:.4g}" if one.errors else ""
+        print(f"rows {one.rows[0]}..{one.rows[-1]}: weights {', '.join(f'{w:.3f}' for w in one.weights)}{cost}")
+    print(f"{len(files)} experts merged to {a.merge} in {a.out}")
+
+
+def _numbers(text: str, kind: type) -> Any:
+    """Numbers by commas, or the word that is there instead."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        return text
+
+
+def _export(a: argparse.Namespace) -> None:
+    from lightning_tdisent.sampling.export import export
+
+    print(f"{a.model} exported to {export(a.model, a.out, a.format)}; its README.md says how to load it")
+
+
+def _evaluate(a: argparse.Namespace) -> None:
+    from lightning_tdisent.diffusion.spec import spec
+    from lightning_tdisent.report.study import Study
+    from lightning_tdisent.sampling.composite import holds_weights
+
+    if (a.out / "study.json").exists():
+        raise InputError(f"--out {a.out} already keeps results; choose another folder")
+    missing = [str(m) for m in a.models if not m.exists()]
+    if missing:
+        raise InputError(
+            f"{', '.join(missing)}: not there. Name run folders, files of weights, checkpoints, composites, or folders "
+            "or shards of images"
+        )
+    contenders = [
+        {"name": str(m), "source": str(m), "sampler": spec(_sampler(a)) if holds_weights(m) else None} for m in a.models
+    ]
+    protocol = {"preset": a.protocol, **({"metrics": a.metrics.split(",")} if a.metrics else {})}
+    options = {"reference": a.reference, "batch_size": a.batch_size, "n": a.n, "first_seed": a.first_seed}
+    with _ranks(a.device) as device:
+        study = Study(
+            str(a.out), "Evaluation", contenders, a.data, protocol, a.weights, a.split, device=device, **options
+        )
+        study.check()
+        _finish(study)
+
+
+@contextmanager
+def _ranks(device: str) -> Iterator[str]:
+    """Join the other processes that torchrun started, if it did; gives this one's device."""
+    import datetime
+
+    import torch.distributed as dist
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        use_device(device)
+    # ranks wait for each other at the end alone, and that may be hours after the first is done
+    dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=datetime.timedelta(hours=12))
+    try:
+        yield device
+        dist.barrier()  # who leaves while another still writes the report may find its connections torn down
+    finally:
+        dist.destroy_process_group()
+
+
+def _fetch(a: argparse.Namespace) -> None:
+    from lightning_tdisent.metrics.weights import fetch
+
+    with bar("MB") as progress:
+        print(fetch(a.name, a.source, progress=lambda done, total: progress(done >> 20, (total or 0) >> 20)))
+
+
+def _report(a: argparse.Namespace) -> None:
+    from lightning_tdisent.report.study import Study
+
+    print(f"report: {Study.load(a.folder).write_report()}")
+
+
+def _study(a: argparse.Namespace) -> None:
+    from lightning_tdisent.files import write_whole
+    from lightning_tdisent.fleet.local import run
+    from lightning_tdisent.fleet.plan import draft
+    from lightning_tdisent.fleet.status import page, tiles
+    from lightning_tdisent.fleet.store import Store
+    from lightning_tdisent.fleet.study import plan
+    from lightning_tdisent.fleet.work import FleetWork, Jobs
+    from lightning_tdisent.report.study import BOARDS, Study
+    from lightning_tdisent.sampling.composite import MANIFEST, compose, find_files
+
+    todo = plan(a.config, a.out, a.seed, a.overrides)
+    study = Study(**todo.evaluation)
+    study.check()
+    todo.claim()
+    fleets = {}
+    for name, (file, changes) in todo.fleets.items():
+        fleets[name] = FleetWork(draft(file, describe, todo.out / name, todo.seed, changes=changes), describe)
+        fleets[name].fleet.check(describe)
+        study.runs |= {f"{name}/{e.name}": str(todo.out / name / e.name) for e in fleets[name].fleet.experts}
+    if todo.jobs:
+        run(Jobs(Store(todo.out), todo.jobs), fit_job, a.workers, title=study.title)
+    for name, work in fleets.items():
+        run(work, fit_job, a.workers, title=f"{study.title}, {name}")
+    boards = "".join(page(tiles(work), name) for name, work in fleets.items())
+    write_whole(todo.out / BOARDS, boards.encode())
+    for fleet, folder in todo.composites.items():
+        if not (folder / MANIFEST).exists():
+            compose(find_files(todo.out / fleet), folder)
+    _finish(study)
+
+
+def _finish(study: "Study") -> None:
+    from lightning_tdisent.ranks import place
+
+    use_device(study.device)
+    study.evaluate()
+    if place()[0]:
+        return
+    console = wide_console()
+    for part in study.lines():
+        console.print(part, highlight=False)
+    print(f"numbers: {study.folder / 'results.json'}\nreport: {study.write_report()}")
+    refused = [f"{row['name']}: {row['refused']}" for row in study.rows if "refused" in row and "source" in row]
+    if refused:
+        raise InputError("; ".join(refused))

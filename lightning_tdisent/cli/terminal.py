@@ -1,0 +1,66 @@
+"""What several commands share: the terminal, the device, and options that many have."""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lightning_tdisent.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Run = Callable[[argparse.Namespace], None]
+Commands = argparse._SubParsersAction
+
+
+def command(commands: Commands, name: str, run: Run, text: str) -> argparse.ArgumentParser:
+    """A new command, with the option that all have which may read names of classes."""
+    out = commands.add_parser(name, help=text, description=text)
+    out.set_defaults(run=run)
+    out.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE",
+                     help="import your module first, so that files may name its classes")  # fmt: skip
+    return out
+
+
+def use_device(name: str) -> None:
+    """Refuse a device that torch does not have; small networks on a CPU are fastest on one thread."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)
+    if name == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+
+
+def wide_console() -> "Console":
+    """The terminal, or something wide where there is none."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 160))
+
+
+def cores(asked: int | None) -> int:
+    """How many processes: as asked, or one per core that this one may use."""
+    if asked is not None and asked < 1:
+        raise InputError(f"--jobs: at least 1, got {asked}")
+    return asked or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
+@contextmanager
+def bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,39 @@
+"""What workers are given to do: one training by its command line, or what such a line amounts to."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_tdisent.fleet.job import Report
+    from lightning_tdisent.fleet.plan import Facts
+
+
+def fit_job(argv: list[str], report: "Report") -> None:
+    """Run one `fit` in a worker process."""
+    from lightning_tdisent.lit.callbacks.curve import Curve
+    from lightning_tdisent.lit.callbacks.progress import StepProgress
+    from lightning_tdisent.lit.entry import run
+
+    run(argv, [StepProgress(report), Curve()])
+
+
+def describe(argv: list[str]) -> "Facts":
+    """What a command line of `fit` amounts to; nothing is read but its configs, nothing is written."""
+    from lightning_tdisent.fleet.plan import Facts
+    from lightning_tdisent.lit.entry import parse
+    from lightning_tdisent.sampling.cost import flops
+
+    cli = parse(argv)
+    module, states = cli.model, cli.model.states
+    return Facts(
+        f"{type(module).__module__}.{type(module).__qualname__}",
+        states.fingerprint,
+        states.S,
+        states.index.tolist()[1:],
+        states.log_snr[1:, 0].tolist(),
+        cli.datamodule.batch_size,
+        sum(p.numel() for p in module.parameters()),
+        flops(module.network),
+        module.decay,
+        cli.trainer.max_steps,
+        int(cli.trainer.val_check_interval),
+    )
