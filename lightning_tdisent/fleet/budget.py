@@ -186,7 +186,8 @@ def value(fit: Fit, n: float) -> float:
 def grant(fits: Sequence[Fit], seen: Sequence[int], costs: Sequence[float], unit: int, total: float) -> list[int]:
     """New targets: ``unit`` images at a time go where they lower E most per cost, while cost is left of ``total``.
 
-    seen: images so far; costs: of one image, in units of ``total``. With convex curves this greedy way is optimal.
+    seen: images so far; costs: of one image, in units of ``total``. With convex curves this greedy way is optimal. No
+    curve is believed beyond twice of what it has seen, as long as there are others.
     """
     target, left = list(seen), total
     while True:
@@ -194,6 +195,9 @@ def grant(fits: Sequence[Fit], seen: Sequence[int], costs: Sequence[float], unit
             (value(f, n) - value(f, n + unit)) / (c * unit) if c * unit <= left + 1e-9 else -1.0
             for f, n, c in zip(fits, target, costs, strict=True)
         ]
+        known = [n + unit <= 2 * before for n, before in zip(target, seen, strict=True)]
+        if any(ok and gain >= 0 for ok, gain in zip(known, gains, strict=True)):
+            gains = [gain if ok else -1.0 for ok, gain in zip(known, gains, strict=True)]
         k = int(np.argmax(gains))
         if gains[k] < 0:
             return target

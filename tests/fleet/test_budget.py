@@ -131,10 +131,16 @@ def test_a_flat_or_rising_curve_promises_nothing():
 
 def test_images_go_where_they_lower_the_sum_most():
     fits = [(0.5, 100.0, 1.0, 0.0), (0.0, 25.0, 1.0, 0.0), (3.0, 0.0, 1.0, 0.0)]
-    out = grant(fits, [100, 100, 100], [1.0, 1.0, 1.0], 1, 700)
-    assert sum(out) == 1000
+    out = grant(fits, [100, 100, 100], [1.0, 1.0, 1.0], 1, 100)
+    assert sum(out) == 400
     assert out[2] == 100  # it has nothing to gain
     assert out[0] / out[1] == pytest.approx(2, rel=0.02)  # n ~ sqrt(A), from setting A/n^2 equal
-    dear = grant(fits, [100, 100, 100], [4.0, 1.0, 1.0], 1, 700)
+    dear = grant(fits, [100, 100, 100], [4.0, 1.0, 1.0], 1, 300)
     assert dear[0] / dear[1] == pytest.approx(1, rel=0.02)  # n ~ sqrt(A/c)
-    assert 4 * (dear[0] - 100) + (dear[1] - 100) <= 700
+    assert 4 * (dear[0] - 100) + (dear[1] - 100) <= 300
+
+
+def test_a_curve_is_not_believed_far_beyond_its_end_while_there_are_others():
+    steep, flat = (0.0, 1000.0, 0.5, 0.0), (0.0, 1.0, 0.5, 0.0)
+    assert grant([steep, flat], [100, 100], [1.0, 1.0], 10, 150) == [200, 150]
+    assert grant([steep, flat], [100, 100], [1.0, 1.0], 10, 400)[1] == 200  # and then the steep one has the rest
