@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_tdisent.cli import main
+from lightning_tdisent.cli import describe, main
+from lightning_tdisent.fleet.plan import draft
 from lightning_tdisent.fleet.study import plan
 from lightning_tdisent.lit.entry import parse
 
@@ -11,11 +12,12 @@ FOLDER = Path(__file__).parents[1] / "experiments"
 ALL = sorted(f for f in FOLDER.rglob("*.yaml"))
 STUDIES = [f for f in ALL if "runs" in yaml.safe_load(f.read_text())]
 OVERLAYS = sorted((FOLDER / "ablate").glob("*.yaml"))
-RUNS = [f for f in ALL if f not in STUDIES and f not in OVERLAYS]
+FLEETS = [f for f in ALL if "budget" in yaml.safe_load(f.read_text())]
+RUNS = [f for f in ALL if f not in STUDIES and f not in OVERLAYS and f not in FLEETS]
 
 
-def test_the_three_kinds_are_all_there_is():
-    assert len(STUDIES) + len(OVERLAYS) + len(RUNS) == len(ALL)
+def test_the_four_kinds_are_all_there_is():
+    assert len(STUDIES) + len(OVERLAYS) + len(RUNS) + len(FLEETS) == len(ALL)
     assert {f.stem for f in RUNS if f.parent.name == "mnist"} >= {"baseline", "reduced10", "native10", "experts10"}
 
 
@@ -30,6 +32,15 @@ def test_every_study_is_a_plan_whose_jobs_parse(file, tmp_path):
     todo = plan(file, tmp_path / "out")
     for job in {tuple(j.argv[1:4]): j for j in todo.jobs}.values():
         parse(job.argv)
+    for name, (config, changes) in todo.fleets.items():
+        fleet = draft(config, describe, tmp_path / name, todo.seed, changes=changes)
+        fleet.check(describe, fleet.names[:2])
+
+
+@pytest.mark.parametrize("file", FLEETS, ids=lambda f: f"{f.parent.name}-{f.stem}")
+def test_every_fleet_is_a_plan_whose_trainings_parse(file, tmp_path):
+    fleet = draft(file, describe, tmp_path / "fleet")
+    assert len(fleet.check(describe)) == len(fleet.jobs())
 
 
 # what each overlay must change, read off the built module
