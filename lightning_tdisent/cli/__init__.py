@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from lightning_tdisent import __version__
 from lightning_tdisent.cli import data, fleets, models
-from lightning_tdisent.cli.trainings import describe, fit_job
+from lightning_tdisent.cli.trainings import describe, fits
 from lightning_tdisent.errors import InputError, nearest
 
-__all__ = ["describe", "fit_job", "main", "parser"]
+__all__ = ["describe", "fits", "main", "parser"]
 
 LIGHTNING = {
     "fit": "train one module: --config FILE [--config OVERLAY ..] [--run FOLDER]",

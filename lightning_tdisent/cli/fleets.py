@@ -3,11 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.cli.terminal import Commands, command, cores, use_device, wide_console
-from lightning_tdisent.cli.trainings import describe, fit_job
+from lightning_tdisent.cli.trainings import describe, fits
 from lightning_tdisent.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ def add_commands(commands: Commands) -> None:
     r.add_argument("--only", action="append", default=[], metavar="EXPERT",
                    help="a number or name, or several by commas; a single one is trained right here")  # fmt: skip
     r.add_argument("--workers", type=int, default=0, help="processes at a time (default: one per core, or per GPU)")
+    r.add_argument("--together", type=int, default=1, metavar="M",
+                   help="experts that a worker trains at a time, from images that are decoded once")  # fmt: skip
+    r.add_argument("--stacked", action="store_true",
+                   help="with --together: steps of like experts at once: faster, with other last bits")  # fmt: skip
     r.add_argument("--gpus", default="", help="names for CUDA_VISIBLE_DEVICES by commas, e.g. 0,1: a worker sees one")
     r.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                    help="what is different on this machine, e.g. data.path=/data/digits")  # fmt: skip
@@ -70,7 +75,7 @@ def _fleet_plan(a: argparse.Namespace) -> None:
 
         pool, given = Pool.of(a.simulate)
         if "speed" not in given:
-            found = rehearse(fleet, fit_job, min(pool.workers, cores(None)))
+            found = rehearse(fleet, fits, min(pool.workers, cores(None)))
             kept = {name: getattr(pool, name) for name in given}
             pool = replace(found, **{"workers": pool.workers, **kept})
         for name, text in lines(fleet, facts, pool):
@@ -119,20 +124,23 @@ def _fleet_run(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.status import summary, tiles
     from lightning_tdisent.fleet.work import Session, work_through
 
-    if a.ttl <= 0 or a.workers < 0:
-        raise InputError(f"--ttl {a.ttl:g} --workers {a.workers}: a time above 0, a number of processes")
+    if a.ttl <= 0 or a.workers < 0 or a.together < 1 or (a.stacked and a.together == 1):
+        raise InputError(
+            f"--ttl {a.ttl:g} --workers {a.workers} --together {a.together}: a time above 0, a number of processes, "
+            "and of experts at a time in each, at least 1 (2 with --stacked)"
+        )
     work = _open_fleet(a.folder, a.overrides, a.scratch)
     work.store.check()
     names = [name for words in a.only for name in words.split(",")]
     only = [f"expert_{int(name):03d}" if name.isdigit() else name for name in names]
     here = len(only) == 1
-    session = Session(only, a.ttl, quiet=not here)
+    session, train = Session(only, a.ttl, together=a.together, quiet=not here), partial(fits, stacked=a.stacked)
     if here:
         use_device("cpu")
-        work_through(work, fit_job, session)
+        work_through(work, train, session)
         refuse_undone(work, session)
     else:
-        run(work, fit_job, a.workers, session, gpus=[g for g in a.gpus.split(",") if g], title=work.fleet.title)
+        run(work, train, a.workers, session, gpus=[g for g in a.gpus.split(",") if g], title=work.fleet.title)
     print(summary(tiles(work)))
 
 

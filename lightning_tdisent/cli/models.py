@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.cli.terminal import Commands, bar, command, use_device, wide_console
-from lightning_tdisent.cli.trainings import describe, fit_job
+from lightning_tdisent.cli.trainings import describe, fits
 from lightning_tdisent.errors import InputError
 
 if TYPE_CHECKING:
@@ -282,9 +282,9 @@ def _study(a: argparse.Namespace) -> None:
         fleets[name].fleet.check(describe)
         study.runs |= {f"{name}/{e.name}": str(todo.out / name / e.name) for e in fleets[name].fleet.experts}
     if todo.jobs:
-        run(Jobs(Store(todo.out), todo.jobs), fit_job, a.workers, title=study.title)
+        run(Jobs(Store(todo.out), todo.jobs), fits, a.workers, title=study.title)
     for name, work in fleets.items():
-        run(work, fit_job, a.workers, title=f"{study.title}, {name}")
+        run(work, fits, a.workers, title=f"{study.title}, {name}")
     boards = "".join(page(tiles(work), name) for name, work in fleets.items())
     write_whole(todo.out / BOARDS, boards.encode())
     for fleet, folder in todo.composites.items():

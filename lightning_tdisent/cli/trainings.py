@@ -1,5 +1,6 @@
 """What workers are given to do: one training by its command line, or what such a line amounts to."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -7,13 +8,25 @@ if TYPE_CHECKING:
     from lightning_tdisent.fleet.plan import Facts
 
 
-def fit_job(argv: list[str], report: "Report") -> None:
-    """Run one `fit` in a worker process."""
+def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool = False) -> list[BaseException | None]:
+    """Run `fit` command lines in a worker process, in step if they are several; see `lit.together`."""
     from lightning_tdisent.lit.callbacks.curve import Curve
     from lightning_tdisent.lit.callbacks.progress import StepProgress
     from lightning_tdisent.lit.entry import run
+    from lightning_tdisent.lit.together import together
 
-    run(argv, [StepProgress(report), Curve()])
+    callbacks = [[StepProgress(report), Curve()] for report in reports]
+    if len(argvs) > 1:
+        return together(argvs, callbacks, stacked)
+    try:
+        run(argvs[0], callbacks[0])
+    except SystemExit as end:
+        if end.code not in (None, 0, 1, 2):  # a signal: whoever sent it wants the process gone
+            raise
+        return [end if end.code else None]
+    except Exception as error:
+        return [error]
+    return [None]
 
 
 def describe(argv: list[str]) -> "Facts":

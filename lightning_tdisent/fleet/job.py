@@ -1,6 +1,6 @@
 """One training of many: what it is called, how it is started, what it waits for, when it is done."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from lightning_tdisent.sampling.expert import Card
 
 Report = Callable[[int, int, dict[str, float]], None]  # step, of how many, and numbers worth showing
-Train = Callable[[list[str], Report], None]
+# runs command lines in this process, those of one call together; returns what ended each before its time
+Train = Callable[[Sequence[list[str]], Sequence[Report]], list[BaseException | None]]
 
 
 @dataclass(frozen=True)

@@ -209,11 +209,12 @@ class _Timed:
 
     train: Train
 
-    def __call__(self, argv: list[str], report: Report) -> None:
+    def __call__(self, argvs: Sequence[list[str]], reports: Sequence[Report]) -> list[BaseException | None]:
         begin = time.time()
-        self.train(argv, report)
-        folder = Path(argv[argv.index("--run") + 1])
+        ends = self.train(argvs, reports)
+        folder = Path(argvs[0][argvs[0].index("--run") + 1])
         (folder / "times.txt").write_text(f"{begin} {time.time()}")
+        return ends
 
 
 def lines(fleet: "Fleet", facts: Sequence["Facts"], pool: Pool) -> list[tuple[str, str]]:

@@ -12,8 +12,10 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_tdisent.errors import InputError
@@ -137,12 +139,14 @@ class Session:
     """One launch of workers: what has failed under its name is not tried again by any of them.
 
     only: names of jobs, all if empty; ttl: seconds that a silent worker is believed to live; deaths: how often in a row
-    a job's process may die without a newer checkpoint; quiet: output of trainings goes to log.txt of their folders.
+    a job's process may die without a newer checkpoint; together: jobs that a worker trains at a time; quiet: output of
+    trainings goes to log.txt of their folders.
     """
 
     only: Sequence[str] = ()
     ttl: float = TTL
     deaths: int = 5
+    together: int = 1
     quiet: bool = True
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
@@ -183,10 +187,14 @@ def work_through(work: Work, train: Train, session: Session) -> dict[str, str]:
             needed = {n: [need for need in jobs[n].needs if need in undone] for n in mine}
             return reasons | {n: f"not started, it needs {', '.join(needs)}" for n, needs in needed.items()}
         ready = [jobs[n] for n in free if not any(need in undone for need in jobs[n].needs)]
+        chosen: list[_Held] = []
         for job in sorted(ready, key=lambda job: -(job.images or 0)):
-            if held := lease.take(work.store, job.name, watch, _Go(), session.ttl, work.saved(job)):
-                _train(work, job, held, train, session)
+            if held := lease.take(work.store, job.name, watch, _go, session.ttl, work.saved(job)):
+                chosen.append(_Held(job, held))
+            if len(chosen) == session.together:
                 break
+        if chosen:
+            _train(work, chosen, train, session)
         else:
             if list(session.only) == free and len(free) == 1:
                 _say_who(work, free[0], session)
@@ -224,51 +232,93 @@ def _say_who(work: Work, name: str, session: Session) -> None:
         )
 
 
-class _Go:
-    """Tells this process to save and go: its lease was lost."""
-
-    def __call__(self, why: str) -> None:
-        print(f"{why}; this worker lets go of it", file=sys.stderr)
-        os.kill(os.getpid(), signal.SIGTERM)
+def _go(why: str) -> None:
+    """Tell this process to save and go: its lease was lost."""
+    print(f"{why}; this worker lets go of it", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train(work: Work, job: Job, held: Lease, train: Train, session: Session) -> None:
-    """Train one job under its lease; what is wrong with it is written down, and does not stop this worker."""
-    reason = None
+@dataclass
+class _Held:
+    """A job in the hands of this worker."""
+
+    job: Job
+    lease: Lease
+    mirror: Mirror | None = None
+
+    def report(self, step: int, steps: int, numbers: dict[str, float]) -> None:
+        """Let the next beat tell of it."""
+        self.lease.progress.update(step=step, steps=steps, **numbers)
+
+    @property
+    def log(self) -> Path:
+        return self.job.folder / "log.txt"
+
+
+def _train(work: Work, chosen: Sequence[_Held], train: Train, session: Session) -> None:
+    """Train jobs under their leases, in one process; what is wrong with one is written down, and stops no other."""
+    with contextlib.ExitStack() as letting_go:
+        for held in chosen:
+            letting_go.callback(held.lease.release)
+        ready = []
+        for held in chosen:
+            error = _caught(partial(_begin, work, held, session))
+            if error is not None:
+                _fail(work, held.job, _reason(error, held), session)
+            elif not work.done(held.job):  # by whoever held it before
+                ready.append(held)
+        if not ready:
+            return
+        with contextlib.ExitStack() as around:
+            around.enter_context(_log(ready[0], session.quiet))
+            for held in ready[1:]:
+                held.log.open("a").write(f"trained beside {ready[0].job.name}: see {ready[0].log}\n")
+            for held in ready:
+                around.enter_context(_copying(held.mirror, held.lease))
+            ends = train([held.job.argv for held in ready], [held.report for held in ready])
+        for held, end in zip(ready, ends, strict=True):
+            ended = end or _caught(partial(_conclude, work, held))
+            if ended is not None:
+                _fail(work, held.job, _reason(ended, held), session)
+
+
+def _caught(act: Callable[[], None]) -> Exception | None:
     try:
-        if held.deaths >= session.deaths:
-            raise InputError(
-                f"its process died {held.deaths} times in a row without saving anything beyond step {work.saved(job)} "
-                f"(see {job.folder / 'log.txt'})"
-            )
-        work.store.remove(f"{FAILED}/{job.name}.json")
-        job.folder.mkdir(parents=True, exist_ok=True)
-        mirror = work.begin(job)
-        if not work.done(job):  # by whoever held it before
-            with _log(job, session.quiet), _copying(mirror, held):
-                train(job.argv, lambda step, steps, numbers: held.progress.update(step=step, steps=steps, **numbers))
-        if mirror is not None and (card := job.card):
-            content = {"images_seen": card.images_seen, "rows": card.rows, "fingerprint": card.fingerprint}
-            work.store.write(f"done/{job.name}.json", json.dumps(content).encode())
-        if not work.done(job):
-            reason = f"its training ended before its images were seen (see {job.folder / 'log.txt'})"
-    except InputError as refusal:
-        reason = str(refusal)
-    except SystemExit as end:
-        if end.code not in (None, 0, 1, 2):  # a signal: whoever sent it wants the process gone
-            raise
-        reason = f"ended with status {end.code}" if end.code else None
-    except OSError as error:
-        reason = f"{error.filename or work.store}: {error.strerror or error}"
+        act()
     except Exception as error:
-        with _log(job, session.quiet):
-            traceback.print_exc()
-        reason = f"{type(error).__name__}: {error} (see {job.folder / 'log.txt'})"
-    finally:
-        held.release()
-    if reason is not None:
-        with contextlib.suppress(OSError):
-            _fail(work, job, reason, session)
+        return error
+    return None
+
+
+def _begin(work: Work, held: _Held, session: Session) -> None:
+    job = held.job
+    if held.lease.deaths >= session.deaths:
+        raise InputError(
+            f"its process died {held.lease.deaths} times in a row without saving anything beyond step "
+            f"{work.saved(job)} (see {held.log})"
+        )
+    work.store.remove(f"{FAILED}/{job.name}.json")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    held.mirror = work.begin(job)
+
+
+def _conclude(work: Work, held: _Held) -> None:
+    """Say in a store what was done; refuses a training that ended before its time."""
+    if held.mirror is not None and (card := held.job.card):
+        content = {"images_seen": card.images_seen, "rows": card.rows, "fingerprint": card.fingerprint}
+        work.store.write(f"done/{held.job.name}.json", json.dumps(content).encode())
+    if not work.done(held.job):
+        raise InputError(f"its training ended before its images were seen (see {held.log})")
+
+
+def _reason(error: BaseException, held: _Held) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, SystemExit):
+        return f"ended with status {error.code} (see {held.log})"
+    with held.log.open("a") as log:
+        traceback.print_exception(error, file=log)
+    return f"{type(error).__name__}: {error} (see {held.log})"
 
 
 @contextlib.contextmanager
@@ -295,12 +345,12 @@ def _copying(mirror: Mirror | None, held: Lease) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _log(job: Job, quiet: bool) -> Iterator[None]:
+def _log(held: _Held, quiet: bool) -> Iterator[None]:
     if not quiet:
         yield
         return
     with (
-        (job.folder / "log.txt").open("a") as log,
+        held.log.open("a") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):

@@ -6,7 +6,7 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from lightning_tdisent.cli import describe, fit_job, main
+from lightning_tdisent.cli import describe, fits, main
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet import lease
 from lightning_tdisent.fleet.local import refuse_undone, run
@@ -20,7 +20,7 @@ from lightning_tdisent.sampling.expert import read_card
 def train(fleet, *only, **options):
     session = Session(only, **options)
     work = FleetWork(fleet, describe)
-    work_through(work, fit_job, session)
+    work_through(work, fits, session)
     refuse_undone(work, session)
     return work
 
@@ -34,7 +34,7 @@ def test_experts_are_the_same_by_hand_one_at_a_time_and_by_local_workers(planned
     fleet = planned()
     assert main(["fleet", "run", str(fleet.root), "--only", "2"]) == 0
     assert [e.name for e in fleet.experts if (fleet.root / e.name / "model.safetensors").exists()] == ["expert_002"]
-    run(FleetWork(fleet, describe), fit_job, 2, show=False)
+    run(FleetWork(fleet, describe), fits, 2, show=False)
     for k in range(1, 5):
         by_hand(configs, tmp_path / f"{k}", "--model.expert", k)
         same_weights(fleet.root / f"expert_{k:03d}", tmp_path / f"{k}")
@@ -107,19 +107,13 @@ def test_a_fleet_in_an_object_store_goes_on_on_another_machine(planned, configs,
         return Fleet.load(where, [], tmp_path / machine)
 
     train(on("one"), "shared")
-    with pytest.raises(InputError, match="interrupted"):  # it dies after its checkpoint of step 2
-        session = Session(("expert_001",))
 
-        def die(argv, report):
-            def at(step, steps, numbers):
-                report(step, steps, numbers)
+    def die(argvs, reports):  # after the checkpoint of step 2
+        fits([[*argvs[0], "--trainer.max_steps", "2"]], reports)
+        return [InputError("interrupted")]
 
-            fit_job([*argv, "--trainer.max_steps", "2"], at)
-            raise InputError("interrupted")
-
-        work = FleetWork(on("one"), describe)
-        work_through(work, die, session)
-        refuse_undone(work, session)
+    session, work = Session(("expert_001",)), FleetWork(on("one"), describe)
+    assert work_through(work, die, session) == {"expert_001": "interrupted"}
     assert Store(where).names("expert_001/checkpoints") == [
         "newest.json",
         "step-000000002.ckpt",
@@ -165,7 +159,7 @@ def test_weights_of_another_training_in_an_experts_folder_are_named(planned, tmp
 def test_what_a_config_refuses_fails_its_expert_alone(planned):
     fleet = planned()
     broken = Fleet.load(fleet.root, ["--data.path", "nowhere"])
-    with pytest.raises(InputError, match="expert_001: .*nowhere"):
+    with pytest.raises(InputError, match=r"expert_001: .*nowhere"):
         train(broken, "expert_001")
     failed = tiles(FleetWork(fleet, describe))[0]
     assert failed.state == "failed"

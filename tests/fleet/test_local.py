@@ -16,6 +16,16 @@ from lightning_tdisent.fleet.study import plan
 from lightning_tdisent.fleet.work import Jobs, Session
 
 
+def works(argvs, reports):
+    ends = []
+    for argv, report in zip(argvs, reports, strict=True):
+        try:
+            ends.append(work(argv, report))
+        except Exception as error:
+            ends.append(error)
+    return ends
+
+
 def work(argv, report):
     """A job that says what it saw, or fails as it is told."""
     folder, what, *needs = argv
@@ -45,7 +55,7 @@ def job(tmp_path, name, what="ok", needs=()):
 
 def go(jobs, workers=1, **options):
     store = Store(jobs[0].folder.parent)
-    run(Jobs(store, jobs), work, workers, Session(**options), show=False)
+    run(Jobs(store, jobs), works, workers, Session(**options), show=False)
 
 
 def test_jobs_run_after_what_they_need_in_several_processes(tmp_path):
@@ -112,10 +122,10 @@ def test_an_interrupted_run_ends_with_all_its_processes(number, code, tmp_path):
     work = (
         "import os, time\n"
         "from pathlib import Path\n"
-        "def wait(argv, report):\n"
+        "def wait(argvs, reports):\n"
         "    Path(__file__).with_name(f'pid_{os.getpid()}').touch()\n"
         "    for _ in range(600):\n"
-        "        report(1, 2, {})\n"
+        "        reports[0](1, 2, {})\n"
         "        time.sleep(0.1)\n"
     )
     (tmp_path / "interrupted.py").write_text(work)

@@ -103,12 +103,13 @@ def test_a_fleet_is_counted_as_it_is_planned(planned, capsys):
     assert "wall clock: " in capsys.readouterr().out
 
 
-def sleep(argv, report):
+def sleep(argvs, reports):
     """Train as a machine does that takes 1 s, 0.01 s a step and 0.1 s a validation."""
-    word = dict(zip(argv[1::2], argv[2::2], strict=False))
+    word = dict(zip(argvs[0][1::2], argvs[0][2::2], strict=False))
     steps, every = int(word["--trainer.max_steps"]), int(word["--trainer.val_check_interval"])
     time.sleep(0.2 + 0.01 * steps + 0.1 * (steps // every))
     write_whole(Path(word["--run"]) / "model.safetensors", b"")
+    return [None]
 
 
 def test_a_rehearsal_finds_the_three_times(planned):
