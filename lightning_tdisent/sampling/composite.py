@@ -1,22 +1,27 @@
-"""`CompositeDenoiser`: experts behind one denoiser. The sampler cannot tell the difference."""
+"""`CompositeDenoiser`: experts behind one denoiser. The sampler cannot tell the difference.
+
+The file is long because it also holds all that a composite is on disk: what files must agree on, folder, manifest.
+"""
 
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_tdisent.diffusion.spec import spec
-from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.process import scale
+from lightning_tdisent.diffusion.spec import build, spec
+from lightning_tdisent.diffusion.states import Coefficient, LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import Card, load_expert, read_card, sha256
+from lightning_tdisent.sampling.residency import Member, PassingExpert, Residency, passing
 
 MANIFEST = "composite.json"
 
@@ -24,27 +29,104 @@ MANIFEST = "composite.json"
 class CompositeDenoiser(nn.Module):
     """Routes every row to the expert that owns it: composite(x, s) = experts[owner(s)](x, s).
 
-    Refuses experts that do not own every row exactly once, or whose tables, shapes or classes differ.
+    Refuses experts that do not own every row exactly once, or whose tables, shapes or classes differ. With ``fill``
+    rows may be missing, for a preview: a denoiser on the same table that owns them answers there, or with ``nearest``
+    the owner of the row r of the nearest log-SNR, by x0_hat_s(x) = x0_hat_r(sqrt(a_r / a_s) x). `filled` says which.
+
+    Why this scaling: along a principal axis of centred data, of variance v, the ideal estimate at row s is w_s x / a_s
+    with w = a^2 v / (a^2 v + b^2), and that of row r at (a_r / a_s)^g x is w_r (a_s / a_r)^(1 - g) x / a_s. To first
+    order in d = log(a_s / a_r) it is off by w_s d (1 - g - 2 / (a_s^2 v + b_s^2)) x / a_s: strong axes ask for g = 1,
+    the right signal; those of variance 1 for g = -1; images have both, and g = 1/2 lies between 0 and 1, the best for
+    digits and for large images. The raw output read with (a_s, b_s) instead lets noise through along weak axes.
     """
 
-    def __init__(self, experts: Sequence[Denoiser]) -> None:
+    def __init__(self, experts: Sequence[Denoiser], fill: Denoiser | Literal["nearest"] | None = None) -> None:
         super().__init__()
-        refuse_unfit([f"expert {i}" for i in range(len(experts))], [_facts(e) for e in experts])
-        self.experts = nn.ModuleList(experts)
+        facts = [_facts(e) for e in experts]
+        missing = refuse_unfit([f"expert {i}" for i in range(len(experts))], facts, fill is not None)
         self.states: LatentStates = experts[0].states
         self.shape, self.classes = experts[0].shape, experts[0].classes
-        self._owner = {s: expert for expert in experts for s in expert.rows}
+        self._owner = {s: (expert, s) for expert in experts for s in expert.rows}
+        self.filled: dict[int, str] = {}
+        if isinstance(fill, Denoiser) and missing:
+            _refuse_filler(fill, experts[0], missing)
+            experts = [*experts, fill]
+            self._owner |= {s: (fill, s) for s in missing}
+            self.filled = dict.fromkeys(missing, "shared")
+        elif missing:
+            nearest = {s: _nearest(self.states, s, list(self._owner)) for s in missing}
+            self._owner |= {s: self._owner[r] for s, r in nearest.items()}
+            self.filled = {s: f"row {r}" for s, r in nearest.items()}
+        self.experts = nn.ModuleList(experts)
+        self._slot = experts[0].slot if isinstance(experts[0], PassingExpert) else None
+        self._path: list[int] = []
+        self._then: dict[int, PassingExpert | None] = {}
+
+    @property
+    def residency(self) -> Residency:
+        """Where its experts are: all on the device, or one of them."""
+        return self._slot.residency if self._slot else "resident"
+
+    def expect(self, rows: Sequence[int]) -> None:
+        """Say which rows will be asked for, in this order, so that the next expert can come while one computes."""
+        if self._slot is None or rows == self._path:
+            return
+        self._path, self._then, then, before = list(rows), {}, None, None
+        for s in reversed(rows):
+            expert: Any = self.at(s)
+            if before is not None and before is not expert:
+                then = before
+            self._then[s], before = then, expert
 
     def at(self, s: int) -> Denoiser:
-        """Return the owner of row s."""
+        """Return the owner of row s, or the one that answers in its place."""
         if s not in self._owner:
             raise InputError(f"row {s} is not among the latent rows 1..{self.states.S}")
-        return self._owner[s]
+        return self._owner[s][0]
 
     def forward(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
         """x0_hat of the owner of row s, for the whole batch."""
-        out: Tensor = self.at(s)(x, s, label)
+        expert = self.at(s)
+        row = self._owner[s][1]
+        if self._slot is not None:
+            assert isinstance(expert, PassingExpert)
+            self._slot.hold(expert, self._then.get(s))
+        if row != s:
+            x = scale(_stretch(self.states, row, s), x)
+        out: Tensor = expert(x, row, label)
         return out
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        """All weights; where experts are not resident, those of the one that is here, and the shapes of the others."""
+        if self._slot is None:
+            return super().parameters(recurse)
+        if self._slot.at_hand is None:
+            self._slot.hold(self.at(self._path[0] if self._path else self.states.S))  # type: ignore[arg-type]
+        return self._slot.parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self._slot is None:
+            return super()._apply(fn, recurse)
+        self._slot.move(fn)
+        self.states._apply(fn)
+        for expert in self.experts:
+            expert.weights = expert.weights.to(self._slot.device)
+        return self
+
+
+def _nearest(states: LatentStates, s: int, rows: Sequence[int]) -> int:
+    """Row of the nearest log-SNR, over all columns; of two the one with more noise."""
+    log_snr = states.log_snr.clamp(-40, 40)
+    return min(rows, key=lambda r: (float((log_snr[r] - log_snr[s]).abs().sum()), -r))
+
+
+def _stretch(states: LatentStates, row: int, s: int) -> Coefficient:
+    """sqrt(a_row / a_s), 1 where either has no signal."""
+    at, asked = states.coefficients(row)[0], states.coefficients(s)[0]
+    if isinstance(at, Tensor) or isinstance(asked, Tensor):
+        ratio = torch.as_tensor(at) / asked
+        return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
+    return float((at / asked) ** 0.5) if at > 0 and asked > 0 else 1.0
 
 
 def _facts(expert: Denoiser) -> dict[str, Any]:
@@ -78,10 +160,11 @@ def _brief(states: dict[str, Any]) -> str:
     return f"S={states['S']} {states['kind']} of {schedule['class_path'].rpartition('.')[2]}({arguments})"
 
 
-def refuse_unfit(names: Sequence[str], facts: Sequence[dict[str, Any]]) -> None:
+def refuse_unfit(names: Sequence[str], facts: Sequence[dict[str, Any]], preview: bool = False) -> list[int]:
     """Refuse a set of experts that cannot be composed, naming every offender at once with both values.
 
-    What most experts agree on is taken as right; the rows 1..S must be owned exactly once.
+    What most experts agree on is taken as right; the rows 1..S must be owned exactly once, in a preview at most once.
+    Returns the rows that nobody owns.
     """
     if not facts:
         raise InputError("no experts to compose")
@@ -99,21 +182,65 @@ def refuse_unfit(names: Sequence[str], facts: Sequence[dict[str, Any]]) -> None:
         for s in fact["rows"]:
             owners.setdefault(s, []).append(name)
     missing = [s for s, who in owners.items() if not who]
-    if missing:
-        problems.append(f"no expert owns row{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of 1..{S}")
+    if missing and not preview:
+        problems.append(
+            f"no expert owns row{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of 1..{S}; "
+            "--fill nearest gives a preview without them, --fill shared:PATH one with a shared model in their place"
+        )
     problems += [f"row {s} is owned by {' and '.join(who)}" for s, who in owners.items() if len(who) > 1]
     if problems:
         raise InputError(f"these {len(facts)} experts cannot be composed:\n" + "\n".join(f"  - {p}" for p in problems))
+    return missing
 
 
-def compose(paths: Sequence[str | Path], out: str | Path) -> Path:
+def _refuse_filler(filler: Denoiser, expert: Denoiser, rows: Sequence[int]) -> None:
+    """Refuse a denoiser that cannot answer for these rows of an expert's table."""
+    mine, theirs = ({k: _facts(d)[k] for k in ("table", "network input")} for d in (expert, filler))
+    if mine != theirs or not set(rows) <= set(filler.rows):
+        raise InputError(
+            f"what fills rows {list(rows)} must own them, it has {filler.rows}; and be as the experts: {mine}, it is "
+            f"{theirs}"
+        )
+
+
+def _find_filler(fill: str, first: Card, rows: list[int]) -> Member | None:
+    """File of the shared model that ``shared:PATH`` names for rows of a card's table, nothing for ``nearest``."""
+    kind, _, path = fill.partition(":")
+    if fill == "nearest" or not rows:
+        return None
+    if kind != "shared" or not path:
+        raise InputError(f"fill {fill!r}: choose nearest, or shared:PATH with the file or run of a shared model")
+    files = find_files(path)
+    if len(files) > 1:
+        raise InputError(f"fill {fill}: {len(files)} files are there; it must be one network")
+    card = read_card(files[0], verify=True)
+    mine, theirs = _card_facts(first), _card_facts(card)
+    fields = ("image range", "network input", "training data", "weights")
+    problems = [f"{k} is {theirs[k]}, the experts have {mine[k]}" for k in fields if mine[k] != theirs[k]]
+    here, there = build(first.states, LatentStates), build(card.states, LatentStates)
+    owned = {int(there.index[s]): there.log_snr[s] for s in card.rows}
+    if none := [t for s in rows if (t := int(here.index[s])) not in owned]:
+        problems.append(f"it owns no states of the original indices {', '.join(map(str, none))}")
+    problems += [
+        f"log-SNR at index {t} is {owned[t].tolist()}, the experts have {here.log_snr[s].tolist()}"
+        for s in rows
+        if (t := int(here.index[s])) in owned and not torch.allclose(owned[t], here.log_snr[s])
+    ]
+    if problems:
+        raise InputError(f"{files[0]} cannot fill rows {rows}:\n" + "\n".join(f"  - {p}" for p in problems))
+    return Member(files[0], card, rows)
+
+
+def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = None) -> Path:
     """Write a composite folder from files of experts: a manifest, and every file (hard-linked where possible).
 
-    Everything is checked on the cards alone, before any weights are read or anything is written.
+    Everything is checked on the cards alone, before any weights are read or anything is written. With ``fill`` rows may
+    be missing: the manifest calls the folder a preview, and whoever loads it must say again how to fill them.
     """
     files = sorted((Path(p) for p in paths), key=str)
     cards = _read_cards(files)
-    refuse_unfit([str(p) for p in files], [_card_facts(c) for c in cards])
+    missing = refuse_unfit([str(p) for p in files], [_card_facts(c) for c in cards], fill is not None)
+    filler = _find_filler(fill, cards[0], missing) if fill else None
     _read_cards(files, verify=True)
     out = Path(out)
     if (out / MANIFEST).exists():
@@ -129,7 +256,9 @@ def compose(paths: Sequence[str | Path], out: str | Path) -> Path:
             except OSError:
                 shutil.copyfile(path, out / name)
         members.append({"rows": card.rows, "file": name, "sha256": sha256(out / name)})
-    manifest = {"schema": 1, "fingerprint": cards[0].fingerprint, "experts": members}
+    manifest: dict[str, Any] = {"schema": 1, "fingerprint": cards[0].fingerprint, "experts": members}
+    if missing:
+        manifest["preview"] = {"missing": missing, "fill": fill, "sha256": sha256(filler.path) if filler else None}
     write_whole(out / MANIFEST, json.dumps(manifest, indent=1).encode())
     return out
 
@@ -193,22 +322,46 @@ def holds_weights(source: Path) -> bool:
     )
 
 
-def load_model(source: str | Path) -> tuple[Denoiser | CompositeDenoiser, list[Card]]:
-    """Load whatever `find_files` finds: one file that owns all rows as it is, several as a composite."""
+def load_model(
+    source: str | Path, residency: Residency = "resident", fill: str | None = None
+) -> tuple[Denoiser | CompositeDenoiser, list[Card]]:
+    """Load whatever `find_files` finds: one file that owns all rows as it is, several as a composite.
+
+    residency: where the experts of a composite are (see `residency`). fill: ``nearest`` or ``shared:PATH`` for a
+    preview with rows that nobody owns, which are `CompositeDenoiser.filled`; the card of the shared model comes last.
+    """
+    if residency not in get_args(Residency):
+        raise InputError(f"residency {residency!r}: choose {', '.join(get_args(Residency))}")
     files = find_files(source)
-    cards = [read_card(f) for f in files]
-    if len(files) > 1:
-        refuse_unfit([str(f) for f in files], [_card_facts(c) for c in cards])
-        checked = (Path(source) / MANIFEST).exists()
-        return CompositeDenoiser([load_expert(f, not checked)[0] for f in files]).eval(), cards
-    return load_expert(files[0])[0], cards
+    cards = _read_cards(files) if len(files) > 1 else [read_card(files[0])]
+    if len(files) == 1 and (fill is None or len(cards[0].rows) == _card_facts(cards[0])["S"]):
+        return load_expert(files[0])[0], cards
+    missing = refuse_unfit([str(f) for f in files], [_card_facts(c) for c in cards], fill is not None)
+    filler = _find_filler(fill, cards[0], missing) if fill else None
+    checked = (Path(source) / MANIFEST).exists()  # by `find_files`
+    members = [Member(f, c, c.rows) for f, c in zip(files, cards, strict=True)]
+    experts: list[Denoiser] = []
+    stand_in: Denoiser | None = None
+    if residency == "resident":
+        experts += [load_expert(f, not checked)[0] for f in files]
+        if filler:
+            shared = load_expert(filler.path, verify=False)[0]
+            stand_in = Denoiser(shared.network, shared.objective, experts[0].states, missing)
+    else:
+        if not checked:
+            _read_cards(files, verify=True)
+        experts += passing([*members, filler] if filler else members, residency)
+        stand_in = experts.pop() if filler else None
+    composite = CompositeDenoiser(experts, stand_in or ("nearest" if fill else None)).eval()
+    return composite, [*cards, filler.card] if filler else cards
 
 
 def start_warm(denoiser: Denoiser, source: str) -> list[dict[str, Any]]:
     """Give a denoiser the weights of another run whose table has its rows at the same values.
 
     A network that sees the state takes them as they are; a time-agnostic one takes those of the source at its row,
-    with the time embedding folded in, so that both say the same there. Returns what the source cost, for the card.
+    with the time embedding folded in, so that both say the same there, or those of a time-agnostic expert of another
+    row of the table as they are. Returns what the source cost, for the card.
     """
     shared, cards = load_model(source)
     here, there = denoiser.states, shared.states
@@ -220,6 +373,13 @@ def start_warm(denoiser: Denoiser, source: str) -> list[dict[str, Any]]:
     if not all(torch.allclose(here.log_snr[s], there.log_snr[row_there[t]]) for s, t in indices.items()):
         raise InputError(
             f"warm_start: {source} was trained with other noise levels at indices {list(indices.values())}"
+        )
+    strange = [t for t in indices.values() if row_there[t] not in shared.rows]
+    if strange and (shared.network.sees_state or denoiser.network.sees_state):
+        owned = [int(there.index[s]) for s in shared.rows]
+        raise InputError(
+            f"warm_start: {source} was trained at indices {owned}, not at {strange}; only a time-agnostic expert may "
+            "start as one of another state, if that is time-agnostic, too"
         )
     if type(shared.objective) is not type(denoiser.objective):
         raise InputError(

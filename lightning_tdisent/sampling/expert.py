@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import math
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -150,6 +151,43 @@ def load_expert(path: str | Path, verify: bool = True) -> tuple[Denoiser, Card]:
     except (SafetensorError, RuntimeError) as error:
         raise InputError(f"{path}: weights do not fit the network named in the file: {error}") from None
     return denoiser.eval(), card
+
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class Piece(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+def pieces(path: str | Path) -> list[Piece]:
+    """The tensors of a .safetensors file in their order there, from its header alone; raises InputError."""
+    try:
+        with Path(path).open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, 100_000_000)))
+            header.pop("__metadata__", None)
+            found = [
+                Piece(name, DTYPES[t["dtype"]], tuple(t["shape"]), 8 + length + begin, end - begin)
+                for name, t in header.items()
+                for begin, end in [t["data_offsets"]]
+            ]
+            size = file.seek(0, 2)
+    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a .safetensors file of weights ({type(error).__name__}: {error})") from None
+    for piece in found:
+        if piece.nbytes != math.prod(piece.shape) * piece.dtype.itemsize or piece.begin + piece.nbytes > size:
+            raise InputError(f"{path}: {piece.name} does not lie in the file as its header says")
+    return sorted(found, key=lambda piece: piece.begin)
 
 
 def _read_checkpoint(path: Path) -> tuple[Card, dict[str, Tensor]]:

@@ -4,6 +4,7 @@ Image i depends on (model, sampler, seed i) alone: noise comes from `rng.seed_no
 original index at which it enters: one seed starts from one noise in every table of a schedule.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -17,7 +18,10 @@ from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.network import BLOCK
-from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.denoiser import Denoises, Guided
+
+IN_FLIGHT = 1 << 32  # bytes of unfinished images that `sample` takes from state to state at once
+TOGETHER = 8  # blocks that do so with all experts in memory: the caches of a CPU hold one of them, not all
 
 
 def probe_rows(rows: Sequence[int], n: int = 8) -> list[int]:
@@ -58,13 +62,14 @@ class Sampler(Part, ABC):
 
         seeds: one per image; label: int64 (B,) or None; start: x at row S instead of N(0, I) of the seeds.
         """
+        path = [*self.rows(denoise.states), 0]
+        if expect := getattr(_unguided(denoise), "expect", None):
+            expect(path[:-1])
         parameter = next(iter(denoise.parameters()))
         label = None if label is None else label.to(parameter.device)
-        path = [*self.rows(denoise.states), 0]
         index = denoise.states.index.tolist()
-        if start is None:
-            start = seed_noise(seeds, index[path[0]], denoise.shape)
-        x = start.to(parameter.device, parameter.dtype)
+        x = seed_noise(seeds, index[path[0]], denoise.shape) if start is None else start
+        x = x.to(parameter.device, parameter.dtype)
         before: Tensor | None = None
         yield path[0], x, None
         for (s, r), (c0, c_before, cx, cz) in zip(pairwise(path), self.plan(denoise.states, path), strict=True):
@@ -89,6 +94,10 @@ class Sampler(Part, ABC):
 
 def _nonzero(c: float | Tensor) -> bool:
     return isinstance(c, Tensor) or c != 0.0
+
+
+def _unguided(denoise: Denoises) -> Denoises:
+    return denoise.denoiser if isinstance(denoise, Guided) else denoise
 
 
 class DDIM(Sampler):
@@ -151,13 +160,24 @@ def from_uint8(image: Tensor) -> Tensor:
 
 
 def sample(
-    denoise: Denoises, sampler: Sampler, seeds: Sequence[int], batch_size: int = 250, label: Tensor | None = None
+    denoise: Denoises,
+    sampler: Sampler,
+    seeds: Sequence[int],
+    batch_size: int = 250,
+    label: Tensor | None = None,
+    by_state: bool | None = None,
 ) -> Iterator[Tensor]:
     """Yield uint8 images (B, C, H, W) on the model's device, batch by batch, in the order of the seeds.
 
     label: int64, one per seed; not given, a class-conditional model draws the classes in turn, seed modulo classes.
     On a CPU a batch has `BLOCK` images whatever batch_size says, the last one filled up, so that image i is the same
     bit for bit in any company.
+
+    by_state: all batches take a step before any of them takes the next, so that each network is needed once however
+    many images there are; not given, where the experts of a composite are not all on the device (where they are, on a
+    CPU, `TOGETHER` blocks do). Nothing is yielded before the last step, and x and x0_hat of all images are kept on the
+    device meanwhile, for 50,000 of 3x32x32 in float32 twice 600 MB; more than `IN_FLIGHT` bytes of them are taken in
+    parts. The images are the same either way.
     """
     if batch_size < 1:
         raise InputError(f"batch_size: at least 1, got {batch_size}")
@@ -168,12 +188,30 @@ def sample(
         )
     if label is None and denoise.classes:
         label = torch.tensor([seed % denoise.classes for seed in seeds])
-    on_cpu = next(iter(denoise.parameters())).device.type == "cpu"
+    residency = getattr(_unguided(denoise), "residency", None)  # of a composite
+    parameter = next(iter(denoise.parameters()))
+    on_cpu = parameter.device.type == "cpu"
     size = BLOCK if on_cpu else batch_size
-    for i in range(0, len(seeds), size):
-        places = list(range(i, min(i + size, len(seeds))))
-        n = len(places)
-        if on_cpu:
-            places += places[-1:] * (size - n)
-        part = None if label is None else label[places]
-        yield to_uint8(sampler(denoise, [seeds[k] for k in places], part)[:n])
+    together = 1
+    if by_state or (by_state is None and residency not in (None, "resident")):
+        together = max(1, IN_FLIGHT // (2 * parameter.itemsize * math.prod(denoise.shape) * size))
+    elif by_state is None and residency and on_cpu:
+        together = TOGETHER
+    batches = [range(i, min(i + size, len(seeds))) for i in range(0, len(seeds), size)]
+    for k in range(0, len(batches), together):
+        part = batches[k : k + together]
+        places = [[*b, *[b[-1]] * (size - len(b))] if on_cpu else [*b] for b in part]
+        walks = [sampler.walk(denoise, [seeds[i] for i in p], None if label is None else label[p]) for p in places]
+        for batch, x in zip(part, _in_step(walks), strict=True):
+            yield to_uint8(x[: len(batch)])
+
+
+def _in_step(walks: list[Iterator[tuple[int, Tensor, Tensor | None]]]) -> Iterator[Tensor]:
+    """The images at the end of walks along the same rows, which all take a step before one takes the next."""
+    row = None
+    while row != 0:
+        for walk in walks:
+            with torch.inference_mode():
+                row, x, _ = next(walk)
+            if row == 0:
+                yield x

@@ -6,14 +6,24 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_tdisent.diffusion.objectives import X0, Eps, V
 from lightning_tdisent.diffusion.schedules import Cosine, Linear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.sampling.composite import CompositeDenoiser, compose, composite_files, find_files, load_model
+from lightning_tdisent.networks.network import Network
+from lightning_tdisent.sampling.composite import (
+    CompositeDenoiser,
+    compose,
+    composite_files,
+    find_files,
+    load_model,
+    start_warm,
+)
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.sampler import DDIM, Ancestral
+from lightning_tdisent.sampling.expert import sha256
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver
 
 
 def refusal(call, *args: object) -> str:
@@ -296,3 +306,174 @@ def test_a_composite_leaves_its_experts_alone(experts):
     DDIM()(CompositeDenoiser(experts), [1])
     for expert, state in zip(experts, before, strict=True):
         assert all(torch.equal(v, state[k]) for k, v in expert.state_dict().items())
+
+
+# Previews
+
+
+class Ideal(Network):
+    """v_hat of E[x_0 | x_t] for independent centred Gaussian pixels of these variances, at one pair (a, b)."""
+
+    def __init__(self, shape: list[int], variances: list[float], a: float, b: float, classes=None, conditioning="none"):
+        super().__init__(shape, classes, conditioning)
+        self.variances, self.a, self.b = variances, a, b
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, index=None, label=None):
+        v = torch.tensor(self.variances, dtype=x.dtype).view(self.shape)
+        x0 = self.a * v / (self.a**2 * v + self.b**2) * x
+        return (self.a * x - x0) / self.b
+
+
+SPECTRUM = [200 / (1 + k) ** 2 for k in range(64)]  # the power of an image's axes falls with the square of frequency
+FINE = LatentStates(Linear(), S=32)
+
+
+def ideal(s: int) -> Denoiser:
+    return Denoiser(Ideal([1, 8, 8], SPECTRUM, *FINE.coefficients(s)), V(), FINE, [s])
+
+
+def test_the_nearest_expert_stands_in_by_its_formula_and_better_than_naively():
+    rows = [1, 2, *range(4, 33, 4)]
+    composite = CompositeDenoiser([ideal(s) for s in rows], "nearest")
+    log_snr = FINE.log_snr[:, 0].tolist()
+    expected = {s: min(rows, key=lambda r: abs(log_snr[r] - log_snr[s])) for s in range(1, 33) if s not in rows}
+    assert composite.filled == {s: f"row {r}" for s, r in expected.items()}
+    assert {3: 4, 5: 4, 7: 8, 29: 28}.items() < expected.items()
+    v = torch.tensor(SPECTRUM, dtype=torch.float64).view(1, 8, 8)
+    excess = dict.fromkeys(("ours", "untouched", "signal", "raw"), 0.0)
+    for s, r in expected.items():
+        (a, b), (c, d) = FINE.coefficients(s), FINE.coefficients(r)
+        w, least = c * c * v / (c * c * v + d * d), float((b * b * v / (a * a * v + b * b)).mean())
+        x = (a * a * v + b * b).sqrt()[None]  # one standard deviation along every axis: its square is the mean error
+        exact = a * v / (a * a * v + b * b) * x
+        expert = composite.at(s)
+        assert expert is composite.at(r)
+        found = {
+            "ours": composite(x, s),
+            "untouched": expert(x, r),
+            "signal": expert(c / a * x, r),
+            "raw": Denoiser(expert.network, V(), FINE)(x, s),
+        }
+        torch.testing.assert_close(found["ours"], w * (a / c) ** 0.5 * x / a, rtol=1e-9, atol=1e-12)
+        excess = {k: excess[k] + float((out - exact).square().mean()) / least for k, out in found.items()}
+    assert excess["ours"] < 0.95 * min(excess[k] for k in ("untouched", "signal", "raw"))
+    with torch.no_grad():
+        for s in rows:
+            x = torch.ones(1, 1, 8, 8)
+            assert torch.equal(composite(x, s), ideal(s)(x, s))
+
+
+def test_a_row_without_signal_can_be_missing_or_stand_in(unet):
+    for states in (
+        LatentStates(Linear(zero_terminal=True), S=4),
+        LatentStates.from_table(
+            LatentStates(Linear(zero_terminal=True), S=4).log_snr.repeat(1, 2), torch.arange(5), Linear()
+        ),
+    ):
+        for rows, filled in (([1, 2, 3], {4: "row 3"}), ([4], {1: "row 4", 2: "row 4", 3: "row 4"})):
+            shape = (2, 8, 8) if states.K == 2 else (1, 8, 8)
+            composite = CompositeDenoiser([Denoiser(unet(s, shape), V(), states, [s]) for s in rows], "nearest")
+            assert composite.filled == filled
+            x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():  # x as it is: the ratio of the signals is 0 or infinite
+                assert all(torch.equal(composite(x, s), composite(x, int(r[4:]))) for s, r in filled.items())
+                assert all(composite(x, s).isfinite().all() for s in filled)
+
+
+def test_a_preview_with_a_shared_model_asks_it_where_experts_are_missing(model, write, tmp_path):
+    shared = model(X0(), seed=9)  # another parametrisation: what it says is x0_hat all the same
+    experts = [model(rows=[s], seed=s) for s in (1, 3)]
+    composite = CompositeDenoiser(experts, shared)
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for s, owner in ((1, experts[0]), (2, shared), (3, experts[1]), (4, shared)):
+            assert torch.equal(composite(x, s), owner(x, s))
+    assert composite.filled == {2: "shared", 4: "shared"}
+    assert len(list(composite.parameters())) == 3 * len(list(shared.parameters()))
+
+    big = LatentStates(Linear(), S=8)  # a larger table has the rows, too
+    fill = f"shared:{write('shared', Denoiser(shared.network, X0(), big))}"
+    files = [write(f"{e.rows[0]}", e) for e in experts]
+    folder = compose(files, tmp_path / "preview", fill)
+    preview = json.loads((folder / "composite.json").read_text())["preview"]
+    assert preview == {"missing": [2, 4], "fill": fill, "sha256": sha256(fill[7:])}
+    expected = DDIM()(composite, [1, 2])
+    for residency in ("resident", "offload", "stream"):
+        loaded, cards = load_model(folder, residency, fill)
+        assert loaded.filled == composite.filled
+        assert [c.rows for c in cards] == [[1], [3], list(range(1, 9))]
+        assert torch.equal(DDIM()(loaded, [1, 2]), expected)
+
+
+@pytest.mark.parametrize("residency", ["resident", "offload", "stream"])
+def test_a_preview_is_refused_unless_it_is_asked_for(experts, files, tmp_path, residency):
+    some = [files[0], files[2]]
+    words = "no expert owns rows 2, 4 of 1..4; --fill nearest"
+    assert words in refusal(compose, some, tmp_path / "preview")
+    folder = compose(some, tmp_path / "preview", "nearest")
+    assert words in refusal(load_model, folder, residency)
+    loaded, cards = load_model(folder, residency, "nearest")
+    assert loaded.filled == {2: "row 1", 4: "row 3"}
+    assert len(cards) == 2
+    made = CompositeDenoiser([experts[0], experts[2]], "nearest")
+    assert torch.equal(DPMSolver()(loaded, [5]), DPMSolver()(made, [5]))
+    manifest = json.loads((folder / "composite.json").read_text())
+    assert manifest["preview"] == {"missing": [2, 4], "fill": "nearest", "sha256": None}
+    one, _ = load_model(files[1], residency, "nearest")
+    assert one.filled == {1: "row 2", 3: "row 2", 4: "row 2"}
+
+
+def test_what_is_complete_needs_no_filling(experts, files, folder, tmp_path):
+    loaded, cards = load_model(folder, fill="nearest")
+    assert loaded.filled == {}
+    assert len(cards) == 4
+    assert torch.equal(DDIM()(loaded, [1]), DDIM()(CompositeDenoiser(experts), [1]))
+    again = compose(files, tmp_path / "again", "nearest")
+    assert (again / "composite.json").read_bytes() == (folder / "composite.json").read_bytes()
+    assert CompositeDenoiser(experts, "nearest").filled == {}
+
+
+def test_what_may_not_fill_is_refused_with_all_that_is_wrong(model, nine, write, tmp_path):
+    files = [write("1", model(rows=[1])), write("3", model(rows=[3]))]
+    doubled = [*files, write("again", model(rows=[3]))]
+    assert "row 3 is owned by" in refusal(compose, doubled, tmp_path / "out", "nearest")
+    for word in ("neares", "shared:", "shared"):
+        assert f"fill '{word}'" in refusal(compose, files, tmp_path / "out", word)
+    other = Denoiser(model(classes=2).network, V(), LatentStates(Cosine(), S=4), [1, 2])
+    text = refusal(compose, files, tmp_path / "out", f"shared:{write('odd', other, data='0ther', weights='live')}")
+    for words in (
+        "cannot fill rows [2, 4]",
+        "network input is {'shape': [1, 8, 8], 'classes': 2}, the experts have {'shape': [1, 8, 8], 'classes': None}",
+        "training data is 0ther, the experts have d1g1t5",
+        "weights is live, the experts have ema",
+        "it owns no states of the original indices 1000",
+        "log-SNR at index 500 is",
+    ):
+        assert words in text
+    runs = tmp_path / "runs"
+    for k in (1, 2):
+        (runs / f"{k}").mkdir(parents=True)
+        shutil.copy(files[0], runs / f"{k}" / "model.safetensors")
+    assert "2 files are there" in refusal(compose, files, tmp_path / "out", f"shared:{runs}")
+    assert not (tmp_path / "out").exists()
+    experts = [model(rows=[1]), model(rows=[3])]
+    for filler in (model(rows=[2]), model(classes=2), nine(4)):
+        assert "what fills rows [2, 4]" in refusal(CompositeDenoiser, experts, filler)
+
+
+def test_an_expert_starts_warm_as_its_neighbour(model, write, nine):
+    source = write("2", model(rows=[2], seed=2, conditioning="none"))
+    cold = model(rows=[1], seed=1, conditioning="none")
+    (parent,) = start_warm(cold, str(source))
+    assert parent["sha256"] == sha256(source)
+    assert all(torch.equal(p, q) for p, q in zip(cold.parameters(), load_model(source)[0].parameters(), strict=True))
+    seeing, whole = write("seeing", model(rows=[2])), write("whole", model(conditioning="none", seed=3))
+    for denoiser, path in ((cold, seeing), (model(rows=[1]), seeing), (model(rows=[1]), source)):
+        assert "was trained at indices [500], not at [250]" in refusal(start_warm, denoiser, str(path))
+    start_warm(cold, str(whole))  # a time-agnostic network of all states owns this one
+    elsewhere = write("elsewhere", nine(2, conditioning="none"))
+    assert "must be one network that has indices" in refusal(start_warm, cold, str(elsewhere))
+    cosine = model(rows=[2], conditioning="none")
+    cosine = write("cosine", Denoiser(cosine.network, V(), LatentStates(Cosine(), S=4), [2]))
+    assert "trained with other noise levels" in refusal(start_warm, cold, str(cosine))

@@ -1,0 +1,195 @@
+"""What composing 32 experts costs: time of a step and memory, against one model of the same size.
+
+The experts are 32 copies of one network, each in a file of its own, so that all ways must draw the same images as that
+network alone: the table says whether they did, bit for bit. A portion is 32 network calls on 16 images; portions of all
+ways follow each other, in turns first, and their ratio to those of the model is taken pair by pair. The model draws one
+block of 16 images after the other, in 32 steps. The composites go from state to state as `sample` does: the resident
+one with 8 blocks, the streamed one with all 32, and reads the expert of the state from its file before.
+Memory is that of fresh processes: the peak of drawing 512 images less what was there before the model was loaded. That
+with the experts offloaded is taken relative to that with one expert for all rows, which is one expert and activations.
+Small images keep the activations below the weights, so that another expert would show.
+
+    OMP_NUM_THREADS=1 python benchmarks/composite.py [--quick]
+
+    RESULT resident_overhead=..  stream_overhead=..  medians of the ratios of wall time to that of one model
+    RESULT offload_memory=..     ratio of the peaks
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from _machine import describe, lines, quartiles, timed
+
+from lightning_tdisent.diffusion.objectives import V
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.metrics.network import BLOCK
+from lightning_tdisent.networks.unet import UNet
+from lightning_tdisent.sampling.composite import compose, load_model
+from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.expert import Card, load_expert, save_expert
+from lightning_tdisent.sampling.sampler import DDIM, TOGETHER, sample
+
+S = 32
+IMAGES = BLOCK * S  # as many blocks as states: a block in all states is a portion, and all blocks in one state, too
+FACTS: dict[str, Any] = {
+    "module": "SingleState", "data": "none", "weights": "live", "average": None, "images_seen": 0, "steps": 0,
+    "seconds": 0.0, "seed": 0, "version": "0",
+}  # fmt: skip
+
+
+def write(folder: Path, side: int, channels: list[int], experts: int) -> Path:
+    """Write a composite of so many copies of one network, `model.safetensors` with the network itself beside it."""
+    torch.manual_seed(0)
+    network, states = UNet([1, side, side], channels=channels, layers=1, conditioning="none"), LatentStates(S=experts)
+    folder.mkdir()
+    files = [folder / f"{s:02d}.safetensors" for s in states.rows]
+    for s, file in zip(states.rows, files, strict=True):
+        expert = Denoiser(network, V(), states, [s])
+        save_expert(file, expert, Card.of(expert, **FACTS))
+    whole = Denoiser(network, V(), states)
+    save_expert(folder / "model.safetensors", whole, Card.of(whole, **FACTS))
+    return compose(files, folder / "composite")
+
+
+class Steps:
+    """Draws in equal portions of 32 network calls, so many blocks together, and keeps the images that come out."""
+
+    def __init__(self, model: Any, together: int) -> None:
+        walks = [DDIM().walk(model, range(k, k + BLOCK)) for k in range(0, IMAGES, BLOCK)]
+        for walk in walks:
+            next(walk)  # the noise
+        groups = [walks[k : k + together] for k in range(0, len(walks), together)]
+        self.calls = iter([walk for group in groups for _ in range(S) for walk in group])
+        self.images: list[torch.Tensor] = []
+
+    def step(self) -> None:
+        """Make a call."""
+        row, x, _ = next(next(self.calls))
+        if row == 0:
+            self.images.append(x)
+
+    def portion(self) -> float:
+        """Make the calls of a portion; return its seconds undisturbed.
+
+        A call that is held up, because others use the machine, counts as 1.5 times the median one; not so the first,
+        where a file is read.
+        """
+        first, *rest = [timed(self.step) for _ in range(S)]
+        limit = 1.5 * median(rest)
+        return first + sum(min(seconds, limit) for seconds in rest)
+
+
+@torch.inference_mode()
+def times(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every portion of all ways; prints whether the images are the same."""
+    one, resident = load_expert(folder / "model.safetensors")[0], load_model(folder / "composite")[0]
+    models: dict[str, tuple[Any, int]] = {
+        "model": (one, 1),
+        "resident": (resident, TOGETHER),
+        "stream": (load_model(folder / "composite", "stream")[0], S),
+    }
+    if rounds > 1:
+        models["resident, block by block"] = (resident, 1)
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for name, (model, _) in models.items():
+        for s in (S, 1):
+            model(torch.zeros(BLOCK, *model.shape), s)  # first calls choose kernels
+        print(f"  {name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M weights")
+    same = []
+    for _ in range(rounds):
+        ways = {name: Steps(*how) for name, how in models.items()}
+        for k in range(S):
+            for name in [*ways][k % len(ways) :] + [*ways][: k % len(ways)]:
+                found[name].append(ways[name].portion())
+        same += [torch.equal(torch.cat(ways["model"].images), torch.cat(w.images)) for w in ways.values()]
+    print(f"  images the same as those of one model: {all(same)}")
+    return found
+
+
+def compare(folder: Path, side: int, channels: list[int], rounds: int) -> dict[str, float]:
+    """Medians of the ratios to one model, of 32 experts for images of a side."""
+    print(f"\n{S} experts, {IMAGES} images of {side}x{side}, channels {channels}")
+    found = times(write(folder, side, channels, S).parent, rounds)
+    print(f"  a step of one model: {median(found['model']) / S * 1e3:.2f} ms")
+    out = {}
+    for way in [*found][1:]:
+        ratios = [a / b for a, b in zip(found[way], found["model"], strict=True)]
+        out[way] = median(ratios)
+        print(f"  {way} over one model: {quartiles(ratios)} of {len(ratios)} pairs")
+    return out
+
+
+def kilobytes(key: str) -> int:
+    """A line of this process's status."""
+    return next(int(line.split()[1]) for line in lines("/proc/self/status") if line.startswith(key))
+
+
+def peak(folder: Path, residency: str) -> float:
+    """Megabytes of private memory that loading and drawing take at most, in this process, which must be fresh."""
+    small = Denoiser(UNet([1, 8, 8], channels=[8, 16], layers=1, groups=4), V(), LatentStates(S=2)).eval()
+    draw: Callable[[Any], list[torch.Tensor]] = lambda model: list(sample(model, DDIM(steps=2), range(IMAGES)))  # noqa: E731
+    draw(small)  # what libraries allocate once
+    before, mapped = kilobytes("VmRSS"), kilobytes("RssFile")
+    model = (
+        load_expert(folder / "model.safetensors")[0]
+        if residency == "one"
+        else load_model(folder / "composite", "offload")[0]
+    )
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of drawing: reading one file maps it, too
+    draw(model)
+    return (kilobytes("VmHWM") - before - (kilobytes("RssFile") - mapped)) / 1024
+
+
+def main() -> None:
+    """Measure, and print the result line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one round: under a minute on two cores")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--peak", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        print(json.dumps(peak(Path(args.peak[1]), args.peak[0])))
+        return
+    describe("safetensors")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ratios = compare(folder / "small", 16, [16, 32], 1 if args.quick else 6)
+        if not args.quick:
+            compare(folder / "wide", 8, [32, 64], 6)
+        write(folder / "large", 4, [128, 256], 4)
+        peaks = {"one": list[float](), "offload": list[float]()}
+        for _ in range(1 if args.quick else 5):
+            for way, values in peaks.items():
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--threads",
+                    str(args.threads),
+                    "--peak",
+                    way,
+                    str(folder / "large"),
+                ]
+                once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: what is freed is given back, or peaks vary by 10 %
+                done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | once)  # noqa: S603
+                values.append(json.loads(done.stdout))
+        size = (folder / "large" / "model.safetensors").stat().st_size / 2**20
+        memory = median(peaks["offload"]) / median(peaks["one"])
+        print(f"\nan expert of {size:.1f} MB; peak of private memory, MB: {peaks}")
+    print(
+        f"\nRESULT resident_overhead={ratios['resident']:.3f} stream_overhead={ratios['stream']:.3f} "
+        f"offload_memory={memory:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
