@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -197,6 +198,50 @@ def test_compose_sample_evaluate_report_by_hand(experts, tmp_path, capsys):
     capsys.readouterr()
     assert "already keeps results" in refusal(capsys, *argv, "--out", tmp_path / "e")
     assert "already holds images" in refusal(capsys, "sample", out, "--out", tmp_path / "a")
+
+
+def test_images_are_the_same_wherever_the_experts_are(experts, tmp_path):
+    out = tmp_path / "all"
+    assert main(["compose", *map(str, experts()), "--out", str(out)]) == 0
+    drawn = []
+    for residency in ("resident", "offload", "stream"):
+        images = tmp_path / residency
+        assert main(["sample", str(out), "--out", str(images), "--seeds", "0:3", "--residency", residency]) == 0
+        drawn.append([(images / f"{seed:06d}.png").read_bytes() for seed in range(3)])
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_a_preview_is_asked_for_and_marked_everywhere(experts, tmp_path, capsys):
+    files, out = experts()[:-1], tmp_path / "some"
+    assert "no expert owns row" in refusal(capsys, "compose", *files, "--out", out)
+    assert main(["compose", *map(str, files), "--out", str(out), "--fill", "nearest"]) == 0
+    assert "it is a preview" in capsys.readouterr().out
+    assert "no expert owns row" in refusal(capsys, "sample", out, "--out", tmp_path / "i")
+    assert main(["sample", str(out), "--out", str(tmp_path / "i"), "--seeds", "0:2", "--fill", "nearest"]) == 0
+    assert "a preview: row " in capsys.readouterr().out
+    argv = ["evaluate", str(out), "--data", "data/digits", "--protocol", "digits", "-n", "8", "--fill", "nearest"]
+    assert main([*argv, "--out", str(tmp_path / "e")]) == 0
+    printed = capsys.readouterr().out
+    assert "(preview)" in printed
+    assert "is a preview, no result" in printed
+    assert "(preview)" in (tmp_path / "e" / "report.html").read_text()
+    assert json.loads((tmp_path / "e" / "results.json").read_text())[0]["preview"]
+    line = refusal(capsys, "compose", *files, "--out", tmp_path / "m", "--fill", "nearest", "--merge", 2)
+    assert "--merge and --fill" in line
+
+
+def test_merge_and_export_by_command(experts, tmp_path, capsys):
+    files = [str(file) for file in experts()]
+    assert "belong to --merge K" in refusal(
+        capsys, "compose", *files, "--out", tmp_path / "m", "--merge-weights", "images"
+    )
+    words = ["--merge", "2", "--merge-blocks", "1,3", "--merge-data", "data/digits", "-n", "8"]
+    assert main(["compose", *files, "--out", str(tmp_path / "m"), *words]) == 0
+    assert "4 experts merged to 2" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "m"), "--out", str(tmp_path / "x")]) == 0
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["S"] == 4
+    assert main(["sample", str(tmp_path / "x"), "--out", str(tmp_path / "i"), "--seeds", "0:1"]) == 0
+    assert "is there already" in refusal(capsys, "export", tmp_path / "m", "--out", tmp_path / "x")
 
 
 def test_a_composite_is_validated_and_predicts_by_command(experts, tmp_path, capsys):

@@ -33,6 +33,7 @@ def add_commands(commands: Commands) -> None:
         "experts", type=Path, nargs="+", help="folders of runs, a folder of such folders, or files of weights"
     )
     c.add_argument("--out", type=Path, required=True, help="the composite folder to write")
+    c.add_argument("--fill", help="a preview where experts are missing: nearest, or shared:PATH")
     c.add_argument("--merge", type=int, metavar="K", help="average neighbours to K networks: cheaper, and less exact")
     c.add_argument("--merge-weights", default="uniform",
                    help="uniform (default), images, search, or numbers by commas, one per expert")  # fmt: skip
@@ -101,6 +102,9 @@ def _sampler_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--eta", type=float, default=0.0, help="of ddim: 0 deterministic .. 1 ancestral")
     command.add_argument("--steps", type=int, help="network evaluations (default: every row of the model's table)")
     command.add_argument("--batch-size", type=int, default=250)
+    command.add_argument("--residency", choices=("resident", "offload", "stream"), default="resident",
+                         help="of a composite's experts: on the device, in host memory, or on disk")  # fmt: skip
+    command.add_argument("--fill", help="a preview where experts are missing: nearest, or shared:PATH")
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ..")
 
 
@@ -131,7 +135,9 @@ def _sample(a: argparse.Namespace) -> None:
     if a.out.exists() and any(a.out.glob("*.png")):
         raise InputError(f"--out {a.out} already holds images; choose another folder")
     use_device(a.device)
-    model: Any = load_model(a.model)[0].to(a.device)
+    model: Any = load_model(a.model, a.residency, a.fill)[0].to(a.device)
+    if filled := getattr(model, "filled", None):
+        print("a preview: " + ", ".join(f"row {s} is filled by {what}" for s, what in filled.items()))
     if a.guidance is not None:
         model = Guided(model, a.guidance)
     if a.label is not None and (model.classes is None or not 0 <= a.label < model.classes):
@@ -161,13 +167,18 @@ def _compose(a: argparse.Namespace) -> None:
 
     files = [file for source in a.experts for file in find_files(source)]
     if a.merge is not None:
+        if a.fill is not None:
+            raise InputError("--merge and --fill: experts are merged when all are there; leave one of the two")
         _merge(a, files)
         return
     chosen = {"--merge-weights": a.merge_weights != "uniform", "--merge-blocks": a.merge_blocks != "equal"}
     if odd := [name for name, given in {**chosen, "--merge-data": a.merge_data}.items() if given]:
         raise InputError(f"{', '.join(odd)}: belong to --merge K, which is not given")
-    out = compose(files, a.out)
-    print(f"{len(files)} experts composed in {out}: python -m lightning_tdisent sample {out} --out {out}/images")
+    out = compose(files, a.out, a.fill)
+    how = f" --fill {a.fill}" if a.fill is not None else ""
+    print(f"{len(files)} experts composed in {out}: python -m lightning_tdisent sample {out} --out {out}/images{how}")
+    if a.fill is not None:
+        print("it is a preview, and loads with --fill alone: rows of missing experts are filled")
 
 
 def _merge(a: argparse.Namespace, files: list[Path]) -> None:
@@ -216,7 +227,8 @@ def _evaluate(a: argparse.Namespace) -> None:
         {"name": str(m), "source": str(m), "sampler": spec(_sampler(a)) if holds_weights(m) else None} for m in a.models
     ]
     protocol = {"preset": a.protocol, **({"metrics": a.metrics.split(",")} if a.metrics else {})}
-    options = {"reference": a.reference, "batch_size": a.batch_size, "n": a.n, "first_seed": a.first_seed}
+    options = {"residency": a.residency, "fill": a.fill, "batch_size": a.batch_size}
+    options |= {"reference": a.reference, "n": a.n, "first_seed": a.first_seed}
     with _ranks(a.device) as device:
         study = Study(
             str(a.out), "Evaluation", contenders, a.data, protocol, a.weights, a.split, device=device, **options

@@ -21,11 +21,12 @@ from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.metrics.reference import remembered
 from lightning_tdisent.ranks import gather, place, shared_errors
-from lightning_tdisent.sampling.composite import find_files, load_model
+from lightning_tdisent.sampling.composite import CompositeDenoiser, find_files, load_model
 from lightning_tdisent.sampling.cost import training_cost
-from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
 from lightning_tdisent.sampling.evaluation import RealImages, compute, image_files, open_quality, score, x0_errors
 from lightning_tdisent.sampling.expert import Card, sha256
+from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import Sampler, probe_rows
 from lightning_tdisent.streaming.shards import ImageSet
 
@@ -34,13 +35,20 @@ from lightning_tdisent.streaming.shards import ImageSet
 class Contender:
     """A name in the table, the weights behind it and the sampler that draws its images.
 
-    Without a sampler the source holds images: a folder of them, or a split of a data set.
+    Without a sampler the source holds images: a folder of them, or a split of a data set. residency, fill: of a
+    composite, see `load_model`.
     """
 
     name: str
     source: Path
     sampler: Sampler | None
     split: str = "test"
+    residency: Residency = "resident"
+    fill: str | None = None
+
+    def load(self) -> tuple[Denoiser | CompositeDenoiser, list[Card]]:
+        """The model, and the cards of its files."""
+        return load_model(self.source, self.residency, self.fill)
 
 
 def evaluate(
@@ -62,7 +70,7 @@ def evaluate(
     had made them: what a perfect one would reach with so few. Where a metric refuses what it is given, the row says
     why under ``refused``.
     """
-    loaded = [load_model(c.source) if c.sampler else None for c in contenders]
+    loaded = [c.load() if c.sampler else None for c in contenders]
     shape = list(held_out.images.shape[1:])
     for contender, model in zip(contenders, loaded, strict=True):
         if model is not None and contender.sampler is not None:
@@ -157,6 +165,7 @@ def _of_model(
         "table": cards[0].fingerprint,
         "sampler": repr_sampler(sampler),
         "sha256": [sha256(file) for file in find_files(contender.source)],
+        **({"preview": model.filled} if getattr(model, "filled", None) else {}),
     }
     model.cpu()  # the next one's peak memory is its own
     return row, images[order]
@@ -221,13 +230,13 @@ def _held_out_errors(model: Denoises, held_out: ImageSet, rows: Sequence[int], b
     """Mean x0 error per row, with the true labels where the model takes some; ranks share the batches."""
     (rank, world), batches = place(), torch.arange(len(held_out)).split(batch_size)
     device = next(iter(model.parameters())).device
-    mine = {
-        k: x0_errors(
-            model, held_out.images[i], i.tolist(), rows, held_out.labels[i].to(device) if model.classes else None
-        ).sum(1)
-        for k, i in list(enumerate(batches))[rank::world]
-    }
-    sums = {k: v for part in gather(mine) for k, v in part.items()}
+    mine: dict[int, list[Tensor]] = {k: [] for k in range(len(batches))[rank::world]}
+    for s in rows:  # an expert that is not in memory is brought once
+        for k, found in mine.items():
+            i = batches[k]
+            label = held_out.labels[i].to(device) if model.classes else None
+            found.append(x0_errors(model, held_out.images[i], i.tolist(), [s], label).sum(1))
+    sums = {k: torch.cat(v) for part in gather(mine) for k, v in part.items()}
     return torch.stack([sums[k] for k in range(len(batches))]).sum(0) / len(held_out)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from lightning_tdisent.report import figures
 from lightning_tdisent.report.table import costs, table, tables
 from lightning_tdisent.report.table import notes as notes_of
-from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.pictures import forward_strip, grid, reverse_strip
 from lightning_tdisent.sampling.sampler import probe_rows
 from lightning_tdisent.streaming.shards import ImageSet
@@ -121,14 +120,14 @@ def write_report(
     parts.append(boards)
     if drawn:
         parts.append("<h2>From image to noise and back</h2>")
-        model = load_model(drawn[-1].source)[0]
+        model = drawn[-1].load()[0]
         shown = probe_rows(model.states.rows, 8)
         strip = forward_strip(model, real.images[:5], shown, range(5))
         tiles = grid(strip.flatten(0, 1), strip.shape[1])
         levels = ", ".join(f"{float(model.states.a[s, 0]):.3g}" for s in shown)
         parts.append(figures.picture(tiles, wide(tiles), f"Forward: x_0, then signal coefficients a = {levels}."))
     for contender in drawn:
-        strip, at = reverse_strip(load_model(contender.source)[0], contender.sampler, range(5))
+        strip, at = reverse_strip(contender.load()[0], contender.sampler, range(5))
         tiles = grid(strip.flatten(0, 1), strip.shape[1])
         caption = f"Reverse, {html.escape(contender.name)}: rows {', '.join(map(str, at))}."
         parts.append(figures.picture(tiles, wide(tiles), caption))

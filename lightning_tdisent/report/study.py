@@ -25,6 +25,7 @@ from lightning_tdisent.report.table import costs, notes, table, tables
 from lightning_tdisent.sampling.composite import find_files, holds_weights
 from lightning_tdisent.sampling.evaluation import real_images
 from lightning_tdisent.sampling.expert import read_card
+from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import Sampler
 from lightning_tdisent.streaming.shards import ImageSet, load
 from lightning_tdisent.streaming.tars import find
@@ -38,9 +39,10 @@ class Study:
     """Contenders, the real images they are measured on, and the folder that keeps the results.
 
     contenders: dicts of name, source and sampler (class path and arguments), or None where the source holds images;
-    protocol: a preset, or a mapping of ``preset`` and fields of `Protocol` that differ; n, first_seed, reference (its
-    split): those that most often do; weights: of its feature network, where it needs a file. split: held-out images,
-    its first n_held_out, for the errors per state; runs: folders with event files for the curves.
+    residency, fill: of those that are composites, see `load_model`; protocol: a preset, or a mapping of ``preset`` and
+    fields of `Protocol` that differ; n, first_seed, reference (its split): those that most often do; weights: of its
+    feature network, where it needs a file. split: held-out images, its first n_held_out, for the errors per state;
+    runs: folders with event files for the curves.
     """
 
     out: str
@@ -56,6 +58,8 @@ class Study:
     first_seed: int | None = None
     batch_size: int = 250
     device: str = "cpu"
+    residency: Residency = "resident"
+    fill: str | None = None
     notes: str = ""
     runs: dict[str, str] = field(default_factory=dict)
 
@@ -95,7 +99,14 @@ class Study:
 
     def _contenders(self) -> list[Contender]:
         return [
-            Contender(c["name"], Path(c["source"]), build(c["sampler"], Sampler) if c["sampler"] else None, self.split)
+            Contender(
+                c["name"],
+                Path(c["source"]),
+                build(c["sampler"], Sampler) if c["sampler"] else None,
+                self.split,
+                self.residency,
+                self.fill,
+            )
             for c in self.contenders
         ]
 

@@ -68,7 +68,8 @@ def _text(rows: Sequence[dict[str, Any]], columns: Columns) -> list[tuple[str, .
         except KeyError:  # not known of this row: another table, or images that no model made
             return ""
 
-    body = [(r["name"], *(cell(r, text) for text in columns.values())) for r in rows]
+    names = [r["name"] + " (preview)" * ("preview" in r) for r in rows]
+    body = [(name, *(cell(r, text) for text in columns.values())) for name, r in zip(names, rows, strict=True)]
     kept = [i for i in range(len(columns) + 1) if any(row[i] for row in body)]
     return [tuple(row[i] for i in kept) for row in [("model", *columns), *body]]
 
@@ -82,6 +83,9 @@ def _number(name: str, row: dict[str, Any]) -> str:
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What a reader must know of these numbers: why there are none, and how much of a distance is bias."""
     out = [f"{row['name']}: {row['refused']}" for row in rows if "refused" in row]
+    for row in (row for row in rows if "preview" in row):
+        filled = ", ".join(f"{s} by {what}" for s, what in row["preview"].items())
+        out.append(f"{row['name']} is a preview, no result: experts are missing, and rows are filled: {filled}")
     for _, alike in tables(rows):
         measured = [row for row in alike if "refused" not in row]
         names = metrics_of(measured[0]) if measured else []
