@@ -276,9 +276,10 @@ class SingleState(Diffusion):
     """One expert: one row, or one block of rows, of a table shared by all (2508.14413, contribution 2).
 
     expert: which one, 1..experts; experts: how many share the rows 1..S in contiguous blocks, S (one row each) if not
-    given; rows: the rows themselves, instead of these two. An expert of one row is time-agnostic unless its network says ``conditioning: state``: where that
-    is left open, a time-agnostic network of the same arguments is built, with new weights. With warm_start it
-    begins as the shared model at its row, exactly: the time embedding of that row is folded into the network.
+    given; rows: the rows themselves, instead of these two. An expert of one row is time-agnostic unless its network
+    says ``conditioning: state``: where that is left open, a time-agnostic network of the same arguments is built, with
+    new weights. With warm_start it begins as the shared model at its row, exactly: the time embedding of that row is
+    folded into the network; or as the expert of another row.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from lightning_tdisent.fleet.plan import Fleet
 from lightning_tdisent.fleet.status import board, page, summary, tiles
 from lightning_tdisent.fleet.store import Store
 from lightning_tdisent.fleet.work import FleetWork, Session, work_through
-from lightning_tdisent.sampling.expert import read_card
+from lightning_tdisent.sampling.expert import read_card, sha256
 
 
 def train(fleet, *only, **options):
@@ -58,6 +58,17 @@ def test_shared_model_first_then_its_experts_which_begin_where_it_ended(planned)
     train(fleet)
     card = read_card(fleet.root / "expert_003" / "model.safetensors")
     assert (card.images_seen, [p["images_seen"] for p in card.parents]) == (16, [32])
+
+
+def test_a_chain_of_neighbours_begins_with_the_most_noise(planned):
+    fleet = planned(start="neighbour", rows=[[1], [2], [3, 4]], budget=3 * 16)
+    with pytest.raises(InputError, match=r"expert_002: warm_start: .*expert_003"):  # a block sees its state
+        train(fleet)
+    fleet = planned(start="neighbour", budget=4 * 16)
+    train(fleet)
+    card = read_card(fleet.root / "expert_001" / "model.safetensors")
+    assert [p["images_seen"] for p in card.parents] == [16, 16, 16]
+    assert card.parents[-1]["sha256"] == sha256(fleet.root / "expert_002" / "model.safetensors")
 
 
 def test_an_adaptive_budget_is_spent_by_rounds_that_anybody_would_decide_alike(planned):
