@@ -1,6 +1,7 @@
 """Commands on fleets: plan, run, status."""
 
 import argparse
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.cli.terminal import Commands, command, cores, use_device, wide_console
 from lightning_tdisent.cli.trainings import describe, fits
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from lightning_tdisent.fleet.plan import Facts, Fleet
@@ -46,11 +47,18 @@ def add_commands(commands: Commands) -> None:
     r.add_argument("--only", action="append", default=[], metavar="EXPERT",
                    help="a number or name, or several by commas; a single one is trained right here")  # fmt: skip
     r.add_argument("--workers", type=int, default=0, help="processes at a time (default: one per core, or per GPU)")
+    r.add_argument("--threads", type=int, default=0, help="of each worker (default: its share of the cores)")
     r.add_argument("--together", type=int, default=1, metavar="M",
                    help="experts that a worker trains at a time, from images that are decoded once")  # fmt: skip
     r.add_argument("--stacked", action="store_true",
                    help="with --together: steps of like experts at once: faster, with other last bits")  # fmt: skip
     r.add_argument("--gpus", default="", help="names for CUDA_VISIBLE_DEVICES by commas, e.g. 0,1: a worker sees one")
+    r.add_argument("--engine", choices=("local", "ray", "slurm"), default="local",
+                   help="who starts the workers: this machine, a Ray cluster, or SLURM")  # fmt: skip
+    r.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", dest="options",
+                   help="of ray or slurm, e.g. cpus=4, gpus=1, memory=16G, retries=3, address=HOST:PORT, "
+                   "sbatch.partition=gpu, sbatch.time=8:00:00")  # fmt: skip
+    r.add_argument("--detach", action="store_true", help="with slurm: submit, and do not wait")
     r.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                    help="what is different on this machine, e.g. data.path=/data/digits")  # fmt: skip
     r.add_argument("--scratch", type=Path, help="folder for runs of a fleet in an object store (default: the cache)")
@@ -124,7 +132,7 @@ def _fleet_run(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.status import summary, tiles
     from lightning_tdisent.fleet.work import Session, work_through
 
-    if a.ttl <= 0 or a.workers < 0 or a.together < 1 or (a.stacked and a.together == 1):
+    if a.ttl <= 0 or a.workers < 0 or a.threads < 0 or a.together < 1 or (a.stacked and a.together == 1):
         raise InputError(
             f"--ttl {a.ttl:g} --workers {a.workers} --together {a.together}: a time above 0, a number of processes, "
             "and of experts at a time in each, at least 1 (2 with --stacked)"
@@ -133,6 +141,12 @@ def _fleet_run(a: argparse.Namespace) -> None:
     work.store.check()
     names = [name for words in a.only for name in words.split(",")]
     only = [f"expert_{int(name):03d}" if name.isdigit() else name for name in names]
+    if a.engine != "local":
+        _launch(a, work, only)
+        print(summary(tiles(work)))
+        return
+    if a.options or a.detach:
+        raise InputError("--option and --detach belong to --engine ray or slurm")
     here = len(only) == 1
     session, train = Session(only, a.ttl, together=a.together, quiet=not here), partial(fits, stacked=a.stacked)
     if here:
@@ -140,8 +154,65 @@ def _fleet_run(a: argparse.Namespace) -> None:
         work_through(work, train, session)
         refuse_undone(work, session)
     else:
-        run(work, train, a.workers, session, gpus=[g for g in a.gpus.split(",") if g], title=work.fleet.title)
+        run(
+            work,
+            train,
+            a.workers,
+            session,
+            threads=a.threads,
+            gpus=[g for g in a.gpus.split(",") if g],
+            title=work.fleet.title,
+        )
     print(summary(tiles(work)))
+
+
+def _launch(a: argparse.Namespace, work: "FleetWork", only: Sequence[str]) -> None:
+    """Let a cluster run `fleet run --only` for each expert; an adaptive budget does so round by round."""
+    import sys
+
+    from lightning_tdisent.fleet.engines import ray, slurm
+    from lightning_tdisent.fleet.plan import settings
+
+    if work.store.remote and a.engine == "slurm":
+        raise InputError(f"{a.folder}: --engine slurm wants a folder that all nodes share")
+    place = a.folder if work.store.remote else str(Path(a.folder).resolve())
+    logs = (Path(work.fleet.root) if work.store.remote else Path(place)) / "logs"
+    options: dict[str, Any] = {}
+    for key, value in settings(a.options, "--option"):
+        group, _, name = key.rpartition(".")
+        if group:
+            options.setdefault(group, {})[name] = str(value) if group == "sbatch" else value
+        else:
+            options[key] = value
+    common = [word for name in a.imports for word in ("--import", name)]
+    common += [word for pair in a.overrides for word in ("--set", pair)]
+    common += ["--ttl", f"{a.ttl:g}", *(["--scratch", str(a.scratch)] if a.scratch else [])]
+
+    def command(job: Any) -> list[str]:
+        return [sys.executable, "-m", "lightning_tdisent", "fleet", "run", place, "--only", job.name, *common]
+
+    launch = ray.launch if a.engine == "ray" else slurm.submit if a.detach else slurm.launch
+    taken = list(inspect.signature(launch).parameters)[3:]
+    if odd := [key for key in options if key not in taken]:
+        raise InputError(
+            f"--option {odd[0]}: none of --engine {a.engine}.{nearest(odd[0], taken)} It has: {', '.join(taken)}"
+        )
+    if a.detach and (a.engine == "ray" or work.fleet.budget.rule == "adaptive"):
+        raise InputError(
+            "--detach is for --engine slurm, and for budgets whose end is known: an adaptive one is decided on the way"
+        )
+    while True:
+        jobs = [job for job in work.jobs() if (not only or job.name in only) and not work.done(job)]
+        if a.detach:
+            print(launch(jobs, command, logs, **options).words)  # type: ignore[union-attr]
+            return
+        failed: Any = launch(jobs, command, logs, **options) if jobs else {}
+        if failed:
+            raise InputError(
+                f"{len(failed)} jobs are not done:\n" + "\n".join(f"  - {n}: {why}" for n, why in failed.items())
+            )
+        if only or not work.more():
+            return
 
 
 def _fleet_status(a: argparse.Namespace) -> None:

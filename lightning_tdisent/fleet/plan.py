@@ -247,7 +247,7 @@ def draft(
     known(data, KEYS, str(file), required=("configs", "budget"))
     store = Store(out or data.get("out") or f"runs/{file.stem}")
     seed = int(data.get("seed", 0)) if seed is None else seed
-    common = {**(data.get("set") or {}), **dict(_pair(word) for word in overrides)}
+    common = {**(data.get("set") or {}), **dict(settings(overrides))}
     configs, copies = _copies(file, data["configs"], "configs")
     shared = None
     if isinstance(data.get("start"), dict):
@@ -457,14 +457,16 @@ def _flow(value: Any) -> str:
 
 def words(overrides: Sequence[str]) -> list[str]:
     """Options of ``fit`` for words KEY=VALUE."""
-    return [word for key, value in map(_pair, overrides) for word in (f"--{key}", _word(value))]
+    return [word for key, value in settings(overrides) for word in (f"--{key}", _word(value))]
 
 
-def _pair(word: str) -> tuple[str, Any]:
-    key, _, value = word.partition("=")
-    if not key or not value:
-        raise InputError(f"--set {word}: expected KEY=VALUE, e.g. trainer.val_check_interval=100")
-    return key, yaml.safe_load(value)
+def settings(pairs: Sequence[str], option: str = "--set") -> list[tuple[str, Any]]:
+    """Keys and values of words KEY=VALUE."""
+    for word in pairs:
+        key, _, value = word.partition("=")
+        if not key or not value:
+            raise InputError(f"{option} {word}: expected KEY=VALUE")
+    return [(word.partition("=")[0], yaml.safe_load(word.partition("=")[2])) for word in pairs]
 
 
 def read_yaml(file: Path) -> Any:
