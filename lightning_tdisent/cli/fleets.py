@@ -47,7 +47,7 @@ def add_commands(commands: Commands) -> None:
     r.add_argument("--only", action="append", default=[], metavar="EXPERT",
                    help="a number or name, or several by commas; a single one is trained right here")  # fmt: skip
     r.add_argument("--workers", type=int, default=0, help="processes at a time (default: one per core, or per GPU)")
-    r.add_argument("--threads", type=int, default=0, help="of each worker (default: its share of the cores)")
+    r.add_argument("--threads", type=int, default=1, help="of each worker; 0: its share of the cores (default 1)")
     r.add_argument("--together", type=int, default=1, metavar="M",
                    help="experts that a worker trains at a time, from images that are decoded once")  # fmt: skip
     r.add_argument("--stacked", action="store_true",

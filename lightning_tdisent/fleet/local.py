@@ -20,14 +20,14 @@ from lightning_tdisent.fleet.work import Session, Work, failures, work_through
 
 def run(
     work: Work, train: Train, workers: int = 0, session: Session | None = None, show: bool = True,
-    gpus: Sequence[str] = (), title: str = "", threads: int = 0,
+    gpus: Sequence[str] = (), title: str = "", threads: int = 1,
 ) -> None:  # fmt: skip
     """Do all jobs that are not done; a failed one stops what needs it, the rest go on, then all failures are named.
 
     train: called in a fresh process with the jobs' command lines and progress reports; must be importable. workers:
     processes at a time, one per core if 0, or one per GPU where ``gpus`` (names for CUDA_VISIBLE_DEVICES) are given:
-    each sees its own alone, in turn. threads: of torch in each, its share of the cores if 0; another number gives other
-    last bits. Raises InputError for failed jobs at the end.
+    each sees its own alone, in turn. threads: of torch in each, its share of the cores if 0; small networks are fastest
+    with one, and another number gives other last bits. Raises InputError for failed jobs at the end.
     """
     session, jobs = session or Session(), work.jobs()
     names = [job.name for job in jobs]
