@@ -13,10 +13,11 @@ def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool 
     from lightning_tdisent.lit.callbacks.curve import Curve
     from lightning_tdisent.lit.callbacks.progress import StepProgress
     from lightning_tdisent.lit.entry import run
-    from lightning_tdisent.lit.together import together
 
     callbacks = [[StepProgress(report), Curve()] for report in reports]
     if len(argvs) > 1:
+        from lightning_tdisent.lit.together import together
+
         return together(argvs, callbacks, stacked)
     try:
         run(argvs[0], callbacks[0])
