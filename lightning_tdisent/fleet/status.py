@@ -5,7 +5,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.columns import Columns
@@ -59,11 +59,12 @@ def tiles(work: Work, now: float | None = None) -> list[Tile]:
     failed, jobs = failures(work), work.jobs()
     out = []
     done: set[str] = set()
+    foreseen = work.foreseen()
     for job in jobs:
         tile = _tile(work, job, failed.get(job.name), done, now)
         if tile.state == "done":
             done.add(job.name)
-        out.append(tile)
+        out.append(replace(tile, predicted=foreseen.get(tile.name)))
     return out
 
 
@@ -87,7 +88,7 @@ def _tile(work: Work, job: Job, failed: dict[str, Any] | None, done: set[str], n
         rate = held.get("rate") or 0
         eta = max(0, job.images - seen) / rate if job.images and rate and state == "training" else None
         who = f"process {held.get('pid')} on {host}" + (f", silent for {duration(silent)}" * (state == "silent"))
-        return Tile(job.name, state, rows, seen, job.images, held.get("loss"), held.get("x0_mse"), None, eta, who)
+        return Tile(job.name, state, rows, seen, job.images, held.get("loss"), held.get("x0_mse"), eta=eta, note=who)
     if failed:
         return Tile(job.name, "failed", rows, seen, job.images, note=" ".join(str(failed["reason"]).split()))
     lost = "" if not held or held.get("released") else f"its worker on {host} died at step {held.get('step', 0)}"

@@ -53,6 +53,9 @@ class Work(Protocol):
     def more(self) -> bool:
         """Whether, all jobs being done, there is something new to do."""
 
+    def foreseen(self) -> dict[str, float]:
+        """Errors of x0_hat that the plan foresees at the end of jobs, where it does."""
+
 
 @dataclass(frozen=True)
 class Jobs:
@@ -80,6 +83,10 @@ class Jobs:
     def more(self) -> bool:
         """Never."""
         return False
+
+    def foreseen(self) -> dict[str, float]:
+        """None."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,14 @@ class FleetWork:
     def more(self) -> bool:
         """Whether an adaptive budget has another round."""
         return rounds.advance(self.fleet)
+
+    def foreseen(self) -> dict[str, float]:
+        """By the fits of the last round of an adaptive budget."""
+        decided = rounds.newest(self.fleet)
+        if decided is None:
+            return {}
+        weight = {e.name: sum(decided["effects"][s - 1] for s in e.rows) for e in self.fleet.experts}
+        return {name: error / weight[name] for name, error in decided["predicted"].items()}
 
 
 def _step(pointer: bytes | None) -> int:

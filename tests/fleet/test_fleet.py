@@ -82,6 +82,8 @@ def test_an_adaptive_budget_is_spent_by_rounds_that_anybody_would_decide_alike(p
     images = json.loads(decided[0])["images"]
     assert 240 - 8 < sum(images.values()) <= 240
     assert images["expert_001"] != images["expert_002"]
+    at_end = [tile.predicted / tile.x0 for tile in tiles(FleetWork(fleets[0], describe))]
+    assert all(0.3 < ratio < 3 for ratio in at_end)  # the plan's errors are of the same kind as those on the board
     cards = {name: read_card(fleets[0].root / name / "model.safetensors") for name in images}
     assert {name: card.images_seen for name, card in cards.items()} == images
 
