@@ -1,11 +1,14 @@
-"""The one DataModule: WebDataset shards to batches of uint8 images, for every module of the project."""
+"""The one DataModule: WebDataset shards to batches of uint8 images, for every module of the project.
+
+The file is long because what is read, where a run stands in it and who shares it are decided together.
+"""
 
 import itertools
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -14,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.checkpoints import refuse_to_load
+from lightning_tdisent.lit.shared import Shared
 from lightning_tdisent.streaming.decode import Decoder
 from lightning_tdisent.streaming.orders import Shuffled, Streamed
 from lightning_tdisent.streaming.shards import ImageSet, Policy, Sample, Shards
@@ -23,11 +27,12 @@ class ResumableLoader:
     """Goes through the batches of a run, ``len`` an epoch, from wherever the last epoch, or the last process, stopped.
 
     Its state is the number of batches handed out, which Lightning stores and returns to it; the workers keep running
-    from one epoch to the next.
+    from one epoch to the next. Where ``shared`` is set, it gives the batches from a number on.
     """
 
     def __init__(self, dataset: Shuffled | Streamed, workers: int, start: int = 0, rewind: bool = False) -> None:
         self.source, self.done, self.rewind = dataset, start, rewind
+        self.shared: Callable[[int], Iterator[Sample]] | None = None
         workers = dataset.workers(workers)
         self.parts = dataset.parts(workers)
         self.loader = DataLoader(
@@ -44,7 +49,9 @@ class ResumableLoader:
         return len(self.source)
 
     def __iter__(self) -> Iterator[Sample]:
-        if self._stream is None or self.rewind:  # for overfit_batches: the same ones in every epoch
+        if self._stream is None and self.shared is not None:
+            self._stream = self.shared(self.done)
+        elif self._stream is None or self.rewind:  # for overfit_batches: the same ones in every epoch
             self.source.first = 0 if self.rewind else self.done
             self._stream = self._open() if self.parts == 1 else self._whole(self._open())
         try:
@@ -180,11 +187,33 @@ class ImageShards(L.LightningDataModule):
         self.workers, self.seed, self.flip = workers, seed, flip
         self.decoder, self.policy = Decoder(channels, size), Policy(on_bad_shard, bad_ceiling, verify)
         self._loader: ResumableLoader | None = None
+        self._shared: Shared | None = None
+
+    def share(self, shared: Shared) -> None:
+        """Take what equal data modules of this process have opened, decoded and read, and let them have the rest.
+
+        Call it after `setup`. Where samples are read as they are needed and may be skipped, each counts its own, alone.
+        """
+        self._shared = shared
+        if self._together:
+            self.shards = shared.once(("shards", *self._training), lambda: self.shards)
+
+    @property
+    def _together(self) -> bool:
+        return bool(self.resident) or self.policy.on_bad == "stop"
+
+    def _once(self, what: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        return make() if self._shared is None else self._shared.once(what, make)
+
+    @property
+    def _training(self) -> tuple[Any, ...]:
+        return (self.path, self.train, self.shards.decoder, self.policy)
 
     @cached_property
     def held_out(self) -> ImageSet:
         """The held-out images in memory; what is damaged among them always stops."""
-        return Shards.open(self.path, self.val, self.decoder, Policy(verify=self.policy.verify)).decoded(self.val_limit)
+        what = (self.path, self.val, self.decoder, Policy(verify=self.policy.verify))
+        return self._once((*what, self.val_limit), lambda: Shards.open(*what).decoded(self.val_limit))
 
     @cached_property
     def shards(self) -> Shards:
@@ -194,7 +223,7 @@ class ImageShards(L.LightningDataModule):
     @cached_property
     def training(self) -> ImageSet:
         """The training images in memory."""
-        return self.shards.decoded()
+        return self._once(self._training, self.shards.decoded)
 
     @property
     def digest(self) -> str:
@@ -240,7 +269,10 @@ class ImageShards(L.LightningDataModule):
         dataset: Shuffled | Streamed
         if self.resident:
             device = self.trainer.strategy.root_device if self.trainer and self.resident == "device" else None
-            dataset = Shuffled(self.training, self.batch_size, device=device, **options)
+            data = self.training
+            if device is not None:
+                data = self._once((*self._training, device), lambda: self.training.to(device))
+            dataset = Shuffled(data, self.batch_size, device=device, **options)
         elif self.access == "random" or (self.access == "auto" and self.shards.random_access):
             dataset = Shuffled(self.shards, self.batch_size, **options)
         else:
@@ -249,13 +281,21 @@ class ImageShards(L.LightningDataModule):
         if self.trainer:
             start = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
             rewind = self.trainer.overfit_batches > 0
-        self._loader = ResumableLoader(dataset, 0 if self.resident else self.workers, start, rewind)
+        workers = 0 if self.resident else self.workers
+        self._loader = ResumableLoader(dataset, workers, start, rewind)
+        if (store := self._shared) is not None and not rewind and self._together:
+            order = (type(dataset), *self._training, self.resident, self.buffer, self.batch_size, *options.values())
+            self._loader.shared = lambda n: store.batches(
+                order, n, id(self), partial(ResumableLoader, dataset, workers)
+            )
         return self._loader
 
     def teardown(self, stage: str) -> None:
         """Let the workers go."""
         if self._loader is not None:
             self._loader.close()
+        if self._shared is not None:
+            self._shared.leave(id(self))
 
     def on_exception(self, exception: BaseException) -> None:
         """Let the workers go."""

@@ -237,6 +237,7 @@ def _quiet() -> None:
         ".*LightningCLI's args parameter.*",
         ".*Couldn't infer the batch indices.*",  # seeds are their own names
         ".*The dirpath has changed from.*",  # a checkpoint validated from another folder
+        ".*`srun` command is available.*",  # a run of one process needs none
     ):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|torch|lightning")

@@ -44,6 +44,15 @@ def test_experts_are_the_same_by_hand_one_at_a_time_and_by_local_workers(planned
     assert main(["compose", *(str(fleet.root / e.name) for e in fleet.experts), "--out", str(tmp_path / "all")]) == 0
 
 
+def test_a_worker_may_train_several_at_a_time(planned, same_weights):
+    alone, beside = planned(budget=4 * 16), planned(budget=4 * 16)
+    train(alone)
+    assert main(["fleet", "run", str(beside.root), "--workers", "1", "--together", "3"]) == 0
+    for e in alone.experts:
+        same_weights(alone.root / e.name, beside.root / e.name)
+    assert "trained beside expert_001" in (beside.root / "expert_003" / "log.txt").read_text()
+
+
 def test_one_expert_of_all_rows_is_the_reduced_model(planned, configs, tmp_path, same_weights):
     fleet = planned(experts=1, budget=32)
     train(fleet)

@@ -113,9 +113,14 @@ class Checkpoint(LightningCheckpoint):
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
             return
-        first, self._stop = not self._stop, INTERRUPT if number == signal.SIGINT else TERMINATE
+        first = not self._stop
+        self.tell(number)
         if first and trainer.validating and trainer.world_size == 1:
             self._exit(trainer)
+
+    def tell(self, number: int) -> None:
+        """Tell a fit that has no signals, since it is not in the main thread, to save and go as if it had got this."""
+        self._stop = INTERRUPT if number == signal.SIGINT else TERMINATE
 
     def _exit(self, trainer: L.Trainer) -> None:
         # Lightning kills the first rank of a node as soon as another one ends with a code that is not 0
@@ -147,10 +152,12 @@ class Checkpoint(LightningCheckpoint):
             self._stop = wish
             self._exit(trainer)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Do not begin to validate when told to go while a checkpoint was being written."""
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
+        """Do not begin to validate, or go on with it, when told to go."""
         if self._stop and trainer.validating and trainer.world_size == 1:
             self._exit(trainer)
+
+    on_validation_batch_end = on_validation_start
 
     def save(self, trainer: L.Trainer, ended: bool = False) -> None:
         """Write one checkpoint of this step, then remove those beyond ``keep``; ended: its epoch has been counted."""

@@ -53,11 +53,11 @@ class EMA(L.Callback):
         return list(module.denoiser.parameters())
 
     def _flat(self) -> Tensor:
-        return torch.cat([p.flatten() for p in self._walked]).float()
+        return torch.cat([p.flatten() for p in self.walked]).float()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Start from the weights as they are, or as they were saved."""
-        self._walked = [p.detach() for p in self._parameters(pl_module)]
+        self.walked = [p.detach() for p in self._parameters(pl_module)]  # what is averaged, in this order
         if self._restored is None:
             self.averages, self.updates = [self._flat() for _ in self.kinds], 0
         else:

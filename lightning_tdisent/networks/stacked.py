@@ -1,0 +1,112 @@
+"""S networks of one make as one network whose every layer computes all S at once.
+
+Sample n of a batch belongs to network n % S. So a batch (B S, C, H, W) is also (B, S C, H, W) without a copy: all S
+convolutions are one grouped convolution, all normalisations one of S times the groups; attention, resampling and
+concatenation of channels, which have no weights, work on the samples as they always do.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+
+from lightning_tdisent.diffusion.spec import spec
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.networks.network import Network
+
+Forward = Callable[..., Any]
+
+
+def stack(networks: Sequence[Network]) -> tuple[Network, dict[str, Tensor]]:
+    """One network that computes S of them, and its weights, leaves (S, ...) by the names that each has.
+
+    It takes x (B S, C, H, W), index and label (B S,), sample n for network n % S, and says what that one says of it, up
+    to the order of sums; the gradient of a sample reaches the weights of its own network only. Convolutions, linear
+    layers and group normalisations have forms of their own, other layers with weights go through `torch.func.vmap`.
+    A layer that mixes the samples of a batch would mix networks. Raises InputError for networks of different makes.
+    """
+    makes = [spec(network) for network in networks]
+    other = next((make for make in makes if make != makes[0]), None)
+    if other is not None:
+        raise InputError(f"networks of different makes cannot be stacked: {makes[0]} and {other}")
+    named = [dict(network.named_parameters()) for network in networks]
+    weights = {name: torch.stack([n[name].detach() for n in named]).requires_grad_() for name in named[0]}
+    network = copy.deepcopy(networks[0]).requires_grad_(requires_grad=False)
+    done: tuple[str, ...] = ()
+    for path, module in list(network.named_modules()):
+        if next(module.parameters(recurse=False), None) is None or path.startswith(done):
+            continue
+        prefix = f"{path}." if path else ""
+        done = (*done, prefix)
+        own = {name: weights[prefix + name] for name, _ in module.named_parameters()}
+        module.forward = _FORMS.get(type(module), _any)(module, own, len(networks))
+    return network, weights
+
+
+def _convolution(module: Any, weights: dict[str, Tensor], S: int) -> Forward:
+    if module.padding_mode != "zeros":
+        return _any(module, weights, S)
+    weight, bias = weights["weight"], weights.get("bias")
+    options = (module.stride, module.padding, module.dilation, S * module.groups)
+
+    def pointwise(x: Tensor) -> Tensor:
+        y = weight.flatten(2) @ x.flatten(2).unflatten(0, (-1, S))
+        y = y if bias is None else y + bias[..., None]
+        return y.reshape(len(x), -1, *x.shape[2:])
+
+    if module.kernel_size == (1, 1) and options == ((1, 1), (0, 0), (1, 1), S):
+        return pointwise  # a quarter faster than a grouped convolution, with its gradients
+
+    def forward(x: Tensor) -> Tensor:
+        wide = x.reshape(-1, S * x.shape[1], *x.shape[2:])
+        y = F.conv2d(wide, weight.flatten(0, 1), bias if bias is None else bias.flatten(), *options)
+        return y.reshape(len(x), -1, *y.shape[2:])
+
+    return forward
+
+
+def _linear(module: Any, weights: dict[str, Tensor], S: int) -> Forward:
+    weight, bias = weights["weight"], weights.get("bias")
+
+    def forward(x: Tensor) -> Tensor:
+        apart = x.reshape(-1, S, *x.shape[1:]).transpose(0, 1)
+        flat = apart.reshape(S, -1, x.shape[-1])
+        y = flat @ weight.mT if bias is None else torch.baddbmm(bias[:, None], flat, weight.mT)
+        return y.view(*apart.shape[:-1], -1).transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+    return forward
+
+
+def _group_norm(module: Any, weights: dict[str, Tensor], S: int) -> Forward:
+    weight, bias = weights["weight"], weights["bias"]
+
+    def forward(x: Tensor) -> Tensor:
+        wide = x.reshape(-1, S * x.shape[1], *x.shape[2:])
+        return F.group_norm(wide, S * module.num_groups, weight.flatten(), bias.flatten(), module.eps).view_as(x)
+
+    return forward
+
+
+def _any(module: nn.Module, weights: dict[str, Tensor], S: int) -> Forward:
+    """Tensors as long as the first one are batches, all else is for all networks."""
+    plain = copy.deepcopy(module)
+
+    def forward(*args: Any) -> Any:
+        batches = [isinstance(a, Tensor) and a.ndim > 0 and len(a) == len(args[0]) for a in args]
+        apart = [a.unflatten(0, (-1, S)) if batch else a for a, batch in zip(args, batches, strict=True)]
+        dims = (0, *(1 if batch else None for batch in batches))
+        call = vmap(lambda w, *a: functional_call(plain, w, a), in_dims=dims, out_dims=1)
+        return call(weights, *apart).flatten(0, 1)
+
+    return forward
+
+
+_FORMS: dict[type, Callable[[Any, dict[str, Tensor], int], Forward]] = {
+    nn.Conv2d: _convolution,
+    nn.Linear: _linear,
+    nn.GroupNorm: _group_norm,
+}
