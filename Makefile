@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: quickstart test faults lint bench clean
+.PHONY: quickstart test test-ray test-slurm faults lint bench clean
+CLUSTER ?= 1
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -34,6 +35,15 @@ quickstart: $(BIN)/.run
 test: $(BIN)/.test
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar
 	$(BIN)/python -m pytest
+
+# real clusters on this machine, 5 minutes each; CLUSTER=required fails where one cannot start, instead of skipping
+test-ray: $(BIN)/.test
+	$(PIP) -e ".[ray]"
+	CLUSTER=$(CLUSTER) $(BIN)/python -m pytest tests/fleet/test_ray.py
+
+# Debian's slurm-wlm and munge must be installed
+test-slurm: $(BIN)/.test
+	CLUSTER=$(CLUSTER) $(BIN)/python -m pytest tests/fleet/test_slurm.py
 
 # every fault with all its trials, on fresh processes; under 20 minutes on 2 cores
 faults: $(BIN)/.test

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -128,6 +129,7 @@ def _open_fleet(where: str, overrides: Sequence[str] = (), scratch: Path | None 
 
 
 def _fleet_run(a: argparse.Namespace) -> None:
+    from lightning_tdisent.fleet.engines import SRUN
     from lightning_tdisent.fleet.local import refuse_undone, run
     from lightning_tdisent.fleet.status import summary, tiles
     from lightning_tdisent.fleet.work import Session, work_through
@@ -150,6 +152,8 @@ def _fleet_run(a: argparse.Namespace) -> None:
     here = len(only) == 1
     session, train = Session(only, a.ttl, together=a.together, quiet=not here), partial(fits, stacked=a.stacked)
     if here:
+        for name in SRUN:  # Lightning would take a task of somebody's own batch script for one of srun's
+            os.environ.pop(name, None)
         use_device("cpu")
         work_through(work, train, session)
         refuse_undone(work, session)
@@ -171,6 +175,7 @@ def _launch(a: argparse.Namespace, work: "FleetWork", only: Sequence[str]) -> No
     import sys
 
     from lightning_tdisent.fleet.engines import ray, slurm
+    from lightning_tdisent.fleet.local import told_to_go
     from lightning_tdisent.fleet.plan import settings
 
     if work.store.remote and a.engine == "slurm":
@@ -206,7 +211,8 @@ def _launch(a: argparse.Namespace, work: "FleetWork", only: Sequence[str]) -> No
         if a.detach:
             print(launch(jobs, command, logs, **options).words)  # type: ignore[union-attr]
             return
-        failed: Any = launch(jobs, command, logs, **options) if jobs else {}
+        with told_to_go():
+            failed: Any = launch(jobs, command, logs, **options) if jobs else {}
         if failed:
             raise InputError(
                 f"{len(failed)} jobs are not done:\n" + "\n".join(f"  - {n}: {why}" for n, why in failed.items())

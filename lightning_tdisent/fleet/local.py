@@ -51,7 +51,7 @@ def run(
 
     live = Live(refresh_per_second=2, transient=True)
     show = show and live.console.is_terminal
-    with _told_to_go():
+    with told_to_go():
         pool, starts = [start(k) for k in range(count)], count
         try:
             if show:
@@ -131,7 +131,7 @@ def _leave_with(parent: int) -> None:
 
 
 @contextmanager
-def _told_to_go() -> Iterator[None]:
+def told_to_go() -> Iterator[None]:
     """Turn SIGTERM and SIGUSR1 into an exit with 143, so that the workers are told as well."""
 
     def leave(*_: object) -> None:

@@ -380,7 +380,11 @@ def test_a_sparse_member_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("content", [b"", b"no tar at all", b"\0" * 100, b"x" * 2048, gzip.compress(b"x" * 5000)])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no tar at all", b"\0" * 100, b"x" * 2048, gzip.compress(b"x" * 5000)],
+    ids=["empty", "text", "zeros", "letters", "gzip"],
+)
 def test_what_is_no_tar_is_refused(content, packed, tmp_path):
     file = tmp_path / f"train-0.tar{'.gz' if packed else ''}"
     file.write_bytes(content)

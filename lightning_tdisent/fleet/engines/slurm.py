@@ -1,0 +1,288 @@
+"""Jobs as arrays of SLURM: one task is one job, submitted with sbatch and nothing else.
+
+The batch script starts the job's command and passes on what SLURM tells it. Near the time limit (`--signal`), and when
+the job is preempted with a grace time, the command saves and ends, and the task is requeued; what died is started
+again in its place. The script leaves the exit status in a file beside the logs, so that no accounting is needed and a
+launch may be left and taken up again: tasks that are in the queue are watched, not submitted twice.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_tdisent.errors import InputError, Unavailable
+from lightning_tdisent.files import write_whole
+from lightning_tdisent.fleet import engines
+from lightning_tdisent.fleet.engines import Command, Job
+
+LARGEST = 1000  # jobs of an array, by SLURM's default of MaxArraySize
+OURS = "array dependency error job-name kill-on-invalid-dep no-requeue open-mode output parsable requeue signal wrap"
+GONE = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"}
+SCRIPT = r"""#!/bin/bash
+# One task of this array is one job of a fleet; its command can be run by hand as it stands here.
+logs={logs}
+case $SLURM_ARRAY_TASK_ID in
+{cases}
+esac
+log=$logs/$name.log
+task=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID  # SLURM_JOB_ID of one of the tasks is that of the whole array
+unset {srun}  # else Lightning takes the command for one of srun's
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS={threads} PYTHONWARNINGS="${{PYTHONWARNINGS:+$PYTHONWARNINGS,}}"{warning}
+tell() {{ told=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null; }}
+trap tell TERM USR1
+tries=0
+while :; do
+    tries=$((tries + 1))
+    echo "== $(date -u '+%F %T')Z $name on $SLURMD_NODENAME, SLURM job $task," \
+        "restart ${{SLURM_RESTART_COUNT:-0}}, try $tries" >>"$log"
+    [ -z "$told" ] || {{ status=143; break; }}
+    "${{command[@]}}" </dev/null >>"$log" 2>&1 &
+    child=$!
+    [ -z "$told" ] || kill -TERM "$child"
+    while :; do  # a signal ends a wait, not the command
+        wait "$child"
+        kill -0 "$child" 2>/dev/null || break
+    done
+    wait "$child"
+    status=$?
+    child=
+    case $status in 0 | 1 | 2 | 130 | 138 | 143) break ;; esac
+    [ -z "$told" ] || {{ status=143; break; }}
+    [ "$tries" -le {retries} ] || break
+done
+case $status in
+130 | 138 | 143)
+    # still running: near its time limit, or in the grace time of a preemption. Otherwise SLURM has decided already
+    case $(squeue -h -j "$task" -o %T) in RUNNING | SIGNALING) scontrol requeue "$task" ;; esac ;;
+*)
+    echo "$SLURM_ARRAY_JOB_ID $status $tries" >"$logs/.$name.ended.$task"
+    mv "$logs/.$name.ended.$task" "$logs/$name.ended" ;;
+esac
+exit $status
+"""
+
+
+@dataclass
+class Submission:
+    """Where each job is in the queue (array, task), and which arrays this submission has added."""
+
+    logs: Path
+    tasks: dict[str, tuple[str, int]] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
+
+    @property
+    def words(self) -> str:
+        """How to look after it."""
+        ids = ",".join(dict.fromkeys(array for array, _ in self.tasks.values()))
+        new = f"submitted as {','.join(self.added)}" if self.added else "in the queue already"
+        cancel = f"scancel {ids.replace(',', ' ')}"
+        return f"jobs: {len(self.tasks)}, {new}. Watch: squeue -r -j {ids}; cancel: {cancel}; logs: {self.logs}"
+
+
+def submit(
+    jobs: Sequence[Job],
+    command: Command,
+    logs: Path,
+    *,
+    retries: int = 3,
+    cpus: int = 1,
+    gpus: int = 0,
+    memory: str | None = None,
+    at_once: int | None = None,
+    grace: int = 60,
+    sbatch: Mapping[str, str] | None = None,
+) -> Submission:
+    """Put jobs into the queue, but for those which are there from a submission before, and come back at once.
+
+    Jobs with the same needs are one array; it waits (`afterok`) for those that they need, and is cancelled if these
+    fail. cpus, gpus, memory: of one job, on one node. at_once: how many tasks of an array may run together. grace:
+    seconds before the time limit at which a job is told to save and is requeued (SLURM may take a minute more).
+    sbatch: further options of sbatch without their dashes, such as partition, account, time, constraint.
+    Raises InputError if SLURM is not here, cannot be reached or refuses; nothing of this submission stays then.
+    """
+    size, options = engines.resources(cpus, gpus, memory), dict(sbatch or {})
+    if gpus != int(gpus) or cpus != int(cpus):
+        raise InputError(f"engine slurm: cpus {cpus:g}, gpus {gpus:g}: SLURM gives whole ones")
+    wrong = [key for key in options if key in OURS.split() or not re.fullmatch(r"[a-z][a-z-]*", key)]
+    if wrong:
+        raise InputError(f"engine slurm: sbatch options {', '.join(wrong)}: not options, or the fleet's own ({OURS})")
+    logs = logs.resolve()
+    logs.mkdir(parents=True, exist_ok=True)
+    record = logs / "slurm.json"
+    out, states = Submission(logs), dict[tuple[str, int], tuple[str, str]]()
+    known: dict[str, list[str]]
+    known = json.loads(record.read_text()) if record.exists() else {}
+    if known:
+        states = _queue(list(known), jobs)
+    known = {array: names for array, names in known.items() if any((array, k) in states for k in range(len(names)))}
+    for array, names in known.items():
+        for k, name in enumerate(names):
+            if states.get((array, k), ("COMPLETED",))[0] not in GONE:
+                out.tasks[name] = array, k
+    waiting = [job for job in jobs if job.name not in out.tasks]
+    all_names = {job.name for job in jobs}
+    fixed = ["--parsable", "--requeue", "--open-mode=append", f"--signal=B:USR1@{grace}", "--kill-on-invalid-dep=yes"]
+    fixed += ["--nodes=1", "--ntasks=1", f"--cpus-per-task={int(cpus)}", f"--job-name={logs.parent.name or 'fleet'}"]
+    fixed += [f"--gres=gpu:{int(gpus)}"] if gpus else []
+    fixed += [f"--mem={max(1, size // 2**20)}M"] if size else []
+    fixed += [f"--output={str(logs).replace('%', '%%')}/slurm_%A_%a.log"]
+    fixed += [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]
+    try:
+        while waiting:
+            ready = [job for job in waiting if all(n in out.tasks or n not in all_names for n in job.needs)]
+            if not ready:  # a circle: they are not started, and will be named
+                break
+            group = [job for job in ready if set(job.needs) == set(ready[0].needs)][:LARGEST]
+            waiting = [job for job in waiting if job not in group]
+            words = [*fixed, f"--array=0-{len(group) - 1}" + (f"%{at_once}" if at_once else "")]
+            if needs := [out.tasks[n] for n in group[0].needs if n in out.tasks]:
+                words.append("--dependency=" + ",".join(f"afterok:{array}_{k}" for array, k in needs))
+            array = _ask(["sbatch", *words], group, _script(group, command, logs, cpus, retries)).strip().split(";")[0]
+            out.added.append(array)
+            out.tasks |= {job.name: (array, k) for k, job in enumerate(group)}
+            known[array] = [job.name for job in group]
+            write_whole(record, json.dumps(known, indent=1).encode())
+    except BaseException:
+        cancel(out)
+        raise
+    return out
+
+
+def _script(jobs: Sequence[Job], command: Command, logs: Path, cpus: float, retries: int) -> str:
+    cases = [f"{k}) name={shlex.quote(j.name)}; command=({shlex.join(command(j))}) ;;" for k, j in enumerate(jobs)]
+    return SCRIPT.format(
+        logs=shlex.quote(str(logs)),
+        cases="\n".join(cases),
+        srun=" ".join(engines.SRUN),
+        threads=int(cpus),
+        warning=shlex.quote(engines.NO_SRUN_WARNING),
+        retries=retries,
+    )
+
+
+def cancel(submission: Submission) -> None:
+    """Take what this submission has added out of the queue; commands that run save first."""
+    if submission.added:
+        subprocess.run(["scancel", *submission.added], check=False)  # noqa: S603, S607
+
+
+def watch(
+    submission: Submission,
+    jobs: Sequence[Job],
+    *,
+    every: float = 15.0,
+    patience: float = 900.0,
+    lag: float = 60.0,
+    say: Callable[[str], None] = print,
+) -> dict[str, str]:
+    """Wait until no job is in the queue; returns failures with their reasons, says how many are in which state.
+
+    every: seconds between two looks. patience: how long the controller may not answer. lag: how long the file with a
+    status may take to be seen on this machine after its task has left the queue.
+    """
+    here, failed, left, text = dict(submission.tasks), dict[str, str](), dict[str, float](), ""
+    heard = time.monotonic()
+    while here:
+        try:
+            states = _queue(list({array for array, _ in here.values()}), jobs)
+            heard = time.monotonic()
+        except InputError:
+            if time.monotonic() - heard > patience:
+                raise
+            time.sleep(every)
+            continue
+        counts: dict[str, int] = {}
+        for name, (array, k) in list(here.items()):
+            state, why = states.get((array, k), ("", ""))
+            if state and state not in GONE:
+                key = f"{state.lower()} ({why})" if why not in ("None", "") else state.lower()
+                counts[key] = counts.get(key, 0) + 1
+                continue
+            status, tries = _ended(submission.logs / f"{name}.ended", array)
+            gone = time.monotonic() - left.setdefault(name, time.monotonic())
+            if status is None and state not in ("CANCELLED", "COMPLETED") and gone < lag:
+                continue
+            del here[name]
+            log = submission.logs / f"{name}.log"
+            if status is not None and engines.fate(status) != "done":
+                failed[name] = engines.reason(status, log, engines.last_line(log), tries)
+            elif status is None and state != "COMPLETED":
+                how = f"left the queue as {state or 'an unknown one'}" + f" ({why})" * (why not in ("None", ""))
+                failed[name] = f"{how} before it was done (see {log}); launched again, it goes on from its checkpoint"
+        now = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+        if now and now != text:
+            say(f"slurm: {now}")
+            text = now
+        if here:
+            time.sleep(every)
+    for job in jobs:
+        if job.name not in submission.tasks or (job.name in failed and any(need in failed for need in job.needs)):
+            failed[job.name] = engines.not_started(job, failed)
+    return failed
+
+
+def launch(
+    jobs: Sequence[Job],
+    command: Command,
+    logs: Path,
+    *,
+    every: float = 15.0,
+    say: Callable[[str], None] = print,
+    **options: Any,
+) -> dict[str, str]:
+    """`submit` with its options, and `watch`; interrupted, it cancels what it has submitted."""
+    submission = submit(jobs, command, logs, **options)
+    say(submission.words)
+    try:
+        return watch(submission, jobs, every=every, say=say)
+    except (KeyboardInterrupt, SystemExit):
+        cancel(submission)
+        raise
+
+
+def _ended(file: Path, array: str) -> tuple[int | None, int]:
+    """Status and tries that a task of the array has left; None if there is none, or one of an older array."""
+    try:
+        mine, status, tries = file.read_text().split()
+    except (OSError, ValueError):
+        return None, 0
+    return (int(status), int(tries)) if mine == array else (None, 0)
+
+
+def _queue(arrays: Sequence[str], jobs: Sequence[Job]) -> dict[tuple[str, int], tuple[str, str]]:
+    """State and its reason by array and task, of those that SLURM still knows."""
+    try:
+        text = _ask(["squeue", "-h", "-r", "-t", "all", "-j", ",".join(arrays), "-o", "%F|%K|%T|%r"], jobs)
+    except InputError as error:
+        if "Invalid job id" in str(error):  # it has forgotten all of them
+            return {}
+        raise
+    rows = (line.split("|", 3) for line in text.splitlines() if line.count("|") >= 3)
+    return {(array, int(task)): (state, why) for array, task, state, why in rows if task.isdigit()}
+
+
+def _ask(words: list[str], jobs: Sequence[Job], script: str | None = None) -> str:
+    """Output of a command of SLURM; refuses with its words."""
+    if shutil.which(words[0]) is None:
+        raise Unavailable(
+            f"engine slurm: {words[0]} is not on this machine. Launch {engines.named(jobs)} from a login node of the "
+            "cluster, or with another engine"
+        )
+    try:
+        done = subprocess.run(words, input=script, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        raise InputError(f"engine slurm: {words[0]} does not answer in 120 s ({engines.named(jobs)})") from None
+    if done.returncode:
+        said = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        raise InputError(
+            f"engine slurm: {words[0]} refused {engines.named(jobs)}: {said or f'status {done.returncode}'}. `sinfo` "
+            "says whether the controller answers and which partitions there are"
+        )
+    return done.stdout

@@ -1,0 +1,51 @@
+"""A training's behaviour towards an engine, without the training: steps, checkpoints, signals, exit statuses.
+
+python stand_in.py FOLDER STEPS SECONDS [FATES..]: the Nth start has the Nth fate: "refuse", "die STEP", "go".
+In the folder are left "steps" (step, process), "kept" (the checkpoint, of every fifth step and of a signal) and "ends".
+"""
+
+import fcntl
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+EVERY = 5
+
+
+def main(folder, steps, seconds, *fates):
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = folder / "starts"
+    with starts.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    fate = dict(enumerate(fates, 1)).get(len(starts.read_text().splitlines()), "go")
+    lock = (folder / "lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # in the place of the lease: who comes while another is there waits
+    told = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda n, _: told.append(n))
+    print("buffered, and written before what stands on stderr")
+    if fate == "refuse":
+        print("error: lr 1e9 is no rate", file=sys.stderr)
+        return 2
+    kept = folder / "kept"
+    step = int(kept.read_text()) if kept.exists() else 0
+    while step < steps and not told:
+        time.sleep(seconds)
+        step += 1
+        with (folder / "steps").open("a") as file:
+            file.write(f"{step} {os.getpid()}\n")
+        if fate == f"die {step}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step % EVERY == 0 or told or step == steps:
+            kept.with_name("new").write_text(str(step))
+            kept.with_name("new").replace(kept)
+    status = 143 if step < steps else 0
+    with (folder / "ends").open("a") as file:
+        file.write(f"{status} {step}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), *sys.argv[4:]))

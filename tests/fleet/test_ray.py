@@ -1,0 +1,260 @@
+"""The Ray engine on real clusters: nodes, workers and launchers are killed. Runs with `make test-ray`."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import trainings
+from trainings import REAL, STAND_IN, Job, alive, parent, real_command, saved_step, until
+
+from lightning_tdisent.cli import describe, fits
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.fleet.engines import ray as engine
+from lightning_tdisent.fleet.work import FleetWork, Session, work_through
+
+if not os.environ.get("CLUSTER"):
+    pytest.skip("starts clusters of Ray: make test-ray", allow_module_level=True)
+try:
+    import ray
+    from ray.cluster_utils import Cluster
+except ImportError:
+    if os.environ["CLUSTER"] == "required":
+        raise
+    pytest.skip('Ray is not installed: pip install -e ".[ray]"', allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray's own pipes
+
+
+class Trainings(trainings.Trainings):
+    def launch(self, jobs, **options):
+        return engine.launch(jobs, self.command, self.folder / "logs", say=self.said.append, **options)
+
+    def nodes(self, name):
+        return re.findall(r"Ray's node (\w+)", (self.folder / "logs" / f"{name}.log").read_text())
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head that runs nothing, and two nodes, which look as if they had been started by srun; connected."""
+    os.environ["SLURM_NTASKS"] = "1"
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    here = {
+        "place1": nodes.add_node(num_cpus=2),
+        "place2": nodes.add_node(num_cpus=2, resources={"room": 2, "place2": 1}),
+    }
+    nodes.wait_for_nodes()
+    del os.environ["SLURM_NTASKS"]
+    nodes.connect()
+    yield nodes, here
+    ray.shutdown()
+    nodes.shutdown()
+
+
+def test_deaths_are_retried_refusals_are_not_and_needs_are_met(cluster, tmp_path):
+    t = Trainings(tmp_path, dies=["die 7", "die 8"], bad=["refuse"], hopeless=["die 1"] * 3)
+    jobs = [
+        Job("late", ("dies", "fine")),
+        Job("dies"),
+        Job("fine"),
+        Job("bad"),
+        Job("after", ("bad",)),
+        Job("hopeless"),
+    ]
+    failed = t.launch(jobs, retries=2)
+    assert set(failed) == {"bad", "after", "hopeless"}
+    assert failed["bad"] == f"lr 1e9 is no rate (see {tmp_path}/logs/bad.log)"
+    assert failed["after"] == "not started, it needs bad"
+    assert failed["hopeless"].startswith("died 3 times, now with signal 9 (Killed): buffered")
+    assert [(first, last) for _, first, last in t.done_steps("dies")] == [(1, 7), (6, 8), (6, 12)]
+    assert [(first, last) for _, first, last in t.done_steps("late")] == [(1, 12)]
+    assert [len(t.lines(name, "starts")) for name in ("bad", "after", "hopeless", "fine")] == [1, 0, 3, 1]
+    begun = (tmp_path / "late" / "starts").stat().st_ctime_ns
+    assert all(begun > (tmp_path / name / "ends").stat().st_mtime_ns for name in ("dies", "fine"))
+    assert sum("is started again" in line for line in t.said) == 4
+    assert any(line.startswith("dies: died on ") and line.endswith("1 of 2") for line in t.said)
+
+
+def test_jobs_are_placed_where_the_resource_is(cluster, tmp_path):
+    _, here = cluster
+    t = Trainings(tmp_path, 2)
+    assert t.launch([Job("a"), Job("b")], resources={"room": 1}) == {}
+    assert {*t.nodes("a"), *t.nodes("b")} == {here["place2"].node_id}
+    assert t.said == []
+
+
+def test_as_many_at_once_as_there_is_room_and_each_with_its_threads(cluster, tmp_path):
+    program = (
+        "import os, sys, time; from pathlib import Path\n"
+        "mine = Path(sys.argv[1], str(os.getpid())); mine.touch(); time.sleep(.3)\n"
+        "print(len(list(Path(sys.argv[1]).iterdir())), os.environ['OMP_NUM_THREADS'],\n"
+        "      [os.environ.get(n) for n in ('CUDA_VISIBLE_DEVICES', 'SLURM_NTASKS')], Path.cwd()); mine.unlink()"
+    )
+    room = tmp_path / "room"
+    room.mkdir()
+    jobs = [Job(f"j{k}") for k in range(5)]
+    command = [sys.executable, "-c", program, str(room)]
+    assert engine.launch(jobs, lambda job: command, tmp_path / "logs", cpus=2) == {}
+    said = [(tmp_path / "logs" / f"{job.name}.log").read_text().split("\n")[1].split(maxsplit=1) for job in jobs]
+    assert max(int(together) for together, _ in said) == 2  # nodes of two cores each
+    assert {rest for _, rest in said} == {f"2 ['', None] {Path.cwd()}"}
+
+
+def test_a_lost_node_s_jobs_go_on_elsewhere_from_their_checkpoints(cluster, tmp_path):
+    nodes, here = cluster
+    doomed = nodes.add_node(num_cpus=2, resources={"room": 2})
+    nodes.wait_for_nodes()
+    t, lost = Trainings(tmp_path, 200, 0.03), []
+    jobs = [Job(f"expert_{k}") for k in range(4)]
+
+    def kill():
+        until(lambda: all(len(t.lines(job.name, "steps")) > 20 for job in jobs))
+        lost.extend(job.name for job in jobs if t.nodes(job.name) == [doomed.node_id])
+        nodes.remove_node(doomed, allow_graceful=False)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    failed = t.launch(jobs, resources={"room": 1})
+    killer.join()
+    assert failed == {}
+    assert len(lost) == 2
+    for job in jobs:
+        starts = t.done_steps(job.name)
+        assert starts[0][1] == 1
+        assert starts[-1][2] == 200
+        assert len(starts) == (2 if job.name in lost else 1)
+        assert t.nodes(job.name)[-1] == here["place2"].node_id
+        assert not any(alive(process) for process, _, _ in starts)
+
+
+def test_a_real_fleet_that_loses_a_node_ends_as_the_unbroken_one(cluster, planned, same_weights, tmp_path):
+    nodes, _ = cluster
+    whole, broken = planned(**REAL), planned(**REAL)
+    assert work_through(FleetWork(whole, describe), fits, Session()) == {}
+    doomed = nodes.add_node(num_cpus=1, resources={"room": 1})
+    nodes.wait_for_nodes()
+    jobs, lost = broken.jobs(), []
+
+    def kill():
+        until(lambda: all(saved_step(broken, name) >= 10 for name in ("expert_001", "expert_002")))
+        for name in ("expert_001", "expert_002"):
+            if doomed.node_id in (tmp_path / "logs" / f"{name}.log").read_text():
+                lost.append(name)
+        nodes.remove_node(doomed, allow_graceful=False)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    hold = ray.remote(num_cpus=0, max_retries=0, resources={"room": 1, "place2": 1})(lambda: time.sleep(600)).remote()
+    failed = engine.launch(jobs, real_command(broken), tmp_path / "logs", resources={"room": 1}, say=print)
+    killer.join()
+    ray.cancel(hold, force=True)
+    assert failed == {}
+    assert len(lost) == 1
+    assert "going on with" in (tmp_path / "logs" / f"{lost[0]}.log").read_text()
+    for unbroken, job in zip(whole.jobs(), jobs, strict=True):
+        same_weights(unbroken.folder, job.folder)
+
+
+def test_a_killed_worker_takes_its_command_with_it_which_saves(cluster, tmp_path):
+    t = Trainings(tmp_path, 60, 0.03)
+
+    def kill():
+        until(lambda: len(t.lines("a", "steps")) > 3)
+        ((process,),) = t.lines("a", "starts")
+        worker = parent(parent(process))
+        os.kill(worker, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert t.launch([Job("a")]) == {}
+    killer.join()
+    (_, _, saved), (_, first, _) = t.done_steps("a")
+    assert first == saved + 1
+    assert t.lines("a", "ends") == [(143, saved), (0, 60)]
+
+
+LAUNCHER = """
+import signal, sys
+sys.path.insert(0, sys.argv[1])
+import os; os.environ["CLUSTER"] = "1"
+from pathlib import Path
+from test_ray import Job, Trainings
+
+def leave(*_):
+    raise SystemExit(143)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, leave)
+    Trainings(Path(sys.argv[2]), 2000, 0.03).launch([Job("a"), Job("b"), Job("c")], address=sys.argv[3] or None)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -2), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("where", ["its own", "the cluster"])
+def test_an_interrupted_launch_ends_with_all_its_commands_which_save(where, number, code, cluster, tmp_path):
+    address = cluster[0].address if where == "the cluster" else ""
+    words = [sys.executable, "-c", LAUNCHER, str(STAND_IN.parent), str(tmp_path), address]
+    launcher = subprocess.Popen(words, stderr=subprocess.PIPE, env={**os.environ, "RAY_ADDRESS": ""})
+    t = Trainings(tmp_path)
+    try:
+        until(lambda: len(t.lines("a", "steps")) > 3 and len(t.lines("b", "steps")) > 3)
+        launcher.send_signal(number)
+        _, said = launcher.communicate(timeout=60)
+        assert launcher.returncode == code, said.decode()
+    finally:
+        launcher.kill()
+        launcher.communicate()
+    ran = [name for name in "abc" if t.lines(name, "starts")]
+    if number == signal.SIGKILL:
+        until(lambda: all(t.lines(name, "ends") for name in ran))
+    for name in ran:
+        ((status, saved),) = t.lines(name, "ends")
+        assert status == 143
+        assert t.lines(name, "steps")[-1][0] == saved == int((tmp_path / name / "kept").read_text())
+        ((process,),) = t.lines(name, "starts")
+        until(lambda process=process: not alive(process))
+
+
+@pytest.fixture
+def disconnected(cluster):
+    """As a fresh process is."""
+    ray.shutdown()
+    yield
+    ray.init(address=cluster[0].address)
+
+
+def test_a_cluster_that_does_not_answer_is_refused_in_time(disconnected, tmp_path):
+    jobs = [Job(f"expert_{k:03d}") for k in range(9)]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        for patience, why in ((60, "refused"), (4, "no answer in 4 s")):
+            began = time.monotonic()
+            with pytest.raises(InputError, match=why) as refusal:
+                engine.launch(jobs, lambda job: [], tmp_path, address=address, patience=patience)
+            assert time.monotonic() - began < 10
+            assert address in str(refusal.value)
+            assert "expert_000, expert_001, .., expert_008 (9 jobs)" in str(refusal.value)
+            server.listen()  # from here on it accepts, and says nothing
+
+
+def test_a_second_connection_is_refused(cluster, tmp_path):
+    with pytest.raises(InputError, match=r"address 10\.0\.0\.1:1: this process is connected"):
+        engine.launch([Job("a")], lambda job: [], tmp_path, address="10.0.0.1:1")
+
+
+def test_what_this_machine_can_never_give_is_refused(disconnected, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(
+        InputError, match=r"a want CPU 1, GPU 99, special 2 on one node; the most .* CPU \d+, GPU \d+, spe"
+    ):
+        engine.launch([Job("a")], lambda job: [], tmp_path, gpus=99, resources={"special": 2})
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not ray.is_initialized()
