@@ -54,7 +54,7 @@ def test_a_fleet_killed_at_random_ends_as_the_unbroken_one(fleet, start, size, f
     killed = {"launcher": 0, "worker": 0, "all": 0}
     running = start("fleet", "run", broken, "--workers", 2)
     for trial in range(trials):
-        until(lambda: processes_of(broken) or not alive(running.pid))
+        until(lambda pid=running.pid: processes_of(broken) or not alive(pid))
         time.sleep(chance.uniform(0, 3))
         holders = processes_of(broken)
         if not alive(running.pid) or not holders:
