@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_tdisent.fleet.plan import Facts, Fleet
     from lightning_tdisent.fleet.work import FleetWork
 
+TEXTS = ("memory", "address", "sbatch", "resources")  # options that are no numbers
 TEXT = "plan, run and watch the trainings of many independent experts"
 
 
@@ -72,11 +73,16 @@ def add_commands(commands: Commands) -> None:
 
 
 def _fleet_plan(a: argparse.Namespace) -> None:
-    from lightning_tdisent.fleet.plan import Fleet, draft
+    from lightning_tdisent.fleet.plan import draft
 
     if (a.folder is None) == (a.config is None):
         raise InputError("fleet plan wants --config FILE for a new fleet, or the folder of one that is planned")
-    fleet = draft(a.config, describe, a.out, a.seed, a.overrides) if a.config else Fleet.load(a.folder)
+    if a.folder and (a.out or a.seed is not None or a.overrides):
+        raise InputError("--out, --seed and --set are for --config; edit plan.yaml of a fleet that is planned")
+    where = str(draft(a.config, describe, a.out, a.seed, a.overrides).store) if a.config else a.folder
+    work = _open_fleet(where)
+    work.fetch_configs()
+    fleet = work.fleet
     facts = fleet.check(describe)
     wide_console().print(_plan_table(fleet, facts), highlight=False)
     if a.simulate:
@@ -150,10 +156,16 @@ def _fleet_run(a: argparse.Namespace) -> None:
     if a.options or a.detach:
         raise InputError("--option and --detach belong to --engine ray or slurm")
     here = len(only) == 1
+    unknown = [name for name in only if name not in work.fleet.names]
+    if unknown:
+        raise InputError(f"--only {', '.join(unknown)}: no such expert; there are {', '.join(work.fleet.names)}")
     session, train = Session(only, a.ttl, together=a.together, quiet=not here), partial(fits, stacked=a.stacked)
     if here:
         for name in SRUN:  # Lightning would take a task of somebody's own batch script for one of srun's
             os.environ.pop(name, None)
+        if a.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = a.gpus
+        os.environ["OMP_NUM_THREADS"] = str(a.threads or cores(None))
         use_device("cpu")
         work_through(work, train, session)
         refuse_undone(work, session)
@@ -183,12 +195,12 @@ def _launch(a: argparse.Namespace, work: "FleetWork", only: Sequence[str]) -> No
     place = a.folder if work.store.remote else str(Path(a.folder).resolve())
     logs = (Path(work.fleet.root) if work.store.remote else Path(place)) / "logs"
     options: dict[str, Any] = {}
-    for key, value in settings(a.options, "--option"):
+    for (key, value), word in zip(settings(a.options, "--option"), a.options, strict=True):
         group, _, name = key.rpartition(".")
-        if group:
-            options.setdefault(group, {})[name] = str(value) if group == "sbatch" else value
+        if group:  # sbatch's own are passed on as they stand: in YAML 8:00:00 is a number
+            options.setdefault(group, {})[name] = word.partition("=")[2] if group == "sbatch" else value
         else:
-            options[key] = value
+            options[key] = word.partition("=")[2] if key in ("memory", "address") else value
     common = [word for name in a.imports for word in ("--import", name)]
     common += [word for pair in a.overrides for word in ("--set", pair)]
     common += ["--ttl", f"{a.ttl:g}", *(["--scratch", str(a.scratch)] if a.scratch else [])]
@@ -197,7 +209,12 @@ def _launch(a: argparse.Namespace, work: "FleetWork", only: Sequence[str]) -> No
         return [sys.executable, "-m", "lightning_tdisent", "fleet", "run", place, "--only", job.name, *common]
 
     launch = ray.launch if a.engine == "ray" else slurm.submit if a.detach else slurm.launch
-    taken = list(inspect.signature(launch).parameters)[3:]
+    known: list[Any] = [ray.launch] if a.engine == "ray" else [slurm.submit, slurm.launch]
+    taken = [p.name for f in known for p in inspect.signature(f).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    taken.remove("say")
+    odd = [f"{k}={v}" for k, v in options.items() if k in taken and k not in TEXTS and not isinstance(v, (int, float))]
+    if odd:
+        raise InputError(f"--option {odd[0]}: a number is wanted")
     if odd := [key for key in options if key not in taken]:
         raise InputError(
             f"--option {odd[0]}: none of --engine {a.engine}.{nearest(odd[0], taken)} It has: {', '.join(taken)}"
@@ -207,6 +224,7 @@ def _launch(a: argparse.Namespace, work: "FleetWork", only: Sequence[str]) -> No
             "--detach is for --engine slurm, and for budgets whose end is known: an adaptive one is decided on the way"
         )
     while True:
+        number = work.round()
         jobs = [job for job in work.jobs() if (not only or job.name in only) and not work.done(job)]
         if a.detach:
             print(launch(jobs, command, logs, **options).words)  # type: ignore[union-attr]
@@ -217,7 +235,7 @@ def _launch(a: argparse.Namespace, work: "FleetWork", only: Sequence[str]) -> No
             raise InputError(
                 f"{len(failed)} jobs are not done:\n" + "\n".join(f"  - {n}: {why}" for n, why in failed.items())
             )
-        if only or not work.more():
+        if only or not work.more(number):
             return
 
 

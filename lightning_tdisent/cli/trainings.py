@@ -37,7 +37,7 @@ def describe(argv: list[str]) -> "Facts":
     from lightning_tdisent.sampling.cost import flops
 
     cli = parse(argv)
-    module, states = cli.model, cli.model.states
+    module, states, every = cli.model, cli.model.states, cli.trainer.val_check_interval
     return Facts(
         f"{type(module).__module__}.{type(module).__qualname__}",
         states.fingerprint,
@@ -49,5 +49,5 @@ def describe(argv: list[str]) -> "Facts":
         flops(module.network),
         module.decay,
         cli.trainer.max_steps,
-        int(cli.trainer.val_check_interval),
+        every if isinstance(every, int) and cli.trainer.check_val_every_n_epoch is None else 0,
     )

@@ -53,8 +53,12 @@ class Budget:
             raise InputError(f"images: of all jobs together, at least 1, got {self.images!r}")
         for name, low, high in (("least", 0, 1), ("end", 0, 1), ("first", 0.01, 1), ("rounds", 1, 10_000)):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not low <= value <= high:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise InputError(f"{name}: must lie in [{low}, {high}], got {value!r}")
+        if self.rounds != int(self.rounds):
+            raise InputError(f"rounds: a whole number, got {self.rounds}")
+        if not all(isinstance(share, (int, float)) for share in self.shares):
+            raise InputError(f"shares: numbers, got {list(self.shares)}")
         if bool(self.shares) != (self.rule == "explicit"):
             raise InputError(f"shares: belong to the rule explicit, one number per expert; the rule is {self.rule}")
 
@@ -68,7 +72,8 @@ class Budget:
         if odd := [key for key in data if key not in names]:
             raise InputError(f"{where}: unknown key {odd[0]!r}.{nearest(str(odd[0]), names)} Known: {', '.join(names)}")
         try:
-            return cls(**{**data, "shares": tuple(data.get("shares") or ())})
+            shares = data.get("shares") or ()
+            return cls(**{**data, "shares": tuple(shares) if isinstance(shares, (list, tuple)) else (shares,)})
         except InputError as error:
             raise InputError(f"{where}.{error}") from None
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet.store import Store
 
 FOLDER = "leases"
@@ -30,8 +31,9 @@ def me() -> Content:
 
 
 def _host() -> str:
-    try:
+    try:  # containers of one machine may share its name, but see other processes
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        boot += os.readlink("/proc/self/ns/pid").strip("pid:")
     except OSError:
         boot = ""
     return f"{socket.gethostname()}/{boot}"
@@ -140,7 +142,7 @@ class Lease:
                     return self._lost(f"{self.job}: another worker holds its lease by now")
                 self._write()
                 good = time.monotonic()
-            except OSError as error:
+            except (OSError, InputError) as error:
                 if time.monotonic() - good > self.ttl:
                     return self._lost(f"{self.job}: {self.store} cannot be reached for {self.ttl:.0f} s: {error}")
         return None

@@ -1,5 +1,6 @@
 """Workers on this machine: some processes that take one job after another, watched and replaced when they die."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -58,8 +59,9 @@ def run(
                 live.start()
             while running := [p for p in pool if p.exitcode != 0]:
                 wait([p.sentinel for p in running], timeout=1.0)
-                if show:
-                    live.update(board(tiles(work), title))
+                with contextlib.suppress(OSError, InputError):  # it is to be looked at, no more
+                    if show:
+                        live.update(board(tiles(work), title))
                 for k, process in enumerate(pool):
                     if process.exitcode:
                         starts += 1
@@ -83,7 +85,7 @@ def run(
 
 def refuse_undone(work: Work, session: Session) -> None:
     """Name every job that this session was to do and has not done, with its reason."""
-    failed = {name: str(f["reason"]) for name, f in failures(work).items() if f["session"] == session.name}
+    failed = {name: str(f["reason"]) for name, f in failures(work).items() if session.name in f["sessions"]}
     jobs = {job.name: job for job in work.jobs()}
     lines, undone = [], []
     for name, job in jobs.items():

@@ -19,6 +19,14 @@ from lightning_tdisent.fleet.store import Store
 SCHEMA = 1
 FILE = "plan.yaml"
 SHARED = "shared"
+RESERVED = {
+    "run": "--out",
+    "seed_everything": "seed",
+    "trainer.max_steps": "images",
+    "data.batch_size": "batch",
+    "model.warm_start": "start",
+    **dict.fromkeys(("model.rows", "model.expert", "model.experts"), "rows"),
+}  # config keys that a plan decides, and by what of it
 POINTS = 3  # of a curve that is to be continued
 KEYS = ("title", "out", "seed", "configs", "set", "experts", "rows", "for_rows", "start", "budget", "batch")
 STARTS = "scratch, common, neighbour, {shared: {configs: .., images: ..}}, or a file or run folder with weights"
@@ -37,7 +45,7 @@ class Facts:
     """What a command line of ``fit`` amounts to: table, batch, network, how it is trained.
 
     log_snr: of rows 1..S, first column; flops: of a forward pass of one image; decay: course of the learning rate;
-    validate: steps from one validation to the next.
+    validate: steps from one validation to the next, 0 if that goes by epochs.
     """
 
     module: str
@@ -184,6 +192,13 @@ class Fleet:
         entries = data["experts"]
         if not isinstance(entries, list) or not entries:
             raise InputError(f"{file}: experts: expected a list of experts, got {entries!r}")
+        for key in ("table", "configs"):
+            if not isinstance(data[key], dict):
+                raise InputError(f"{file}: {key}: expected a mapping, got {data[key]!r}")
+        known(
+            data["table"], ("fingerprint", "S", "index", "log_snr"), f"{file}: table", ("fingerprint", "S", "log_snr")
+        )
+        refuse_reserved(data.get("set"), f"{file}: set")
         experts = [_expert(entry, f"{file}: experts[{i}]") for i, entry in enumerate(entries)]
         refuse_unfit(experts, data["table"]["S"], bool(data.get("shared")), file)
         if data.get("shared"):
@@ -207,6 +222,9 @@ class Fleet:
     def check(self, describe: Describe, names: Sequence[str] = ()) -> list[Facts]:
         """Facts of these jobs, all if none are named; refuses what its config cannot train, or with another table."""
         out = []
+        away = [e for e in self.experts if e.start not in ("scratch", *self.names) and not Path(e.start).exists()]
+        if lost := [f"{e.name}: start: {e.start}" for e in away if not names or e.name in names]:
+            raise InputError(f"{'; '.join(lost)}: no such file or folder on this machine")
         for job in [job for job in self.jobs() if not names or job.name in names]:
             try:
                 facts = describe(job.argv)
@@ -222,6 +240,11 @@ class Fleet:
                 raise InputError(
                     f"{job.name}: model.decay is {facts.decay}, whose course needs the end to be known; an adaptive "
                     "budget wants model.decay: constant (and ema.lengths: [0.1], which averages as long as it trains)"
+                )
+            if self.budget.rule == "adaptive" and job.name != SHARED and not facts.validate:
+                raise InputError(
+                    f"{job.name}: an adaptive budget follows its curve: set trainer.val_check_interval to a number of "
+                    "steps, and trainer.check_val_every_n_epoch to null"
                 )
             if self.budget.rule == "adaptive" and job.name != SHARED and facts.max_steps < POINTS * facts.validate:
                 raise InputError(
@@ -246,15 +269,22 @@ def draft(
         data |= {**changes, "set": {**(data.get("set") or {}), **(changes.get("set") or {})}}
     known(data, KEYS, str(file), required=("configs", "budget"))
     store = Store(out or data.get("out") or f"runs/{file.stem}")
-    seed = int(data.get("seed", 0)) if seed is None else seed
+    seed = data.get("seed", 0) if seed is None else seed
+    for key, value in (("seed", seed), ("batch", data.get("batch") or 1)):
+        if not isinstance(value, int):
+            raise InputError(f"{file}: {key}: a whole number, got {value!r}")
+    for where, found in (("set", data.get("set")), *((f"for_rows.{k}", v) for k, v in _items(data.get("for_rows")))):
+        refuse_reserved(found, f"{file}: {where}")
     common = {**(data.get("set") or {}), **dict(settings(overrides))}
     configs, copies = _copies(file, data["configs"], "configs")
     shared = None
     if isinstance(data.get("start"), dict):
         known(data["start"], (SHARED,), f"{file}: start", required=(SHARED,))
-        shared = dict(data["start"][SHARED])
+        shared = data["start"][SHARED]
         known(shared, SHARED_KEYS, f"{file}: start.{SHARED}", required=("configs", "images"))
-        shared["configs"], more = _copies(file, shared["configs"], f"start.{SHARED}.configs")
+        shared = dict(shared)
+        refuse_reserved(shared.get("set"), f"{file}: start.{SHARED}.set")
+        shared["configs"], more = _copies(file, shared["configs"], f"start.{SHARED}.configs", copies)
         copies |= more
 
     def facts_of(names: Sequence[str], settings: dict[str, Any]) -> Facts:
@@ -287,7 +317,7 @@ def draft(
         begin = SHARED if shared else "scratch" if start == "common" else str(start)
         if any(key.startswith("model.network") for key in specials[k]):
             begin = "scratch"  # no other network's weights fit
-        if start == "neighbour":  # a chain from the highest noise, which is learned first, down
+        elif start == "neighbour":  # a chain from the highest noise, which is learned first, down
             begin = names[k + 1] if k + 1 < len(names) else "scratch"
         elif begin not in ("scratch", SHARED):
             begin = _place(file, begin)
@@ -310,10 +340,10 @@ def _claim(fleet: Fleet, copies: dict[str, bytes]) -> None:
     fleet.store.check()
     text = fleet.text().encode()
     there = fleet.store.read(FILE)
-    if there is not None and there != text:
+    if there is not None and there != text and fleet.store.names("leases"):
         raise InputError(
-            f"{fleet.store} holds another plan. Look at it with fleet plan {fleet.store}, edit {FILE} there, or choose "
-            "another --out"
+            f"{fleet.store} holds another plan, which has begun. Look at it with fleet plan {fleet.store}, edit {FILE} "
+            "there, or choose another --out"
         )
     for name, content in copies.items():
         fleet.store.write(name, content)
@@ -371,6 +401,7 @@ def _expert(entry: Any, where: str) -> Planned:
         wrong.append(f"set: {entry['set']!r} (a mapping of config keys)")
     if wrong:
         raise InputError(f"{where} ({name}): {'; '.join(wrong)}")
+    refuse_reserved(entry.get("set"), f"{where} ({name}): set")
     return Planned(**entry)
 
 
@@ -382,6 +413,8 @@ def _blocks(data: dict[str, Any], S: int, file: str) -> list[list[int]]:
         good = isinstance(rows, list) and all(isinstance(b, list) and all(isinstance(s, int) for s in b) for b in rows)
         if not good:
             raise InputError(f"{file}: rows: expected a list of lists of row numbers, got {rows!r}")
+        if far := sorted({s for block in rows for s in block} - {*range(1, S + 1)}):
+            raise InputError(f"{file}: rows: {far} are not among 1..{S}")
         return [sorted(block) for block in rows]
     owners = S if data.get("experts") is None else data["experts"]
     if not isinstance(owners, int) or not 1 <= owners <= S:
@@ -411,18 +444,26 @@ def _for_rows(data: Any, blocks: Sequence[Sequence[int]], S: int, file: str) -> 
     return out
 
 
-def _copies(file: Path, names: Any, key: str) -> tuple[dict[str, str], dict[str, tuple[bytes, Path]]]:
+def _copies(
+    file: Path,
+    names: Any,
+    key: str,
+    taken: dict[str, tuple[bytes, Path]] = {},  # noqa: B006
+) -> tuple[dict[str, str], dict[str, tuple[bytes, Path]]]:
     """Digests by the names of copies, and contents with where they come from."""
     if not isinstance(names, list) or not names:
         raise InputError(f"{file}: {key}: expected a list of YAML files, got {names!r}")
-    digests, copies = {}, {}
+    digests: dict[str, str] = {}
+    copies: dict[str, tuple[bytes, Path]] = {}
     for name in names:
         path = file.parent / str(name)
         if not path.is_file():
             near = nearest(str(name), [p.name for p in file.parent.glob("*.yaml")])
             raise InputError(f"{file}: {key}: {path} is no file.{near}")
         content = path.read_bytes()
-        copy = f"configs/{path.parent.resolve().name}_{path.name}"
+        copy = f"configs/{path.parent.resolve().name}_{path.stem}.yaml"
+        while copy in copies or (copy in taken and taken[copy][0] != content):
+            copy = copy.replace(".yaml", "_.yaml")
         digests[copy], copies[copy] = _digest(content), (content, path)
     return digests, copies
 
@@ -466,7 +507,22 @@ def settings(pairs: Sequence[str], option: str = "--set") -> list[tuple[str, Any
         key, _, value = word.partition("=")
         if not key or not value:
             raise InputError(f"{option} {word}: expected KEY=VALUE")
-    return [(word.partition("=")[0], yaml.safe_load(word.partition("=")[2])) for word in pairs]
+    try:
+        return [(word.partition("=")[0], yaml.safe_load(word.partition("=")[2])) for word in pairs]
+    except yaml.YAMLError as error:
+        raise InputError(f"{option}: not valid: {' '.join(str(error).split())}") from None
+
+
+def _items(data: Any) -> list[tuple[str, Any]]:
+    return list(data.items()) if isinstance(data, dict) else []
+
+
+def refuse_reserved(data: Any, where: str) -> None:
+    """Refuse settings that are no mapping, or of keys that the plan itself decides."""
+    if data is not None and not isinstance(data, dict):
+        raise InputError(f"{where}: expected a mapping of config keys, got {data!r}")
+    if odd := [key for key in data or {} if key in RESERVED]:
+        raise InputError(f"{where}: {', '.join(odd)}: the plan says it itself, by {RESERVED[odd[0]]}")
 
 
 def read_yaml(file: Path) -> Any:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet.budget import effects, fit_curve, grant, value
+from lightning_tdisent.fleet.store import read_json
 
 if TYPE_CHECKING:
     from lightning_tdisent.fleet.plan import Fleet
@@ -13,29 +14,31 @@ FOLDER = "rounds"
 CURVE = "curve.json"
 
 
-def newest(fleet: "Fleet") -> dict[str, Any] | None:
-    """The last decision, None while the first part of the budget is spent."""
-    names = [name for name in fleet.store.names(FOLDER) if name.endswith(".json")]
-    if not names:
-        return None
-    content: dict[str, Any] = json.loads(fleet.store.read(f"{FOLDER}/{names[-1]}") or b"null")
-    return content
+def newest(fleet: "Fleet") -> tuple[int, dict[str, Any] | None]:
+    """Number and content of the last decision; (0, None) while the first part of the budget is spent."""
+    numbers = [int(name[:-5]) for name in fleet.store.names(FOLDER) if name.endswith(".json") and name[:-5].isdigit()]
+    if not numbers:
+        return 0, None
+    return max(numbers), read_json(fleet.store, f"{FOLDER}/{max(numbers):04d}.json")
 
 
-def targets(fleet: "Fleet") -> dict[str, int]:
-    """Images that each expert is to see by now."""
-    decided = newest(fleet) if fleet.budget.rule == "adaptive" else None
-    return decided["images"] if decided else {e.name: e.images for e in fleet.experts}
+def targets(fleet: "Fleet") -> tuple[int, dict[str, int]]:
+    """Number of the round, and the images that each expert is to see in it."""
+    number, decided = newest(fleet) if fleet.budget.rule == "adaptive" else (0, None)
+    return number, decided["images"] if decided else {e.name: e.images for e in fleet.experts}
 
 
-def advance(fleet: "Fleet") -> bool:
-    """Decide the next round, once all experts have reached their targets; False when the budget is spent.
+def advance(fleet: "Fleet", number: int) -> bool:
+    """Decide what comes after round ``number``, whose targets all experts have reached; False if nothing does.
 
-    A function of the curves alone, so whoever comes first writes what anybody would have written.
+    A function of the curves alone, so whoever comes first writes what anybody would have written; True as well where
+    another worker has decided it already.
     """
     if fleet.budget.rule != "adaptive":
         return False
-    images, number = targets(fleet), len(fleet.store.names(FOLDER))
+    now, images = targets(fleet)
+    if now != number:
+        return True
     spent = sum(e.cost * images[e.name] for e in fleet.experts)
     left = fleet.budget.images - (fleet.shared["images"] if fleet.shared else 0) - spent
     batch = max(e.batch for e in fleet.experts)
@@ -75,8 +78,7 @@ def advance(fleet: "Fleet") -> bool:
 
 
 def _curve(fleet: "Fleet", name: str) -> dict[str, Any]:
-    content = fleet.store.read(f"{fleet.folder(name)}/{CURVE}")
+    content = read_json(fleet.store, f"{fleet.folder(name)}/{CURVE}")
     if content is None:
         raise InputError(f"{name}: {fleet.store}/{fleet.folder(name)}/{CURVE} is missing; an adaptive budget needs it")
-    data: dict[str, Any] = json.loads(content)
-    return data
+    return content

@@ -21,6 +21,7 @@ PROCESS = 450e6  # bytes of a worker with Lightning and torch on a CPU, before i
 PER_WEIGHT = 20  # bytes in training: value, gradient, AdamW's two, average
 REHEARSED = (16, 64)  # steps
 VALIDATIONS = 4
+DEATHS = 5  # in a row without a checkpoint, as `work.Session` has it
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class Pool:
                 given[key] = float(value)
             except ValueError:
                 raise InputError(f"--simulate: {key}={value!r} is no number") from None
+            good = key not in ("workers", "seed") or given[key] == given[key] // 1
+            if not given[key] < float("inf") or not good:
+                raise InputError(f"--simulate: {key}={value} is no number of them")
             if given[key] < 0 or (key in ("workers", "speed") and given[key] <= 0):
                 raise InputError(f"--simulate: {key}={value} must be above 0")
         if "workers" not in given:
@@ -75,8 +79,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds from the first process to the last image; seconds of all workers; images trained, those done twice
-    after a failure among them; failures; and the names of jobs in the order of their ends."""
+    """Seconds from the first process to the last image; seconds of all workers; images trained, and done twice after
+    failures; failures; jobs in the order of their ends, and those that died too often in a row."""
 
     wall: float
     busy: float
@@ -84,6 +88,7 @@ class Forecast:
     repeated: float
     failures: int
     order: list[str]
+    given_up: list[str]
 
 
 def simulate(loads: Sequence[Load], pool: Pool) -> Forecast:
@@ -99,7 +104,7 @@ def simulate(loads: Sequence[Load], pool: Pool) -> Forecast:
     free = [(pool.start, k) for k in range(pool.workers)]  # when each is there
     running: list[tuple[float, int, str, float, bool]] = []  # end, worker, job, begin, whether it ends well
     busy = again = 0.0
-    failures, now = 0, 0.0
+    failures, now, deaths, given_up = 0, 0.0, dict.fromkeys(of, 0), list[str]()
     while len(ended) < len(of):
         rounds = [of[n].round for n in of if n not in ended]
         ready = [n for n in waiting if of[n].round == min(rounds) and all(need in ended for need in of[n].needs)]
@@ -124,10 +129,15 @@ def simulate(loads: Sequence[Load], pool: Pool) -> Forecast:
             saved = max(0.0, saved)
             again += end - begin - saved
             todo[name] -= saved
-            waiting.add(name)
+            deaths[name] = 0 if saved else deaths[name] + 1
+            if deaths[name] < DEATHS:
+                waiting.add(name)
+            else:
+                ended[name] = end
+                given_up.append(name)
             heapq.heappush(free, (end + pool.start, worker))
     images, order = sum(load.images for load in loads), sorted(of, key=lambda n: ended[n])
-    return Forecast(max(ended.values()), busy, images, again * pool.speed, failures, order)
+    return Forecast(max(ended.values()), busy, images, again * pool.speed, failures, order, given_up)
 
 
 def loads_of(fleet: "Fleet", facts: Sequence["Facts"]) -> list[Load]:
@@ -136,13 +146,15 @@ def loads_of(fleet: "Fleet", facts: Sequence["Facts"]) -> list[Load]:
     out = []
     jobs = list(zip(fleet.jobs(), facts, strict=True))
     for job, fact in jobs:
-        out.append(Load(job.name, (job.images or 0) * fact.flops / top, job.needs, fact.max_steps // fact.validate))
+        out.append(
+            Load(job.name, (job.images or 0) * fact.flops / top, job.needs, fact.max_steps // (fact.validate or 10**9))
+        )
     if fleet.budget.rule == "adaptive":
         spent, count = sum(load.images for load in out), fleet.budget.rounds
         part = (fleet.budget.images - spent) / (count * len(fleet.experts))
         batch = {e.name: e.batch for e in fleet.experts}
         out += [
-            Load(f"{job.name} {k}", part, (), int(part / batch[job.name]) // fact.validate, k)
+            Load(f"{job.name} {k}", part, (), int(part / batch[job.name]) // (fact.validate or 10**9), k)
             for k in range(1, count + 1)
             for job, fact in jobs
             if job.name in batch
@@ -227,6 +239,8 @@ def lines(fleet: "Fleet", facts: Sequence["Facts"], pool: Pool) -> list[tuple[st
         flops += 3.0 * max(fact.flops for fact in facts) * sum(load.images for load in loads if load.round)
     disk, memory = footprint(facts, pool.workers)
     rare = f", {said.failures} failures" if pool.failures else ""
+    if said.given_up:
+        rare += f", {len(said.given_up)} jobs given up, which died {DEATHS} times before a checkpoint"
     again = f" and {said.repeated:,.0f} again after failures" if said.repeated else ""
     share = said.busy / (said.wall * pool.workers)
     flops *= 1 + said.repeated / said.images

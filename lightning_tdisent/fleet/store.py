@@ -6,6 +6,7 @@ create one name only one succeeds, and who lists sees what was written before.
 
 import contextlib
 import inspect
+import json
 import os
 import socket
 import uuid
@@ -141,6 +142,20 @@ class Store:
             raise Halted(f"{self.where}: cannot be written: {error.strerror or error}") from None
         if not created:
             raise Halted(f"{self.where}: says of a new name that it is taken")
+
+
+def read_json(store: Store, name: str) -> dict[str, Any] | None:
+    """Content of a file of JSON, None where there is none; refuses what is no object, or cut short, by its name."""
+    content = store.read(name)
+    if content is None:
+        return None
+    try:
+        data = json.loads(content)
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise InputError(f"{store}/{name}: damaged: not an object of JSON. Remove it, and run the fleet again")
+    return data
 
 
 @contextlib.contextmanager

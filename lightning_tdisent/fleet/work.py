@@ -22,13 +22,12 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet import lease, rounds
 from lightning_tdisent.fleet.job import Job, Train
 from lightning_tdisent.fleet.lease import TTL, Lease, Watch
-from lightning_tdisent.fleet.mirror import Mirror
+from lightning_tdisent.fleet.mirror import NEWEST, Mirror, step_of
 from lightning_tdisent.fleet.plan import Describe, Fleet
-from lightning_tdisent.fleet.store import Store
+from lightning_tdisent.fleet.store import Store, read_json
 
 FAILED = "failed"
 POLL = 1.0
-NEWEST = "checkpoints/newest.json"
 
 
 class Work(Protocol):
@@ -50,8 +49,11 @@ class Work(Protocol):
     def saved(self, job: Job) -> int:
         """Step of its newest checkpoint, 0 if it has none."""
 
-    def more(self) -> bool:
-        """Whether, all jobs being done, there is something new to do."""
+    def round(self) -> int:
+        """Which round of its jobs this is."""
+
+    def more(self, number: int) -> bool:
+        """Whether, all jobs of a round being done, there is something new to do."""
 
     def foreseen(self) -> dict[str, float]:
         """Errors of x0_hat that the plan foresees at the end of jobs, where it does."""
@@ -78,9 +80,13 @@ class Jobs:
 
     def saved(self, job: Job) -> int:
         """By the pointer beside it."""
-        return _step(Store(job.folder).read(NEWEST))
+        return step_of(Store(job.folder).read(NEWEST))
 
-    def more(self) -> bool:
+    def round(self) -> int:
+        """The only one."""
+        return 0
+
+    def more(self, number: int) -> bool:
         """Never."""
         return False
 
@@ -103,21 +109,27 @@ class FleetWork:
 
     def jobs(self) -> list[Job]:
         """With the images that the last round granted."""
-        return self.fleet.jobs(rounds.targets(self.fleet))
+        return self.fleet.jobs(rounds.targets(self.fleet)[1])
 
     def done(self, job: Job) -> bool:
         """Whether its images have been seen, by the weights or, in a store, by what their trainer said of them."""
         if not self.store.remote:
             return job.done
-        said = json.loads(self.store.read(f"done/{job.name}.json") or b"null")
-        return said is not None and said["images_seen"] >= (job.images or 0)
+        said = read_json(self.store, f"done/{job.name}.json")
+        if said is None:
+            return False
+        wrong = [f"{k} {said.get(k)}, not {v}" for k, v in job.expect.items() if said.get(k) != v]
+        if wrong:
+            raise InputError(
+                f"{job.name}: what {self.store} has of it is of another training: it has {', '.join(wrong)}"
+            )
+        return int(said["images_seen"]) >= (job.images or 0)
 
     def begin(self, job: Job) -> Mirror | None:
         """Bring configs, the weights it starts from, and what there is of its run; refuse a config that has changed."""
         mirror = None
+        self.fetch_configs()
         if self.store.remote:
-            for config in self.fleet.config_files:
-                Store(self.fleet.root).write(config, self.store.read(config) or b"")
             for name in job.needs:
                 Mirror(self.store, self.fleet.folder(name), self.fleet.root / self.fleet.folder(name)).pull()
             mirror = Mirror(self.store, self.fleet.folder(job.name), job.folder)
@@ -125,28 +137,31 @@ class FleetWork:
         self.fleet.check(self.describe, [job.name])
         return mirror
 
+    def fetch_configs(self) -> None:
+        """Bring the configs of a fleet in a store to this machine."""
+        if self.store.remote:
+            for config in self.fleet.config_files:
+                Store(self.fleet.root).write(config, self.store.read(config) or b"")
+
     def saved(self, job: Job) -> int:
         """By the pointer beside it."""
-        return _step(self.store.read(f"{self.fleet.folder(job.name)}/{NEWEST}"))
+        return step_of(self.store.read(f"{self.fleet.folder(job.name)}/{NEWEST}"))
 
-    def more(self) -> bool:
+    def round(self) -> int:
+        """Of an adaptive budget."""
+        return rounds.targets(self.fleet)[0]
+
+    def more(self, number: int) -> bool:
         """Whether an adaptive budget has another round."""
-        return rounds.advance(self.fleet)
+        return rounds.advance(self.fleet, number)
 
     def foreseen(self) -> dict[str, float]:
         """By the fits of the last round of an adaptive budget."""
-        decided = rounds.newest(self.fleet)
+        _, decided = rounds.newest(self.fleet)
         if decided is None:
             return {}
         weight = {e.name: sum(decided["effects"][s - 1] for s in e.rows) for e in self.fleet.experts}
         return {name: error / weight[name] for name, error in decided["predicted"].items()}
-
-
-def _step(pointer: bytes | None) -> int:
-    try:
-        return int(json.loads(pointer or b"{}").get("step", 0))
-    except (ValueError, AttributeError):
-        return 0
 
 
 @dataclass
@@ -170,8 +185,10 @@ def failures(work: Work) -> dict[str, dict[str, Any]]:
     """What kept jobs from being done, the last time somebody tried."""
     out = {}
     for name in work.store.names(FAILED):
-        content = json.loads(work.store.read(f"{FAILED}/{name}") or b"null")
-        if content:
+        with contextlib.suppress(InputError):  # half-written, by another version or a full disk: as if there were none
+            content = read_json(work.store, f"{FAILED}/{name}")
+            if content is None or not isinstance(content.get("sessions"), list):
+                continue
             out[name.removesuffix(".json")] = content
     return out
 
@@ -183,15 +200,18 @@ def work_through(work: Work, train: Train, session: Session) -> dict[str, str]:
     """
     watch = Watch()
     while True:
+        number = work.round()  # before the jobs: if another worker decides a round meanwhile, these are of a later one
         jobs = {job.name: job for job in work.jobs()}
         unknown = [name for name in session.only if name not in jobs]
         if unknown:
             raise InputError(f"--only {', '.join(unknown)}: no such expert; there are {', '.join(jobs)}")
-        reasons = {n: str(f["reason"]) for n, f in failures(work).items() if f["session"] == session.name and n in jobs}
+        reasons = {
+            n: str(f["reason"]) for n, f in failures(work).items() if session.name in f["sessions"] and n in jobs
+        }
         undone = {name: job for name, job in jobs.items() if not _done(work, job, reasons, session)}
         mine = [n for n in undone if n not in reasons and (not session.only or n in session.only)]
         if not mine:
-            if not undone and work.more():
+            if not undone and work.more(number):
                 continue
             return {n: reasons.get(n, "not asked for") for n in undone if not session.only or n in session.only}
         blocked = {n for n in undone if n in reasons or (session.only and n not in session.only)}
@@ -227,8 +247,11 @@ def _done(work: Work, job: Job, reasons: dict[str, str], session: Session) -> bo
 
 
 def _fail(work: Work, job: Job, reason: str, session: Session) -> None:
-    content = {"reason": reason, "session": session.name, "when": time.time(), **lease.me()}
-    work.store.write(f"{FAILED}/{job.name}.json", json.dumps(content).encode())
+    before = failures(work).get(job.name, {"sessions": []})["sessions"]
+    content = {"reason": reason, "sessions": [*before, session.name], "when": time.time(), **lease.me()}
+    print(f"{job.name}: {reason}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk: it has been said
+        work.store.write(f"{FAILED}/{job.name}.json", json.dumps(content).encode())
 
 
 _told: set[str] = set()
@@ -312,18 +335,20 @@ def _begin(work: Work, held: _Held, session: Session) -> None:
             f"its process died {held.lease.deaths} times in a row without saving anything beyond step "
             f"{work.saved(job)} (see {held.log})"
         )
-    work.store.remove(f"{FAILED}/{job.name}.json")
     job.folder.mkdir(parents=True, exist_ok=True)
     held.mirror = work.begin(job)
 
 
 def _conclude(work: Work, held: _Held) -> None:
     """Say in a store what was done; refuses a training that ended before its time."""
+    if held.mirror is not None:
+        held.mirror.push()
     if held.mirror is not None and (card := held.job.card):
         content = {"images_seen": card.images_seen, "rows": card.rows, "fingerprint": card.fingerprint}
         work.store.write(f"done/{held.job.name}.json", json.dumps(content).encode())
     if not work.done(held.job):
         raise InputError(f"its training ended before its images were seen (see {held.log})")
+    work.store.remove(f"{FAILED}/{held.job.name}.json")
 
 
 def _reason(error: BaseException, held: _Held) -> str:
@@ -331,7 +356,7 @@ def _reason(error: BaseException, held: _Held) -> str:
         return str(error)
     if isinstance(error, SystemExit):
         return f"ended with status {error.code} (see {held.log})"
-    with held.log.open("a") as log:
+    with contextlib.suppress(OSError), held.log.open("a") as log:
         traceback.print_exception(error, file=log)
     return f"{type(error).__name__}: {error} (see {held.log})"
 
@@ -356,7 +381,11 @@ def _copying(mirror: Mirror | None, held: Lease) -> Iterator[None]:
     finally:
         end.set()
         thread.join()
-        mirror.push()
+        try:
+            if held.held:  # else the copy is another worker's by now
+                mirror.push()
+        except OSError as error:
+            print(f"{held.job}: its copy in {mirror.store} is behind: {error}", file=sys.stderr)
 
 
 @contextlib.contextmanager

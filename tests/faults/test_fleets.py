@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lightning_tdisent.fleet.lease import current, gone
 from lightning_tdisent.fleet.store import Store
 
-EXPERTS, STEPS = 4, 40
+EXPERTS, STEPS = 4, 80
 
 
 @pytest.fixture
@@ -69,6 +69,7 @@ def test_a_fleet_killed_at_random_ends_as_the_unbroken_one(fleet, start, size, f
         running.end(signal.SIGKILL)  # its workers save and go
         running = start("fleet", "run", broken, "--workers", 2)
     assert running.wait(300) == 0, running.text
+    assert sum(killed.values()) == trials
     a, b = weights(whole), weights(broken)
     assert all(torch.equal(a[k][name], b[k][name]) for k in a for name in a[k])
     figures("killed_fleet", **killed, experts=EXPERTS, different=0)

@@ -118,7 +118,7 @@ def test_a_curve_of_its_own_kind_is_continued_well(floor, amplitude, p, m):
         return floor + amplitude * (n / 1000 + m) ** -p
 
     fit = fit_curve([(n, truth(n)) for n in range(1000, 9000, 1000)])
-    assert math.isclose(value(fit, 5000), truth(5000), rel_tol=0.01)
+    assert math.isclose(value(fit, 5000), truth(5000), rel_tol=0.03)
     gain = truth(8000) - truth(12000)
     assert math.isclose(value(fit, 8000) - value(fit, 12000), gain, rel_tol=0.35, abs_tol=0.01 * truth(8000))
 

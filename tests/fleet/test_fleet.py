@@ -10,7 +10,9 @@ from lightning_tdisent.cli import describe, fits, main
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet import lease
 from lightning_tdisent.fleet.local import refuse_undone, run
+from lightning_tdisent.fleet.mirror import Mirror
 from lightning_tdisent.fleet.plan import Fleet
+from lightning_tdisent.fleet.rounds import advance
 from lightning_tdisent.fleet.status import board, page, summary, tiles
 from lightning_tdisent.fleet.store import Store
 from lightning_tdisent.fleet.work import FleetWork, Session, work_through
@@ -86,6 +88,9 @@ def test_an_adaptive_budget_is_spent_by_rounds_that_anybody_would_decide_alike(p
     train(fleets[0])
     for name in ("expert_002", "expert_001", ""):  # in another order
         train(fleets[1], *[name] * bool(name))
+    assert not advance(fleets[0], 2)
+    assert advance(fleets[0], 1)  # which another worker has decided
+    assert fleets[0].store.names("rounds") == ["0001.json", "0002.json"]
     decided = [(f.root / "rounds" / "0002.json").read_bytes() for f in fleets]
     assert decided[0] == decided[1]
     images = json.loads(decided[0])["images"]
@@ -188,6 +193,45 @@ def test_what_a_config_refuses_fails_its_expert_alone(planned):
     assert "nowhere" in failed.note
     train(fleet, "expert_001")  # mended, it is tried again
     assert tiles(FleetWork(fleet, describe))[0].state == "done"
+
+
+def test_a_round_is_decided_once_its_targets_are_reached(planned):
+    fleet = planned(budget={"images": 240, "rule": "adaptive"}, rows=[[1], [2, 3, 4]])
+    for e in fleet.experts:
+        curve = {"variances": [1.0], "points": [[8 * k, [1 / k] * len(e.rows)] for k in range(1, 9)]}
+        fleet.store.write(f"{e.name}/curve.json", json.dumps(curve).encode())
+    assert [advance(fleet, 0) for _ in range(3)] == [True] * 3
+    assert fleet.store.names("rounds") == ["0001.json"]
+
+
+def test_what_fails_for_one_session_is_not_tried_by_it_again_because_of_another(planned):
+    fleet, tried = planned(experts=1, budget=32), []
+
+    def fail(argvs, reports):
+        tried.append(argvs)
+        return [InputError("no")]
+
+    one, other = Session(), Session()
+    work = FleetWork(fleet, describe)
+    for session in (one, other, one, other):
+        assert work_through(work, fail, session) == {"expert_001": "no"}
+    assert len(tried) == 2
+
+
+def test_a_copy_that_did_not_succeed_is_made_up_for(tmp_path):
+    store, here = Store(tmp_path / "store"), tmp_path / "here"
+    for name, content in (("checkpoints/newest.json", b'{"step": 9}'), ("model.safetensors", b"mine")):
+        Store(here).write(name, content)
+        store.write(f"e/{name}", b'{"step": 4}' if name.endswith("json") else b"old")
+    mirror = Mirror(store, "e", here)
+    mirror.pull()
+    assert (here / "model.safetensors").read_bytes() == b"mine"
+    mirror.push()
+    assert (store.read("e/model.safetensors"), store.read("e/checkpoints/newest.json")) == (b"mine", b'{"step": 9}')
+    behind = tmp_path / "behind"
+    Store(behind).write("model.safetensors", b"older")
+    Mirror(store, "e", behind).pull()
+    assert (behind / "model.safetensors").read_bytes() == b"mine"
 
 
 def test_unknown_experts_are_refused(planned):

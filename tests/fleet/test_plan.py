@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 from lightning_tdisent.cli import describe
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.fleet.lease import Watch, take
 from lightning_tdisent.fleet.plan import Fleet, Planned, draft, refuse_unfit
+
+
+BY_EPOCH = {"trainer.val_check_interval": 0.5, "trainer.check_val_every_n_epoch": 1}
 
 
 def edit(fleet, old, new):
@@ -36,8 +40,11 @@ def test_a_plan_has_a_line_for_each_expert_and_reads_back_as_it_was(planned):
 def test_the_same_yaml_plans_the_same_and_another_is_refused(planned, tmp_path):
     fleet = planned(tmp_path / "fleet")
     assert planned(tmp_path / "fleet").content() == fleet.content()
-    with pytest.raises(InputError, match="holds another plan"):
-        planned(tmp_path / "fleet", seed=4)
+    other = planned(tmp_path / "fleet", seed=4)  # nothing has begun
+    assert Fleet.load(other.store.where).seed == 4
+    take(other.store, "expert_001", Watch()).release()
+    with pytest.raises(InputError, match="holds another plan, which has begun"):
+        planned(tmp_path / "fleet", seed=5)
 
 
 def test_every_part_of_the_yaml_reaches_the_command_of_its_expert(planned):
@@ -122,6 +129,8 @@ def test_rows_are_owned_once_or_every_offender_is_named(owner, spoil):
         ("start: scratch}", "start: shared}", "expert_001 starts from the shared model, of which the plan has none"),
         ("schema: 1", "schema: 9", "plan of schema 9, this version reads 1"),
         ("schema: 1", "schema: [", "not valid YAML"),
+        ("seed: 3, start: scratch}", "seed: 3, start: scratch, set: {seed_everything: 1}}", "says it itself, by seed"),
+        ("table: {", "table: null\nset: {", "table: expected a mapping, got None"),
     ],
 )
 def test_an_edited_plan_that_cannot_be_run_is_refused(old, new, message, planned):
@@ -176,6 +185,19 @@ def test_a_changed_config_or_table_is_refused(planned):
         ({"start": {"shred": {}}}, "unknown key 'shred'. Did you mean 'shared'"),
         ({"start": {"shared": {"configs": ["shared.yaml"], "images": 3}}}, "at least one batch of 8 images, got 3"),
         ({"set": {"model.decay": "cosine"}, "budget": {"images": 128, "rule": "adaptive"}}, "model.decay: constant"),
+        ({"rows": [[1, 2], [3, 4, 9]]}, "rows: [9] are not among 1..4"),
+        ({"seed": "abc"}, "seed: a whole number, got 'abc'"),
+        ({"batch": "abc"}, "batch: a whole number, got 'abc'"),
+        ({"start": {"shared": None}}, "start.shared: expected keys"),
+        ({"set": [1]}, "set: expected a mapping of config keys, got [1]"),
+        ({"set": {"trainer.max_steps": 3}}, "trainer.max_steps: the plan says it itself, by images"),
+        ({"for_rows": {"1": {"model.rows": [2]}}}, "model.rows: the plan says it itself, by rows"),
+        ({"budget": {"images": 256, "rule": "adaptive", "rounds": 2.5}}, "rounds: a whole number, got 2.5"),
+        ({"budget": {"images": 256, "rule": "explicit", "shares": ["a"] * 4}}, "shares: numbers"),
+        (
+            {"set": {"trainer.val_check_interval": 0.5}, "budget": {"images": 256, "rule": "adaptive"}},
+            "a number of steps",
+        ),
         ({"budget": {"images": 256, "rule": "adaptive"}}, "wants 3 validations at least in its first 4 steps"),
     ],
 )
@@ -183,6 +205,22 @@ def test_a_wrong_yaml_is_refused(changes, message, planned):
     with pytest.raises(InputError) as refusal:
         planned(**changes).check(describe)
     assert message in str(refusal.value)
+
+
+def test_configs_of_one_name_are_kept_apart(planned, configs):
+    for folder in ("a", "b"):
+        (configs / folder / "x").mkdir(parents=True)
+        (configs / folder / "x" / "c.yaml").write_text(f"model: {{lr: {0.1 if folder == 'a' else 0.2}}}")
+    fleet = planned(configs=["expert.yaml", "a/x/c.yaml", "b/x/c.yaml"])
+    assert len(fleet.configs) == 3
+    assert len({fleet.store.read(name) for name in fleet.configs}) == 3
+
+
+def test_a_start_that_is_not_here_is_named(planned):
+    fleet = planned()
+    edit(fleet, "start: scratch", "start: nowhere/at/all")
+    with pytest.raises(InputError, match="expert_001: start: nowhere/at/all"):
+        Fleet.load(fleet.store.where).check(describe)
 
 
 def test_rows_may_be_shared_out_in_any_way(planned, configs):

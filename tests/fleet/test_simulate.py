@@ -3,7 +3,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lightning_tdisent.cli import describe, main
@@ -50,6 +50,7 @@ def test_the_longest_goes_first():
 def test_no_schedule_beats_its_bounds(images, workers, failures, seed):
     pool = Pool(workers, 100.0, 3.0, 1.0, checkpoint=60.0, failures=failures, seed=seed)
     said = simulate([Load(f"e{k}", n) for k, n in enumerate(images)], pool)
+    assume(not said.given_up)
     work = [1 + n / 100 for n in images]
     assert said.wall >= 3 + max(max(work), sum(work) / workers) - 1e-6
     assert said.busy == pytest.approx(sum(work) + said.repeated / 100)
@@ -64,6 +65,8 @@ def test_failures_repeat_what_was_not_saved():
     said = simulate(loads, pool)
     assert said.failures == pytest.approx(80, rel=0.3)  # 4 hours of 20 each, and what is done again
     assert said.repeated / 100 / said.failures == pytest.approx(30, rel=0.35)  # half a checkpoint's time each
+    hopeless = simulate([Load("e", 36_000.0), Load("f", 0.1)], Pool(1, 10, failures=3600))
+    assert hopeless.given_up == ["e"]
     never = simulate(loads, Pool(1, 100.0, 0.0, 0.0, checkpoint=0.0, failures=20.0))
     assert never.repeated == 0
 
@@ -74,6 +77,8 @@ def test_failures_repeat_what_was_not_saved():
         ("speed=3", "say at least workers=N"),
         ("workers=0", "workers=0 must be above 0"),
         ("workers=2,sped=3", "no 'sped'. Did you mean 'speed'"),
+        ("workers=0.5", "workers=0.5 is no number of them"),
+        ("workers=inf", "workers=inf is no number of them"),
         ("workers=two", "workers='two' is no number"),
         ("workers=2,failures=-1", "failures=-1 must be above 0"),
     ],
