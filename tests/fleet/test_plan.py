@@ -12,7 +12,6 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet.lease import Watch, take
 from lightning_tdisent.fleet.plan import Fleet, Planned, draft, refuse_unfit
 
-
 BY_EPOCH = {"trainer.val_check_interval": 0.5, "trainer.check_val_every_n_epoch": 1}
 
 
@@ -194,10 +193,7 @@ def test_a_changed_config_or_table_is_refused(planned):
         ({"for_rows": {"1": {"model.rows": [2]}}}, "model.rows: the plan says it itself, by rows"),
         ({"budget": {"images": 256, "rule": "adaptive", "rounds": 2.5}}, "rounds: a whole number, got 2.5"),
         ({"budget": {"images": 256, "rule": "explicit", "shares": ["a"] * 4}}, "shares: numbers"),
-        (
-            {"set": {"trainer.val_check_interval": 0.5}, "budget": {"images": 256, "rule": "adaptive"}},
-            "a number of steps",
-        ),
+        ({"set": BY_EPOCH, "budget": {"images": 256, "rule": "adaptive"}}, "trainer.val_check_interval to a number of"),
         ({"budget": {"images": 256, "rule": "adaptive"}}, "wants 3 validations at least in its first 4 steps"),
     ],
 )

@@ -65,7 +65,7 @@ def test_failures_repeat_what_was_not_saved():
     said = simulate(loads, pool)
     assert said.failures == pytest.approx(80, rel=0.3)  # 4 hours of 20 each, and what is done again
     assert said.repeated / 100 / said.failures == pytest.approx(30, rel=0.35)  # half a checkpoint's time each
-    hopeless = simulate([Load("e", 36_000.0), Load("f", 0.1)], Pool(1, 10, failures=3600))
+    hopeless = simulate([Load("e", 36_000.0), Load("f", 0.1)], Pool(1, 10, 0.0, 0.0, failures=3600))
     assert hopeless.given_up == ["e"]
     never = simulate(loads, Pool(1, 100.0, 0.0, 0.0, checkpoint=0.0, failures=20.0))
     assert never.repeated == 0
