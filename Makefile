@@ -34,7 +34,7 @@ quickstart: $(BIN)/.run
 
 test: $(BIN)/.test
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 # real clusters on this machine, 5 minutes each; CLUSTER=required fails where one cannot start, instead of skipping
 test-ray: $(BIN)/.test

@@ -35,8 +35,8 @@ def fitted(tiny, data, trainer):
 
 
 class Constant(DDIM):
-    def __call__(self, denoise, seeds, label=None):
-        return torch.zeros(len(seeds), *denoise.shape)
+    def walk(self, denoise, seeds, label=None, start=None):
+        yield 0, torch.zeros(len(seeds), *denoise.shape), None
 
 
 def test_it_logs_what_evaluate_would_say(fitted, digits, monkeypatch):
