@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from lightning_tdisent.cli import describe, main
-from lightning_tdisent.fleet.plan import draft
+from lightning_tdisent.fleet.draft import draft
 from lightning_tdisent.fleet.study import plan
 from lightning_tdisent.lit.entry import parse
 

@@ -73,7 +73,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _fleet_plan(a: argparse.Namespace) -> None:
-    from lightning_tdisent.fleet.plan import draft
+    from lightning_tdisent.fleet.draft import draft
 
     if (a.folder is None) == (a.config is None):
         raise InputError("fleet plan wants --config FILE for a new fleet, or the folder of one that is planned")

@@ -275,8 +275,8 @@ def _report(a: argparse.Namespace) -> None:
 
 def _study(a: argparse.Namespace) -> None:
     from lightning_tdisent.files import write_whole
+    from lightning_tdisent.fleet.draft import draft
     from lightning_tdisent.fleet.local import run
-    from lightning_tdisent.fleet.plan import draft
     from lightning_tdisent.fleet.status import page, tiles
     from lightning_tdisent.fleet.store import Store
     from lightning_tdisent.fleet.study import plan

@@ -18,6 +18,7 @@ from fsspec.asyn import AsyncFileSystem
 
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.files import whole
+from lightning_tdisent.streaming.tars import store_errors
 
 
 class Store:
@@ -68,7 +69,7 @@ class Store:
         """Content of a file, None where there is none."""
         try:
             if self.remote:
-                with _as_os_error():
+                with store_errors():
                     content: bytes = self.fs.cat_file(self._url(name))
                 return content
             return self.path(name).read_bytes()
@@ -78,7 +79,7 @@ class Store:
     def write(self, name: str, content: bytes) -> None:
         """Write a file, whole."""
         if self.remote:
-            with _as_os_error():
+            with store_errors():
                 self.fs.pipe_file(self._url(name), content)
             return
         self.path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,7 @@ class Store:
         """Write a file that is not there yet; False if somebody has been first."""
         if self.remote:
             try:
-                with _as_os_error():
+                with store_errors():
                     self.fs.pipe_file(self._url(name), content, mode="create")
             except FileExistsError:
                 return False
@@ -112,7 +113,7 @@ class Store:
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         if self.remote:
-            with contextlib.suppress(FileNotFoundError), _as_os_error():
+            with contextlib.suppress(FileNotFoundError), store_errors():
                 self.fs.rm_file(self._url(name))
         else:
             self.path(name).unlink(missing_ok=True)
@@ -122,7 +123,7 @@ class Store:
         if self.remote:
             self.fs.invalidate_cache()
             try:
-                with _as_os_error():
+                with store_errors():
                     found = [entry for entry in self.fs.ls(self._url(folder), detail=True) if entry["type"] == "file"]
             except (FileNotFoundError, NotADirectoryError):
                 return []
@@ -156,14 +157,3 @@ def read_json(store: Store, name: str) -> dict[str, Any] | None:
     if not isinstance(data, dict):
         raise InputError(f"{store}/{name}: damaged: not an object of JSON. Remove it, and run the fleet again")
     return data
-
-
-@contextlib.contextmanager
-def _as_os_error() -> Any:
-    """Turn whatever the client of a store raises into an OSError."""
-    try:
-        yield
-    except (OSError, InputError):
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from lightning_tdisent.cli import describe
-from lightning_tdisent.fleet.plan import draft
+from lightning_tdisent.fleet.draft import draft
 
 TRAINER = {"max_steps": 4, "max_epochs": -1, "val_check_interval": 2, "check_val_every_n_epoch": None,
            "num_sanity_val_steps": 0, "log_every_n_steps": 2, "limit_val_batches": 1, "accelerator": "cpu"}  # fmt: skip

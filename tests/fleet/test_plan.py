@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from lightning_tdisent.cli import describe
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.fleet.draft import draft
 from lightning_tdisent.fleet.lease import Watch, take
-from lightning_tdisent.fleet.plan import Fleet, Planned, draft, refuse_unfit
+from lightning_tdisent.fleet.plan import Fleet, Planned, refuse_unfit
 
 BY_EPOCH = {"trainer.val_check_interval": 0.5, "trainer.check_val_every_n_epoch": 1}
 

@@ -1,0 +1,202 @@
+"""A fleet's YAML expanded into its plan: one training per expert."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.fleet.budget import Budget
+from lightning_tdisent.fleet.plan import (
+    FILE,
+    SHARED,
+    SHARED_KEYS,
+    Describe,
+    Facts,
+    Fleet,
+    Planned,
+    digest_of,
+    flow,
+    known,
+    read_yaml,
+    refuse_reserved,
+    refuse_unfit,
+    settings,
+    word_of,
+)
+from lightning_tdisent.fleet.store import Store
+
+KEYS = ("title", "out", "seed", "configs", "set", "experts", "rows", "for_rows", "start", "budget", "batch")
+STARTS = "scratch, common, neighbour, {shared: {configs: .., images: ..}}, or a file or run folder with weights"
+Copies = dict[str, tuple[bytes, Path]]  # contents of configs by the names of their copies, and where they come from
+
+
+def draft(
+    config: str | Path, describe: Describe, out: str | Path | None = None, seed: int | None = None,
+    overrides: Sequence[str] = (), changes: dict[str, Any] | None = None,
+) -> Fleet:  # fmt: skip
+    """Expand a fleet's YAML into a plan, and write it with copies of all configs; refuses a folder that has another.
+
+    overrides: KEY=VALUE of all trainings' configs; changes: keys of the YAML itself; what it has under ``set`` stays.
+    """
+    file = Path(config)
+    data = read_yaml(file)
+    if isinstance(data, dict) and changes:
+        data |= {**changes, "set": {**(data.get("set") or {}), **(changes.get("set") or {})}}
+    known(data, KEYS, str(file), required=("configs", "budget"))
+    store = Store(out or data.get("out") or f"runs/{file.stem}")
+    seed = data.get("seed", 0) if seed is None else seed
+    for key, value in (("seed", seed), ("batch", data.get("batch") or 1)):
+        if not isinstance(value, int):
+            raise InputError(f"{file}: {key}: a whole number, got {value!r}")
+    for where, found in (("set", data.get("set")), *((f"for_rows.{k}", v) for k, v in _items(data.get("for_rows")))):
+        refuse_reserved(found, f"{file}: {where}")
+    common = {**(data.get("set") or {}), **dict(settings(overrides))}
+    configs, copies = _copies(file, data["configs"], "configs", {})
+    shared = None
+    if isinstance(data.get("start"), dict):
+        known(data["start"], (SHARED,), f"{file}: start", required=(SHARED,))
+        shared = data["start"][SHARED]
+        known(shared, SHARED_KEYS, f"{file}: start.{SHARED}", required=("configs", "images"))
+        shared = dict(shared)
+        refuse_reserved(shared.get("set"), f"{file}: start.{SHARED}.set")
+        shared["configs"], more = _copies(file, shared["configs"], f"start.{SHARED}.configs", copies)
+        copies |= more
+
+    def facts_of(names: Sequence[str], settings: dict[str, Any]) -> Facts:
+        words = [word for name in names for word in ("--config", str(copies[name][1]))]
+        words += [w for key, value in settings.items() for w in (f"--{key}", word_of(value))]
+        return describe(["fit", *words, "--run", f"{store}/nothing"])
+
+    facts = facts_of(list(configs), common)
+    if not facts.module.endswith("SingleState"):
+        raise InputError(f"{file}: configs make a {facts.module}; an expert is a SingleState")
+    blocks = _blocks(data, facts.S, str(file))
+    specials = _for_rows(data.get("for_rows") or {}, blocks, facts.S, str(file))
+    batch = int(data.get("batch") or facts.batch)
+    if shared:
+        shared["batch"] = int(
+            shared.get("batch") or facts_of(list(shared["configs"]), {**common, **shared.get("set", {})}).batch
+        )
+        shared["images"] = _whole(shared["images"], shared["batch"], f"{file}: start.{SHARED}.images")
+    budget = Budget.of(data["budget"], f"{file}: budget")
+    free = budget.images - (shared["images"] if shared else 0)
+    images = budget.split(free, batch, [[facts.log_snr[s - 1] for s in rows] for rows in blocks], str(file))
+    start = data.get("start", "common")
+    names = [f"expert_{k:03d}" for k in range(1, len(blocks) + 1)]
+    of_network: dict[str, float] = {}
+    for rows, more in zip(blocks, specials, strict=True):
+        if flow(more) not in of_network:
+            of_network[flow(more)] = facts_of(list(configs), {**common, "model.rows": rows, **more}).flops
+    experts = []
+    for k, (name, rows) in enumerate(zip(names, blocks, strict=True)):
+        begin = SHARED if shared else "scratch" if start == "common" else str(start)
+        if any(key.startswith("model.network") for key in specials[k]):
+            begin = "scratch"  # no other network's weights fit
+        elif start == "neighbour":  # a chain from the highest noise, which is learned first, down
+            begin = names[k + 1] if k + 1 < len(names) else "scratch"
+        elif begin not in ("scratch", SHARED):
+            begin = _place(file, begin)
+        own = seed + k if start == "scratch" else seed
+        cost = float(f"{of_network[flow(specials[k])] / max(of_network.values()):.4g}")
+        experts.append(Planned(name, rows, images[k], batch, own, begin, specials[k], cost))
+    table = {"fingerprint": facts.fingerprint, "S": facts.S, "index": facts.index}
+    table["log_snr"] = [float(f"{L:.8g}") for L in facts.log_snr]
+    fleet = Fleet(
+        store, str(data.get("title", file.stem)), seed, table, budget, configs,
+        common, shared, experts,
+    )  # fmt: skip
+    refuse_unfit(experts, facts.S, shared is not None, str(file))
+    _claim(fleet, {name: content for name, (content, _) in copies.items()})
+    return fleet
+
+
+def _claim(fleet: Fleet, copies: dict[str, bytes]) -> None:
+    """Write plan and configs; the plan last, as it says that all is there."""
+    fleet.store.check()
+    text = fleet.text().encode()
+    there = fleet.store.read(FILE)
+    if there is not None and there != text and fleet.store.names("leases"):
+        raise InputError(
+            f"{fleet.store} holds another plan, which has begun. Look at it with fleet plan {fleet.store}, edit {FILE} "
+            "there, or choose another --out"
+        )
+    for name, content in copies.items():
+        fleet.store.write(name, content)
+    fleet.store.write(FILE, text)
+
+
+def _blocks(data: dict[str, Any], S: int, file: str) -> list[list[int]]:
+    if data.get("rows") is not None and data.get("experts") is not None:
+        raise InputError(f"{file}: experts and rows are both given; give one of them")
+    if data.get("rows") is not None:
+        rows = data["rows"]
+        good = isinstance(rows, list) and all(isinstance(b, list) and all(isinstance(s, int) for s in b) for b in rows)
+        if not good:
+            raise InputError(f"{file}: rows: expected a list of lists of row numbers, got {rows!r}")
+        if far := sorted({s for block in rows for s in block} - {*range(1, S + 1)}):
+            raise InputError(f"{file}: rows: {far} are not among 1..{S}")
+        return [sorted(block) for block in rows]
+    owners = S if data.get("experts") is None else data["experts"]
+    if not isinstance(owners, int) or not 1 <= owners <= S:
+        raise InputError(f"{file}: experts: {owners} owners cannot share {S} rows; choose 1..{S}")
+    cut = [round(k * S / owners) for k in range(owners + 1)]
+    return [list(range(lo + 1, hi + 1)) for lo, hi in pairwise(cut)]
+
+
+def _for_rows(data: Any, blocks: Sequence[Sequence[int]], S: int, file: str) -> list[dict[str, Any]]:
+    """What each expert's config sets besides: that of the ranges of rows which hold all of its rows."""
+    if not isinstance(data, dict):
+        raise InputError(f"{file}: for_rows: expected a mapping of FIRST..LAST to config keys, got {data!r}")
+    out: list[dict[str, Any]] = [{} for _ in blocks]
+    for key, chosen in data.items():
+        first, _, last = str(key).partition("..")
+        if not first.isdigit() or not (last or first).isdigit() or not 1 <= int(first) <= int(last or first) <= S:
+            raise InputError(f"{file}: for_rows: {key!r} is no range FIRST..LAST within 1..{S}")
+        if not isinstance(chosen, dict):
+            raise InputError(f"{file}: for_rows.{key}: expected a mapping of config keys, got {chosen!r}")
+        span = range(int(first), int(last or first) + 1)
+        for k, rows in enumerate(blocks):
+            inside = [s in span for s in rows]
+            if any(inside) and not all(inside):
+                raise InputError(f"{file}: for_rows: {key} cuts the rows {list(rows)} of one expert")
+            if all(inside):
+                out[k] |= chosen
+    return out
+
+
+def _copies(file: Path, names: Any, key: str, taken: Copies) -> tuple[dict[str, str], Copies]:
+    """Digests by the names of copies, and contents with where they come from."""
+    if not isinstance(names, list) or not names:
+        raise InputError(f"{file}: {key}: expected a list of YAML files, got {names!r}")
+    digests: dict[str, str] = {}
+    copies: Copies = {}
+    for name in names:
+        path = file.parent / str(name)
+        if not path.is_file():
+            near = nearest(str(name), [p.name for p in file.parent.glob("*.yaml")])
+            raise InputError(f"{file}: {key}: {path} is no file.{near}")
+        content = path.read_bytes()
+        copy = f"configs/{path.parent.resolve().name}_{path.stem}.yaml"
+        while copy in copies or (copy in taken and taken[copy][0] != content):
+            copy = copy.replace(".yaml", "_.yaml")
+        digests[copy], copies[copy] = digest_of(content), (content, path)
+    return digests, copies
+
+
+def _place(file: Path, start: str) -> str:
+    """Absolute path of weights to start from, named from where the command is given or beside the YAML."""
+    for path in (Path(start), file.parent / start):
+        if path.exists():
+            return str(path.resolve())
+    raise InputError(f"{file}: start: {start!r} is nothing that is here; give {STARTS}")
+
+
+def _whole(images: Any, batch: int, where: str) -> int:
+    if not isinstance(images, int) or images < batch:
+        raise InputError(f"{where}: at least one batch of {batch} images, got {images!r}")
+    return images // batch * batch
+
+
+def _items(data: Any) -> list[tuple[str, Any]]:
+    return list(data.items()) if isinstance(data, dict) else []
