@@ -16,6 +16,12 @@ class Halted(InputError):
     code = 1
 
 
+class Crashed(InputError):
+    """A training ended by an error that nobody foresaw: elsewhere, or another time, it may go well."""
+
+    code = 70
+
+
 class Unavailable(InputError):
     """A file or package that is not shipped is not here; the message says how to get it."""
 

@@ -2,12 +2,13 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 
 from lightning_tdisent import __version__
 from lightning_tdisent.cli import data, fleets, models
 from lightning_tdisent.cli.trainings import describe, fits
-from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.errors import Crashed, InputError, nearest
 
 __all__ = ["describe", "fits", "main", "parser"]
 
@@ -34,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 done, 1 halted and 2 refused (one message, no traceback), 130 interrupted, 143 preempted."""
+    """Run a command and return its status: 0 done, 1 halted and 2 refused (one message, no traceback), 130 interrupted,
+    143 preempted; 70 for an error that nobody foresaw, with its traceback, 75 for one of a disk or a network.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv and argv[0] in LIGHTNING:
@@ -64,4 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 75
+    except Exception:
+        traceback.print_exc()
+        return Crashed.code
     return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.cli.terminal import Commands, command, cores, use_device, wide_console
-from lightning_tdisent.cli.trainings import describe, fits
+from lightning_tdisent.cli.trainings import describe, fits, open_fleet
 from lightning_tdisent.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -48,13 +48,14 @@ def add_commands(commands: Commands) -> None:
     r.add_argument("folder", help="of the fleet, or its URL")
     r.add_argument("--only", action="append", default=[], metavar="EXPERT",
                    help="a number or name, or several by commas; a single one is trained right here")  # fmt: skip
-    r.add_argument("--workers", type=int, default=0, help="processes at a time (default: one per core, or per GPU)")
-    r.add_argument("--threads", type=int, default=1, help="of each worker; 0: its share of the cores (default 1)")
-    r.add_argument("--together", type=int, default=1, metavar="M",
+    r.add_argument("--workers", type=int, help="processes at a time (default: one per GPU, or core if there is none)")
+    r.add_argument("--threads", type=int, help="of each worker; 0: its share of the cores (default 1)")
+    r.add_argument("--together", type=int, metavar="M",
                    help="experts that a worker trains at a time, from images that are decoded once")  # fmt: skip
     r.add_argument("--stacked", action="store_true",
                    help="with --together: steps of like experts at once: faster, with other last bits")  # fmt: skip
-    r.add_argument("--gpus", default="", help="names for CUDA_VISIBLE_DEVICES by commas, e.g. 0,1: a worker sees one")
+    r.add_argument("--gpus", help="names for CUDA_VISIBLE_DEVICES by commas, e.g. 0,1: each worker sees one, in turn "
+                   "(default: all that are here; none: no worker sees any)")  # fmt: skip
     r.add_argument("--engine", choices=("local", "ray", "slurm"), default="local",
                    help="who starts the workers: this machine, a Ray cluster, or SLURM")  # fmt: skip
     r.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", dest="options",
@@ -80,9 +81,10 @@ def _fleet_plan(a: argparse.Namespace) -> None:
     if a.folder and (a.out or a.seed is not None or a.overrides):
         raise InputError("--out, --seed and --set are for --config; edit plan.yaml of a fleet that is planned")
     where = str(draft(a.config, describe, a.out, a.seed, a.overrides).store) if a.config else a.folder
-    work = _open_fleet(where)
+    work = open_fleet(where)
     work.fetch_configs()
     fleet = work.fleet
+    fleet.refuse_late()
     facts = fleet.check(describe)
     wide_console().print(_plan_table(fleet, facts), highlight=False)
     if a.simulate:
@@ -120,32 +122,23 @@ def _plan_table(fleet: "Fleet", facts: Sequence["Facts"]) -> Any:
     return out
 
 
-def _open_fleet(where: str, overrides: Sequence[str] = (), scratch: Path | None = None) -> "FleetWork":
-    import hashlib
-
-    from lightning_tdisent.fleet.plan import Fleet, words
-    from lightning_tdisent.fleet.store import Store
-    from lightning_tdisent.fleet.work import FleetWork
-
-    if Store(where).remote and scratch is None:
-        from lightning_tdisent.metrics.weights import cache_folder
-
-        scratch = cache_folder() / "fleets" / hashlib.sha256(where.encode()).hexdigest()[:16]
-    return FleetWork(Fleet.load(where, words(overrides), scratch), describe)
-
-
 def _fleet_run(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.engines import SRUN
     from lightning_tdisent.fleet.local import refuse_undone, run
     from lightning_tdisent.fleet.status import summary, tiles
     from lightning_tdisent.fleet.work import Session, work_through
 
-    if a.ttl <= 0 or a.workers < 0 or a.threads < 0 or a.together < 1 or (a.stacked and a.together == 1):
+    local = {"--workers": a.workers, "--threads": a.threads, "--together": a.together, "--gpus": a.gpus}
+    odd = [name for name, given in {**local, "--stacked": a.stacked or None}.items() if given is not None]
+    if odd and a.engine != "local":
+        raise InputError(f"{', '.join(odd)}: of --engine local; --engine {a.engine} has --option cpus=, gpus=, ..")
+    workers, threads, together = a.workers or 0, 1 if a.threads is None else a.threads, a.together or 1
+    if a.ttl <= 0 or workers < 0 or threads < 0 or together < 1 or (a.stacked and together == 1):
         raise InputError(
-            f"--ttl {a.ttl:g} --workers {a.workers} --together {a.together}: a time above 0, a number of processes, "
+            f"--ttl {a.ttl:g} --workers {workers} --together {together}: a time above 0, a number of processes, "
             "and of experts at a time in each, at least 1 (2 with --stacked)"
         )
-    work = _open_fleet(a.folder, a.overrides, a.scratch)
+    work = open_fleet(a.folder, a.overrides, a.scratch)
     work.store.check()
     names = [name for words in a.only for name in words.split(",")]
     only = [f"expert_{int(name):03d}" if name.isdigit() else name for name in names]
@@ -159,26 +152,21 @@ def _fleet_run(a: argparse.Namespace) -> None:
     unknown = [name for name in only if name not in work.fleet.names]
     if unknown:
         raise InputError(f"--only {', '.join(unknown)}: no such expert; there are {', '.join(work.fleet.names)}")
-    session, train = Session(only, a.ttl, together=a.together, quiet=not here), partial(fits, stacked=a.stacked)
+    session, train = Session(only, a.ttl, together=together, quiet=not here), partial(fits, stacked=a.stacked)
     if here:
         for name in SRUN:  # Lightning would take a task of somebody's own batch script for one of srun's
             os.environ.pop(name, None)
         if a.gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = a.gpus
-        os.environ["OMP_NUM_THREADS"] = str(a.threads or cores(None))
+            os.environ["CUDA_VISIBLE_DEVICES"] = "" if a.gpus == "none" else a.gpus
+        os.environ["OMP_NUM_THREADS"] = str(threads or cores(None))
         use_device("cpu")
         work_through(work, train, session)
         refuse_undone(work, session)
     else:
-        run(
-            work,
-            train,
-            a.workers,
-            session,
-            threads=a.threads,
-            gpus=[g for g in a.gpus.split(",") if g],
-            title=work.fleet.title,
-        )
+        gpus = None if a.gpus is None else [] if a.gpus == "none" else a.gpus.split(",")
+        if gpus == []:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        run(work, train, workers, session, threads=threads, gpus=gpus, title=work.fleet.title)
     print(summary(tiles(work)))
 
 
@@ -247,7 +235,7 @@ def _fleet_status(a: argparse.Namespace) -> None:
     from lightning_tdisent.files import write_whole
     from lightning_tdisent.fleet.status import board, page, tiles
 
-    work, console = _open_fleet(a.folder), wide_console()
+    work, console = open_fleet(a.folder), wide_console()
     found, title = tiles(work), work.fleet.title
     if a.watch:
         with Live(board(found, title), console=console) as live:

@@ -2,13 +2,13 @@
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.cli.terminal import Commands, bar, command, use_device, wide_console
-from lightning_tdisent.cli.trainings import describe, fits
+from lightning_tdisent.cli.trainings import describe, fits, open_fleet
 from lightning_tdisent.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add_commands(commands: Commands) -> None:
 
     c = command(commands, "compose", _compose, "make one composite folder from the weights of experts")
     c.add_argument(
-        "experts", type=Path, nargs="+", help="folders of runs, a folder of such folders, or files of weights"
+        "experts", nargs="+", help="folders of runs, a folder of such folders, a fleet's folder or URL, or files"
     )
     c.add_argument("--out", type=Path, required=True, help="the composite folder to write")
     c.add_argument("--fill", help="a preview where experts are missing: nearest, or shared:PATH")
@@ -163,9 +163,35 @@ def _average(a: argparse.Namespace) -> None:
 
 
 def _compose(a: argparse.Namespace) -> None:
-    from lightning_tdisent.sampling.composite import compose, find_files
+    with _sources(a.experts) as files:
+        _compose_files(a, files)
 
-    files = [file for source in a.experts for file in find_files(source)]
+
+@contextmanager
+def _sources(names: Sequence[str]) -> Iterator[list[Path]]:
+    """Files of weights behind names; those of a fleet in an object store are here for as long as this lasts."""
+    import tempfile
+
+    from lightning_tdisent.fleet.plan import FILE
+    from lightning_tdisent.fleet.store import Store
+    from lightning_tdisent.sampling.composite import find_files
+
+    with tempfile.TemporaryDirectory(prefix="experts-") as place:
+        files: list[Path] = []
+        for k, name in enumerate(names):
+            if not Store(name).remote and not (Path(name) / FILE).exists():
+                files += find_files(name)
+                continue
+            found, unfinished = open_fleet(name).weights(Path(place) / str(k))
+            files += found
+            if unfinished:
+                print(f"{name} is not finished: {'; '.join(unfinished)}")
+        yield files
+
+
+def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
+    from lightning_tdisent.sampling.composite import compose
+
     if a.merge is not None:
         if a.fill is not None:
             raise InputError("--merge and --fill: experts are merged when all are there; leave one of the two")

@@ -1,11 +1,13 @@
 """What workers are given to do: one training by its command line, or what such a line amounts to."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_tdisent.fleet.job import Report
     from lightning_tdisent.fleet.plan import Facts
+    from lightning_tdisent.fleet.work import FleetWork
 
 
 def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool = False) -> list[BaseException | None]:
@@ -30,14 +32,32 @@ def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool 
     return [None]
 
 
+def open_fleet(where: str, overrides: Sequence[str] = (), scratch: Path | None = None) -> "FleetWork":
+    """The fleet of a folder or URL; one of a store trains in a folder of the cache if not told where."""
+    import hashlib
+
+    from lightning_tdisent.fleet.plan import Fleet, words
+    from lightning_tdisent.fleet.store import Store
+    from lightning_tdisent.fleet.work import FleetWork
+
+    if Store(where).remote and scratch is None:
+        from lightning_tdisent.metrics.weights import cache_folder
+
+        scratch = cache_folder() / "fleets" / hashlib.sha256(where.encode()).hexdigest()[:16]
+    return FleetWork(Fleet.load(where, words(overrides), scratch), describe)
+
+
 def describe(argv: list[str]) -> "Facts":
     """What a command line of `fit` amounts to; nothing is read but its configs, nothing is written."""
-    from lightning_tdisent.fleet.plan import Facts
+    from lightning_tdisent.diffusion.spec import spec
+    from lightning_tdisent.fleet.plan import Facts, flow
     from lightning_tdisent.lit.entry import parse
     from lightning_tdisent.sampling.cost import flops
 
     cli = parse(argv)
     module, states, every = cli.model, cli.model.states, cli.trainer.val_check_interval
+    network = spec(module.network)
+    words = {k: v for k, v in network["init_args"].items() if k != "conditioning"}  # which is folded in at a start
     return Facts(
         f"{type(module).__module__}.{type(module).__qualname__}",
         states.fingerprint,
@@ -50,4 +70,5 @@ def describe(argv: list[str]) -> "Facts":
         module.decay,
         cli.trainer.max_steps,
         every if isinstance(every, int) and cli.trainer.check_val_every_n_epoch is None else 0,
+        f"{network['class_path'].rpartition('.')[2]} {flow(words)}, {module.objective.prediction}-prediction",
     )

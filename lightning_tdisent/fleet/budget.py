@@ -15,6 +15,7 @@ if it has the largest -E'(n)/c: where a sum of convex curves is to be least at a
 What no training removes, the variance of x_0 given x_s, is part of E and has no derivative.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -83,10 +84,14 @@ class Budget:
         plain = {f.name: f.default for f in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v != plain[k]}
 
-    def split(self, images: int, batch: int, log_snr: Sequence[Sequence[float]], where: str = "budget") -> list[int]:
-        """Images of each expert, whole batches, in all the most that fit into ``images``.
+    def split(
+        self, images: float, batch: int, log_snr: Sequence[Sequence[float]], costs: Sequence[float] = (),
+        where: str = "budget",
+    ) -> list[int]:  # fmt: skip
+        """Images of each expert, whole batches, which cost ``images`` or, where no batch more fits, less.
 
-        log_snr: of the rows of each expert, in order. An adaptive budget splits its first part.
+        log_snr: of the rows of each expert, in order; costs: of an image of each, 1 if not given. An adaptive budget
+        splits its first part.
         """
         rows = [L for block in log_snr for L in block]
         if self.rule == "explicit":
@@ -103,15 +108,23 @@ class Budget:
                 of_row = dict.fromkeys(rows, 1.0)
             shares = np.array([sum(of_row[L] for L in block) for block in log_snr])
         if self.rule == "adaptive":
-            images = int(images * self.first)
-        batches = images // batch
-        if batches < len(shares):
+            images *= self.first
+        cost = np.array(costs or [1.0] * len(shares), float)
+
+        def parts(batches: int) -> np.ndarray:
+            return _apportion(shares, batches, max(1, int(self.least * batches / len(shares))))
+
+        def spent(batches: int) -> float:
+            return float(cost @ parts(batches)) * batch
+
+        possible = range(len(shares), int(images / batch / cost.min()) + 2)
+        count = bisect_right(possible, images * (1 + 1e-12), key=spent)
+        if not count:
             raise InputError(
                 f"{where}: budget.images: {images} images for the experts are less than a batch of {batch} for each of "
                 f"the {len(shares)}"
             )
-        least = max(1, int(self.least * batches / len(shares)))
-        return [int(n) * batch for n in _apportion(shares, batches, least)]
+        return [int(n) * batch for n in parts(possible[count - 1])]
 
 
 def _apportion(shares: np.ndarray, total: int, least: int) -> np.ndarray:

@@ -74,20 +74,22 @@ def draft(
     blocks = _blocks(data, facts.S, str(file))
     specials = _for_rows(data.get("for_rows") or {}, blocks, facts.S, str(file))
     batch = int(data.get("batch") or facts.batch)
+    flops: dict[str, float] = {}
+    for rows, more in zip(blocks, specials, strict=True):
+        if flow(more) not in flops:
+            flops[flow(more)] = facts_of(list(configs), {**common, "model.rows": rows, **more}).flops
+    costs = [float(f"{flops[flow(more)] / max(flops.values()):.4g}") for more in specials]
     if shared:
-        shared["batch"] = int(
-            shared.get("batch") or facts_of(list(shared["configs"]), {**common, **shared.get("set", {})}).batch
-        )
+        of_shared = facts_of(list(shared["configs"]), {**common, **shared.get("set", {})})
+        shared["batch"] = int(shared.get("batch") or of_shared.batch)
         shared["images"] = _whole(shared["images"], shared["batch"], f"{file}: start.{SHARED}.images")
+        if of_shared.flops != max(flops.values()):
+            shared["cost"] = float(f"{of_shared.flops / max(flops.values()):.4g}")
     budget = Budget.of(data["budget"], f"{file}: budget")
-    free = budget.images - (shared["images"] if shared else 0)
-    images = budget.split(free, batch, [[facts.log_snr[s - 1] for s in rows] for rows in blocks], str(file))
+    free = budget.images - (shared["images"] * shared.get("cost", 1.0) if shared else 0)
+    images = budget.split(free, batch, [[facts.log_snr[s - 1] for s in rows] for rows in blocks], costs, str(file))
     start = data.get("start", "common")
     names = [f"expert_{k:03d}" for k in range(1, len(blocks) + 1)]
-    of_network: dict[str, float] = {}
-    for rows, more in zip(blocks, specials, strict=True):
-        if flow(more) not in of_network:
-            of_network[flow(more)] = facts_of(list(configs), {**common, "model.rows": rows, **more}).flops
     experts = []
     for k, (name, rows) in enumerate(zip(names, blocks, strict=True)):
         begin = SHARED if shared else "scratch" if start == "common" else str(start)
@@ -98,8 +100,7 @@ def draft(
         elif begin not in ("scratch", SHARED):
             begin = _place(file, begin)
         own = seed + k if start == "scratch" else seed
-        cost = float(f"{of_network[flow(specials[k])] / max(of_network.values()):.4g}")
-        experts.append(Planned(name, rows, images[k], batch, own, begin, specials[k], cost))
+        experts.append(Planned(name, rows, images[k], batch, own, begin, specials[k], costs[k]))
     table = {"fingerprint": facts.fingerprint, "S": facts.S, "index": facts.index}
     table["log_snr"] = [float(f"{L:.8g}") for L in facts.log_snr]
     fleet = Fleet(

@@ -10,6 +10,7 @@ from lightning_tdisent.errors import InputError
 if TYPE_CHECKING:
     from lightning_tdisent.sampling.expert import Card
 
+WEIGHTS = "model.safetensors"
 Report = Callable[[int, int, dict[str, float]], None]  # step, of how many, and numbers worth showing
 # runs command lines in this process, those of one call together; returns what ended each before its time
 Train = Callable[[Sequence[list[str]], Sequence[Report]], list[BaseException | None]]
@@ -33,7 +34,7 @@ class Job:
     @property
     def weights(self) -> Path:
         """What a whole training leaves."""
-        return self.folder / "model.safetensors"
+        return self.folder / WEIGHTS
 
     @property
     def card(self) -> "Card | None":

@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,12 @@ def _began(pid: int) -> int | None:
     return 0
 
 
-def current(store: Store, job: str) -> tuple[int, Content | None]:
-    """Number and content of the lease that holds; (0, None) if there never was one."""
+def current(store: Store, job: str, names: Sequence[str] | None = None) -> tuple[int, Content | None]:
+    """Number and content of the lease that holds; (0, None) if there never was one. names: of all leases, if listed."""
     prefix = f"{job}."
     numbers = [
         int(name[len(prefix) : -5])
-        for name in store.names(FOLDER)
+        for name in (store.names(FOLDER) if names is None else names)
         if name.startswith(prefix) and name.endswith(".json") and name[len(prefix) : -5].isdigit()
     ]
     if not numbers:

@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 
 from rich.live import Live
 
-from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.errors import Crashed, Halted, InputError
 from lightning_tdisent.fleet.job import Train
 from lightning_tdisent.fleet.status import board, tiles
 from lightning_tdisent.fleet.work import Session, Work, failures, work_through
@@ -21,14 +21,15 @@ from lightning_tdisent.fleet.work import Session, Work, failures, work_through
 
 def run(
     work: Work, train: Train, workers: int = 0, session: Session | None = None, show: bool = True,
-    gpus: Sequence[str] = (), title: str = "", threads: int = 1,
+    gpus: Sequence[str] | None = None, title: str = "", threads: int = 1,
 ) -> None:  # fmt: skip
     """Do all jobs that are not done; a failed one stops what needs it, the rest go on, then all failures are named.
 
     train: called in a fresh process with the jobs' command lines and progress reports; must be importable. workers:
-    processes at a time, one per core if 0, or one per GPU where ``gpus`` (names for CUDA_VISIBLE_DEVICES) are given:
-    each sees its own alone, in turn. threads: of torch in each, its share of the cores if 0; small networks are fastest
-    with one, and another number gives other last bits. Raises InputError for failed jobs at the end.
+    processes at a time; if 0 one per GPU, or per core where there is none. gpus: names for CUDA_VISIBLE_DEVICES, all
+    that this process may use if None: each worker sees its own alone, in turn. threads: of torch in each, its share of
+    the cores if 0; small networks are fastest with one, and another number gives other last bits. Raises InputError for
+    failed jobs at the end.
     """
     session, jobs = session or Session(), work.jobs()
     names = [job.name for job in jobs]
@@ -37,6 +38,7 @@ def run(
         if unknown:
             raise InputError(f"{job.name} needs {sorted(unknown)}, which are not among the jobs {names}")
     cores = len(os.sched_getaffinity(0))
+    gpus = visible_gpus() if gpus is None else gpus
     count = workers or len(gpus) or cores
     count = max(1, min(count, len(session.only) or len(jobs)))
     context = multiprocessing.get_context("spawn")
@@ -83,9 +85,19 @@ def run(
     refuse_undone(work, session)
 
 
+def visible_gpus() -> list[str]:
+    """Names of all GPUs that this process may use, for CUDA_VISIBLE_DEVICES of others."""
+    import torch
+
+    count, told = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(k) for k in range(count)] if told is None else told.split(",")[:count]
+
+
 def refuse_undone(work: Work, session: Session) -> None:
     """Name every job that this session was to do and has not done, with its reason."""
-    failed = {name: str(f["reason"]) for name, f in failures(work).items() if session.name in f["sessions"]}
+    found = {name: f for name, f in failures(work).items() if session.name in f["sessions"]}
+    failed = {**session.said, **{name: str(f["reason"]) for name, f in found.items()}}
+    crashed = any(f.get("crashed") for f in found.values())
     jobs = {job.name: job for job in work.jobs()}
     lines, undone = [], []
     for name, job in jobs.items():
@@ -94,9 +106,11 @@ def refuse_undone(work: Work, session: Session) -> None:
         if name in failed:
             lines.append(f"  - {name}: " + "\n    ".join(failed[name].strip().splitlines()))
         elif not work.done(job):
-            undone.append(f"  - {name}: not started" + (f", it needs {', '.join(job.needs)}" if job.needs else ""))
+            needs = [need for need in job.needs if not work.done(jobs[need])]
+            undone.append(f"  - {name}: " + (f"not started, it needs {', '.join(needs)}" if needs else "not done"))
     if lines or undone:
-        raise InputError(f"{len(lines + undone)} of {len(jobs)} jobs are not done:\n" + "\n".join(lines + undone))
+        kind = Crashed if crashed else InputError
+        raise kind(f"{len(lines + undone)} of {len(jobs)} jobs are not done:\n" + "\n".join(lines + undone))
 
 
 @contextmanager

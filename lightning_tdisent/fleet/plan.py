@@ -4,6 +4,8 @@ The file is long because every mistake that an edit can bring is looked for befo
 """
 
 import hashlib
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +18,12 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.job import Job
-from lightning_tdisent.fleet.store import Store
+from lightning_tdisent.fleet.store import Store, read_json
 
 SCHEMA = 1
 FILE = "plan.yaml"
 SHARED = "shared"
+BEGUN = "begun"
 RESERVED = {
     "run": "--out",
     "seed_everything": "seed",
@@ -30,7 +33,7 @@ RESERVED = {
     **dict.fromkeys(("model.rows", "model.expert", "model.experts"), "rows"),
 }  # config keys that a plan decides, and by what of it
 POINTS = 3  # of a curve that is to be continued
-SHARED_KEYS = ("configs", "images", "batch", "set")
+SHARED_KEYS = ("configs", "images", "batch", "set", "cost")
 PLAN_KEYS = ("schema", "title", "seed", "table", "budget", "configs", "set", "shared", "experts")
 EXPERT_KEYS = ("name", "rows", "images", "batch", "seed", "start", "set", "cost")
 HEADER = """\
@@ -45,7 +48,8 @@ class Facts:
     """What a command line of ``fit`` amounts to: table, batch, network, how it is trained.
 
     log_snr: of rows 1..S, first column; flops: of a forward pass of one image; decay: course of the learning rate;
-    validate: steps from one validation to the next, 0 if that goes by epochs.
+    validate: steps from one validation to the next, 0 if that goes by epochs; fits: network and prediction, which are
+    equal where one may start from another's weights.
     """
 
     module: str
@@ -59,6 +63,7 @@ class Facts:
     decay: str
     max_steps: int
     validate: int
+    fits: str
 
 
 Describe = Callable[[list[str]], Facts]
@@ -68,7 +73,7 @@ Describe = Callable[[list[str]], Facts]
 class Planned:
     """One expert: rows it owns, images it is to see, images a step, seed, start, and what else its config sets.
 
-    cost: of one image, in those of the fleet's largest network, in which a budget counts.
+    cost: of one image, in those of the experts' largest network, in which a budget counts.
     """
 
     name: str
@@ -106,6 +111,11 @@ class Fleet:
     def config_files(self) -> dict[str, str]:
         """Copies of all configs in the folder, with their digests."""
         return {**self.configs, **(self.shared["configs"] if self.shared else {})}
+
+    @property
+    def shared_cost(self) -> float:
+        """Images of the shared model, in those of the experts' largest network."""
+        return self.shared["images"] * self.shared.get("cost", 1.0) if self.shared else 0.0
 
     @property
     def names(self) -> list[str]:
@@ -203,6 +213,7 @@ class Fleet:
         refuse_unfit(experts, data["table"]["S"], bool(data.get("shared")), file)
         if data.get("shared"):
             known(data["shared"], SHARED_KEYS, f"{file}: shared", required=("configs", "images", "batch"))
+            refuse_cost(data["shared"], f"{file}: shared")
         budget = Budget.of(data["budget"], f"{file}: budget")
         problems = []
         fleet = cls(
@@ -221,7 +232,7 @@ class Fleet:
 
     def check(self, describe: Describe, names: Sequence[str] = ()) -> list[Facts]:
         """Facts of these jobs, all if none are named; refuses what its config cannot train, or with another table."""
-        out = []
+        out: dict[str, Facts] = {}
         away = [e for e in self.experts if e.start not in ("scratch", *self.names) and not Path(e.start).exists()]
         if lost := [f"{e.name}: start: {e.start}" for e in away if not names or e.name in names]:
             raise InputError(f"{'; '.join(lost)}: no such file or folder on this machine")
@@ -251,8 +262,38 @@ class Fleet:
                     f"{job.name}: an adaptive budget follows its curve, and wants {POINTS} validations at least in its "
                     f"first {facts.max_steps} steps; there is one every {facts.validate} (trainer.val_check_interval)"
                 )
-            out.append(facts)
-        return out
+            out[job.name] = facts
+        if misfits := [
+            f"{e.name} ({out[e.name].fits}) starts from {e.start} ({out[e.start].fits})"
+            for e in self.experts
+            if {e.name, e.start} <= out.keys() and out[e.name].fits != out[e.start].fits
+        ]:
+            raise InputError("weights of another network or prediction do not fit: " + "; ".join(misfits))
+        return list(out.values())
+
+    def begun(self, name: str) -> dict[str, Any]:
+        """What stays of an expert's line once it has begun: all but its images."""
+        line = next((vars(e) for e in self.experts if e.name == name), dict(self.shared or {}))
+        return {k: v for k, v in line.items() if k != "images"} | {"common": self.set}
+
+    def refuse_late(self) -> None:
+        """Refuse edits of experts that have begun."""
+        late = []
+        for file in self.store.names(BEGUN):
+            name = file.removesuffix(".json")
+            if name not in self.names:
+                late.append(f"{name}: is gone from the plan")
+                continue
+            then, now = read_json(self.store, f"{BEGUN}/{file}") or {}, json.loads(json.dumps(self.begun(name)))
+            differ = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
+            late += [f"{name}: {k} was {then.get(k)} when it began, and is {now.get(k)}" for k in differ]
+        if late:
+            raise InputError(
+                f"{self.store}/{FILE}: experts that have begun stay as they are, but for images:\n"
+                + "\n".join(f"  - {line}" for line in late)
+                + "\nPut the lines back, or remove the expert's folder and its file in "
+                f"{self.store}/{BEGUN} to train it anew"
+            )
 
 
 def refuse_unfit(experts: Sequence[Planned], S: int, shared: bool, where: str) -> None:
@@ -298,8 +339,7 @@ def _expert(entry: Any, where: str) -> Planned:
     name = entry["name"]
     if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum() or name == SHARED:
         wrong.append(f"name: {name!r} (letters, digits, - and _; not {SHARED})")
-    if not isinstance(entry.get("cost", 1.0), float) or not 0 < entry.get("cost", 1.0) <= 1:
-        wrong.append(f"cost: {entry['cost']!r} (of an image of the largest network, in (0, 1])")
+    refuse_cost(entry, f"{where} ({name})")
     if not isinstance(entry["start"], str):
         wrong.append(f"start: {entry['start']!r}")
     if not isinstance(entry.get("set", {}), dict):
@@ -308,6 +348,13 @@ def _expert(entry: Any, where: str) -> Planned:
         raise InputError(f"{where} ({name}): {'; '.join(wrong)}")
     refuse_reserved(entry.get("set"), f"{where} ({name}): set")
     return Planned(**entry)
+
+
+def refuse_cost(entry: dict[str, Any], where: str) -> None:
+    """Refuse what is no cost of an image, in those of the experts' largest network."""
+    cost = entry.get("cost", 1.0)
+    if isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 0 < cost < float("inf"):
+        raise InputError(f"{where}: cost: {cost!r} is no number above 0 (of an image, in those of the largest network)")
 
 
 def digest_of(content: bytes) -> str:
@@ -339,9 +386,15 @@ def settings(pairs: Sequence[str], option: str = "--set") -> list[tuple[str, Any
         if not key or not value:
             raise InputError(f"{option} {word}: expected KEY=VALUE")
     try:
-        return [(word.partition("=")[0], yaml.safe_load(word.partition("=")[2])) for word in pairs]
+        return [(word.partition("=")[0], _value(word.partition("=")[2])) for word in pairs]
     except yaml.YAMLError as error:
         raise InputError(f"{option}: not valid: {' '.join(str(error).split())}") from None
+
+
+def _value(text: str) -> Any:
+    """What a word means in YAML; numbers in base 60 and 8, such as the time 00:12:00:00, are words."""
+    value = yaml.safe_load(text)
+    return text if isinstance(value, (int, float)) and re.search(r":|^[-+]?0\d", text) else value
 
 
 def refuse_reserved(data: Any, where: str) -> None:

@@ -39,10 +39,8 @@ def advance(fleet: "Fleet", number: int) -> bool:
     now, images = targets(fleet)
     if now != number:
         return True
-    spent = sum(e.cost * images[e.name] for e in fleet.experts)
-    left = fleet.budget.images - (fleet.shared["images"] if fleet.shared else 0) - spent
-    batch = max(e.batch for e in fleet.experts)
-    if left < batch or number >= fleet.budget.rounds:
+    left, batch = _left(fleet, number, images)
+    if left < batch:
         return False
     curves = {e.name: _curve(fleet, e.name) for e in fleet.experts}
     weight = effects(fleet.table["log_snr"], curves[fleet.experts[0].name]["variances"])
@@ -64,8 +62,6 @@ def advance(fleet: "Fleet", number: int) -> bool:
     names = [e.name for e in fleet.experts]
     granted = grant([fits[n] for n in names], [images[n] for n in names], [e.cost for e in fleet.experts], unit, part)
     new = dict(zip(names, granted, strict=True))
-    if new == images:
-        return False
     content = {
         "images": new,
         "effects": weight,
@@ -75,6 +71,19 @@ def advance(fleet: "Fleet", number: int) -> bool:
     }
     fleet.store.create(f"{FOLDER}/{number + 1:04d}.json", json.dumps(content, indent=1).encode())
     return True
+
+
+def last(fleet: "Fleet") -> bool:
+    """Whether no round follows the one of now."""
+    left, batch = _left(fleet, *targets(fleet))
+    return fleet.budget.rule != "adaptive" or left < batch
+
+
+def _left(fleet: "Fleet", number: int, images: dict[str, int]) -> tuple[float, int]:
+    """Images of the largest network that a round after this one can spend, and how many are too few for one."""
+    spent = sum(e.cost * images[e.name] for e in fleet.experts) + fleet.shared_cost
+    left = fleet.budget.images - spent if number < fleet.budget.rounds else 0.0
+    return left, max(e.batch for e in fleet.experts)
 
 
 def _curve(fleet: "Fleet", name: str) -> dict[str, Any]:

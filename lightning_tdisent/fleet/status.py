@@ -59,16 +59,21 @@ def tiles(work: Work, now: float | None = None) -> list[Tile]:
     failed, jobs = failures(work), work.jobs()
     out = []
     done: set[str] = set()
-    foreseen = work.foreseen()
+    foreseen, leases = work.foreseen(), work.store.names(lease.FOLDER)
     for job in jobs:
-        tile = _tile(work, job, failed.get(job.name), done, now)
+        tile = _tile(work, job, failed.get(job.name), done, leases, now)
         if tile.state == "done":
             done.add(job.name)
         out.append(replace(tile, predicted=foreseen.get(tile.name)))
+    if not work.last():  # a shared model is done for good
+        note = "for the others, and more images"
+        out = [replace(t, state="waiting", note=note) if t.state == "done" and t.rows else t for t in out]
     return out
 
 
-def _tile(work: Work, job: Job, failed: dict[str, Any] | None, done: set[str], now: float) -> Tile:
+def _tile(
+    work: Work, job: Job, failed: dict[str, Any] | None, done: set[str], leases: Sequence[str], now: float
+) -> Tile:
     rows = job.expect.get("rows", [])
     try:
         if work.done(job):
@@ -78,7 +83,7 @@ def _tile(work: Work, job: Job, failed: dict[str, Any] | None, done: set[str], n
             return Tile(job.name, "done", rows, seen, job.images, x0=curve)
     except InputError as error:
         return Tile(job.name, "failed", rows, note=" ".join(str(error).split()))
-    _, held = lease.current(work.store, job.name)
+    _, held = lease.current(work.store, job.name, leases)
     held = held or {}
     seen = int(held.get("images", 0))
     host = str(held.get("host", "?")).partition("/")[0]

@@ -13,17 +13,17 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.fleet import lease, rounds
-from lightning_tdisent.fleet.job import Job, Train
+from lightning_tdisent.fleet.job import WEIGHTS, Job, Train
 from lightning_tdisent.fleet.lease import TTL, Lease, Watch
 from lightning_tdisent.fleet.mirror import NEWEST, Mirror, step_of
-from lightning_tdisent.fleet.plan import Describe, Fleet
+from lightning_tdisent.fleet.plan import BEGUN, SHARED, Describe, Fleet
 from lightning_tdisent.fleet.store import Store, read_json
 
 FAILED = "failed"
@@ -54,6 +54,9 @@ class Work(Protocol):
 
     def more(self, number: int) -> bool:
         """Whether, all jobs of a round being done, there is something new to do."""
+
+    def last(self) -> bool:
+        """Whether nothing comes after the jobs of this round."""
 
     def foreseen(self) -> dict[str, float]:
         """Errors of x0_hat that the plan foresees at the end of jobs, where it does."""
@@ -90,6 +93,10 @@ class Jobs:
         """Never."""
         return False
 
+    def last(self) -> bool:
+        """Always."""
+        return True
+
     def foreseen(self) -> dict[str, float]:
         """None."""
         return {}
@@ -108,8 +115,10 @@ class FleetWork:
         return self.fleet.store
 
     def jobs(self) -> list[Job]:
-        """With the images that the last round granted."""
-        return self.fleet.jobs(rounds.targets(self.fleet)[1])
+        """With the images that the last round granted; after the first one all have begun, and need nobody."""
+        number, images = rounds.targets(self.fleet)
+        jobs = self.fleet.jobs(images)
+        return [replace(job, needs=()) for job in jobs] if number else jobs
 
     def done(self, job: Job) -> bool:
         """Whether its images have been seen, by the weights or, in a store, by what their trainer said of them."""
@@ -131,10 +140,12 @@ class FleetWork:
         self.fetch_configs()
         if self.store.remote:
             for name in job.needs:
-                Mirror(self.store, self.fleet.folder(name), self.fleet.root / self.fleet.folder(name)).pull()
+                weights = f"{self.fleet.folder(name)}/{WEIGHTS}"
+                Store(self.fleet.root).write(weights, self.store.read(weights) or b"")
             mirror = Mirror(self.store, self.fleet.folder(job.name), job.folder)
             mirror.pull()
         self.fleet.check(self.describe, [job.name])
+        self.store.create(f"{BEGUN}/{job.name}.json", json.dumps(self.fleet.begun(job.name)).encode())
         return mirror
 
     def fetch_configs(self) -> None:
@@ -155,6 +166,27 @@ class FleetWork:
         """Whether an adaptive budget has another round."""
         return rounds.advance(self.fleet, number)
 
+    def last(self) -> bool:
+        """Whether its budget is spent when the targets of now are reached."""
+        return rounds.last(self.fleet)
+
+    def weights(self, place: Path) -> tuple[list[Path], list[str]]:
+        """Files of the experts' weights, brought to a folder from a store; and who has not seen all its images."""
+        files, unfinished = list[Path](), list[str]()
+        for job in self.jobs():
+            if job.name == SHARED:
+                continue
+            if self.store.remote:
+                job = replace(job, folder=place / job.name)
+                if content := self.store.read(f"{self.fleet.folder(job.name)}/{WEIGHTS}"):
+                    Store(job.folder).write(WEIGHTS, content)
+            card, images = job.card, job.images or 0
+            if card is not None:
+                files.append(job.weights)
+            if card is None or card.images_seen < images:
+                unfinished.append(f"{job.name}, {f'{card.images_seen:,}' if card else 'none'} of {images:,} images")
+        return files, unfinished
+
     def foreseen(self) -> dict[str, float]:
         """By the fits of the last round of an adaptive budget."""
         _, decided = rounds.newest(self.fleet)
@@ -170,7 +202,7 @@ class Session:
 
     only: names of jobs, all if empty; ttl: seconds that a silent worker is believed to live; deaths: how often in a row
     a job's process may die without a newer checkpoint; together: jobs that a worker trains at a time; quiet: output of
-    trainings goes to log.txt of their folders.
+    trainings goes to log.txt of their folders; said: what this process found of jobs, also where it cannot be written.
     """
 
     only: Sequence[str] = ()
@@ -179,6 +211,7 @@ class Session:
     together: int = 1
     quiet: bool = True
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    said: dict[str, str] = field(default_factory=dict)
 
 
 def failures(work: Work) -> dict[str, dict[str, Any]]:
@@ -196,44 +229,58 @@ def failures(work: Work) -> dict[str, dict[str, Any]]:
 def work_through(work: Work, train: Train, session: Session) -> dict[str, str]:
     """Train what there is to train until nothing is left for this session; returns what is not done, and why.
 
-    Raises SystemExit when told to go, once the training in hand has been saved.
+    Raises SystemExit when told to go, once the training in hand has been saved, and Halted if the place of the work
+    fails for as long as a lease lives: what passes sooner (a network, a full disk) is waited for.
     """
-    watch = Watch()
+    watch, since = Watch(), None
     while True:
-        number = work.round()  # before the jobs: if another worker decides a round meanwhile, these are of a later one
-        jobs = {job.name: job for job in work.jobs()}
-        unknown = [name for name in session.only if name not in jobs]
-        if unknown:
-            raise InputError(f"--only {', '.join(unknown)}: no such expert; there are {', '.join(jobs)}")
-        reasons = {
-            n: str(f["reason"]) for n, f in failures(work).items() if session.name in f["sessions"] and n in jobs
-        }
-        undone = {name: job for name, job in jobs.items() if not _done(work, job, reasons, session)}
-        mine = [n for n in undone if n not in reasons and (not session.only or n in session.only)]
-        if not mine:
-            if not undone and work.more(number):
-                continue
-            return {n: reasons.get(n, "not asked for") for n in undone if not session.only or n in session.only}
-        blocked = {n for n in undone if n in reasons or (session.only and n not in session.only)}
-        while more := {n for n in undone if n not in blocked and set(jobs[n].needs) & blocked}:
-            blocked |= more
-        free = [n for n in mine if n not in blocked]
-        if not free:
-            needed = {n: [need for need in jobs[n].needs if need in undone] for n in mine}
-            return reasons | {n: f"not started, it needs {', '.join(needs)}" for n, needs in needed.items()}
-        ready = [jobs[n] for n in free if not any(need in undone for need in jobs[n].needs)]
-        chosen: list[_Held] = []
-        for job in sorted(ready, key=lambda job: -(job.images or 0)):
-            if held := lease.take(work.store, job.name, watch, _go, session.ttl, work.saved(job)):
-                chosen.append(_Held(job, held))
-            if len(chosen) == session.together:
-                break
-        if chosen:
-            _train(work, chosen, train, session)
-        else:
-            if list(session.only) == free and len(free) == 1:
-                _say_who(work, free[0], session)
+        try:
+            if (left := _turn(work, train, session, watch)) is not None:
+                return left
+            since = None
+        except OSError as error:
+            since = since or time.monotonic()
+            if time.monotonic() - since > session.ttl:
+                raise Halted(f"{work.store}: fails for {session.ttl:.0f} s: {error}. Run the fleet again") from None
             time.sleep(min(POLL, session.ttl / 4))
+
+
+def _turn(work: Work, train: Train, session: Session, watch: Watch) -> dict[str, str] | None:
+    """Train some jobs, or wait a little; what is not done, and why, once nothing is left."""
+    number = work.round()  # before the jobs: if another worker decides a round meanwhile, these are of a later one
+    jobs = {job.name: job for job in work.jobs()}
+    unknown = [name for name in session.only if name not in jobs]
+    if unknown:
+        raise InputError(f"--only {', '.join(unknown)}: no such expert; there are {', '.join(jobs)}")
+    found = {n: str(f["reason"]) for n, f in failures(work).items() if session.name in f["sessions"]}
+    reasons = {n: why for n, why in {**session.said, **found}.items() if n in jobs}
+    undone = {name: job for name, job in jobs.items() if not _done(work, job, reasons, session)}
+    mine = [n for n in undone if n not in reasons and (not session.only or n in session.only)]
+    if not mine:
+        if not undone and work.more(number):
+            return None
+        return {n: reasons.get(n, "not asked for") for n in undone if not session.only or n in session.only}
+    blocked = {n for n in undone if n in reasons or (session.only and n not in session.only)}
+    while more := {n for n in undone if n not in blocked and set(jobs[n].needs) & blocked}:
+        blocked |= more
+    free = [n for n in mine if n not in blocked]
+    if not free:
+        needed = {n: [need for need in jobs[n].needs if need in undone] for n in mine}
+        return reasons | {n: f"not started, it needs {', '.join(needs)}" for n, needs in needed.items()}
+    ready = [jobs[n] for n in free if not any(need in undone for need in jobs[n].needs)]
+    chosen: list[_Held] = []
+    for job in sorted(ready, key=lambda job: -(job.images or 0)):
+        if held := lease.take(work.store, job.name, watch, _go, session.ttl, work.saved(job)):
+            chosen.append(_Held(job, held))
+        if len(chosen) == session.together:
+            break
+    if chosen:
+        _train(work, chosen, train, session)
+    else:
+        if list(session.only) == free and len(free) == 1:
+            _say_who(work, free[0], session)
+        time.sleep(min(POLL, session.ttl / 4))
+    return None
 
 
 def _done(work: Work, job: Job, reasons: dict[str, str], session: Session) -> bool:
@@ -241,16 +288,18 @@ def _done(work: Work, job: Job, reasons: dict[str, str], session: Session) -> bo
         return work.done(job)
     except InputError as error:
         if job.name not in reasons:
-            _fail(work, job, str(error), session)
+            _fail(work, job, str(error), False, session)
             reasons[job.name] = str(error)
         return False
 
 
-def _fail(work: Work, job: Job, reason: str, session: Session) -> None:
-    before = failures(work).get(job.name, {"sessions": []})["sessions"]
-    content = {"reason": reason, "sessions": [*before, session.name], "when": time.time(), **lease.me()}
+def _fail(work: Work, job: Job, reason: str, crashed: bool, session: Session) -> None:
     print(f"{job.name}: {reason}", file=sys.stderr)
+    session.said[job.name] = reason
     with contextlib.suppress(OSError):  # a full disk: it has been said
+        before = failures(work).get(job.name, {"sessions": []})["sessions"]
+        content = {"reason": reason, "sessions": [*before, session.name], "crashed": crashed, "when": time.time()}
+        content |= lease.me()
         work.store.write(f"{FAILED}/{job.name}.json", json.dumps(content).encode())
 
 
@@ -301,8 +350,10 @@ def _train(work: Work, chosen: Sequence[_Held], train: Train, session: Session) 
         ready = []
         for held in chosen:
             error = _caught(partial(_begin, work, held, session))
+            if isinstance(error, OSError):  # of the place, not of the job
+                raise error
             if error is not None:
-                _fail(work, held.job, _reason(error, held), session)
+                _fail(work, held.job, *_reason(error, held), session)
             elif not work.done(held.job):  # by whoever held it before
                 ready.append(held)
         if not ready:
@@ -314,10 +365,15 @@ def _train(work: Work, chosen: Sequence[_Held], train: Train, session: Session) 
             for held in ready:
                 around.enter_context(_copying(held.mirror, held.lease))
             ends = train([held.job.argv for held in ready], [held.report for held in ready])
+        lost: Exception | None = None
         for held, end in zip(ready, ends, strict=True):
-            ended = end or _caught(partial(_conclude, work, held))
-            if ended is not None:
-                _fail(work, held.job, _reason(ended, held), session)
+            ended = _caught(partial(_conclude, work, held)) if end is None else None
+            if isinstance(ended, OSError):  # it is trained, and will be done as soon as that can be said
+                lost = ended
+            elif reason := end or ended:
+                _fail(work, held.job, *_reason(reason, held), session)
+        if lost is not None:
+            raise lost
 
 
 def _caught(act: Callable[[], None]) -> Exception | None:
@@ -351,14 +407,15 @@ def _conclude(work: Work, held: _Held) -> None:
     work.store.remove(f"{FAILED}/{held.job.name}.json")
 
 
-def _reason(error: BaseException, held: _Held) -> str:
+def _reason(error: BaseException, held: _Held) -> tuple[str, bool]:
+    """What to say of it, and whether it came out of the blue: on another machine it may go well."""
     if isinstance(error, InputError):
-        return str(error)
+        return str(error), False
     if isinstance(error, SystemExit):
-        return f"ended with status {error.code} (see {held.log})"
+        return f"ended with status {error.code} (see {held.log})", False
     with contextlib.suppress(OSError), held.log.open("a") as log:
         traceback.print_exception(error, file=log)
-    return f"{type(error).__name__}: {error} (see {held.log})"
+    return f"{type(error).__name__}: {error} (see {held.log})", True
 
 
 @contextlib.contextmanager

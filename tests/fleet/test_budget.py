@@ -38,6 +38,21 @@ def test_a_budget_is_spent_to_the_last_batch_and_nobody_is_left_out(S, share, ba
     assert min(out) >= int(least * (spent // batch) / experts) * batch
 
 
+@given(
+    costs=st.lists(st.floats(0.01, 1), min_size=2, max_size=12),
+    rule=st.sampled_from(["uniform", "taper", "snr"]),
+    images=st.integers(2_000, 100_000),
+    least=st.sampled_from([0, 0.125, 1]),
+)
+def test_what_is_bought_at_different_costs_is_paid_for_and_no_more(costs, rule, images, least):
+    blocks = blocks_of(len(costs), len(costs))
+    found = Budget(images, rule, least=least).split(images, 8, blocks, costs)
+    spent = sum(n * c for n, c in zip(found, costs, strict=True))
+    assert images - 8 * len(costs) < spent <= images * (1 + 1e-9)
+    if rule == "uniform":
+        assert max(found) - min(found) <= 8
+
+
 def test_shares_of_the_rules_are_those_of_their_formulas():
     L = rows_of(8)
     one_each = [[x] for x in L]

@@ -1,13 +1,16 @@
 """Whole fleets of real trainings, small ones; the same in other processes is in tests/faults."""
 
 import json
+from dataclasses import replace
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.local import LocalFileSystem
+from safetensors.torch import load_file
 
 from lightning_tdisent.cli import describe, fits, main
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import Crashed, Halted, InputError
 from lightning_tdisent.fleet import lease
 from lightning_tdisent.fleet.local import refuse_undone, run
 from lightning_tdisent.fleet.mirror import Mirror
@@ -155,6 +158,101 @@ def test_a_fleet_in_an_object_store_goes_on_on_another_machine(planned, configs,
         assert Store(where).names(name).count("model.safetensors") == 1
     assert summary(tiles(FleetWork(on("three"), describe))) == "3 jobs: 3 done, 80 of 80 images (100%)"
     assert fleet.store.remote
+    assert main(["compose", where, "--out", str(tmp_path / "from_store")]) == 0
+    for k in (1, 2):
+        name = f"rows_{2 * k - 1:04d}-{2 * k:04d}.safetensors"
+        mine, theirs = tmp_path / "from_store" / name, plain.root / f"expert_00{k}" / "model.safetensors"
+        assert load_file(mine).keys() == load_file(theirs).keys()
+        assert all(torch.equal(tensor, load_file(theirs)[key]) for key, tensor in load_file(mine).items())
+
+
+class Failing(Store):
+    """A folder on a network that is away for so many calls of some kinds from the first one on a name."""
+
+    def __init__(self, where, calls, name, *kinds):
+        super().__init__(where)
+        self.calls, self.name, self.kinds, self.failed = calls, name, kinds, 0
+
+    def _away(self, kind, name):
+        if kind in self.kinds and self.name in name and self.failed < self.calls:
+            self.failed += 1
+            raise TimeoutError(110, "Connection timed out", name)
+
+    def read(self, name):
+        self._away("read", name)
+        return super().read(name)
+
+    def names(self, folder):
+        self._away("names", folder)
+        return super().names(folder)
+
+    def write(self, name, content):
+        self._away("write", name)
+        super().write(name, content)
+
+    def create(self, name, content):
+        self._away("create", name)
+        return super().create(name, content)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("leases", ("names",)), ("leases", ("create",)), ("begun", ("create",)), ("failed", ("names",))]
+)
+def test_a_place_that_is_away_for_a_while_is_waited_for(name, kinds, planned, monkeypatch):
+    monkeypatch.setattr("lightning_tdisent.fleet.work.POLL", 0.05)
+    fleet = planned(experts=1, budget=32)
+    away = replace(fleet, store=Failing(fleet.root, 3, name, *kinds))
+    assert work_through(FleetWork(away, describe), fits, Session(ttl=30.0)) == {}
+    assert away.store.failed == 3
+    assert FleetWork(fleet, describe).done(fleet.jobs()[0])
+
+
+def test_what_was_trained_while_the_store_went_away_is_said_when_it_is_back(planned, configs, tmp_path):
+    fsspec.register_implementation("shared", Shared, clobber=True)
+    fleet = planned(f"shared:/{tmp_path}/store", experts=1, budget=32)
+    store = Failing(fleet.store.where, 2, "done/", "write")
+    work = FleetWork(replace(fleet, store=store, scratch=tmp_path / "here"), describe)
+    tried = []
+
+    def train(argvs, reports):
+        tried.append(argvs)
+        return fits(argvs, reports)
+
+    assert work_through(work, train, Session(ttl=30.0)) == {}
+    assert (store.failed, len(tried)) == (2, 3)  # and the later two find that nothing is left to train
+    assert summary(tiles(FleetWork(fleet, describe))) == "1 jobs: 1 done, 32 of 32 images (100%)"
+
+
+def test_a_place_that_stays_away_is_named_with_its_error(planned):
+    fleet = planned(experts=1, budget=32)
+    away = replace(fleet, store=Failing(fleet.root, 10**9, "leases", "names"))
+    with pytest.raises(Halted, match=r"fleet0: fails for 1 s: .*Connection timed out.*Run the fleet again"):
+        work_through(FleetWork(away, describe), fits, Session(ttl=1.0))
+
+
+def test_what_nobody_foresaw_may_be_tried_elsewhere_and_a_refusal_not(planned):
+    fleet = planned(experts=1, budget=32)
+    for error, kind, code in ((RuntimeError("CUDA error"), Crashed, 70), (InputError("no"), InputError, 2)):
+        session, work = Session(), FleetWork(fleet, describe)
+        work_through(work, lambda argvs, reports, error=error: [error], session)
+        with pytest.raises(InputError, match=r"1 of 1 jobs are not done:\n  - expert_001: ") as ended:
+            refuse_undone(work, session)
+        assert (type(ended.value), ended.value.code) == (kind, code)
+
+
+def test_what_cannot_be_written_down_is_not_tried_again_for_ever(planned):
+    fleet, tried = planned(experts=1, budget=32), []
+    full = replace(fleet, store=Failing(fleet.root, 10**9, "failed", "write"))
+
+    def fail(argvs, reports):
+        tried.append(argvs)
+        return [InputError("disk full")]
+
+    session = Session()
+    assert work_through(FleetWork(full, describe), fail, session) == {"expert_001": "disk full"}
+    assert len(tried) == 1
+    with pytest.raises(InputError, match="expert_001: disk full"):
+        refuse_undone(FleetWork(full, describe), session)
 
 
 def test_a_store_that_cannot_create_a_file_once_is_refused():
@@ -202,6 +300,32 @@ def test_a_round_is_decided_once_its_targets_are_reached(planned):
         fleet.store.write(f"{e.name}/curve.json", json.dumps(curve).encode())
     assert [advance(fleet, 0) for _ in range(3)] == [True] * 3
     assert fleet.store.names("rounds") == ["0001.json"]
+
+
+def test_between_two_rounds_experts_wait_and_after_the_first_they_need_nobody(planned):
+    fleet = planned(
+        budget={"images": 512, "rule": "adaptive", "first": 0.25, "rounds": 1},
+        start="neighbour",
+        set={"trainer.val_check_interval": 1},
+    )
+    work = FleetWork(fleet, describe)
+    assert [job.needs for job in work.jobs()] == [("expert_002",), ("expert_003",), ("expert_004",), ()]
+    train(fleet, *fleet.names)  # named, they go on to the next round as well
+    assert (work.round(), work.last()) == (1, True)
+    assert [job.needs for job in work.jobs()] == [()] * 4
+    assert {tile.state for tile in tiles(work)} == {"done"}
+    fleet.store.remove("rounds/0001.json")
+    assert not work.last()
+    assert {(tile.state, tile.note) for tile in tiles(work)} == {("waiting", "for the others, and more images")}
+
+
+def test_an_unfinished_fleet_is_composed_with_a_word_on_it(planned, tmp_path, capsys):
+    fleet = planned()
+    train(fleet, "expert_001", "expert_003")
+    words = ["compose", str(fleet.root), "--out", str(tmp_path / "composite")]
+    assert main(words) == 2
+    assert main([*words, "--fill", "nearest"]) == 0
+    assert "is not finished: expert_002, none of 32 images; expert_004, none of 32" in capsys.readouterr().out
 
 
 def test_what_fails_for_one_session_is_not_tried_by_it_again_because_of_another(planned):

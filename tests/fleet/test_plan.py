@@ -12,6 +12,8 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet.draft import draft
 from lightning_tdisent.fleet.lease import Watch, take
 from lightning_tdisent.fleet.plan import Fleet, Planned, refuse_unfit
+from lightning_tdisent.fleet.plan import settings as values_of
+from lightning_tdisent.fleet.work import FleetWork
 
 BY_EPOCH = {"trainer.val_check_interval": 0.5, "trainer.check_val_every_n_epoch": 1}
 
@@ -56,7 +58,10 @@ def test_every_part_of_the_yaml_reaches_the_command_of_its_expert(planned):
     )
     shared, *experts = fleet.jobs()
     assert shared.folder == fleet.root / "start" / "shared"
-    assert (shared.images, [job.images for job in experts]) == (40, [64, 32, 32, 32])
+    cost = fleet.experts[3].cost  # of the small network, which leaves a batch more for the others
+    assert 0.4 < cost < 0.6
+    assert (shared.images, [job.images for job in experts]) == (40, [72, 32, 32, 32])
+    assert 72 + 32 + 32 + 32 * cost <= 160
     assert [job.needs for job in experts] == [("shared",)] * 3 + [()]  # the last has a network of its own
     words = " ".join(experts[0].argv)
     for part in (
@@ -66,7 +71,7 @@ def test_every_part_of_the_yaml_reaches_the_command_of_its_expert(planned):
         f"--model.warm_start {fleet.root}/start/shared",
         "--seed_everything 3",
         "--data.batch_size 8",
-        "--trainer.max_steps 8",
+        "--trainer.max_steps 9",
         f"--run {fleet.root}/expert_001",
     ):
         assert part in words
@@ -226,3 +231,61 @@ def test_rows_may_be_shared_out_in_any_way(planned, configs):
     assert yaml.safe_load(fleet.store.path("plan.yaml").read_text())["experts"][0]["rows"] == [1, 3]
     with pytest.raises(InputError, match="cannot be read"):
         draft(configs / "none.yaml", describe)
+
+
+def test_a_shared_model_of_another_network_or_prediction_is_refused_before_it_is_trained(planned, configs):
+    settings = {"model.network.channels": [16, 32]}
+    fleet = planned(start={"shared": {"configs": ["shared.yaml"], "images": 32, "set": settings}}, budget=160)
+    with pytest.raises(
+        InputError, match=r"(?s)do not fit: expert_001 \(UNet.*\[8, 16\].*starts from shared \(.*16, 32"
+    ):
+        fleet.check(describe)
+    fleet = planned(start={"shared": {"configs": ["shared.yaml"], "images": 32, "set": {"model.objective": "Eps"}}})
+    with pytest.raises(InputError, match=r"v-prediction\) starts from shared .*eps-prediction"):
+        fleet.check(describe)
+
+
+def test_a_shared_model_counts_with_its_cost(planned):
+    small = {"model.network.channels": [8, 8]}
+    start = {"shared": {"configs": ["shared.yaml"], "images": 160, "set": small}}
+    fleet = planned(start=start, budget=160 + 64)
+    assert 0.4 < fleet.shared["cost"] < 0.6
+    assert fleet.shared_cost == 160 * fleet.shared["cost"]
+    spent = fleet.shared_cost + sum(e.images for e in fleet.experts)
+    assert 160 + 64 - 8 < spent <= 160 + 64
+    assert Fleet.load(fleet.root).shared_cost == fleet.shared_cost
+
+
+def test_an_expert_that_has_begun_may_be_given_more_images_and_nothing_else(planned):
+    fleet = planned()
+    FleetWork(fleet, describe).begin(fleet.jobs()[1])
+    edit(fleet, "name: expert_002, rows: [2], images: 32", "name: expert_002, rows: [2], images: 64")
+    Fleet.load(fleet.root).refuse_late()
+    edit(fleet, "rows: [2], images: 64, batch: 8, seed: 3", "rows: [2], images: 64, batch: 4, seed: 5")
+    with pytest.raises(InputError) as refusal:
+        Fleet.load(fleet.root).refuse_late()
+    for text in ("expert_002: batch was 8 when it began, and is 4", "seed was 3", "plan.yaml", "Put the lines back"):
+        assert text in str(refusal.value)
+    edit(fleet, "rows: [2], images: 64, batch: 4, seed: 5", "rows: [2], images: 64, batch: 8, seed: 3")
+    edit(fleet, "name: expert_002", "name: expert_two")
+    with pytest.raises(InputError, match="expert_002: is gone from the plan"):
+        Fleet.load(fleet.root).refuse_late()
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("00:12:00:00", "00:12:00:00"),  # of trainer.max_time; 43200 in base 60
+        ("010", "010"),
+        ("8:00", "8:00"),
+        ("0.5", 0.5),
+        ("-3", -3),
+        ("0", 0),
+        ("[1, 2]", [1, 2]),
+        ("{a: 1:30}", {"a": 90}),
+        ("true", True),
+        ("null", None),
+    ],
+)
+def test_words_are_yaml_but_for_numbers_in_strange_bases(word, value):
+    assert values_of([f"trainer.max_time={word}"]) == [("trainer.max_time", value)]

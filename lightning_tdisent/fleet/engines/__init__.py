@@ -7,7 +7,8 @@ its newest good checkpoint, and says by its exit status how it ended:
     0                 done, now or before
     1, 2              halted or refused: the last line of its log says why; trying again would not help
     130, 138, 143     told to go (Ctrl-C, SIGUSR1, SIGTERM): saved, to be run again
-    anything else     died: run again, from its checkpoint, as often as ``retries`` says
+    anything else     died (70: of an error that nobody foresaw, 75: of a disk or a network): run again, from its
+                      checkpoint, as often as ``retries`` says
 
 A signal is counted as a shell does, 128 + its number. The folders and the logs are on a disk that all machines share.
 """
