@@ -86,7 +86,9 @@ def add_commands(commands: Commands) -> None:
     k.add_argument("--source", help="a file or URL to take them from instead")
 
     r = command(commands, "report", _report, "write report.html anew from a folder that study or evaluate filled")
-    r.add_argument("folder", type=Path)
+    r.add_argument("folders", type=Path, nargs="+", metavar="folder",
+                   help="of several, a study repeated with other seeds, their means go to --out")  # fmt: skip
+    r.add_argument("--out", type=Path, help="the .html for several folders")
 
     f = command(commands, "study", _study, "train, compose, sample, evaluate and report everything that one YAML names")
     f.add_argument("config", type=Path, help="e.g. experiments/digits/quickstart.yaml")
@@ -294,9 +296,21 @@ def _fetch(a: argparse.Namespace) -> None:
 
 
 def _report(a: argparse.Namespace) -> None:
-    from lightning_tdisent.report.study import Study
+    from lightning_tdisent.report.seeds import write_page
+    from lightning_tdisent.report.study import Study, show
+    from lightning_tdisent.report.table import costs, table, tables
 
-    print(f"report: {Study.load(a.folder).write_report()}")
+    studies = [Study.load(folder) for folder in a.folders]
+    if (len(studies) > 1) == (a.out is None):
+        raise InputError("report: --out FILE.html is for several folders, and wanted there")
+    if a.out is None:
+        print(f"report: {studies[0].write_report()}")
+        return
+    rows = write_page(studies, a.out)
+    for line, alike in tables(rows):
+        wide_console().print(show(line, table(alike)), highlight=False)
+    wide_console().print(show("what it cost", costs(rows)), highlight=False)
+    print(f"report: {a.out}")
 
 
 def _study(a: argparse.Namespace) -> None:

@@ -60,16 +60,16 @@ def errors_per_state(rows: Sequence[dict[str, Any]]) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure((10, 3.4))
         axes = figure.subplots(1, 2)
-        reference = shown[0]["x0_mse"]
-        for row in shown:
+        reference, heads = shown[0]["x0_mse"], [r["name"].partition(",")[0] for r in shown]
+        for row, head in zip(shown, heads, strict=True):
             t = [int(index) for index in row["x0_mse"]]
-            label = row["name"].partition(",")[0]
+            label = head if heads.count(head) == 1 else row["name"]
             axes[0].plot(t, list(row["x0_mse"].values()), "o-", ms=4, label=label)
             relative = [100 * (row["x0_mse"][k] / reference[k] - 1) for k in row["x0_mse"]]
             axes[1].plot(t, relative, "o-", ms=4, label=label)
         axes[0].set(yscale="log", xlabel="index t of the state (right: pure noise)", title="held-out error of x0")
         axes[1].set(xlabel="index t of the state", title=f"the same, % above {shown[0]['name'].partition(',')[0]}")
-        axes[1].legend()
+        axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing(
         figure,
         "Mean squared error of x0_hat on held-out images per state, on the same noise for every model; times the SNR "
@@ -96,6 +96,37 @@ def cost(rows: Sequence[dict[str, Any]]) -> str:
             axis.set_title(title, fontsize=10)
             axis.margins(x=0.2)
     return drawing(figure, "Quality (lower is nearer to the real images), what it cost in all, and how long one waits.")
+
+
+def quality_over_compute(rows: Sequence[dict[str, Any]]) -> str:
+    """The distance against the training compute of all jobs, with its spread where trainings were repeated.
+
+    Models called NAME and "NAME, .." that differ in compute are joined by a line. Nothing where all cost the same.
+    """
+    metric = next((k for k in rows[0] if k == "fid" or k.startswith("fd_")), None)
+    shown = [r for r in rows if metric in r]
+    if metric is None or len({round(r["training_flops"] / shown[0]["training_flops"], 1) for r in shown}) < 2:
+        return ""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(shown, key=lambda r: (r["training_flops"], "," in r["name"])):
+        line = families.setdefault(row["name"].partition(",")[0], [])
+        if line and row["training_flops"] < 1.1 * line[-1]["training_flops"]:
+            families[row["name"]] = [row]
+        else:
+            line.append(row)
+    with mpl.rc_context(STYLE):
+        figure = Figure((8, 4.2))
+        axes = figure.subplots()
+        for (name, line), colour in zip(families.items(), COLOURS * len(families), strict=False):
+            x, y = [r["training_flops"] / 1e12 for r in line], [r[metric] for r in line]
+            spread = [r.get(f"{metric}_sd", 0.0) for r in line]
+            axes.errorbar(x, y, spread, fmt="o-" if len(line) > 1 else "s", ms=5, capsize=3, color=colour, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="training TFLOP, all jobs together", ylabel=metric)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return drawing(figure, "What quality costs in all, whoever trains it (lower left is better).")
 
 
 def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:

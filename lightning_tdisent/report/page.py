@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tdisent.files import write_whole
 from lightning_tdisent.report import figures
 from lightning_tdisent.report.table import costs, table, tables
 from lightning_tdisent.report.table import notes as notes_of
@@ -65,7 +66,7 @@ def _html(text: Sequence[tuple[str, ...]], rows: Sequence[dict[str, Any]]) -> st
 
 
 def _value(cell: str) -> float:
-    return float(cell.partition(" [")[0])
+    return float(cell.partition(" ")[0])
 
 
 def nearest(images: Tensor, training: Tensor) -> Tensor:
@@ -115,6 +116,7 @@ def write_report(
     if models:
         parts.append("<h2>Where the models are right and wrong</h2>" + figures.errors_per_state(models))
         parts.append("<h2>What it cost</h2>" + _html(costs(models), []) + figures.cost(models))
+        parts.append(figures.quality_over_compute(models))
     if runs:
         parts.append("<h2>Training</h2>" + figures.training_curves(runs))
     parts.append(boards)
@@ -153,10 +155,13 @@ def write_report(
         "command": " ".join(sys.argv),
     }
     parts.append(f"<h2>How these numbers were obtained</h2><pre>{html.escape(json.dumps(facts, indent=1))}</pre>")
-    page = (
+    write_whole(path, document(title, parts).encode())
+    return path
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """Pieces of HTML as a page that needs no other file."""
+    return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{CSS}</style><body>{''.join(parts)}</body></html>"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
-    return path

@@ -70,9 +70,9 @@ class Study:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read the study that a folder keeps."""
+        """Read the study that a folder keeps, wherever it is by now."""
         try:
-            return cls(**json.loads((Path(folder) / "study.json").read_text()))
+            return cls(**{**json.loads((Path(folder) / "study.json").read_text()), "out": str(folder)})
         except (OSError, ValueError, TypeError) as error:
             raise InputError(
                 f"{folder} keeps no finished study ({error}); run study or evaluate with --out {folder} first"
@@ -166,12 +166,12 @@ class Study:
 
     def lines(self) -> list[Table | str]:
         """For the terminal: a table per protocol, what the models cost, and what must be known of the numbers."""
-        out: list[Table | str] = [_table(line, table(rows)) for line, rows in tables(self.rows)]
+        out: list[Table | str] = [show(line, table(rows)) for line, rows in tables(self.rows)]
         cost = costs(self.rows)
         said = notes(self.rows)
         if self.split == self._protocol.split:
             said.append(f"the reference and the held-out images are both of {self.split}: no distance")
-        costly = [_table("what it cost", cost)] if len(cost) > 1 else []
+        costly = [show("what it cost", cost)] if len(cost) > 1 else []
         return [self.title, *out, *costly, *(f"note: {line}" for line in said)]
 
     def write_report(self) -> Path:
@@ -191,7 +191,8 @@ class Study:
         )
 
 
-def _table(title: str, text: Sequence[Sequence[str]]) -> Table:
+def show(title: str, text: Sequence[Sequence[str]]) -> Table:
+    """Head and rows of text as a table for the terminal."""
     head, *body = text
     out = Table(title=title, title_justify="left")
     for i, name in enumerate(head):

@@ -15,7 +15,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any
 
 def metrics_of(row: dict[str, Any]) -> list[str]:
     """Names of the metrics of a row, without those that say how certain another is."""
-    ends = ("_bias", "_std", "_low", "_high", "_mse")
+    ends = ("_bias", "_std", "_low", "_high", "_mse", "_sd")
     names = (k for k, v in row.items() if isinstance(v, float) and not k.startswith(_NOT_METRICS))
     return [k for k in names if not any(end in k for end in ends)]
 
@@ -77,6 +77,8 @@ def _text(rows: Sequence[dict[str, Any]], columns: Columns) -> list[tuple[str, .
 def _number(name: str, row: dict[str, Any]) -> str:
     low, high = (row.get(name.replace("infinity", f"infinity_{end}")) for end in ("low", "high"))
     text = f"{row[name]:.3f}" if abs(row[name]) >= 0.1 else f"{row[name]:.2g}"
+    if spread := row.get(f"{name}_sd"):
+        return f"{text} ± {spread:.2g}"
     return f"{text} [{low:.3f}, {high:.3f}]" if "infinity" in name and low is not None and high is not None else text
 
 

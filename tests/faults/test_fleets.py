@@ -1,8 +1,11 @@
 """Fleets whose workers are killed: every expert must end as if nothing had been."""
 
+import contextlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import time
 
@@ -22,16 +25,16 @@ EXPERTS, STEPS = 4, 80
 def fleet(start, tmp_path):
     """Plan a fleet of 4 small experts; gives its folder."""
 
-    def make(name):
+    def make(name, place=tmp_path, **options):
         words = dict(word.removeprefix("--").split("=", 1) for word in TINY)
         settings = {key: yaml.safe_load(value) for key, value in words.items() if key != "data.batch_size"}
         settings |= {"model.states.S": EXPERTS, "checkpoint.every": 3, "trainer.val_check_interval": 10}
         content = {"configs": [str(ROOT / CONFIG)], "set": settings, "batch": 32, "budget": EXPERTS * STEPS * 32}
         file = tmp_path / "fleet.yaml"
         file.write_text(json.dumps(content))
-        planned = start("fleet", "plan", "--config", file, "--out", tmp_path / name)
+        planned = start("fleet", "plan", "--config", file, "--out", place / name, **options)
         assert planned.wait() == 0, planned.text
-        return tmp_path / name
+        return place / name
 
     return make
 
@@ -83,3 +86,26 @@ def test_two_launchers_share_one_fleet_without_training_anything_twice(fleet, st
         log = (folder / f"expert_{k:03d}" / "log.txt").read_text()
         assert "going on" not in log
         assert current(Store(folder), f"expert_{k:03d}")[0] == 1
+
+
+def test_a_real_full_disk_is_named_with_its_expert_and_loses_nothing(fleet, start, small_disk, tmp_path):
+    if disk := small_disk(12_000_000):
+        place, holder, seen = disk
+        folder, whole = fleet("broken", place, enter=holder), fleet("whole")
+        run = ("fleet", "run", folder, "--workers", 2, "--ttl", 4)
+        running = start(*run, enter=holder)
+        until(lambda: list((seen / "broken").glob("expert_*/checkpoints/newest.json")), running)
+        with contextlib.suppress(OSError), (seen / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        assert running.wait(120) in (1, 2, 75), running.text
+        assert "Traceback" not in running.stderr, running.stderr
+        named = set(re.findall(r"(expert_\d+): .*No space left on device", running.stderr))
+        assert named, running.stderr
+        (seen / "filler").unlink()
+        again = start(*run, enter=holder)
+        assert again.wait(300) == 0, again.text
+        assert start("fleet", "run", whole, "--workers", 2).wait(300) == 0
+        shutil.copytree(seen / "broken", tmp_path / "copy")
+        a, b = weights(whole), weights(tmp_path / "copy")
+        assert all(torch.equal(a[k][name], b[k][name]) for k in a for name in a[k])

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from lightning_tdisent.cli import main
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.modules import ReducedStates
@@ -13,6 +14,7 @@ from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.report.evaluate import Contender, evaluate
 from lightning_tdisent.report.page import nearest, write_report
+from lightning_tdisent.report.seeds import pool
 from lightning_tdisent.report.study import Study
 from lightning_tdisent.report.table import costs, notes, table, tables
 from lightning_tdisent.sampling.cost import training_cost
@@ -178,6 +180,34 @@ def test_a_study_is_kept_and_shown_again(model, sets, digits, tmp_path):
     assert not re.search(r'(src|href)="(?!data:)', page)  # one file that needs no other
     with pytest.raises(InputError, match="keeps no finished study"):
         Study.load(tmp_path)
+
+
+def test_repeats_of_a_study_are_means_with_their_spread(model, sets, digits, tmp_path, capsys):
+    spec = {"class_path": "lightning_tdisent.DDIM", "init_args": {}}
+    contenders = [{"name": n, "source": str(model("few", S=4)), "sampler": spec} for n in ("a", "a, more")]
+    folders = [tmp_path / f"seed{k}" for k in range(3)]
+    for k, folder in enumerate(folders):
+        Study(str(folder), "A study", contenders, str(digits), "digits", n=20).evaluate()
+        rows = json.loads((folder / "results.json").read_text())
+        rows[0] |= {"fd_digits": 4.0 + k, "images_seen": 100 + 100 * k}
+        rows[1]["training_flops"] = 3 * rows[0]["training_flops"]
+        (folder / "results.json").write_text(json.dumps(rows))
+    moved = tmp_path / "moved"
+    folders[2].rename(moved)
+    pooled = pool([Study.load(f).rows for f in (*folders[:2], moved)])
+    assert (pooled[0]["fd_digits"], pooled[0]["fd_digits_sd"], pooled[0]["images_seen"]) == (5.0, 1.0, 200)
+    assert table(pooled[:2])[1][4] == "5.000 ± 1"
+    assert pooled[0]["eps_mse"] == pytest.approx(rows[0]["eps_mse"])
+    assert main(["report", *map(str, (*folders[:2], moved)), "--out", str(tmp_path / "all.html")]) == 0
+    assert "Means and standard deviations of 3 trainings" in (page := (tmp_path / "all.html").read_text())
+    assert page.count("data:image/svg") == 2
+    assert "5.000 ± 1" in capsys.readouterr().out
+    assert main(["report", str(folders[0]), str(moved)]) == 2
+    assert "--out FILE.html is for several folders" in capsys.readouterr().err
+    rows[1]["name"] = "other"
+    (moved / "results.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=r"not one study with other seeds: .*repeat 2 has .*'other'"):
+        pool([Study.load(f).rows for f in (folders[0], moved)])
 
 
 def test_grid_and_nearest_are_what_they_say():
