@@ -4,6 +4,7 @@ Workers know nothing of each other; they meet in the files of the fleet alone.
 """
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -450,9 +451,24 @@ def _log(held: _Held, quiet: bool) -> Iterator[None]:
     if not quiet:
         yield
         return
-    with (
-        held.log.open("a") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
+    with _Log(held.log) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         yield
+
+
+class _Log(io.TextIOBase):
+    """A file to print to; what a full disk does not take is lost, and ends nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._file.write(text.encode(errors="replace"))
+        return len(text)
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
