@@ -32,8 +32,10 @@ def add_commands(commands: Commands) -> None:
     c.add_argument(
         "experts", nargs="+", help="folders of runs, a folder of such folders, a fleet's folder or URL, or files"
     )
-    c.add_argument("--out", type=Path, required=True, help="the composite folder to write")
+    c.add_argument("--out", type=Path, required=True, help="the composite to write: a folder, or one file, NAME.zip")
     c.add_argument("--fill", help="a preview where experts are missing: nearest, or shared:PATH")
+    c.add_argument("--allow-mismatch", action="append", default=[], metavar="FIELD",
+                   help="let experts differ in training data, weights or parametrisation, and record it")  # fmt: skip
     c.add_argument("--merge", type=int, metavar="K", help="average neighbours to K networks: cheaper, and less exact")
     c.add_argument("--merge-weights", default="uniform",
                    help="uniform (default), images, search, or numbers by commas, one per expert")  # fmt: skip
@@ -195,16 +197,17 @@ def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
     from lightning_tdisent.sampling.composite import compose
 
     if a.merge is not None:
-        if a.fill is not None:
-            raise InputError("--merge and --fill: experts are merged when all are there; leave one of the two")
+        if a.fill is not None or a.allow_mismatch:
+            raise InputError("--merge wants experts that are all there and alike: leave --fill and --allow-mismatch")
         _merge(a, files)
         return
     chosen = {"--merge-weights": a.merge_weights != "uniform", "--merge-blocks": a.merge_blocks != "equal"}
     if odd := [name for name, given in {**chosen, "--merge-data": a.merge_data}.items() if given]:
         raise InputError(f"{', '.join(odd)}: belong to --merge K, which is not given")
-    out = compose(files, a.out, a.fill)
+    out = compose(files, a.out, a.fill, a.allow_mismatch)
     how = f" --fill {a.fill}" if a.fill is not None else ""
-    print(f"{len(files)} experts composed in {out}: python -m lightning_tdisent sample {out} --out {out}/images{how}")
+    images = out.with_name(f"{out.stem}_images")
+    print(f"{len(files)} experts composed in {out}: python -m lightning_tdisent sample {out} --out {images}{how}")
     if a.fill is not None:
         print("it is a preview, and loads with --fill alone: rows of missing experts are filled")
 

@@ -166,6 +166,7 @@ def _of_model(
         "sampler": repr_sampler(sampler),
         "sha256": [sha256(file) for file in find_files(contender.source)],
         **({"preview": model.filled} if getattr(model, "filled", None) else {}),
+        **({"differs": model.differs} if getattr(model, "differs", None) else {}),
     }
     model.cpu()  # the next one's peak memory is its own
     return row, images[order]

@@ -88,6 +88,9 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in (row for row in rows if "preview" in row):
         filled = ", ".join(f"{s} by {what}" for s, what in row["preview"].items())
         out.append(f"{row['name']} is a preview, no result: experts are missing, and rows are filled: {filled}")
+    for row in (row for row in rows if "differs" in row):
+        values = "; ".join(f"{field}: {', '.join(values)}" for field, values in row["differs"].items())
+        out.append(f"{row['name']} has experts that differ, as --allow-mismatch let them: {values}")
     for _, alike in tables(rows):
         measured = [row for row in alike if "refused" not in row]
         names = metrics_of(measured[0]) if measured else []

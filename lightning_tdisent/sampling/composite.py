@@ -6,6 +6,7 @@ The file is long because it also holds all that a composite is on disk: what fil
 import json
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,11 +20,13 @@ from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
+from lightning_tdisent.sampling.bundle import pack, unpacked
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import Card, load_expert, read_card, sha256
 from lightning_tdisent.sampling.residency import Member, PassingExpert, Residency, passing
 
 MANIFEST = "composite.json"
+ALLOWED = ("training data", "weights", "parametrisation")  # what experts may differ in and still be one sampler
 
 
 class CompositeDenoiser(nn.Module):
@@ -32,6 +35,7 @@ class CompositeDenoiser(nn.Module):
     Refuses experts that do not own every row exactly once, or whose tables, shapes or classes differ. With ``fill``
     rows may be missing, for a preview: a denoiser on the same table that owns them answers there, or with ``nearest``
     the owner of the row r of the nearest log-SNR, by x0_hat_s(x) = x0_hat_r(sqrt(a_r / a_s) x). `filled` says which.
+    allow: names of `ALLOWED` in which experts may differ; `differs` has the values, where they do.
 
     Why this scaling: along a principal axis of centred data, of variance v, the ideal estimate at row s is w_s x / a_s
     with w = a^2 v / (a^2 v + b^2), and that of row r at (a_r / a_s)^g x is w_r (a_s / a_r)^(1 - g) x / a_s. To first
@@ -40,10 +44,13 @@ class CompositeDenoiser(nn.Module):
     digits and for large images. The raw output read with (a_s, b_s) instead lets noise through along weak axes.
     """
 
-    def __init__(self, experts: Sequence[Denoiser], fill: Denoiser | Literal["nearest"] | None = None) -> None:
+    def __init__(
+        self, experts: Sequence[Denoiser], fill: Denoiser | Literal["nearest"] | None = None, allow: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         facts = [_facts(e) for e in experts]
-        missing = refuse_unfit([f"expert {i}" for i in range(len(experts))], facts, fill is not None)
+        missing = refuse_unfit([f"expert {i}" for i in range(len(experts))], facts, fill is not None, allow)
+        self.differs = differing(facts, allow)
         self.states: LatentStates = experts[0].states
         self.shape, self.classes = experts[0].shape, experts[0].classes
         self._owner = {s: (expert, s) for expert in experts for s in expert.rows}
@@ -160,22 +167,33 @@ def _brief(states: dict[str, Any]) -> str:
     return f"S={states['S']} {states['kind']} of {schedule['class_path'].rpartition('.')[2]}({arguments})"
 
 
-def refuse_unfit(names: Sequence[str], facts: Sequence[dict[str, Any]], preview: bool = False) -> list[int]:
+def differing(facts: Sequence[dict[str, Any]], allow: Sequence[str]) -> dict[str, list[str]]:
+    """Values of the fields in which experts differ as they may."""
+    found = {field: sorted({str(fact[field]) for fact in facts}) for field in allow if field in facts[0]}
+    return {field: values for field, values in found.items() if len(values) > 1}
+
+
+def refuse_unfit(
+    names: Sequence[str], facts: Sequence[dict[str, Any]], preview: bool = False, allow: Sequence[str] = ()
+) -> list[int]:
     """Refuse a set of experts that cannot be composed, naming every offender at once with both values.
 
-    What most experts agree on is taken as right; the rows 1..S must be owned exactly once, in a preview at most once.
-    Returns the rows that nobody owns.
+    What most experts agree on is taken as right, but for the fields in ``allow``; the rows 1..S must be owned exactly
+    once, in a preview at most once. Returns the rows that nobody owns.
     """
     if not facts:
         raise InputError("no experts to compose")
+    if odd := [field for field in allow if field not in ALLOWED]:
+        raise InputError(f"--allow-mismatch {odd[0]}: experts may differ in {', '.join(ALLOWED)} alone")
     problems = []
     for field in facts[0]:
-        if field == "rows":
+        if field == "rows" or field in allow:
             continue
         common = Counter(json.dumps(f[field]) for f in facts).most_common(1)[0][0]
+        may = f" (--allow-mismatch {field!r} composes them all the same, and says so)" if field in ALLOWED else ""
         for name, fact in zip(names, facts, strict=True):
             if json.dumps(fact[field]) != common:
-                problems.append(f"{name}: {field} is {json.dumps(fact[field])}, the others have {common}")
+                problems.append(f"{name}: {field} is {json.dumps(fact[field])}, the others have {common}{may}")
     S = Counter(f["S"] for f in facts).most_common(1)[0][0]
     owners: dict[int, list[str]] = {s: [] for s in range(1, S + 1)}
     for name, fact in zip(names, facts, strict=True):
@@ -231,15 +249,20 @@ def _find_filler(fill: str, first: Card, rows: list[int]) -> Member | None:
     return Member(files[0], card, rows)
 
 
-def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = None) -> Path:
+def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = None, allow: Sequence[str] = ()) -> Path:
     """Write a composite folder from files of experts: a manifest, and every file (hard-linked where possible).
 
     Everything is checked on the cards alone, before any weights are read or anything is written. With ``fill`` rows may
-    be missing: the manifest calls the folder a preview, and whoever loads it must say again how to fill them.
+    be missing: the manifest calls the folder a preview, and whoever loads it must say again how to fill them. allow:
+    names of `ALLOWED` in which experts may differ, which the manifest keeps, and all numbers of the composite tell.
+    An ``out`` that ends with .zip is one file, with the same bytes in it.
     """
+    if Path(out).suffix == ".zip":
+        return _in_one_file(paths, Path(out), fill, allow)
     files = sorted((Path(p) for p in paths), key=str)
     cards = _read_cards(files)
-    missing = refuse_unfit([str(p) for p in files], [_card_facts(c) for c in cards], fill is not None)
+    facts = [_card_facts(c) for c in cards]
+    missing = refuse_unfit([str(p) for p in files], facts, fill is not None, allow)
     filler = _find_filler(fill, cards[0], missing) if fill else None
     _read_cards(files, verify=True)
     out = Path(out)
@@ -257,9 +280,21 @@ def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = Non
                 shutil.copyfile(path, out / name)
         members.append({"rows": card.rows, "file": name, "sha256": sha256(out / name)})
     manifest: dict[str, Any] = {"schema": 1, "fingerprint": cards[0].fingerprint, "experts": members}
+    if differs := differing(facts, allow):
+        manifest["differs"] = differs
     if missing:
         manifest["preview"] = {"missing": missing, "fill": fill, "sha256": sha256(filler.path) if filler else None}
     write_whole(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+    return out
+
+
+def _in_one_file(paths: Sequence[str | Path], out: Path, fill: str | None, allow: Sequence[str]) -> Path:
+    if out.exists():
+        raise InputError(f"{out} is there already; choose another name")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".composite-") as place:
+        folder = compose(paths, Path(place) / "composite", fill, allow)
+        pack(folder, out)
     return out
 
 
@@ -280,8 +315,7 @@ def composite_files(folder: str | Path) -> list[Path]:
     """Files of a composite folder, after checking each against the manifest's digest."""
     folder = Path(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        members = [(folder / m["file"], m["sha256"]) for m in manifest["experts"]]
+        members = [(folder / m["file"], m["sha256"]) for m in _manifest(folder)["experts"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / MANIFEST}: not a composite ({type(error).__name__}: {error})") from None
     problems = [f"{path}: missing" for path, _ in members if not path.is_file()]
@@ -295,9 +329,14 @@ def composite_files(folder: str | Path) -> list[Path]:
     return [path for path, _ in members]
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return content
+
+
 def find_files(source: str | Path) -> list[Path]:
-    """Files of weights behind a name: a .safetensors file, a run folder, a composite folder, or a folder of runs."""
-    source = Path(source)
+    """Files of weights behind a name: a file of weights, a run folder, a composite, or a folder of runs."""
+    source = unpacked(source)
     if source.is_file():
         return [source]
     if (source / MANIFEST).exists():
@@ -316,7 +355,7 @@ def find_files(source: str | Path) -> list[Path]:
 def holds_weights(source: Path) -> bool:
     """Whether a name stands for a model; else it must be a folder or file of images."""
     if source.is_file():
-        return source.suffix in (".safetensors", ".ckpt")
+        return source.suffix in (".safetensors", ".ckpt", ".zip")
     return (
         (source / MANIFEST).exists() or any(source.glob("model.safetensors")) or any(source.glob("*/model.safetensors"))
     )
@@ -332,13 +371,16 @@ def load_model(
     """
     if residency not in get_args(Residency):
         raise InputError(f"residency {residency!r}: choose {', '.join(get_args(Residency))}")
+    source = unpacked(source)
     files = find_files(source)
     cards = _read_cards(files) if len(files) > 1 else [read_card(files[0])]
     if len(files) == 1 and (fill is None or len(cards[0].rows) == _card_facts(cards[0])["S"]):
         return load_expert(files[0])[0], cards
-    missing = refuse_unfit([str(f) for f in files], [_card_facts(c) for c in cards], fill is not None)
+    checked = (source / MANIFEST).exists()  # by `find_files`
+    allow = list(_manifest(source).get("differs", {})) if checked else []
+    facts = [_card_facts(c) for c in cards]
+    missing = refuse_unfit([str(f) for f in files], facts, fill is not None, allow)
     filler = _find_filler(fill, cards[0], missing) if fill else None
-    checked = (Path(source) / MANIFEST).exists()  # by `find_files`
     members = [Member(f, c, c.rows) for f, c in zip(files, cards, strict=True)]
     experts: list[Denoiser] = []
     stand_in: Denoiser | None = None
@@ -352,7 +394,8 @@ def load_model(
             _read_cards(files, verify=True)
         experts += passing([*members, filler] if filler else members, residency)
         stand_in = experts.pop() if filler else None
-    composite = CompositeDenoiser(experts, stand_in or ("nearest" if fill else None)).eval()
+    composite = CompositeDenoiser(experts, stand_in or ("nearest" if fill else None), allow).eval()
+    composite.differs = differing(facts, allow)
     return composite, [*cards, filler.card] if filler else cards
 
 

@@ -10,6 +10,8 @@ from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.expert import Card
 
+TRAINING = ("network", "images_seen", "seconds")
+
 
 def flops(network: Network) -> int:
     """Floating point operations of a forward pass of one image."""
@@ -26,7 +28,9 @@ def training_cost(cards: Sequence[Card]) -> dict[str, float]:
     for the backward one.
     """
     parents = {p["sha256"]: p for card in cards for p in card.parents}
-    runs = [*parents.values(), *(dataclasses.asdict(card) for card in cards)]
+    known = [[p[k] for k in TRAINING] for p in parents.values()]
+    own = [dataclasses.asdict(card) for card in cards]  # a shared model that fills rows may be a start as well
+    runs = [*parents.values(), *(run for run in own if [run[k] for k in TRAINING] not in known)]
     return {
         "images_seen": sum(run["images_seen"] for run in runs),
         "images_seen_longest": max(_chain(card, "images_seen") for card in cards),

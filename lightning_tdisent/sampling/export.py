@@ -54,7 +54,7 @@ def export(source: str | Path, out: str | Path, form: Literal["safetensors", "di
         if isinstance(model, Denoiser):
             save_expert(out / "model.safetensors", model, cards[0])
         else:
-            compose(find_files(source), out)
+            compose(find_files(source), out, allow=list(model.differs))
     config["files"] = {file.relative_to(out).as_posix(): sha256(file) for file in sorted(out.rglob("*.safetensors"))}
     write_whole(out / "config.json", json.dumps(config, indent=1, allow_nan=False).encode())
     write_whole(out / "README.md", _readme(config, form, loading).encode())
@@ -93,7 +93,7 @@ def describe(model: Denoiser | CompositeDenoiser, cards: Sequence[Card]) -> dict
     sees the state is given.
     """
     cards = sorted(cards, key=lambda card: card.rows)
-    states, objective = model.states, model.at(cards[0].rows[0]).objective
+    states = model.states
     table = zip(states.rows, states.index[1:].tolist(), states.log_snr[1:].tolist(), strict=True)
     a, b = states.a.tolist(), states.b.tolist()
     return {
@@ -102,7 +102,7 @@ def describe(model: Denoiser | CompositeDenoiser, cards: Sequence[Card]) -> dict
         "shape": model.shape,
         "classes": model.classes,
         "image_range": cards[0].image_range,
-        "prediction": objective.prediction,
+        "prediction": " and ".join(dict.fromkeys(model.at(card.rows[0]).objective.prediction for card in cards)),
         "T": states.schedule.T,
         "S": states.S,
         "fingerprint": states.fingerprint,
@@ -135,6 +135,7 @@ def pipeline(model: Denoiser | CompositeDenoiser) -> DDIMPipeline:
         f"it owns rows {rows} of 1..{states.S} only": rows != states.rows,
         f"it is a preview without rows {filled}": bool(filled),
         f"its table has {states.K} columns, a scheduler of diffusers one": states.K > 1,
+        "its experts predict different things": "parametrisation" in getattr(model, "differs", {}),
     }
     if any(why.values()):
         raise InputError("no pipeline of diffusers: " + "; ".join(k for k, v in why.items() if v))

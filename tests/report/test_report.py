@@ -145,6 +145,8 @@ def test_cost_counts_every_expert_and_a_shared_start_once(model):
     assert both["images_seen_longest"] == 1500
     assert both["training_flops"] == 2.5 * one["training_flops"]
     assert (both["training_seconds"], both["training_seconds_longest"]) == (11.0, 9.0)
+    shared = dataclasses.replace(card, images_seen=500, seconds=7.0)  # the start, which fills rows as well
+    assert training_cost([warm, shared])["images_seen"] == 1500
 
 
 def test_the_wrong_features_and_steps_are_refused_before_any_work(model, sets):

@@ -3,6 +3,7 @@ import copy
 import json
 import re
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from lightning_tdisent.sampling.composite import (
 )
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import sha256
-from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
 
 
 def refusal(call, *args: object) -> str:
@@ -422,6 +423,53 @@ def test_a_preview_is_refused_unless_it_is_asked_for(experts, files, tmp_path, r
     assert manifest["preview"] == {"missing": [2, 4], "fill": "nearest", "sha256": None}
     one, _ = load_model(files[1], residency, "nearest")
     assert one.filled == {1: "row 2", 3: "row 2", 4: "row 2"}
+
+
+def test_experts_that_differ_in_what_they_may_are_composed_when_it_is_allowed_and_say_so(model, write, tmp_path):
+    experts = [model(rows=[s], seed=s, objective=Eps() if s == 1 else V()) for s in (1, 2, 3, 4)]
+    files = [write(f"e{e.rows[0]}", e, **({"data": "other"} if e.rows == [2] else {})) for e in experts]
+    said = refusal(compose, files, tmp_path / "out")
+    assert """: parametrisation is "Eps", the others have "V" (--allow-mismatch 'param""" in said
+    assert """: training data is "other", the others have""" in said
+    assert "training data" in refusal(compose, files, tmp_path / "out", None, ["parametrisation"])
+    assert "experts may differ in training data, weights, param" in refusal(compose, files, tmp_path, None, ["table"])
+    out = compose(files, tmp_path / "out", allow=["parametrisation", "training data", "weights"])
+    for residency in ("resident", "stream"):
+        loaded = load_model(out, residency)[0]
+        assert loaded.differs["parametrisation"] == ["Eps", "V"]
+        assert sorted(loaded.differs) == ["parametrisation", "training data"]
+        x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert all(torch.equal(loaded(x, e.rows[0]), e(x, e.rows[0])) for e in experts)
+    assert "parametrisation" in refusal(load_model, _members(out, tmp_path))
+
+
+def _members(composite, tmp_path):
+    """The same files without the manifest that allows it."""
+    for k, file in enumerate(composite_files(composite)):
+        (tmp_path / "plain" / str(k)).mkdir(parents=True)
+        shutil.copy(file, tmp_path / "plain" / str(k) / "model.safetensors")
+    return tmp_path / "plain"
+
+
+@pytest.mark.parametrize("residency", ["resident", "offload", "stream"])
+def test_one_file_holds_what_the_separate_files_do_bit_for_bit(residency, files, folder, tmp_path):
+    file = compose(files, tmp_path / "all.zip")
+    assert [p.read_bytes() for p in find_files(file)] == [p.read_bytes() for p in find_files(folder)]
+    one, many = (next(sample(load_model(source, residency)[0], DDIM(), range(5))) for source in (file, folder))
+    assert torch.equal(one, many)
+    assert "is there already" in refusal(compose, files, file)
+
+
+def test_a_file_that_holds_no_composite_is_refused(files, tmp_path):
+    file = compose(files, tmp_path / "all.zip")
+    content = file.read_bytes()
+    for name, bad in {"cut": content[:-50], "text": b"zip", "flipped": content.replace(b"UNet", b"UNEt")}.items():
+        (tmp_path / f"{name}.zip").write_bytes(bad)
+        assert refusal(load_model, tmp_path / f"{name}.zip")
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as evil:
+        evil.writestr("../evil.safetensors", b"x")
+    assert "'../evil.safetensors' does not belong to one" in refusal(load_model, tmp_path / "evil.zip")
 
 
 def test_what_is_complete_needs_no_filling(experts, files, folder, tmp_path):

@@ -1,0 +1,47 @@
+"""A composite as one file: its folder in a .zip, byte for byte."""
+
+import atexit
+import functools
+import re
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import whole
+
+NAMES = re.compile(r"composite\.json|rows_[\d-]+\.safetensors")
+
+
+def pack(folder: Path, out: Path) -> None:
+    """Write the files of a composite folder as one, uncompressed: weights do not shrink."""
+    with whole(out) as stream, zipfile.ZipFile(stream, "w") as bundle:
+        for file in sorted(folder.iterdir()):
+            with file.open("rb") as source, bundle.open(zipfile.ZipInfo(file.name), "w", force_zip64=True) as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
+
+
+def unpacked(source: str | Path) -> Path:
+    """The folder that a .zip of `pack` holds, on a disk for as long as this process lives; anything else as it is.
+
+    Raises InputError for a .zip with anything but a composite in it; whether that is whole, its manifest tells.
+    """
+    source = Path(source)
+    if source.suffix != ".zip" or not source.is_file():
+        return source
+    return _unpack(source.resolve(), source.stat().st_mtime_ns)
+
+
+@functools.cache
+def _unpack(path: Path, stamp: int) -> Path:
+    place = tempfile.TemporaryDirectory(prefix="composite-")
+    atexit.register(place.cleanup)
+    try:
+        with zipfile.ZipFile(path) as bundle:
+            if odd := [name for name in bundle.namelist() if not NAMES.fullmatch(name)]:
+                raise InputError(f"{path}: not a composite in one file: {odd[0]!r} does not belong to one")
+            bundle.extractall(place.name)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a composite in one file ({error})") from None
+    return Path(place.name)
