@@ -103,7 +103,7 @@ def quality_over_compute(rows: Sequence[dict[str, Any]]) -> str:
 
     Models called NAME and "NAME, .." that differ in compute are joined by a line. Nothing where all cost the same.
     """
-    metric = next((k for k in rows[0] if k == "fid" or k.startswith("fd_")), None)
+    metric = next((k for k in rows[0] if k == "fid" or k.startswith("fd_")), "none")
     shown = [r for r in rows if metric in r and r["training_flops"]]
     if not shown or len({round(r["training_flops"] / shown[0]["training_flops"], 1) for r in shown}) < 2:
         return ""
