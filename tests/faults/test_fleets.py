@@ -58,7 +58,7 @@ def test_a_fleet_killed_at_random_ends_as_the_unbroken_one(fleet, start, size, f
     running = start("fleet", "run", broken, "--workers", 2)
     for trial in range(trials):
         until(lambda pid=running.pid: processes_of(broken) or not alive(pid))
-        time.sleep(chance.uniform(0, 3))
+        time.sleep(chance.uniform(0, size(8, 3)))
         holders = processes_of(broken)
         if not alive(running.pid) or not holders:
             break
@@ -71,11 +71,15 @@ def test_a_fleet_killed_at_random_ends_as_the_unbroken_one(fleet, start, size, f
             os.killpg(running.pid, signal.SIGKILL)
         running.end(signal.SIGKILL)  # its workers save and go
         running = start("fleet", "run", broken, "--workers", 2)
-    assert running.wait(300) == 0, running.text
+    given_up = 0
+    while running.wait(600) and "died 5 times in a row without saving anything" in running.text and given_up < 3:
+        given_up += 1  # on a slow machine kills come faster than checkpoints; who is told so, starts it again
+        running = start("fleet", "run", broken, "--workers", 2)
+    assert running.wait(600) == 0, running.text
     assert sum(killed.values()) == trials
     a, b = weights(whole), weights(broken)
     assert all(torch.equal(a[k][name], b[k][name]) for k in a for name in a[k])
-    figures("killed_fleet", **killed, experts=EXPERTS, different=0)
+    figures("killed_fleet", **killed, given_up=given_up, experts=EXPERTS, different=0)
 
 
 def test_two_launchers_share_one_fleet_without_training_anything_twice(fleet, start):
