@@ -60,7 +60,8 @@ class Sampler(Part, ABC):
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Yield (row, x, x0_hat of the step that led there), from (S, noise, None) to (0, image, image).
 
-        seeds: one per image; label: int64 (B,) or None; start: x at row S instead of N(0, I) of the seeds.
+        seeds: one per image; label: int64 (B,) or None; start: x at row S instead of N(0, I) of the seeds, or of what
+        a `Started` model begins with.
         """
         path = [*self.rows(denoise.states), 0]
         if expect := getattr(_unguided(denoise), "expect", None):
@@ -68,7 +69,10 @@ class Sampler(Part, ABC):
         parameter = next(iter(denoise.parameters()))
         label = None if label is None else label.to(parameter.device)
         index = denoise.states.index.tolist()
-        x = seed_noise(seeds, index[path[0]], denoise.shape) if start is None else start
+        if start is None:
+            begin = getattr(_unguided(denoise), "start", None)
+            start = begin(seeds) if begin else seed_noise(seeds, index[path[0]], denoise.shape)
+        x = start
         x = x.to(parameter.device, parameter.dtype)
         before: Tensor | None = None
         yield path[0], x, None

@@ -1,0 +1,145 @@
+"""Gaussians fitted in closed form: the noise is added to what the clean data says, not sampled."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_tdisent.diffusion.rng import seed_noise
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.priors.prior import LOG_2PI, Prior, normal_log_prob, refuse_shape
+
+LARGEST = 4096  # values of x whose covariance is diagonalised as a whole
+FLOOR = 1e-6  # least variance, of data in [-1, 1] the square of an eighth of a grey level
+
+
+class Gaussian(Prior):
+    """N(a m, a^2 C + b^2 I), m and C of the clean data: the maximum of the likelihood among Gaussians (2206.05173).
+
+    rank: only this many principal components have variances of their own, all others share their mean; low: only
+    the lowest low x low frequencies (DCT-II) of all channels vary together, every other frequency has a variance of
+    its own. Neither: the full covariance, of up to 4096 values; images larger than that need one of the two.
+    """
+
+    mean: Tensor
+    basis: Tensor  # (D, m) orthonormal columns, m variances
+    variances: Tensor
+    rest: Tensor  # of what the basis leaves: one variance, or one per frequency
+
+    def __init__(self, shape: Sequence[int] | None = None, rank: int | None = None, low: int | None = None) -> None:
+        super().__init__(shape)
+        if rank is not None and low is not None:
+            raise InputError("prior Gaussian: rank and low are two ways to have fewer numbers; give one")
+        if (rank is not None and rank < 1) or (low is not None and low < 1):
+            raise InputError(f"prior Gaussian: rank {rank}, low {low}: at least 1")
+        self.rank, self.low = rank, low
+        for name in ("mean", "basis", "variances", "rest"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.float64))
+
+    def fit(self, x0: Tensor, a: float, b: float, eps: Tensor | None = None) -> list[str]:
+        """See the class; a covariance that is singular, with variances below 1e-6, is raised to that and named."""
+        super().fit(x0, a, b, eps)
+        refuse_shape(x0, 2, "prior Gaussian")
+        flat = x0.flatten(1).double()
+        mean = flat.mean(0)
+        clean = self._forward(flat - mean)
+        chosen = self._chosen(clean.shape[1])
+        basis, found = _principal(clean[:, chosen], self.rank or len(chosen))
+        if self.low is not None:
+            rest = clean.square().mean(0)
+            rest[chosen] = 0.0
+        else:
+            left = self.size - basis.shape[1]
+            rest = (clean.square().mean(0).sum() - found.sum()).clamp_min(0)[None] / max(1, left)
+        self.mean = a * mean
+        self.basis = torch.zeros(self.size, basis.shape[1], dtype=torch.float64)
+        self.basis[chosen] = basis
+        self.variances, self.rest = a * a * found + b * b, a * a * rest + b * b
+        low = int((self.variances < FLOOR).sum()) + int((self.rest < FLOOR).sum())
+        self.variances.clamp_(min=FLOOR)
+        self.rest.clamp_(min=FLOOR)
+        return [f"singular covariance: {low} variances below {FLOOR:g} were raised to it"] if low else []
+
+    def _chosen(self, size: int) -> Tensor:
+        """Coordinates that vary together."""
+        if self.low is None:
+            if self.rank is None and size > LARGEST:
+                raise InputError(
+                    f"prior Gaussian: the covariance of {size:,} values has {size * size:,} numbers; set rank (e.g. "
+                    "256), or low, the frequencies that vary together (e.g. 8)"
+                )
+            return torch.arange(size)
+        C, H, W = self.shape or (0, 0, 0)
+        low = torch.zeros(C, H, W, dtype=torch.bool)
+        low[:, : self.low, : self.low] = True
+        if int(low.sum()) > LARGEST:
+            raise InputError(f"prior Gaussian: low {self.low} has {int(low.sum()):,} frequencies, at most {LARGEST:,}")
+        return low.flatten().nonzero()[:, 0]
+
+    def _forward(self, x: Tensor) -> Tensor:
+        """Flat x in the coordinates in which it is modelled, an orthonormal change."""
+        return x if self.low is None else self._dct(x, inverse=False)
+
+    def _backward(self, y: Tensor) -> Tensor:
+        return y if self.low is None else self._dct(y, inverse=True)
+
+    def _dct(self, x: Tensor, inverse: bool) -> Tensor:
+        assert self.shape is not None
+        rows, columns = (_dct_matrix(side) for side in self.shape[1:])
+        if inverse:
+            rows, columns = rows.T, columns.T
+        return (rows @ x.unflatten(1, self.shape) @ columns.T).flatten(1)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates (B, m) in the basis, and the log-density of what it leaves."""
+        y = self._forward(x.flatten(1).double() - self.mean)
+        inside = y @ self.basis
+        if self.low is not None:
+            outside = torch.ones(self.size, dtype=torch.bool)
+            outside[self._chosen(self.size)] = False
+            return inside, normal_log_prob(y[:, outside], self.rest[outside])
+        left = self.size - self.basis.shape[1]
+        square = (y.square().sum(1) - inside.square().sum(1)).clamp_min(0)
+        return inside, -0.5 * (square / self.rest + left * (self.rest.log() + LOG_2PI))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """See the class."""
+        inside, outside = self._split(x)
+        return normal_log_prob(inside, self.variances) + outside
+
+    def sample(self, seeds: Sequence[int], stream: int) -> Tensor:
+        """Mean + C^(1/2) z with the noise z of the whole chain, so that one seed makes one image with any prior."""
+        assert self.shape is not None
+        z = self._forward(seed_noise(seeds, stream, self.shape).flatten(1).double())
+        inside = z @ self.basis
+        outside = (z - inside @ self.basis.T) * self.rest.sqrt()
+        return self._finish(self._inside(inside, seeds, stream), outside)
+
+    def _inside(self, z: Tensor, seeds: Sequence[int], stream: int) -> Tensor:
+        return z * self.variances.sqrt()
+
+    def _finish(self, inside: Tensor, outside: Tensor) -> Tensor:
+        x = self._backward(outside + inside @ self.basis.T) + self.mean
+        return x.unflatten(1, self.shape or ()).float()
+
+
+def _principal(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal principal directions (d, m) of centred x (N, d) and their variances, largest first."""
+    n, d = x.shape
+    most = min(most, d)
+    if d <= LARGEST:
+        values, vectors = torch.linalg.eigh(x.T @ x / n)
+        return vectors.flip(1)[:, :most].contiguous(), values.flip(0)[:most].clamp_min(0)
+    gram, left = torch.linalg.eigh(x @ x.T / n)  # as many directions as samples, at most
+    keep = min(most, int((gram > 1e-10 * gram[-1]).sum()))
+    gram, left = gram.flip(0)[:keep], left.flip(1)[:, :keep]
+    return x.T @ left / (gram * n).sqrt(), gram
+
+
+def _dct_matrix(n: int) -> Tensor:
+    """The orthonormal DCT-II: row k is sqrt((2 - [k=0])/n) cos(pi k (2 i + 1)/(2 n))."""
+    k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
+    out = (math.pi * k * (2 * i + 1) / (2 * n)).cos() * math.sqrt(2 / n)
+    out[0] /= math.sqrt(2)
+    return out

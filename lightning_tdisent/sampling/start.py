@@ -1,0 +1,210 @@
+"""Where sampling starts: a prior fitted at a row, kept with its card, and a model cut off there (2206.05173)."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+import lightning_tdisent
+from lightning_tdisent.diffusion.process import scale
+from lightning_tdisent.diffusion.rng import seed_noise
+from lightning_tdisent.diffusion.spec import build, spec
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import write_whole
+from lightning_tdisent.priors.prior import Prior
+from lightning_tdisent.sampling.composite import load_model
+from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
+from lightning_tdisent.sampling.sampler import DDIM, from_uint8
+
+FILE = "prior.safetensors"
+FITTING = 3 << 20  # streams of the noise that priors are fitted with
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorCard:
+    """What a prior was fitted to; everything is plain JSON.
+
+    prior: class path with arguments; fingerprint: of the table cut off at the row; row, index, log_snr: where; data:
+    digest of the images, n of them; images_seen, steps, seconds: cost of a training, 0 where none was needed; notes:
+    what had to be said of the fit.
+    """
+
+    prior: dict[str, Any]
+    fingerprint: str
+    row: int
+    index: int
+    log_snr: list[float]
+    data: str
+    n: int
+    images_seen: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    notes: list[str] = dataclasses.field(default_factory=list)
+    version: str = lightning_tdisent.__version__
+    schema: int = 1
+
+    @classmethod
+    def of(cls, prior: Prior, states: LatentStates, row: int, **facts: Any) -> "PriorCard":
+        """Card of a prior at a row of a table."""
+        cut = states.truncate(row)
+        where: dict[str, Any] = {"row": row, "index": int(cut.index[row]), "log_snr": cut.log_snr[row].tolist()}
+        return cls(prior=spec(prior), fingerprint=cut.fingerprint, **where, **facts)
+
+
+def fit_prior(prior: Prior, states: LatentStates, row: int, images: Tensor, data: str) -> PriorCard:
+    """Fit a prior at a row of a table to all of some images, uint8 or x_0 in float (N, C, H, W); returns its card."""
+    if prior.learned:
+        raise InputError(f"{type(prior).__name__} is trained: fit with lightning_tdisent.PriorModule")
+    if states.K > 1:
+        raise InputError(f"priors are fitted at rows of tables of one column, this one has {states.K}")
+    cut = states.truncate(row)
+    a, b = (float(c) for c in cut.coefficients(row))
+    x0 = images if images.is_floating_point() else from_uint8(images)
+    eps = seed_noise(range(len(x0)), FITTING + int(cut.index[row]), x0.shape[1:])
+    notes = prior.fit(x0, a, b, eps)
+    return PriorCard.of(prior, states, row, data=data, n=len(x0), notes=notes)
+
+
+def save_prior(path: str | Path, prior: Prior, card: PriorCard) -> None:
+    """Write a prior and its card to a .safetensors file; never half-written."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in prior.state_dict().items()}
+    write_whole(path, save(tensors, {"prior": json.dumps(dataclasses.asdict(card))}))
+
+
+def load_prior(source: str | Path) -> tuple[Prior, PriorCard]:
+    """Prior of a file or of the folder it is in, with its card; see `spec.build` for classes."""
+    path = Path(source) / FILE if Path(source).is_dir() else Path(source)
+    try:
+        with safe_open(path, "pt") as file:
+            content = json.loads((file.metadata() or {})["prior"])
+        card = PriorCard(**content)
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; fit a prior with the command prior, or with PriorModule") from None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a prior written by this project ({type(error).__name__}: {error})") from None
+    prior = build(card.prior, Prior)
+    missing = prior.state_dict().keys() ^ tensors.keys()
+    if missing:
+        raise InputError(f"{path}: its tensors do not fit {card.prior['class_path']}: {', '.join(sorted(missing)[:6])}")
+    for name, tensor in tensors.items():  # buffers have the sizes that a fit gave them
+        module, _, leaf = name.rpartition(".")
+        owner = prior.get_submodule(module)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+        else:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    return prior.eval(), card
+
+
+class Started(nn.Module):
+    """A model whose reverse chain starts at a row of its table, from a prior; it is a denoiser on the rows below.
+
+    Experts of the rows above are never asked. Refuses a prior that was fitted at another row, table or to other images.
+    """
+
+    def __init__(self, denoiser: Denoises, prior: Prior, row: int | float, card: PriorCard | None = None) -> None:
+        super().__init__()
+        self.denoiser, self.states = denoiser, denoiser.states.truncate(row)
+        self.shape, self.classes, self.card = denoiser.shape, denoiser.classes, card
+        if prior.shape is not None and list(prior.shape) != list(denoiser.shape):
+            raise InputError(f"the prior makes {prior.shape}, the model {denoiser.shape}")
+        if prior.shape is None:
+            prior.shape = list(denoiser.shape)
+        if card is not None and card.fingerprint != self.states.fingerprint:
+            L = self.states.log_snr[-1].tolist()
+            raise InputError(
+                f"the prior was fitted at row {card.row} (index {card.index}, log-SNR {card.log_snr}) of a table that "
+                f"ends there with fingerprint {card.fingerprint}; the model's, cut at row {self.states.S} (index "
+                f"{int(self.states.index[-1])}, log-SNR {L}), has {self.states.fingerprint}"
+            )
+        self._prior = (prior,)  # no submodule: it draws on the CPU wherever the networks are
+
+    @property
+    def prior(self) -> Prior:
+        """What it starts from."""
+        return self._prior[0]
+
+    def start(self, seeds: Sequence[int]) -> Tensor:
+        """x at the last row for these seeds."""
+        return self.prior.sample(seeds, int(self.states.index[-1]))
+
+    def forward(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
+        """x0_hat of the model at a row that is left."""
+        if s > self.states.S:
+            raise InputError(f"row {s} was cut off: the chain starts at row {self.states.S}")
+        return self.denoiser(x, s, label)
+
+    def at(self, s: int) -> Denoiser:
+        """Owner of a row."""
+        return self.denoiser.at(s)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("residency", "expect", "filled", "differs", "rows", "objective", "network"):  # as the model has it
+            return getattr(self.denoiser, name)
+        return super().__getattr__(name)
+
+
+class Implicit(Prior):
+    """Samples of another model, noised to the row: a start without a density (2205.12524, 2202.09671).
+
+    source: a run, a file of weights or a composite, whose chain is walked in ``steps`` steps of DDIM; or the folder of
+    a diffusers AutoencoderKL, whose latents are drawn from N(0, I).
+    """
+
+    has_density = False
+    levels: Tensor
+
+    def __init__(self, source: str, steps: int | None = None, shape: Sequence[int] | None = None) -> None:
+        super().__init__(shape)
+        self.source, self.steps = source, steps
+        self.register_buffer("levels", torch.zeros(2, dtype=torch.float64))
+        self._model: Any = None
+
+    def fit(self, x0: Tensor, a: float, b: float, eps: Tensor | None = None) -> list[str]:
+        """Keep a and b; refuses a source of other images than the data."""
+        super().fit(x0, a, b, eps)
+        self.levels = torch.tensor([a, b], dtype=torch.float64)
+        made = list(self._images(range(2)).shape[1:])
+        if made != self.shape:
+            raise InputError(f"prior Implicit: {self.source} makes {made}, the data is {self.shape}")
+        return []
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """There is none."""
+        raise InputError("prior Implicit has no density: no likelihood can be computed with it")
+
+    @torch.inference_mode()
+    def sample(self, seeds: Sequence[int], stream: int) -> Tensor:
+        """a x_0 + b eps with x_0 of the source and the noise of the whole chain."""
+        assert self.shape is not None
+        a, b = self.levels.tolist()
+        return scale(a, self._images(seeds)) + scale(b, seed_noise(seeds, stream, self.shape))
+
+    def _images(self, seeds: Iterable[int]) -> Tensor:
+        if self._model is None:
+            self._model = _source(self.source)
+        if not isinstance(self._model, tuple):
+            return DDIM(steps=self.steps)(self._model, list(seeds)).float()
+        autoencoder, latent = self._model
+        z = seed_noise(list(seeds), FITTING, latent) / autoencoder.config.scaling_factor
+        return autoencoder.decode(z).sample.clamp(-1, 1)
+
+
+def _source(source: str) -> Any:
+    """A denoiser, or an autoencoder of diffusers with the shape of its latents."""
+    config = Path(source) / "config.json"
+    if config.is_file() and json.loads(config.read_text()).get("_class_name") == "AutoencoderKL":
+        from diffusers import AutoencoderKL
+
+        autoencoder = AutoencoderKL.from_pretrained(source).eval()
+        side = autoencoder.config.sample_size // 2 ** (len(autoencoder.config.block_out_channels) - 1)
+        return autoencoder, [autoencoder.config.latent_channels, side, side]
+    return load_model(source)[0]
