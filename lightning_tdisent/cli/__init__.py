@@ -48,7 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and not argv[0].startswith("-"):
             known = [
                 *LIGHTNING,
-                *["sample", "compose", "average", "export", "evaluate", "fetch", "report", "study", "fleet", "data"],
+                *[
+                    "sample",
+                    "compose",
+                    "average",
+                    "export",
+                    "evaluate",
+                    "prior",
+                    "fetch",
+                    "report",
+                    "study",
+                    "fleet",
+                    "data",
+                ],
             ]
             if argv[0] not in known:
                 raise InputError(

@@ -76,12 +76,29 @@ def add_commands(commands: Commands) -> None:
     )
     e.add_argument("--reference", help="split that distances are taken to (default: the protocol's, train)")
     e.add_argument("--protocol", required=True, help="digits, mnist, cifar10, random, adm, clean, torch-fidelity, ..")
-    e.add_argument("--metrics", help="of fd, fd_infinity, is, kid, prdc, sfd, by commas (default: the protocol's)")
+    e.add_argument("--metrics", help="of fd, fd_infinity, is, kid, prdc, sfd, by commas (default: the protocol's); "
+                   "bpd, bpd_ode: besides, bits per dimension by the bound, and by the ODE")  # fmt: skip
+    e.add_argument("--bits-images", type=int, default=256, help="held-out images for bits per dimension (default 256)")
+    e.add_argument("--decoder", choices=("discrete", "uniform", "density"), default="discrete",
+                   help="of bits per dimension: grey levels (default), uniform dequantisation, or none")  # fmt: skip
     e.add_argument("--weights", help="file or folder of the feature network, where the protocol's is not shipped")
     e.add_argument("-n", type=int, help="images generated per model (default: the protocol's, e.g. 1000 or 50000)")
     e.add_argument("--first-seed", type=int)
     e.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="folder for results.json and report.html")
     _sampler_options(e)
+
+    q = command(commands, "prior", _prior, "fit a density at a row of a model's table, where sampling may start")
+    q.add_argument("model", type=Path, help="as for sample: its table is taken")
+    q.add_argument("--at", required=True, help="the row, or a share of the rows such as 0.6")
+    q.add_argument(
+        "--kind", default="Gaussian", help="Gaussian (default), Mixture, StandardNormal, Implicit, or a class"
+    )
+    q.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+                   help="its arguments, e.g. components=20, rank=64, low=8, source=runs/vae")  # fmt: skip
+    q.add_argument("--data", required=True, help="folder of shards it is fitted to")
+    q.add_argument("--split", default="train", help="of these (default train)")
+    q.add_argument("-n", type=int, help="images of these (default: all)")
+    q.add_argument("--out", type=Path, required=True, help="the folder to write prior.safetensors to")
 
     k = command(commands, "fetch", _fetch, "download weights of a feature network that is not shipped, and check them")
     k.add_argument("name", help="inception")
@@ -109,6 +126,8 @@ def _sampler_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--residency", choices=("resident", "offload", "stream"), default="resident",
                          help="of a composite's experts: on the device, in host memory, or on disk")  # fmt: skip
     command.add_argument("--fill", help="a preview where experts are missing: nearest, or shared:PATH")
+    command.add_argument("--prior", help="start at the row of this prior (a folder of the command prior), or, with "
+                         "cut:ROW or a share of the rows, from N(0, I) there")  # fmt: skip
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ..")
 
 
@@ -129,6 +148,7 @@ def _sample(a: argparse.Namespace) -> None:
     from lightning_tdisent.sampling.denoiser import Guided
     from lightning_tdisent.sampling.pictures import grid, save_png
     from lightning_tdisent.sampling.sampler import sample
+    from lightning_tdisent.sampling.start import load_started
 
     try:
         first, end = (int(part) for part in a.seeds.split(":"))
@@ -139,7 +159,10 @@ def _sample(a: argparse.Namespace) -> None:
     if a.out.exists() and any(a.out.glob("*.png")):
         raise InputError(f"--out {a.out} already holds images; choose another folder")
     use_device(a.device)
-    model: Any = load_model(a.model, a.residency, a.fill)[0].to(a.device)
+    loaded = (
+        load_started(a.model, a.prior, a.residency, a.fill) if a.prior else load_model(a.model, a.residency, a.fill)
+    )
+    model: Any = loaded[0].to(a.device)
     if filled := getattr(model, "filled", None):
         print("a preview: " + ", ".join(f"row {s} is filled by {what}" for s, what in filled.items()))
     if a.guidance is not None:
@@ -153,6 +176,36 @@ def _sample(a: argparse.Namespace) -> None:
     tiles = a.out.with_name(f"{a.out.name}.png")
     save_png(grid(images[:256]), tiles)
     print(f"{len(images)} images in {a.out}, the first of them in {tiles}")
+
+
+def _prior(a: argparse.Namespace) -> None:
+    from lightning_tdisent.diffusion.spec import build
+    from lightning_tdisent.diffusion.states import LatentStates
+    from lightning_tdisent.fleet.plan import settings
+    from lightning_tdisent.priors.prior import Prior
+    from lightning_tdisent.sampling.composite import find_files
+    from lightning_tdisent.sampling.expert import read_card
+    from lightning_tdisent.sampling.start import FILE, fit_prior, save_prior
+    from lightning_tdisent.streaming.shards import load
+
+    if (a.out / FILE).exists():
+        raise InputError(f"--out {a.out} already holds a prior; choose another folder")
+    use_device("cpu")
+    card = read_card(find_files(a.model)[0])
+    states = build(card.states, LatentStates)
+    try:
+        at: int | float = int(a.at) if a.at.isdigit() else float(a.at)
+    except ValueError:
+        raise InputError(f"--at {a.at}: a row of 1..{states.S}, or a share of them such as 0.6") from None
+    path = a.kind if "." in a.kind else f"lightning_tdisent.{a.kind}"
+    prior = build({"class_path": path, "init_args": dict(settings(a.settings))}, Prior)
+    data = load(a.data, a.split, card.network["init_args"]["shape"][0], a.n)
+    row = states.truncate(at).S
+    fitted = fit_prior(prior, states, row, data.images, data.digest)
+    save_prior(a.out / FILE, prior, fitted)
+    print(f"{a.kind} at row {row} of {states.S} (index {fitted.index}), {fitted.n:,} images: {a.out / FILE}")
+    for note in fitted.notes:
+        print(f"note: {note}")
 
 
 def _average(a: argparse.Namespace) -> None:
@@ -255,10 +308,20 @@ def _evaluate(a: argparse.Namespace) -> None:
             "or shards of images"
         )
     contenders = [
-        {"name": str(m), "source": str(m), "sampler": spec(_sampler(a)) if holds_weights(m) else None} for m in a.models
+        {
+            "name": str(m),
+            "source": str(m),
+            "sampler": spec(_sampler(a)) if holds_weights(m) else None,
+            **({"prior": a.prior} if a.prior else {}),
+        }
+        for m in a.models
     ]
-    protocol = {"preset": a.protocol, **({"metrics": a.metrics.split(",")} if a.metrics else {})}
+    asked = (a.metrics or "").split(",")
+    metrics = [name for name in asked if name and name not in ("bpd", "bpd_ode")]
+    bits = {"bound": "bpd" in asked, "ode": "bpd_ode" in asked, "n": a.bits_images, "decoder": a.decoder}
     options = {"residency": a.residency, "fill": a.fill, "batch_size": a.batch_size}
+    options |= {"bits": bits if bits["bound"] or bits["ode"] else None}
+    protocol = {"preset": a.protocol, **({"metrics": metrics} if metrics else {})}
     options |= {"reference": a.reference, "n": a.n, "first_seed": a.first_seed}
     with _ranks(a.device) as device:
         study = Study(

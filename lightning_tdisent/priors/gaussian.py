@@ -48,14 +48,16 @@ class Gaussian(Prior):
         basis, found = _principal(clean[:, chosen], self.rank or len(chosen))
         if self.low is not None:
             rest = clean.square().mean(0)
-            rest[chosen] = 0.0
+            none_left = chosen
         else:
             left = self.size - basis.shape[1]
             rest = (clean.square().mean(0).sum() - found.sum()).clamp_min(0)[None] / max(1, left)
+            none_left = torch.arange(int(left == 0))
         self.mean = a * mean
         self.basis = torch.zeros(self.size, basis.shape[1], dtype=torch.float64)
         self.basis[chosen] = basis
         self.variances, self.rest = a * a * found + b * b, a * a * rest + b * b
+        self.rest[none_left] = 1.0  # of no coordinate
         low = int((self.variances < FLOOR).sum()) + int((self.rest < FLOOR).sum())
         self.variances.clamp_(min=FLOOR)
         self.rest.clamp_(min=FLOOR)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.errors import InputError, Unavailable
-from lightning_tdisent.priors.gaussian import LARGEST, Gaussian
+from lightning_tdisent.priors.gaussian import FLOOR, LARGEST, Gaussian
 from lightning_tdisent.priors.prior import LOG_2PI, refuse_shape
 
 CHOICE = 1 << 21  # streams by which a sample's component is drawn, apart from those of its noise
@@ -88,7 +88,12 @@ class Mixture(Gaussian):
         self.weights = weights[kept] / weights[kept].sum()
         self.means = torch.as_tensor(mixture.means_, dtype=torch.float64)[kept]
         found = torch.as_tensor(mixture.covariances_, dtype=torch.float64)[kept]
-        self.factors = torch.linalg.cholesky(found if self.covariance == "full" else torch.diag_embed(found))
+        values, vectors = torch.linalg.eigh(found if self.covariance == "full" else torch.diag_embed(found))
+        least = max(0.5 * b * b, FLOOR)  # x_0 + noise varies by b^2 whatever x_0 does; parts of it may be narrower
+        if narrow := int((values.min(1).values < least).sum()):
+            notes.append(f"{narrow} components fell in on few samples, and were widened to half of the noise")
+        wide = vectors * values.clamp_min(least)[:, None] @ vectors.mT
+        self.factors = torch.linalg.cholesky(wide)
         notes.append(f"{int(kept.sum())} of {self.components} components have weights above {DROPPED:g}")
         return notes
 

@@ -21,13 +21,15 @@ from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.metrics.reference import remembered
 from lightning_tdisent.ranks import gather, place, shared_errors
+from lightning_tdisent.report.bits import Bits
 from lightning_tdisent.sampling.composite import CompositeDenoiser, find_files, load_model
 from lightning_tdisent.sampling.cost import training_cost
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
-from lightning_tdisent.sampling.evaluation import RealImages, compute, image_files, open_quality, score, x0_errors
+from lightning_tdisent.sampling.evaluation import RealImages, compute, held_out_errors, image_files, open_quality, score
 from lightning_tdisent.sampling.expert import Card, sha256
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import Sampler, probe_rows
+from lightning_tdisent.sampling.start import Started, load_started
 from lightning_tdisent.streaming.shards import ImageSet
 
 
@@ -36,7 +38,7 @@ class Contender:
     """A name in the table, the weights behind it and the sampler that draws its images.
 
     Without a sampler the source holds images: a folder of them, or a split of a data set. residency, fill: of a
-    composite, see `load_model`.
+    composite, see `load_model`; prior: where its chain starts, see `load_started`.
     """
 
     name: str
@@ -45,9 +47,12 @@ class Contender:
     split: str = "test"
     residency: Residency = "resident"
     fill: str | None = None
+    prior: str | None = None
 
-    def load(self) -> tuple[Denoiser | CompositeDenoiser, list[Card]]:
+    def load(self) -> tuple[Denoiser | CompositeDenoiser | Started, list[Card]]:
         """The model, and the cards of its files."""
+        if self.prior is not None:
+            return load_started(self.source, self.prior, self.residency, self.fill)
         return load_model(self.source, self.residency, self.fill)
 
 
@@ -61,6 +66,7 @@ def evaluate(
     device: str = "cpu",
     keep: int = 64,
     progress: Callable[[str, int], None] | None = None,
+    bits: Bits | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Return one row of numbers per contender, and its first ``keep`` images; the same on all ranks.
 
@@ -68,7 +74,7 @@ def evaluate(
     the protocol's seeds, files are taken as they are. Errors are taken at the rows of the model with the fewest, for
     every model that has those rows at the same values. A last row scores the held-out images themselves, as if a model
     had made them: what a perfect one would reach with so few. Where a metric refuses what it is given, the row says
-    why under ``refused``.
+    why under ``refused``. bits: how bits per dimension are measured, if they are.
     """
     loaded = [c.load() if c.sampler else None for c in contenders]
     shape = list(held_out.images.shape[1:])
@@ -90,6 +96,8 @@ def evaluate(
             row, first = _of_files(found, qualities[contender.name], keep, advance)
         else:
             row, first = _of_model(contender, model, quality, held_out, common, batch_size, device, keep, advance)
+            row |= bits.of(model[0].to(device), held_out, batch_size) if bits else {}
+            model[0].cpu()
         images |= {contender.name: first} if len(first) else {}
         rows.append({"name": contender.name, **row, "source": str(contender.source)})
     held = RealImages(held_out.digest, len(held_out), lambda numbers: held_out.images[numbers])
@@ -143,7 +151,7 @@ def _of_model(
     images, order = torch.cat([p[1] for p in parts]), torch.cat([p[0] for p in parts]).argsort()
     errors: dict[str, dict[str, float]] = {}
     if at := common.rows(model.states):
-        x0 = _held_out_errors(model, held_out, at, batch_size)
+        x0 = held_out_errors(model, held_out, at, batch_size)
         eps = x0 * model.states.log_snr[at].exp().mean(1).cpu()
         names = [str(t) for t in common.indices]
         errors = {name: dict(zip(names, v.tolist(), strict=True)) for name, v in (("x0_mse", x0), ("eps_mse", eps))}
@@ -165,6 +173,7 @@ def _of_model(
         "table": cards[0].fingerprint,
         "sampler": repr_sampler(sampler),
         "sha256": [sha256(file) for file in find_files(contender.source)],
+        **({"prior": type(model.prior).__name__, "cut": model.states.S} if isinstance(model, Started) else {}),
         **({"preview": model.filled} if getattr(model, "filled", None) else {}),
         **({"differs": model.differs} if getattr(model, "differs", None) else {}),
     }
@@ -225,20 +234,6 @@ def _peak(device: str) -> int:
 def _check_labels(model: Denoises, held_out: ImageSet) -> None:
     if model.classes and not 0 <= int(held_out.labels.min()) <= int(held_out.labels.max()) < model.classes:
         raise InputError(f"the model has {model.classes} classes; the held-out images have other labels, or none")
-
-
-def _held_out_errors(model: Denoises, held_out: ImageSet, rows: Sequence[int], batch_size: int) -> Tensor:
-    """Mean x0 error per row, with the true labels where the model takes some; ranks share the batches."""
-    (rank, world), batches = place(), torch.arange(len(held_out)).split(batch_size)
-    device = next(iter(model.parameters())).device
-    mine: dict[int, list[Tensor]] = {k: [] for k in range(len(batches))[rank::world]}
-    for s in rows:  # an expert that is not in memory is brought once
-        for k, found in mine.items():
-            i = batches[k]
-            label = held_out.labels[i].to(device) if model.classes else None
-            found.append(x0_errors(model, held_out.images[i], i.tolist(), [s], label).sum(1))
-    sums = {k: torch.cat(v) for part in gather(mine) for k, v in part.items()}
-    return torch.stack([sums[k] for k in range(len(batches))]).sum(0) / len(held_out)
 
 
 def repr_sampler(sampler: Sampler) -> str:

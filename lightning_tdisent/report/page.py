@@ -33,7 +33,7 @@ pre{background:#f6f6f9;padding:.8rem 1rem;overflow-x:auto;font-size:.8rem}img{ma
 """
 
 
-LOW = ("fd", "fid", "kid", "sfd", "sfid")
+LOW = ("fd", "fid", "kid", "sfd", "sfid", "bpd")
 HIGH = ("is", "precision", "recall", "density", "coverage")
 
 

@@ -19,6 +19,7 @@ from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.ranks import place
+from lightning_tdisent.report.bits import Bits
 from lightning_tdisent.report.evaluate import Contender, evaluate
 from lightning_tdisent.report.page import write_report
 from lightning_tdisent.report.table import costs, notes, table, tables
@@ -42,7 +43,7 @@ class Study:
     residency, fill: of those that are composites, see `load_model`; protocol: a preset, or a mapping of ``preset`` and
     fields of `Protocol` that differ; n, first_seed, reference (its split): those that most often do; weights: of its
     feature network, where it needs a file. split: held-out images, its first n_held_out, for the errors per state;
-    runs: folders with event files for the curves.
+    bits: fields of `Bits` for bits per dimension, where they are measured; runs: folders with event files for curves.
     """
 
     out: str
@@ -61,6 +62,7 @@ class Study:
     residency: Residency = "resident"
     fill: str | None = None
     notes: str = ""
+    bits: dict[str, Any] | None = None
     runs: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -106,6 +108,7 @@ class Study:
                 self.split,
                 self.residency,
                 self.fill,
+                c.get("prior"),
             )
             for c in self.contenders
         ]
@@ -132,6 +135,15 @@ class Study:
         channels, size = self._size()
         return load(self.data, split, channels, limit, size)
 
+    def _bits(self) -> Bits | None:
+        if self.bits is None:
+            return None
+        n = self.bits.get("n", Bits.n)
+        try:
+            return Bits(self._real("train", n), **self.bits)
+        except TypeError as error:
+            raise InputError(f"bits: {error}; known are n, bound, ode, decoder, probes") from None
+
     def evaluate(self) -> None:
         """Measure every contender and keep the results; the first rank writes them."""
         contenders, protocol, (channels, size) = self._contenders(), self._protocol, self._size()
@@ -144,7 +156,7 @@ class Study:
             rows, images = evaluate(
                 contenders, protocol, self._network, real_images(self.data, protocol.split, channels, size),
                 self._real(self.split, self.n_held_out), self.batch_size, self.device,
-                progress=lambda name, count: bar.advance(tasks[name], count),
+                progress=lambda name, count: bar.advance(tasks[name], count), bits=self._bits(),
             )  # fmt: skip
         if not first:
             return

@@ -21,6 +21,7 @@ def metrics_of(row: dict[str, Any]) -> list[str]:
 
 
 _NOT_METRICS = ("training", "sampling", "evaluation", "images_seen")
+BITS = ("bpd", "bpd_ode")
 
 
 Columns = dict[str, Callable[[dict[str, Any]], str]]
@@ -77,6 +78,8 @@ def _text(rows: Sequence[dict[str, Any]], columns: Columns) -> list[tuple[str, .
 def _number(name: str, row: dict[str, Any]) -> str:
     low, high = (row.get(name.replace("infinity", f"infinity_{end}")) for end in ("low", "high"))
     text = f"{row[name]:.3f}" if abs(row[name]) >= 0.1 else f"{row[name]:.2g}"
+    if name in BITS and f"{name}_sd" not in row:
+        return f"{text} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
     if spread := row.get(f"{name}_sd"):
         return f"{text} ± {spread:.2g}"
     return f"{text} [{low:.3f}, {high:.3f}]" if "infinity" in name and low is not None and high is not None else text
@@ -91,6 +94,8 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in (row for row in rows if "differs" in row):
         values = "; ".join(f"{field}: {', '.join(values)}" for field, values in row["differs"].items())
         out.append(f"{row['name']} has experts that differ, as --allow-mismatch let them: {values}")
+    for how in dict.fromkeys(row["bpd_how"] for row in rows if "bpd_how" in row):
+        out.append(f"bits per dimension are upper bounds, with their interval of 95 %: {how}")
     for _, alike in tables(rows):
         measured = [row for row in alike if "refused" not in row]
         names = metrics_of(measured[0]) if measured else []

@@ -35,7 +35,8 @@ class CompositeDenoiser(nn.Module):
     Refuses experts that do not own every row exactly once, or whose tables, shapes or classes differ. With ``fill``
     rows may be missing, for a preview: a denoiser on the same table that owns them answers there, or with ``nearest``
     the owner of the row r of the nearest log-SNR, by x0_hat_s(x) = x0_hat_r(sqrt(a_r / a_s) x). `filled` says which.
-    allow: names of `ALLOWED` in which experts may differ; `differs` has the values, where they do.
+    allow: names of `ALLOWED` in which experts may differ; `differs` has the values, where they do. upto: the last row
+    that is ever asked for, where the chain starts below S; nobody needs to own those above.
 
     Why this scaling: along a principal axis of centred data, of variance v, the ideal estimate at row s is w_s x / a_s
     with w = a^2 v / (a^2 v + b^2), and that of row r at (a_r / a_s)^g x is w_r (a_s / a_r)^(1 - g) x / a_s. To first
@@ -45,11 +46,15 @@ class CompositeDenoiser(nn.Module):
     """
 
     def __init__(
-        self, experts: Sequence[Denoiser], fill: Denoiser | Literal["nearest"] | None = None, allow: Sequence[str] = ()
+        self,
+        experts: Sequence[Denoiser],
+        fill: Denoiser | Literal["nearest"] | None = None,
+        allow: Sequence[str] = (),
+        upto: int | None = None,
     ) -> None:
         super().__init__()
         facts = [_facts(e) for e in experts]
-        missing = refuse_unfit([f"expert {i}" for i in range(len(experts))], facts, fill is not None, allow)
+        missing = refuse_unfit([f"expert {i}" for i in range(len(experts))], facts, fill is not None, allow, upto)
         self.differs = differing(facts, allow)
         self.states: LatentStates = experts[0].states
         self.shape, self.classes = experts[0].shape, experts[0].classes
@@ -174,12 +179,13 @@ def differing(facts: Sequence[dict[str, Any]], allow: Sequence[str]) -> dict[str
 
 
 def refuse_unfit(
-    names: Sequence[str], facts: Sequence[dict[str, Any]], preview: bool = False, allow: Sequence[str] = ()
-) -> list[int]:
+    names: Sequence[str], facts: Sequence[dict[str, Any]], preview: bool = False, allow: Sequence[str] = (),
+    upto: int | None = None,
+) -> list[int]:  # fmt: skip
     """Refuse a set of experts that cannot be composed, naming every offender at once with both values.
 
-    What most experts agree on is taken as right, but for the fields in ``allow``; the rows 1..S must be owned exactly
-    once, in a preview at most once. Returns the rows that nobody owns.
+    What most experts agree on is taken as right, but for the fields in ``allow``; the rows 1..S, or 1..upto, must be
+    owned exactly once, in a preview at most once. Returns the rows among them that nobody owns.
     """
     if not facts:
         raise InputError("no experts to compose")
@@ -199,7 +205,7 @@ def refuse_unfit(
     for name, fact in zip(names, facts, strict=True):
         for s in fact["rows"]:
             owners.setdefault(s, []).append(name)
-    missing = [s for s, who in owners.items() if not who]
+    missing = [s for s, who in owners.items() if not who and s <= (upto or S)]
     if missing and not preview:
         problems.append(
             f"no expert owns row{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of 1..{S}; "
@@ -362,12 +368,13 @@ def holds_weights(source: Path) -> bool:
 
 
 def load_model(
-    source: str | Path, residency: Residency = "resident", fill: str | None = None
+    source: str | Path, residency: Residency = "resident", fill: str | None = None, upto: int | float | None = None
 ) -> tuple[Denoiser | CompositeDenoiser, list[Card]]:
     """Load whatever `find_files` finds: one file that owns all rows as it is, several as a composite.
 
     residency: where the experts of a composite are (see `residency`). fill: ``nearest`` or ``shared:PATH`` for a
     preview with rows that nobody owns, which are `CompositeDenoiser.filled`; the card of the shared model comes last.
+    upto: the last row that is needed (a share below 1 is that of the rows): experts of those above are not loaded.
     """
     if residency not in get_args(Residency):
         raise InputError(f"residency {residency!r}: choose {', '.join(get_args(Residency))}")
@@ -379,7 +386,10 @@ def load_model(
     checked = (source / MANIFEST).exists()  # by `find_files`
     allow = list(_manifest(source).get("differs", {})) if checked else []
     facts = [_card_facts(c) for c in cards]
-    missing = refuse_unfit([str(f) for f in files], facts, fill is not None, allow)
+    last = build(cards[0].states, LatentStates).truncate(upto).S if upto is not None else None
+    missing = refuse_unfit([str(f) for f in files], facts, fill is not None, allow, last)
+    used = [i for i, card in enumerate(cards) if last is None or card.rows[0] <= last]
+    files, cards, facts = [files[i] for i in used], [cards[i] for i in used], [facts[i] for i in used]
     filler = _find_filler(fill, cards[0], missing) if fill else None
     members = [Member(f, c, c.rows) for f, c in zip(files, cards, strict=True)]
     experts: list[Denoiser] = []
@@ -394,7 +404,7 @@ def load_model(
             _read_cards(files, verify=True)
         experts += passing([*members, filler] if filler else members, residency)
         stand_in = experts.pop() if filler else None
-    composite = CompositeDenoiser(experts, stand_in or ("nearest" if fill else None), allow).eval()
+    composite = CompositeDenoiser(experts, stand_in or ("nearest" if fill else None), allow, last).eval()
     composite.differs = differing(facts, allow)
     return composite, [*cards, filler.card] if filler else cards
 

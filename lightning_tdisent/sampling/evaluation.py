@@ -18,12 +18,12 @@ from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.metrics.reference import reference
-from lightning_tdisent.ranks import place
+from lightning_tdisent.ranks import gather, place
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.sampler import Sampler, from_uint8, sample
 from lightning_tdisent.streaming.decode import Decoder
 from lightning_tdisent.streaming.raw import Item, find_source
-from lightning_tdisent.streaming.shards import Shards
+from lightning_tdisent.streaming.shards import ImageSet, Shards
 
 HELD_OUT = 1 << 20  # streams of held-out noise, far from the indices that key the sampler's
 
@@ -46,6 +46,20 @@ def x0_errors(
         error = denoise(noise(denoise.states, x0, s, eps), s, label) - x0
         out[k] = error.double().square().mean((1, 2, 3)).cpu()
     return out
+
+
+def held_out_errors(model: Denoises, held_out: ImageSet, rows: Sequence[int], batch_size: int) -> Tensor:
+    """Mean x0 error per row, with the true labels where the model takes some; ranks share the batches."""
+    (rank, world), batches = place(), torch.arange(len(held_out)).split(batch_size)
+    device = next(iter(model.parameters())).device
+    mine: dict[int, list[Tensor]] = {k: [] for k in range(len(batches))[rank::world]}
+    for s in rows:  # an expert that is not in memory is brought once
+        for k, found in mine.items():
+            i = batches[k]
+            label = held_out.labels[i].to(device) if model.classes else None
+            found.append(x0_errors(model, held_out.images[i], i.tolist(), [s], label).sum(1))
+    sums = {k: torch.cat(v) for part in gather(mine) for k, v in part.items()}
+    return torch.stack([sums[k] for k in range(len(batches))]).sum(0) / len(held_out)
 
 
 @dataclass(frozen=True)

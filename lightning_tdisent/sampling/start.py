@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
-from lightning_tdisent.priors.prior import Prior
+from lightning_tdisent.priors.prior import Prior, StandardNormal
 from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
+from lightning_tdisent.sampling.expert import Card
+from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import DDIM, from_uint8
 
 FILE = "prior.safetensors"
@@ -136,6 +138,10 @@ class Started(nn.Module):
         """x at the last row for these seeds."""
         return self.prior.sample(seeds, int(self.states.index[-1]))
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """All weights of the model, which need not be a module."""
+        return iter(self.denoiser.parameters())  # type: ignore[arg-type]
+
     def forward(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
         """x0_hat of the model at a row that is left."""
         if s > self.states.S:
@@ -150,6 +156,29 @@ class Started(nn.Module):
         if name in ("residency", "expect", "filled", "differs", "rows", "objective", "network"):  # as the model has it
             return getattr(self.denoiser, name)
         return super().__getattr__(name)
+
+
+def load_started(
+    source: str | Path, start: str, residency: Residency = "resident", fill: str | None = None
+) -> tuple[Started, list[Card]]:
+    """Load a model as `load_model` does, cut off where a prior takes over.
+
+    start: file or folder of a prior; or ``cut:ROW`` (or a share of the rows) for N(0, I) there, the plain cut. Raises
+    InputError for a prior of another row, table, shape or data.
+    """
+    kind, _, text = start.partition(":")
+    if kind == "cut" and text:
+        try:
+            row: int | float = int(text) if text.isdigit() else float(text)
+        except ValueError:
+            raise InputError(f"{start}: expected cut:ROW with a row, or a share of the rows such as 0.6") from None
+        model, cards = load_model(source, residency, fill, row)
+        return Started(model, StandardNormal(), row), cards
+    prior, card = load_prior(start)
+    model, cards = load_model(source, residency, fill, card.row)
+    if cards[0].data != card.data:
+        raise InputError(f"{start}: the prior was fitted to the data {card.data}, {source} trained on {cards[0].data}")
+    return Started(model, prior, card.row, card).eval(), cards
 
 
 class Implicit(Prior):

@@ -1,0 +1,251 @@
+"""Bits per dimension: the variational bound of any table and any model, and that of the probability-flow ODE.
+
+Both are upper bounds of -log p(x_0), taken apart into what the decoder, every row and the prior contribute. Data are
+images of 256 grey levels, in [-1, 1] one every 2/255, or anything continuous:
+
+    discrete   the decoder's mass on the level, open at both ends (2006.11239, eq. 13)
+    uniform    x_0 + u, u uniform within a level (dequantisation), the decoder's density, and log2 127.5 for its width
+    density    x_0 as it is, such as latents: bits of a density, which may be negative
+
+Noise is a function of (image id, row) alone. The variances of the reverse steps are those of the posterior, and the
+decoder's is b_1^2, or, where mean squared errors of x0_hat are given, those for which the bound is least (2201.06503):
+what few rows lose otherwise is most of it. They must come from other images than those measured: training images.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_tdisent.diffusion.process import noise
+from lightning_tdisent.diffusion.rng import seed_noise
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.priors.prior import LOG_2PI, Prior, StandardNormal
+from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.sampler import from_uint8
+
+Decoder = Literal["discrete", "uniform", "density"]
+BOUND = 5 << 20  # streams of noise by row; of the dequantisation, and of probes, further up
+LEVEL = 1 / 127.5  # between two grey levels
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Nats of every image: decoder (B,), rows (R, B) for the rows named, prior (B,), all float64; D values an image.
+
+    Of the ODE ``rows`` are the changes of volume from each row to the next.
+    """
+
+    decoder: Tensor
+    rows: Tensor
+    prior: Tensor
+    names: list[int]
+    D: int
+    decoding: Decoder
+
+    @property
+    def total(self) -> Tensor:
+        """Bound of -log p of every image (B,), in nats."""
+        return self.decoder + self.rows.sum(0) + self.prior
+
+    def bits(self, nats: Tensor, whole: bool = False) -> Tensor:
+        """Bits per dimension of some of it; ``whole`` if the width of a grey level is to be counted."""
+        width = -math.log2(LEVEL) if whole and self.decoding == "uniform" else 0.0
+        return nats / (self.D * math.log(2)) + width
+
+    @property
+    def bpd(self) -> tuple[float, float]:
+        """Mean of all images, and half of its interval of 95 %."""
+        return mean_and_half(self.bits(self.total, whole=True))
+
+    def truncate(self, rows: int, prior: Tensor) -> "Terms":
+        """The terms of the same model cut off at a row, with another prior's there: nothing below it changes."""
+        kept = [k for k, s in enumerate(self.names) if s <= rows]
+        names = [self.names[k] for k in kept]
+        return Terms(self.decoder, self.rows[kept], prior, names, self.D, self.decoding)
+
+
+def concatenate(parts: Sequence[Terms]) -> Terms:
+    """Terms of several batches of one model."""
+    first, rows, last = (torch.cat([getattr(p, name) for p in parts], -1) for name in ("decoder", "rows", "prior"))
+    return Terms(first, rows, last, parts[0].names, parts[0].D, parts[0].decoding)
+
+
+def mean_and_half(values: Tensor) -> tuple[float, float]:
+    """Mean of independent values, and half of its interval of 95 % (normal)."""
+    half = 1.96 * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return float(values.mean()), half
+
+
+@torch.no_grad()
+def bound(
+    model: Denoises,
+    images: Tensor,
+    ids: Sequence[int],
+    label: Tensor | None = None,
+    decoder: Decoder = "discrete",
+    clip: float | None = 1.0,
+    errors: Tensor | None = None,
+) -> Terms:
+    """The variational bound (2006.11239, eq. 5) of images, with every row of the model's table.
+
+    For s >= 2 the divergence of q(x_r | x_s, x_0) = N(., v I), r = s - 1, from the reverse step N(., w I) whose mean is
+    off by k (x_0 - x0_hat):  KL_s = (D (v/w - 1 + log w/v) + k^2 |x_0 - x0_hat|^2 / w) / 2, which for w = v is
+    (SNR(r) - SNR(s))/2 |x_0 - x0_hat|^2; then E -log p(x_0 | x_1), and KL(q(x_S | x_0) | prior), closed for N(0, I),
+    else estimated at one sample.
+
+    images: uint8 or float (B, C, H, W); ids: one per image; clip: bound of x0_hat as of the sampler, None for
+    exactness; errors: (S+1,) mean squared error of x0_hat by row, for w = v + k^2 error and the decoder's variance.
+    """
+    states, device = model.states, next(iter(model.parameters())).device
+    x0 = _data(images, ids, decoder).to(device)
+    rows = torch.zeros(states.S - 1, len(x0), dtype=torch.float64)
+    first = torch.zeros(len(x0), dtype=torch.float64)
+    for s in range(states.S, 0, -1):  # as sampled, so that experts that are not resident come once
+        estimate = model(_noised(states, x0, s, ids), s, label)
+        estimate = estimate if clip is None else estimate.clamp(-clip, clip)
+        error = float(errors[s]) if errors is not None else None
+        if s == 1:
+            first = _decode(decoder, x0, estimate, states, error).cpu()
+            continue
+        a, b, c, d = (t[:, None, None] for t in (states.a[s], states.b[s], states.a[s - 1], states.b[s - 1]))
+        beta = -torch.expm1(2 * (a / c).log())
+        v, k = beta * (d / b).square(), c * beta / b.square()
+        w = v if error is None else v + k.square() * error
+        kl = 0.5 * (v / w - 1 + (w / v).log() + (k * (x0 - estimate).double()).square() / w)
+        rows[s - 2] = kl.flatten(1).sum(1).cpu()
+    last = prior_term(_prior(model), states, states.S, x0.cpu(), ids)
+    return Terms(first, rows, last, states.rows[1:], x0[0].numel(), decoder)
+
+
+def prior_term(prior: Prior, states: LatentStates, s: int, x0: Tensor, ids: Sequence[int]) -> Tensor:
+    """KL(q(x_s | x_0) | prior) of images x_0 in float (B, C, H, W), in nats (B,) float64; exact for N(0, I).
+
+    Of others it is log q(x_s | x_0) - log prior(x_s) at one sample, whose noise the two have in common.
+    """
+    x0 = x0.cpu()
+    a, b = (c.expand(x0.shape[1:]) for c in (states.a[s].cpu()[:, None, None], states.b[s].cpu()[:, None, None]))
+    if isinstance(prior, StandardNormal):
+        square = (a * x0.double()).square() + b.square()
+        return 0.5 * (square - 1 - 2 * b.log()).flatten(1).sum(1)
+    x = _noised(states, x0, s, ids)
+    eps = (x.double() - a * x0.double()) / b
+    return -0.5 * (eps.square() + 2 * b.log() + LOG_2PI).flatten(1).sum(1) - prior.log_prob(x)
+
+
+def flow_bound(
+    model: Denoises,
+    images: Tensor,
+    ids: Sequence[int],
+    label: Tensor | None = None,
+    decoder: Decoder = "discrete",
+    probes: int | None = 1,
+    errors: Tensor | None = None,
+) -> Terms:
+    """The bound E [log q(x_1 | x_0) - log p_1(x_1) - log p(x_0 | x_1)] with log p_1 by the probability-flow ODE.
+
+    In u = log(b/a) and y = x/a the flow is dy/du = y - x0_hat and the density falls by tr(I - d x0_hat/dy) du
+    (2011.13456, eq. 39, in these coordinates); Heun's rule from row to row, second order in their distance, so that a
+    table of all T rows serves best. probes: Rademacher vectors of Hutchinson's estimate of the trace; None for the
+    exact trace, by as many as there are values. Needs one column, and gradients of the network; x0_hat is not clipped.
+    """
+    states, parameter = model.states, next(iter(model.parameters()))
+    if states.K > 1:
+        raise InputError(f"the ODE's likelihood is for tables of one column, this one has {states.K}")
+    if float(states.a[-1, 0]) == 0:
+        raise InputError("the ODE's likelihood needs some signal at the last row; use a schedule without zero_terminal")
+    x0 = _data(images, ids, decoder).to(parameter.device)
+    D, a, b = x0[0].numel(), states.a[:, 0], states.b[:, 0]
+    u = (b / a).log()
+    x = _noised(states, x0, 1, ids)
+    with torch.no_grad():
+        first = _decode(decoder, x0, model(x, 1, label), states, None if errors is None else float(errors[1])).cpu()
+    entropy = 0.5 * D * (LOG_2PI + 1) + D * float(b[1].log())
+    y = (x / float(a[1])).double()
+    slope, trace = _flow(model, y, 1, label, probes, ids)
+    rows = torch.zeros(max(0, states.S - 1), len(x0), dtype=torch.float64)
+    for s in range(2, states.S + 1):
+        h = float(u[s] - u[s - 1])
+        with torch.no_grad():
+            ahead = y + h * slope
+            there = ahead - model((ahead * float(a[s])).to(x.dtype), s, label).double()
+        y = y + h / 2 * (slope + there)
+        slope, now = _flow(model, y, s, label, probes, ids)
+        rows[s - 2] = -(h / 2 * (trace + now)).cpu()
+        trace = now
+    x = (y * float(a[-1])).to(x.dtype)
+    last = -_prior(model).log_prob(x.cpu()) - D * float((a[-1] / a[1]).log()) - entropy
+    return Terms(first, rows, last, states.rows[1:], D, decoder)
+
+
+def _flow(
+    model: Denoises, y: Tensor, s: int, label: Tensor | None, probes: int | None, ids: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """(y - x0_hat, trace of I - d x0_hat/dy) at row s, float64."""
+    a, dtype = float(model.states.a[s, 0]), next(iter(model.parameters())).dtype
+    shape, D = y.shape[1:], y[0].numel()
+    with torch.enable_grad():
+        z = y.detach().to(dtype).requires_grad_()
+        estimate = model(a * z, s, label)
+        traces = torch.zeros(len(y), dtype=torch.float64, device=y.device)
+        count = D if probes is None else probes
+        for k in range(count):
+            if probes is None:
+                v = torch.zeros(len(y), D, dtype=dtype, device=y.device)
+                v[:, k] = 1
+                v = v.unflatten(1, shape)
+            else:
+                stream = 2 * BOUND + k * (model.states.schedule.T + 1) + int(model.states.index[s])
+                v = seed_noise(ids, stream, shape).sign().to(y.device, dtype)
+            (back,) = torch.autograd.grad(estimate, z, v, retain_graph=k + 1 < count)
+            traces += (v * back).flatten(1).double().sum(1)
+    return y - estimate.detach().double(), D - (traces if probes is None else traces / count)
+
+
+def _prior(model: Denoises) -> Prior:
+    """What the model starts from; refuses what has no density."""
+    prior = getattr(model, "prior", None) or StandardNormal(model.shape)
+    if not prior.has_density:
+        raise InputError(f"{type(prior).__name__} has no density: no likelihood can be computed with it")
+    return prior
+
+
+def _data(images: Tensor, ids: Sequence[int], decoder: Decoder) -> Tensor:
+    if decoder not in ("discrete", "uniform", "density"):
+        raise InputError(f"decoder {decoder!r}: choose discrete, uniform or density")
+    if images.is_floating_point():
+        if decoder != "density":
+            raise InputError(f"decoder {decoder}: is for images of 256 grey levels, this is continuous: choose density")
+        return images
+    x0 = from_uint8(images)
+    if decoder == "uniform":
+        u = torch.special.ndtr(seed_noise(ids, BOUND - 1, x0.shape[1:]))
+        x0 = x0 + LEVEL * (u - 0.5)
+    return x0
+
+
+def _noised(states: LatentStates, x0: Tensor, s: int, ids: Sequence[int]) -> Tensor:
+    eps = seed_noise(ids, BOUND + int(states.index[s]), x0.shape[1:]).to(x0.device, x0.dtype)
+    return noise(states, x0, s, eps)
+
+
+def _decode(decoder: Decoder, x0: Tensor, estimate: Tensor, states: LatentStates, variance: float | None) -> Tensor:
+    """-log p(x_0 | x_1) of N(x0_hat, variance I), b_1^2 if not given, in nats (B,)."""
+    b = states.b[1].to(x0.device)[:, None, None]
+    b = b if variance is None else torch.full_like(b, max(variance, 1e-8) ** 0.5)
+    error = x0.double() - estimate.double()
+    if decoder != "discrete":
+        return (0.5 * (error / b).square() + b.log() + 0.5 * LOG_2PI).expand(x0.shape).flatten(1).sum(1)
+    level = ((x0.double() + 1) / LEVEL).round() * LEVEL - 1  # to all digits: variances may be small
+    error = level - estimate.double()
+    low, high = (error - LEVEL / 2) / b, (error + LEVEL / 2) / b
+    low = torch.where(x0 < -1 + LEVEL / 4, -torch.inf, low)
+    high = torch.where(x0 > 1 - LEVEL / 4, torch.inf, high)
+    flip = low > 0  # tails by the side where they are small
+    low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
+    upper, lower = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
+    return -(upper + torch.log(-torch.expm1(lower - upper))).flatten(1).sum(1)
