@@ -27,6 +27,8 @@ _HOMES = {
     "priors.prior": "Prior StandardNormal",
     "priors.gaussian": "Gaussian",
     "priors.mixture": "Mixture",
+    "priors.flow": "Flow",
+    "lit.prior": "PriorModule",
     "lit.modules": "Baseline ReducedStates SingleState",
     "lit.inference": "Composite",
     "lit.datamodule": "ImageShards",

@@ -179,31 +179,39 @@ def _sample(a: argparse.Namespace) -> None:
 
 
 def _prior(a: argparse.Namespace) -> None:
+    from lightning_tdisent.fleet.plan import settings
+    from lightning_tdisent.sampling.start import FILE
+
+    if (a.out / FILE).exists():
+        raise InputError(f"--out {a.out} already holds a prior; choose another folder")
+    try:
+        at: int | float = int(a.at) if a.at.isdigit() else float(a.at)
+    except ValueError:
+        raise InputError(f"--at {a.at}: a row of the table, or a share of its rows such as 0.6") from None
+    path = a.kind if "." in a.kind else f"lightning_tdisent.{a.kind}"
+    part = {"class_path": path, "init_args": dict(settings(a.settings))}
+    fit_to(str(a.model), at, part, a.data, a.split, a.n, a.out)
+
+
+def fit_to(model: str, at: int | float, part: dict[str, Any], data: str, split: str, n: int | None, out: Path) -> None:
+    """Fit a prior at a row of a model's table to images, write it, and say what there is to say of it."""
     from lightning_tdisent.diffusion.spec import build
     from lightning_tdisent.diffusion.states import LatentStates
-    from lightning_tdisent.fleet.plan import settings
     from lightning_tdisent.priors.prior import Prior
     from lightning_tdisent.sampling.composite import find_files
     from lightning_tdisent.sampling.expert import read_card
     from lightning_tdisent.sampling.start import FILE, fit_prior, save_prior
     from lightning_tdisent.streaming.shards import load
 
-    if (a.out / FILE).exists():
-        raise InputError(f"--out {a.out} already holds a prior; choose another folder")
     use_device("cpu")
-    card = read_card(find_files(a.model)[0])
-    states = build(card.states, LatentStates)
-    try:
-        at: int | float = int(a.at) if a.at.isdigit() else float(a.at)
-    except ValueError:
-        raise InputError(f"--at {a.at}: a row of 1..{states.S}, or a share of them such as 0.6") from None
-    path = a.kind if "." in a.kind else f"lightning_tdisent.{a.kind}"
-    prior = build({"class_path": path, "init_args": dict(settings(a.settings))}, Prior)
-    data = load(a.data, a.split, card.network["init_args"]["shape"][0], a.n)
+    card = read_card(find_files(model)[0])
+    states, prior = build(card.states, LatentStates), build(part, Prior)
     row = states.truncate(at).S
-    fitted = fit_prior(prior, states, row, data.images, data.digest)
-    save_prior(a.out / FILE, prior, fitted)
-    print(f"{a.kind} at row {row} of {states.S} (index {fitted.index}), {fitted.n:,} images: {a.out / FILE}")
+    images = load(data, split, card.network["init_args"]["shape"][0], n)
+    fitted = fit_prior(prior, states, row, images.images, images.digest)
+    save_prior(out / FILE, prior, fitted)
+    name = part["class_path"].rpartition(".")[2]
+    print(f"{name} at row {row} of {states.S} (index {fitted.index}), {fitted.n:,} images: {out / FILE}")
     for note in fitted.notes:
         print(f"note: {note}")
 
@@ -389,6 +397,7 @@ def _study(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.work import FleetWork, Jobs
     from lightning_tdisent.report.study import BOARDS, Study
     from lightning_tdisent.sampling.composite import MANIFEST, compose, find_files
+    from lightning_tdisent.sampling.start import FILE
 
     todo = plan(a.config, a.out, a.seed, a.overrides)
     study = Study(**todo.evaluation)
@@ -408,6 +417,9 @@ def _study(a: argparse.Namespace) -> None:
     for fleet, folder in todo.composites.items():
         if not (folder / MANIFEST).exists():
             compose(find_files(todo.out / fleet), folder)
+    for folder, (source, at, part) in todo.priors.items():
+        if not (folder / FILE).exists():
+            fit_to(source, at, part, study.data, "train", None, folder)
     _finish(study)
 
 

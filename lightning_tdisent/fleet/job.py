@@ -10,7 +10,7 @@ from lightning_tdisent.errors import InputError
 if TYPE_CHECKING:
     from lightning_tdisent.sampling.expert import Card
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, PRIOR = "model.safetensors", "prior.safetensors"  # what a training leaves
 Report = Callable[[int, int, dict[str, float]], None]  # step, of how many, and numbers worth showing
 # runs command lines in this process, those of one call together; returns what ended each before its time
 Train = Callable[[Sequence[list[str]], Sequence[Report]], list[BaseException | None]]
@@ -33,7 +33,7 @@ class Job:
 
     @property
     def weights(self) -> Path:
-        """What a whole training leaves."""
+        """What a whole training of a model leaves."""
         return self.folder / WEIGHTS
 
     @property
@@ -56,6 +56,6 @@ class Job:
     def done(self) -> bool:
         """Whether all its images have been seen; refuses the weights of another training."""
         if self.images is None and not self.expect:
-            return self.weights.exists()
+            return self.weights.exists() or (self.folder / PRIOR).exists()
         card = self.card
         return card is not None and (self.images is None or card.images_seen >= self.images)

@@ -17,7 +17,10 @@ KEYS = (
     "out",
     "seed",
     "runs",
+    "priors",
     "contenders",
+    "diffusion_time",
+    "bits",
     "data",
     "split",
     "reference",
@@ -29,19 +32,23 @@ KEYS = (
 )
 RUN_KEYS = ("configs", "experts", "warm_start", "set")
 FLEET_KEYS = ("fleet", "budget", "start", "set")
+PRIOR_KEYS = ("run", "at", "prior")
+TIME_KEYS = ("run", "sampler", "cuts", "priors")
 
 
 @dataclass(frozen=True)
 class Plan:
     """Jobs and fleets with their folders, composites to make of experts, and the evaluation as plain data.
 
-    fleets: by name the YAML of a fleet, and keys of it that this study has otherwise.
+    fleets: by name the YAML of a fleet, and keys of it that this study has otherwise; priors: by the folder that each
+    is fitted into its model, where it starts, and its class path with arguments.
     """
 
     out: Path
     jobs: list[Job]
     composites: dict[str, Path]
     fleets: dict[str, tuple[Path, dict[str, Any]]]
+    priors: dict[Path, tuple[str, int | float, dict[str, Any]]]
     seed: int
     evaluation: dict[str, Any]
     content: dict[str, Any]
@@ -67,7 +74,10 @@ def plan(
     """Read a study's YAML; every config it names must exist, every key must be known."""
     file = Path(config)
     study = read_yaml(file)
-    known(study, KEYS, str(file), required=("runs", "contenders", "data", "protocol"))
+    known(study, KEYS, str(file), required=("runs", "data", "protocol"))
+    _unroll(study, str(file))
+    if not study["contenders"]:
+        raise InputError(f"{file}: contenders, or diffusion_time, is missing")
     folder = Path(out or study.get("out") or f"runs/{file.stem}")
     seed = int(study.get("seed", 0)) if seed is None else seed
     extra = _overrides(overrides, study["runs"])
@@ -114,13 +124,26 @@ def plan(
             place = folder / name / f"expert_{k:03d}"
             words = [*argv, "--model.expert", str(k), "--model.experts", str(count), "--run", str(place)]
             jobs.append(Job(label, words, place, needs))
+    priors: dict[Path, tuple[str, int | float, dict[str, Any]]] = {}
+    for name, entry in study["priors"].items():
+        known(entry, PRIOR_KEYS, f"{file}: priors.{name}", required=PRIOR_KEYS)
+        if entry["run"] not in members:
+            raise InputError(f"{file}: priors.{name}.run: no run {entry['run']!r}.{nearest(entry['run'], members)}")
+        source = composites.get(entry["run"], folder / entry["run"])
+        priors[folder / "priors" / name] = (str(source), entry["at"], _part(entry["prior"], "Gaussian"))
     contenders = []
     for name, entry in study["contenders"].items():
-        known(entry, ("run", "sampler"), f"{file}: contenders.{name}", required=("run",))
+        known(entry, ("run", "sampler", "prior"), f"{file}: contenders.{name}", required=("run",))
         if entry["run"] not in members:
             raise InputError(f"{file}: contenders.{name}.run: no run {entry['run']!r}.{nearest(entry['run'], members)}")
         source = composites.get(entry["run"], folder / entry["run"])
-        contenders.append({"name": name, "source": str(source), "sampler": _sampler(entry.get("sampler"))})
+        contenders.append({"name": name, "source": str(source), "sampler": _part(entry.get("sampler"), "DDIM")})
+        if start := entry.get("prior"):
+            if start not in study["priors"] and start not in members and not str(start).startswith("cut:"):
+                options = [*study["priors"], *members]
+                raise InputError(f"{file}: contenders.{name}.prior: no prior {start!r}.{nearest(start, options)}")
+            fitted = folder / "priors" / start if start in study["priors"] else folder / str(start)
+            contenders[-1]["prior"] = start if str(start).startswith("cut:") else str(fitted)
     evaluation = {
         "out": str(folder),
         "title": study.get("title", file.stem),
@@ -133,16 +156,37 @@ def plan(
         "weights": study.get("weights"),
         "n": study.get("n"),
         "first_seed": study.get("first_seed"),
+        "bits": study.get("bits"),
         "runs": {job.name: str(job.folder) for job in jobs},
     }
     content = {"study": study, "seed": seed, "overrides": list(overrides), "configs": digests}
-    return Plan(folder, jobs, composites, fleets, seed, evaluation, content)
+    return Plan(folder, jobs, composites, fleets, priors, seed, evaluation, content)
 
 
-def _sampler(entry: Any) -> dict[str, Any]:
-    """Class path and arguments of a sampler given as a name, a short or a full class path, or nothing (DDIM)."""
-    entry = {"class_path": entry} if isinstance(entry, str) else dict(entry or {"class_path": "DDIM"})
-    known(entry, ("class_path", "init_args"), "sampler", required=("class_path",))
+def _unroll(study: dict[str, Any], file: str) -> None:
+    """Contenders and priors of a sweep over the cut: every row named, with N(0, I) and with each prior (2206.05173)."""
+    for key in ("priors", "contenders"):
+        if not isinstance(study.setdefault(key, {}), dict):
+            raise InputError(f"{file}: {key}: a mapping of a name to its settings, got {study[key]!r}")
+    if (sweep := study.get("diffusion_time")) is None:
+        return
+    known(sweep, TIME_KEYS, f"{file}: diffusion_time", required=("run", "cuts"))
+    if not isinstance(sweep["cuts"], list) or not isinstance(sweep.get("priors", {}), dict):
+        raise InputError(f"{file}: diffusion_time: cuts is a list of rows, priors a mapping of a name to its class")
+    common = {"run": sweep["run"], "sampler": sweep.get("sampler")}
+    study["contenders"].setdefault("whole chain", common)
+    study.setdefault("bits", {})
+    for cut in sweep["cuts"]:
+        study["contenders"][f"cut {cut}, N(0, I)"] = {**common, "prior": f"cut:{cut}"}
+        for name, prior in sweep.get("priors", {}).items():
+            study["priors"][f"{name}_{cut}"] = {"run": sweep["run"], "at": cut, "prior": prior}
+            study["contenders"][f"cut {cut}, {name}"] = {**common, "prior": f"{name}_{cut}"}
+
+
+def _part(entry: Any, default: str) -> dict[str, Any]:
+    """Class path and arguments of a part given as a name, a short or a full class path, or nothing."""
+    entry = {"class_path": entry} if isinstance(entry, str) else dict(entry or {"class_path": default})
+    known(entry, ("class_path", "init_args"), default, required=("class_path",))
     path = entry["class_path"]
     return {"class_path": path if "." in path else f"lightning_tdisent.{path}", "init_args": entry.get("init_args", {})}
 

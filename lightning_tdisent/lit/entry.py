@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_tdisent.diffusion import objectives, schedules  # noqa: F401
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.files import write_whole
-from lightning_tdisent.lit import datamodule, inference, modules  # noqa: F401
+from lightning_tdisent.lit import datamodule, inference, modules, prior  # noqa: F401
 from lightning_tdisent.lit.callbacks import pictures, quality  # noqa: F401
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
 from lightning_tdisent.lit.callbacks.guard import Guard
@@ -37,7 +37,8 @@ from lightning_tdisent.lit.checkpoints import DurableIO, resolve, steps, verify
 from lightning_tdisent.lit.explain import explain, explain_interpolation
 from lightning_tdisent.lit.resume import check_config, find_checkpoint, lock
 from lightning_tdisent.networks import dit, unet  # noqa: F401
-from lightning_tdisent.sampling import sampler  # noqa: F401
+from lightning_tdisent.priors import flow, gaussian, mixture  # noqa: F401
+from lightning_tdisent.sampling import sampler, start  # noqa: F401
 from lightning_tdisent.sampling.expert import read_card
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -105,8 +106,7 @@ class CLI(LightningCLI):
         theirs = check_config(folder, mine)
         path, manifest, bad = (asked, verify(asked), list[str]()) if asked else find_checkpoint(folder)
         limits, step, limit = ("max_steps", "max_epochs"), manifest.get("step", 0), config.trainer.max_steps
-        export = folder / "model.safetensors"
-        ended = path is not None and export.exists() and read_card(export).steps == step
+        ended = path is not None and _exported(folder) == step
         if ended and (0 < limit <= step or all(theirs["trainer"][k] == mine["trainer"][k] for k in limits)):
             if rank_zero_only.rank == 0:
                 print(f"{folder}: all {step} steps are done; give a larger --trainer.max_steps to go on")
@@ -135,6 +135,13 @@ class CLI(LightningCLI):
             kwargs.setdefault("plugins", [*plugins, DurableIO()])
         kwargs.setdefault("default_root_dir", run)
         return super().instantiate_trainer(**kwargs)
+
+
+def _exported(folder: Path) -> int | None:
+    """Steps behind the weights that a finished training left in its folder, None if there are none."""
+    if (model := folder / modules.Diffusion.file).exists():
+        return read_card(model).steps
+    return start.read_prior_card(folder).steps if (folder / start.FILE).exists() else None
 
 
 class Parsed(CLI):

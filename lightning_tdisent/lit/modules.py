@@ -26,10 +26,8 @@ from lightning_tdisent.networks.network import Network
 from lightning_tdisent.ranks import gather
 from lightning_tdisent.sampling.composite import start_warm
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import Card
+from lightning_tdisent.sampling.expert import Card, save_expert
 from lightning_tdisent.sampling.sampler import DDIM, Sampler
-
-SAME = ("network", "objective", "fingerprint", "rows", "image_range", "data")
 
 
 class Diffusion(Part, DenoiserModule):
@@ -41,6 +39,9 @@ class Diffusion(Part, DenoiserModule):
     null for none; draw: rows of a batch ``balanced`` over the rows owned or ``iid``; label_drop: share of labels
     replaced by the null label; warm_start: weights of another run to start from, see `SingleState`.
     """
+
+    file = "model.safetensors"  # in the run folder, when training ends
+    same = ("network", "objective", "fingerprint", "rows", "image_range", "data")  # in the card of what is resumed
 
     def __init__(
         self,
@@ -62,11 +63,17 @@ class Diffusion(Part, DenoiserModule):
         rows = self.owned(states)
         if len(rows) == 1 and network.conditioning is None:
             network = network.time_agnostic()
-        self.denoiser = Denoiser(network, objective or V(), states, rows)
         self.sampler, self.warm_start = sampler or DDIM(), warm_start
-        self.lr, self.warmup, self.decay, self.weight_decay = lr, warmup, decay, weight_decay
-        self.clip_norm, self.draw, self.label_drop = clip_norm, draw, label_drop
-        self.register_buffer("row_choices", torch.tensor(rows), persistent=False)
+        self.draw, self.label_drop = draw, label_drop
+        self._train(Denoiser(network, objective or V(), states, rows), lr, warmup, decay, weight_decay, clip_norm)
+
+    def _train(
+        self, denoiser: Any, lr: float, warmup: int, decay: str, weight_decay: float, clip_norm: float | None
+    ) -> None:
+        """Take what is trained, and how; nothing is counted yet."""
+        self.denoiser = denoiser
+        self.lr, self.warmup, self.decay, self.weight_decay, self.clip_norm = lr, warmup, decay, weight_decay, clip_norm
+        self.register_buffer("row_choices", torch.tensor(denoiser.rows), persistent=False)
         self.generator, self.skipped, self.gradient_norm = torch.Generator(), torch.zeros(()), torch.zeros(())
         self.images_seen, self.seconds, self.seed = 0, 0.0, 0
         self.parents: list[dict[str, Any]] = []
@@ -220,6 +227,12 @@ class Diffusion(Part, DenoiserModule):
             version=lightning_tdisent.__version__,
         )
 
+    def export(
+        self, path: Path, weights: dict[str, Tensor] | None = None, average: dict[str, float] | None = None
+    ) -> None:
+        """Write an average of the weights, the live ones if none is given, with its card."""
+        save_expert(path, self.denoiser, self.card("live" if weights is None else "ema", average), weights)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint say what it holds, in plain data that loads with weights_only."""
         checkpoint["module"] = spec(self)
@@ -230,13 +243,15 @@ class Diffusion(Part, DenoiserModule):
         if "card" not in checkpoint:
             raise InputError("this checkpoint is none of this project: it has no card")
         mine, theirs = dataclasses.asdict(self.card("live")), checkpoint["card"]
-        wrong = [k for k in SAME if mine[k] != theirs[k] and "unknown" not in (mine[k], theirs[k])]
+        theirs = dict.fromkeys(self.same) | theirs  # None: it is of something else
+        wrong = [k for k in self.same if mine[k] != theirs[k] and "unknown" not in (mine[k], theirs[k])]
         if wrong:
             raise InputError(
                 "this checkpoint belongs to another model:\n"
                 + "\n".join(f"  - {k}: the checkpoint has {theirs[k]}, the config {mine[k]}" for k in wrong)
             )
-        self.images_seen, self.seconds, self.parents = theirs["images_seen"], theirs["seconds"], theirs["parents"]
+        self.images_seen, self.seconds = theirs["images_seen"], theirs["seconds"]
+        self.parents = theirs.get("parents", [])
         if self.trainer.state.fn != "fit" and "ema" in checkpoint:  # what is evaluated are the averaged weights
             average = {f"denoiser.{name}": weight for name, weight in checkpoint["ema"]["weights"].items()}
             checkpoint["state_dict"] = {**checkpoint["state_dict"], **average}

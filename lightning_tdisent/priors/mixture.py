@@ -89,10 +89,10 @@ class Mixture(Gaussian):
         self.means = torch.as_tensor(mixture.means_, dtype=torch.float64)[kept]
         found = torch.as_tensor(mixture.covariances_, dtype=torch.float64)[kept]
         values, vectors = torch.linalg.eigh(found if self.covariance == "full" else torch.diag_embed(found))
-        least = max(0.5 * b * b, FLOOR)  # x_0 + noise varies by b^2 whatever x_0 does; parts of it may be narrower
-        if narrow := int((values.min(1).values < least).sum()):
+        floor = max(0.5 * b * b, FLOOR)  # x_0 + noise varies by b^2 whatever x_0 does; parts of it may be narrower
+        if narrow := int((values.min(1).values < floor).sum()):
             notes.append(f"{narrow} components fell in on few samples, and were widened to half of the noise")
-        wide = vectors * values.clamp_min(least)[:, None] @ vectors.mT
+        wide = vectors * values.clamp_min(floor)[:, None] @ vectors.mT
         self.factors = torch.linalg.cholesky(wide)
         notes.append(f"{int(kept.sum())} of {self.components} components have weights above {DROPPED:g}")
         return notes

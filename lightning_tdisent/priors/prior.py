@@ -34,6 +34,13 @@ class Prior(Part, nn.Module, ABC):
         self.shape = list(x0.shape[1:])
         return []
 
+    def build(self, shape: Sequence[int]) -> None:
+        """Make the parameters of a learned prior for x of (C, H, W)."""
+        self.shape = list(shape)
+
+    def initialise(self, x: Tensor) -> None:
+        """Begin a training of a learned prior from some samples x (B, C, H, W)."""
+
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density in nats of x (B, C, H, W), float64 (B,)."""

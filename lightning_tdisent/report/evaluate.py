@@ -23,7 +23,7 @@ from lightning_tdisent.metrics.reference import remembered
 from lightning_tdisent.ranks import gather, place, shared_errors
 from lightning_tdisent.report.bits import Bits
 from lightning_tdisent.sampling.composite import CompositeDenoiser, find_files, load_model
-from lightning_tdisent.sampling.cost import training_cost
+from lightning_tdisent.sampling.cost import training_cost, with_prior
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
 from lightning_tdisent.sampling.evaluation import RealImages, compute, held_out_errors, image_files, open_quality, score
 from lightning_tdisent.sampling.expert import Card, sha256
@@ -87,7 +87,8 @@ def evaluate(
     files = {c.name: image_files(c.source, c.split, shape) for c in contenders if c.sampler is None}
     quality = open_quality(protocol, network, real, shape, device)
     qualities = {name: quality.of(found.n) for name, found in files.items()}  # refuses too few, before any work, too
-    common = _Common.of([model[0].states for model in loaded if model is not None])
+    models = [model[0] for model in loaded if model is not None]
+    common = _Common.of([m.states for m in models if not isinstance(m, Started)] or [m.states for m in models])
     rows, images = [], dict[str, Tensor]()
     for contender, model in zip(contenders, loaded, strict=True):
         advance = functools.partial(progress, contender.name) if progress else None
@@ -162,7 +163,7 @@ def _of_model(
         "nfe": len(sampler.rows(model.states)),
         **_numbers(scored.values, quality),
         **errors,
-        **training_cost(cards),
+        **_cost(model, cards),
         "sampling_seconds_per_image": sum(p[2] for p in parts) / quality.protocol.n,
         "evaluation_seconds": time.perf_counter() - start,
         "peak_memory_bytes": max(p[3] for p in parts),
@@ -179,6 +180,13 @@ def _of_model(
     }
     model.cpu()  # the next one's peak memory is its own
     return row, images[order]
+
+
+def _cost(model: Any, cards: Sequence[Card]) -> dict[str, float]:
+    cost = training_cost(cards)
+    if isinstance(model, Started) and model.card is not None:
+        return with_prior(cost, model.prior, model.card.images_seen, model.card.seconds)
+    return cost
 
 
 def _of_files(

@@ -6,6 +6,7 @@ import io
 import logging
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,68 @@ def quality_over_compute(rows: Sequence[dict[str, Any]]) -> str:
             axis.set_minor_formatter("{x:g}")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing(figure, "What quality costs in all, whoever trains it (lower left is better).")
+
+
+def bits(rows: Sequence[dict[str, Any]]) -> str:
+    """Bits per dimension taken apart: the decoder, the rows in at most six groups of neighbours, and the prior."""
+    shown = [row for row in rows if "bpd_terms" in row]
+    if not shown:
+        return ""
+    with mpl.rc_context(STYLE):
+        figure = Figure((9, 0.8 + 0.36 * len(shown)))
+        axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+        names, left = [row["name"] for row in shown], [0.0] * len(shown)
+        most = max((row["bpd_terms"]["rows"] for row in shown), key=len)
+        groups = [[str(t) for t in part] for part in _groups(list(most), 6)]
+        parts = [("decoder", [row["bpd_terms"]["decoder"] for row in shown])]
+        for group in groups:
+            values = [sum(row["bpd_terms"]["rows"].get(s, 0.0) for s in group) for row in shown]
+            parts.append((f"rows {group[0]}..{group[-1]}" if len(group) > 1 else f"row {group[0]}", values))
+        parts.append(("prior", [row["bpd_terms"]["prior"] for row in shown]))
+        for (label, values), colour in zip(parts, COLOURS, strict=False):
+            axes[0].barh(names, values, left=left, label=label, color=colour)
+            left = [x + y for x, y in zip(left, values, strict=True)]
+        axes[0].bar_label(axes[0].containers[-1], [f"{row['bpd']:.3f}" for row in shown], padding=3, fontsize=9)
+        axes[0].set(title="bits per dimension", xlim=(None, 1.12 * max(left)))
+        axes[0].invert_yaxis()
+        axes[1].barh(names, parts[-1][1], color=COLOURS[len(parts) - 1])
+        axes[1].bar_label(axes[1].containers[-1], fmt="%.2g", padding=3, fontsize=9)
+        axes[1].set(title="of it the prior's")
+        axes[1].margins(x=0.2)
+        axes[0].legend(ncols=4, loc="upper center", bbox_to_anchor=(0.8, -0.15))
+    return drawing(figure, "What an image costs: which part of the chain pays for it, and where it starts from.")
+
+
+def _groups(items: list[str], most: int) -> list[list[str]]:
+    """Neighbours in at most so many groups of nearly equal size."""
+    cut = [round(k * len(items) / min(most, len(items))) for k in range(min(most, len(items)) + 1)] if items else [0]
+    return [items[a:b] for a, b in pairwise(cut)]
+
+
+def diffusion_time(rows: Sequence[dict[str, Any]]) -> str:
+    """The distance and the bits against the row that the chain starts from, one line for each kind of prior."""
+    cut = [row for row in rows if "cut" in row]
+    metric = next((k for k in cut[0] if k == "fid" or k.startswith("fd_")), "none") if cut else "none"
+    if len({row["cut"] for row in cut}) < 2:
+        return ""
+    whole = next((row for row in rows if row["source"] == cut[0]["source"] and "cut" not in row), None)
+    with mpl.rc_context(STYLE):
+        figure = Figure((9, 3.4))
+        panels = [k for k in (metric, "bpd") if all(k in row for row in cut)]
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        kinds = dict.fromkeys(row["name"].partition(", ")[2] or row["prior"] for row in cut)
+        for axis, key in zip(axes, panels, strict=True):
+            for kind, colour in zip(kinds, COLOURS, strict=False):
+                line = [row for row in cut if (row["name"].partition(", ")[2] or row["prior"]) == kind]
+                line.sort(key=lambda row: row["cut"])
+                axis.plot(
+                    [row["cut"] for row in line], [row[key] for row in line], "o-", ms=4, color=colour, label=kind
+                )
+            if whole is not None:
+                axis.axhline(whole[key], color=COLOURS[5], ls="--", label="whole chain")
+            axis.set(xlabel="row that the chain starts from", title=key)
+        axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return drawing(figure, "How much diffusion time is enough: quality and likelihood of one model, cut off at a row.")
 
 
 def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:

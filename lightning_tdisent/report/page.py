@@ -115,6 +115,7 @@ def write_report(
     parts.append(figures.picture(tiles, wide(tiles), "real images, held out"))
     if models:
         parts.append("<h2>Where the models are right and wrong</h2>" + figures.errors_per_state(models))
+        parts.append(figures.diffusion_time(models) + figures.bits(models))
         parts.append("<h2>What it cost</h2>" + _html(costs(models), []) + figures.cost(models))
         parts.append(figures.quality_over_compute(models))
     if runs:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from lightning_tdisent.errors import InputError
@@ -94,6 +95,7 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in (row for row in rows if "differs" in row):
         values = "; ".join(f"{field}: {', '.join(values)}" for field, values in row["differs"].items())
         out.append(f"{row['name']} has experts that differ, as --allow-mismatch let them: {values}")
+    out += _best_cut([row for row in rows if "cut" in row and "bpd_images" in row])
     for how in dict.fromkeys(row["bpd_how"] for row in rows if "bpd_how" in row):
         out.append(f"bits per dimension are upper bounds, with their interval of 95 %: {how}")
     for _, alike in tables(rows):
@@ -113,3 +115,19 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
                     f"for {', '.join(much)}; compare it with nothing of another n"
                 )
     return out
+
+
+def _best_cut(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Which start of the chain has the fewest bits, and which others images cannot tell from it."""
+    if len(rows) < 2:
+        return []
+    best = min(rows, key=lambda row: row["bpd"])
+    alike = []
+    for row in rows:
+        difference = [x - y for x, y in zip(row["bpd_images"], best["bpd_images"], strict=True)]
+        half = 1.96 * stdev(difference) / len(difference) ** 0.5
+        if row is not best and fmean(difference) - half <= 0:
+            alike.append(row["name"])
+    others = f"; on these images not told from it: {', '.join(alike)}" if alike else "; all others are worse on them"
+    low, high = best["bpd_low"], best["bpd_high"]
+    return [f"fewest bits per dimension: {best['name']}, {best['bpd']:.4f} [{low:.4f}, {high:.4f}]{others}"]

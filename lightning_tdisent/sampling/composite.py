@@ -113,7 +113,7 @@ class CompositeDenoiser(nn.Module):
         if self._slot is None:
             return super().parameters(recurse)
         if self._slot.at_hand is None:
-            self._slot.hold(self.at(self._path[0] if self._path else self.states.S))  # type: ignore[arg-type]
+            self._slot.hold(self.at(self._path[0] if self._path else max(self._owner)))  # type: ignore[arg-type]
         return self._slot.parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

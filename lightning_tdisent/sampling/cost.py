@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_tdisent.diffusion.spec import build
@@ -38,6 +39,19 @@ def training_cost(cards: Sequence[Card]) -> dict[str, float]:
         "training_seconds": sum(run["seconds"] for run in runs),
         "training_seconds_longest": max(_chain(card, "seconds") for card in cards),
     }
+
+
+def with_prior(cost: dict[str, float], prior: nn.Module, images_seen: int, seconds: float) -> dict[str, float]:
+    """The same with a prior that was trained beside, on so many images."""
+    if not images_seen:
+        return cost
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        prior.log_prob(torch.zeros(1, *prior.shape))  # type: ignore[operator, misc]
+    trained = 3.0 * counter.get_total_flops() * images_seen
+    more = {"images_seen": images_seen, "training_flops": trained, "training_seconds": seconds}
+    longest = {"images_seen_longest": images_seen, "training_seconds_longest": seconds}
+    summed = {key: cost[key] + value for key, value in more.items()}
+    return cost | summed | {key: max(cost[key], value) for key, value in longest.items()}
 
 
 def _chain(card: Card, what: str) -> float:

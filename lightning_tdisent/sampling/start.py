@@ -80,18 +80,29 @@ def save_prior(path: str | Path, prior: Prior, card: PriorCard) -> None:
     write_whole(path, save(tensors, {"prior": json.dumps(dataclasses.asdict(card))}))
 
 
-def load_prior(source: str | Path) -> tuple[Prior, PriorCard]:
-    """Prior of a file or of the folder it is in, with its card; see `spec.build` for classes."""
-    path = Path(source) / FILE if Path(source).is_dir() else Path(source)
+def _prior_file(source: str | Path) -> Path:
+    return Path(source) / FILE if Path(source).is_dir() else Path(source)
+
+
+def read_prior_card(source: str | Path) -> PriorCard:
+    """Card of a prior in a file or in the folder it is in."""
+    path = _prior_file(source)
     try:
         with safe_open(path, "pt") as file:
-            content = json.loads((file.metadata() or {})["prior"])
-        card = PriorCard(**content)
-        tensors = load_file(path)
+            return PriorCard(**json.loads((file.metadata() or {})["prior"]))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; fit a prior with the command prior, or with PriorModule") from None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a prior written by this project ({type(error).__name__}: {error})") from None
+
+
+def load_prior(source: str | Path) -> tuple[Prior, PriorCard]:
+    """Prior of a file or of the folder it is in, with its card; see `spec.build` for classes."""
+    path, card = _prior_file(source), read_prior_card(source)
+    try:
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # not the file's own pages
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: damaged: {error}") from None
     prior = build(card.prior, Prior)
     missing = prior.state_dict().keys() ^ tensors.keys()
     if missing:
@@ -195,7 +206,7 @@ class Implicit(Prior):
         super().__init__(shape)
         self.source, self.steps = source, steps
         self.register_buffer("levels", torch.zeros(2, dtype=torch.float64))
-        self._model: Any = None
+        self._source: tuple[Any, ...] = ()  # no submodule: its weights are in their own files
 
     def fit(self, x0: Tensor, a: float, b: float, eps: Tensor | None = None) -> list[str]:
         """Keep a and b; refuses a source of other images than the data."""
@@ -218,16 +229,15 @@ class Implicit(Prior):
         return scale(a, self._images(seeds)) + scale(b, seed_noise(seeds, stream, self.shape))
 
     def _images(self, seeds: Iterable[int]) -> Tensor:
-        if self._model is None:
-            self._model = _source(self.source)
-        if not isinstance(self._model, tuple):
-            return DDIM(steps=self.steps)(self._model, list(seeds)).float()
-        autoencoder, latent = self._model
-        z = seed_noise(list(seeds), FITTING, latent) / autoencoder.config.scaling_factor
-        return autoencoder.decode(z).sample.clamp(-1, 1)
+        self._source = self._source or _open_source(self.source)
+        model, latent = self._source
+        if latent is None:
+            return DDIM(steps=self.steps)(model, list(seeds)).float()
+        z = seed_noise(list(seeds), FITTING, latent) / model.config.scaling_factor
+        return model.decode(z).sample.clamp(-1, 1)
 
 
-def _source(source: str) -> Any:
+def _open_source(source: str) -> tuple[Any, list[int] | None]:
     """A denoiser, or an autoencoder of diffusers with the shape of its latents."""
     config = Path(source) / "config.json"
     if config.is_file() and json.loads(config.read_text()).get("_class_name") == "AutoencoderKL":
@@ -236,4 +246,4 @@ def _source(source: str) -> Any:
         autoencoder = AutoencoderKL.from_pretrained(source).eval()
         side = autoencoder.config.sample_size // 2 ** (len(autoencoder.config.block_out_channels) - 1)
         return autoencoder, [autoencoder.config.latent_channels, side, side]
-    return load_model(source)[0]
+    return load_model(source)[0], None

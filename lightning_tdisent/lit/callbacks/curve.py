@@ -28,6 +28,8 @@ class Curve(L.Callback):
         """Add a point."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
             return
+        if "val/x0_mse" not in trainer.callback_metrics:  # a prior's training has none
+            return
         index, probes = pl_module.states.index.tolist(), probe_rows(pl_module.rows)
         error = {s: float(trainer.callback_metrics[f"val_x0_mse/t{index[s]:04d}"]) for s in probes}
         errors = [error[next(p for p in probes if p >= s)] for s in pl_module.rows]

@@ -17,8 +17,9 @@ class Pictures(L.Callback):
     """At each validation: a grid of samples, the forward strip of held-out images, the reverse strip of samples.
 
     samples: images of the grid, seeds first_seed ..; strips: images of each strip. Rank 0 draws them. A model that
-    owns only some rows cannot sample: its grid shows x0_hat from its highest row, under ``estimate``. Also written as
-    PNG under ``pictures/`` of the run folder. Of latents nothing is drawn: their decoder is no part of a run.
+    owns only some rows cannot sample: its grid shows x0_hat from its highest row, under ``estimate``; the samples of a
+    prior are the states that chains start from. Also written as PNG under ``pictures/`` of the run folder. Of latents
+    nothing is drawn: their decoder is no part of a run.
     """
 
     def __init__(self, samples: int = 64, strips: int = 6, first_seed: int = 0) -> None:
@@ -32,8 +33,10 @@ class Pictures(L.Callback):
         rows = probe_rows(pl_module.rows)
         strip = forward_strip(denoiser, data.images[: self.strips], rows, range(self.strips))
         self._show(trainer, "forward_strip", strip.flatten(0, 1), strip.shape[1])
-        if pl_module.whole:
-            seeds = range(self.first_seed, self.first_seed + self.samples)
+        seeds = range(self.first_seed, self.first_seed + self.samples)
+        if (prior := getattr(pl_module, "prior", None)) is not None:
+            self._show(trainer, "samples", to_uint8(prior.sample(seeds, int(denoiser.states.index[rows[-1]]))))
+        elif pl_module.whole:
             self._show(trainer, "samples", torch.cat(list(sample(denoiser, pl_module.sampler, seeds))).cpu())
             strip, _ = reverse_strip(denoiser, pl_module.sampler, seeds[: self.strips])
             self._show(trainer, "reverse_strip", strip.flatten(0, 1), strip.shape[1])

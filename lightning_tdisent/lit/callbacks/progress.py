@@ -68,8 +68,8 @@ class StepProgress(ProgressBar):
                 print(f"{name}  {float(value):.6g}")
         if self.report is not None and "val/x0_mse" in trainer.callback_metrics:
             self._numbers["x0_mse"] = float(trainer.callback_metrics["val/x0_mse"])
-        if self._bar is not None and "val/eps_mse" in trainer.callback_metrics:
-            numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "quality/"))}
+        numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "quality/"))}
+        if self._bar is not None and numbers:
             self._bar.print(f"step {trainer.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
 
     on_test_end = on_validation_end

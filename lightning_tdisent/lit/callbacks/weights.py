@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.sampling.averages import FOLDER, gamma
-from lightning_tdisent.sampling.expert import save_expert
 
 
 class EMA(L.Callback):
@@ -122,7 +121,7 @@ class EMA(L.Callback):
     def export(self, path: Path, module: Diffusion, i: int = 0) -> None:
         """Write average i with its card; buffers, where a network has any, are not averaged."""
         weights = {**module.denoiser.state_dict(), **{k: w.clone() for k, w in self.weights(module, i).items()}}
-        save_expert(path, module.denoiser, module.card("ema", self.kinds[i] | {"steps": self.updates}), weights)
+        module.export(path, weights, self.kinds[i] | {"steps": self.updates})
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
         """Store the averages beside the live weights."""
@@ -143,14 +142,14 @@ class EMA(L.Callback):
 
 
 class Export(L.Callback):
-    """Write ``model.safetensors`` into the run folder when training ends: averaged weights and the card."""
+    """Write ``model.safetensors``, or the module's own ``file``, when training ends: averaged weights and the card."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Write on rank 0, also when a resumed run finds its training complete."""
         if not trainer.is_global_zero or trainer.interrupted or trainer.fast_dev_run or not trainer.global_step:
             return
-        path = Path(trainer.default_root_dir) / "model.safetensors"
+        path = Path(trainer.default_root_dir) / pl_module.file
         if ema := next((c for c in trainer.callbacks if isinstance(c, EMA)), None):
             ema.export(path, pl_module)
         else:
-            save_expert(path, pl_module.denoiser, pl_module.card("live"))
+            pl_module.export(path)

@@ -1,0 +1,270 @@
+"""Chains that start from a prior: what they draw, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_tdisent.cli import main
+from lightning_tdisent.diffusion.schedules import Linear, ScaledLinear
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.priors.gaussian import Gaussian
+from lightning_tdisent.priors.mixture import Mixture
+from lightning_tdisent.priors.prior import StandardNormal
+from lightning_tdisent.sampling.composite import compose, load_model
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
+from lightning_tdisent.sampling.start import (
+    Implicit,
+    Started,
+    fit_prior,
+    load_prior,
+    load_started,
+    save_prior,
+)
+
+
+class Exact:
+    """E[x_0 | x_s] of images with a common brightness N(m, v) and independent values N(0, w) on it."""
+
+    classes = None
+
+    def __init__(self, states, shape=(1, 8, 8), m=0.6, v=0.04, w=0.01):
+        self.states, self.shape, self.m, self.v, self.w = states, list(shape), m, v, w
+        self.weight = torch.zeros(1)
+
+    def __call__(self, x, s, label=None):
+        a, b = self.states.coefficients(s)
+        D = x[0].numel()
+        mean = x.mean((1, 2, 3), keepdim=True)
+        along, across = D * self.v + self.w, self.w
+        return (
+            self.m
+            + a * along / (a * a * along + b * b) * (mean - a * self.m)
+            + a * across / (a * a * across + b * b) * (x - mean)
+        )
+
+    def data(self, n):
+        generator = torch.Generator().manual_seed(0)
+        brightness = self.m + self.v**0.5 * torch.randn(n, 1, 1, 1, generator=generator)
+        return brightness + self.w**0.5 * torch.randn(n, *self.shape, generator=generator)
+
+    def at(self, s):
+        return self
+
+    def parameters(self):
+        return iter([self.weight])
+
+
+def moments(model, sampler, n=2000):
+    x = sampler(model, range(n))
+    brightness = x.mean((1, 2, 3))
+    return torch.stack([brightness.mean(), brightness.std(), (x - brightness[:, None, None, None]).std()])
+
+
+@pytest.mark.parametrize("sampler", [DDIM(clip=None), Ancestral(clip=None), DPMSolver(clip=None)])
+def test_a_cut_chain_with_the_exact_prior_draws_what_the_whole_one_does(sampler):
+    model = Exact(LatentStates(S=100))
+    whole = moments(model, sampler)
+    prior = Gaussian()
+    fit_prior(prior, model.states, 60, model.data(20_000), "data")
+    cut = moments(Started(model, prior, 60), sampler)
+    assert torch.allclose(whole, cut, atol=0.012)
+    assert float(cut[0]) == pytest.approx(0.6, abs=0.012)
+    plain = moments(Started(model, StandardNormal(), 30), sampler)  # most of the signal is still there
+    assert abs(float(plain[0]) - 0.6) > 0.1
+
+
+def test_a_gaussian_prior_repairs_the_brightness_of_a_schedule_that_ends_with_signal():
+    states = LatentStates(
+        ScaledLinear(beta_start=0.00085, beta_end=0.012), S=50, spacing="trailing", terminal_bound=0.1
+    )
+    assert float(states.a[-1]) ** 2 == pytest.approx(0.00466, rel=0.01)
+    bright = Exact(states, m=0.9, v=0.0004)
+    off = abs(float(moments(bright, DDIM(clip=None))[0]) - 0.9)
+    for options in ({}, {"rank": 3}, {"low": 2}):
+        prior = Gaussian(**options)
+        fit_prior(prior, states, 50, bright.data(5000), "data")
+        assert abs(float(moments(Started(bright, prior, 50), DDIM(clip=None))[0]) - 0.9) < 0.002
+    assert off > 0.005
+
+
+def test_a_table_is_cut_with_its_values():
+    states = LatentStates(S=32)
+    for at, kept in ((20, 20), (0.6, 19), (1.0, 32), (1, 1)):
+        cut = states.truncate(at)
+        assert kept == cut.S
+        assert torch.equal(cut.log_snr, states.log_snr[: kept + 1])
+        assert torch.equal(cut.index, states.index[: kept + 1])
+    for at in (0, 33, -1, 0.001, 1.5, True):
+        with pytest.raises(InputError, match=r"a cut at .* is none of the rows 1\.\.32"):
+            states.truncate(at)
+
+
+@pytest.fixture
+def fitted(tmp_path):
+    """A prior in a folder, fitted to random images at a row of 4."""
+
+    def make(row=3, states=None, prior=None, data="data", n=40):
+        prior, name = prior or Gaussian(), tmp_path / f"prior_{row}_{data}"
+        images = torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(3)).clamp(-1, 1)
+        card = fit_prior(prior, states or LatentStates(S=4), row, images, data)
+        save_prior(name / "prior.safetensors", prior, card)
+        return name
+
+    return make
+
+
+@pytest.mark.parametrize("prior", [None, Mixture(components=2, dimension=3), StandardNormal()])
+def test_a_prior_is_read_back_as_it_was(prior, fitted):
+    folder = fitted(prior=prior)
+    one, card = load_prior(folder)
+    assert (card.row, card.index, card.data, card.n) == (3, 750, "data", 40)
+    other, _ = load_prior(folder / "prior.safetensors")
+    assert torch.equal(one.sample(range(4), 750), other.sample(range(4), 750))
+    if prior is not None:
+        assert torch.equal(one.sample(range(4), 750), prior.sample(range(4), 750))
+        assert torch.equal(one.log_prob(torch.ones(1, 1, 8, 8)), prior.log_prob(torch.ones(1, 1, 8, 8)))
+
+
+def test_a_model_starts_from_a_prior_of_its_own_row_table_and_data_alone(fitted, model, write, tmp_path):
+    whole = write("whole", model(rows=[1, 2, 3, 4]), data="data")
+    started, cards = load_started(whole, str(fitted()))
+    assert (started.states.S, len(cards)) == (3, 1)
+    x = started.start(range(5))
+    assert torch.equal(x, load_prior(fitted())[0].sample(range(5), 750))
+    first = next(DDIM().walk(started, range(5)))
+    assert first[0] == 3
+    assert torch.equal(first[1], x)
+    with pytest.raises(InputError, match="row 4 was cut off: the chain starts at row 3"):
+        started(x, 4)
+    with pytest.raises(InputError, match=r"fitted to the data other, .* trained on data"):
+        load_started(whole, str(fitted(data="other")))
+    other = fitted(states=LatentStates(Linear(beta_end=0.03), S=4), data="table")
+    with pytest.raises(InputError, match=r"fitted at row 3 \(index 750, log-SNR .* cut at row 3 .* has "):
+        Started(load_model(whole)[0], *_prior_and_card(other, 3))
+    with pytest.raises(InputError, match=r"fitted at row 2 .* cut at row 3"):
+        Started(load_model(whole)[0], *_prior_and_card(fitted(row=2), 3))
+    with pytest.raises(InputError, match=r"the prior makes \[1, 4, 4\], the model \[1, 8, 8\]"):
+        Started(load_model(whole)[0], StandardNormal([1, 4, 4]), 3)
+    plain, _ = load_started(whole, "cut:0.5")
+    assert plain.states.S == 2
+    for wrong, message in (("cut:x", "expected cut:ROW"), ("cut:9", "a cut at 9"), ("nowhere", "no such file")):
+        with pytest.raises(InputError, match=message):
+            load_started(whole, wrong)
+
+
+def _prior_and_card(folder, row):
+    prior, card = load_prior(folder)
+    return prior, row, card
+
+
+def test_experts_above_the_cut_need_not_be_there(fitted, model, write, tmp_path):
+    files = [write(f"e{s}", model(rows=[s], seed=s), data="data") for s in (1, 2, 3)]
+    for k, file in enumerate(files):
+        (tmp_path / "runs" / str(k)).mkdir(parents=True)
+        (tmp_path / "runs" / str(k) / "model.safetensors").write_bytes(file.read_bytes())
+    with pytest.raises(InputError, match="no expert owns row 4"):
+        load_model(tmp_path / "runs")
+    few, cards = load_started(tmp_path / "runs", str(fitted()))
+    assert len(cards) == 3
+    files.append(write("e4", model(rows=[4], seed=4), data="data"))
+    whole = compose(files, tmp_path / "whole")
+    for residency in ("resident", "stream"):
+        started, cards = load_started(whole, str(fitted()), residency)
+        assert len(cards) == 3
+        images = [next(sample(m, DDIM(), range(5))) for m in (few, started)]
+        assert torch.equal(*images)
+    (tmp_path / "runs" / "2" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="no expert owns row 3"):
+        load_started(tmp_path / "runs", str(fitted()))
+
+
+def test_an_implicit_start_is_another_model_s_image_noised_to_the_row(model, write, tmp_path):
+    source = write("source", model(rows=[1, 2, 3, 4], seed=7), data="data")
+    prior, states = Implicit(str(source), steps=2), LatentStates(S=4)
+    card = fit_prior(prior, states, 3, torch.zeros(2, 1, 8, 8), "data")
+    a, b = states.coefficients(3)
+    with torch.inference_mode():
+        images = DDIM(steps=2)(load_model(source)[0], range(4))
+    noise = StandardNormal([1, 8, 8]).sample(range(4), 750)
+    assert torch.allclose(prior.sample(range(4), 750), a * images + b * noise, atol=1e-6)
+    save_prior(tmp_path / "implicit" / "prior.safetensors", prior, card)
+    again, _ = load_prior(tmp_path / "implicit")
+    assert torch.equal(again.sample(range(4), 750), prior.sample(range(4), 750))
+    with pytest.raises(InputError, match=r"makes \[1, 8, 8\], the data is \[1, 4, 4\]"):
+        fit_prior(Implicit(str(source)), states, 3, torch.zeros(2, 1, 4, 4), "data")
+    with pytest.raises(InputError, match="no density"):
+        prior.log_prob(images)
+
+
+def test_an_autoencoder_may_be_the_start(tmp_path):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4, sample_size=8,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    prior = Implicit(str(tmp_path / "vae"))
+    fit_prior(prior, LatentStates(S=4), 2, torch.zeros(2, 1, 8, 8), "data")
+    x = prior.sample(range(3), 500)
+    assert x.shape == (3, 1, 8, 8)
+    assert torch.equal(prior.sample(range(3), 500), x)
+
+
+def test_files_that_are_no_priors_are_refused(fitted, tmp_path):
+    folder = fitted()
+    file = folder / "prior.safetensors"
+    tensors, content = {k: v.clone() for k, v in load_file(file).items()}, file.read_bytes()
+    file.write_bytes(content[:200])
+    with pytest.raises(InputError, match="not a prior written by this project"):
+        load_prior(folder)
+    save_file(tensors, file)
+    with pytest.raises(InputError, match="not a prior written by this project"):
+        load_prior(folder)
+    file.write_bytes(
+        content.replace(b"lightning_tdisent.priors.gaussian.Gaussian", b"lightning_tdisent.priors.gaussian.Prior   ")
+    )
+    with pytest.raises(InputError):
+        load_prior(folder)
+
+
+def test_the_command_fits_prints_and_is_used_by_sample_and_evaluate(
+    model, write, digits, tmp_path, capsys, monkeypatch
+):
+    from lightning_tdisent.streaming.shards import load
+
+    monkeypatch.setenv("TDISENT_CACHE", str(tmp_path / "cache"))
+    digest = load(digits, "train", 1).digest
+    whole = write("whole", model(rows=[1, 2, 3, 4]), data=digest)
+    out = tmp_path / "prior"
+    words = ["prior", str(whole), "--data", str(digits), "--out", str(out)]
+    assert main([*words, "--at", "0", "--kind", "Gaussian"]) == 2
+    assert main([*words, "--at", "0.75", "--kind", "Mixture", "--set", "components=3", "--set", "dimension=4"]) == 0
+    assert "Mixture at row 3 of 4 (index 750), 1,500 images" in capsys.readouterr().out
+    assert main([*words, "--at", "3"]) == 2
+    assert "already holds a prior" in capsys.readouterr().err
+    assert main(["sample", str(whole), "--prior", str(out), "--out", str(tmp_path / "images"), "--seeds", "0:3"]) == 0
+    ask = ["evaluate", str(whole), "--prior", str(out), "--data", str(digits), "--protocol", "digits", "-n", "30"]
+    ask += [
+        "--metrics",
+        "fd,bpd,bpd_ode",
+        "--bits-images",
+        "20",
+        "--decoder",
+        "uniform",
+        "--out",
+        str(tmp_path / "eval"),
+    ]
+    assert main(ask) == 0
+    row = json.loads((tmp_path / "eval" / "results.json").read_text())[0]
+    assert (row["cut"], row["prior"], row["nfe"]) == (3, "Mixture", 3)
+    terms = row["bpd_terms"]
+    assert row["bpd"] == pytest.approx(terms["decoder"] + terms["prior"] + sum(terms["rows"].values()))
+    assert list(terms["rows"]) == ["2", "3"]
+    assert row["bpd_low"] < row["bpd"] < row["bpd_high"]
+    assert row["bpd_ode"] > 0
+    assert "uniform decoder, 20 held-out images" in row["bpd_how"]
