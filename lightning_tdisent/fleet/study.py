@@ -73,9 +73,9 @@ def plan(
 ) -> Plan:
     """Read a study's YAML; every config it names must exist, every key must be known."""
     file = Path(config)
-    study = read_yaml(file)
-    known(study, KEYS, str(file), required=("runs", "data", "protocol"))
-    _unroll(study, str(file))
+    written = read_yaml(file)
+    known(written, KEYS, str(file), required=("runs", "data", "protocol"))
+    study = _unrolled(written, str(file))
     if not study["contenders"]:
         raise InputError(f"{file}: contenders, or diffusion_time, is missing")
     folder = Path(out or study.get("out") or f"runs/{file.stem}")
@@ -159,17 +159,19 @@ def plan(
         "bits": study.get("bits"),
         "runs": {job.name: str(job.folder) for job in jobs},
     }
-    content = {"study": study, "seed": seed, "overrides": list(overrides), "configs": digests}
+    content = {"study": written, "seed": seed, "overrides": list(overrides), "configs": digests}
     return Plan(folder, jobs, composites, fleets, priors, seed, evaluation, content)
 
 
-def _unroll(study: dict[str, Any], file: str) -> None:
-    """Contenders and priors of a sweep over the cut: every row named, with N(0, I) and with each prior (2206.05173)."""
+def _unrolled(study: dict[str, Any], file: str) -> dict[str, Any]:
+    """With contenders and priors of a sweep over the cut: each row, from N(0, I) and from each prior (2206.05173)."""
+    study = {**study, "priors": study.get("priors") or {}, "contenders": study.get("contenders") or {}}
     for key in ("priors", "contenders"):
-        if not isinstance(study.setdefault(key, {}), dict):
+        if not isinstance(study[key], dict):
             raise InputError(f"{file}: {key}: a mapping of a name to its settings, got {study[key]!r}")
+        study[key] = dict(study[key])
     if (sweep := study.get("diffusion_time")) is None:
-        return
+        return study
     known(sweep, TIME_KEYS, f"{file}: diffusion_time", required=("run", "cuts"))
     if not isinstance(sweep["cuts"], list) or not isinstance(sweep.get("priors", {}), dict):
         raise InputError(f"{file}: diffusion_time: cuts is a list of rows, priors a mapping of a name to its class")
@@ -181,6 +183,7 @@ def _unroll(study: dict[str, Any], file: str) -> None:
         for name, prior in sweep.get("priors", {}).items():
             study["priors"][f"{name}_{cut}"] = {"run": sweep["run"], "at": cut, "prior": prior}
             study["contenders"][f"cut {cut}, {name}"] = {**common, "prior": f"{name}_{cut}"}
+    return study
 
 
 def _part(entry: Any, default: str) -> dict[str, Any]:

@@ -41,7 +41,9 @@ def _unpack(path: Path, stamp: int) -> Path:
         with zipfile.ZipFile(path) as bundle:
             if odd := [name for name in bundle.namelist() if not NAMES.fullmatch(name)]:
                 raise InputError(f"{path}: not a composite in one file: {odd[0]!r} does not belong to one")
-            bundle.extractall(place.name)
+            for name in bundle.namelist():
+                with bundle.open(name) as source, (Path(place.name) / name).open("wb") as copy:
+                    shutil.copyfileobj(source, copy, 1 << 20)
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a composite in one file ({error})") from None
     return Path(place.name)

@@ -189,6 +189,33 @@ def test_a_plan_has_one_job_per_expert_with_its_needs(study, tmp_path):
     assert todo.evaluation["contenders"][1]["source"] == str(tmp_path / "out" / "experts_composite")
 
 
+def test_a_sweep_over_the_cut_is_unrolled(study, tmp_path):
+    sweep = {
+        "run": "shared",
+        "cuts": [2, 0.6],
+        "priors": {"mix": {"class_path": "Mixture", "init_args": {"components": 3}}},
+    }
+    todo = plan(study(diffusion_time=sweep, bits={"n": 9}), tmp_path / "out")
+    names = {c["name"]: c.get("prior") for c in todo.evaluation["contenders"]}
+    assert names == {
+        "one": None,
+        "all": None,
+        "whole chain": None,
+        "cut 2, N(0, I)": "cut:2",
+        "cut 2, mix": str(tmp_path / "out" / "priors" / "mix_2"),
+        "cut 0.6, N(0, I)": "cut:0.6",
+        "cut 0.6, mix": str(tmp_path / "out" / "priors" / "mix_0.6"),
+    }
+    part = {"class_path": "lightning_tdisent.Mixture", "init_args": {"components": 3}}
+    model = str(tmp_path / "out" / "shared")
+    assert todo.priors == {
+        tmp_path / "out" / "priors" / "mix_2": (model, 2, part),
+        tmp_path / "out" / "priors" / "mix_0.6": (model, 0.6, part),
+    }
+    assert todo.evaluation["bits"] == {"n": 9}
+    assert "whole chain" not in str(todo.content)  # a study is what was written, whatever it means
+
+
 def test_a_folder_keeps_one_plan(study, tmp_path):
     file, out = study(), tmp_path / "out"
     first = plan(file, out)
@@ -217,6 +244,12 @@ def test_a_folder_keeps_one_plan(study, tmp_path):
         ({"runs": {"a": {"configs": ["a.yaml"], "warm_start": "b"}}}, "'b' is no run above it"),
         ({"contenders": {"x": {"run": "expert"}}}, "no run 'expert'. Did you mean 'experts'"),
         ({"features": "${nope}"}, "not valid: .*nope"),
+        ({"contenders": {}}, "contenders, or diffusion_time, is missing"),
+        ({"contenders": {"x": {"run": "shared", "prior": "mx"}}}, "contenders.x.prior: no prior 'mx'"),
+        ({"priors": {"p": {"run": "shared", "at": 1}}}, "priors.p: prior is missing"),
+        ({"priors": {"p": {"run": "share", "at": 1, "prior": "Gaussian"}}}, "no run 'share'. Did you mean 'shared'"),
+        ({"diffusion_time": {"run": "shared", "cuts": 3}}, "cuts is a list of rows"),
+        ({"diffusion_time": {"run": "shared", "cut": [3]}}, "unknown key 'cut'. Did you mean 'cuts'"),
     ],
 )
 def test_a_wrong_study_is_refused(changes, message, study):

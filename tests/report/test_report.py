@@ -184,6 +184,33 @@ def test_a_study_is_kept_and_shown_again(model, sets, digits, tmp_path):
         Study.load(tmp_path)
 
 
+def test_a_sweep_over_the_cut_is_drawn_and_its_best_start_named(model, sets, digits, tmp_path):
+    spec = {"class_path": "lightning_tdisent.DDIM", "init_args": {}}
+    source = str(model("few", S=4))
+    contenders = [{"name": "whole chain", "source": source, "sampler": spec}]
+    contenders += [
+        {"name": f"cut {k}, N(0, I)", "source": source, "sampler": spec, "prior": f"cut:{k}"} for k in (2, 3)
+    ]
+    study = Study(str(tmp_path / "s"), "A study", contenders, str(digits), "digits", n=20, bits={"n": 12, "ode": True})
+    study.evaluate()
+    whole, *cut = [row for row in study.rows if "bpd" in row]
+    assert [row["cut"] for row in cut] == [2, 3]
+    assert [row["nfe"] for row in (whole, *cut)] == [4, 2, 3]
+    for row in (whole, *cut):
+        parts = row["bpd_terms"]
+        assert row["bpd"] == pytest.approx(parts["decoder"] + parts["prior"] + sum(parts["rows"].values()))
+        assert row["bpd"] == pytest.approx(sum(row["bpd_images"]) / 12)
+        assert parts["rows"] == pytest.approx({k: whole["bpd_terms"]["rows"][k] for k in parts["rows"]})
+    assert cut[0]["bpd_terms"]["prior"] > cut[1]["bpd_terms"]["prior"] > whole["bpd_terms"]["prior"]
+    best = min(cut, key=lambda row: row["bpd"])
+    assert any(
+        line.startswith(f"fewest bits per dimension: {best['name']}, {best['bpd']:.4f}") for line in notes(study.rows)
+    )
+    page = study.write_report().read_text()
+    for text in ("How much diffusion time is enough", "which part of the chain pays for it", f"{best['bpd']:.3f} ["):
+        assert text in page
+
+
 def test_repeats_of_a_study_are_means_with_their_spread(model, sets, digits, tmp_path, capsys):
     spec = {"class_path": "lightning_tdisent.DDIM", "init_args": {}}
     contenders = [{"name": n, "source": str(model("few", S=4)), "sampler": spec} for n in ("a", "a, more")]
