@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_tdisent.diffusion.process import noise
+from lightning_tdisent.diffusion.process import noise, scale
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
@@ -132,9 +132,9 @@ def prior_term(prior: Prior, states: LatentStates, s: int, x0: Tensor, ids: Sequ
     if isinstance(prior, StandardNormal):
         square = (a * x0.double()).square() + b.square()
         return 0.5 * (square - 1 - 2 * b.log()).flatten(1).sum(1)
-    x = _noised(states, x0, s, ids)
-    eps = (x.double() - a * x0.double()) / b
-    return -0.5 * (eps.square() + 2 * b.log() + LOG_2PI).flatten(1).sum(1) - prior.log_prob(x)
+    eps = seed_noise(ids, BOUND + int(states.index[s]), x0.shape[1:])
+    x = scale(a, x0) + scale(b, eps)
+    return -0.5 * (eps.double().square() + 2 * b.log() + LOG_2PI).flatten(1).sum(1) - prior.log_prob(x)
 
 
 def flow_bound(
