@@ -26,6 +26,10 @@ class Unavailable(InputError):
     """A file or package that is not shipped is not here; the message says how to get it."""
 
 
+# errors of what was named: no disk or network that may be better another time
+NAMED = (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest allowed word, or an empty string."""
     close = get_close_matches(word, list(allowed), 1, 0.5)

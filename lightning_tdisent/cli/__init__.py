@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lightning_tdisent import __version__
 from lightning_tdisent.cli import data, fleets, models
 from lightning_tdisent.cli.trainings import describe, fits
-from lightning_tdisent.errors import Crashed, InputError, nearest
+from lightning_tdisent.errors import NAMED, Crashed, InputError, nearest
 
 __all__ = ["describe", "fits", "main", "parser"]
 
@@ -79,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except NAMED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
+        traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 75
     except Exception:

@@ -163,7 +163,7 @@ def _fleet_run(a: argparse.Namespace) -> None:
         work_through(work, train, session)
         refuse_undone(work, session)
     else:
-        gpus = None if a.gpus is None else [] if a.gpus == "none" else a.gpus.split(",")
+        gpus = [g for g in a.gpus.split(",") if g not in ("", "none")] if a.gpus else None
         if gpus == []:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         run(work, train, workers, session, threads=threads, gpus=gpus, title=work.fleet.title)

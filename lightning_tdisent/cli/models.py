@@ -12,6 +12,7 @@ from lightning_tdisent.cli.trainings import describe, fits, open_fleet
 from lightning_tdisent.errors import InputError
 
 if TYPE_CHECKING:
+    from lightning_tdisent.fleet.study import Plan
     from lightning_tdisent.report.study import Study
     from lightning_tdisent.sampling.sampler import Sampler
 
@@ -180,14 +181,12 @@ def _sample(a: argparse.Namespace) -> None:
 
 def _prior(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.plan import settings
+    from lightning_tdisent.fleet.study import row_or_share
     from lightning_tdisent.sampling.start import FILE
 
     if (a.out / FILE).exists():
         raise InputError(f"--out {a.out} already holds a prior; choose another folder")
-    try:
-        at: int | float = int(a.at) if a.at.isdigit() else float(a.at)
-    except ValueError:
-        raise InputError(f"--at {a.at}: a row of the table, or a share of its rows such as 0.6") from None
+    at = row_or_share(a.at, "--at")
     path = a.kind if "." in a.kind else f"lightning_tdisent.{a.kind}"
     part = {"class_path": path, "init_args": dict(settings(a.settings))}
     fit_to(str(a.model), at, part, a.data, a.split, a.n, a.out)
@@ -206,8 +205,12 @@ def fit_to(model: str, at: int | float, part: dict[str, Any], data: str, split: 
     use_device("cpu")
     card = read_card(find_files(model)[0])
     states, prior = build(card.states, LatentStates), build(part, Prior)
-    row = states.truncate(at).S
-    images = load(data, split, card.network["init_args"]["shape"][0], n)
+    if n is not None and n < 1:
+        raise InputError(f"-n {n}: at least 1 image")
+    row, shape = states.truncate(at).S, card.network["init_args"]["shape"]
+    images = load(data, split, shape[0], n, shape[1])
+    if list(images.images.shape[1:]) != shape and not images.images.is_floating_point():
+        raise InputError(f"{data} has images of {list(images.images.shape[1:])}, {model} makes {shape}")
     fitted = fit_prior(prior, states, row, images.images, images.digest)
     save_prior(out / FILE, prior, fitted)
     name = part["class_path"].rpartition(".")[2]
@@ -408,6 +411,7 @@ def _study(a: argparse.Namespace) -> None:
         fleets[name] = FleetWork(draft(file, describe, todo.out / name, todo.seed, changes=changes), describe)
         fleets[name].fleet.check(describe)
         study.runs |= {f"{name}/{e.name}": str(todo.out / name / e.name) for e in fleets[name].fleet.experts}
+    _refuse_cuts(todo, {name: work.fleet.table["S"] for name, work in fleets.items()})
     if todo.jobs:
         run(Jobs(Store(todo.out), todo.jobs), fits, a.workers, title=study.title)
     for name, work in fleets.items():
@@ -421,6 +425,21 @@ def _study(a: argparse.Namespace) -> None:
         if not (folder / FILE).exists():
             fit_to(source, at, part, study.data, "train", None, folder)
     _finish(study)
+
+
+def _refuse_cuts(todo: "Plan", fleets: dict[str, int]) -> None:
+    """Refuse starts at rows that a model does not have, before it is trained."""
+    rows = {str(todo.composites[name]): S for name, S in fleets.items()}
+    starts = [(source, at) for source, at, _ in todo.priors.values()]
+    cuts = [(c["source"], c["prior"][4:]) for c in todo.evaluation["contenders"] if "cut:" in c.get("prior", "")]
+    for source, at in [*starts, *((source, float(text) if "." in text else int(text)) for source, text in cuts)]:
+        for job in todo.jobs:
+            own = source in (str(job.folder), str(todo.composites.get(job.folder.parent.name)))
+            if own and source not in rows:
+                rows[source] = describe(job.argv).S
+        S = rows[source]
+        if not 1 <= (round(at * S) if isinstance(at, float) and at <= 1 else at) <= S:
+            raise InputError(f"{source}: a cut at {at} is none of its {S} rows, nor a share of them")
 
 
 def _finish(study: "Study") -> None:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_tdisent.errors import InputError
+
 if TYPE_CHECKING:
     from lightning_tdisent.fleet.job import Report
     from lightning_tdisent.fleet.plan import Facts
@@ -55,6 +57,8 @@ def describe(argv: list[str]) -> "Facts":
     from lightning_tdisent.sampling.cost import flops
 
     cli = parse(argv)
+    if not hasattr(cli.model, "network"):
+        raise InputError(f"the config makes a {type(cli.model).__name__}, which is no model of images")
     module, states, every = cli.model, cli.model.states, cli.trainer.val_check_interval
     network = spec(module.network)
     words = {k: v for k, v in network["init_args"].items() if k != "conditioning"}  # which is folded in at a start

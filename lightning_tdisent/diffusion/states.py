@@ -135,12 +135,12 @@ class LatentStates(Part, nn.Module):
         return LatentStates.from_table(self.log_snr[rows], self.index[rows], self.schedule, self.terminal_bound)
 
     def truncate(self, at: int | float) -> "LatentStates":
-        """Return rows 1..at alone, values unchanged; a share below 1 is that of the rows (2206.05173).
+        """Return rows 1..at alone, values unchanged; a float up to 1.0 is a share of the rows (2206.05173).
 
         What sampling starts from there is no N(0, I) any more: a `Prior` takes its place. The terminal bound goes.
         """
-        row = round(at * self.S) if isinstance(at, float) and at <= 1 else at
-        if isinstance(row, bool) or row != int(row) or not 1 <= row <= self.S:
+        row = round(at * self.S) if isinstance(at, float) and abs(at) <= 1 else at
+        if isinstance(row, bool) or not isinstance(row, (int, float)) or row not in range(1, self.S + 1):
             raise InputError(f"a cut at {at} is none of the rows 1..{self.S}, nor a share of them above 0 and up to 1")
         kept, end = int(row) + 1, float(self.a[int(row)].max())
         bound = max(self.terminal_bound, _round_up(end) if end > 0 else 0.0)

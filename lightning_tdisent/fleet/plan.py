@@ -291,8 +291,8 @@ class Fleet:
             raise InputError(
                 f"{self.store}/{FILE}: experts that have begun stay as they are, but for images:\n"
                 + "\n".join(f"  - {line}" for line in late)
-                + "\nPut the lines back, or remove the expert's folder and its file in "
-                f"{self.store}/{BEGUN} to train it anew"
+                + "\nPut the lines back; or, to train it anew, remove the expert's folder and its files in "
+                f"{self.store}/{BEGUN} and, in an object store, {self.store}/done"
             )
 
 

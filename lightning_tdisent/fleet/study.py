@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.plan import known, read_yaml
+from lightning_tdisent.priors.prior import Prior
 
 KEYS = (
     "title",
@@ -130,7 +132,11 @@ def plan(
         if entry["run"] not in members:
             raise InputError(f"{file}: priors.{name}.run: no run {entry['run']!r}.{nearest(entry['run'], members)}")
         source = composites.get(entry["run"], folder / entry["run"])
-        priors[folder / "priors" / name] = (str(source), entry["at"], _part(entry["prior"], "Gaussian"))
+        part = _part(entry["prior"], "Gaussian")
+        at = row_or_share(entry["at"], f"{file}: priors.{name}.at")
+        if build(part, Prior).learned:
+            raise InputError(f"{file}: priors.{name}: {part['class_path']} is trained: make it a run with PriorModule")
+        priors[folder / "priors" / name] = (str(source), at, part)
     contenders = []
     for name, entry in study["contenders"].items():
         known(entry, ("run", "sampler", "prior"), f"{file}: contenders.{name}", required=("run",))
@@ -142,6 +148,8 @@ def plan(
             if start not in study["priors"] and start not in members and not str(start).startswith("cut:"):
                 options = [*study["priors"], *members]
                 raise InputError(f"{file}: contenders.{name}.prior: no prior {start!r}.{nearest(start, options)}")
+            if str(start).startswith("cut:"):
+                row_or_share(start[4:], f"{file}: contenders.{name}.prior: {start}")
             fitted = folder / "priors" / start if start in study["priors"] else folder / str(start)
             contenders[-1]["prior"] = start if str(start).startswith("cut:") else str(fitted)
     evaluation = {
@@ -163,6 +171,17 @@ def plan(
     return Plan(folder, jobs, composites, fleets, priors, seed, evaluation, content)
 
 
+def row_or_share(value: Any, where: str) -> int | float:
+    """A row, or a share of the rows as a float, from a number or its text."""
+    try:
+        number = float(value)
+        if isinstance(value, bool) or not 0 < number < float("inf"):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: a row from 1 on, or a share of the rows such as 0.6, got {value!r}") from None
+    return int(number) if number.is_integer() and "." not in str(value) else number
+
+
 def _unrolled(study: dict[str, Any], file: str) -> dict[str, Any]:
     """With contenders and priors of a sweep over the cut: each row, from N(0, I) and from each prior (2206.05173)."""
     study = {**study, "priors": study.get("priors") or {}, "contenders": study.get("contenders") or {}}
@@ -173,7 +192,7 @@ def _unrolled(study: dict[str, Any], file: str) -> dict[str, Any]:
     if (sweep := study.get("diffusion_time")) is None:
         return study
     known(sweep, TIME_KEYS, f"{file}: diffusion_time", required=("run", "cuts"))
-    if not isinstance(sweep["cuts"], list) or not isinstance(sweep.get("priors", {}), dict):
+    if not isinstance(sweep["cuts"], list) or not sweep["cuts"] or not isinstance(sweep.get("priors", {}), dict):
         raise InputError(f"{file}: diffusion_time: cuts is a list of rows, priors a mapping of a name to its class")
     common = {"run": sweep["run"], "sampler": sweep.get("sampler")}
     study["contenders"].setdefault("whole chain", common)
@@ -188,7 +207,7 @@ def _unrolled(study: dict[str, Any], file: str) -> dict[str, Any]:
 
 def _part(entry: Any, default: str) -> dict[str, Any]:
     """Class path and arguments of a part given as a name, a short or a full class path, or nothing."""
-    entry = {"class_path": entry} if isinstance(entry, str) else dict(entry or {"class_path": default})
+    entry = {"class_path": entry} if isinstance(entry, str) else {"class_path": default} if entry is None else entry
     known(entry, ("class_path", "init_args"), default, required=("class_path",))
     path = entry["class_path"]
     return {"class_path": path if "." in path else f"lightning_tdisent.{path}", "init_args": entry.get("init_args", {})}

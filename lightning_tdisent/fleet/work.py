@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.errors import NAMED, Halted, InputError
 from lightning_tdisent.fleet import lease, rounds
 from lightning_tdisent.fleet.job import WEIGHTS, Job, Train
 from lightning_tdisent.fleet.lease import TTL, Lease, Watch
@@ -142,7 +142,10 @@ class FleetWork:
         if self.store.remote:
             for name in job.needs:
                 weights = f"{self.fleet.folder(name)}/{WEIGHTS}"
-                Store(self.fleet.root).write(weights, self.store.read(weights) or b"")
+                content = self.store.read(weights)
+                if content is None:
+                    raise InputError(f"{job.name} starts from {name}, whose {self.store}/{weights} is gone")
+                Store(self.fleet.root).write(weights, content)
             mirror = Mirror(self.store, self.fleet.folder(job.name), job.folder)
             mirror.pull()
         self.fleet.check(self.describe, [job.name])
@@ -351,7 +354,7 @@ def _train(work: Work, chosen: Sequence[_Held], train: Train, session: Session) 
         ready = []
         for held in chosen:
             error = _caught(partial(_begin, work, held, session))
-            if isinstance(error, OSError):  # of the place, not of the job
+            if isinstance(error, OSError) and not isinstance(error, NAMED):  # of the place, not of the job
                 raise error
             if error is not None:
                 _fail(work, held.job, *_reason(error, held), session)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.priors.prior import LOG_2PI, Prior, normal_log_prob, refuse_shape
+from lightning_tdisent.priors.prior import LOG_2PI, Prior, normal_log_prob, refuse_numbers, refuse_shape
 
 LARGEST = 4096  # values of x whose covariance is diagonalised as a whole
 FLOOR = 1e-6  # least variance, of data in [-1, 1] the square of an eighth of a grey level
@@ -31,8 +31,7 @@ class Gaussian(Prior):
         super().__init__(shape)
         if rank is not None and low is not None:
             raise InputError("prior Gaussian: rank and low are two ways to have fewer numbers; give one")
-        if (rank is not None and rank < 1) or (low is not None and low < 1):
-            raise InputError(f"prior Gaussian: rank {rank}, low {low}: at least 1")
+        refuse_numbers(type(self).__name__, **{k: v for k, v in (("rank", rank), ("low", low)) if v is not None})
         self.rank, self.low = rank, low
         for name in ("mean", "basis", "variances", "rest"):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
@@ -130,7 +129,7 @@ def _principal(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Orthonormal principal directions (d, m) of centred x (N, d) and their variances, largest first."""
     n, d = x.shape
     most = min(most, d)
-    if d <= LARGEST:
+    if d <= max(LARGEST, n):
         values, vectors = torch.linalg.eigh(x.T @ x / n)
         return vectors.flip(1)[:, :most].contiguous(), values.flip(0)[:most].clamp_min(0)
     gram, left = torch.linalg.eigh(x @ x.T / n)  # as many directions as samples, at most

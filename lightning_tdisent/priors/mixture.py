@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.errors import InputError, Unavailable
 from lightning_tdisent.priors.gaussian import FLOOR, LARGEST, Gaussian
-from lightning_tdisent.priors.prior import LOG_2PI, refuse_shape
+from lightning_tdisent.priors.prior import LOG_2PI, refuse_numbers, refuse_shape
 
 CHOICE = 1 << 21  # streams by which a sample's component is drawn, apart from those of its noise
 DROPPED = 1e-4  # weight of a component that is none
@@ -26,6 +26,7 @@ class Mixture(Gaussian):
     covariance: ``full`` or ``diag``; iterations: at most; draws: noisy samples of each image; seed: of the first guess.
     """
 
+    wants_noise = True
     weights: Tensor
     means: Tensor
     factors: Tensor  # Cholesky factors of the covariances
@@ -44,10 +45,10 @@ class Mixture(Gaussian):
         super().__init__(shape)
         self.components, self.dimension, self.dirichlet, self.covariance = components, dimension, dirichlet, covariance
         self.iterations, self.draws, self.seed = iterations, draws, seed
-        if min(components, dimension, iterations, draws) < 1 or covariance not in ("full", "diag"):
+        refuse_numbers("Mixture", components=components, dimension=dimension, iterations=iterations, draws=draws)
+        if covariance not in ("full", "diag") or not isinstance(seed, int) or seed < 0:
             raise InputError(
-                f"prior Mixture: components {components}, dimension {dimension}, iterations {iterations} and draws "
-                f"{draws} are 1 at least, covariance {covariance!r} is full or diag"
+                f"prior Mixture: covariance {covariance!r} is full or diag, seed {seed!r} a number from 0 on"
             )
         for name in ("weights", "means", "factors"):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ class Prior(Part, nn.Module, ABC):
 
     learned = False  # by gradients, in a training of its own; else `fit` finds all of it at once
     has_density = True
+    wants_noise = False  # to be fitted to noisy samples
 
     def __init__(self, shape: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -31,7 +33,10 @@ class Prior(Part, nn.Module, ABC):
 
         eps: noise of x0's shape, for those that are fitted to noisy samples; the others need none, they add b^2.
         """
-        self.shape = list(x0.shape[1:])
+        shape = list(x0.shape[1:])
+        if self.shape not in (None, shape):
+            raise InputError(f"the prior's shape is {self.shape}, the data has {shape}; leave it out")
+        self.shape = shape
         return []
 
     def build(self, shape: Sequence[int]) -> None:
@@ -77,6 +82,12 @@ class StandardNormal(Prior):
 def normal_log_prob(values: Tensor, variances: Tensor) -> Tensor:
     """Of independent N(0, v_i), summed: values (B, m), variances (m,) -> (B,)."""
     return -0.5 * (values.square() / variances + variances.log() + LOG_2PI).sum(1)
+
+
+def refuse_numbers(what: str, **numbers: Any) -> None:
+    """Refuse what is no whole number from 1 on."""
+    if odd := [f"{k} {v!r}" for k, v in numbers.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]:
+        raise InputError(f"prior {what}: {', '.join(odd)}: whole numbers from 1 on are wanted")
 
 
 def refuse_shape(x0: Tensor, least: int, what: str) -> None:

@@ -1,47 +1,75 @@
 """Bits per dimension of a model, beside its other numbers in a row."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.ranks import gather, place
+from lightning_tdisent.ranks import gather, place, shared_errors
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.evaluation import held_out_errors
 from lightning_tdisent.sampling.likelihood import Decoder, Terms, bound, concatenate, flow_bound
 from lightning_tdisent.streaming.shards import ImageSet
 
+ODE_ROWS = 100  # below that the integration from row to row is off by more than 0.01 bits
+
 
 @dataclasses.dataclass(frozen=True)
 class Bits:
-    """Bits per dimension of held-out images, as keys of a row.
+    """How bits per dimension are measured.
 
-    training: images for the errors that the variances are chosen by; n: of each; bound, ode: which of the two; decoder:
-    see `likelihood`; probes: of the ODE's trace.
+    n: held-out images, and training images for the errors that the variances are chosen by; bound, ode: which of the
+    two; decoder: see `likelihood`; probes: of the ODE's trace.
     """
 
-    training: ImageSet
     n: int = 256
     bound: bool = True
     ode: bool = False
     decoder: Decoder = "discrete"
     probes: int = 1
 
-    def of(self, model: Denoises, held_out: ImageSet, batch_size: int) -> dict[str, Any]:
-        """bpd, bpd_low, bpd_high (95 %), bpd_terms, bpd_images, and the same for bpd_ode; the same on all ranks."""
-        rows = model.states.rows
-        errors = torch.zeros(model.states.S + 1, dtype=torch.float64)
-        errors[1:] = held_out_errors(model, _first(self.training, self.n), rows, batch_size)
-        out: dict[str, Any] = {}
+    def __post_init__(self) -> None:
+        wrong = [f"{k} {v!r}" for k, v, low in (("n", self.n, 2), ("probes", self.probes, 1)) if not _whole(v, low)]
+        wrong += [f"decoder {self.decoder!r}"] if self.decoder not in get_args(Decoder) else []
+        if wrong:
+            raise InputError(
+                f"bits: {', '.join(wrong)}: n is a whole number from 2 on, probes from 1 on, decoder one of "
+                f"{', '.join(get_args(Decoder))}"
+            )
+
+    @classmethod
+    def of_mapping(cls, data: Any) -> "Bits":
+        """Bits of a study's key; refuses what it does not know."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(data, dict) or set(data) - set(names):
+            raise InputError(f"bits: expected a mapping with keys of {', '.join(names)}, got {data!r}")
+        return cls(**data)
+
+    def measure(self, model: Denoises, held_out: ImageSet, training: ImageSet, batch_size: int) -> dict[str, Any]:
+        """Keys of a row: bpd, bpd_low, bpd_high (95 %), bpd_terms, bpd_images, those of bpd_ode, or bpd_refused.
+
+        They are the same on all ranks.
+        """
+        held_out, training, S = _first(held_out, self.n), _first(training, self.n), model.states.S
+        how = f"{self.decoder} decoder, {len(held_out)} held-out images, variances by {len(training)} training images"
+        out: dict[str, Any] = {"bpd_how": how + (f", {self.probes} probes of the ODE's trace" if self.ode else "")}
+        prior = getattr(model, "prior", None)
+        if prior is not None and not prior.has_density:
+            return out | {"bpd_refused": f"{type(prior).__name__} has no density"}
+        errors = torch.zeros(S + 1, dtype=torch.float64)
+        errors[1:] = held_out_errors(model, training, model.states.rows, batch_size)
         for name, wanted in (("bpd", self.bound), ("bpd_ode", self.ode)):
             if not wanted:
                 continue
+            if name == "bpd_ode" and S < ODE_ROWS:
+                out["bpd_refused"] = f"bpd_ode integrates from row to row, and wants {ODE_ROWS} of them; there are {S}"
+                continue
             try:
-                terms = self._terms(model, _first(held_out, self.n), batch_size, errors, name == "bpd_ode")
+                terms = self._terms(model, held_out, batch_size, errors, name == "bpd_ode")
             except InputError as error:
-                out["refused"] = str(error)
+                out["bpd_refused"] = str(error)
                 continue
             mean, half = terms.bpd
             width = float(terms.bits(torch.zeros(()), whole=True))
@@ -52,23 +80,24 @@ class Bits:
             }
             out |= {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half, f"{name}_terms": shares}
             out |= {f"{name}_images": terms.bits(terms.total, whole=True).tolist()}
-        probes = f", {self.probes} probes of the ODE" if self.ode else ""
-        out["bpd_how"] = (
-            f"{self.decoder} decoder, {self.n} held-out images, variances by {self.n} training images{probes}"
-        )
         return out
 
     def _terms(self, model: Denoises, images: ImageSet, batch_size: int, errors: Tensor, ode: bool) -> Terms:
         (rank, world), batches = place(), torch.arange(len(images)).split(batch_size)
         device = next(iter(model.parameters())).device
         mine: dict[int, Terms] = {}
-        for k in range(len(batches))[rank::world]:
-            i = batches[k]
-            label = images.labels[i].to(device) if model.classes else None
-            batch = (model, images.images[i], i.tolist(), label, self.decoder)
-            mine[k] = flow_bound(*batch, self.probes, errors) if ode else bound(*batch, errors=errors)
+        with shared_errors():
+            for k in range(len(batches))[rank::world]:
+                i = batches[k]
+                label = images.labels[i].to(device) if model.classes else None
+                batch = (model, images.images[i], i.tolist(), label, self.decoder)
+                mine[k] = flow_bound(*batch, self.probes, errors) if ode else bound(*batch, errors=errors)
         parts = {k: terms for part in gather(mine) for k, terms in part.items()}
         return concatenate([parts[k] for k in range(len(batches))])
+
+
+def _whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
 def _first(images: ImageSet, n: int) -> ImageSet:

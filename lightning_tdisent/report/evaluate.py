@@ -66,7 +66,7 @@ def evaluate(
     device: str = "cpu",
     keep: int = 64,
     progress: Callable[[str, int], None] | None = None,
-    bits: Bits | None = None,
+    bits: tuple[Bits, ImageSet] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Return one row of numbers per contender, and its first ``keep`` images; the same on all ranks.
 
@@ -74,7 +74,8 @@ def evaluate(
     the protocol's seeds, files are taken as they are. Errors are taken at the rows of the model with the fewest, for
     every model that has those rows at the same values. A last row scores the held-out images themselves, as if a model
     had made them: what a perfect one would reach with so few. Where a metric refuses what it is given, the row says
-    why under ``refused``. bits: how bits per dimension are measured, if they are.
+    why under ``refused``. bits: how bits per dimension are measured, if they are, and training
+    images.
     """
     loaded = [c.load() if c.sampler else None for c in contenders]
     shape = list(held_out.images.shape[1:])
@@ -97,7 +98,7 @@ def evaluate(
             row, first = _of_files(found, qualities[contender.name], keep, advance)
         else:
             row, first = _of_model(contender, model, quality, held_out, common, batch_size, device, keep, advance)
-            row |= bits.of(model[0].to(device), held_out, batch_size) if bits else {}
+            row |= bits[0].measure(model[0].to(device), held_out, bits[1], batch_size) if bits else {}
             model[0].cpu()
         images |= {contender.name: first} if len(first) else {}
         rows.append({"name": contender.name, **row, "source": str(contender.source)})

@@ -169,23 +169,25 @@ def _groups(items: list[str], most: int) -> list[list[str]]:
 def diffusion_time(rows: Sequence[dict[str, Any]]) -> str:
     """The distance and the bits against the row that the chain starts from, one line for each kind of prior."""
     cut = [row for row in rows if "cut" in row]
-    metric = next((k for k in cut[0] if k == "fid" or k.startswith("fd_")), "none") if cut else "none"
+    metric = next((k for row in cut for k in row if k == "fid" or k.startswith("fd_")), "none") if cut else "none"
     if len({row["cut"] for row in cut}) < 2:
         return ""
     whole = next((row for row in rows if row["source"] == cut[0]["source"] and "cut" not in row), None)
     with mpl.rc_context(STYLE):
         figure = Figure((9, 3.4))
-        panels = [k for k in (metric, "bpd") if all(k in row for row in cut)]
+        panels = [k for k in (metric, "bpd") if any(k in row for row in cut)]
+        if not panels:
+            return ""
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         kinds = dict.fromkeys(row["name"].partition(", ")[2] or row["prior"] for row in cut)
         for axis, key in zip(axes, panels, strict=True):
-            for kind, colour in zip(kinds, COLOURS, strict=False):
+            for kind, colour in zip(kinds, COLOURS * len(kinds), strict=False):
                 line = [row for row in cut if (row["name"].partition(", ")[2] or row["prior"]) == kind]
-                line.sort(key=lambda row: row["cut"])
+                line = sorted((row for row in line if key in row), key=lambda row: row["cut"])
                 axis.plot(
                     [row["cut"] for row in line], [row[key] for row in line], "o-", ms=4, color=colour, label=kind
                 )
-            if whole is not None:
+            if whole is not None and key in whole:
                 axis.axhline(whole[key], color=COLOURS[5], ls="--", label="whole chain")
             axis.set(xlabel="row that the chain starts from", title=key)
         axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,5 +1,6 @@
 """One study repeated with other training seeds: means, their spread, and quality against total compute."""
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -24,7 +25,7 @@ def pool(repeats: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     out = []
     for name in kinds[0]:
         alike = [next(row for row in rows if row["name"] == name) for rows in repeats]
-        row = dict(alike[0])
+        row = {k: v for k, v in alike[0].items() if not k.endswith(("_images", "_terms"))}  # of one training
         for key, value in alike[0].items():
             if isinstance(value, float) and all(isinstance(other.get(key), float) for other in alike):
                 values = [other[key] for other in alike]
@@ -39,11 +40,14 @@ def pool(repeats: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def write_page(studies: Sequence[Study], path: Path) -> list[dict[str, Any]]:
     """Write the page of repeated studies; returns its rows."""
+    if len({study.folder.resolve() for study in studies}) < len(studies):
+        raise InputError(f"a folder is named twice: {', '.join(str(study.folder) for study in studies)}")
     rows = pool([study.rows for study in studies])
-    folders = ", ".join(str(study.folder) for study in studies)
-    parts = [f"<h1>{studies[0].title}</h1><p>Means and standard deviations of {len(studies)} trainings: {folders}.</p>"]
+    folders = html.escape(", ".join(str(study.folder) for study in studies))
+    title = html.escape(studies[0].title)
+    parts = [f"<h1>{title}</h1><p>Means and standard deviations of {len(studies)} trainings: {folders}.</p>"]
     for line, alike in tables(rows):
-        parts.append(f"<p>{line}</p>{html_table(alike)}")
+        parts.append(f"<p>{html.escape(line)}</p>{html_table(alike)}")
     models = [row for row in rows if "networks" in row]
     parts += [figures.quality_over_compute(models), figures.errors_per_state(models)]
     write_whole(path, document(studies[0].title, parts).encode())

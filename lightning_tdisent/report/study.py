@@ -86,6 +86,9 @@ class Study:
         if len(set(names)) < len(names):
             raise InputError(f"contenders must have different names, got {names}")
         self._contenders()
+        if self.bits is not None:
+            Bits.of_mapping(self.bits)
+            find(self.data, "train")
         _ = self._network
         for split in {self.split, self._protocol.split}:
             find(self.data, split)
@@ -135,14 +138,11 @@ class Study:
         channels, size = self._size()
         return load(self.data, split, channels, limit, size)
 
-    def _bits(self) -> Bits | None:
+    def _bits(self) -> tuple[Bits, ImageSet] | None:
         if self.bits is None:
             return None
-        n = self.bits.get("n", Bits.n)
-        try:
-            return Bits(self._real("train", n), **self.bits)
-        except TypeError as error:
-            raise InputError(f"bits: {error}; known are n, bound, ode, decoder, probes") from None
+        bits = Bits.of_mapping(self.bits)
+        return bits, self._real("train", bits.n)
 
     def evaluate(self) -> None:
         """Measure every contender and keep the results; the first rank writes them."""

@@ -95,9 +95,12 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in (row for row in rows if "differs" in row):
         values = "; ".join(f"{field}: {', '.join(values)}" for field, values in row["differs"].items())
         out.append(f"{row['name']} has experts that differ, as --allow-mismatch let them: {values}")
-    out += _best_cut([row for row in rows if "cut" in row and "bpd_images" in row])
+    for source in dict.fromkeys(row["source"] for row in rows if "cut" in row):
+        out += _best_start([row for row in rows if row.get("source") == source and "bpd_images" in row])
     for how in dict.fromkeys(row["bpd_how"] for row in rows if "bpd_how" in row):
-        out.append(f"bits per dimension are upper bounds, with their interval of 95 %: {how}")
+        ode = "; bpd_ode is an estimate, off by the error of its integration" * any("bpd_ode" in row for row in rows)
+        out.append(f"bpd is an upper bound, with its interval of 95 %: {how}{ode}")
+    out += [f"{row['name']}: no bits per dimension: {row['bpd_refused']}" for row in rows if "bpd_refused" in row]
     for _, alike in tables(rows):
         measured = [row for row in alike if "refused" not in row]
         names = metrics_of(measured[0]) if measured else []
@@ -117,7 +120,7 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     return out
 
 
-def _best_cut(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _best_start(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Which start of the chain has the fewest bits, and which others images cannot tell from it."""
     if len(rows) < 2:
         return []

@@ -41,6 +41,11 @@ def _unpack(path: Path, stamp: int) -> Path:
         with zipfile.ZipFile(path) as bundle:
             if odd := [name for name in bundle.namelist() if not NAMES.fullmatch(name)]:
                 raise InputError(f"{path}: not a composite in one file: {odd[0]!r} does not belong to one")
+            if "composite.json" not in bundle.namelist() or len(set(bundle.namelist())) < len(bundle.namelist()):
+                raise InputError(f"{path}: not a composite in one file: its members are {bundle.namelist()}")
+            for entry in bundle.infolist():  # what expands or is encrypted is not of `pack`
+                if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+                    raise InputError(f"{path}: not a composite in one file: {entry.filename} is not stored plainly")
             for name in bundle.namelist():
                 with bundle.open(name) as source, (Path(place.name) / name).open("wb") as copy:
                     shutil.copyfileobj(source, copy, 1 << 20)

@@ -321,7 +321,10 @@ def composite_files(folder: str | Path) -> list[Path]:
     """Files of a composite folder, after checking each against the manifest's digest."""
     folder = Path(folder)
     try:
-        members = [(folder / m["file"], m["sha256"]) for m in _manifest(folder)["experts"]]
+        listed = _manifest(folder)["experts"]
+        if odd := [m["file"] for m in listed if Path(m["file"]).name != m["file"]]:
+            raise InputError(f"{folder / MANIFEST}: {odd[0]!r} is not a file of this folder")
+        members = [(folder / m["file"], m["sha256"]) for m in listed]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / MANIFEST}: not a composite ({type(error).__name__}: {error})") from None
     problems = [f"{path}: missing" for path, _ in members if not path.is_file()]

@@ -1,6 +1,7 @@
-"""Bits per dimension: the variational bound of any table and any model, and that of the probability-flow ODE.
+"""Bits per dimension: the variational bound of any table and any model, and the probability-flow ODE's estimate.
 
-Both are upper bounds of -log p(x_0), taken apart into what the decoder, every row and the prior contribute. Data are
+Both say -log p(x_0), taken apart into what the decoder, every row and the prior contribute: the first is above it, the
+second is off by the error of an integration from row to row, which is small for tables of many rows alone. Data are
 images of 256 grey levels, in [-1, 1] one every 2/255, or anything continuous:
 
     discrete   the decoder's mass on the level, open at both ends (2006.11239, eq. 13)
@@ -88,7 +89,7 @@ def bound(
     ids: Sequence[int],
     label: Tensor | None = None,
     decoder: Decoder = "discrete",
-    clip: float | None = 1.0,
+    clip: float | Literal["as images"] | None = "as images",
     errors: Tensor | None = None,
 ) -> Terms:
     """The variational bound (2006.11239, eq. 5) of images, with every row of the model's table.
@@ -99,10 +100,13 @@ def bound(
     else estimated at one sample.
 
     images: uint8 or float (B, C, H, W); ids: one per image; clip: bound of x0_hat as of the sampler, None for
-    exactness; errors: (S+1,) mean squared error of x0_hat by row, for w = v + k^2 error and the decoder's variance.
+    exactness, if not given 1 for grey levels and None for a density; errors: (S+1,) mean squared error of x0_hat by
+    row, for w = v + k^2 error and the decoder's variance.
     """
-    states, device = model.states, next(iter(model.parameters())).device
+    prior, states, device = _prior(model), model.states, next(iter(model.parameters())).device
     x0 = _data(images, ids, decoder).to(device)
+    if clip == "as images":
+        clip = None if decoder == "density" else 1.0
     rows = torch.zeros(states.S - 1, len(x0), dtype=torch.float64)
     first = torch.zeros(len(x0), dtype=torch.float64)
     for s in range(states.S, 0, -1):  # as sampled, so that experts that are not resident come once
@@ -118,7 +122,7 @@ def bound(
         w = v if error is None else v + k.square() * error
         kl = 0.5 * (v / w - 1 + (w / v).log() + (k * (x0 - estimate).double()).square() / w)
         rows[s - 2] = kl.flatten(1).sum(1).cpu()
-    last = prior_term(_prior(model), states, states.S, x0.cpu(), ids)
+    last = prior_term(prior, states, states.S, x0.cpu(), ids)
     return Terms(first, rows, last, states.rows[1:], x0[0].numel(), decoder)
 
 
@@ -146,14 +150,15 @@ def flow_bound(
     probes: int | None = 1,
     errors: Tensor | None = None,
 ) -> Terms:
-    """The bound E [log q(x_1 | x_0) - log p_1(x_1) - log p(x_0 | x_1)] with log p_1 by the probability-flow ODE.
+    """E [log q(x_1 | x_0) - log p_1(x_1) - log p(x_0 | x_1)] with log p_1 estimated by the probability-flow ODE.
 
     In u = log(b/a) and y = x/a the flow is dy/du = y - x0_hat and the density falls by tr(I - d x0_hat/dy) du
-    (2011.13456, eq. 39, in these coordinates); Heun's rule from row to row, second order in their distance, so that a
-    table of all T rows serves best. probes: Rademacher vectors of Hutchinson's estimate of the trace; None for the
-    exact trace, by as many as there are values. Needs one column, and gradients of the network; x0_hat is not clipped.
+    (2011.13456, eq. 39, in these coordinates); Heun's rule from row to row, second order in their distance: for
+    Gaussian data 0.34 bits too few with 8 rows, 0.07 with 32, 0.01 off with 100. probes: Rademacher vectors of
+    Hutchinson's estimate of the trace; None for the exact trace, by as many as there are values. Needs one column, and
+    gradients of the network; x0_hat is not clipped.
     """
-    states, parameter = model.states, next(iter(model.parameters()))
+    prior, states, parameter = _prior(model), model.states, next(iter(model.parameters()))
     if states.K > 1:
         raise InputError(f"the ODE's likelihood is for tables of one column, this one has {states.K}")
     if float(states.a[-1, 0]) == 0:
@@ -178,7 +183,7 @@ def flow_bound(
         rows[s - 2] = -(h / 2 * (trace + now)).cpu()
         trace = now
     x = (y * float(a[-1])).to(x.dtype)
-    last = -_prior(model).log_prob(x.cpu()) - D * float((a[-1] / a[1]).log()) - entropy
+    last = -prior.log_prob(x.cpu()) - D * float((a[-1] / a[1]).log()) - entropy
     return Terms(first, rows, last, states.rows[1:], D, decoder)
 
 

@@ -53,6 +53,18 @@ class PriorCard:
     schema: int = 1
 
     @classmethod
+    def from_json(cls, data: Any, where: str) -> "PriorCard":
+        """Card from its JSON; refuses another schema, missing fields, and what is of another kind."""
+        names = {f.name: f for f in dataclasses.fields(cls)}
+        if not isinstance(data, dict) or data.get("schema") != 1 or set(data) != set(names):
+            odd = sorted(set(data) ^ set(names)) if isinstance(data, dict) else data
+            raise InputError(f"{where}: not a prior written by this project, or of another version; odd: {odd}")
+        kinds = {"prior": dict, "row": int, "index": int, "n": int, "steps": int, "images_seen": int, "notes": list}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(data[name], kind)]:
+            raise InputError(f"{where}: its card says {wrong[0]} {data[wrong[0]]!r}")
+        return cls(**data)
+
+    @classmethod
     def of(cls, prior: Prior, states: LatentStates, row: int, **facts: Any) -> "PriorCard":
         """Card of a prior at a row of a table."""
         cut = states.truncate(row)
@@ -69,7 +81,8 @@ def fit_prior(prior: Prior, states: LatentStates, row: int, images: Tensor, data
     cut = states.truncate(row)
     a, b = (float(c) for c in cut.coefficients(row))
     x0 = images if images.is_floating_point() else from_uint8(images)
-    eps = seed_noise(range(len(x0)), FITTING + int(cut.index[row]), x0.shape[1:])
+    stream = FITTING + int(cut.index[row])
+    eps = seed_noise(range(len(x0)), stream, x0.shape[1:]) if prior.wants_noise else None
     notes = prior.fit(x0, a, b, eps)
     return PriorCard.of(prior, states, row, data=data, n=len(x0), notes=notes)
 
@@ -89,7 +102,7 @@ def read_prior_card(source: str | Path) -> PriorCard:
     path = _prior_file(source)
     try:
         with safe_open(path, "pt") as file:
-            return PriorCard(**json.loads((file.metadata() or {})["prior"]))
+            return PriorCard.from_json(json.loads((file.metadata() or {})["prior"]), str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; fit a prior with the command prior, or with PriorModule") from None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -114,6 +127,11 @@ def load_prior(source: str | Path) -> tuple[Prior, PriorCard]:
             owner._buffers[leaf] = tensor
         else:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    try:
+        if prior.has_density and not prior.log_prob(torch.zeros(1, *(prior.shape or []))).isfinite().all():
+            raise InputError(f"{path}: its density is not finite")
+    except (RuntimeError, IndexError) as error:
+        raise InputError(f"{path}: its tensors do not fit each other: {error}") from None
     return prior.eval(), card
 
 
@@ -187,8 +205,8 @@ def load_started(
         return Started(model, StandardNormal(), row), cards
     prior, card = load_prior(start)
     model, cards = load_model(source, residency, fill, card.row)
-    if cards[0].data != card.data:
-        raise InputError(f"{start}: the prior was fitted to the data {card.data}, {source} trained on {cards[0].data}")
+    if others := sorted({c.data for c in cards} - {card.data, "unknown"} if card.data != "unknown" else set()):
+        raise InputError(f"{start}: the prior was fitted to the data {card.data}, {source} trained on {others[0]}")
     return Started(model, prior, card.row, card).eval(), cards
 
 
@@ -212,6 +230,9 @@ class Implicit(Prior):
         """Keep a and b; refuses a source of other images than the data."""
         super().fit(x0, a, b, eps)
         self.levels = torch.tensor([a, b], dtype=torch.float64)
+        self._source = self._source or _open_source(self.source)
+        if getattr(self._source[0], "classes", None):
+            raise InputError(f"prior Implicit: {self.source} wants classes, which a start has none of")
         made = list(self._images(range(2)).shape[1:])
         if made != self.shape:
             raise InputError(f"prior Implicit: {self.source} makes {made}, the data is {self.shape}")
@@ -231,10 +252,16 @@ class Implicit(Prior):
     def _images(self, seeds: Iterable[int]) -> Tensor:
         self._source = self._source or _open_source(self.source)
         model, latent = self._source
-        if latent is None:
-            return DDIM(steps=self.steps)(model, list(seeds)).float()
-        z = seed_noise(list(seeds), FITTING, latent) / model.config.scaling_factor
-        return model.decode(z).sample.clamp(-1, 1)
+        each = []
+        for seed in seeds:  # one at a time: in a batch the last bits would change with the company
+            noise = seed_noise([seed], FITTING, latent or model.shape)  # not that of the row, which is added
+            if latent is None:
+                *_, (_, x, _) = DDIM(steps=self.steps).walk(model, [seed], start=noise)
+                each.append(x.float().cpu())
+                continue
+            z = noise / model.config.scaling_factor + (getattr(model.config, "shift_factor", None) or 0.0)
+            each.append(model.decode(z).sample.clamp(-1, 1))
+        return torch.cat(each)
 
 
 def _open_source(source: str) -> tuple[Any, list[int] | None]:
@@ -243,7 +270,7 @@ def _open_source(source: str) -> tuple[Any, list[int] | None]:
     if config.is_file() and json.loads(config.read_text()).get("_class_name") == "AutoencoderKL":
         from diffusers import AutoencoderKL
 
-        autoencoder = AutoencoderKL.from_pretrained(source).eval()
+        autoencoder = AutoencoderKL.from_pretrained(source, local_files_only=True, use_safetensors=True).eval()
         side = autoencoder.config.sample_size // 2 ** (len(autoencoder.config.block_out_channels) - 1)
         return autoencoder, [autoencoder.config.latent_channels, side, side]
     return load_model(source)[0], None

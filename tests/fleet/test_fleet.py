@@ -223,6 +223,14 @@ def test_what_was_trained_while_the_store_went_away_is_said_when_it_is_back(plan
     assert summary(tiles(FleetWork(fleet, describe))) == "1 jobs: 1 done, 32 of 32 images (100%)"
 
 
+def test_what_is_wrong_with_one_expert_s_folder_stops_no_other(planned):
+    fleet = planned()
+    (fleet.root / "expert_001").write_text("a file where a folder should be")
+    with pytest.raises(InputError, match=r"(?s)1 of 4 jobs are not done:.*expert_001: FileExistsError"):
+        train(fleet)
+    assert [tile.state for tile in tiles(FleetWork(fleet, describe))] == ["failed", "done", "done", "done"]
+
+
 def test_a_place_that_stays_away_is_named_with_its_error(planned):
     fleet = planned(experts=1, budget=32)
     away = replace(fleet, store=Failing(fleet.root, 10**9, "leases", "names"))

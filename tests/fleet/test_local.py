@@ -249,6 +249,12 @@ def test_a_folder_keeps_one_plan(study, tmp_path):
         ({"priors": {"p": {"run": "shared", "at": 1}}}, "priors.p: prior is missing"),
         ({"priors": {"p": {"run": "share", "at": 1, "prior": "Gaussian"}}}, "no run 'share'. Did you mean 'shared'"),
         ({"diffusion_time": {"run": "shared", "cuts": 3}}, "cuts is a list of rows"),
+        ({"diffusion_time": {"run": "shared", "cuts": []}}, "cuts is a list of rows"),
+        ({"diffusion_time": {"run": "shared", "cuts": ["x"]}}, "cut:x: a row from 1 on, or a share .* got 'x'"),
+        ({"diffusion_time": {"run": "shared", "cuts": [2], "priors": {"a": "Gausian"}}}, "Gausian"),
+        ({"diffusion_time": {"run": "shared", "cuts": [2], "priors": {"a": 3}}}, "Gaussian: expected keys"),
+        ({"priors": {"p": {"run": "shared", "at": "z", "prior": "Gaussian"}}}, "priors.p.at: a row from 1 on"),
+        ({"priors": {"p": {"run": "shared", "at": 2, "prior": "Flow"}}}, "is trained: make it a run with PriorModule"),
         ({"diffusion_time": {"run": "shared", "cut": [3]}}, "unknown key 'cut'. Did you mean 'cuts'"),
     ],
 )

@@ -467,6 +467,12 @@ def test_a_file_that_holds_no_composite_is_refused(files, tmp_path):
     for name, bad in {"cut": content[:-50], "text": b"zip", "flipped": content.replace(b"UNet", b"UNEt")}.items():
         (tmp_path / f"{name}.zip").write_bytes(bad)
         assert refusal(load_model, tmp_path / f"{name}.zip")
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("composite.json", b"0" * 10_000_000)
+    assert "is not stored plainly" in refusal(load_model, tmp_path / "bomb.zip")
+    with zipfile.ZipFile(tmp_path / "none.zip", "w") as none:
+        none.writestr("rows_0001.safetensors", b"x")
+    assert "its members are ['rows_0001.safetensors']" in refusal(load_model, tmp_path / "none.zip")
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as evil:
         evil.writestr("../evil.safetensors", b"x")
     assert "'../evil.safetensors' does not belong to one" in refusal(load_model, tmp_path / "evil.zip")

@@ -74,6 +74,41 @@ def test_bound_and_ode_are_within_a_hundredth_of_a_bit_of_gaussian_data(data):
     assert abs(off) < 0.01
 
 
+def test_the_ode_s_likelihood_takes_the_prior_of_a_cut_chain(data):
+    model, x0, nats = data(100, (1, 32, 32))
+    a, b = model.states.coefficients(300)
+    exact = Independent((a * model.mean).flatten().double(), (a * a * model.variance + b * b).flatten().double())
+    started = Started(model, exact, 300)
+    off, error = difference(flow_bound(started, x0, range(100), decoder="density", errors=model.errors()), nats)
+    assert error < 0.004
+    assert abs(off) < 0.012
+    plain = Started(model, StandardNormal(), 300)
+    lost = difference(flow_bound(plain, x0, range(100), decoder="density", errors=model.errors()), nats)[0]
+    truth = 0.5 * (exact.variances + exact.mean**2 - 1 - exact.variances.log()).mean() / math.log(2)
+    assert lost == pytest.approx(float(truth), abs=0.02)
+
+
+class Independent(StandardNormal):
+    """Independent Gaussian values."""
+
+    def __init__(self, mean, variances):
+        super().__init__()
+        self.mean, self.variances = mean, variances
+
+    def log_prob(self, x):
+        y = x.flatten(1).double() - self.mean
+        return -0.5 * (y.square() / self.variances + self.variances.log() + math.log(2 * math.pi)).sum(1)
+
+
+def test_of_few_rows_the_ode_says_too_few_bits(data):
+    model, x0, nats = data(40, (1, 32, 32), S=8, spacing="trailing", terminal_bound=1.0)
+    ids = range(40)
+    off, error = difference(flow_bound(model, x0, ids, decoder="density", errors=model.errors()), nats)
+    assert off < -0.2 - 3 * error
+    off, error = difference(bound(model, x0, ids, decoder="density", errors=model.errors()), nats)
+    assert off > 3 * error  # the bound is one
+
+
 def test_variances_of_the_posterior_lose_what_the_formula_says(data):
     model, x0, _ = data(200, S=20, terminal_bound=1.0)
     plain = bound(model, x0, range(200), decoder="density", clip=None)

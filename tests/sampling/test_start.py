@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_tdisent.cli import main
+from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Linear, ScaledLinear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
@@ -16,6 +17,7 @@ from lightning_tdisent.priors.prior import StandardNormal
 from lightning_tdisent.sampling.composite import compose, load_model
 from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
 from lightning_tdisent.sampling.start import (
+    FITTING,
     Implicit,
     Started,
     fit_prior,
@@ -187,9 +189,15 @@ def test_an_implicit_start_is_another_model_s_image_noised_to_the_row(model, wri
     card = fit_prior(prior, states, 3, torch.zeros(2, 1, 8, 8), "data")
     a, b = states.coefficients(3)
     with torch.inference_mode():
-        images = DDIM(steps=2)(load_model(source)[0], range(4))
+        noises = [seed_noise([k], FITTING, [1, 8, 8]) for k in range(4)]
+        drawn = [[*DDIM(steps=2).walk(load_model(source)[0], [k], start=n)][-1][1] for k, n in enumerate(noises)]
+        images = torch.cat(drawn)
     noise = StandardNormal([1, 8, 8]).sample(range(4), 750)
     assert torch.allclose(prior.sample(range(4), 750), a * images + b * noise, atol=1e-6)
+    assert torch.equal(prior.sample(range(16), 750)[:4], prior.sample(range(4), 750))
+    labelled = write("labelled", model(rows=[1, 2, 3, 4], classes=3), data="data")
+    with pytest.raises(InputError, match="wants classes"):
+        fit_prior(Implicit(str(labelled)), states, 3, torch.zeros(2, 1, 8, 8), "data")
     save_prior(tmp_path / "implicit" / "prior.safetensors", prior, card)
     again, _ = load_prior(tmp_path / "implicit")
     assert torch.equal(again.sample(range(4), 750), prior.sample(range(4), 750))
@@ -266,5 +274,5 @@ def test_the_command_fits_prints_and_is_used_by_sample_and_evaluate(
     assert row["bpd"] == pytest.approx(terms["decoder"] + terms["prior"] + sum(terms["rows"].values()))
     assert list(terms["rows"]) == ["2", "3"]
     assert row["bpd_low"] < row["bpd"] < row["bpd_high"]
-    assert row["bpd_ode"] > 0
+    assert "wants 100 of them; there are 3" in row["bpd_refused"]
     assert "uniform decoder, 20 held-out images" in row["bpd_how"]
