@@ -164,7 +164,7 @@ def test_a_mixture_of_one_is_the_gaussian_of_its_samples():
         (lambda: Mixture(components=0), 50, "components 0"),
         (lambda: Mixture(covariance="tied"), 50, "covariance 'tied' is full or diag"),
         (lambda: Mixture(components=2.5), 50, r"components 2\.5: whole numbers from 1 on"),
-        (lambda: Mixture(seed=-1), 50, "seed -1 0 or more"),
+        (lambda: Mixture(seed=-1), 50, "seed -1 a number from 0 on"),
         (lambda: Gaussian(shape=[1, 2, 2]), 50, r"shape is \[1, 2, 2\], the data has \[2, 3, 3\]"),
         (lambda: Gaussian(rank=2, low=2), 50, "give one"),
         (lambda: Gaussian(rank=0), 50, "rank 0: whole numbers from 1 on"),
