@@ -201,7 +201,6 @@ class Member(L.Callback):
     def __init__(self, group: Group, number: int) -> None:
         self.group, self.number, self.make = group, number, ""
         self.flat: nn.Parameter | None = None  # all weights, where they are stacked; the module's are views of it
-        self.averages: list[EMA] = []  # which look up where the weights are before the first step
         self.alone_for_good = False
 
     def setup(self, trainer: L.Trainer, pl_module: Diffusion, stage: str) -> None:
@@ -235,7 +234,8 @@ class Member(L.Callback):
         self.make, self.folder = json.dumps(parts, sort_keys=True), Path(trainer.default_root_dir)
         self.parameters = list(denoiser.parameters())
         self.flat = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
-        self.lay(self.flat.detach())
+        for p, part in zip(self.parameters, self.split(self.flat.detach()), strict=True):
+            p.data = part
         denoiser.loss = self.loss
 
     def _obstacle(self, trainer: L.Trainer, module: Diffusion) -> str | None:
@@ -254,15 +254,6 @@ class Member(L.Callback):
             return "its optimizer is not the fused AdamW"
         return None
 
-    def lay(self, vector: Tensor) -> None:
-        """Keep the weights in this vector, which has their values."""
-        assert self.flat is not None
-        self.flat.data = vector
-        for p, part in zip(self.parameters, self.split(vector), strict=True):
-            p.data = part
-        for average in self.averages:
-            average.walked = [vector]
-
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views of a vector, one for every weight in its shape."""
         parts = flat.split([p.numel() for p in self.parameters])
@@ -272,8 +263,9 @@ class Member(L.Callback):
         """Give the averages, and the optimizer, restored by now, the one vector in place of its parts."""
         if self.flat is None:
             return
-        self.averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]
-        self.lay(self.flat.detach())
+        for callback in trainer.callbacks:
+            if isinstance(callback, EMA):
+                callback.walked = [self.flat.detach()]  # it has looked up where the weights were before
         (optimizer,) = trainer.optimizers
         states = [optimizer.state.pop(p) for p in self.parameters if p in optimizer.state]
         if states:
@@ -329,8 +321,8 @@ class Stack:
         self.members, first = members, members[0].denoiser
         network, self.weights = stack([member.denoiser.network for member in members])
         self.denoiser = Denoiser(network, first.objective, first.states)
-        self._rows = torch.stack([member.flat.detach() for member in members])
-        self._places = list(zip(members, self._rows, strict=True))
+        self._flat = [member.flat.detach() for member in members]
+        self._rows = torch.stack(self._flat)
         parts = self._rows.split([w[0].numel() for w in self.weights.values()], 1)
         self._views = [part.view(w.shape) for part, w in zip(parts, self.weights.values(), strict=True)]
         self._checked = False
@@ -339,9 +331,7 @@ class Stack:
         """As `Member.alone`, of each member; the first time compared with that, and refused if it differs."""
         leaves = list(self.weights.values())
         with torch.no_grad():
-            for member, row in self._places:  # weights live here, until they are stacked with others
-                if member.flat.data_ptr() != row.data_ptr():
-                    member.lay(row.copy_(member.flat))
+            torch.stack(self._flat, out=self._rows)
             torch._foreach_copy_(leaves, self._views)
         *parts, labels = zip(*inputs, strict=True)
         x0, s, eps = (torch.stack(part, 1).flatten(0, 1) for part in parts)
