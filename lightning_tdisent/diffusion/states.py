@@ -29,6 +29,7 @@ class LatentStates(Part, nn.Module):
     indices: the rows themselves, ascending, instead of S and spacing.
     kind: ``mapped`` looks values up in the T-chain; ``native`` evaluates the formula again for a chain of S levels,
         ``rescaled`` likewise with the betas times T/S. The last two exist for the ablation.
+    cut: the last row kept, or a share of the rows (see `truncate`), of a mapped table: `indices` and the bound follow.
     terminal_bound: largest signal coefficient a_S allowed at the last state, where sampling starts from pure noise.
 
     Attributes: ``log_snr``, ``a``, ``b`` (S+1, K) float64; ``index`` (S+1,) int64, the original index in the T-chain.
@@ -48,6 +49,7 @@ class LatentStates(Part, nn.Module):
         indices: list[int] | None = None,
         kind: Literal["mapped", "native", "rescaled"] = "mapped",
         terminal_bound: float = 0.01,
+        cut: int | float | None = None,
     ) -> None:
         super().__init__()
         self.schedule = schedule = schedule or Linear()
@@ -55,6 +57,14 @@ class LatentStates(Part, nn.Module):
         if kind not in ("mapped", "native", "rescaled"):
             raise InputError(f"kind {kind!r}: choose mapped, native or rescaled")
         chosen = _choose(schedule, S, spacing, indices)
+        self.cut = None  # it is in the indices: a table that is built again has them already
+        if cut is not None:
+            if kind != "mapped":
+                raise InputError(f"cut {cut} is for mapped tables, this one is {kind}")
+            chosen = chosen[: _row(cut, len(chosen))]
+            self.indices = chosen
+            end = float(torch.sigmoid(schedule.log_snr()[chosen[-1]]).sqrt())
+            self.terminal_bound = max(terminal_bound, _round_up(end) if end > 0 else 0.0)
         self.S = len(chosen)
         if kind == "mapped":
             table = schedule.log_snr()[torch.tensor([0, *chosen])]
@@ -139,10 +149,8 @@ class LatentStates(Part, nn.Module):
 
         What sampling starts from there is no N(0, I) any more: a `Prior` takes its place. The terminal bound goes.
         """
-        row = round(at * self.S) if isinstance(at, float) and abs(at) <= 1 else at
-        if isinstance(row, bool) or not isinstance(row, (int, float)) or row not in range(1, self.S + 1):
-            raise InputError(f"a cut at {at} is none of the rows 1..{self.S}, nor a share of them above 0 and up to 1")
-        kept, end = int(row) + 1, float(self.a[int(row)].max())
+        row = _row(at, self.S)
+        kept, end = row + 1, float(self.a[row].max())
         bound = max(self.terminal_bound, _round_up(end) if end > 0 else 0.0)
         return LatentStates.from_table(self.log_snr[:kept], self.index[:kept], self.schedule, bound)
 
@@ -155,6 +163,7 @@ class LatentStates(Part, nn.Module):
         nn.Module.__init__(states)
         states.schedule, states.S, states.kind = schedule, len(log_snr) - 1, "mapped"
         states.spacing, states.indices, states.terminal_bound = "even", index[1:].tolist(), terminal_bound
+        states.cut = None
         states._fill(log_snr.double(), index.long())
         states._check_end()
         return states
@@ -202,6 +211,14 @@ def _choose(schedule: NoiseSchedule, S: int | None, spacing: str, indices: list[
             )
         return chosen
     raise InputError(f"spacing {spacing!r}: choose even, leading, trailing or log_snr")
+
+
+def _row(at: int | float, S: int) -> int:
+    """The row of 1..S that a row, or a share of them in float, means."""
+    row = round(at * S) if isinstance(at, float) and abs(at) <= 1 else at
+    if isinstance(row, bool) or not isinstance(row, (int, float)) or row not in range(1, S + 1):
+        raise InputError(f"a cut at {at} is none of the rows 1..{S}, nor a share of them above 0 and up to 1")
+    return int(row)
 
 
 def _round_up(value: float) -> float:

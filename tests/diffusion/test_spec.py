@@ -72,6 +72,7 @@ def test_a_spec_by_hand():
             "indices": None,
             "kind": "mapped",
             "terminal_bound": 1.0,
+            "cut": None,
         },
     }
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from lightning_tdisent.cli import main
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Linear, ScaledLinear
+from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.priors.gaussian import Gaussian
@@ -102,6 +103,20 @@ def test_a_table_is_cut_with_its_values():
     for at in (0, 33, -1, 0.001, 1.5, True):
         with pytest.raises(InputError, match=r"a cut at .* is none of the rows 1\.\.32"):
             states.truncate(at)
+
+
+@pytest.mark.parametrize(("at", "kept"), [(20, 20), (0.6, 19), (1.0, 32), (32, 32)])
+def test_a_table_made_with_a_cut_is_the_whole_one_cut_there(at, kept):
+    whole, cut = LatentStates(S=32), LatentStates(S=32, cut=at)
+    assert cut.fingerprint == whole.truncate(at).fingerprint
+    assert (cut.S, len(cut.rows)) == (kept, kept)
+    again = build(spec(cut), LatentStates)  # as a checkpoint does
+    assert (again.fingerprint, again.terminal_bound) == (cut.fingerprint, cut.terminal_bound)
+    for wrong in (0, 33, 1.5):
+        with pytest.raises(InputError, match=r"none of the rows 1\.\.32"):
+            LatentStates(S=32, cut=wrong)
+    with pytest.raises(InputError, match="for mapped tables, this one is native"):
+        LatentStates(S=32, kind="native", cut=at, terminal_bound=1.0)
 
 
 @pytest.fixture
