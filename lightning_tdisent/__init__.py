@@ -23,7 +23,7 @@ _HOMES = {
     "sampling.expert": "Card load_expert read_card save_expert",
     "sampling.sampler": "Sampler DDIM Ancestral DPMSolver sample",
     "sampling.start": "Implicit Started load_prior load_started",
-    "sampling.likelihood": "bound flow_bound",
+    "sampling.likelihood": "variational_bound ode_likelihood",
     "priors.prior": "Prior StandardNormal",
     "priors.gaussian": "Gaussian",
     "priors.mixture": "Mixture",

@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
     for part in (models, fleets, data):
         part.add_commands(commands)
+    out.set_defaults(commands=commands.choices)
     return out
 
 
@@ -46,22 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(argv)
             return 0
         if argv and not argv[0].startswith("-"):
-            known = [
-                *LIGHTNING,
-                *[
-                    "sample",
-                    "compose",
-                    "average",
-                    "export",
-                    "evaluate",
-                    "prior",
-                    "fetch",
-                    "report",
-                    "study",
-                    "fleet",
-                    "data",
-                ],
-            ]
+            known = list(parser().get_default("commands"))
             if argv[0] not in known:
                 raise InputError(
                     f"there is no command {argv[0]!r}.{nearest(argv[0], known)} Commands: {', '.join(known)}"

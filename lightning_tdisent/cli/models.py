@@ -1,4 +1,4 @@
-"""Commands on models: sample, compose, average, export, evaluate, fetch, report, study."""
+"""Commands on models, from the weights of experts to the report; long because of their many options."""
 
 import argparse
 import os
@@ -12,7 +12,6 @@ from lightning_tdisent.cli.trainings import describe, fits, open_fleet
 from lightning_tdisent.errors import InputError
 
 if TYPE_CHECKING:
-    from lightning_tdisent.fleet.study import Plan
     from lightning_tdisent.report.study import Study
     from lightning_tdisent.sampling.sampler import Sampler
 
@@ -189,32 +188,18 @@ def _prior(a: argparse.Namespace) -> None:
     at = row_or_share(a.at, "--at")
     path = a.kind if "." in a.kind else f"lightning_tdisent.{a.kind}"
     part = {"class_path": path, "init_args": dict(settings(a.settings))}
-    fit_to(str(a.model), at, part, a.data, a.split, a.n, a.out)
+    _fit(str(a.model), at, part, a.data, a.split, a.n, a.out)
 
 
-def fit_to(model: str, at: int | float, part: dict[str, Any], data: str, split: str, n: int | None, out: Path) -> None:
-    """Fit a prior at a row of a model's table to images, write it, and say what there is to say of it."""
-    from lightning_tdisent.diffusion.spec import build
-    from lightning_tdisent.diffusion.states import LatentStates
-    from lightning_tdisent.priors.prior import Prior
-    from lightning_tdisent.sampling.composite import find_files
-    from lightning_tdisent.sampling.expert import read_card
-    from lightning_tdisent.sampling.start import FILE, fit_prior, save_prior
-    from lightning_tdisent.streaming.shards import load
+def _fit(model: str, at: int | float, part: dict[str, Any], data: str, split: str, n: int | None, out: Path) -> None:
+    """Fit a prior, write it, and say what there is to say of it."""
+    from lightning_tdisent.sampling.start import FILE, fit_to, save_prior
 
     use_device("cpu")
-    card = read_card(find_files(model)[0])
-    states, prior = build(card.states, LatentStates), build(part, Prior)
-    if n is not None and n < 1:
-        raise InputError(f"-n {n}: at least 1 image")
-    row, shape = states.truncate(at).S, card.network["init_args"]["shape"]
-    images = load(data, split, shape[0], n, shape[1])
-    if list(images.images.shape[1:]) != shape and not images.images.is_floating_point():
-        raise InputError(f"{data} has images of {list(images.images.shape[1:])}, {model} makes {shape}")
-    fitted = fit_prior(prior, states, row, images.images, images.digest)
+    prior, fitted = fit_to(model, at, part, data, split, n)
     save_prior(out / FILE, prior, fitted)
     name = part["class_path"].rpartition(".")[2]
-    print(f"{name} at row {row} of {states.S} (index {fitted.index}), {fitted.n:,} images: {out / FILE}")
+    print(f"{name} at row {fitted.row} (index {fitted.index}), {fitted.n:,} images: {out / FILE}")
     for note in fitted.notes:
         print(f"note: {note}")
 
@@ -396,7 +381,7 @@ def _study(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.local import run
     from lightning_tdisent.fleet.status import page, tiles
     from lightning_tdisent.fleet.store import Store
-    from lightning_tdisent.fleet.study import plan
+    from lightning_tdisent.fleet.study import plan, refuse_cuts
     from lightning_tdisent.fleet.work import FleetWork, Jobs
     from lightning_tdisent.report.study import BOARDS, Study
     from lightning_tdisent.sampling.composite import MANIFEST, compose, find_files
@@ -411,7 +396,7 @@ def _study(a: argparse.Namespace) -> None:
         fleets[name] = FleetWork(draft(file, describe, todo.out / name, todo.seed, changes=changes), describe)
         fleets[name].fleet.check(describe)
         study.runs |= {f"{name}/{e.name}": str(todo.out / name / e.name) for e in fleets[name].fleet.experts}
-    _refuse_cuts(todo, {name: work.fleet.table["S"] for name, work in fleets.items()})
+    refuse_cuts(todo, describe, {name: work.fleet.table["S"] for name, work in fleets.items()})
     if todo.jobs:
         run(Jobs(Store(todo.out), todo.jobs), fits, a.workers, title=study.title)
     for name, work in fleets.items():
@@ -423,23 +408,8 @@ def _study(a: argparse.Namespace) -> None:
             compose(find_files(todo.out / fleet), folder)
     for folder, (source, at, part) in todo.priors.items():
         if not (folder / FILE).exists():
-            fit_to(source, at, part, study.data, "train", None, folder)
+            _fit(source, at, part, study.data, "train", None, folder)
     _finish(study)
-
-
-def _refuse_cuts(todo: "Plan", fleets: dict[str, int]) -> None:
-    """Refuse starts at rows that a model does not have, before it is trained."""
-    rows = {str(todo.composites[name]): S for name, S in fleets.items()}
-    starts = [(source, at) for source, at, _ in todo.priors.values()]
-    cuts = [(c["source"], c["prior"][4:]) for c in todo.evaluation["contenders"] if "cut:" in c.get("prior", "")]
-    for source, at in [*starts, *((source, float(text) if "." in text else int(text)) for source, text in cuts)]:
-        for job in todo.jobs:
-            own = source in (str(job.folder), str(todo.composites.get(job.folder.parent.name)))
-            if own and source not in rows:
-                rows[source] = describe(job.argv).S
-        S = rows[source]
-        if not 1 <= (round(at * S) if isinstance(at, float) and at <= 1 else at) <= S:
-            raise InputError(f"{source}: a cut at {at} is none of its {S} rows, nor a share of them")
 
 
 def _finish(study: "Study") -> None:

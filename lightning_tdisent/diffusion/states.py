@@ -61,7 +61,7 @@ class LatentStates(Part, nn.Module):
         if cut is not None:
             if kind != "mapped":
                 raise InputError(f"cut {cut} is for mapped tables, this one is {kind}")
-            chosen = chosen[: _row(cut, len(chosen))]
+            chosen = chosen[: row_of(cut, len(chosen))]
             self.indices = chosen
             end = float(torch.sigmoid(schedule.log_snr()[chosen[-1]]).sqrt())
             self.terminal_bound = max(terminal_bound, _round_up(end) if end > 0 else 0.0)
@@ -149,7 +149,7 @@ class LatentStates(Part, nn.Module):
 
         What sampling starts from there is no N(0, I) any more: a `Prior` takes its place. The terminal bound goes.
         """
-        row = _row(at, self.S)
+        row = row_of(at, self.S)
         kept, end = row + 1, float(self.a[row].max())
         bound = max(self.terminal_bound, _round_up(end) if end > 0 else 0.0)
         return LatentStates.from_table(self.log_snr[:kept], self.index[:kept], self.schedule, bound)
@@ -213,7 +213,7 @@ def _choose(schedule: NoiseSchedule, S: int | None, spacing: str, indices: list[
     raise InputError(f"spacing {spacing!r}: choose even, leading, trailing or log_snr")
 
 
-def _row(at: int | float, S: int) -> int:
+def row_of(at: int | float, S: int) -> int:
     """The row of 1..S that a row, or a share of them in float, means."""
     row = round(at * S) if isinstance(at, float) and abs(at) <= 1 else at
     if isinstance(row, bool) or not isinstance(row, (int, float)) or row not in range(1, S + 1):

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tdisent.diffusion.spec import build
+from lightning_tdisent.diffusion.states import row_of
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.fleet.job import Job
-from lightning_tdisent.fleet.plan import known, read_yaml
+from lightning_tdisent.fleet.plan import Describe, known, read_yaml
 from lightning_tdisent.priors.prior import Prior
 
 KEYS = (
@@ -180,6 +181,22 @@ def row_or_share(value: Any, where: str) -> int | float:
     except (TypeError, ValueError):
         raise InputError(f"{where}: a row from 1 on, or a share of the rows such as 0.6, got {value!r}") from None
     return int(number) if number.is_integer() and "." not in str(value) else number
+
+
+def refuse_cuts(todo: Plan, describe: Describe, fleets: dict[str, int]) -> None:
+    """Refuse starts at rows that a model does not have, before it is trained; fleets: their rows by name."""
+    rows = {str(todo.composites[name]): S for name, S in fleets.items()}
+    starts = [(source, at) for source, at, _ in todo.priors.values()]
+    cuts = [(c["source"], c["prior"][4:]) for c in todo.evaluation["contenders"] if "cut:" in c.get("prior", "")]
+    for source, at in [*starts, *((source, row_or_share(text, source)) for source, text in cuts)]:
+        for job in todo.jobs:
+            own = source in (str(job.folder), str(todo.composites.get(job.folder.parent.name)))
+            if own and source not in rows:
+                rows[source] = describe(job.argv).S
+        try:
+            row_of(at, rows[source])
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
 
 
 def _unrolled(study: dict[str, Any], file: str) -> dict[str, Any]:

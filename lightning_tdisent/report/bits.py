@@ -10,7 +10,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.ranks import gather, place, shared_errors
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.evaluation import held_out_errors
-from lightning_tdisent.sampling.likelihood import Decoder, Terms, bound, concatenate, flow_bound
+from lightning_tdisent.sampling.likelihood import Decoder, Terms, concatenate, ode_likelihood, variational_bound
 from lightning_tdisent.streaming.shards import ImageSet
 
 ODE_ROWS = 100  # below that the integration from row to row is off by more than 0.01 bits
@@ -91,7 +91,9 @@ class Bits:
                 i = batches[k]
                 label = images.labels[i].to(device) if model.classes else None
                 batch = (model, images.images[i], i.tolist(), label, self.decoder)
-                mine[k] = flow_bound(*batch, self.probes, errors) if ode else bound(*batch, errors=errors)
+                mine[k] = (
+                    ode_likelihood(*batch, self.probes, errors) if ode else variational_bound(*batch, errors=errors)
+                )
         parts = {k: terms for part in gather(mine) for k, terms in part.items()}
         return concatenate([parts[k] for k in range(len(batches))])
 

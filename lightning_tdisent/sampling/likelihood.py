@@ -63,12 +63,6 @@ class Terms:
         """Mean of all images, and half of its interval of 95 %."""
         return mean_and_half(self.bits(self.total, whole=True))
 
-    def truncate(self, rows: int, prior: Tensor) -> "Terms":
-        """The terms of the same model cut off at a row, with another prior's there: nothing below it changes."""
-        kept = [k for k, s in enumerate(self.names) if s <= rows]
-        names = [self.names[k] for k in kept]
-        return Terms(self.decoder, self.rows[kept], prior, names, self.D, self.decoding)
-
 
 def concatenate(parts: Sequence[Terms]) -> Terms:
     """Terms of several batches of one model."""
@@ -83,7 +77,7 @@ def mean_and_half(values: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def bound(
+def variational_bound(
     model: Denoises,
     images: Tensor,
     ids: Sequence[int],
@@ -136,12 +130,12 @@ def prior_term(prior: Prior, states: LatentStates, s: int, x0: Tensor, ids: Sequ
     if isinstance(prior, StandardNormal):
         square = (a * x0.double()).square() + b.square()
         return 0.5 * (square - 1 - 2 * b.log()).flatten(1).sum(1)
-    eps = seed_noise(ids, BOUND + int(states.index[s]), x0.shape[1:])
+    eps = _eps(states, x0, s, ids)
     x = scale(a, x0) + scale(b, eps)
     return -0.5 * (eps.double().square() + 2 * b.log() + LOG_2PI).flatten(1).sum(1) - prior.log_prob(x)
 
 
-def flow_bound(
+def ode_likelihood(
     model: Denoises,
     images: Tensor,
     ids: Sequence[int],
@@ -234,8 +228,11 @@ def _data(images: Tensor, ids: Sequence[int], decoder: Decoder) -> Tensor:
 
 
 def _noised(states: LatentStates, x0: Tensor, s: int, ids: Sequence[int]) -> Tensor:
-    eps = seed_noise(ids, BOUND + int(states.index[s]), x0.shape[1:]).to(x0.device, x0.dtype)
-    return noise(states, x0, s, eps)
+    return noise(states, x0, s, _eps(states, x0, s, ids).to(x0.device, x0.dtype))
+
+
+def _eps(states: LatentStates, x0: Tensor, s: int, ids: Sequence[int]) -> Tensor:
+    return seed_noise(ids, BOUND + int(states.index[s]), x0.shape[1:])
 
 
 def _decode(decoder: Decoder, x0: Tensor, estimate: Tensor, states: LatentStates, variance: float | None) -> Tensor:

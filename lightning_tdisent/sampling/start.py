@@ -19,11 +19,12 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.priors.prior import Prior, StandardNormal
-from lightning_tdisent.sampling.composite import load_model
+from lightning_tdisent.sampling.composite import find_files, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
-from lightning_tdisent.sampling.expert import Card
+from lightning_tdisent.sampling.expert import Card, read_card
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import DDIM, from_uint8
+from lightning_tdisent.streaming.shards import load
 
 FILE = "prior.safetensors"
 FITTING = 3 << 20  # streams of the noise that priors are fitted with
@@ -85,6 +86,26 @@ def fit_prior(prior: Prior, states: LatentStates, row: int, images: Tensor, data
     eps = seed_noise(range(len(x0)), stream, x0.shape[1:]) if prior.wants_noise else None
     notes = prior.fit(x0, a, b, eps)
     return PriorCard.of(prior, states, row, data=data, n=len(x0), notes=notes)
+
+
+def fit_to(
+    model: str | Path,
+    at: int | float,
+    part: dict[str, Any],
+    data: str | Path,
+    split: str = "train",
+    n: int | None = None,
+) -> tuple[Prior, PriorCard]:
+    """Fit a prior (its class path and arguments) at a row of a model's table to images of some data, all if not n."""
+    if n is not None and n < 1:
+        raise InputError(f"-n {n}: at least 1 image")
+    card = read_card(find_files(model)[0])
+    states, prior, shape = build(card.states, LatentStates), build(part, Prior), card.network["init_args"]["shape"]
+    row = states.truncate(at).S
+    images = load(data, split, shape[0], n, shape[1])
+    if list(images.images.shape[1:]) != shape and not images.images.is_floating_point():
+        raise InputError(f"{data} has images of {list(images.images.shape[1:])}, {model} makes {shape}")
+    return prior, fit_prior(prior, states, row, images.images, images.digest)
 
 
 def save_prior(path: str | Path, prior: Prior, card: PriorCard) -> None:

@@ -9,7 +9,7 @@ from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.report.bits import Bits
 from lightning_tdisent.sampling.evaluation import x0_errors
-from lightning_tdisent.sampling.likelihood import bound
+from lightning_tdisent.sampling.likelihood import variational_bound
 from lightning_tdisent.sampling.start import Implicit, Started
 from lightning_tdisent.streaming.shards import load
 
@@ -26,12 +26,12 @@ def test_variances_come_from_training_images_and_labels_reach_the_network(model,
     errors = torch.zeros(5, dtype=torch.float64)
     each = [training.images[:12], range(12), [1, 2, 3, 4], training.labels[:12]]
     errors[1:] = x0_errors(model, *each).mean(1)
-    terms = bound(model, held_out.images[:12], range(12), held_out.labels[:12], errors=errors)
+    terms = variational_bound(model, held_out.images[:12], range(12), held_out.labels[:12], errors=errors)
     assert found["bpd"] == pytest.approx(terms.bpd[0], rel=1e-6)
     assert (found["bpd_low"], found["bpd_high"]) == pytest.approx(
         (terms.bpd[0] - terms.bpd[1], sum(terms.bpd)), rel=1e-5
     )
-    others = bound(model, held_out.images[:12], range(12), held_out.labels[:12].flip(0), errors=errors)
+    others = variational_bound(model, held_out.images[:12], range(12), held_out.labels[:12].flip(0), errors=errors)
     assert others.bpd[0] != pytest.approx(terms.bpd[0], rel=1e-7)
     assert "discrete decoder, 12 held-out images, variances by 12 training images" in found["bpd_how"]
     assert json.dumps(found, allow_nan=False)

@@ -267,7 +267,7 @@ def test_the_command_fits_prints_and_is_used_by_sample_and_evaluate(
     words = ["prior", str(whole), "--data", str(digits), "--out", str(out)]
     assert main([*words, "--at", "0", "--kind", "Gaussian"]) == 2
     assert main([*words, "--at", "0.75", "--kind", "Mixture", "--set", "components=3", "--set", "dimension=4"]) == 0
-    assert "Mixture at row 3 of 4 (index 750), 1,500 images" in capsys.readouterr().out
+    assert "Mixture at row 3 (index 750), 1,500 images" in capsys.readouterr().out
     assert main([*words, "--at", "3"]) == 2
     assert "already holds a prior" in capsys.readouterr().err
     assert main(["sample", str(whole), "--prior", str(out), "--out", str(tmp_path / "images"), "--seeds", "0:3"]) == 0
