@@ -15,7 +15,7 @@ from lightning_tdisent.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from lightning_tdisent.fleet.plan import Facts, Fleet
-    from lightning_tdisent.fleet.work import FleetWork
+    from lightning_tdisent.fleet.state import FleetWork
 
 TEXTS = ("memory", "address", "sbatch", "resources")  # options that are no numbers
 TEXT = "plan, run and watch the trainings of many independent experts"

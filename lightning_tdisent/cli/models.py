@@ -379,10 +379,10 @@ def _study(a: argparse.Namespace) -> None:
     from lightning_tdisent.files import write_whole
     from lightning_tdisent.fleet.draft import draft
     from lightning_tdisent.fleet.local import run
+    from lightning_tdisent.fleet.state import FleetWork, Jobs
     from lightning_tdisent.fleet.status import page, tiles
     from lightning_tdisent.fleet.store import Store
     from lightning_tdisent.fleet.study import plan, refuse_cuts
-    from lightning_tdisent.fleet.work import FleetWork, Jobs
     from lightning_tdisent.report.study import BOARDS, Study
     from lightning_tdisent.sampling.composite import MANIFEST, compose, find_files
     from lightning_tdisent.sampling.start import FILE

@@ -9,7 +9,7 @@ from lightning_tdisent.errors import InputError
 if TYPE_CHECKING:
     from lightning_tdisent.fleet.job import Report
     from lightning_tdisent.fleet.plan import Facts
-    from lightning_tdisent.fleet.work import FleetWork
+    from lightning_tdisent.fleet.state import FleetWork
 
 
 def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool = False) -> list[BaseException | None]:
@@ -39,8 +39,8 @@ def open_fleet(where: str, overrides: Sequence[str] = (), scratch: Path | None =
     import hashlib
 
     from lightning_tdisent.fleet.plan import Fleet, words
+    from lightning_tdisent.fleet.state import FleetWork
     from lightning_tdisent.fleet.store import Store
-    from lightning_tdisent.fleet.work import FleetWork
 
     if Store(where).remote and scratch is None:
         from lightning_tdisent.metrics.weights import cache_folder

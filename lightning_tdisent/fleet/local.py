@@ -15,8 +15,9 @@ from rich.live import Live
 
 from lightning_tdisent.errors import Crashed, Halted, InputError
 from lightning_tdisent.fleet.job import Train
+from lightning_tdisent.fleet.state import Work
 from lightning_tdisent.fleet.status import board, tiles
-from lightning_tdisent.fleet.work import Session, Work, failures, work_through
+from lightning_tdisent.fleet.work import Session, failures, work_through
 
 
 def run(

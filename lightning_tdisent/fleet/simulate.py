@@ -179,7 +179,7 @@ def rehearse(fleet: "Fleet", train: Train, workers: int) -> Pool:
     takes to start comes on top.
     """
     from lightning_tdisent.fleet.local import run
-    from lightning_tdisent.fleet.work import Jobs
+    from lightning_tdisent.fleet.state import Jobs
 
     expert = next(e for e in fleet.experts if e.cost == max(e.cost for e in fleet.experts))
     argv = next(job.argv for job in fleet.jobs() if job.name == expert.name)

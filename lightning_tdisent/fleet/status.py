@@ -16,7 +16,8 @@ from rich.text import Text
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet import lease
 from lightning_tdisent.fleet.job import Job
-from lightning_tdisent.fleet.work import Work, failures
+from lightning_tdisent.fleet.state import Work
+from lightning_tdisent.fleet.work import failures
 
 COLOURS = {"done": "green", "training": "cyan", "silent": "yellow", "waiting": "bright_black", "failed": "red"}
 HTML = {"done": "#2e7d32", "training": "#00838f", "silent": "#f9a825", "waiting": "#9e9e9e", "failed": "#c62828"}

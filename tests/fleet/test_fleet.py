@@ -16,9 +16,10 @@ from lightning_tdisent.fleet.local import refuse_undone, run
 from lightning_tdisent.fleet.mirror import Mirror
 from lightning_tdisent.fleet.plan import Fleet
 from lightning_tdisent.fleet.rounds import advance
+from lightning_tdisent.fleet.state import FleetWork
 from lightning_tdisent.fleet.status import board, page, summary, tiles
 from lightning_tdisent.fleet.store import Store
-from lightning_tdisent.fleet.work import FleetWork, Session, work_through
+from lightning_tdisent.fleet.work import Session, work_through
 from lightning_tdisent.sampling.expert import read_card, sha256
 
 

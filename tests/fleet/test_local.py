@@ -11,9 +11,10 @@ import pytest
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.local import run
+from lightning_tdisent.fleet.state import Jobs
 from lightning_tdisent.fleet.store import Store
 from lightning_tdisent.fleet.study import plan
-from lightning_tdisent.fleet.work import Jobs, Session
+from lightning_tdisent.fleet.work import Session
 
 
 def works(argvs, reports):
@@ -112,7 +113,7 @@ def test_an_interrupted_run_ends_with_all_its_processes(number, code, tmp_path):
         "from lightning_tdisent.fleet.job import Job\n"
         "from lightning_tdisent.fleet.local import run\n"
         "from lightning_tdisent.fleet.store import Store\n"
-        "from lightning_tdisent.fleet.work import Jobs\n"
+        "from lightning_tdisent.fleet.state import Jobs\n"
         "import interrupted\n"
         "jobs = [Job(n, [], Path(sys.argv[1]) / n) for n in 'ab']\n"
         "if __name__ == '__main__':\n"

@@ -17,7 +17,8 @@ from trainings import REAL, STAND_IN, Job, alive, parent, real_command, saved_st
 from lightning_tdisent.cli import describe, fits
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet.engines import slurm as engine
-from lightning_tdisent.fleet.work import FleetWork, Session, work_through
+from lightning_tdisent.fleet.state import FleetWork
+from lightning_tdisent.fleet.work import Session, work_through
 
 if not os.environ.get("CLUSTER"):
     pytest.skip("starts a SLURM: make test-slurm", allow_module_level=True)
