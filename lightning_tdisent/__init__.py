@@ -12,8 +12,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "diffusion.schedules": "NoiseSchedule Linear ScaledLinear Cosine Sigmoid",
+    "diffusion.schedules": "NoiseSchedule Linear ScaledLinear Cosine Sigmoid LogLinear Geometric",
     "diffusion.states": "LatentStates",
+    "diffusion.bases": "Basis Pixels Haar",
+    "diffusion.components": "ComponentStates Condition",
+    "diffusion.operators": "Operator Inpainting SuperResolution Edges Grey",
     "diffusion.objectives": "Objective Eps X0 V Weight Constant MinSNR P2 Likelihood",
     "networks.network": "Network",
     "networks.unet": "UNet",

@@ -75,4 +75,6 @@ def describe(argv: list[str]) -> "Facts":
         cli.trainer.max_steps,
         every if isinstance(every, int) and cli.trainer.check_val_every_n_epoch is None else 0,
         f"{network['class_path'].rpartition('.')[2]} {flow(words)}, {module.objective.prediction}-prediction",
+        [len(block) for block in states.blocks_of_rows],
+        states.K,
     )

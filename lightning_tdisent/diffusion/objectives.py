@@ -93,16 +93,20 @@ class Objective(Part, ABC):
         return to_x0(self.prediction, raw, x, a, b)
 
     def weights(self, states: LatentStates) -> Tensor:
-        """Weight of rows 0..S on the raw output, (S+1, K) float64; row 0 is 0. Refuses a weight that is not finite."""
+        """Weight of rows 0..S on the raw output, (S+1, K) float64; 0 in row 0 and for what is not learned.
+
+        Refuses a weight that is not finite.
+        """
         snr = states.log_snr.exp()
         table = self.weight.on_raw(snr[1:], snr[:-1], self.unit(snr[1:]))
+        table = table.where(states.counted[1:], 0.0)
         if not table.isfinite().all():
             s = int((~table.isfinite()).any(1).nonzero()[0]) + 1
             raise InputError(
                 f"{type(self.weight).__name__} weight of {type(self).__name__} is not finite at row {s} "
                 f"(SNR {snr[s].tolist()}); use the Constant weight or another schedule"
             )
-        return torch.cat([torch.zeros_like(table[:1]), table])
+        return states.reweighted(torch.cat([torch.zeros_like(table[:1]), table]))
 
     def check(self, states: LatentStates) -> None:
         """Refuse a table that this prediction cannot invert."""
@@ -123,7 +127,7 @@ class Eps(Objective):
 
     def check(self, states: LatentStates) -> None:
         """Refuse zero terminal SNR: x0 = (x - b eps)/a divides by a = 0."""
-        if bool(states.log_snr[-1].isneginf().any()):
+        if bool((states.log_snr.isneginf() & states.counted).any()):
             raise InputError(
                 f"objective Eps cannot be used with zero terminal SNR ({states.schedule!r}): at row {states.S} the "
                 "signal is 0 and x0 cannot be recovered from eps. Use objective V or X0, or zero_terminal: false."

@@ -17,9 +17,14 @@ def scale(c: Coefficient, x: Tensor) -> Tensor:
     return c.to(x.dtype) * x if isinstance(c, Tensor) else c * x
 
 
+def spread(states: LatentStates, c: Coefficient, x: Tensor) -> Coefficient:
+    """A float as it is, coefficients (K,) as what multiplies a state x."""
+    return states.spread(c.to(x.device, x.dtype), x.shape) if isinstance(c, Tensor) else c
+
+
 def noise(states: LatentStates, x0: Tensor, s: int | Tensor, eps: Tensor) -> Tensor:
     """x_s = a_s x_0 + b_s eps (2006.11239, eq. 4)."""
-    a, b = states.coefficients(s)
+    a, b = states.coefficients(s, x0)
     return scale(a, x0) + scale(b, eps)
 
 
@@ -27,7 +32,8 @@ def transition(states: LatentStates, s: int, r: int, eta: float) -> tuple[Coeffi
     """Coefficients of x_r = c0 x0_hat + cx x_s + cz z for r < s (DDIM, 2010.02502, eq. 12 and 16).
 
     With (a, b) at s and (c, d) at r: cz = eta (d/b) sqrt(1 - (a/c)^2), cx = sqrt(d^2 - cz^2)/b, c0 = c - a cx.
-    eta 0 is deterministic, eta 1 the ancestral posterior of DDPM.
+    eta 0 is deterministic, eta 1 the ancestral posterior of DDPM. Floats of a table of one column, else float64 (K,),
+    by component, for `LatentStates.spread`.
     """
     if not 0 <= r < s <= states.S:
         raise InputError(f"a reverse step goes from a row s to a row r < s within 0..{states.S}, got s={s}, r={r}")
@@ -36,17 +42,20 @@ def transition(states: LatentStates, s: int, r: int, eta: float) -> tuple[Coeffi
         fresh = eta * d / b * math.sqrt(max(0.0, 1 - (a / c) ** 2))
         keep = d / b * math.sqrt(1 - eta * eta + (eta * a * d / (b * c)) ** 2)
         return c - a * keep, keep, fresh
-    at, bt, ct, dt = (c[:, None, None] for c in (states.a[s], states.b[s], states.a[r], states.b[r]))
+    at, bt, ct, dt = states.a[s], states.b[s], states.a[r], states.b[r]
     fresh_t = eta * dt / bt * (1 - (at / ct).square()).clamp_min(0).sqrt()
     keep_t = dt / bt * (1 - eta * eta + (eta * at * dt / (bt * ct)).square()).sqrt()
-    return ct - at * keep_t, keep_t, fresh_t
+    clean, dead = bt == 0, ct == 0  # does not diffuse yet; finished in both rows, and in no state
+    keep_t = keep_t.where(~clean, 1.0).where(~dead, 1.0)
+    fresh_t = fresh_t.where(~clean & ~dead, 0.0)
+    return (ct - at * keep_t).where(~clean & ~dead, 0.0), keep_t, fresh_t
 
 
 def step(
     states: LatentStates, x: Tensor, x0_hat: Tensor, s: int, r: int, eta: float = 0.0, z: Tensor | None = None
 ) -> Tensor:
     """One reverse step x_s -> x_r with the estimate x0_hat; z ~ N(0, I) is needed where `transition` has cz > 0."""
-    c0, cx, cz = transition(states, s, r, eta)
+    c0, cx, cz = (spread(states, c, x) for c in transition(states, s, r, eta))
     out = scale(c0, x0_hat) + scale(cx, x)
     if bool((cz > 0).any()) if isinstance(cz, Tensor) else cz > 0:
         if z is None:
@@ -59,13 +68,16 @@ def posterior(states: LatentStates, x0: Tensor, x: Tensor, s: int, r: int) -> tu
     """Mean and variance of q(x_r | x_s, x_0) (2006.11239, eq. 6 and 7, for any r < s).
 
     With alpha = a_s^2/a_r^2: mean = a_r (1 - alpha)/b_s^2 x_0 + sqrt(alpha) b_r^2/b_s^2 x_s,
-    variance = (1 - alpha) b_r^2/b_s^2. The variance has shape (K, 1, 1).
+    variance = (1 - alpha) b_r^2/b_s^2, which multiplies a state.
     """
     a, b, c, d = states.a[s], states.b[s], states.a[r], states.b[r]
     ratio, beta = a / c, -torch.expm1(2 * (a / c).log())
-    view = (-1, 1, 1)
-    mean = scale((c * beta / b.square()).view(view), x0) + scale((ratio * (d / b).square()).view(view), x)
-    return mean, (beta * (d / b).square()).view(view)
+    kept, lost = (ratio * (d / b).square(), c * beta / b.square())
+    variance = beta * (d / b).square()
+    clean = b == 0  # does not diffuse
+    kept, lost, variance = kept.where(~clean, 1.0), lost.where(~clean, 0.0), variance.where(~clean, 0.0)
+    mean = scale(spread(states, lost, x), x0) + scale(spread(states, kept, x), x)
+    return mean, states.spread(variance.to(x.device), x.shape)
 
 
 def to_x0(kind: str, value: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:

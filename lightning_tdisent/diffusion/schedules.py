@@ -164,3 +164,33 @@ class Sigmoid(NoiseSchedule):
         u = torch.linspace(0, 1, self.T + 1, dtype=torch.float64)
         g = torch.sigmoid((u * (self.end - self.start) + self.start) / self.tau)
         return ((g[-1] - g) / (g[-1] - g[0])).clamp_min(self.floor).log()
+
+
+class LogLinear(NoiseSchedule):
+    """log-SNR linear in t, from ``high`` at t = 1 to ``low`` at t = T: the curves of 2207.09786, with eps = 1/T."""
+
+    def __init__(self, T: int = 1000, high: float = 10.0, low: float = -10.0, zero_terminal: bool = False) -> None:
+        super().__init__(T, zero_terminal)
+        if not -math.inf < low < high < math.inf:
+            raise InputError(f"{type(self).__name__}: log-SNR must fall from t = 1 to T, got {high:g} to {low:g}")
+        self.high, self.low = high, low
+
+    def log_alpha_bar(self) -> Tensor:
+        """log sigmoid(high - (high - low) (t-1)/(T-1))."""
+        L = torch.linspace(self.high, self.low, self.T, dtype=torch.float64)
+        return torch.cat([L.new_zeros(1), torch.nn.functional.logsigmoid(L)])
+
+
+class Geometric(LogLinear):
+    """Deviations growing geometrically, sigma_t = min (max/min)^((t-1)/(T-1)) (VE, 2011.13456, eq. 9).
+
+    Here as the variance-preserving process x / sqrt(1 + sigma^2) of equal SNR, alpha_bar = 1/(1 + sigma^2).
+    """
+
+    def __init__(
+        self, T: int = 1000, sigma_min: float = 0.005, sigma_max: float = 110.0, zero_terminal: bool = False
+    ) -> None:
+        if not 0 < sigma_min < sigma_max:
+            raise InputError(f"Geometric needs 0 < sigma_min < sigma_max, got {sigma_min:g} and {sigma_max:g}")
+        super().__init__(T, -2 * math.log(sigma_min), -2 * math.log(sigma_max), zero_terminal)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max

@@ -82,6 +82,9 @@ class LatentStates(Part, nn.Module):
                 f"log-SNR must fall from row to row; row {s} (index {int(index[s])}) has {log_snr[s].tolist()} after "
                 f"{log_snr[s - 1].tolist()}"
             )
+        self._set(log_snr, index)
+
+    def _set(self, log_snr: Tensor, index: Tensor) -> None:
         for name, value in {
             "log_snr": log_snr,
             "a": torch.sigmoid(log_snr).sqrt(),
@@ -116,24 +119,100 @@ class LatentStates(Part, nn.Module):
     def fingerprint(self) -> str:
         """Hash of the table to 8 significant digits: machines differ in the last bits of a logarithm."""
         rows = zip(self.index.tolist(), self.log_snr.tolist(), strict=True)
-        text = ";".join(f"{t}:" + ",".join(f"{L:.8g}" for L in row) for t, row in rows)
+        text = ";".join(f"{t}:" + ",".join(f"{L:.8g}" for L in row) for t, row in rows) + self.layout
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def coefficients(self, s: int | Tensor) -> tuple[Coefficient, Coefficient]:
-        """Return (a_s, b_s): two Python floats for one row of a K = 1 table, else float64 tensors (.., K, 1, 1).
+    def coefficients(self, s: int | Tensor, x: Tensor | None = None) -> tuple[Coefficient, Coefficient]:
+        """Return (a_s, b_s): two Python floats for one row of a K = 1 table, else tensors that multiply states.
 
-        s: a row 0..S, or int64 rows of shape (B,).
+        s: a row 0..S, or int64 rows of shape (B,); x: the state they are for, (B, C, H, W), whose dtype they have;
+        float64 (.., K, 1, 1), K = 1 or C, if not given.
         """
         if isinstance(s, int) and self.K == 1:
             return self._rows[s]
-        return self.a[s][..., None, None], self.b[s][..., None, None]
+        a, b = self.a[s], self.b[s]
+        if x is None:
+            return a[..., None, None], b[..., None, None]
+        return self.spread(a.to(x.dtype), x.shape), self.spread(b.to(x.dtype), x.shape)
+
+    # What follows is trivial for tables of one column, or one a channel; `components.ComponentStates` has the rest.
+    condition: Any = None
+
+    @property
+    def image_shape(self) -> list[int] | None:
+        """(C, H, W) of images, where states are of other shapes."""
+        return None
+
+    @property
+    def layout(self) -> str:
+        """What the columns are, for the fingerprint."""
+        return ""
+
+    def spread(self, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """Values (.., K) by component to what multiplies a state (B, C, H, W) of this shape."""
+        return values[..., None, None]
+
+    @property
+    def counted(self) -> Tensor:
+        """Whether an entry is learned, bool (S+1, K)."""
+        return torch.ones_like(self.log_snr, dtype=torch.bool)
+
+    def reweighted(self, weights: Tensor) -> Tensor:
+        """Weights (S+1, K) of the losses, where components have some of their own."""
+        return weights
+
+    @property
+    def blocks_of_rows(self) -> list[list[int]]:
+        """Rows whose states are alike, so that one network can answer for them: all."""
+        return [self.rows]
+
+    def left(self, rows: Sequence[int]) -> int:
+        """How many components are finished at these rows, and have left their states."""
+        return 0
+
+    def shape_at(self, s: int, shape: Sequence[int]) -> list[int]:
+        """(C, H, W) of state s of images of this shape."""
+        return list(shape)
+
+    def components(self, x0: Tensor, item: Tensor | None, left: int = 0) -> Tensor:
+        """State 0 of images x_0 (B, C, H, W), the items int64 (B,) of their data set."""
+        return x0
+
+    def to_network(self, x: Tensor, left: int) -> Tensor:
+        """A state as a network sees it."""
+        return x
+
+    def from_network(self, x: Tensor, left: int) -> Tensor:
+        """What a network says, as a state."""
+        return x
+
+    def clamp(self, x0: Tensor, bound: float, left: int) -> Tensor:
+        """x0_hat within the bound."""
+        return x0.clamp(-bound, bound)
+
+    def picture(self, x: Tensor, left: int = 0) -> Tensor:
+        """A state as an image (B, C, H, W)."""
+        return x
+
+    def annealed(self, step: int) -> "LatentStates":
+        """The table that a step of a training uses."""
+        return self
+
+    def needs_noise(self, s: int, r: int) -> bool:
+        """Whether arriving at r from s takes noise besides that of the step."""
+        return False
+
+    def begin(self, z: Tensor, given: Tensor | None) -> Tensor:
+        """State S of noise z."""
+        return z
+
+    def arrive(self, out: Tensor, z: Tensor | None, s: int, r: int, x: Tensor, given: Tensor | None) -> Tensor:
+        """State r of the step that led there from x at s."""
+        return out
 
     def blocks(self, owners: int) -> list[list[int]]:
         """Owner map: rows 1..S split into contiguous blocks, sizes as equal as possible, low noise first."""
-        if not 1 <= owners <= self.S:
-            raise InputError(f"experts: {owners} owners cannot share {self.S} rows; choose 1..{self.S}")
-        cut = [round(k * self.S / owners) for k in range(owners + 1)]
-        return [list(range(lo + 1, hi + 1)) for lo, hi in pairwise(cut)]
+        return split_rows([len(block) for block in self.blocks_of_rows], owners)
 
     def restrict(self, indices: Sequence[int]) -> "LatentStates":
         """Return the table of these original indices alone, values unchanged; refuses an index that is no row here."""
@@ -211,6 +290,28 @@ def _choose(schedule: NoiseSchedule, S: int | None, spacing: str, indices: list[
             )
         return chosen
     raise InputError(f"spacing {spacing!r}: choose even, leading, trailing or log_snr")
+
+
+def split_rows(sizes: Sequence[int], owners: int) -> list[list[int]]:
+    """Owner map of contiguous rows 1.., as equal as possible, for runs of rows of these sizes that are alike.
+
+    One owner a row, or as many in each run: no owner has rows of two. Raises InputError for other numbers.
+    """
+    S = sum(sizes)
+    if not 1 <= owners <= S:
+        raise InputError(f"experts: {owners} owners cannot share {S} rows; choose 1..{S}")
+    each = [*sizes] if owners == S else [owners // len(sizes)] * len(sizes)
+    if sum(each) != owners or any(n > size for n, size in zip(each, sizes, strict=True)):
+        raise InputError(
+            f"experts: {owners} owners cannot share the intervals of {list(sizes)} rows, as no network is for rows of "
+            f"two; choose {S}, or a multiple of {len(sizes)}"
+        )
+    out, begin = [], 1
+    for n, size in zip(each, sizes, strict=True):
+        cut = [begin + round(k * size / n) for k in range(n + 1)]
+        out += [list(range(lo, hi)) for lo, hi in pairwise(cut)]
+        begin += size
+    return out
 
 
 def row_of(at: int | float, S: int) -> int:

@@ -1,10 +1,10 @@
 """A fleet's YAML expanded into its plan: one training per expert."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lightning_tdisent.diffusion.states import split_rows
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.plan import (
@@ -71,7 +71,7 @@ def draft(
     facts = facts_of(list(configs), common)
     if not facts.module.endswith("SingleState"):
         raise InputError(f"{file}: configs make a {facts.module}; an expert is a SingleState")
-    blocks = _blocks(data, facts.S, str(file))
+    blocks = _blocks(data, facts.sizes or [facts.S], str(file))
     specials = _for_rows(data.get("for_rows") or {}, blocks, facts.S, str(file))
     batch = int(data.get("batch") or facts.batch)
     flops: dict[str, float] = {}
@@ -127,7 +127,8 @@ def _claim(fleet: Fleet, copies: dict[str, bytes]) -> None:
     fleet.store.write(FILE, text)
 
 
-def _blocks(data: dict[str, Any], S: int, file: str) -> list[list[int]]:
+def _blocks(data: dict[str, Any], sizes: Sequence[int], file: str) -> list[list[int]]:
+    S = sum(sizes)
     if data.get("rows") is not None and data.get("experts") is not None:
         raise InputError(f"{file}: experts and rows are both given; give one of them")
     if data.get("rows") is not None:
@@ -139,10 +140,12 @@ def _blocks(data: dict[str, Any], S: int, file: str) -> list[list[int]]:
             raise InputError(f"{file}: rows: {far} are not among 1..{S}")
         return [sorted(block) for block in rows]
     owners = S if data.get("experts") is None else data["experts"]
-    if not isinstance(owners, int) or not 1 <= owners <= S:
-        raise InputError(f"{file}: experts: {owners} owners cannot share {S} rows; choose 1..{S}")
-    cut = [round(k * S / owners) for k in range(owners + 1)]
-    return [list(range(lo + 1, hi + 1)) for lo, hi in pairwise(cut)]
+    try:
+        return split_rows(sizes, owners)
+    except (InputError, TypeError) as error:
+        raise InputError(
+            f"{file}: {error if isinstance(error, InputError) else f'experts: {owners!r} is no number'}"
+        ) from None
 
 
 def _for_rows(data: Any, blocks: Sequence[Sequence[int]], S: int, file: str) -> list[dict[str, Any]]:

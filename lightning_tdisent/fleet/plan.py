@@ -49,7 +49,8 @@ class Facts:
 
     log_snr: of rows 1..S, first column; flops: of a forward pass of one image; decay: course of the learning rate;
     validate: steps from one validation to the next, 0 if that goes by epochs; fits: network and prediction, which are
-    equal where one may start from another's weights.
+    equal where one may start from another's weights; sizes: of the runs of rows that one network can answer for, all if
+    not given; K: columns of the table.
     """
 
     module: str
@@ -64,6 +65,8 @@ class Facts:
     max_steps: int
     validate: int
     fits: str
+    sizes: list[int] = field(default_factory=list)
+    K: int = 1
 
 
 Describe = Callable[[list[str]], Facts]
@@ -251,6 +254,11 @@ class Fleet:
                 raise InputError(
                     f"{job.name}: model.decay is {facts.decay}, whose course needs the end to be known; an adaptive "
                     "budget wants model.decay: constant (and ema.lengths: [0.1], which averages as long as it trains)"
+                )
+            if self.budget.rule == "adaptive" and facts.K > 1:
+                raise InputError(
+                    f"{job.name}: an adaptive budget knows what errors do to an image in tables of one column, this "
+                    f"has {facts.K}; choose budget.rule: uniform, taper, snr or explicit"
                 )
             if self.budget.rule == "adaptive" and job.name != SHARED and not facts.validate:
                 raise InputError(

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 # imported so that a YAML may name them by their short names
-from lightning_tdisent.diffusion import objectives, schedules  # noqa: F401
+from lightning_tdisent.diffusion import bases, components, objectives, operators, schedules  # noqa: F401
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.lit import datamodule, inference, modules, prior  # noqa: F401

@@ -10,7 +10,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.checkpoints import refuse_to_load
 from lightning_tdisent.sampling.composite import CompositeDenoiser, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.evaluation import x0_errors
+from lightning_tdisent.sampling.evaluation import state_errors
 from lightning_tdisent.sampling.sampler import DDIM, Sampler, from_uint8, probe_rows, sample
 
 
@@ -71,19 +71,18 @@ class DenoiserModule(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start sums of errors over the probe rows."""
         self._probe = probe_rows(self.rows)
-        self._sums = torch.zeros(len(self._probe) + 1, dtype=torch.float64)
+        self._sums = torch.zeros(2 * len(self._probe) + 1, dtype=torch.float64)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Error of x0_hat at the probe rows, on noise keyed by image and row."""
+        """Errors of x0_hat and eps_hat at the probe rows, on noise keyed by image and row."""
         label = batch["label"] if self.denoiser.classes else None
-        errors = x0_errors(self.denoiser, clean(batch), batch["id"].tolist(), self._probe, label)
-        self._sums += torch.cat([errors.sum(1), torch.tensor([errors.shape[1]])])
+        errors = state_errors(self.denoiser, clean(batch), batch["id"].tolist(), self._probe, label)
+        self._sums += torch.cat([errors.sum(2).flatten(), torch.tensor([errors.shape[2]])])
 
     def on_validation_epoch_end(self, prefix: str = "val") -> None:
         """Log eps-MSE and x0-MSE per probe row, exact over all ranks."""
         sums = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum").cpu()
-        x0 = sums[:-1] / sums[-1]
-        eps = x0 * self.denoiser.states.log_snr[self._probe].exp().mean(1).cpu()
+        x0, eps = (sums[:-1] / sums[-1]).view(2, -1)
         values = {f"{prefix}/eps_mse": float(eps.mean()), f"{prefix}/x0_mse": float(x0.mean())}
         for s, x0_mse, eps_mse in zip(self._probe, x0.tolist(), eps.tolist(), strict=True):
             t = int(self.denoiser.states.index[s])
@@ -107,6 +106,8 @@ class DenoiserModule(L.LightningModule):
         """Images of a list of seeds, uint8 (B, C, H, W)."""
         if not self.whole:
             raise InputError(f"this model owns rows {self.rows} only; compose it with the other experts to sample")
+        if self.denoiser.states.condition is not None:
+            raise InputError("a conditional model is given observations: sample it with --observe DATA, or evaluate it")
         return torch.cat(list(sample(self.denoiser, self.sampler, batch, len(batch))))
 
 

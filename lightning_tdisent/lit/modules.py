@@ -33,7 +33,8 @@ from lightning_tdisent.sampling.sampler import DDIM, Sampler
 class Diffusion(Part, DenoiserModule):
     """Trains one network for the rows it owns; `Baseline`, `ReducedStates` and `SingleState` differ in the rows.
 
-    network: the network; states: the table; objective: meaning of the output, V if not given; sampler: for pictures
+    network: the network, for images, built anew for the states of the rows owned where these are of another shape;
+    states: the table; objective: meaning of the output, V if not given; sampler: for pictures
     and metrics during training, DDIM if not given; lr, warmup, decay: AdamW's rate, its linear warm-up in steps, and
     its course after that (``cosine`` needs trainer.max_steps); weight_decay; clip_norm: bound of the gradient's norm,
     null for none; draw: rows of a batch ``balanced`` over the rows owned or ``iid``; label_drop: share of labels
@@ -61,6 +62,8 @@ class Diffusion(Part, DenoiserModule):
         super().__init__()
         states = states or LatentStates()
         rows = self.owned(states)
+        if network.shape == states.image_shape != (shape := states.shape_at(rows[0], network.shape)):
+            network = network.of_shape(shape)
         if len(rows) == 1 and network.conditioning is None:
             network = network.time_agnostic()
         self.sampler, self.warm_start = sampler or DDIM(), warm_start
@@ -157,7 +160,7 @@ class Diffusion(Part, DenoiserModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Noise the batch to rows owned, and take the loss of each image."""
-        x0 = clean(batch, self.generator)
+        x0 = self.components(clean(batch, self.generator))
         s = draw_rows(self.row_choices, len(x0), self.generator, self.draw == "balanced")
         eps = torch.randn(x0.shape, generator=self.generator, device=x0.device)
         losses = self.denoiser.loss(x0, s, eps, self.drop_labels(batch["label"]))
@@ -165,6 +168,15 @@ class Diffusion(Part, DenoiserModule):
         loss = losses.mean()
         # times 1, or NaN where it is not finite: so all gradients, and after their reduction all ranks, know of it
         return {"loss": loss * (loss.detach() * 0 + 1), "losses": losses.detach(), "row": s}
+
+    def components(self, x0: Tensor) -> Tensor:
+        """State 0 of images; what is observed of them is degraded anew at every step."""
+        if self.states.condition is None:
+            return self.denoiser.components(x0)
+        if self.states.condition.anneal:
+            self.denoiser.anneal(self.global_step)
+        item = torch.randint(1 << 32, (len(x0),), generator=self.generator, device=x0.device)
+        return self.denoiser.components(x0, item)
 
     def drop_labels(self, label: Tensor) -> Tensor | None:
         """Replace a share of the labels by the null label; None for an unconditional network."""

@@ -246,6 +246,8 @@ class Member(L.Callback):
             return "its network draws random numbers (dropout)"
         if trainer.precision not in ("32-true", "bf16-mixed"):
             return f"trainer.precision is {trainer.precision}, not 32-true or bf16-mixed"
+        if (condition := module.states.condition) is not None and condition.anneal:
+            return "its table changes while it trains (condition.anneal)"
         groups = [(o, group["params"]) for o in trainer.optimizers for group in o.param_groups]
         mine = list(module.denoiser.parameters())
         if len(groups) != 1 or [id(p) for p in groups[0][1]] != [id(p) for p in mine]:
@@ -320,7 +322,8 @@ class Stack:
     def __init__(self, members: Sequence[Member]) -> None:
         self.members, first = members, members[0].denoiser
         network, self.weights = stack([member.denoiser.network for member in members])
-        self.denoiser = Denoiser(network, first.objective, first.states)
+        rows = sorted({s for member in members for s in member.denoiser.rows})
+        self.denoiser = Denoiser(network, first.objective, first.states, rows)
         self._flat = [member.flat.detach() for member in members]
         self._rows = torch.stack(self._flat)
         parts = self._rows.split([w[0].numel() for w in self.weights.values()], 1)

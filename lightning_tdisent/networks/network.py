@@ -18,7 +18,7 @@ class Network(Part, nn.Module):
     implements ``forward(x, index, label)``: x and the result (B, C, H, W), index int64 (B,) in 1..T or None, label
     int64 (B,) in 0..classes (``classes`` itself is the null label of classifier-free guidance) or None.
 
-    shape: (C, H, W) of an image.
+    shape: (C, H, W) of an image, or whatever else a state is.
     classes: number of class labels, None for an unconditional network.
     conditioning: ``state`` sees the original index of the state, ``none`` is truly time-agnostic: no embedding, no
         projections, fewer parameters (2606.20416). Not given: ``state``, but an expert of one state takes ``none``.
@@ -41,8 +41,15 @@ class Network(Part, nn.Module):
 
     def time_agnostic(self) -> "Network":
         """Return a new network of the same arguments with ``conditioning: none``."""
+        return self._with(conditioning="none")
+
+    def of_shape(self, shape: list[int]) -> "Network":
+        """Return a new network of the same arguments for states of another shape."""
+        return self._with(shape=list(shape))
+
+    def _with(self, **arguments: object) -> "Network":
         data = spec(self)
-        data["init_args"]["conditioning"] = "none"
+        data["init_args"] |= arguments
         return build(data, Network)
 
     def at_index(self, index: int) -> "Network":

@@ -59,7 +59,7 @@ class Bits:
         if prior is not None and not prior.has_density:
             return out | {"bpd_refused": f"{type(prior).__name__} has no density"}
         errors = torch.zeros(S + 1, dtype=torch.float64)
-        errors[1:] = held_out_errors(model, training, model.states.rows, batch_size)
+        errors[1:] = held_out_errors(model, training, model.states.rows, batch_size)[0]
         for name, wanted in (("bpd", self.bound), ("bpd_ode", self.ode)):
             if not wanted:
                 continue

@@ -153,8 +153,7 @@ def _of_model(
     images, order = torch.cat([p[1] for p in parts]), torch.cat([p[0] for p in parts]).argsort()
     errors: dict[str, dict[str, float]] = {}
     if at := common.rows(model.states):
-        x0 = held_out_errors(model, held_out, at, batch_size)
-        eps = x0 * model.states.log_snr[at].exp().mean(1).cpu()
+        x0, eps = held_out_errors(model, held_out, at, batch_size)
         names = [str(t) for t in common.indices]
         errors = {name: dict(zip(names, v.tolist(), strict=True)) for name, v in (("x0_mse", x0), ("eps_mse", eps))}
     row = {

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -66,7 +66,7 @@ class CompositeDenoiser(nn.Module):
             self._owner |= {s: (fill, s) for s in missing}
             self.filled = dict.fromkeys(missing, "shared")
         elif missing:
-            nearest = {s: _nearest(self.states, s, list(self._owner)) for s in missing}
+            nearest = {s: _nearest(self.states, s, _alike(self.states, s, self._owner)) for s in missing}
             self._owner |= {s: self._owner[r] for s, r in nearest.items()}
             self.filled = {s: f"row {r}" for s, r in nearest.items()}
         self.experts = nn.ModuleList(experts)
@@ -104,7 +104,7 @@ class CompositeDenoiser(nn.Module):
             assert isinstance(expert, PassingExpert)
             self._slot.hold(expert, self._then.get(s))
         if row != s:
-            x = scale(_stretch(self.states, row, s), x)
+            x = scale(_stretch(self.states, row, s, x), x)
         out: Tensor = expert(x, row, label)
         return out
 
@@ -132,9 +132,16 @@ def _nearest(states: LatentStates, s: int, rows: Sequence[int]) -> int:
     return min(rows, key=lambda r: (float((log_snr[r] - log_snr[s]).abs().sum()), -r))
 
 
-def _stretch(states: LatentStates, row: int, s: int) -> Coefficient:
+def _alike(states: LatentStates, s: int, rows: Iterable[int]) -> list[int]:
+    """Those rows whose states have the shape of row s."""
+    if not (out := [r for r in rows if states.left([r]) == states.left([s])]):
+        raise InputError(f"no expert of a row whose states are of the scale of row {s}: nothing can fill it")
+    return out
+
+
+def _stretch(states: LatentStates, row: int, s: int, x: Tensor) -> Coefficient:
     """sqrt(a_row / a_s), 1 where either has no signal."""
-    at, asked = states.coefficients(row)[0], states.coefficients(s)[0]
+    at, asked = states.coefficients(row, x)[0], states.coefficients(s, x)[0]
     if isinstance(at, Tensor) or isinstance(asked, Tensor):
         ratio = torch.as_tensor(at) / asked
         return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
@@ -160,7 +167,7 @@ def _card_facts(card: Card) -> dict[str, Any]:
         "table": f"{card.fingerprint} ({_brief(states)})",
         "parametrisation": card.objective["class_path"].rpartition(".")[2],
         "image range": card.image_range,
-        "network input": {"shape": network.get("shape"), "classes": network.get("classes")},
+        "network input": {"shape": states.get("shape") or network.get("shape"), "classes": network.get("classes")},
         "training data": card.data,
         "weights": card.weights,
     }
@@ -169,7 +176,8 @@ def _card_facts(card: Card) -> dict[str, Any]:
 def _brief(states: dict[str, Any]) -> str:
     schedule = states["schedule"]
     arguments = ", ".join(f"{k}={v}" for k, v in schedule["init_args"].items())
-    return f"S={states['S']} {states['kind']} of {schedule['class_path'].rpartition('.')[2]}({arguments})"
+    kind = states.get("kind", "components")
+    return f"S={states['S']} {kind} of {schedule['class_path'].rpartition('.')[2]}({arguments})"
 
 
 def differing(facts: Sequence[dict[str, Any]], allow: Sequence[str]) -> dict[str, list[str]]:

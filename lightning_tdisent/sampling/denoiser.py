@@ -1,5 +1,6 @@
 """`Denoiser`: (x, s) -> x0_hat. Baseline, expert and composite are all denoisers; samplers know nothing else."""
 
+import math
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -7,21 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tdisent.diffusion.objectives import Objective
-from lightning_tdisent.diffusion.process import noise, scale
+from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.network import Network
 
 
 class Denoises(Protocol):
-    """What a sampler needs: a table, an image shape, and x0_hat at one row of the table for a whole batch."""
+    """What a sampler needs: a table, an image shape, and x0_hat at one row of the table for a whole batch of states."""
 
     states: LatentStates
     shape: list[int]
     classes: int | None
 
     def __call__(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
-        """Return x0_hat (B, C, H, W) for x at row s in 1..S."""
+        """Return x0_hat for x at row s in 1..S, both states (B, C, H, W)."""
 
     def at(self, s: int) -> "Denoiser":
         """Return the denoiser of one network that answers for row s."""
@@ -38,6 +39,7 @@ class Denoiser(nn.Module):
     """
 
     weights: Tensor
+    _now: tuple[LatentStates, Tensor] | None
 
     def __init__(
         self, network: Network, objective: Objective, states: LatentStates, rows: list[int] | None = None
@@ -49,8 +51,14 @@ class Denoiser(nn.Module):
         if strange or not self.rows:
             raise InputError(f"rows {strange or '[]'} are not among the latent rows 1..{states.S}")
         self.network, self.objective, self.states = network, objective, states
+        self._left = states.left(self.rows)
+        self.shape, self.classes = states.image_shape or network.shape, network.classes
+        if network.shape != (asked := states.shape_at(self.rows[0], network.shape)):
+            raise InputError(f"the network takes {network.shape}, states of rows {_short(self.rows)} are {asked}")
         self.register_buffer("weights", objective.weights(states), persistent=False)
-        self.shape, self.classes = network.shape, network.classes
+        counted = states.spread(states.counted[self.rows[0]], network.shape).expand(network.shape)
+        self._uncounted = math.prod(network.shape) / int(counted.sum())  # a mean is that of what is learned
+        self.anneal(0)
         self._index: list[int] = states.index.tolist()
         self._owned = frozenset(self.rows)
 
@@ -69,26 +77,47 @@ class Denoiser(nn.Module):
             )
         return self
 
+    def anneal(self, step: int) -> None:
+        """Let the loss be that of a step of a training, where its table is not yet the one in the end."""
+        now = self.states.annealed(step)
+        if now is not self.states:
+            self._now = (now, self.objective.weights(now).to(self.weights.device))
+        else:
+            self._now = None
+
     def forward(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
-        """x0_hat at row s, which must be owned, for the whole batch."""
+        """x0_hat at row s, which must be owned, for the whole batch of states."""
         self.at(s)
-        a, b = self.states.coefficients(s)
+        a, b = self.states.coefficients(s, x)
         index = None
         if self.network.sees_state:
             index = torch.full((len(x),), self._index[s], device=x.device)
-        return self.objective.x0(self.network(x, index, label), x, a, b)
+        return self.objective.x0(self._raw(x, index, label), x, a, b)
+
+    def _raw(self, x: Tensor, index: Tensor | None, label: Tensor | None) -> Tensor:
+        seen = self.states.to_network(x, self._left)
+        return self.states.from_network(self.network(seen, index, label), self._left)
+
+    def components(self, x0: Tensor, item: Tensor | None = None) -> Tensor:
+        """State 0 of images, as far as the rows owned have it: see `LatentStates.components`."""
+        return self.states.components(x0, item, self._left)
 
     def loss(self, x0: Tensor, s: Tensor, eps: Tensor, label: Tensor | None = None) -> Tensor:
         """weight(s) mean (raw(x_s) - target)^2, one number per sample (2508.14413, eq. 4 with eps and Constant).
 
-        x0 in [-1, 1] and eps (B, C, H, W), s int64 (B,) rows owned; returns float32 (B,).
+        x0, from `components`, and eps (B, C, H, W), s int64 (B,) rows owned; returns float32 (B,). The mean is over
+        what is learned: no component that has left, or that does not diffuse.
         """
-        a, b = (c.to(x0.dtype) for c in self.states.coefficients(s))  # type: ignore[union-attr]
-        x = noise(self.states, x0, s, eps)
-        raw = self.network(x, self.states.index[s] if self.network.sees_state else None, label)
+        states, weights = self._now or (self.states, self.weights)
+        a, b = states.coefficients(s, x0)
+        assert isinstance(a, Tensor)
+        assert isinstance(b, Tensor)
+        x = noise(states, x0, s, eps)
+        raw = self._raw(x, states.index[s] if self.network.sees_state else None, label)
         error = (raw - self.objective.target(x0, eps, a, b)).float().square()
-        weight = self.weights[s][..., None, None]
-        return scale(weight, error).mean((1, 2, 3))
+        weight = states.spread(weights[s].to(error.dtype), error.shape)
+        loss = (weight * error).mean((1, 2, 3))
+        return loss if self._uncounted == 1 else loss * self._uncounted
 
     def restrict(self, states: LatentStates) -> "Denoiser":
         """Return the same network on a table whose rows are rows of this one with the same values."""

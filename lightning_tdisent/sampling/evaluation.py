@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.rng import seed_noise
+from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
@@ -29,27 +30,42 @@ HELD_OUT = 1 << 20  # streams of held-out noise, far from the indices that key t
 
 
 @torch.no_grad()
-def x0_errors(
+def state_errors(
     denoise: Denoises, images: Tensor, ids: Sequence[int], rows: Sequence[int], label: Tensor | None = None
 ) -> Tensor:
-    """Mean squared error of x0_hat per row and image, (R, B) float64, on noise keyed by (image id, original index).
+    """Mean squared errors of x0_hat and of eps_hat per row and image, (2, R, B) float64.
 
-    images: uint8 (B, C, H, W), or x0 itself, float (B, C, H, W). Times SNR(s) it is the error of eps, over b_s^2 the
-    error of v.
+    images: uint8 (B, C, H, W), or x0 itself, float; noise is keyed by (image id, original index). The error of eps is
+    SNR(s) times that of x0, component by component; of a state that finer components have left, x0 is the image at
+    its resolution. What is given counts in neither.
     """
-    device = next(iter(denoise.parameters())).device
+    states, device = denoise.states, next(iter(denoise.parameters())).device
     x0 = (images.float() if images.is_floating_point() else from_uint8(images)).to(device)
-    index = denoise.states.index.tolist()
-    out = torch.empty(len(rows), len(images), dtype=torch.float64)
+    index, item = states.index.tolist(), torch.as_tensor(ids, device=device)
+    out = torch.empty(2, len(rows), len(images), dtype=torch.float64)
     for k, s in enumerate(rows):
-        eps = seed_noise(ids, HELD_OUT + index[s], x0.shape[1:]).to(device)
-        error = denoise(noise(denoise.states, x0, s, eps), s, label) - x0
-        out[k] = error.double().square().mean((1, 2, 3)).cpu()
+        z0 = states.components(x0, item, left := states.left([s]))
+        eps = seed_noise(ids, HELD_OUT + index[s], z0.shape[1:]).to(device)
+        error = denoise(noise(states, z0, s, eps), s, label) - z0
+        out[0, k] = states.picture(error, left).double().square().mean((1, 2, 3)).cpu()
+        if states.K == 1:
+            out[1, k] = out[0, k] * float(states.log_snr[s].exp())
+        else:
+            a, b = states.coefficients(s, error)
+            own = (error * (a / b))[:, : x0.shape[1]]
+            out[1, k] = own.double().square().mean((1, 2, 3)).cpu()
     return out
 
 
+def x0_errors(
+    denoise: Denoises, images: Tensor, ids: Sequence[int], rows: Sequence[int], label: Tensor | None = None
+) -> Tensor:
+    """The first of `state_errors`, (R, B)."""
+    return state_errors(denoise, images, ids, rows, label)[0]
+
+
 def held_out_errors(model: Denoises, held_out: ImageSet, rows: Sequence[int], batch_size: int) -> Tensor:
-    """Mean x0 error per row, with the true labels where the model takes some; ranks share the batches."""
+    """Mean errors of x0 and eps per row, (2, R), with the true labels where a model takes some; ranks share batches."""
     (rank, world), batches = place(), torch.arange(len(held_out)).split(batch_size)
     device = next(iter(model.parameters())).device
     mine: dict[int, list[Tensor]] = {k: [] for k in range(len(batches))[rank::world]}
@@ -57,9 +73,18 @@ def held_out_errors(model: Denoises, held_out: ImageSet, rows: Sequence[int], ba
         for k, found in mine.items():
             i = batches[k]
             label = held_out.labels[i].to(device) if model.classes else None
-            found.append(x0_errors(model, held_out.images[i], i.tolist(), [s], label).sum(1))
-    sums = {k: torch.cat(v) for part in gather(mine) for k, v in part.items()}
+            found.append(state_errors(model, held_out.images[i], i.tolist(), [s], label).sum(2))
+    sums = {k: torch.cat(v, 1) for part in gather(mine) for k, v in part.items()}
     return torch.stack([sums[k] for k in range(len(batches))]).sum(0) / len(held_out)
+
+
+def observed(states: LatentStates, held_out: ImageSet, n: int) -> Tensor | None:
+    """Observations of held-out images, in turn, for n samples of a conditional model; None for any other."""
+    if states.condition is None:
+        return None
+    item = torch.arange(n) % len(held_out)
+    given: Tensor = states.condition.operator.observe(from_uint8(held_out.images[item]), item)
+    return given
 
 
 @dataclass(frozen=True)
@@ -157,11 +182,13 @@ def score(
     batch_size: int = 250,
     keep: int = 0,
     progress: Callable[[int], None] | None = None,
+    given: Tensor | None = None,
 ) -> Scored:
     """Generate the images of the protocol's seeds, this rank's share of them, and return the numbers over all ranks.
 
     Exactly n images enter, whatever the number of ranks; image i depends on its seed alone, and no rank waits for
-    another before all have theirs. On a GPU their features are taken beside the sampling of the next ones.
+    another before all have theirs. On a GPU their features are taken beside the sampling of the next ones. given:
+    observations for a conditional model, one for each of the n.
     """
     (rank, world), n, first = place(), quality.protocol.n, quality.protocol.first_seed
     assert first is not None
@@ -172,7 +199,8 @@ def score(
     clock = _Clock(device)
     kept: list[Tensor] = []
     quality.reset()
-    images = iter(sample(denoise, sampler, (first + numbers).tolist(), batch_size))
+    mine = None if given is None else given[numbers]
+    images = iter(sample(denoise, sampler, (first + numbers).tolist(), batch_size, given=mine))
     done = 0
     while done < len(numbers):
         with clock:

@@ -18,18 +18,37 @@ from lightning_tdisent.sampling.sampler import Sampler, from_uint8, probe_rows, 
 def forward_strip(denoise: Denoises, images: Tensor, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
     """x_0 and x_s at the given rows, each image on one noise: uint8 (B, 1 + R, C, H, W)."""
     x0 = from_uint8(images)
-    eps = seed_noise(ids, HELD_OUT, x0.shape[1:])
-    strip = [x0, *(noise(denoise.states, x0, s, eps.to(x0)) for s in rows)]
+    strip = [x0, *(_noisy(denoise, x0, s, ids)[1] for s in rows)]
     return to_uint8(torch.stack(strip, 1))
+
+
+def _noisy(denoise: Denoises, x0: Tensor, s: int, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """x_s of images of these ids, and its picture."""
+    states, left = denoise.states, denoise.states.left([s])
+    z0 = states.components(x0.to(states.a.device), torch.as_tensor(ids), left)
+    eps = seed_noise(ids, HELD_OUT, states.shape_at(1, x0.shape[1:]))[..., : z0.shape[-2], : z0.shape[-1]]
+    x = noise(states, z0, s, eps.to(z0))
+    return x, states.picture(x, left).cpu()
+
+
+@torch.no_grad()
+def estimate_strip(denoise: Denoises, images: Tensor, s: int, ids: Sequence[int]) -> Tensor:
+    """x_0, x_s and x0_hat of it: uint8 (B, 3, C, H, W)."""
+    x0 = from_uint8(images)
+    x, noisy = _noisy(denoise, x0, s, ids)
+    estimate = denoise(x.to(next(iter(denoise.parameters())).device), s).cpu()
+    return to_uint8(torch.stack([x0, noisy, denoise.states.picture(estimate, denoise.states.left([s]))], 1))
 
 
 @torch.inference_mode()
 def reverse_strip(
-    denoise: Denoises, sampler: Sampler, seeds: Sequence[int], columns: int = 9
+    denoise: Denoises, sampler: Sampler, seeds: Sequence[int], columns: int = 9, given: Tensor | None = None
 ) -> tuple[Tensor, list[int]]:
     """x_s on the way from noise to image: uint8 (B, columns, C, H, W) and the rows shown, S first, 0 last."""
     keep = {*probe_rows(sampler.rows(denoise.states)[::-1], columns - 1), 0}
-    shown = [(s, to_uint8(x).cpu()) for s, x, _ in sampler.walk(denoise, seeds) if s in keep]
+    states = denoise.states
+    walk = sampler.walk(denoise, seeds, given=given)
+    shown = [(s, to_uint8(states.picture(x, states.left([s]))).cpu()) for s, x, _ in walk if s in keep]
     return torch.stack([x for _, x in shown], 1), [s for s, _ in shown]
 
 

@@ -11,8 +11,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from lightning_tdisent.diffusion.process import scale, transition
+from lightning_tdisent.diffusion.process import scale, spread, transition
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
@@ -49,51 +50,110 @@ class Sampler(Part, ABC):
         """Rows visited, S first; refuses more steps than the table has rows."""
         if self.steps is not None and self.steps > states.S:
             raise InputError(f"sampler.steps: {self.steps} steps on a table of {states.S} rows; at most {states.S}")
-        return probe_rows(states.rows, self.steps or states.S)[::-1]
+        blocks = states.blocks_of_rows
+        if len(blocks) == 1 or self.steps is None:
+            return probe_rows(states.rows, self.steps or states.S)[::-1]
+        if self.steps < len(blocks):
+            raise InputError(f"sampler.steps: one at least for each of {len(blocks)} scales, got {self.steps}")
+        return [s for block, n in zip(blocks, _shares(self.steps, [len(b) for b in blocks]), strict=True)
+                for s in probe_rows(block, n)][::-1]  # fmt: skip
 
     @abstractmethod
     def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Step]:
-        """Coefficients (c0, c0 of the estimate before, cx, cz) of every step along rows S..0, computed once."""
+        """Coefficients (c0, c0 of the estimate before, cx, cz) of every step along rows S..0, computed once.
+
+        Floats of a table of one column, else (K,) by component.
+        """
 
     def walk(
-        self, denoise: Denoises, seeds: Sequence[int], label: Tensor | None = None, start: Tensor | None = None
+        self,
+        denoise: Denoises,
+        seeds: Sequence[int],
+        label: Tensor | None = None,
+        start: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Yield (row, x, x0_hat of the step that led there), from (S, noise, None) to (0, image, image).
 
         seeds: one per image; label: int64 (B,) or None; start: x at row S instead of N(0, I) of the seeds, or of what
-        a `Started` model begins with.
+        a `Started` model begins with; given: observations (B, C', H, W) for a conditional model. States are those of
+        the table: of components, in the shape of what is live; `LatentStates.picture` shows them.
         """
-        path = [*self.rows(denoise.states), 0]
+        states, shape = denoise.states, denoise.shape
+        path = [*self.rows(states), 0]
         if expect := getattr(_unguided(denoise), "expect", None):
             expect(path[:-1])
         parameter = next(iter(denoise.parameters()))
         label = None if label is None else label.to(parameter.device)
-        index = denoise.states.index.tolist()
+        index = states.index.tolist()
+
+        def draw(r: int) -> Tensor:
+            return seed_noise(seeds, index[r], states.shape_at(r, shape)).to(parameter.device, parameter.dtype)
+
+        given = check_given(states, given, len(seeds))
+        given = None if given is None else given.to(parameter.device, parameter.dtype)
         if start is None:
             begin = getattr(_unguided(denoise), "start", None)
-            start = begin(seeds) if begin else seed_noise(seeds, index[path[0]], denoise.shape)
+            start = begin(seeds) if begin else states.begin(draw(path[0]), given)
         x = start
         x = x.to(parameter.device, parameter.dtype)
         before: Tensor | None = None
         yield path[0], x, None
-        for (s, r), (c0, c_before, cx, cz) in zip(pairwise(path), self.plan(denoise.states, path), strict=True):
+        for (s, r), (c0, c_before, cx, cz) in zip(pairwise(path), self.plan(states, path), strict=True):
             x0 = denoise(x, s, label)
             if self.clip is not None:
-                x0 = x0.clamp(-self.clip, self.clip)
-            out = scale(c0, x0) + scale(cx, x)
+                x0 = states.clamp(x0, self.clip, states.left([s]))
+            out = scale(spread(states, c0, x), x0) + scale(spread(states, cx, x), x)
             if before is not None and _nonzero(c_before):
-                out = out + scale(c_before, before)
-            if _nonzero(cz):
-                out = out + scale(cz, seed_noise(seeds, index[r], denoise.shape).to(x.device, x.dtype))
-            x, before = out, x0
+                out = out + scale(spread(states, c_before, x), grown(before, x.shape))
+            z = draw(r) if _nonzero(cz) or states.needs_noise(s, r) else None
+            if z is not None and _nonzero(cz):
+                out = out + scale(spread(states, cz, x), z[..., : x.shape[-2], : x.shape[-1]])
+            x, before = states.arrive(out, z, s, r, x, given), x0
             yield r, x, x0
 
     @torch.inference_mode()
-    def __call__(self, denoise: Denoises, seeds: Sequence[int], label: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, denoise: Denoises, seeds: Sequence[int], label: Tensor | None = None, given: Tensor | None = None
+    ) -> Tensor:
         """Return the images (B, C, H, W) of these seeds at row 0."""
-        for _, x, _ in self.walk(denoise, seeds, label):  # noqa: B007
+        for _, x, _ in self.walk(denoise, seeds, label, given=given):  # noqa: B007
             pass
-        return x
+        return denoise.states.picture(x)
+
+
+def grown(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """A state with zeros for the components that it does not have yet, which a larger one of this shape has."""
+    return F.pad(x, (0, shape[-1] - x.shape[-1], 0, shape[-2] - x.shape[-2])) if x.shape[-2:] != shape[-2:] else x
+
+
+def check_given(states: LatentStates, given: Tensor | None, n: int) -> Tensor | None:
+    """Refuse observations that a model of this table does not take: none, too few, of another shape or range."""
+    if states.condition is None:
+        if given is not None:
+            raise InputError("an observation was given to an unconditional model")
+        return None
+    assert states.image_shape is not None
+    c, *sides = states.image_shape
+    shape = [n, states.condition.operator.channels(c), *sides]
+    name = type(states.condition.operator).__name__
+    if given is None:
+        raise InputError(f"this model draws images given an observation ({name}, {shape[1:]}); none was given")
+    if list(given.shape) != shape:
+        raise InputError(f"observations for {n} images of {name} are {shape}, these are {list(given.shape)}")
+    low, high = float(given.min()), float(given.max())
+    if not -1.001 <= low <= high <= 1.001:
+        raise InputError(f"observations lie in [-1, 1], these run from {low:.4g} to {high:.4g}")
+    return given
+
+
+def _shares(total: int, sizes: Sequence[int]) -> list[int]:
+    """Parts of a total in proportion to sizes, each at least 1 and at most its size."""
+    parts = [1] * len(sizes)
+    for _ in range(total - len(sizes)):
+        room = [k for k, size in enumerate(sizes) if parts[k] < size]
+        parts[min(room, key=lambda k: (parts[k] + 0.5) / sizes[k])] += 1
+    return parts
 
 
 def _nonzero(c: float | Tensor) -> bool:
@@ -135,7 +195,7 @@ class DPMSolver(Sampler):
 
     def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Step]:
         """See the class; refuses a table whose last row has no signal, where lambda is -inf."""
-        if not states.log_snr[-1].isfinite().all():
+        if bool((states.log_snr.isneginf() & states.counted).any()):
             raise InputError("DPMSolver needs a finite log-SNR at the last row; use DDIM with zero_terminal")
         out: list[Step] = []
         half, before = states.log_snr / 2, None
@@ -148,7 +208,8 @@ class DPMSolver(Sampler):
                 q = before / h
                 terms = (c0 * (1 + 1 / (2 * q)), -c0 / (2 * q), cx)
             before = h
-            first, second, third = (float(c) if states.K == 1 else c[:, None, None] for c in terms)
+            # inf - inf is of what is finished, or does not diffuse
+            first, second, third = (float(c) if states.K == 1 else torch.nan_to_num(c, 0.0, 0.0, 0.0) for c in terms)
             out.append((first, second, third, 0.0))
         return out
 
@@ -170,10 +231,12 @@ def sample(
     batch_size: int = 250,
     label: Tensor | None = None,
     by_state: bool | None = None,
+    given: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield uint8 images (B, C, H, W) on the model's device, batch by batch, in the order of the seeds.
 
     label: int64, one per seed; not given, a class-conditional model draws the classes in turn, seed modulo classes.
+    given: observations (B, C', H, W) for a conditional model.
     On a CPU a batch has `BLOCK` images whatever batch_size says, the last one filled up, so that image i is the same
     bit for bit in any company.
 
@@ -205,9 +268,12 @@ def sample(
     for k in range(0, len(batches), together):
         part = batches[k : k + together]
         places = [[*b, *[b[-1]] * (size - len(b))] if on_cpu else [*b] for b in part]
-        walks = [sampler.walk(denoise, [seeds[i] for i in p], None if label is None else label[p]) for p in places]
+        walks = [
+            sampler.walk(denoise, [seeds[i] for i in p], *(None if v is None else v[p] for v in (label, None, given)))
+            for p in places
+        ]
         for batch, x in zip(part, _in_step(walks), strict=True):
-            yield to_uint8(x[: len(batch)])
+            yield to_uint8(denoise.states.picture(x[: len(batch)]))
 
 
 def _in_step(walks: list[Iterator[tuple[int, Tensor, Tensor | None]]]) -> Iterator[Tensor]:

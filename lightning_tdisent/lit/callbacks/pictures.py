@@ -9,8 +9,9 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lightning_tdisent.lit.inference import DenoiserModule
-from lightning_tdisent.sampling.pictures import forward_strip, grid, reverse_strip, save_png
-from lightning_tdisent.sampling.sampler import from_uint8, probe_rows, sample, to_uint8
+from lightning_tdisent.sampling.evaluation import observed
+from lightning_tdisent.sampling.pictures import estimate_strip, forward_strip, grid, reverse_strip, save_png
+from lightning_tdisent.sampling.sampler import probe_rows, sample, to_uint8
 
 
 class Pictures(L.Callback):
@@ -18,8 +19,8 @@ class Pictures(L.Callback):
 
     samples: images of the grid, seeds first_seed ..; strips: images of each strip. Rank 0 draws them. A model that
     owns only some rows cannot sample: its grid shows x0_hat from its highest row, under ``estimate``; the samples of a
-    prior are the states that chains start from. Also written as PNG under ``pictures/`` of the run folder. Of latents
-    nothing is drawn: their decoder is no part of a run.
+    prior are the states that chains start from; a conditional model is given what is observed of held-out images. Also
+    written as PNG under ``pictures/`` of the run folder. Of latents nothing is drawn: their decoder is no part of it.
     """
 
     def __init__(self, samples: int = 64, strips: int = 6, first_seed: int = 0) -> None:
@@ -37,15 +38,15 @@ class Pictures(L.Callback):
         if (prior := getattr(pl_module, "prior", None)) is not None:
             self._show(trainer, "samples", to_uint8(prior.sample(seeds, int(denoiser.states.index[rows[-1]]))))
         elif pl_module.whole:
-            self._show(trainer, "samples", torch.cat(list(sample(denoiser, pl_module.sampler, seeds))).cpu())
-            strip, _ = reverse_strip(denoiser, pl_module.sampler, seeds[: self.strips])
+            given = observed(denoiser.states, data, len(seeds))
+            self._show(
+                trainer, "samples", torch.cat(list(sample(denoiser, pl_module.sampler, seeds, given=given))).cpu()
+            )
+            some = None if given is None else given[: self.strips]
+            strip, _ = reverse_strip(denoiser, pl_module.sampler, seeds[: self.strips], given=some)
             self._show(trainer, "reverse_strip", strip.flatten(0, 1), strip.shape[1])
         else:
-            noisy = forward_strip(denoiser, data.images[: self.strips], rows[-1:], range(self.strips))
-            x = from_uint8(noisy[:, 1]).to(pl_module.device)
-            with torch.no_grad():
-                estimate = to_uint8(denoiser(x, rows[-1])).cpu()
-            triple = torch.cat([noisy, estimate[:, None]], 1)
+            triple = estimate_strip(denoiser, data.images[: self.strips], rows[-1], range(self.strips))
             self._show(trainer, "estimate", triple.flatten(0, 1), 3)
 
     def _show(self, trainer: L.Trainer, name: str, images: Tensor, columns: int = 16) -> None:

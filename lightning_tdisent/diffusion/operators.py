@@ -1,0 +1,131 @@
+"""Degradations y = A(x_0) of images: what a conditional model is given, and what its samples must agree with.
+
+Each is a plain function of an image and an item number, so that the mask of an item is drawn once and for all and can
+be made again anywhere. Images and observations are in [-1, 1] and of one size.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_tdisent.diffusion.rng import key
+from lightning_tdisent.diffusion.spec import Part
+from lightning_tdisent.errors import InputError
+
+
+class Operator(Part, ABC):
+    """A degradation of images (B, C, H, W), seeded by item."""
+
+    def channels(self, channels: int) -> int:
+        """Channels of an observation of an image of so many."""
+        return channels
+
+    def check(self, shape: list[int]) -> None:
+        """Refuse images of (C, H, W) that it cannot degrade."""
+
+    @abstractmethod
+    def observe(self, x0: Tensor, item: Tensor) -> Tensor:
+        """Observation (B, C', H, W) of images x_0 (B, C, H, W) with the item numbers int64 (B,)."""
+
+    def kernel(self, shape: list[int], item: Tensor) -> Tensor:
+        """What it was made with, to be kept beside observations: masks (B, 1, H, W), or one kernel."""
+        return torch.ones(1, 1, 1, 1)
+
+
+class Inpainting(Operator):
+    """A square hole of a share of the area, at a place drawn by (seed, item), filled with mid-grey.
+
+    share: of the image that is hidden, in (0, 1); side floor(sqrt(share H W)) (2207.09786, section 6.2).
+    """
+
+    def __init__(self, share: float = 0.25, seed: int = 0) -> None:
+        if not 0 < share < 1:
+            raise InputError(f"Inpainting: share of the image that is hidden, above 0 and below 1, got {share}")
+        self.share, self.seed = share, seed
+
+    def check(self, shape: list[int]) -> None:
+        """Refuse a hole that does not fit, or is none."""
+        side = self._side(shape[1], shape[2])
+        if not 1 <= side <= min(shape[1:]):
+            raise InputError(f"Inpainting: a hole of side {side} ({self.share:g} of the area) in {shape[1]}x{shape[2]}")
+
+    def _side(self, height: int, width: int) -> int:
+        return int((self.share * height * width) ** 0.5)
+
+    def kernel(self, shape: list[int], item: Tensor) -> Tensor:
+        """Masks: 1 what is seen, 0 the hole."""
+        _, height, width = shape
+        side = self._side(height, width)
+        top = (key(self.seed, 0, item) % (height - side + 1))[:, None]  # type: ignore[arg-type, index]
+        left = (key(self.seed, 1, item) % (width - side + 1))[:, None]  # type: ignore[arg-type, index]
+        y, x = torch.arange(height, device=item.device), torch.arange(width, device=item.device)
+        rows, columns = (y >= top) & (y < top + side), (x >= left) & (x < left + side)
+        return (~(rows[:, None, :, None] & columns[:, None, None])).float()
+
+    def observe(self, x0: Tensor, item: Tensor) -> Tensor:
+        """x_0 times the mask."""
+        return x0 * self.kernel(list(x0.shape[1:]), item).to(x0.dtype)
+
+
+class SuperResolution(Operator):
+    """Means of factor x factor blocks, repeated to the size of the image."""
+
+    def __init__(self, factor: int = 4) -> None:
+        if factor < 2:
+            raise InputError(f"SuperResolution: factor 2 at least, got {factor}")
+        self.factor = factor
+
+    def check(self, shape: list[int]) -> None:
+        """Refuse sides that are not divisible by the factor."""
+        if shape[1] % self.factor or shape[2] % self.factor:
+            raise InputError(f"SuperResolution: {shape[1]}x{shape[2]} is not divisible by factor {self.factor}")
+
+    def observe(self, x0: Tensor, item: Tensor) -> Tensor:
+        """The means, as large as x_0."""
+        return F.interpolate(F.avg_pool2d(x0, self.factor), scale_factor=float(self.factor))
+
+    def kernel(self, shape: list[int], item: Tensor) -> Tensor:
+        """The box."""
+        return torch.full((1, 1, self.factor, self.factor), self.factor**-2.0)
+
+
+class Edges(Operator):
+    """Strength of edges by Sobel's kernels on the mean of the channels; a quarter of the range a pixel saturates."""
+
+    def channels(self, channels: int) -> int:
+        """1."""
+        return 1
+
+    def kernel(self, shape: list[int], item: Tensor) -> Tensor:
+        """Sobel's two kernels (2, 1, 3, 3)."""
+        sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4
+        return torch.stack([sobel, sobel.T])[:, None]
+
+    def observe(self, x0: Tensor, item: Tensor) -> Tensor:
+        """min(1, |gradient|) from -1, none, to 1."""
+        grey = F.pad(x0.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+        gradient = F.conv2d(grey, self.kernel([], item).to(x0))
+        return 2 * gradient.square().sum(1, keepdim=True).sqrt().clamp_max(1) - 1
+
+
+class Grey(Operator):
+    """Luma of a colour image, 0.299 R + 0.587 G + 0.114 B (BT.601): what colourisation starts from."""
+
+    def channels(self, channels: int) -> int:
+        """1."""
+        return 1
+
+    def check(self, shape: list[int]) -> None:
+        """Refuse images without colours."""
+        if shape[0] != 3:
+            raise InputError(f"Grey: images of 3 channels have colours, these have {shape[0]}")
+
+    def kernel(self, shape: list[int], item: Tensor) -> Tensor:
+        """The three weights (1, 3, 1, 1)."""
+        return torch.tensor([0.299, 0.587, 0.114])[None, :, None, None]
+
+    def observe(self, x0: Tensor, item: Tensor) -> Tensor:
+        """The luma."""
+        return F.conv2d(x0, self.kernel([], item).to(x0))
