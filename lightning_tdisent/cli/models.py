@@ -13,6 +13,7 @@ from lightning_tdisent.errors import InputError
 
 if TYPE_CHECKING:
     from lightning_tdisent.report.study import Study
+    from lightning_tdisent.sampling.observations import Observations
     from lightning_tdisent.sampling.sampler import Sampler
 
 
@@ -25,6 +26,8 @@ def add_commands(commands: Commands) -> None:
     )
     s.add_argument("--seeds", default="0:64", help="FIRST:END (default 0:64)")
     s.add_argument("--label", type=int, help="class, for a class-conditional model")
+    s.add_argument("--observe", type=Path, help="of a conditional model: shards whose test images are observed, or the "
+                   "observations.safetensors of an earlier command")  # fmt: skip
     s.add_argument("--guidance", type=float, help="scale of classifier-free guidance; needs --label")
     _sampler_options(s)
 
@@ -77,7 +80,9 @@ def add_commands(commands: Commands) -> None:
     e.add_argument("--reference", help="split that distances are taken to (default: the protocol's, train)")
     e.add_argument("--protocol", required=True, help="digits, mnist, cifar10, random, adm, clean, torch-fidelity, ..")
     e.add_argument("--metrics", help="of fd, fd_infinity, is, kid, prdc, sfd, by commas (default: the protocol's); "
-                   "bpd, bpd_ode: besides, bits per dimension by the bound, and by the ODE")  # fmt: skip
+                   "bpd, bpd_ode: besides, bits per dimension by the bound, and by the ODE; lpips: of "
+                   "conditional models")  # fmt: skip
+    e.add_argument("--lpips-weights", help="file of LPIPS' weights")
     e.add_argument("--bits-images", type=int, default=256, help="held-out images for bits per dimension (default 256)")
     e.add_argument("--decoder", choices=("discrete", "uniform", "density"), default="discrete",
                    help="of bits per dimension: grey levels (default), uniform dequantisation, or none")  # fmt: skip
@@ -146,6 +151,7 @@ def _sample(a: argparse.Namespace) -> None:
 
     from lightning_tdisent.sampling.composite import load_model
     from lightning_tdisent.sampling.denoiser import Guided
+    from lightning_tdisent.sampling.observations import FILE as OBSERVATIONS
     from lightning_tdisent.sampling.pictures import grid, save_png
     from lightning_tdisent.sampling.sampler import sample
     from lightning_tdisent.sampling.start import load_started
@@ -170,12 +176,41 @@ def _sample(a: argparse.Namespace) -> None:
     if a.label is not None and (model.classes is None or not 0 <= a.label < model.classes):
         raise InputError(f"--label {a.label}: the model has {model.classes or 'no'} classes")
     label = None if a.label is None else torch.full((end - first,), a.label, device=a.device)
-    images = torch.cat(list(sample(model, _sampler(a), range(first, end), a.batch_size, label))).cpu()
+    seen = _observations(a, model, end - first)
+    given = None if seen is None else seen.y
+    images = torch.cat(list(sample(model, _sampler(a), range(first, end), a.batch_size, label, given=given))).cpu()
+    if seen is not None:
+        seen.save(a.out / OBSERVATIONS)
     for seed, image in enumerate(images, first):
         save_png(image, a.out / f"{seed:06d}.png")
     tiles = a.out.with_name(f"{a.out.name}.png")
     save_png(grid(images[:256]), tiles)
     print(f"{len(images)} images in {a.out}, the first of them in {tiles}")
+
+
+def _observations(a: argparse.Namespace, model: Any, n: int) -> "Observations | None":
+    """What a conditional model is given for n images: of held-out images, or kept observations, in turn."""
+    import torch
+
+    from lightning_tdisent.sampling.observations import Observations
+    from lightning_tdisent.streaming.shards import load
+
+    states = model.states
+    if states.condition is None or a.observe is None:
+        if a.observe is not None:
+            raise InputError("--observe is for conditional models, this one is not")
+        if states.condition is not None:
+            name = type(states.condition.operator).__name__
+            raise InputError(f"the model draws images given an observation ({name}): say of which with --observe DATA")
+        return None
+    if a.observe.is_file():
+        seen = Observations.load(a.observe)
+    else:
+        channels, size, _ = states.image_shape
+        images = load(a.observe, "test", channels, n, size).images
+        seen = Observations.of(states.condition.operator, images, torch.arange(len(images)))
+    seen.check(states, str(a.observe))
+    return seen.take([k % len(seen) for k in range(n)])
 
 
 def _prior(a: argparse.Namespace) -> None:
@@ -267,7 +302,7 @@ def _merge(a: argparse.Namespace, files: list[Path]) -> None:
     from lightning_tdisent.streaming.shards import load
 
     use_device(a.device)
-    shape = read_card(files[0]).network["init_args"]["shape"]
+    shape = read_card(files[0]).shape
     data = load(a.merge_data, a.merge_split, shape[0], a.n) if a.merge_data else None
     weights, blocks = _numbers(a.merge_weights, float), _numbers(a.merge_blocks, int)
     for one in merge(files, a.out, a.merge, weights, blocks, data, a.device):
@@ -313,9 +348,11 @@ def _evaluate(a: argparse.Namespace) -> None:
         for m in a.models
     ]
     asked = (a.metrics or "").split(",")
-    metrics = [name for name in asked if name and name not in ("bpd", "bpd_ode")]
+    metrics = [name for name in asked if name and name not in ("bpd", "bpd_ode", "lpips")]
+    lpips = (a.lpips_weights or "") if "lpips" in asked else None
     bits = {"bound": "bpd" in asked, "ode": "bpd_ode" in asked, "n": a.bits_images, "decoder": a.decoder}
     options = {"residency": a.residency, "fill": a.fill, "batch_size": a.batch_size}
+    options |= {"lpips": lpips}
     options |= {"bits": bits if bits["bound"] or bits["ode"] else None}
     protocol = {"preset": a.protocol, **({"metrics": metrics} if metrics else {})}
     options |= {"reference": a.reference, "n": a.n, "first_seed": a.first_seed}

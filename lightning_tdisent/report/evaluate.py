@@ -22,11 +22,13 @@ from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.metrics.reference import remembered
 from lightning_tdisent.ranks import gather, place, shared_errors
 from lightning_tdisent.report.bits import Bits
+from lightning_tdisent.report.conditional import Given
 from lightning_tdisent.sampling.composite import CompositeDenoiser, find_files, load_model
 from lightning_tdisent.sampling.cost import training_cost, with_prior
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
 from lightning_tdisent.sampling.evaluation import RealImages, compute, held_out_errors, image_files, open_quality, score
 from lightning_tdisent.sampling.expert import Card, sha256
+from lightning_tdisent.sampling.observations import Observations
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import Sampler, probe_rows
 from lightning_tdisent.sampling.start import Started, load_started
@@ -67,6 +69,8 @@ def evaluate(
     keep: int = 64,
     progress: Callable[[str, int], None] | None = None,
     bits: tuple[Bits, ImageSet] | None = None,
+    observations: dict[str, Observations] | None = None,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Return one row of numbers per contender, and its first ``keep`` images; the same on all ranks.
 
@@ -74,8 +78,8 @@ def evaluate(
     the protocol's seeds, files are taken as they are. Errors are taken at the rows of the model with the fewest, for
     every model that has those rows at the same values. A last row scores the held-out images themselves, as if a model
     had made them: what a perfect one would reach with so few. Where a metric refuses what it is given, the row says
-    why under ``refused``. bits: how bits per dimension are measured, if they are, and training
-    images.
+    why under ``refused``. bits: how bits per dimension are measured, if they are, and training images. A conditional
+    model is given observations of held-out images (see `Given`), which are put into ``observations`` by its name.
     """
     loaded = [c.load() if c.sampler else None for c in contenders]
     shape = list(held_out.images.shape[1:])
@@ -85,11 +89,18 @@ def evaluate(
                 raise InputError(f"{contender.source} makes images {model[0].shape}, the real ones are {shape}")
             contender.sampler.rows(model[0].states)  # refuses more steps than rows, before any work
             _check_labels(model[0], held_out)
+            if bits and model[0].states.image_shape is not None:
+                raise InputError(f"{contender.source}: bits per dimension are not measured for tables of components")
     files = {c.name: image_files(c.source, c.split, shape) for c in contenders if c.sampler is None}
     quality = open_quality(protocol, network, real, shape, device)
     qualities = {name: quality.of(found.n) for name, found in files.items()}  # refuses too few, before any work, too
     models = [model[0] for model in loaded if model is not None]
     common = _Common.of([m.states for m in models if not isinstance(m, Started)] or [m.states for m in models])
+    given = {
+        c.name: Given(model[0], held_out, quality, lpips=lpips)
+        for c, model in zip(contenders, loaded, strict=True)
+        if model is not None and model[0].states.condition is not None
+    }
     rows, images = [], dict[str, Tensor]()
     for contender, model in zip(contenders, loaded, strict=True):
         advance = functools.partial(progress, contender.name) if progress else None
@@ -97,7 +108,12 @@ def evaluate(
             found = files[contender.name]
             row, first = _of_files(found, qualities[contender.name], keep, advance)
         else:
-            row, first = _of_model(contender, model, quality, held_out, common, batch_size, device, keep, advance)
+            own = given.get(contender.name)
+            if own is not None:
+                own.reference(real)
+                if observations is not None:
+                    observations[contender.name] = own.observations
+            row, first = _of_model(contender, model, quality, held_out, common, batch_size, device, keep, advance, own)
             row |= bits[0].measure(model[0].to(device), held_out, bits[1], batch_size) if bits else {}
             model[0].cpu()
         images |= {contender.name: first} if len(first) else {}
@@ -128,7 +144,8 @@ class _Common:
         """Those rows of a table, none if it has not all of them at the same values."""
         here = {t: s for s, t in enumerate(states.index.tolist())}
         at = [here[t] for t in self.indices if t in here]
-        same = len(at) == len(self.indices) and torch.allclose(states.log_snr[at].cpu(), self.log_snr)
+        here_too = states.log_snr[at].cpu()
+        same = here_too.shape == self.log_snr.shape and torch.allclose(here_too, self.log_snr)
         return at if same else []
 
 
@@ -142,13 +159,15 @@ def _of_model(
     device: str,
     keep: int,
     progress: Callable[[int], None] | None,
+    given: Given | None = None,
 ) -> tuple[dict[str, Any], Tensor]:
     (model, cards), sampler = loaded, contender.sampler
     assert sampler is not None
     model.to(device)
     _reset_peak(device)
     start = time.perf_counter()
-    scored = score(model, sampler, quality, batch_size, keep, progress)
+    seen, also = (given.given, given.add) if given else (None, None)
+    scored = score(model, sampler, quality, batch_size, keep, progress, seen, also)
     parts = gather((scored.numbers, scored.images, scored.seconds, _peak(device)))
     images, order = torch.cat([p[1] for p in parts]), torch.cat([p[0] for p in parts]).argsort()
     errors: dict[str, dict[str, float]] = {}
@@ -162,6 +181,7 @@ def _of_model(
         "rows": model.states.S,
         "nfe": len(sampler.rows(model.states)),
         **_numbers(scored.values, quality),
+        **(given.numbers() if given else {}),
         **errors,
         **_cost(model, cards),
         "sampling_seconds_per_image": sum(p[2] for p in parts) / quality.protocol.n,

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.report import figures
+from lightning_tdisent.report.conditional import DRAWS
 from lightning_tdisent.report.table import costs, table, tables
 from lightning_tdisent.report.table import notes as notes_of
+from lightning_tdisent.sampling.observations import Observations, observed
 from lightning_tdisent.sampling.pictures import forward_strip, grid, reverse_strip
-from lightning_tdisent.sampling.sampler import probe_rows
+from lightning_tdisent.sampling.sampler import probe_rows, to_uint8
 from lightning_tdisent.streaming.shards import ImageSet
 
 CSS = """
@@ -33,8 +35,8 @@ pre{background:#f6f6f9;padding:.8rem 1rem;overflow-x:auto;font-size:.8rem}img{ma
 """
 
 
-LOW = ("fd", "fid", "kid", "sfd", "sfid", "bpd")
-HIGH = ("is", "precision", "recall", "density", "coverage")
+LOW = ("fd", "fid", "kid", "sfd", "sfid", "bpd", "jfd", "jfid", "lpips", "consistency")
+HIGH = ("is", "precision", "recall", "density", "coverage", "psnr", "ssim")
 
 
 def html_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -69,6 +71,15 @@ def _value(cell: str) -> float:
     return float(cell.partition(" ")[0])
 
 
+def side_by_side(seen: Observations, images: Tensor, items: int = 8) -> Tensor:
+    """Original, observation and draws of each of some items, a row an item."""
+    draws = DRAWS
+    items = min(items, len(seen), len(images) // draws)
+    y = to_uint8(seen.y[:items]).expand(-1, images.shape[1], -1, -1)
+    drawn = images[: items * draws].unflatten(0, (items, draws))
+    return grid(torch.cat([seen.original[:items, None], y[:, None], drawn], 1).flatten(0, 1), 2 + draws)
+
+
 def nearest(images: Tensor, training: Tensor) -> Tensor:
     """For each uint8 image the training image at the smallest L2 distance in pixels."""
     a, b = images.flatten(1).float(), training.flatten(1).float()
@@ -87,9 +98,10 @@ def write_report(
     runs: dict[str, Path] | None = None,
     notes: str = "",
     boards: str = "",
+    observations: dict[str, Observations] | None = None,
 ) -> Path:
     """Write the page; ``images`` are the first samples of every contender, ``runs`` the folders with event files;
-    ``boards`` HTML that says where fleets stand."""
+    ``boards`` HTML that says where fleets stand, ``observations`` what conditional contenders were given."""
     models = [r for r in rows if "networks" in r]
     drawn = [c for c in contenders if c.sampler is not None]
     side = real.images.shape[-1]
@@ -113,6 +125,12 @@ def write_report(
         parts.append(figures.picture(tiles, wide(tiles), html.escape(name)))
     tiles = grid(real.images[:64], 8)
     parts.append(figures.picture(tiles, wide(tiles), "real images, held out"))
+    if observations:
+        parts.append("<h2>What was given, and what was drawn</h2>")
+        for name, seen in observations.items():
+            tiles = side_by_side(seen, images[name])
+            caption = f"{html.escape(name)}: the original, what was given, and draws from it."
+            parts.append(figures.picture(tiles, wide(tiles), caption))
     if models:
         parts.append("<h2>Where the models are right and wrong</h2>" + figures.errors_per_state(models))
         parts.append(figures.diffusion_time(models) + figures.bits(models))
@@ -128,9 +146,11 @@ def write_report(
         strip = forward_strip(model, real.images[:5], shown, range(5))
         tiles = grid(strip.flatten(0, 1), strip.shape[1])
         levels = ", ".join(f"{float(model.states.a[s, 0]):.3g}" for s in shown)
-        parts.append(figures.picture(tiles, wide(tiles), f"Forward: x_0, then signal coefficients a = {levels}."))
+        of = "" if model.states.K == 1 else " of the coarsest component"
+        parts.append(figures.picture(tiles, wide(tiles), f"Forward: x_0, then signal coefficients a{of} = {levels}."))
     for contender in drawn:
-        strip, at = reverse_strip(contender.load()[0], contender.sampler, range(5))
+        model = contender.load()[0]
+        strip, at = reverse_strip(model, contender.sampler, range(5), given=observed(model.states, real.images[:5], 5))
         tiles = grid(strip.flatten(0, 1), strip.shape[1])
         caption = f"Reverse, {html.escape(contender.name)}: rows {', '.join(map(str, at))}."
         parts.append(figures.picture(tiles, wide(tiles), caption))

@@ -17,6 +17,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.network import FeatureNetwork
+from lightning_tdisent.metrics.paired import load_lpips
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.ranks import place
 from lightning_tdisent.report.bits import Bits
@@ -26,6 +27,7 @@ from lightning_tdisent.report.table import costs, notes, table, tables
 from lightning_tdisent.sampling.composite import find_files, holds_weights
 from lightning_tdisent.sampling.evaluation import real_images
 from lightning_tdisent.sampling.expert import read_card
+from lightning_tdisent.sampling.observations import Observations
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import Sampler
 from lightning_tdisent.streaming.shards import ImageSet, load
@@ -43,7 +45,8 @@ class Study:
     residency, fill: of those that are composites, see `load_model`; protocol: a preset, or a mapping of ``preset`` and
     fields of `Protocol` that differ; n, first_seed, reference (its split): those that most often do; weights: of its
     feature network, where it needs a file. split: held-out images, its first n_held_out, for the errors per state;
-    bits: fields of `Bits` for bits per dimension, where they are measured; runs: folders with event files for curves.
+    bits: fields of `Bits` for bits per dimension, where they are measured; lpips: file of its weights, or "", where
+    conditional models are to be measured by it; runs: folders with event files for curves.
     """
 
     out: str
@@ -63,6 +66,7 @@ class Study:
     fill: str | None = None
     notes: str = ""
     bits: dict[str, Any] | None = None
+    lpips: str | None = None
     runs: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -120,8 +124,7 @@ class Study:
     def _model_shape(self) -> list[int] | None:
         for c in self._contenders():
             if c.sampler is not None and holds_weights(c.source):
-                shape: list[int] = read_card(find_files(c.source)[0]).network["init_args"]["shape"]
-                return shape
+                return read_card(find_files(c.source)[0]).shape
         return None
 
     @property
@@ -147,6 +150,7 @@ class Study:
     def evaluate(self) -> None:
         """Measure every contender and keep the results; the first rank writes them."""
         contenders, protocol, (channels, size) = self._contenders(), self._protocol, self._size()
+        observations = dict[str, Observations]()
         first = place()[0] == 0
         with Progress(transient=True, disable=not first) as bar:
             share = protocol.n // place()[1]
@@ -157,11 +161,14 @@ class Study:
                 contenders, protocol, self._network, real_images(self.data, protocol.split, channels, size),
                 self._real(self.split, self.n_held_out), self.batch_size, self.device,
                 progress=lambda name, count: bar.advance(tasks[name], count), bits=self._bits(),
+                observations=observations, lpips=load_lpips(self.lpips) if self.lpips is not None else None,
             )  # fmt: skip
         if not first:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "results.json", json.dumps(rows, indent=1).encode())
+        for name, some in observations.items():
+            some.save(self._observations(name))
         save_file({k: v.contiguous() for k, v in images.items()}, self.folder / "samples.safetensors")
         study = {f.name: getattr(self, f.name) for f in fields(self)}
         write_whole(self.folder / "study.json", json.dumps(study, indent=1).encode())
@@ -171,6 +178,14 @@ class Study:
         """The numbers kept."""
         rows: list[dict[str, Any]] = json.loads((self.folder / "results.json").read_text())
         return rows
+
+    def _observations(self, name: str) -> Path:
+        """Where what a conditional contender was given is kept."""
+        return self.folder / "observations" / f"{''.join(c if c.isalnum() else '_' for c in name)}.safetensors"
+
+    def _given(self) -> dict[str, Observations]:
+        names = [c["name"] for c in self.contenders]
+        return {name: Observations.load(file) for name in names if (file := self._observations(name)).exists()}
 
     def _images(self) -> dict[str, Tensor]:
         kept = load_file(self.folder / "samples.safetensors")
@@ -199,7 +214,8 @@ class Study:
             self._real(self._protocol.split, NEAREST // held_out.images[0].numel()).images,
             {name: Path(folder) for name, folder in self.runs.items()},
             self.notes,
-            boards.read_text() if (boards := self.folder / BOARDS).exists() else "",
+            observations=self._given(),
+            boards=boards.read_text() if (boards := self.folder / BOARDS).exists() else "",
         )
 
 

@@ -167,7 +167,7 @@ def _card_facts(card: Card) -> dict[str, Any]:
         "table": f"{card.fingerprint} ({_brief(states)})",
         "parametrisation": card.objective["class_path"].rpartition(".")[2],
         "image range": card.image_range,
-        "network input": {"shape": states.get("shape") or network.get("shape"), "classes": network.get("classes")},
+        "network input": {"shape": card.shape, "classes": network.get("classes")},
         "training data": card.data,
         "weights": card.weights,
     }

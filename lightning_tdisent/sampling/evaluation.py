@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.rng import seed_noise
-from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
@@ -76,15 +75,6 @@ def held_out_errors(model: Denoises, held_out: ImageSet, rows: Sequence[int], ba
             found.append(state_errors(model, held_out.images[i], i.tolist(), [s], label).sum(2))
     sums = {k: torch.cat(v, 1) for part in gather(mine) for k, v in part.items()}
     return torch.stack([sums[k] for k in range(len(batches))]).sum(0) / len(held_out)
-
-
-def observed(states: LatentStates, held_out: ImageSet, n: int) -> Tensor | None:
-    """Observations of held-out images, in turn, for n samples of a conditional model; None for any other."""
-    if states.condition is None:
-        return None
-    item = torch.arange(n) % len(held_out)
-    given: Tensor = states.condition.operator.observe(from_uint8(held_out.images[item]), item)
-    return given
 
 
 @dataclass(frozen=True)
@@ -183,12 +173,13 @@ def score(
     keep: int = 0,
     progress: Callable[[int], None] | None = None,
     given: Tensor | None = None,
+    also: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Scored:
     """Generate the images of the protocol's seeds, this rank's share of them, and return the numbers over all ranks.
 
     Exactly n images enter, whatever the number of ranks; image i depends on its seed alone, and no rank waits for
     another before all have theirs. On a GPU their features are taken beside the sampling of the next ones. given:
-    observations for a conditional model, one for each of the n.
+    observations for a conditional model, one for each of the n; also: what else wants images and their numbers.
     """
     (rank, world), n, first = place(), quality.protocol.n, quality.protocol.first_seed
     assert first is not None
@@ -208,10 +199,14 @@ def score(
         here = there[done : done + len(batch)]
         if beside is None:
             quality.add(batch, here)
+            if also:
+                also(batch, here)
         else:
             beside.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(beside):
                 quality.add(batch, here)
+                if also:
+                    also(batch, here)
             batch.record_stream(beside)
         if some := int((numbers[done : done + len(batch)] < keep).sum()):
             kept.append(batch[:some].cpu())

@@ -54,6 +54,12 @@ class Card:
     parents: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     schema: int = SCHEMA
 
+    @property
+    def shape(self) -> list[int]:
+        """(C, H, W) of the images."""
+        shape: list[int] = self.states["init_args"].get("shape") or self.network["init_args"]["shape"]
+        return shape
+
     @classmethod
     def of(cls, denoiser: Denoiser, **facts: Any) -> "Card":
         """Card of a denoiser, with the facts of its training; refuses a table that a schedule cannot rebuild."""

@@ -100,7 +100,7 @@ def fit_to(
     if n is not None and n < 1:
         raise InputError(f"-n {n}: at least 1 image")
     card = read_card(find_files(model)[0])
-    states, prior, shape = build(card.states, LatentStates), build(part, Prior), card.network["init_args"]["shape"]
+    states, prior, shape = build(card.states, LatentStates), build(part, Prior), card.shape
     row = states.truncate(at).S
     images = load(data, split, shape[0], n, shape[1])
     if list(images.images.shape[1:]) != shape and not images.images.is_floating_point():

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lightning_tdisent.lit.inference import DenoiserModule
-from lightning_tdisent.sampling.evaluation import observed
+from lightning_tdisent.sampling.observations import observed
 from lightning_tdisent.sampling.pictures import estimate_strip, forward_strip, grid, reverse_strip, save_png
 from lightning_tdisent.sampling.sampler import probe_rows, sample, to_uint8
 
@@ -38,7 +38,7 @@ class Pictures(L.Callback):
         if (prior := getattr(pl_module, "prior", None)) is not None:
             self._show(trainer, "samples", to_uint8(prior.sample(seeds, int(denoiser.states.index[rows[-1]]))))
         elif pl_module.whole:
-            given = observed(denoiser.states, data, len(seeds))
+            given = observed(denoiser.states, data.images, len(seeds))
             self._show(
                 trainer, "samples", torch.cat(list(sample(denoiser, pl_module.sampler, seeds, given=given))).cpu()
             )

@@ -12,7 +12,8 @@ from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.ranks import gather, shared_errors
-from lightning_tdisent.sampling.evaluation import observed, open_quality, real_images, score
+from lightning_tdisent.sampling.evaluation import open_quality, real_images, score
+from lightning_tdisent.sampling.observations import observed
 
 
 class SampleQuality(L.Callback):
@@ -67,7 +68,7 @@ class SampleQuality(L.Callback):
         if self._quality is None or trainer.sanity_checking:
             return
         quality = self._quality.to(pl_module.device)
-        given = observed(pl_module.denoiser.states, trainer.datamodule.held_out, quality.protocol.n)
+        given = observed(pl_module.denoiser.states, trainer.datamodule.held_out.images, quality.protocol.n)
         values = score(pl_module.denoiser, pl_module.sampler, quality, self.batch_size, given=given).values
         if isinstance(values, InputError):  # images of an untrained model may all be the same
             rank_zero_warn(f"no quality at step {trainer.global_step}: {values}")

@@ -1,0 +1,71 @@
+"""Conditional models in an evaluation: what they are given, and the numbers of several draws for each observation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_tdisent.diffusion.operators import Operator
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.metrics.paired import PairedQuality
+from lightning_tdisent.metrics.quality import Quality
+from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.evaluation import RealImages
+from lightning_tdisent.sampling.observations import Observations
+from lightning_tdisent.sampling.sampler import from_uint8
+from lightning_tdisent.streaming.shards import ImageSet
+
+DRAWS = 4
+REFERENCE = 10_000  # real pairs that the joint distance is taken to, at most
+
+
+class Given:
+    """Held-out images as seen by a conditional model's operator: image k of n is draw k % draws for item k // draws."""
+
+    def __init__(
+        self,
+        model: Denoises,
+        held_out: ImageSet,
+        quality: Quality,
+        draws: int = DRAWS,
+        lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.operator: Operator = model.states.condition.operator
+        self.draws, self.items = draws, quality.protocol.n // draws
+        if self.items < 1 or quality.protocol.n % draws:
+            raise InputError(
+                f"n={quality.protocol.n}: a conditional model draws {draws} images an item; n is a multiple"
+            )
+        if self.items > len(held_out):
+            raise InputError(
+                f"n={quality.protocol.n}: {draws} draws each for {self.items} held-out images; there are {len(held_out)}"
+            )
+        images = held_out.images[: self.items]
+        self.observations = Observations.of(self.operator, images, torch.arange(self.items))
+        self.observations.check(model.states)
+        self.paired = PairedQuality(self.operator, draws, self.items, quality.network, lpips).to(quality.device)
+
+    def reference(self, real: RealImages, batch_size: int = 250) -> None:
+        """Add real pairs, evenly spaced: items of their own, with masks of their own."""
+        n = min(real.n, REFERENCE)
+        for numbers in (torch.arange(n) * real.n // n).split(batch_size):
+            images = real.take(numbers)
+            self.paired.reference(images, self.operator.observe(from_uint8(images), numbers))
+
+    @property
+    def given(self) -> Tensor:
+        """An observation for each of the n images."""
+        return self.observations.y.repeat_interleave(self.draws, 0)
+
+    def add(self, images: Tensor, numbers: Tensor) -> None:
+        """Take images with their numbers."""
+        item = (numbers // self.draws).cpu()
+        some = self.observations.take(item)
+        self.paired.add(
+            images, some.original.to(images.device), some.y.to(images.device), item, (numbers % self.draws).cpu()
+        )
+
+    def numbers(self) -> dict[str, Any]:
+        """Keys of a row."""
+        return {**self.paired.compute(), "draws": self.draws, "operator": type(self.operator).__name__}
