@@ -1,0 +1,275 @@
+"""What a multi-scale model saves in sampling: a network for each of four scales, against one with as many weights.
+
+Multi-scale: Haar components of 3x128x128 images, of which the finest is noise, and has left, after a quarter of the
+levels, the next after the half, and so on: a chain takes as many steps at 16, 32, 64 and 128 pixels, each scale with a
+U-Net of its own, and a `CompositeDenoiser` of the four. Uniform: the same schedule for all pixels, one U-Net at 128.
+Both have the same number of weights within 2 %, of steps, and of images in a batch; the same sampler (DDIM, eta 0,
+clipped), float32, and weights drawn at random, which cost what trained ones do. Chains of both, whole ones from the
+noise to the image, follow each other in one process, in turns first; the speedup is taken pair by pair, and of wall
+time. The table tells where a chain spends it. On a CPU it is of the main thread's own time, which others who use the
+machine disturb less, and so is a second ratio.
+
+The networks have the widths of the published ones with equal weights (2207.09786; 103.88 M and 102.87 M in the
+authors' own U-Net, whose resampling blocks have weights of their own and whose embedding scales, too): 128 times
+(1, 1, 2, 3, 4) against (.5, 1, 1, 1.5, 2), (.5, 1, 1.5, 2), (.5, 1, 2) and (1, 2), self-attention where a side is an
+eighth or less of its network's, 64 channels a head. Residual blocks are 2 a resolution, and those of the scales
+2, 2, 3 and 5 for the published 2, 2, 2 and 4: so many make the weights equal in this project's U-Net.
+
+Published: 4.4 times faster at 128x128 by the clock (abstract), without a program that measures it; by the operations of
+the published networks 7.07 times. Of that, 3.01 is the geometry of equal networks at all four scales.
+
+    OMP_NUM_THREADS=1 python benchmarks/multiscale.py [--quick] [--device cuda] [--channels-last]
+
+    RESULT speedup=..        median of the ratios of wall time, uniform over multi-scale
+           flop_speedup=..   ratio of the operations of the networks over a chain
+           weights_ratio=..  multi-scale over uniform
+           haar_share=..     share of a multi-scale chain without its networks: Haar maps, clamp, noise and solver
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from _machine import describe, quartiles, timed
+from torch import Tensor
+
+from lightning_tdisent.diffusion.bases import Haar
+from lightning_tdisent.diffusion.components import ComponentStates
+from lightning_tdisent.diffusion.objectives import V
+from lightning_tdisent.diffusion.schedules import LogLinear
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.networks.network import Network
+from lightning_tdisent.networks.unet import UNet
+from lightning_tdisent.sampling.composite import CompositeDenoiser
+from lightning_tdisent.sampling.cost import flops
+from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.sampler import DDIM
+
+LEVELS = 3
+Shape = tuple[tuple[float, ...], int, list[int]]  # widths over the base width, layers, resolutions with attention
+UNIFORM: Shape = ((1, 1, 2, 3, 4), 2, [3, 4])
+SCALES: list[Shape] = [  # fine to coarse
+    ((0.5, 1, 1, 1.5, 2), 2, [3, 4]),
+    ((0.5, 1, 1.5, 2), 2, [3]),
+    ((0.5, 1, 2), 3, []),
+    ((1, 2), 5, []),
+]
+PUBLISHED = {"uniform": 103.88, "multi-scale": 102.87}  # millions of weights
+
+
+class Echo(Network):
+    """A network that returns its input: what a chain costs without one."""
+
+    def __init__(self, shape: list[int]) -> None:
+        super().__init__(shape, None, None)
+        self.weight = torch.nn.Parameter(torch.zeros(1))  # says where states are, and of which type
+
+    def forward(self, x: Tensor, index: Tensor | None = None, label: Tensor | None = None) -> Tensor:
+        """Return x."""
+        return x
+
+
+def unet(shape: list[int], widths: Shape, base: int) -> UNet:
+    """A U-Net of these widths, with 32 groups and 64 channels a head for a base of 128."""
+    factors, layers, attention = widths
+    channels = [round(base * f) for f in factors]
+    return UNet(shape, channels, layers, attention, head=base // 2, groups=base // 4)
+
+
+class Model:
+    """Networks on a table, and how long chains and calls of theirs took."""
+
+    def __init__(self, states: LatentStates, networks: Sequence[Network]) -> None:
+        rows = states.blocks_of_rows
+        self.networks, self.steps = networks, [len(block) for block in rows]
+        parts = [Denoiser(n, V(), states, block) for n, block in zip(networks, rows, strict=True)]
+        self.denoiser: Any = parts[0] if len(parts) == 1 else CompositeDenoiser(parts)
+        self.denoiser.eval()
+        self.weights = [sum(p.numel() for p in n.parameters()) for n in networks]
+        self.flops: list[int] = []
+        self.chains: list[float] = []
+        self.own: list[float] = []
+        self.calls: list[list[float]] = [[] for _ in networks]
+
+    def prepare(self, device: torch.device, batch: int, channels_last: bool) -> None:
+        """Count operations, move to the device, and call every network once, as first calls choose kernels."""
+        if channels_last:
+            self.denoiser.to(memory_format=torch.channels_last)
+        self.flops = [flops(n) for n in self.networks]
+        self.denoiser.to(device)
+        if device.type == "cpu" and batch == 1:
+            return  # counting called them
+        with torch.inference_mode():
+            for n in self.networks:
+                n(torch.zeros(batch, *n.shape, device=device), torch.ones(batch, dtype=torch.long, device=device))
+
+    @property
+    def operations(self) -> float:
+        """Of the networks, an image and step on average."""
+        return sum(n * f for n, f in zip(self.steps, self.flops, strict=True)) / sum(self.steps)
+
+    def chain(self, batch: int) -> None:
+        """Draw a batch; note the seconds of it and of every call of a network."""
+        device = next(iter(self.denoiser.parameters())).device
+        begun: list[tuple[int, Any]] = []
+        ended: list[Any] = []
+        hooks = [network.register_forward_hook(lambda *_: ended.append(mark(device))) for network in self.networks]
+        hooks += [
+            network.register_forward_pre_hook(lambda *_, k=k: begun.append((k, mark(device))))
+            for k, network in enumerate(self.networks)
+        ]
+
+        def work() -> None:
+            DDIM()(self.denoiser, range(batch))
+            finish(device)
+
+        finish(device)
+        begin = time.thread_time()
+        self.chains.append(timed(work))
+        self.own.append(time.thread_time() - begin if device.type == "cpu" else self.chains[-1])
+        for hook in hooks:
+            hook.remove()
+        for (k, begin), end in zip(begun, ended, strict=True):
+            self.calls[k].append(between(begin, end))
+
+    @property
+    def share(self) -> float:
+        """Share of the chains inside the networks."""
+        return sum(map(sum, self.calls)) / sum(self.own)
+
+    @property
+    def inside(self) -> float:
+        """Seconds of a chain in its networks, by the median calls."""
+        return sum(n * median(calls) for n, calls in zip(self.steps, self.calls, strict=True))
+
+    def table(self, name: str, batch: int) -> None:
+        """Print a line for each network, and one for all."""
+        for network, n, weights, f, calls in zip(
+            self.networks, self.steps, self.weights, self.flops, self.calls, strict=True
+        ):
+            line(f"{name} {network.shape[-1]}", n, weights, f * batch, median(calls))
+        if len(self.networks) > 1:
+            steps = sum(self.steps)
+            line(f"{name}, all", steps, sum(self.weights), self.operations * batch, self.inside / steps)
+
+
+def mark(device: torch.device) -> Any:
+    """Note the time of the thread, or that at which a GPU gets there."""
+    if device.type == "cpu":
+        return time.thread_time()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(begin: Any, end: Any) -> float:
+    """Seconds between two marks."""
+    return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what a GPU still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def line(name: str, steps: int, weights: int, operations: float, seconds: float) -> None:
+    """Print a line of the table."""
+    print(
+        f"  {name:18s}{steps:6d}{weights / 1e6:12.2f}{operations / 1e9:13.2f}{seconds * 1e3:12.1f}"
+        f"{operations / seconds / 1e9:12.1f}"
+    )
+
+
+def main() -> None:
+    """Measure, and print the result line."""
+    began = time.perf_counter()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a step a scale: under 50 s on two cores")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--steps", type=int, help="of a chain; 8, or 128 with cuda")
+    parser.add_argument("--batch", type=int, help="images in it; 1, or 16 with cuda")
+    parser.add_argument("--size", type=int, default=128, help="side of an image")
+    parser.add_argument("--width", type=int, default=128, help="base width; 128 is the published one")
+    parser.add_argument("--pairs", type=int, help="of chains; 5, or 3 with --quick")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--channels-last", action="store_true", help="memory format of both models")
+    args = parser.parse_args()
+    if args.steps is not None and args.steps <= LEVELS:
+        parser.error(f"--steps: one at least for each of {LEVELS + 1} scales")
+    cuda = args.device == "cuda"
+    device = torch.device(args.device)
+    steps = args.steps or (4 if args.quick else 128 if cuda else 8)
+    batch = args.batch or (16 if cuda else 1)
+    pairs = args.pairs or (3 if args.quick else 5)
+    torch.set_num_threads(args.threads)
+    describe("diffusers", **({"gpu": torch.cuda.get_device_name()} if cuda else {}))
+
+    torch.manual_seed(0)
+    shape = [3, args.size, args.size]
+    states = ComponentStates(shape, LogLinear(), Haar(LEVELS), S=steps)
+    plain = LatentStates(LogLinear(), S=steps, spacing="trailing")
+    shapes = [states.shape_at(block[0], shape) for block in states.blocks_of_rows]
+    several = Model(states, [unet(at, widths, args.width) for at, widths in zip(shapes, SCALES, strict=True)])
+    one = Model(plain, [unet(shape, UNIFORM, args.width)])
+    weights = sum(several.weights) / sum(one.weights)
+    if abs(weights - 1) > 0.02:
+        raise SystemExit(f"the weights of the two differ by more than 2 %: their ratio is {weights:.4f}")
+    for model in (several, one):
+        model.prepare(device, batch, args.channels_last)
+    faster = one.operations / several.operations
+
+    print(
+        f"\n{batch} of {args.size}x{args.size}, {steps} steps, {args.device}, channels_last {args.channels_last}, "
+        f"base width {args.width}{'' if args.width == 128 else ' (published: 128)'}, up to {pairs} pairs"
+    )
+    for name, model in (("uniform", one), ("multi-scale", several)):
+        print(f"  {name}: {sum(model.weights) / 1e6:.2f} M weights (published: {PUBLISHED[name]} M)")
+    print(f"  ready after {time.perf_counter() - began:.0f} s")
+
+    ratios: list[float] = []
+    for k in range(pairs):
+        if k and args.quick and time.perf_counter() - began + one.chains[-1] + several.chains[-1] > 35:
+            print(f"  {k} of {pairs} pairs, as the machine is busy")
+            break
+        for model in (one, several) if k % 2 == 0 else (several, one):
+            model.chain(batch)
+        ratios.append(one.chains[-1] / several.chains[-1])
+        print(
+            f"  pair {k + 1}: uniform {one.chains[-1]:.3f} s, multi-scale {several.chains[-1]:.3f} s, {ratios[-1]:.2f}"
+        )
+    without = {}
+    for name, model, table in (("uniform", one, plain), ("multi-scale", several, states)):
+        echo = Model(table, [Echo(n.shape) for n in model.networks])
+        echo.denoiser.to(device)
+        for _ in range(6):
+            echo.chain(batch)
+        without[name] = median(echo.own[1:])
+    share = without["multi-scale"] / median(several.own)
+
+    print(f"\n  {'network':18s}{'steps':>6s}{'M weights':>12s}{'GFLOP/step':>13s}{'ms/step':>12s}{'GFLOP/s':>12s}")
+    one.table("uniform", batch)
+    several.table("multi-scale", batch)
+    for name, seconds in without.items():
+        print(f"  {name + ' without networks':49s}{seconds / steps * 1e3:12.1f}")
+    rate = (several.operations / several.inside) / (one.operations / one.inside)
+    rest = several.share / one.share
+    print(f"\nspeedup, uniform over multi-scale: {quartiles(ratios)} of {len(ratios)} pairs")
+    if not cuda:
+        print(f"  by the thread's own time: {quartiles([a / b for a, b in zip(one.own, several.own, strict=True)])}")
+    print(
+        f"  by the table {faster * rate * rest:.2f} = {faster:.2f} by operations x {rate:.3f} by those of a second "
+        f"(small images: fewer) x {rest:.3f} by what is no network\n"
+        f"  published: 4.4 by the clock, 7.07 by operations"
+    )
+    print(
+        f"\nRESULT speedup={median(ratios):.3f} flop_speedup={faster:.3f} weights_ratio={weights:.4f} "
+        f"haar_share={share:.4f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
