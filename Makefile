@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: quickstart test test-ray test-slurm faults lint bench clean
+.PHONY: quickstart test test-ray test-slurm test-cuda faults lint bench clean
 CLUSTER ?= 1
+CUDA ?= 1
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -44,6 +45,11 @@ test-ray: $(BIN)/.test
 # Debian's slurm-wlm and munge must be installed
 test-slurm: $(BIN)/.test
 	CLUSTER=$(CLUSTER) $(BIN)/python -m pytest tests/fleet/test_slurm.py
+
+# what needs a GPU, and a torch built for it; CUDA=required fails where there is none, instead of skipping (pytest's 5)
+test-cuda: $(BIN)/.test
+	@$(MAKE) --no-print-directory data/digits/train-0000.tar
+	CUDA=$(CUDA) $(BIN)/python -m pytest tests/cuda || [ $$? = 5 ]
 
 # every fault with all its trials, on fresh processes; under 20 minutes on 2 cores
 faults: $(BIN)/.test

@@ -33,7 +33,7 @@ def use_device(name: str) -> None:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if name.startswith("cuda"):
-        torch.cuda.set_device(name)
+        torch.cuda.set_device(torch.device(name).index or 0)
     if name == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
