@@ -9,18 +9,28 @@ Memory is that of fresh processes: the peak of drawing 512 images less what was 
 with the experts offloaded is taken relative to that with one expert for all rows, which is one expert and activations.
 Small images keep the activations below the weights, so that another expert would show.
 
-    OMP_NUM_THREADS=1 python benchmarks/composite.py [--quick]
+On a GPU the experts have 5.4 M weights each, for images of 3x32x32. A portion is a whole run of `sample`, 1,000 images
+in batches of 250, from an idle device to an idle device; the runs of all ways follow each other, in turns first.
+Offloaded and streamed experts are compared with the resident ones, as that is what one chooses between; both go from
+state to state, as `sample` does, and offloaded ones also batch by batch. The files were just written: streaming reads
+them from the system's cache. Memory is what torch allocates at most to load a model and to draw 4 images, few enough
+for the weights to show; and to draw 250.
+
+    OMP_NUM_THREADS=1 python benchmarks/composite.py [--quick] [--device cuda]
 
     RESULT resident_overhead=..  stream_overhead=..  medians of the ratios of wall time to that of one model
     RESULT offload_memory=..     ratio of the peaks
+    RESULT offload_overhead=..   on a GPU alone; there this and stream_overhead are ratios to the resident composite
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -39,6 +49,7 @@ from lightning_tdisent.sampling.expert import Card, load_expert, save_expert
 from lightning_tdisent.sampling.sampler import DDIM, TOGETHER, sample
 
 S = 32
+FEW, BY_BATCH = 4, "offload, batch by batch"  # images for which the weights are most of what a GPU holds; a way
 IMAGES = BLOCK * S  # as many blocks as states: a block in all states is a portion, and all blocks in one state, too
 FACTS: dict[str, Any] = {
     "module": "SingleState", "data": "none", "weights": "live", "average": None, "images_seen": 0, "steps": 0,
@@ -46,10 +57,11 @@ FACTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write(folder: Path, side: int, channels: list[int], experts: int) -> Path:
+def write(folder: Path, side: int, channels: list[int], experts: int, colours: int = 1) -> Path:
     """Write a composite of so many copies of one network, `model.safetensors` with the network itself beside it."""
     torch.manual_seed(0)
-    network, states = UNet([1, side, side], channels=channels, layers=1, conditioning="none"), LatentStates(S=experts)
+    network = UNet([colours, side, side], channels=channels, layers=1, conditioning="none")
+    states = LatentStates(S=experts)
     folder.mkdir()
     files = [folder / f"{s:02d}.safetensors" for s in states.rows]
     for s, file in zip(states.rows, files, strict=True):
@@ -149,16 +161,96 @@ def peak(folder: Path, residency: str) -> float:
     return (kilobytes("VmHWM") - before - (kilobytes("RssFile") - mapped)) / 1024
 
 
+def load(folder: Path, way: str, device: str) -> Any:
+    """Return one model for all rows, or the composite with its experts in one of three places."""
+    found = load_expert(folder / "model.safetensors") if way == "model" else load_model(folder / "composite", way)  # type: ignore[arg-type]
+    return found[0].to(device)
+
+
+def draw(model: Any, images: int, batch: int, by_state: bool | None = None) -> tuple[float, torch.Tensor]:
+    """Seconds of a whole run on a GPU, and its images."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    found = torch.cat(list(sample(model, DDIM(), range(images), batch, by_state=by_state)))
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin, found
+
+
+def load_all(folder: Path, device: str, batch: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Models of all ways, and megabytes at the peak of loading each and drawing FEW images, then a batch of them."""
+    models: dict[str, Any] = {}
+    peaks: dict[str, list[float]] = {}
+    for n in (FEW, batch):
+        draw(load(folder, "model", device), n, batch)  # what libraries allocate once
+    for way in ("model", "resident", "offload", "stream"):
+        gc.collect()
+        before, peaks[way] = torch.cuda.memory_allocated(), []
+        torch.cuda.reset_peak_memory_stats()
+        models[way] = load(folder, way, device)
+        for n in (FEW, batch):
+            draw(models[way], n, batch)
+            peaks[way].append((torch.cuda.max_memory_allocated() - before) / 2**20)
+    return models, peaks
+
+
+def measure_gpu(
+    folder: Path, device: str, seconds: float, side: int = 32, images: int = 1000, batch: int = 250
+) -> dict[str, float]:
+    """Compare all ways on a GPU for so many seconds, at least 3 rounds; print them, and return the results by name."""
+    write(folder, side, [48, 96, 192], S, 3)
+    size = (folder / "model.safetensors").stat().st_size / 2**20
+    print(f"\n{S} experts of {size:.1f} MB, {images} images of 3x{side}x{side} in batches of {batch}, {S} steps")
+    print(f"  convolutions may use TF32: {torch.backends.cudnn.allow_tf32}")
+    models, peaks = load_all(folder, device, batch)
+    ways = {way: (model, None) for way, model in models.items()} | {BY_BATCH: (models["offload"], False)}
+    expected = draw(models["model"], images, batch)[1]
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    same = dict.fromkeys(ways, True)
+    end, k = time.perf_counter() + seconds, 0
+    while k < 3 or time.perf_counter() < end:
+        for way in [*ways][k % len(ways) :] + [*ways][: k % len(ways)]:
+            model, by_state = ways[way]
+            spent, found = draw(model, images, batch, by_state)
+            times[way].append(spent)
+            same[way] &= torch.equal(found, expected)
+        k += 1
+    print(f"  a run of one model: {quartiles(times['model'])} s; {images / median(times['model']):.0f} images/s")
+    ratios = {}
+    for way, to in (("resident", "model"), ("offload", "resident"), (BY_BATCH, "resident"), ("stream", "resident")):
+        pairs = [a / b for a, b in zip(times[way], times[to], strict=True)]
+        ratios[way] = median(pairs)
+        print(f"  {way} over {to}: {quartiles(pairs)} of {k} pairs")
+    print(f"  images the same as those of one model: {all(same.values())} {same}")
+    for i, n in enumerate((FEW, batch)):
+        each = ", ".join(f"{way} {mb[i]:.1f}" for way, mb in peaks.items())
+        print(f"  peak to draw {n} images, MB: {each}; "
+              f"offload over model {peaks['offload'][i] / peaks['model'][i]:.3f}, "
+              f"over resident {peaks['offload'][i] / peaks['resident'][i]:.3f}")  # fmt: skip
+    return {
+        "resident_overhead": ratios["resident"],
+        "stream_overhead": ratios["stream"],
+        "offload_memory": peaks["offload"][0] / peaks["model"][0],
+        "offload_overhead": ratios["offload"],
+    }
+
+
 def main() -> None:
     """Measure, and print the result line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one round: under a minute on two cores")
+    parser.add_argument("--quick", action="store_true", help="one round: under a minute on two cores, or a GPU")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--peak", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.peak:
         print(json.dumps(peak(Path(args.peak[1]), args.peak[0])))
+        return
+    if args.device == "cuda":
+        describe("safetensors", GPU=torch.cuda.get_device_name())
+        with tempfile.TemporaryDirectory() as name:
+            results = measure_gpu(Path(name) / "gpu", "cuda", 15 if args.quick else 120)
+        print("\nRESULT " + " ".join(f"{name}={value:.3f}" for name, value in results.items()))
         return
     describe("safetensors")
     with tempfile.TemporaryDirectory() as name:

@@ -132,6 +132,7 @@ def main() -> None:
     """Measure and print the result line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds: under a minute on two cores")
+    parser.add_argument("--rounds", type=int, help="in place of 60, or 8 with --quick")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     parser.add_argument("--batch", type=int, default=8)
@@ -142,7 +143,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     cuda = args.device == "cuda"
     describe("lightning", "diffusers", GPU=torch.cuda.get_device_name() if cuda else "none used")
-    rounds = Rounds(8 if args.quick else 60, cuda)
+    rounds = Rounds(args.rounds or (8 if args.quick else 60), cuda)
     steps, last = WARM + (rounds.count + 1) * BLOCK, args.experts - 1
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as name:
