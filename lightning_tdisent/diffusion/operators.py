@@ -14,6 +14,8 @@ from lightning_tdisent.diffusion.rng import key
 from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.errors import InputError
 
+GREY_LEVEL = 1 / 127.5 + 1e-3  # how far an observation that was kept as uint8 may be off
+
 
 class Operator(Part, ABC):
     """A degradation of images (B, C, H, W), seeded by item."""
@@ -28,6 +30,17 @@ class Operator(Part, ABC):
     @abstractmethod
     def observe(self, x0: Tensor, item: Tensor) -> Tensor:
         """Observation (B, C', H, W) of images x_0 (B, C, H, W) with the item numbers int64 (B,)."""
+
+    def refuse_others(self, x0: Tensor, y: Tensor, item: Tensor, where: str) -> None:
+        """Refuse observations y that are not of these images by these items, up to a rounding to grey levels."""
+        off = (self.observe(x0, item) - y).abs().flatten(1).amax(1)
+        if len(off) and not bool((off <= GREY_LEVEL).all()):
+            k = int((~(off <= GREY_LEVEL)).nonzero()[0])
+            raise InputError(
+                f"{where}: the observation of item {int(item[k])} differs by up to {float(off[k]):.3g} from what "
+                f"{type(self).__name__} makes of its original, rounding by {GREY_LEVEL:.3g} at most: it has the mask "
+                "(or kernel) of another item, or of another seed, or is of another image"
+            )
 
     def kernel(self, shape: list[int], item: Tensor) -> Tensor:
         """What it was made with, to be kept beside observations: masks (B, 1, H, W), or one kernel."""

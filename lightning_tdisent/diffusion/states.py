@@ -2,6 +2,8 @@
 
 Rows are latent states 0..S (0 is the data), columns are K components of the data (K = 1: all of it), an entry is the
 log-SNR L. With a = sqrt(sigmoid(L)) and b = sqrt(sigmoid(-L)) a state is x_s = a_s x_0 + b_s eps. float64 throughout.
+
+The file is long because tables of components (`components`) answer for more, and the questions stand here.
 """
 
 import hashlib

@@ -21,7 +21,6 @@ from lightning_tdisent.metrics.scores import FeatureMoments
 from lightning_tdisent.ranks import gather
 
 LIMIT = 1 << 30  # bytes of the sums over draws; torchmetrics keeps them twice, and each rank's twice to add them up
-TOLERANCE = 1 / 127.5 + 1e-3  # of a stored observation, which rounding to uint8 has moved by half of it
 PERFECT = 100.0  # dB of an image without error, and the most that any counts
 
 
@@ -96,15 +95,9 @@ class PairedQuality:
             return
         images, originals, item, draw = (part.to(self.device) for part in (images, originals, item, draw))
         x, x0, y = images.double(), originals.double(), observations.to(self.device).double()
-        off = (self.operator.observe(x0 / 127.5 - 1, item) - y).abs().flatten(1).amax(1)
-        if float(off.max()) > TOLERANCE:
-            raise InputError(
-                f"the observation of item {int(item[off.argmax()])} differs by up to {float(off.max()):.3g} from what "
-                f"{type(self.operator).__name__} makes of its original, rounding by {TOLERANCE:.3g} at most: give it "
-                "with its own original and number; it has the mask (or kernel) of another item, or of another seed"
-            )
+        self.operator.refuse_others(x0 / 127.5 - 1, y, item, "observations")
         found = [
-            torch.ones_like(off),
+            torch.ones(len(x), dtype=torch.float64, device=self.device),
             (10 * torch.log10(255**2 / (x - x0).square().flatten(1).mean(1))).clamp_max(PERFECT),
             structural_similarity_index_measure(
                 x, x0, sigma=ssim_sigma(min(x.shape[2:])), reduction="none", data_range=255.0

@@ -39,7 +39,7 @@ class Given:
             )
         if self.items > len(held_out):
             raise InputError(
-                f"n={quality.protocol.n}: {draws} draws each for {self.items} held-out images; there are {len(held_out)}"
+                f"n={quality.protocol.n}: {draws} draws of {self.items} held-out images; there are {len(held_out)}"
             )
         images = held_out.images[: self.items]
         self.observations = Observations.of(self.operator, images, torch.arange(self.items))

@@ -19,7 +19,6 @@ from lightning_tdisent.files import write_whole
 from lightning_tdisent.sampling.sampler import from_uint8
 
 FILE = "observations.safetensors"
-ALIKE = 1 / 127.5  # a grey level: how far an observation may be from that of its original
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,7 @@ class Observations:
             raise InputError(
                 f"{where}: of images {list(self.original.shape[1:])}, the model makes {states.image_shape}"
             )
-        off = (operator.observe(from_uint8(self.original), self.item) - self.y).abs().flatten(1).amax(1)
-        if not bool((off <= ALIKE).all()):
-            k = int((~(off <= ALIKE)).nonzero()[0])
-            raise InputError(
-                f"{where}: number {k} is not what {type(operator).__name__} makes of its original as item "
-                f"{int(self.item[k])} (off by {float(off[k]):.3g}): the mask or image of another item"
-            )
+        operator.refuse_others(from_uint8(self.original), self.y, self.item, where)
 
     def save(self, path: str | Path) -> None:
         """Write them to a .safetensors file; never half-written."""
