@@ -28,6 +28,7 @@ from lightning_tdisent.sampling.cost import training_cost, with_prior
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
 from lightning_tdisent.sampling.evaluation import RealImages, compute, held_out_errors, image_files, open_quality, score
 from lightning_tdisent.sampling.expert import Card, sha256
+from lightning_tdisent.sampling.likelihood import refuse_components
 from lightning_tdisent.sampling.observations import Observations
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import Sampler, probe_rows
@@ -89,8 +90,8 @@ def evaluate(
                 raise InputError(f"{contender.source} makes images {model[0].shape}, the real ones are {shape}")
             contender.sampler.rows(model[0].states)  # refuses more steps than rows, before any work
             _check_labels(model[0], held_out)
-            if bits and model[0].states.image_shape is not None:
-                raise InputError(f"{contender.source}: bits per dimension are not measured for tables of components")
+            if bits:
+                refuse_components(model[0].states, str(contender.source))
     files = {c.name: image_files(c.source, c.split, shape) for c in contenders if c.sampler is None}
     quality = open_quality(protocol, network, real, shape, device)
     qualities = {name: quality.of(found.n) for name, found in files.items()}  # refuses too few, before any work, too

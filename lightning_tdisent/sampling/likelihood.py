@@ -97,6 +97,7 @@ def variational_bound(
     exactness, if not given 1 for grey levels and None for a density; errors: (S+1,) mean squared error of x0_hat by
     row, for w = v + k^2 error and the decoder's variance.
     """
+    refuse_components(model.states, "this model")
     prior, states, device = _prior(model), model.states, next(iter(model.parameters())).device
     x0 = _data(images, ids, decoder).to(device)
     if clip == "as images":
@@ -118,6 +119,12 @@ def variational_bound(
         rows[s - 2] = kl.flatten(1).sum(1).cpu()
     last = prior_term(prior, states, states.S, x0.cpu(), ids)
     return Terms(first, rows, last, states.rows[1:], x0[0].numel(), decoder)
+
+
+def refuse_components(states: LatentStates, where: str) -> None:
+    """Refuse tables whose components are no channels."""
+    if states.K > 1 and states.image_shape is not None:
+        raise InputError(f"{where}: bits per dimension are not measured for tables of components")
 
 
 def prior_term(prior: Prior, states: LatentStates, s: int, x0: Tensor, ids: Sequence[int]) -> Tensor:
