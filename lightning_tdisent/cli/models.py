@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -349,6 +350,8 @@ def _evaluate(a: argparse.Namespace) -> None:
     ]
     asked = (a.metrics or "").split(",")
     metrics = [name for name in asked if name and name not in ("bpd", "bpd_ode", "lpips")]
+    if a.lpips_weights and "lpips" not in asked:
+        raise InputError("--lpips-weights: belongs to --metrics lpips, which is not asked for")
     lpips = (a.lpips_weights or "") if "lpips" in asked else None
     bits = {"bound": "bpd" in asked, "ode": "bpd_ode" in asked, "n": a.bits_images, "decoder": a.decoder}
     options = {"residency": a.residency, "fill": a.fill, "batch_size": a.batch_size}
@@ -426,7 +429,7 @@ def _study(a: argparse.Namespace) -> None:
 
     todo = plan(a.config, a.out, a.seed, a.overrides)
     study = Study(**todo.evaluation)
-    study.check()
+    study.check(conditional=any("condition" in text for job in todo.jobs for text in _configs(job.argv)))
     todo.claim()
     fleets = {}
     for name, (file, changes) in todo.fleets.items():
@@ -447,6 +450,12 @@ def _study(a: argparse.Namespace) -> None:
         if not (folder / FILE).exists():
             _fit(source, at, part, study.data, "train", None, folder)
     _finish(study)
+
+
+def _configs(argv: Sequence[str]) -> Iterator[str]:
+    """Words of a command line, and what its configs say."""
+    for before, word in pairwise(argv):
+        yield Path(word).read_text() if before == "--config" else word
 
 
 def _finish(study: "Study") -> None:

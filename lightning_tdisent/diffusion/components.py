@@ -32,7 +32,7 @@ class Condition(Part):
     operator: makes y of an image. schedule: its curve over the same T levels; not given, y is clean (+inf): the
     estimator CDE. The image's own makes CDiffE, a slower one CMDE (2207.09786, section 4). draw: what a sampler puts in
     its place at a row, ``fresh`` a y_s + b eps at each, or ``bridge``, one path from q(y_r | y_s, y_0). weight: of its
-    part of the loss, which is that of its own row otherwise; 0 trains the image alone.
+    part of the loss, which is that of its own row otherwise; 0 trains the image alone, the mean taken over it alone.
     anneal: for so many steps of a training the largest sigma of y falls from ``anneal_from`` (if not given, the
     image's) to that of ``schedule``, 1/sigma linearly: VS-CMDE.
     """
@@ -50,8 +50,12 @@ class Condition(Part):
             raise InputError(f"condition.draw: fresh or bridge, got {draw!r}")
         if not 0 <= weight < math.inf:
             raise InputError(f"condition.weight: 0 or above, got {weight}")
-        if anneal < 0 or (anneal and not isinstance(schedule, Geometric)):
+        if anneal < 0:
+            raise InputError(f"condition.anneal: a number of steps, got {anneal}")
+        if anneal and not isinstance(schedule, Geometric):
             raise InputError(f"condition.anneal: {anneal} steps want condition.schedule: Geometric, it is {schedule!r}")
+        if anneal_from is not None and not 0 < anneal_from < math.inf:
+            raise InputError(f"condition.anneal_from: a sigma above 0, got {anneal_from}")
         self.operator, self.schedule, self.draw, self.weight = operator, schedule, draw, weight
         self.anneal, self.anneal_from = anneal, anneal_from
 
@@ -84,6 +88,8 @@ class ComponentStates(LatentStates):
         terminal_bound: float = 0.01,
     ) -> None:
         nn.Module.__init__(self)
+        if len(shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in shape):
+            raise InputError(f"states.shape must be [channels, height, width] of an image, got {shape}")
         self.shape, self.schedule, self.basis = list(shape), schedule or LogLinear(), basis or Pixels()
         self.ends, self.curves, self.condition = ends, curves, condition
         self.intervals, self.indices, self.terminal_bound = intervals, indices, terminal_bound
@@ -103,6 +109,11 @@ class ComponentStates(LatentStates):
     def _curves(self) -> list[Tensor]:
         """Log-SNR of every component of the image at t = 0 .. its end."""
         K, T = self.basis.K, self.schedule.T
+        for schedule in (self.schedule, *(self.curves or []), *([self.condition.schedule] if self.condition else [])):
+            if schedule is not None and schedule.zero_terminal:
+                raise InputError(
+                    f"{schedule!r}: in a table of components -inf is where one has left; set zero_terminal: false"
+                )
         if self.curves is not None:
             if len(self.curves) != K:
                 raise InputError(f"states.curves: {len(self.curves)} for the {K} components of {spec(self.basis)}")
@@ -128,7 +139,7 @@ class ComponentStates(LatentStates):
                 raise InputError(f"S={S} but {len(rows)} indices are listed; give one of the two")
             if not rows or sorted(set(rows)) != list(rows) or not 1 <= rows[0] <= rows[-1] <= T:
                 raise InputError(f"indices must be ascending rows of the chain within 1..{T}, got {rows}")
-            if lost := sorted({n for n in lengths if n < rows[-1]} - set(rows)):
+            if lost := sorted(set(lengths) - set(rows)):
                 raise InputError(f"indices: components end at {lost}, which must be among the rows")
             return list(rows)
         cuts = [0, *sorted(set(lengths))]
@@ -164,6 +175,7 @@ class ComponentStates(LatentStates):
         self._fill(table, index)
         dead = self.log_snr[:, :own].isneginf().sum(1)
         self._left: list[int] = dead.tolist()
+        self._drawn: list[bool] = self.log_snr[:, own:].isfinite().any(1).tolist()
         self._check_ends(own)
         self.register_buffer("columns", columns, persistent=False)
 
@@ -229,7 +241,9 @@ class ComponentStates(LatentStates):
 
     def restrict(self, indices: Sequence[int]) -> "ComponentStates":
         """Return the table of these original indices alone; the last row of every interval must be among them."""
-        if missing := sorted(set(indices) - set(self.index[1:].tolist())):
+        here = self.index[1:].tolist()
+        if not indices or set(indices) - set(here):
+            missing = sorted(set(indices) - set(here))
             raise InputError(f"indices {missing} are no rows of this table of {self.S} states of T={self.schedule.T}")
         end = float(self.a[self.index.tolist().index(max(indices)), : self.basis.K].max())
         return ComponentStates(
@@ -238,22 +252,26 @@ class ComponentStates(LatentStates):
         )  # fmt: skip
 
     def truncate(self, at: int | float) -> "LatentStates":
-        """Refuse: what is left would start from no known density."""
+        """Refuse for several components: what is left would start from no known density."""
+        if self.K == 1:
+            return super().truncate(at)
         raise InputError("a chain of several components is not cut off: priors are for tables of one column")
 
     @property
     def layout(self) -> str:
         """What the columns are, for the fingerprint."""
-        condition = self.condition
-        seen = (
-            "" if condition is None else f" | {spec(condition.operator)} {condition.draw if condition.schedule else ''}"
-        )
+        seen = "" if self.condition is None else f" | {spec(self.condition)}"
         return f"{spec(self.basis)}{seen}" if self.K > 1 else ""
 
     @property
     def image_shape(self) -> list[int] | None:
         """(C, H, W) of images."""
         return self.shape
+
+    @property
+    def own(self) -> int:
+        """Number of the image's components, whose columns come first."""
+        return self.basis.K
 
     @property
     def blocks_of_rows(self) -> list[list[int]]:
@@ -309,7 +327,8 @@ class ComponentStates(LatentStates):
     def components(self, x0: Tensor, item: Tensor | None, left: int = 0) -> Tensor:
         """State 0 of images x_0 (B, C, H, W): their coefficients, and beside them those of observations of items."""
         if self.condition is not None:
-            assert item is not None
+            if item is None:
+                raise InputError("what is observed of an image depends on its item number: give one for each")
             x0 = torch.cat([x0, self.condition.operator.observe(x0, item.to(x0.device))], 1)
         return self.basis.forward(self.basis.coarse(x0, left), left)
 
@@ -340,19 +359,17 @@ class ComponentStates(LatentStates):
         if c is None or step >= c.anneal:
             return self
         assert isinstance(c.schedule, Geometric)
-        begin = c.anneal_from or float(torch.exp(-self.log_snr[-1, 0] / 2))
+        begin = c.anneal_from if c.anneal_from is not None else float(torch.exp(-self.log_snr[-1, 0] / 2))
         sigma = 1 / (1 / begin + step / c.anneal * (1 / c.schedule.sigma_max - 1 / begin))
         other = copy.copy(self)
         other._buffers = dict(self._buffers)
         own = self.log_snr[:, : self.basis.K]
-        y = self._observed(own, self.index, sigma)
-        y[0] = math.inf
-        other._set(torch.cat([own, y], 1), self.index)
+        other._set(torch.cat([own, self._observed(own, self.index, sigma)], 1), self.index)
         return other
 
     def needs_noise(self, s: int, r: int) -> bool:
         """Whether components are born at r, or the observation is drawn anew."""
-        return self._left[s] > self._left[r] or (self.condition is not None and bool(self.log_snr[r, -1].isfinite()))
+        return self._left[s] > self._left[r] or self._drawn[r]
 
     def begin(self, z: Tensor, given: Tensor | None) -> Tensor:
         """State S of noise z: the image's components are noise, the observation has its own."""

@@ -94,7 +94,8 @@ class LatentStates(Part, nn.Module):
             "index": index,
         }.items():
             self.register_buffer(name, value, persistent=False)
-        self._rows = [(float(a), float(b)) for a, b in zip(self.a[:, 0], self.b[:, 0], strict=True)]
+        one = zip(self.a[:, 0], self.b[:, 0], strict=True) if self.K == 1 else ()
+        self._rows = [(float(a), float(b)) for a, b in one]
 
     def _check_end(self) -> None:
         end = float(self.a[-1].max())
@@ -134,6 +135,8 @@ class LatentStates(Part, nn.Module):
             return self._rows[s]
         a, b = self.a[s], self.b[s]
         if x is None:
+            if self.image_shape is not None:
+                raise InputError("coefficients of components multiply a state: say which")
             return a[..., None, None], b[..., None, None]
         return self.spread(a.to(x.dtype), x.shape), self.spread(b.to(x.dtype), x.shape)
 
@@ -144,6 +147,11 @@ class LatentStates(Part, nn.Module):
     def image_shape(self) -> list[int] | None:
         """(C, H, W) of images, where states are of other shapes."""
         return None
+
+    @property
+    def own(self) -> int:
+        """Number of the columns that are the image's, and no condition's."""
+        return self.K
 
     @property
     def layout(self) -> str:
@@ -300,7 +308,7 @@ def split_rows(sizes: Sequence[int], owners: int) -> list[list[int]]:
     One owner a row, or as many in each run: no owner has rows of two. Raises InputError for other numbers.
     """
     S = sum(sizes)
-    if not 1 <= owners <= S:
+    if not isinstance(owners, int) or not 1 <= owners <= S:
         raise InputError(f"experts: {owners} owners cannot share {S} rows; choose 1..{S}")
     each = [*sizes] if owners == S else [owners // len(sizes)] * len(sizes)
     if sum(each) != owners or any(n > size for n, size in zip(each, sizes, strict=True)):

@@ -121,7 +121,7 @@ class PairedQuality:
         if len(shapes) > 1:
             raise InputError(f"images of one shape are compared, ranks have {' and '.join(map(str, shapes))}")
         if shapes:  # a rank without images has sums to send all the same
-            self._begin(list(shapes[0]))
+            self.begin(list(shapes[0]))
         images = _computed(self.metrics["images"])
         if len(wrong := (images[:, 0] != 1).nonzero()):
             i, d = divmod(int(wrong[0]), self.draws)
@@ -151,7 +151,7 @@ class PairedQuality:
             if name != "real":
                 metric.reset()
 
-    def _begin(self, shape: list[int]) -> None:
+    def begin(self, shape: list[int]) -> None:
         """Make what the first images' shape decides; refuse one that A cannot degrade, and sums that do not fit."""
         if self.shape is not None:
             return
@@ -161,7 +161,7 @@ class PairedQuality:
             if size > LIMIT:
                 raise InputError(
                     f"diversity: sums of {self.items:,} items of {shape} are {size / 2**30:.3g} GiB, at most "
-                    f"{LIMIT / 2**30:.3g} are kept: take fewer items, or draws=1, which has none"
+                    f"{LIMIT / 2**30:.3g} are kept: take fewer items"
                 )
             self.metrics["draws"] = _RowSums(self.items, 2, *shape).to(self.device)
         self.shape = shape
@@ -170,7 +170,7 @@ class PairedQuality:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise InputError(f"images: uint8 (B, C, H, W), 0 to 255, got {_said(images)}; see to_uint8")
         shape = list(images.shape[1:])
-        self._begin(shape)
+        self.begin(shape)
         if shape != self.shape:
             raise InputError(f"images of {self.shape} came first, got {shape}")
         wanted = (len(images), self.operator.channels(shape[0]), *shape[1:])

@@ -5,11 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_tdisent.diffusion.operators import Operator
+from lightning_tdisent.diffusion.spec import spec
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.paired import PairedQuality
 from lightning_tdisent.metrics.quality import Quality
+from lightning_tdisent.ranks import place
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.evaluation import RealImages
 from lightning_tdisent.sampling.observations import Observations
@@ -18,6 +21,14 @@ from lightning_tdisent.streaming.shards import ImageSet
 
 DRAWS = 4
 REFERENCE = 10_000  # real pairs that the joint distance is taken to, at most
+
+
+def refuse_number(n: int, held_out: int, draws: int = DRAWS) -> None:
+    """Refuse a number of images that are not as many draws of each of some held-out images."""
+    if n < draws or n % draws:
+        raise InputError(f"n={n}: a conditional model draws {draws} images an item; n is a multiple")
+    if n // draws > held_out:
+        raise InputError(f"n={n}: {draws} draws of {n // draws} held-out images; there are {held_out}")
 
 
 class Given:
@@ -33,25 +44,26 @@ class Given:
     ) -> None:
         self.operator: Operator = model.states.condition.operator
         self.draws, self.items = draws, quality.protocol.n // draws
-        if self.items < 1 or quality.protocol.n % draws:
-            raise InputError(
-                f"n={quality.protocol.n}: a conditional model draws {draws} images an item; n is a multiple"
-            )
-        if self.items > len(held_out):
-            raise InputError(
-                f"n={quality.protocol.n}: {draws} draws of {self.items} held-out images; there are {len(held_out)}"
-            )
+        refuse_number(quality.protocol.n, len(held_out), draws)
         images = held_out.images[: self.items]
         self.observations = Observations.of(self.operator, images, torch.arange(self.items))
         self.observations.check(model.states)
         self.paired = PairedQuality(self.operator, draws, self.items, quality.network, lpips).to(quality.device)
+        self.paired.begin(list(images.shape[1:]))
 
-    def reference(self, real: RealImages, batch_size: int = 250) -> None:
-        """Add real pairs, evenly spaced: items of their own, with masks of their own."""
-        n = min(real.n, REFERENCE)
-        for numbers in (torch.arange(n) * real.n // n).split(batch_size):
+    def reference(self, real: RealImages, known: dict[str, Metric], batch_size: int = 250) -> None:
+        """Add real pairs, evenly spaced, each rank its share: items of their own, with masks of their own.
+
+        known: those that models of the same operator have been compared with.
+        """
+        name, n, (rank, world) = str(spec(self.operator)), min(real.n, REFERENCE), place()
+        if name in known:
+            self.paired.metrics["real"] = known[name]
+            return
+        for numbers in (torch.arange(n) * real.n // n)[rank::world].split(batch_size):
             images = real.take(numbers)
             self.paired.reference(images, self.operator.observe(from_uint8(images), numbers))
+        known[name] = self.paired.metrics["real"]
 
     @property
     def given(self) -> Tensor:
@@ -68,4 +80,6 @@ class Given:
 
     def numbers(self) -> dict[str, Any]:
         """Keys of a row."""
-        return {**self.paired.compute(), "draws": self.draws, "operator": type(self.operator).__name__}
+        arguments = ", ".join(f"{k}={v}" for k, v in spec(self.operator)["init_args"].items())
+        given = f"{type(self.operator).__name__}({arguments})"
+        return {**self.paired.compute(), "draws": self.draws, "given": given}

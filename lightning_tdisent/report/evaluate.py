@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
@@ -102,6 +103,7 @@ def evaluate(
         for c, model in zip(contenders, loaded, strict=True)
         if model is not None and model[0].states.condition is not None
     }
+    pairs: dict[str, Metric] = {}
     rows, images = [], dict[str, Tensor]()
     for contender, model in zip(contenders, loaded, strict=True):
         advance = functools.partial(progress, contender.name) if progress else None
@@ -111,7 +113,7 @@ def evaluate(
         else:
             own = given.get(contender.name)
             if own is not None:
-                own.reference(real)
+                own.reference(real, pairs)
                 if observations is not None:
                     observations[contender.name] = own.observations
             row, first = _of_model(contender, model, quality, held_out, common, batch_size, device, keep, advance, own)
@@ -139,13 +141,13 @@ class _Common:
             return cls([], torch.empty(0))
         few = min(tables, key=lambda states: states.S)
         rows = probe_rows(few.rows, 32)
-        return cls([int(few.index[s]) for s in rows], few.log_snr[rows].clone())  # a model takes its table to a device
+        return cls([int(few.index[s]) for s in rows], few.log_snr[rows, : few.own].clone())  # a model's moves with it
 
     def rows(self, states: LatentStates) -> list[int]:
         """Those rows of a table, none if it has not all of them at the same values."""
         here = {t: s for s, t in enumerate(states.index.tolist())}
         at = [here[t] for t in self.indices if t in here]
-        here_too = states.log_snr[at].cpu()
+        here_too = states.log_snr[at, : states.own].cpu()
         same = here_too.shape == self.log_snr.shape and torch.allclose(here_too, self.log_snr)
         return at if same else []
 

@@ -74,7 +74,7 @@ def errors_per_state(rows: Sequence[dict[str, Any]]) -> str:
     return drawing(
         figure,
         "Mean squared error of x0_hat on held-out images per state, on the same noise for every model; times the SNR "
-        "it is the error of eps that the paper trains on, relative errors are equal. Below zero is better.",
+        "it is the error of eps (of tables of one column), relative errors are equal. Below zero is better.",
     )
 
 

@@ -75,7 +75,9 @@ def side_by_side(seen: Observations, images: Tensor, items: int = 8) -> Tensor:
     """Original, observation and draws of each of some items, a row an item."""
     draws = DRAWS
     items = min(items, len(seen), len(images) // draws)
-    y = to_uint8(seen.y[:items]).expand(-1, images.shape[1], -1, -1)
+    y = seen.y[:items]
+    y = y if y.shape[1] == images.shape[1] else y.mean(1, keepdim=True).expand(-1, images.shape[1], -1, -1)
+    y = to_uint8(y)
     drawn = images[: items * draws].unflatten(0, (items, draws))
     return grid(torch.cat([seen.original[:items, None], y[:, None], drawn], 1).flatten(0, 1), 2 + draws)
 

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,7 @@ from lightning_tdisent.metrics.paired import load_lpips
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.ranks import place
 from lightning_tdisent.report.bits import Bits
+from lightning_tdisent.report.conditional import refuse_number
 from lightning_tdisent.report.evaluate import Contender, evaluate
 from lightning_tdisent.report.page import write_report
 from lightning_tdisent.report.table import costs, notes, table, tables
@@ -84,8 +85,8 @@ class Study:
                 f"{folder} keeps no finished study ({error}); run study or evaluate with --out {folder} first"
             ) from None
 
-    def check(self) -> None:
-        """Refuse, before anything is trained, what could only fail after it."""
+    def check(self, conditional: bool = False) -> None:
+        """Refuse, before anything is trained, what could only fail after it; conditional: models are to be."""
         names = [c["name"] for c in self.contenders]
         if len(set(names)) < len(names):
             raise InputError(f"contenders must have different names, got {names}")
@@ -93,9 +94,15 @@ class Study:
         if self.bits is not None:
             Bits.of_mapping(self.bits)
             find(self.data, "train")
-        _ = self._network
+        _ = self._network, self._lpips
+        if conditional:
+            refuse_number(self._protocol.n, self.n_held_out)
         for split in {self.split, self._protocol.split}:
             find(self.data, split)
+
+    @functools.cached_property
+    def _lpips(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        return None if self.lpips is None else load_lpips(self.lpips)
 
     @property
     def _protocol(self) -> Protocol:
@@ -161,7 +168,7 @@ class Study:
                 contenders, protocol, self._network, real_images(self.data, protocol.split, channels, size),
                 self._real(self.split, self.n_held_out), self.batch_size, self.device,
                 progress=lambda name, count: bar.advance(tasks[name], count), bits=self._bits(),
-                observations=observations, lpips=load_lpips(self.lpips) if self.lpips is not None else None,
+                observations=observations, lpips=self._lpips,
             )  # fmt: skip
         if not first:
             return
@@ -181,7 +188,9 @@ class Study:
 
     def _observations(self, name: str) -> Path:
         """Where what a conditional contender was given is kept."""
-        return self.folder / "observations" / f"{''.join(c if c.isalnum() else '_' for c in name)}.safetensors"
+        number = [c["name"] for c in self.contenders].index(name)
+        text = "".join(c if c.isalnum() else "_" for c in name)
+        return self.folder / "observations" / f"{number:02d}_{text}.safetensors"
 
     def _given(self) -> dict[str, Observations]:
         names = [c["name"] for c in self.contenders]

@@ -9,9 +9,17 @@ from lightning_tdisent.errors import InputError
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The rows of each protocol, with the line that names it: numbers of different ones are never put together."""
-    lines = dict.fromkeys((r["protocol"], r["protocol_line"]) for r in rows)
-    return [(line, [r for r in rows if r["protocol"] == protocol]) for protocol, line in lines]
+    """The rows of each protocol, with the line that names it: numbers of different ones are never put together.
+
+    Nor are those of models that are given different things.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for r in rows:
+        groups.setdefault((r["protocol"], r.get("given", "")), []).append(r)
+    return [
+        (alike[0]["protocol_line"] + (f", {alike[0]['draws']} draws each, given {given}" if given else ""), alike)
+        for (_, given), alike in groups.items()
+    ]
 
 
 def metrics_of(row: dict[str, Any]) -> list[str]:

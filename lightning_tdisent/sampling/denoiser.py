@@ -58,7 +58,7 @@ class Denoiser(nn.Module):
         self.register_buffer("weights", objective.weights(states), persistent=False)
         counted = states.spread(states.counted[self.rows[0]], network.shape).expand(network.shape)
         self._uncounted = math.prod(network.shape) / int(counted.sum())  # a mean is that of what is learned
-        self.anneal(0)
+        self._now = None
         self._index: list[int] = states.index.tolist()
         self._owned = frozenset(self.rows)
 

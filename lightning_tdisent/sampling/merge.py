@@ -180,11 +180,11 @@ def merge(
     """
     out, files = Path(out), sorted(map(Path, experts), key=lambda file: read_card(file).rows)
     cards = [read_card(file) for file in files]
+    if "shape" in cards[0].states["init_args"]:
+        raise InputError("experts of components are not merged: their errors count in no one unit")
     refuse_unfit([str(file) for file in files], [_facts(card) for card in cards])
     if (out / MANIFEST).exists():
         raise InputError(f"{out} already holds a composite; remove it or choose another folder")
-    if "shape" in cards[0].states["init_args"]:
-        raise InputError("experts of components are not merged: their errors count in no one unit")
     given = _given(weights, cards)
     if not 1 <= k <= min(len(files) - 1, sum(w > 0 for w in given)):
         raise InputError(f"--merge {k}: fewer networks than {len(files)} experts, each with an expert of weight > 0")

@@ -45,8 +45,8 @@ class Observations:
 
     def take(self, numbers: Sequence[int] | Tensor) -> "Observations":
         """Some of them."""
-        at = torch.as_tensor(numbers)
-        kernel = self.kernel[at] if len(self.kernel) == len(self.y) > 1 else self.kernel
+        at = torch.as_tensor(numbers, dtype=torch.int64)
+        kernel = self.kernel[at] if self.kernel.shape == (len(self.y), 1, *self.y.shape[2:]) else self.kernel
         return Observations(self.y[at], self.item[at], self.original[at], kernel, self.operator)
 
     def check(self, states: LatentStates, where: str = "observations") -> None:
@@ -56,9 +56,18 @@ class Observations:
         operator: Operator = states.condition.operator
         if (mine := spec(operator)) != self.operator:
             raise InputError(f"{where}: made by {self.operator}, the model was trained for {mine}")
-        if list(self.original.shape[1:]) != states.image_shape:
+        c, *sides = states.image_shape
+        asked = {"original": [c, *sides], "y": [operator.channels(c), *sides], "item": []}
+        found = {name: list(getattr(self, name).shape) for name in asked}
+        n = found["y"][0] if found["y"] else 0
+        if odd := [f"{name} {found[name]}" for name in asked if found[name] != [n, *asked[name]]]:
             raise InputError(
-                f"{where}: of images {list(self.original.shape[1:])}, the model makes {states.image_shape}"
+                f"{where}: {', '.join(odd)}, the model makes {states.image_shape} and wants as many of each"
+            )
+        if not n or self.original.dtype != torch.uint8 or self.item.dtype != torch.int64:
+            kinds = f"{self.original.dtype} and {self.item.dtype}"
+            raise InputError(
+                f"{where}: {n} observations, of originals and items in {kinds}; uint8 and int64 are wanted"
             )
         operator.refuse_others(from_uint8(self.original), self.y, self.item, where)
 

@@ -253,6 +253,7 @@ def sample(
             f"the model makes latents of {denoise.shape}, not images: call its sampler with clip None, and decode what "
             "it returns with the autoencoder (z / scaling_factor + shift_factor)"
         )
+    given = check_given(denoise.states, given, len(seeds))
     if label is None and denoise.classes:
         label = torch.tensor([seed % denoise.classes for seed in seeds])
     residency = getattr(_unguided(denoise), "residency", None)  # of a composite

@@ -107,18 +107,6 @@ def test_weights_of_coarse_steps():
     assert float(weights[2, 0]) == pytest.approx(0.8605, abs=5e-5)
 
 
-def test_zero_network_losses():
-    """Mean over live components of weight eps^2 with the continuous weights, whatever the size of the image."""
-    known = (69.3205, 36.3180, 25.0317, 20.0200)
-    weights = torch.tensor([20.02002, 26.70227, 40.08016, 80.32129], dtype=torch.float64)
-    for side in (16, 64):
-        states = ComponentStates([3, side, side], basis=Haar(3), S=8)
-        for left, loss in enumerate(known):
-            shape = states.state_shape(left)
-            w = states.spread(weights, shape).expand(shape)
-            assert float(w.mean()) == pytest.approx(loss, rel=2e-6)
-
-
 def test_deterministic_steps_take_a_gaussian_to_where_it_belongs():
     """Coefficients ~ N(0, 1/4), exact score: the factor from birth to eps, p steps an interval, hand-over included."""
     known = {
@@ -287,20 +275,6 @@ def test_bridge_of_the_observation():
     assert float(variance) ** 0.5 / c == pytest.approx(0.0571589, abs=2e-7)
 
 
-def test_zero_network_conditional_losses():
-    """Inpainting's curves: CDE 21.3993 = CDiffE, CMDE 15.9980, the mean over what diffuses."""
-    kinds = {"CDE": (pair(), 21.3993), "CDiffE": (pair(schedule=Geometric(sigma_max=221.702454)), 21.3993)}
-    kinds["CMDE"] = pair(schedule=Geometric(sigma_max=1.0)), 15.9980
-    weights = (
-        torch.tensor([21.399308, 21.399308]),
-        torch.tensor([21.399308, 21.399308]),
-        torch.tensor([21.399308, 10.596635]),
-    )
-    for (states, loss), w in zip(kinds.values(), weights, strict=True):
-        counted = states.counted[1]
-        assert float(w[counted].mean()) == pytest.approx(loss, rel=2e-6)
-
-
 def test_weights_of_what_is_not_learned_are_zero():
     states = ComponentStates(SHAPE, basis=Haar(1), condition=Condition(Grey()), S=4)
     for objective in (Eps(), X0(), V(), Eps(Likelihood()), X0(Likelihood())):
@@ -357,12 +331,17 @@ def test_tables_that_are_none_are_refused(table, why):
         ({"basis": Haar(1), "curves": [LogLinear(), LogLinear(T=500, low=-3.0)]}, "component 1 of 2.*never dies"),
         ({"schedule": LogLinear(low=-2.0)}, "component 0 of 1.*never dies.*0.3453, above terminal_bound 0.01"),
         ({"condition": Condition(Inpainting(), Geometric(T=10))}, "has T=10 levels, the image's 1000"),
+        ({"shape": [8, 8]}, r"must be \[channels, height, width\] of an image, got \[8, 8\]"),
+        ({"shape": [1, 0, 8]}, r"got \[1, 0, 8\]"),
+        ({"schedule": LogLinear(zero_terminal=True)}, "set zero_terminal: false"),
+        ({"condition": Condition(Grey(), LogLinear(zero_terminal=True))}, "set zero_terminal: false"),
+        ({"basis": Haar(1), "indices": [100, 500]}, r"components end at \[1000\], which must be among the rows"),
         ({"condition": Condition(SuperResolution(3))}, "16x16 is not divisible by factor 3"),
     ],
 )
 def test_tables_that_cannot_be_made_are_refused(options, why):
     with pytest.raises(InputError, match=why):
-        ComponentStates(SHAPE, **options)
+        ComponentStates(**{"shape": SHAPE, **options})
 
 
 def test_conditions_that_cannot_be_are_refused():
@@ -370,6 +349,11 @@ def test_conditions_that_cannot_be_are_refused():
         Condition(Grey(), draw="clean")
     with pytest.raises(InputError, match="10 steps want condition"):
         Condition(Grey(), LogLinear(), anneal=10)
+    for wrong in (0.0, math.inf, -1.0):
+        with pytest.raises(InputError, match="anneal_from: a sigma above 0"):
+            Condition(Grey(), Geometric(), anneal=10, anneal_from=wrong)
+    with pytest.raises(InputError, match="a number of steps, got -1"):
+        Condition(Grey(), Geometric(), anneal=-1)
     with pytest.raises(InputError, match="images of 3 channels have colours, these have 1"):
         ComponentStates([1, 8, 8], condition=Condition(Grey()))
 
@@ -382,6 +366,13 @@ def test_restricted_tables_keep_their_values():
     assert torch.equal(some.log_snr, states.log_snr[at])
     with pytest.raises(InputError, match=r"\[500\], which must be among"):
         states.restrict([250, 1000])
+    with pytest.raises(InputError, match="are no rows"):
+        states.restrict([])
+    with pytest.raises(InputError, match="multiply a state"):
+        states.coefficients(1)
+    with pytest.raises(InputError, match="for tables of one column"):
+        states.truncate(2)
+    assert ComponentStates(SHAPE, S=4).truncate(2).S == 2
     with pytest.raises(InputError, match=r"\[7\] are no rows"):
         states.restrict([7, 500, 1000])
 

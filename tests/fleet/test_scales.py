@@ -1,13 +1,17 @@
 """Multi-scale and conditional models as fleets: one expert a scale, or a row, trained, composed, sampled, evaluated."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lightning_tdisent.cli import describe, main
-from lightning_tdisent.diffusion.operators import Inpainting
+from lightning_tdisent.diffusion.operators import Edges, Inpainting
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.expert import read_card
@@ -139,13 +143,25 @@ def test_a_conditional_model_is_sampled_and_measured(inpainting, tmp_path, capsy
     assert main([*argv, "--sampler", "ancestral", "--metrics", "fd"]) == 0
     row = json.loads((out / "results.json").read_text())[0]
     assert {"psnr", "ssim", "consistency", "diversity", "jfd_digits", "fd_digits"} <= row.keys()
-    assert (row["draws"], row["operator"]) == (4, "Inpainting")
+    assert (row["draws"], row["given"]) == (4, "Inpainting(share=0.25, seed=0)")
     said = capsys.readouterr().out
     assert "psnr" in said
     page = (out / "report.html").read_text()
     assert "the original, what was given, and draws from it" in page
     (file,) = (out / "observations").glob("*.safetensors")
     assert len(Observations.load(file)) == 12
+
+
+def test_two_ranks_measure_a_conditional_model_as_one_does(inpainting, tmp_path):
+    argv = ["evaluate", str(inpainting), "--data", "data/digits", "--protocol", "digits", "-n", "12", "--metrics", "fd"]
+    assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*run, "-m", "lightning_tdisent", *argv, "--out", str(tmp_path / "two")]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / k / "results.json").read_text())[0] for k in ("one", "two"))
+    names = ("psnr", "ssim", "consistency", "diversity", "jfd_digits", "fd_digits")
+    assert [one[k] for k in names] == pytest.approx([two[k] for k in names], rel=1e-9)
 
 
 def test_observations_that_do_not_belong_are_refused(inpainting, tmp_path, capsys):
@@ -162,11 +178,18 @@ def test_observations_that_do_not_belong_are_refused(inpainting, tmp_path, capsy
                 shifted,
                 r"item \d differs by up to .* what Inpainting makes of its original.*mask .*of another item",
             ),
-            (large, r"of images \[1, 16, 16\], the model makes \[1, 8, 8\]"),
+            (large, r"original \[2, 1, 16, 16\].*the model makes \[1, 8, 8\]"),
         )
     ):
         seen.save(tmp_path / f"{k}.safetensors")
         assert main([*asked, "--observe", str(tmp_path / f"{k}.safetensors")]) == 2
+        assert re.search(why, capsys.readouterr().err), why
+    for broken, why in (
+        (right.take([]), "0 observations"),
+        (replace(right, y=right.y[:2]), r"item \[4\]"),
+    ):
+        broken.save(tmp_path / "broken.safetensors")
+        assert main([*asked, "--observe", str(tmp_path / "broken.safetensors")]) == 2
         assert re.search(why, capsys.readouterr().err), why
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     assert main(asked) == 2
@@ -197,3 +220,7 @@ def test_a_stored_mask_is_that_of_its_item_alone():
     assert torch.equal(some.y, whole.y[[4, 1]])
     assert torch.equal(some.kernel, whole.kernel[[4, 1]])
     assert some.item.tolist() == [4, 1]
+    one = Observations.of(Inpainting(0.25), images[:1], torch.arange(1)).take([0, 0, 0])
+    assert len(one.kernel) == 3
+    edges = Observations.of(Edges(), images[:2], torch.arange(2)).take([1, 0, 1])
+    assert edges.kernel.shape == (2, 1, 3, 3)  # Sobel's, not masks
