@@ -15,22 +15,22 @@ from lightning_tdisent.errors import InputError
 class Basis(Part, ABC):
     """An orthonormal map of images (B, C, H, W) to as many coefficients, each of one of K components.
 
-    Components are counted from coarse to fine, and the finest ones may leave: without ``left`` of them an image is its
-    `coarse` one, and its coefficients are a tensor of that size.
+    Components are counted from coarse to fine, and the finest ones may leave: without ``finished`` of them an image is
+    its `coarse` one, and its coefficients are a tensor of that size.
     """
 
     K: int
 
-    def coarse(self, x: Tensor, left: int) -> Tensor:
-        """The image of the coarser components alone, (B, C, H / 2^left, W / 2^left), 2^left times means of pixels."""
-        return F.avg_pool2d(x, 2**left) * 2**left if left else x
+    def coarse(self, x: Tensor, finished: int) -> Tensor:
+        """The image of the coarser components alone, (B, C, H / 2^finished, W / ..), 2^finished times means."""
+        return F.avg_pool2d(x, 2**finished) * 2**finished if finished else x
 
     @abstractmethod
-    def forward(self, x: Tensor, left: int = 0) -> Tensor:
-        """Coefficients of images without their finest ``left`` components."""
+    def forward(self, x: Tensor, finished: int = 0) -> Tensor:
+        """Coefficients of images without their finest ``finished`` components."""
 
     @abstractmethod
-    def inverse(self, z: Tensor, left: int = 0) -> Tensor:
+    def inverse(self, z: Tensor, finished: int = 0) -> Tensor:
         """Images of coefficients, the inverse of `forward`."""
 
     @property
@@ -51,11 +51,11 @@ class Pixels(Basis):
 
     K = 1
 
-    def forward(self, x: Tensor, left: int = 0) -> Tensor:
+    def forward(self, x: Tensor, finished: int = 0) -> Tensor:
         """Return x."""
         return x
 
-    def inverse(self, z: Tensor, left: int = 0) -> Tensor:
+    def inverse(self, z: Tensor, finished: int = 0) -> Tensor:
         """Return z."""
         return z
 
@@ -99,9 +99,9 @@ class Haar(Basis):
                 f"{height}x{width}; use fewer levels, or data.size"
             )
 
-    def forward(self, x: Tensor, left: int = 0) -> Tensor:
+    def forward(self, x: Tensor, finished: int = 0) -> Tensor:
         """See `Basis`."""
-        return self._split(x, self.levels - left)
+        return self._split(x, self.levels - finished)
 
     def _split(self, x: Tensor, levels: int) -> Tensor:
         if not levels:
@@ -113,9 +113,9 @@ class Haar(Basis):
         upper = torch.cat([low, (down + across) * scale], -1)
         return torch.cat([upper, torch.cat([(top - bottom) * scale, (down - across) * scale], -1)], -2)
 
-    def inverse(self, z: Tensor, left: int = 0) -> Tensor:
+    def inverse(self, z: Tensor, finished: int = 0) -> Tensor:
         """See `Basis`."""
-        return self._join(z, self.levels - left)
+        return self._join(z, self.levels - finished)
 
     def _join(self, z: Tensor, levels: int) -> Tensor:
         if not levels:

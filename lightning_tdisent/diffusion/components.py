@@ -174,7 +174,7 @@ class ComponentStates(LatentStates):
             table = torch.cat([table, self._observed(table, index, None)], 1)
         self._fill(table, index)
         dead = self.log_snr[:, :own].isneginf().sum(1)
-        self._left: list[int] = dead.tolist()
+        self._finished: list[int] = dead.tolist()
         self._drawn: list[bool] = self.log_snr[:, own:].isfinite().any(1).tolist()
         self._check_ends(own)
         self.register_buffer("columns", columns, persistent=False)
@@ -221,7 +221,7 @@ class ComponentStates(LatentStates):
                 )
             if last > coarser:
                 raise InputError(f"component {k} lives to row {last}, the coarser {k - 1} to row {coarser} only")
-        if self._left[-1] == own:
+        if self._finished[-1] == own:
             raise InputError(f"no component is left at row {self.S}")
 
     @classmethod
@@ -278,15 +278,15 @@ class ComponentStates(LatentStates):
         """Rows by what is live there: a network for each."""
         out: list[list[int]] = []
         for s in self.rows:
-            if out and self._left[s] == self._left[s - 1]:
+            if out and self._finished[s] == self._finished[s - 1]:
                 out[-1].append(s)
             else:
                 out.append([s])
         return out
 
-    def left(self, rows: Sequence[int]) -> int:
+    def finished(self, rows: Sequence[int]) -> int:
         """How many of the finest components have left at these rows; refuses rows that differ in it."""
-        found = sorted({self._left[s] for s in rows})
+        found = sorted({self._finished[s] for s in rows})
         if len(found) > 1:
             shapes = " and ".join(str(self.state_shape(n)) for n in found)
             ends = [block[-1] for block in self.blocks_of_rows]
@@ -296,15 +296,15 @@ class ComponentStates(LatentStates):
             )
         return found[0]
 
-    def state_shape(self, left: int = 0) -> list[int]:
+    def state_shape(self, finished: int = 0) -> list[int]:
         """(C, H, W) of a state without its finest components, with the observation beside it."""
         c, h, w = self.shape
         extra = self.condition.operator.channels(c) if self.condition else 0
-        return [c + extra, h >> left, w >> left]
+        return [c + extra, h >> finished, w >> finished]
 
     def shape_at(self, s: int, shape: Sequence[int]) -> list[int]:
         """(C, H, W) of state s."""
-        return self.state_shape(self._left[s])
+        return self.state_shape(self._finished[s])
 
     def spread(self, values: Tensor, shape: Sequence[int]) -> Tensor:
         """Values (.., K) by component to (.., C or 1, h, w) for a state of this shape."""
@@ -324,31 +324,31 @@ class ComponentStates(LatentStates):
             return weights
         return torch.cat([weights[:, : self.basis.K], weights[:, self.basis.K :] * self.condition.weight], 1)
 
-    def components(self, x0: Tensor, item: Tensor | None, left: int = 0) -> Tensor:
+    def components(self, x0: Tensor, item: Tensor | None, finished: int = 0) -> Tensor:
         """State 0 of images x_0 (B, C, H, W): their coefficients, and beside them those of observations of items."""
         if self.condition is not None:
             if item is None:
                 raise InputError("what is observed of an image depends on its item number: give one for each")
             x0 = torch.cat([x0, self.condition.operator.observe(x0, item.to(x0.device))], 1)
-        return self.basis.forward(self.basis.coarse(x0, left), left)
+        return self.basis.forward(self.basis.coarse(x0, finished), finished)
 
-    def to_network(self, x: Tensor, left: int) -> Tensor:
+    def to_network(self, x: Tensor, finished: int) -> Tensor:
         """A state as an image of its resolution, by the orthonormal map without scales."""
-        return self.basis.isometry.inverse(x, left)
+        return self.basis.isometry.inverse(x, finished)
 
-    def from_network(self, x: Tensor, left: int) -> Tensor:
+    def from_network(self, x: Tensor, finished: int) -> Tensor:
         """The inverse of `to_network`."""
-        return self.basis.isometry.forward(x, left)
+        return self.basis.isometry.forward(x, finished)
 
-    def clamp(self, x0: Tensor, bound: float, left: int) -> Tensor:
+    def clamp(self, x0: Tensor, bound: float, finished: int) -> Tensor:
         """x0_hat with the pixels of its image within the bound."""
-        bound *= 2**left
-        return self.basis.forward(self.basis.inverse(x0, left).clamp(-bound, bound), left)
+        bound *= 2**finished
+        return self.basis.forward(self.basis.inverse(x0, finished).clamp(-bound, bound), finished)
 
-    def picture(self, x: Tensor, left: int = 0) -> Tensor:
+    def picture(self, x: Tensor, finished: int = 0) -> Tensor:
         """A state as an image (B, C, H, W) of full size in its usual range, without the observation."""
-        image = self.basis.inverse(x[:, : self.shape[0]], left) / 2**left
-        return F.interpolate(image, scale_factor=float(2**left)) if left else image
+        image = self.basis.inverse(x[:, : self.shape[0]], finished) / 2**finished
+        return F.interpolate(image, scale_factor=float(2**finished)) if finished else image
 
     def annealed(self, step: int) -> LatentStates:
         """The table at a step of a training, in which the observation's curve has not reached its end (VS-CMDE).
@@ -369,7 +369,7 @@ class ComponentStates(LatentStates):
 
     def needs_noise(self, s: int, r: int) -> bool:
         """Whether components are born at r, or the observation is drawn anew."""
-        return self._left[s] > self._left[r] or self._drawn[r]
+        return self._finished[s] > self._finished[r] or self._drawn[r]
 
     def begin(self, z: Tensor, given: Tensor | None) -> Tensor:
         """State S of noise z: the image's components are noise, the observation has its own."""
@@ -377,7 +377,7 @@ class ComponentStates(LatentStates):
 
     def arrive(self, out: Tensor, z: Tensor | None, s: int, r: int, x: Tensor, given: Tensor | None) -> Tensor:
         """State r from the step that led there from x at s: what is born there is noise, what is given is drawn."""
-        if self._left[s] > self._left[r]:
+        if self._finished[s] > self._finished[r]:
             assert z is not None
             born = z.clone()
             born[..., : out.shape[-2], : out.shape[-1]] = out
@@ -391,9 +391,9 @@ class ComponentStates(LatentStates):
         if self.condition is None:
             return out
         assert given is not None
-        c, left = self.shape[0], self._left[r]
+        c, finished = self.shape[0], self._finished[r]
         y0 = torch.cat([torch.zeros(len(given), c, *given.shape[2:]).to(given), given], 1)
-        y0 = self.basis.forward(self.basis.coarse(y0, left), left)
+        y0 = self.basis.forward(self.basis.coarse(y0, finished), finished)
         if z is None:
             y = y0
         elif before is not None and self.condition.draw == "bridge":

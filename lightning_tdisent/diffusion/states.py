@@ -176,7 +176,7 @@ class LatentStates(Part, nn.Module):
         """Rows whose states are alike, so that one network can answer for them: all."""
         return [self.rows]
 
-    def left(self, rows: Sequence[int]) -> int:
+    def finished(self, rows: Sequence[int]) -> int:
         """How many components are finished at these rows, and have left their states."""
         return 0
 
@@ -184,23 +184,23 @@ class LatentStates(Part, nn.Module):
         """(C, H, W) of state s of images of this shape."""
         return list(shape)
 
-    def components(self, x0: Tensor, item: Tensor | None, left: int = 0) -> Tensor:
+    def components(self, x0: Tensor, item: Tensor | None, finished: int = 0) -> Tensor:
         """State 0 of images x_0 (B, C, H, W), the items int64 (B,) of their data set."""
         return x0
 
-    def to_network(self, x: Tensor, left: int) -> Tensor:
+    def to_network(self, x: Tensor, finished: int) -> Tensor:
         """A state as a network sees it."""
         return x
 
-    def from_network(self, x: Tensor, left: int) -> Tensor:
+    def from_network(self, x: Tensor, finished: int) -> Tensor:
         """What a network says, as a state."""
         return x
 
-    def clamp(self, x0: Tensor, bound: float, left: int) -> Tensor:
+    def clamp(self, x0: Tensor, bound: float, finished: int) -> Tensor:
         """x0_hat within the bound."""
         return x0.clamp(-bound, bound)
 
-    def picture(self, x: Tensor, left: int = 0) -> Tensor:
+    def picture(self, x: Tensor, finished: int = 0) -> Tensor:
         """A state as an image (B, C, H, W)."""
         return x
 

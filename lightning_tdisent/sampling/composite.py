@@ -134,7 +134,7 @@ def _nearest(states: LatentStates, s: int, rows: Sequence[int]) -> int:
 
 def _alike(states: LatentStates, s: int, rows: Iterable[int]) -> list[int]:
     """Those rows whose states have the shape of row s."""
-    if not (out := [r for r in rows if states.left([r]) == states.left([s])]):
+    if not (out := [r for r in rows if states.finished([r]) == states.finished([s])]):
         raise InputError(f"no expert of a row whose states are of the scale of row {s}: nothing can fill it")
     return out
 

@@ -51,7 +51,7 @@ class Denoiser(nn.Module):
         if strange or not self.rows:
             raise InputError(f"rows {strange or '[]'} are not among the latent rows 1..{states.S}")
         self.network, self.objective, self.states = network, objective, states
-        self._left = states.left(self.rows)
+        self._finished = states.finished(self.rows)
         self.shape, self.classes = states.image_shape or network.shape, network.classes
         if network.shape != (asked := states.shape_at(self.rows[0], network.shape)):
             raise InputError(f"the network takes {network.shape}, states of rows {_short(self.rows)} are {asked}")
@@ -95,12 +95,12 @@ class Denoiser(nn.Module):
         return self.objective.x0(self._raw(x, index, label), x, a, b)
 
     def _raw(self, x: Tensor, index: Tensor | None, label: Tensor | None) -> Tensor:
-        seen = self.states.to_network(x, self._left)
-        return self.states.from_network(self.network(seen, index, label), self._left)
+        seen = self.states.to_network(x, self._finished)
+        return self.states.from_network(self.network(seen, index, label), self._finished)
 
     def components(self, x0: Tensor, item: Tensor | None = None) -> Tensor:
         """State 0 of images, as far as the rows owned have it: see `LatentStates.components`."""
-        return self.states.components(x0, item, self._left)
+        return self.states.components(x0, item, self._finished)
 
     def loss(self, x0: Tensor, s: Tensor, eps: Tensor, label: Tensor | None = None) -> Tensor:
         """weight(s) mean (raw(x_s) - target)^2, one number per sample (2508.14413, eq. 4 with eps and Constant).

@@ -43,10 +43,10 @@ def state_errors(
     index, item = states.index.tolist(), torch.as_tensor(ids, device=device)
     out = torch.empty(2, len(rows), len(images), dtype=torch.float64)
     for k, s in enumerate(rows):
-        z0 = states.components(x0, item, left := states.left([s]))
+        z0 = states.components(x0, item, finished := states.finished([s]))
         eps = seed_noise(ids, HELD_OUT + index[s], z0.shape[1:]).to(device)
         error = denoise(noise(states, z0, s, eps), s, label) - z0
-        out[0, k] = states.picture(error, left).double().square().mean((1, 2, 3)).cpu()
+        out[0, k] = states.picture(error, finished).double().square().mean((1, 2, 3)).cpu()
         if states.K == 1:
             out[1, k] = out[0, k] * float(states.log_snr[s].exp())
         else:

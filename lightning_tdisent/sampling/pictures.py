@@ -24,11 +24,11 @@ def forward_strip(denoise: Denoises, images: Tensor, rows: Sequence[int], ids: S
 
 def _noisy(denoise: Denoises, x0: Tensor, s: int, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     """x_s of images of these ids, and its picture."""
-    states, left = denoise.states, denoise.states.left([s])
-    z0 = states.components(x0.to(states.a.device), torch.as_tensor(ids), left)
+    states, finished = denoise.states, denoise.states.finished([s])
+    z0 = states.components(x0.to(states.a.device), torch.as_tensor(ids), finished)
     eps = seed_noise(ids, HELD_OUT, states.shape_at(1, x0.shape[1:]))[..., : z0.shape[-2], : z0.shape[-1]]
     x = noise(states, z0, s, eps.to(z0))
-    return x, states.picture(x, left).cpu()
+    return x, states.picture(x, finished).cpu()
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def estimate_strip(denoise: Denoises, images: Tensor, s: int, ids: Sequence[int]
     x0 = from_uint8(images)
     x, noisy = _noisy(denoise, x0, s, ids)
     estimate = denoise(x.to(next(iter(denoise.parameters())).device), s).cpu()
-    return to_uint8(torch.stack([x0, noisy, denoise.states.picture(estimate, denoise.states.left([s]))], 1))
+    return to_uint8(torch.stack([x0, noisy, denoise.states.picture(estimate, denoise.states.finished([s]))], 1))
 
 
 @torch.inference_mode()
@@ -48,7 +48,7 @@ def reverse_strip(
     keep = {*probe_rows(sampler.rows(denoise.states)[::-1], columns - 1), 0}
     states = denoise.states
     walk = sampler.walk(denoise, seeds, given=given)
-    shown = [(s, to_uint8(states.picture(x, states.left([s]))).cpu()) for s, x, _ in walk if s in keep]
+    shown = [(s, to_uint8(states.picture(x, states.finished([s]))).cpu()) for s, x, _ in walk if s in keep]
     return torch.stack([x for _, x in shown], 1), [s for s, _ in shown]
 
 
@@ -58,8 +58,8 @@ def grid(images: Tensor, columns: int = 16, gap: int = 1) -> Tensor:
     columns = min(columns, n)
     out = torch.full((c, -(-n // columns) * (h + gap) + gap, columns * (w + gap) + gap), 128, dtype=torch.uint8)
     for i, image in enumerate(images):
-        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
-        out[:, top : top + h, left : left + w] = image
+        top, finished = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        out[:, top : top + h, finished : finished + w] = image
     return out
 
 

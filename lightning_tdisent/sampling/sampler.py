@@ -102,7 +102,7 @@ class Sampler(Part, ABC):
         for (s, r), (c0, c_before, cx, cz) in zip(pairwise(path), self.plan(states, path), strict=True):
             x0 = denoise(x, s, label)
             if self.clip is not None:
-                x0 = states.clamp(x0, self.clip, states.left([s]))
+                x0 = states.clamp(x0, self.clip, states.finished([s]))
             out = scale(spread(states, c0, x), x0) + scale(spread(states, cx, x), x)
             if before is not None and _nonzero(c_before):
                 out = out + scale(spread(states, c_before, x), grown(before, x.shape))

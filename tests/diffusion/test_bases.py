@@ -63,10 +63,10 @@ def test_what_has_left_is_a_corner(scales):
     """The coarse image's coefficients are those of the whole without the finest, scales included."""
     x, basis = torch.randn(2, 3, 16, 8, dtype=torch.float64), Haar(3, scales)
     z = basis.forward(x)
-    for left in range(4):
-        corner = basis.forward(basis.coarse(x, left), left)
-        assert torch.allclose(corner, z[..., : 16 >> left, : 8 >> left], atol=1e-12)
-        assert torch.allclose(basis.inverse(corner, left), basis.coarse(x, left), atol=1e-12)
+    for finished in range(4):
+        corner = basis.forward(basis.coarse(x, finished), finished)
+        assert torch.allclose(corner, z[..., : 16 >> finished, : 8 >> finished], atol=1e-12)
+        assert torch.allclose(basis.inverse(corner, finished), basis.coarse(x, finished), atol=1e-12)
 
 
 def test_scales_divide_their_own_component():

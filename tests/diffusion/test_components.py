@@ -171,7 +171,7 @@ def test_blocks_are_within_intervals():
     with pytest.raises(InputError, match=r"3 owners cannot share the intervals of \[3, 4\] rows.*multiple of 2"):
         states.blocks(3)
     with pytest.raises(InputError, match=r"have states of \[3, 16, 16\] and \[3, 8, 8\].*experts: 2"):
-        states.left([3, 4])
+        states.finished([3, 4])
 
 
 def test_one_column_is_uniform_diffusion():

@@ -269,8 +269,8 @@ def two_rows(t: float, dt: float, ends: tuple[float, ...], condition: Condition 
 def test_losses_of_a_zero_network_are_the_mean_of_the_weights(t, loss):
     """With noise of unit squares 2/dt of the likelihood's loss is the mean of the known weights over what is live."""
     states, dt = two_rows(t, 1e-5, (1.0, 0.75, 0.5, 0.25)), 1e-5
-    left = states.left([2])
-    model = Denoiser(Says(states.state_shape(left)), Eps(Likelihood()), states, [2])
+    finished = states.finished([2])
+    model = Denoiser(Says(states.state_shape(finished)), Eps(Likelihood()), states, [2])
     x0 = model.components(torch.rand(2, 3, 16, 16))
     losses = model.loss(x0, torch.tensor([2, 2]), torch.ones_like(x0)) * 2 / dt
     assert losses.tolist() == [pytest.approx(loss, rel=1e-3)] * 2
@@ -294,20 +294,20 @@ def test_the_right_answer_has_no_error(objective, scales):
     """A network that says the target, as an image of its scale, makes x0_hat = x0 and loss 0."""
     states = ComponentStates([2, 8, 8], basis=Haar(2, scales), S=6, condition=Condition(Edges(), LogLinear(low=0.0)))
     x0, eps = (torch.randn(3, 2, 8, 8, dtype=torch.float64) for _ in range(2))
-    for rows, left in (([1, 2], 0), ([3, 4], 1), ([5, 6], 2)):
-        network = Says(states.state_shape(left)).double()
+    for rows, finished in (([1, 2], 0), ([3, 4], 1), ([5, 6], 2)):
+        network = Says(states.state_shape(finished)).double()
         model = Denoiser(network, objective, states, rows)
         z0 = model.components(x0, torch.arange(3))
-        assert list(z0.shape[1:]) == [3, 8 >> left, 8 >> left]
+        assert list(z0.shape[1:]) == [3, 8 >> finished, 8 >> finished]
         eps = torch.randn_like(z0)
         s = torch.tensor([rows[0], rows[1], rows[0]])
         a, b = states.coefficients(s, z0)
         target = objective.target(z0, eps, a, b)
-        network.forward = lambda x, *_, t=target, n=left: Haar(2).inverse(t, n)
+        network.forward = lambda x, *_, t=target, n=finished: Haar(2).inverse(t, n)
         assert float(model.loss(z0, s, eps).max()) < 1e-20
         a, b = states.coefficients(rows[0], z0)
         target = objective.target(z0, eps, a, b)
-        network.forward = lambda x, *_, t=target, n=left: Haar(2).inverse(t, n)
+        network.forward = lambda x, *_, t=target, n=finished: Haar(2).inverse(t, n)
         assert torch.allclose(model(a * z0 + b * eps, rows[0]), z0, atol=1e-10)
 
 
@@ -397,13 +397,15 @@ def test_held_out_errors_by_component():
 def test_clipping_is_that_of_pixels():
     states = ComponentStates([1, 8, 8], basis=Haar(2, [3.0, 2.0, 1.0]), S=3)
     x = torch.randn(4, 1, 8, 8) * 3
-    for left in range(3):
-        small = states.basis.coarse(x, left)
-        z = states.clamp(states.basis.forward(small, left), 1.0, left)
-        assert torch.allclose(states.basis.inverse(z, left), small.clamp(-(2.0**left), 2.0**left), atol=1e-5)
+    for finished in range(3):
+        small = states.basis.coarse(x, finished)
+        z = states.clamp(states.basis.forward(small, finished), 1.0, finished)
         assert torch.allclose(
-            states.picture(z, left)[..., :: 2**left, :: 2**left],
-            small.clamp(-(2.0**left), 2.0**left) / 2**left,
+            states.basis.inverse(z, finished), small.clamp(-(2.0**finished), 2.0**finished), atol=1e-5
+        )
+        assert torch.allclose(
+            states.picture(z, finished)[..., :: 2**finished, :: 2**finished],
+            small.clamp(-(2.0**finished), 2.0**finished) / 2**finished,
             atol=1e-5,
         )
 
