@@ -171,6 +171,8 @@ class Diffusion(Part, DenoiserModule):
 
     def components(self, x0: Tensor) -> Tensor:
         """State 0 of images; what is observed of them is degraded anew at every step."""
+        if self.states.image_shape is None:
+            return x0
         if self.states.condition is None:
             return self.denoiser.components(x0)
         if self.states.condition.anneal:

@@ -269,10 +269,10 @@ def sample(
     for k in range(0, len(batches), together):
         part = batches[k : k + together]
         places = [[*b, *[b[-1]] * (size - len(b))] if on_cpu else [*b] for b in part]
-        walks = [
-            sampler.walk(denoise, [seeds[i] for i in p], *(None if v is None else v[p] for v in (label, None, given)))
-            for p in places
-        ]
+        walks = []
+        for p in places:
+            seen = {} if given is None else {"given": given[p]}
+            walks.append(sampler.walk(denoise, [seeds[i] for i in p], None if label is None else label[p], **seen))
         for batch, x in zip(part, _in_step(walks), strict=True):
             yield to_uint8(denoise.states.picture(x[: len(batch)]))
 
