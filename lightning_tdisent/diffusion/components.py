@@ -315,14 +315,14 @@ class ComponentStates(LatentStates):
         """Whether an entry is learned, bool (S+1, K): it has noise, is not finished, and the loss is to have it."""
         alive = self.log_snr.isfinite()
         if self.condition is not None and not self.condition.weight:
-            alive[:, self.basis.K :] = False
+            alive[:, self.own :] = False
         return alive
 
     def reweighted(self, weights: Tensor) -> Tensor:
         """Weights (S+1, K) with the condition's own."""
         if self.condition is None:
             return weights
-        return torch.cat([weights[:, : self.basis.K], weights[:, self.basis.K :] * self.condition.weight], 1)
+        return torch.cat([weights[:, : self.own], weights[:, self.own :] * self.condition.weight], 1)
 
     def components(self, x0: Tensor, item: Tensor | None, finished: int = 0) -> Tensor:
         """State 0 of images x_0 (B, C, H, W): their coefficients, and beside them those of observations of items."""
@@ -363,7 +363,7 @@ class ComponentStates(LatentStates):
         sigma = 1 / (1 / begin + step / c.anneal * (1 / c.schedule.sigma_max - 1 / begin))
         other = copy.copy(self)
         other._buffers = dict(self._buffers)
-        own = self.log_snr[:, : self.basis.K]
+        own = self.log_snr[:, : self.own]
         other._set(torch.cat([own, self._observed(own, self.index, sigma)], 1), self.index)
         return other
 
