@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lightning_tdisent.diffusion.bases import Basis, Pixels
 from lightning_tdisent.diffusion.operators import Operator
-from lightning_tdisent.diffusion.process import noise, posterior, scale
+from lightning_tdisent.diffusion.process import grown, noise, posterior, scale
 from lightning_tdisent.diffusion.schedules import Geometric, LogLinear, NoiseSchedule
 from lightning_tdisent.diffusion.spec import Part, spec
 from lightning_tdisent.diffusion.states import LatentStates
@@ -398,8 +398,7 @@ class ComponentStates(LatentStates):
             y = y0
         elif before is not None and self.condition.draw == "bridge":
             x, s = before
-            x = F.pad(x, (0, out.shape[-1] - x.shape[-1], 0, out.shape[-2] - x.shape[-2]))  # what is born has no past
-            mean, variance = posterior(self, y0, x, s, r)
+            mean, variance = posterior(self, y0, grown(x, out.shape), s, r)  # what is born has no past
             y = mean + scale(variance.sqrt(), z)
         else:
             y = noise(self, y0, r, z)

@@ -4,9 +4,11 @@ x0 in [-1, 1] and eps ~ N(0, I) have shape (B, C, H, W); rows are ints, or int64
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
 from lightning_tdisent.errors import InputError
@@ -20,6 +22,11 @@ def scale(c: Coefficient, x: Tensor) -> Tensor:
 def spread(states: LatentStates, c: Coefficient, x: Tensor) -> Coefficient:
     """A float as it is, coefficients (K,) as what multiplies a state x."""
     return states.spread(c.to(x.device, x.dtype), x.shape) if isinstance(c, Tensor) else c
+
+
+def grown(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """A state with zeros for the components that it does not have yet, which a larger one of this shape has."""
+    return F.pad(x, (0, shape[-1] - x.shape[-1], 0, shape[-2] - x.shape[-2])) if x.shape[-2:] != shape[-2:] else x
 
 
 def noise(states: LatentStates, x0: Tensor, s: int | Tensor, eps: Tensor) -> Tensor:

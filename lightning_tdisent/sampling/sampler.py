@@ -11,9 +11,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lightning_tdisent.diffusion.process import scale, spread, transition
+from lightning_tdisent.diffusion.process import grown, scale, spread, transition
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
@@ -120,11 +119,6 @@ class Sampler(Part, ABC):
         for _, x, _ in self.walk(denoise, seeds, label, given=given):  # noqa: B007
             pass
         return denoise.states.picture(x)
-
-
-def grown(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """A state with zeros for the components that it does not have yet, which a larger one of this shape has."""
-    return F.pad(x, (0, shape[-1] - x.shape[-1], 0, shape[-2] - x.shape[-2])) if x.shape[-2:] != shape[-2:] else x
 
 
 def check_given(states: LatentStates, given: Tensor | None, n: int) -> Tensor | None:
