@@ -219,6 +219,14 @@ def test_what_is_drawn_for_the_observation(sampler, draw, basis):
     assert abs(correlation) < 0.05 if draw == "fresh" else correlation > 0.02
 
 
+@pytest.mark.parametrize("draw", ["fresh", "bridge"])
+def test_a_clean_observation_stays_as_it_is(draw):
+    """Also where the sampler has noise at hand."""
+    states, given = estimator(None, 5, 8, draw), torch.rand(3, 1, 8, 8) * 2 - 1
+    for _, x, _ in Ancestral(clip=None).walk(Pair(states), range(3), given=given):
+        assert torch.equal(x[:, 1:], given.double())
+
+
 def test_clean_observation_is_the_slowest_and_equal_curves_the_fastest():
     """CMDE with y at +inf is CDE, with the image's curve CDiffE: the same tables, losses and images."""
     x0, eps, s = torch.rand(4, 1, 8, 8) * 2 - 1, torch.randn(4, 2, 8, 8), torch.tensor([1, 3, 5, 9])
