@@ -1,12 +1,74 @@
-"""Files that are seen under their names when all of them is on the disk, or never."""
+"""Names of files, and files that are seen under their names when all of them is on the disk, or never."""
 
+import argparse
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from lightning_tdisent.errors import Halted
+from lightning_tdisent.errors import Halted, InputError
+
+_VARIABLE = re.compile(r"(?<![^/])\$([A-Za-z_]\w*)")  # $NAME where a part of a path begins; ${..} is OmegaConf's
+_PREFIX = re.compile(r"(?:-{1,2}[\w.-]+=)?(?:[\w.*-]+=)?(?:shared:)?")  # of a word such as --set data.path=~/d
+PROSE = ("title", "notes")  # keys of YAML files whose text is no path
+PATHS = ("path", "run", "warm_start", "index", "mask", "source", "weights", "file", "folder")  # keys that name files
+
+
+def expand(text: str, where: str = "") -> str:
+    """Return a path with its leading ``~`` and each ``$NAME`` replaced; raise InputError if one of them has no value.
+
+    Any other text is returned as it is, and so is the name of something that exists. where: the option or the file and
+    key, for the message.
+    """
+    if not (text.startswith("~") or _VARIABLE.search(text)) or os.path.lexists(text):
+        return text
+    place = f"{where}: " if where else ""
+    missing = [name for name in _VARIABLE.findall(text) if name not in os.environ]
+    if missing:
+        raise InputError(f"{place}{text}: the environment variable {missing[0]} is not set")
+    found = os.path.expanduser(_VARIABLE.sub(lambda m: os.environ[m[1]], text))
+    if found.startswith(("~/", "~\\")) or found == "~" or (found.startswith("~") and "/" in found):
+        raise InputError(f"{place}{text}: there is no home folder {found.partition('/')[0]}")
+    return found
+
+
+def expand_word(word: str) -> str:
+    """Expand the path in a word of a command line, which may follow ``--option=``, ``key=`` or both."""
+    match = _PREFIX.match(word)
+    prefix = match[0] if match else ""
+    return prefix + expand(word[len(prefix) :], prefix.rstrip("=").rpartition("=")[2] or "")
+
+
+def expand_all(data: Any, where: str = "", key: str = "") -> Any:
+    """Expand the paths among the values of nested dicts and lists (a copy), and of namespaces (in place).
+
+    What stands under a key of `PROSE` is no path. where: the file or command that the data come from, for messages.
+    """
+    if isinstance(data, str):
+        return expand(data, f"{where}: {key}".strip(": "))
+    if isinstance(data, list):
+        return [expand_all(value, where, key) for value in data]
+    if isinstance(data, argparse.Namespace):
+        vars(data).update(expand_all(vars(data), where, key))
+        return data
+    if isinstance(data, dict):
+        return {k: v if k in PROSE else expand_all(v, where, f"{key}.{k}" if key else str(k)) for k, v in data.items()}
+    return data
+
+
+def absolute_paths(data: Any, key: str = "") -> Any:
+    """Return nested dicts and lists with the relative paths of what exists made absolute, for use from elsewhere.
+
+    A path is a string under one of the keys `PATHS`, or under one that ends with ``_path``, ``_dir`` or ``_file``.
+    """
+    if isinstance(data, dict):
+        return {k: absolute_paths(v, str(k)) for k, v in data.items()}
+    if isinstance(data, list):
+        return [absolute_paths(v, key) for v in data]
+    named = key in PATHS or key.endswith(("_path", "_dir", "_file"))
+    return os.path.abspath(data) if named and isinstance(data, str) and data and os.path.exists(data) else data
 
 
 @contextlib.contextmanager

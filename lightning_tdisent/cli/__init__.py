@@ -9,6 +9,7 @@ from lightning_tdisent import __version__
 from lightning_tdisent.cli import data, fleets, models
 from lightning_tdisent.cli.trainings import describe, fits
 from lightning_tdisent.errors import NAMED, Crashed, InputError, nearest
+from lightning_tdisent.files import expand_word
 
 __all__ = ["describe", "fits", "main", "parser"]
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        argv = [expand_word(word) for word in argv]
         if argv and argv[0] in LIGHTNING:
             from lightning_tdisent.lit.entry import run
 

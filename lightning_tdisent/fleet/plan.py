@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.files import expand_all
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.store import Store, read_json
@@ -414,9 +415,9 @@ def refuse_reserved(data: Any, where: str) -> None:
 
 
 def read_yaml(file: Path) -> Any:
-    """Content of a YAML file with its ``${...}``."""
+    """Return the content of a YAML file with its ``${...}``, ``~`` and ``$NAME`` replaced."""
     try:
-        return OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+        return expand_all(OmegaConf.to_container(OmegaConf.load(file), resolve=True), str(file))
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 # imported so that a YAML may name them by their short names
 from lightning_tdisent.diffusion import bases, components, objectives, operators, schedules  # noqa: F401
 from lightning_tdisent.errors import InputError, nearest
-from lightning_tdisent.files import write_whole
+from lightning_tdisent.files import absolute_paths, expand_all, write_whole
 from lightning_tdisent.lit import datamodule, inference, modules, prior  # noqa: F401
 from lightning_tdisent.lit.callbacks import pictures, quality  # noqa: F401
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
@@ -41,6 +41,7 @@ from lightning_tdisent.priors import flow, gaussian, mixture  # noqa: F401
 from lightning_tdisent.sampling import sampler, start  # noqa: F401
 from lightning_tdisent.sampling.expert import read_card
 
+_MARKS = ("checkpoints", modules.Diffusion.file, start.FILE)  # one of them lies beside the config of a run
 COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -70,14 +71,40 @@ class CLI(LightningCLI):
             parser.add_lightning_class_args(callback, name)
 
     def before_instantiate_classes(self) -> None:
-        """Choose the checkpoint to go on from, before anything is built; checkpoints are data and never more."""
-        config = self.config[self.subcommand]
+        """Expand paths and choose the checkpoint before anything is built; checkpoints are data and never more."""
+        config = expand_all(self.config[self.subcommand], str(self.subcommand))
+        if config.trainer.default_root_dir is not None:
+            raise InputError(f"trainer.default_root_dir: {config.trainer.default_root_dir}: give the folder as --run")
         if "weights_only" in config:
             config.weights_only = True
         if config.get("ckpt_path") is not None:
             config.ckpt_path = str(resolve(config.ckpt_path))
         if self.subcommand == "fit":
             self._enter(config)
+        elif (Path(config.run) / "config.yaml").exists():  # what is not a training writes nothing among its files
+            self.trained = config.run
+            config.run = str(Path(config.run) / str(self.subcommand))
+
+    trained: str | None = None  # run folder that the config of another command than fit belongs to
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Take the newest weights of the run where none are named: a new network has nothing to say."""
+        out: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "predict" and isinstance(self.datamodule, datamodule.ImageShards):
+            self.datamodule.predict_dataloader()  # which says what to give instead
+        if subcommand != "fit" and isinstance(self.model, modules.Diffusion) and out.get("ckpt_path") is None:
+            folder = Path(self.trained or self._get(self.config_init, "run"))
+            path = find_checkpoint(folder)[0]
+            if path is None:
+                exported = folder / self.model.file
+                instead = f"; of {exported}: --model Composite --model.path {folder}" if exported.exists() else ""
+                raise InputError(
+                    f"{subcommand}: {folder} holds no checkpoint, and an untrained network says nothing. Give its "
+                    f"weights: --ckpt_path CHECKPOINT or RUN FOLDER{instead}"
+                )
+            print(f"weights: {path}")
+            out["ckpt_path"] = str(path)
+        return out
 
     def _parse_ckpt_path(self) -> None:
         """Nothing in a checkpoint names code or changes the config."""
@@ -102,7 +129,7 @@ class CLI(LightningCLI):
             raise InputError(f"run: {folder} already holds a run. Choose another folder with --run, or remove it")
         if asked and not asked.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"--ckpt_path {asked} is not of {folder}, which already holds a run; choose another --run")
-        mine = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        mine = absolute_paths(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False)))
         theirs = check_config(folder, mine)
         path, manifest, bad = (asked, verify(asked), list[str]()) if asked else find_checkpoint(folder)
         limits, step, limit = ("max_steps", "max_epochs"), manifest.get("step", 0), config.trainer.max_steps
@@ -148,7 +175,8 @@ class Parsed(CLI):
     """Stops where the command would begin."""
 
     def before_instantiate_classes(self) -> None:
-        """Any folder will do."""
+        """Expand paths; any folder will do."""
+        expand_all(self.config[self.subcommand], str(self.subcommand))
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -175,7 +203,9 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero and not trainer.fast_dev_run:
             config = self.config.clone()
             config.ckpt_path = None  # the run goes on from its newest, not from where it went on this time
-            text = self.parser.dump(config, skip_none=False)
+            kept = absolute_paths(yaml.safe_load(self.parser.dump(config, skip_none=False)))
+            del kept["run"]  # it is where the file lies
+            text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
             write_whole(Path(trainer.default_root_dir) / "config.yaml", text.encode())
 
 
@@ -191,6 +221,7 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
     files = _config_files(argv)
     for file in files:
         _check_yaml(file)
+    argv = _configs_first(argv)
     Parser.argv, Parser.files = argv, files
     always: list[L.Callback] = [Export(), *(callbacks or [StepProgress()])]
     if argv[0] == "predict":
@@ -254,13 +285,29 @@ def _quiet() -> None:
 
 
 def _config_files(argv: Sequence[str]) -> list[Path]:
-    out = []
-    for i, word in enumerate(argv):
-        if word in ("--config", "-c") and i + 1 < len(argv):
-            out.append(Path(argv[i + 1]))
-        elif word.startswith("--config="):
-            out.append(Path(word.partition("=")[2]))
-    return out
+    return [Path(argv[i].partition("=")[2] or argv[i + 1]) for i in _config_words(argv)]
+
+
+def _config_words(argv: Sequence[str]) -> list[int]:
+    """Positions of the words ``--config FILE`` and ``--config=FILE``."""
+    alone = [i for i, word in enumerate(argv[:-1]) if word in ("--config", "-c")]
+    return sorted(alone + [i for i, word in enumerate(argv) if word.startswith("--config=")])
+
+
+def _configs_first(argv: Sequence[str]) -> list[str]:
+    """Return a command line whose options follow all config files, so that an option always counts.
+
+    The config that a run keeps in its own folder is the config of that folder, wherever it has been moved to.
+    """
+    configs, taken = [], {0}
+    for i in _config_words(argv):
+        joined = argv[i].startswith("--config=")
+        file = Path(argv[i].partition("=")[2] if joined else argv[i + 1])
+        configs += [f"--config={file}"]
+        if file.name == "config.yaml" and any((file.parent / name).exists() for name in _MARKS):
+            configs += [f"--run={file.parent}"]
+        taken |= {i} if joined else {i, i + 1}
+    return [*argv[:1], *configs, *(word for i, word in enumerate(argv) if i not in taken)]
 
 
 def _check_yaml(file: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import absolute_paths
 from lightning_tdisent.lit.checkpoints import Manifest, newest
 
 # what a run is: a change here makes another run. The rest (limits, logging, devices, paths) may change on the way;
@@ -35,7 +36,7 @@ def check_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"{folder / 'config.yaml'}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(old, dict):
         raise InputError(f"{folder / 'config.yaml'}: holds no config. Put it back, or choose another --run")
-    mine, theirs = _flat(config), _flat(old)
+    mine, theirs = _flat(absolute_paths(config)), _flat(absolute_paths(old))
     differ = [k for k in sorted(mine.keys() | theirs.keys()) if _fixed(k) and mine.get(k) != theirs.get(k)]
     if differ:
         lines = "\n".join(f"  - {k}: {theirs.get(k)} there, {mine.get(k)} now" for k in differ)

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.sampling.observations import observed
 from lightning_tdisent.sampling.pictures import estimate_strip, forward_strip, grid, reverse_strip, save_png
@@ -58,13 +59,24 @@ class Pictures(L.Callback):
 
 
 class WriteImages(BasePredictionWriter):
-    """Write the images of `predict` as ``images/SEED.png`` of the run folder."""
+    """Write the images of `predict` as ``images/SEED.png`` of its folder, which must not hold any yet."""
 
     def __init__(self) -> None:
         super().__init__("batch")
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Refuse to mix these images with others, on all ranks."""
+        folder = Path(trainer.default_root_dir) / "images"
+        if trainer.strategy.broadcast(any(folder.glob("*.png"))):
+            raise InputError(f"predict: {folder} already holds images; choose another --run")
 
     def write_on_batch_end(  # noqa: D102
         self, trainer: L.Trainer, pl_module: Any, prediction: Tensor, batch_indices: Any, batch: list[int], *_: Any
     ) -> None:
         for seed, image in zip(batch, prediction.cpu(), strict=True):
             save_png(image, Path(trainer.default_root_dir) / "images" / f"{seed:06d}.png")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Say where they are."""
+        if trainer.is_global_zero:
+            print(f"images: {Path(trainer.default_root_dir) / 'images'}")

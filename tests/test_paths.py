@@ -1,0 +1,162 @@
+"""Paths have one meaning: in words, in files, in moved folders, from another directory."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_tdisent.cli import main
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import absolute_paths, expand, expand_all, expand_word
+from lightning_tdisent.fleet.plan import read_yaml
+from lightning_tdisent.lit import entry
+from lightning_tdisent.sampling.expert import load_expert
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--config", f"{ROOT}/experiments/digits/reduced8.yaml", "--data.path", f"{ROOT}/data/digits",
+    "--data.val_limit", 64, "--model.decay", "constant", "--model.network.channels", "[8, 16]",
+    "--model.network.groups", 4, "--model.network.layers", 1, "--trainer.callbacks", "[]",
+    "--trainer.val_check_interval", 4, "--trainer.max_steps",
+]  # fmt: skip
+
+
+def run(*words: object) -> int:
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """An empty working directory, with a home folder and $SCRATCH below it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    return tmp_path / "home"
+
+
+def test_home_and_variables_are_expanded_in_words(home):
+    up = home.parent
+    known = {
+        "~": f"{home}", "~/y": f"{home}/y", "--run=~/y": f"--run={home}/y", "path=~/y": f"path={home}/y",
+        "--set=data.path=~/y": f"--set=data.path={home}/y", "*.data.path=$SCRATCH": f"*.data.path={up}/scratch",
+        "$SCRATCH/v": f"{up}/scratch/v", "/a/$SCRATCH": f"/a/{up}/scratch", "shared:~/y": f"shared:{home}/y",
+    }  # fmt: skip
+    assert {word: expand_word(word) for word in known} == known
+    for same in ("a$b", "${data.path}", "a~b", "US$ 5", "", "-n", "memory://~/x", "x.y=1", "~approximately"):
+        assert expand_word(same) == same
+    Path("~").mkdir()  # what exists by that very name is meant
+    assert expand("~") == "~"
+    for bad, said in (("$NOWHERE/x", "NOWHERE is not set"), ("~nobody-of-this-name/x", "no home folder")):
+        with pytest.raises(InputError, match=said):
+            expand(bad)
+
+
+def test_home_and_variables_are_expanded_in_files(home):
+    namespace = argparse.Namespace(run="~/y", model=argparse.Namespace(mask="$SCRATCH/m.png", lr=1e-3))
+    assert vars(expand_all(namespace).model) == {"mask": f"{home.parent}/scratch/m.png", "lr": 1e-3}
+    assert namespace.run == f"{home}/y"
+    text = "title: ~/is prose\nout: ~/out\nruns: {a: {configs: [$SCRATCH/a.yaml], set: {n: 3}}}\n"
+    Path("study.yaml").write_text(text)
+    assert read_yaml(Path("study.yaml")) == {
+        "title": "~/is prose", "out": f"{home}/out",
+        "runs": {"a": {"configs": [f"{home.parent}/scratch/a.yaml"], "set": {"n": 3}}},
+    }  # fmt: skip
+    Path("bad.yaml").write_text("runs: {a: {configs: [$NOWHERE/a.yaml]}}\n")
+    said = r"^bad.yaml: runs.a.configs: \$NOWHERE/a.yaml: the environment variable NOWHERE"
+    with pytest.raises(InputError, match=said):
+        read_yaml(Path("bad.yaml"))
+
+
+def test_only_keys_that_name_files_are_made_absolute(home):
+    Path("train").mkdir()
+    data = {"path": "train", "train": "train", "masks": ["train"], "index_file": "train", "weights": "none", "n": 3}
+    assert absolute_paths(data) == {**data, "path": f"{home.parent}/train", "index_file": f"{home.parent}/train"}
+
+
+def test_a_run_below_the_home_folder_is_one_run(home, capsys):
+    """Once all was written to the expanded path, while lock, config check and resume looked at the literal one."""
+    assert run("fit", *TINY, 4, "--run=~/y") == 0
+    assert not Path("~").exists()
+    before = (home / "y" / "model.safetensors").read_bytes()
+    assert run("fit", *TINY, 4, "--run", "~/y", "--resume", "never") == 2
+    assert run("fit", *TINY, 4, "--run=~/y", "--model.objective", "Eps") == 2
+    assert "holds a run of another config" in capsys.readouterr().err
+    Path("here.yaml").write_text("run: ~/y\n")
+    assert run("fit", *TINY, 4, "--config", "here.yaml") == 0
+    assert "all 4 steps are done" in capsys.readouterr().out
+    assert (home / "y" / "model.safetensors").read_bytes() == before
+    assert run("fit", *TINY, 4, "--run=$NOWHERE/y") == 2
+    assert run("sample", home / "y", "--out=~/images", "--seeds", "0:1") == 0
+    assert (home / "images" / "000000.png").exists()
+
+
+def test_a_run_that_moved_goes_on_where_it_lies(home, capsys, monkeypatch):
+    """Once it was trained from scratch into its old place; relative paths of its config were looked for from here."""
+    shutil.copytree(ROOT / "data" / "digits", "digits")
+    assert run("fit", *TINY, 4, "--data.path", "digits", "--run", "old") == 0
+    assert run("fit", *TINY, 8, "--data.path", "digits", "--run", "unbroken") == 0
+    Path("old").rename("new")
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert run("fit", "--config", "../new/config.yaml", "--trainer.max_steps", 8) == 0
+    assert "going on with ../new from step 4" in capsys.readouterr().out
+    assert not Path("../old").exists()
+    assert not list(Path().iterdir())
+    here, there = (load_expert(f"../{name}/model.safetensors")[0].state_dict() for name in ("new", "unbroken"))
+    assert all(torch.equal(here[k], there[k]) for k in there)
+    kept = yaml.safe_load(Path("../new/config.yaml").read_text())
+    assert "run" not in kept
+    assert kept["data"]["init_args"]["path"] == str(home.parent / "digits")
+    # an overlay and the command line still say where another run goes
+    assert run("fit", "--config", "../new/config.yaml", "--trainer.max_steps", 4, "--run", "copy") == 0
+    assert Path("copy/model.safetensors").exists()
+
+
+def test_commands_take_the_weights_of_the_run_and_write_beside_them(home, capsys):
+    """Once `validate` and `predict` used an untrained network, and images went into the finished run."""
+    assert run("fit", *TINY, 4, "--run", "a") == 0
+    before = {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file()}
+    config = ["--config", "a/config.yaml"]
+    found = entry.run(["validate", *config]).trainer.callback_metrics["val/x0_mse"]
+    named = entry.run(["validate", *config, "--ckpt_path", "a", "--run", "b"]).trainer.callback_metrics["val/x0_mse"]
+    assert found == named
+    assert run("predict", *config, "--data", "Seeds", "--data.n", 2) == 0
+    said = capsys.readouterr().out
+    assert "weights: a/checkpoints/step-000000004.ckpt" in said
+    assert "images: a/predict/images" in said
+    assert run("predict", *config, "--data", "Seeds", "--data.n", 2) == 2
+    assert "already holds images" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items())
+    new = {path.parts[1] for path in Path("a").rglob("*") if path.is_file() and path not in before}
+    assert new == {"validate", "predict"}
+    assert run("sample", "a", "--out", "images", "--seeds", "0:2", "--sampler", "dpm") == 0
+    for name in ("000000.png", "000001.png"):
+        assert Path("images", name).read_bytes() == Path("a/predict/images", name).read_bytes()
+
+
+def test_an_untrained_network_is_not_validated(home, capsys):
+    assert run("validate", *TINY, 4, "--run", "nothing") == 2
+    assert "nothing holds no checkpoint, and an untrained network says nothing" in capsys.readouterr().err
+    assert run("fit", *TINY, 4, "--run", "a") == 0
+    shutil.rmtree("a/checkpoints")
+    assert run("test", "--config", "a/config.yaml") == 2
+    assert "--model Composite --model.path a" in capsys.readouterr().err
+
+
+def test_options_count_before_a_config_as_after_it(home):
+    words = [str(word) for word in ["fit", "--run", "x", "--trainer.max_steps=3", *TINY, 4]]
+    assert entry._configs_first(words)[1].startswith("--config=")
+    cli = entry.parse([*words[:4], *words[4:-2]])
+    assert cli.trainer.max_steps == 3
+
+
+def test_another_root_folder_than_that_of_the_run_is_refused(home, capsys):
+    assert run("fit", *TINY, 4, "--trainer.default_root_dir", "x", "--run", "y") == 2
+    assert "give the folder as --run" in capsys.readouterr().err
