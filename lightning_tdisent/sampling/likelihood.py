@@ -151,13 +151,20 @@ def ode_likelihood(
     probes: int | None = 1,
     errors: Tensor | None = None,
 ) -> Terms:
-    """E [log q(x_1 | x_0) - log p_1(x_1) - log p(x_0 | x_1)] with log p_1 estimated by the probability-flow ODE.
+    """Return E [log q(x_1 | x_0) - log p_1(x_1) - log p(x_0 | x_1)] with log p_1 by the probability-flow ODE.
 
-    In u = log(b/a) and y = x/a the flow is dy/du = y - x0_hat and the density falls by tr(I - d x0_hat/dy) du
-    (2011.13456, eq. 39, in these coordinates); Heun's rule from row to row, second order in their distance: for
-    Gaussian data 0.34 bits too few with 8 rows, 0.07 with 32, 0.01 off with 100. probes: Rademacher vectors of
-    Hutchinson's estimate of the trace; None for the exact trace, by as many as there are values. Needs one column, and
-    gradients of the network; x0_hat is not clipped.
+    In u = log(b/a) and y = x/a the flow is dy/du = y - x0_hat, and the log-density falls by D - tr d x0_hat/dy
+    (2011.13456, eq. 39, in these coordinates). A step of length h from row s to s' = s + 1 is exact for an x0_hat that
+    is linear in u (the second-order exponential Runge-Kutta method):
+
+        y <- e^h y - (e^h - 1) x0_hat(s) - ((e^h - 1 - h) / h) (x0_hat(s') - x0_hat(s))
+
+    with x0_hat(s') evaluated at the y that the first two terms give; D is integrated exactly, the trace by the
+    trapezoidal rule. Per dimension of data with a known density the estimate is within 0.007 bits with 100 rows and
+    0.004 with 300, for every schedule; 0.06 to 0.6 too many with 8.
+
+    probes: number of Rademacher vectors of Hutchinson's estimate of the trace; None computes the exact trace with one
+    vector for each value. Needs a table of one column and gradients of the network; x0_hat is not clipped.
     """
     prior, states, parameter = _prior(model), model.states, next(iter(model.parameters()))
     if states.K > 1:
@@ -172,16 +179,17 @@ def ode_likelihood(
         first = _decode(decoder, x0, model(x, 1, label), states, None if errors is None else float(errors[1])).cpu()
     entropy = 0.5 * D * (LOG_2PI + 1) + D * float(b[1].log())
     y = (x / float(a[1])).double()
-    slope, trace = _flow(model, y, 1, label, probes, ids)
+    estimate, trace = _flow(model, y, 1, label, probes, ids)
     rows = torch.zeros(max(0, states.S - 1), len(x0), dtype=torch.float64)
     for s in range(2, states.S + 1):
         h = float(u[s] - u[s - 1])
+        grown, bent = math.expm1(h), (math.expm1(h) - h) / h
+        y = math.exp(h) * y - grown * estimate
         with torch.no_grad():
-            ahead = y + h * slope
-            there = ahead - model((ahead * float(a[s])).to(x.dtype), s, label).double()
-        y = y + h / 2 * (slope + there)
-        slope, now = _flow(model, y, s, label, probes, ids)
-        rows[s - 2] = -(h / 2 * (trace + now)).cpu()
+            ahead = model((y * float(a[s])).to(x.dtype), s, label).double()
+        y = y - bent * (ahead - estimate)
+        estimate, now = _flow(model, y, s, label, probes, ids)
+        rows[s - 2] = (h / 2 * (trace + now) - h * D).cpu()
         trace = now
     x = (y * float(a[-1])).to(x.dtype)
     last = -prior.log_prob(x.cpu()) - D * float((a[-1] / a[1]).log()) - entropy
@@ -191,7 +199,7 @@ def ode_likelihood(
 def _flow(
     model: Denoises, y: Tensor, s: int, label: Tensor | None, probes: int | None, ids: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """(y - x0_hat, trace of I - d x0_hat/dy) at row s, float64."""
+    """x0_hat, and the trace of d x0_hat/dy, at row s, float64."""
     a, dtype = float(model.states.a[s, 0]), next(iter(model.parameters())).dtype
     shape, D = y.shape[1:], y[0].numel()
     with torch.enable_grad():
@@ -209,7 +217,7 @@ def _flow(
                 v = seed_noise(ids, stream, shape).sign().to(y.device, dtype)
             (back,) = torch.autograd.grad(estimate, z, v, retain_graph=k + 1 < count)
             traces += (v * back).flatten(1).double().sum(1)
-    return y - estimate.detach().double(), D - (traces if probes is None else traces / count)
+    return estimate.detach().double(), traces if probes is None else traces / count
 
 
 def _prior(model: Denoises) -> Prior:
