@@ -47,10 +47,12 @@ def seed_noise(seeds: Sequence[int], stream: int, shape: Sequence[int]) -> Tenso
 def draw_rows(rows: Tensor, n: int, generator: torch.Generator | None, balanced: bool = True) -> Tensor:
     """Draw n of the given rows (R,), int64: uniformly, and if balanced one from each of n equal strata of the list.
 
-    Balanced draws visit every row n/R times if R divides n, else each row within one of that; the marginal of a
-    random position is uniform either way.
+    A balanced draw has every row n/R times if R divides n, else within one of that. Which row a place in the batch gets
+    is independent of the place: readers fill places shard by shard, so every row must meet every place.
     """
     u = torch.rand(1 if balanced else n, generator=generator, device=rows.device, dtype=torch.float64)
     if balanced:
         u = (torch.arange(n, device=rows.device) + u) / n
+        if len(rows) > 1:
+            u = u[torch.randperm(n, generator=generator, device=rows.device)]
     return rows[(u * len(rows)).long().clamp_max(len(rows) - 1)]

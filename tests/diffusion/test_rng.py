@@ -127,6 +127,27 @@ def test_the_marginal_is_uniform(R, n, balanced):
     assert chi_square < 22.5
 
 
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize(("R", "n"), [(8, 8), (4, 12), (5, 7)])
+def test_row_and_place_are_independent(R, n, balanced):
+    rows, runs, generator = torch.arange(R), 6000, torch.Generator().manual_seed(0)
+    table = torch.zeros(n, R)
+    for _ in range(runs):
+        table[range(n), draw_rows(rows, n, generator, balanced)] += 1
+    expected = runs / R
+    chi_square = ((table - expected).square() / expected).sum(1) / (R - 1)  # of each place
+    # 0.999 quantiles of chi-square over its freedom: 5.4 (R = 4), 4.6 (5), 3.5 (8); tied to places it is in the 1000s
+    assert chi_square.max() < 5.4
+    assert chi_square.mean() == pytest.approx(1, abs=0.6)
+
+
+def test_one_row_draws_no_order():
+    one, two = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    assert draw_rows(torch.tensor([5]), 4, one).tolist() == [5] * 4
+    torch.rand(1, generator=two, dtype=torch.float64)
+    assert torch.equal(torch.randn(3, generator=one), torch.randn(3, generator=two))
+
+
 def test_independent_draws_are_not_balanced():
     rows = torch.arange(1, 9)
     runs = [counts(rows, 64, seed, balanced=False) for seed in range(500)]

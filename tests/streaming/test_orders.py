@@ -6,6 +6,7 @@ Long, as every kind of reading, from memory to gzipped, is asked the same questi
 import itertools
 from collections import Counter
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import opened, save_index, zipped
 
+from lightning_tdisent.diffusion.rng import draw_rows, key
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.datamodule import ResumableLoader
 from lightning_tdisent.streaming import tars
@@ -327,3 +329,32 @@ def test_a_pattern_names_shards(shards):
     for path in (shards / "*", shards / "train-{0000..0001}.tar", shards / "train-0000.tar"):
         with pytest.raises(InputError, match=r"is not a folder; name the folder there, and the pattern in data.train"):
             find(path, "train")
+
+
+class Counted:
+    """64 shards of 32 samples, each of which is the number of its shard."""
+
+    urls = range(64)
+    index = SimpleNamespace(starts=torch.arange(0, 64 * 32 + 1, 32).numpy())
+
+    def __len__(self):
+        return 64 * 32
+
+    def stream(self, shard, start):
+        return ((shard, None) for _ in range(start, 32))
+
+    def collate(self, numbers, raw, flips):
+        return torch.tensor(numbers)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_row_sees_the_shards_of_an_epoch_that_is_read_in_sequence(world):
+    rows, seen = torch.arange(8), torch.zeros(8, 64)
+    for rank in range(world):
+        order = Streamed(Counted(), 64 // world, 0, rank, world, buffer=1)
+        for step, shards in enumerate(itertools.islice(order, len(order))):
+            s = draw_rows(rows, len(shards), torch.Generator().manual_seed(key(0, rank, step)))
+            seen.index_put_((s, shards), torch.ones(()), accumulate=True)
+    assert seen.sum(1).tolist() == [256] * 8  # each row as often as the others
+    # 4 of each shard are expected of a row: 64 (1 - 1/e^4) = 62.8 shards; rows tied to places see 8 to 15
+    assert (seen > 0).sum(1).min() >= 58
