@@ -23,6 +23,7 @@ import braceexpand
 import fsspec
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.streaming import splits
 
 SUFFIXES = (".tar", ".tar.gz")
 MAX_MEMBER = 64 * 2**20
@@ -117,10 +118,11 @@ def open_tar(url: str) -> Iterator[IO[bytes]]:
 
 
 def find(path: str | Path, split: str) -> list[str]:
-    """Shards of a split, sorted: ``{split}-*.tar`` or ``.tar.gz`` of a folder, or those that a pattern names.
+    """Return the shards of a split, sorted: those whose names have its word (see `splits`), or that a pattern names.
 
-    ``split`` is a pattern if it has ``*``, ``?``, ``[..]``, ``{000..123}`` or ends in .tar or .tar.gz. Refuses a folder
-    that holds none, or not all that braces name.
+    All shards of the folder belong to it if none names a split. ``split`` is a pattern if it has ``*``, ``?``,
+    ``[..]``, ``{000..123}`` or ends in .tar or .tar.gz. Refuses a folder that holds no such shards, or not all that
+    braces name.
     """
     folder = str(path) if str(path).endswith("://") or str(path) == "/" else str(path).rstrip("/")
     if folder.startswith("pipe:") or split.startswith("pipe:"):
@@ -144,11 +146,18 @@ def find(path: str | Path, split: str) -> list[str]:
             raise InputError(
                 f"data.path: {folder} holds {len(found)} of the {len(wanted)} shards of {split}; not {missing[0]}"
             )
+    elif re.search(r"[*?\[]", split) or split.endswith(SUFFIXES):
+        found = sorted(name for name in shards if fnmatch(name, split))
     else:
-        pattern = split if re.search(r"[*?\[]", split) or split.endswith(SUFFIXES) else f"{split}-*"
-        found = sorted(name for name in shards if fnmatch(name, pattern))
+        found = sorted(splits.of_split(shards, split, f"data.path: {folder}"))
+        if not found and (others := splits.found(shards)):
+            has = ", ".join(f"{other} ({len(files)}: {files[0]}, ..)" for other, files in others.items())
+            raise InputError(
+                f"data.path: {folder} holds no shards {split}-*.tar(.gz), but shards of {has}. Name one of these, "
+                "or a pattern of the shards"
+            )
     if not found:
-        asked = f"{split}-*.tar(.gz)" if pattern == f"{split}-*" else split
+        asked = split if braces or re.search(r"[*?\[.]", split) else f"{split}-*.tar(.gz)"
         raise InputError(
             f"data.path: {folder} holds no shards {asked}; it holds {', '.join(names[:5]) or 'nothing'}. {PREPARE}"
         )
