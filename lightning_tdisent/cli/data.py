@@ -96,8 +96,11 @@ def _index(a: argparse.Namespace) -> None:
     files = find(a.folder, a.split)
     with bar("shards") as progress:
         index = build(files, cores(a.jobs), progress, regions=not a.no_samples)
+    if index.unusable[0] == len(index) and index.notes:
+        raise InputError(f"{a.folder} ({a.split}): no sample can be used: {'; '.join(index.notes[::-1])}")
     index.save(path_of(a.folder, a.split))
     print(f"{path_of(a.folder, a.split)}: {len(index):,} samples in {len(files)} shards, digest {index.digest}")
+    print("".join(f"{line}\n" for line in index.notes), end="")
 
 
 def _verify(a: argparse.Namespace) -> None:
@@ -109,8 +112,11 @@ def _verify(a: argparse.Namespace) -> None:
         print(line)
     what = f"{a.folder} ({a.split})"
     if wrong:
-        raise Halted(f"{what}: {len(wrong):,} samples or shards of {len(index):,} are not what they were")
+        raise Halted(
+            f"{what}: {len(wrong):,} samples or shards of {len(index):,} are not what they were, or cannot be used"
+        )
     print(f"{what}: all {len(index):,} samples in {len(index.shards)} shards are good, digest {index.digest}")
+    print("".join(f"{line}\n" for line in index.notes), end="")
 
 
 def _inspect(a: argparse.Namespace) -> None:

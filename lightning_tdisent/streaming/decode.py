@@ -12,7 +12,7 @@ import math
 import struct
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,6 +179,27 @@ def parse_class(content: bytes) -> int:
     return int(digits) if digits.isdigit() and len(digits) <= 10 and int(digits) < 2**31 else -1
 
 
+def class_of(content: bytes) -> int:
+    """Return the class that a ``cls`` member names, -1 if it says -1 (none); raise ValueError for anything else."""
+    label = parse_class(content)
+    if label == -1 and content.strip() != b"-1":
+        raise ValueError(f"the class {content[:20]!r} is no number from 0 to {2**31 - 1:,}")
+    return label
+
+
+def picked(kinds: Collection[str]) -> str:
+    """Return the extension of a sample's image or latent; raise ValueError unless there is exactly one."""
+    found = [LATENT] if LATENT in kinds else [extension for extension in IMAGES if extension in kinds]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"has {len(found)} images ({', '.join(found)}), expected one: leave the others out")
+    raise ValueError(
+        f"has 0 images ({'/'.join(IMAGES)}), expected one; it has {', '.join(sorted(kinds))} (the extension begins at "
+        "the first dot: KEY.png, and no dot in KEY)"
+    )
+
+
 @dataclass(frozen=True)
 class Decoder:
     """What a batch is made of: images of ``channels`` (1 or 3) at ``size`` (None: as they are stored), or latents.
@@ -196,19 +217,16 @@ class Decoder:
         A latent is [as it is, flipped] x [mean, standard deviation]. Raises `BadSample`.
         """
         out: dict[str, Any] = {}
-        if LATENT in members:
+        try:
+            kind = picked(members)
+        except ValueError as error:
+            raise BadSample(f"{where} {error}") from None
+        if kind == LATENT:
             out["latent"] = self._latent(members[LATENT], where)
         else:
-            found = [extension for extension in IMAGES if extension in members]
-            if len(found) != 1:
-                raise BadSample(f"{where} has {len(found)} images ({'/'.join(IMAGES)}), expected one")
-            out["image"] = decode_image(members[found[0]], self.channels, self.size, where)
+            out["image"] = decode_image(members[kind], self.channels, self.size, where)
         try:
-            out["label"] = -1
-            if "cls" in members and (label := parse_class(members["cls"])) != -1:
-                out["label"] = label
-            elif members.get("cls", b"-1").strip() != b"-1":
-                raise ValueError(f"the class {members['cls'][:20]!r} is no number from 0 to {2**31 - 1:,}")
+            out["label"] = class_of(members["cls"]) if "cls" in members else -1
             if "txt" in members:
                 out["caption"] = members["txt"].decode()
         except ValueError as error:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -32,13 +32,19 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Shard:
-    """A row of an index: what a shard is. The SHA-256 is of the file as it lies there, empty if it was not read."""
+    """A row of an index: what a shard is. The SHA-256 is of the file as it lies there, empty if it was not read.
+
+    unread: files that no decoder reads, by kind, each with their number and the first name. unusable: the number of
+    samples that cannot be used, as far as their members' names and classes tell, and what is wrong with the first.
+    """
 
     name: str
     bytes: int
     sha256: str
     samples: int
     keys: str
+    unread: dict[str, list[Any]] = field(default_factory=dict)
+    unusable: list[Any] = field(default_factory=lambda: [0, ""])
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class Regions:
     member_kind: Array  # (M,) uint8, number of the extension
     key_end: Array  # (N,) int64, in keys
     keys: Array  # (..,) uint8, all keys in UTF-8, one after the other
+    # (N,) uint64, size (upper half) and CRC-32 of the image or latent; (0,) if not read, or in an index of before
+    content: Array = field(default_factory=lambda: np.zeros(0, np.uint64))
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,46 @@ class Index:
             total.update(shard.name.encode() + bytes.fromhex(shard.sha256))
         return total.hexdigest()[:16]
 
+    @property
+    def unread(self) -> dict[str, tuple[int, str]]:
+        """Files in the shards that are not read, by kind: how many, and the first of them."""
+        out: dict[str, tuple[int, str]] = {}
+        for shard in self.shards:
+            for kind, (count, name) in shard.unread.items():
+                before, first = out.get(kind, (0, f"{shard.name}/{name}"))
+                out[kind] = before + count, first
+        return out
+
+    @property
+    def unusable(self) -> tuple[int, str]:
+        """How many samples cannot be used, as far as the index tells, and what is wrong with the first."""
+        said = [shard.unusable[1] for shard in self.shards if shard.unusable[0]]
+        return sum(shard.unusable[0] for shard in self.shards), said[0] if said else ""
+
+    @property
+    def notes(self) -> list[str]:
+        """What is in the shards, but will not be read, in lines for people."""
+        out = [f"not read: {kind} ({n:,}, first {name})" for kind, (n, name) in sorted(self.unread.items())]
+        count, first = self.unusable
+        return [*out, f"cannot be used: {count:,} of {len(self):,} samples, first {first}"] if count else out
+
+    def shared(self, other: "Index") -> int:
+        """Return how many samples have an image (of an index of before: all bytes) that is in the other index, too.
+
+        Where one does not list its samples, those in shards that are in both, byte for byte.
+        """
+        mine, theirs = self.regions, other.regions
+        if mine is None or theirs is None or not (len(mine.crc) and len(theirs.crc)):
+            there = {shard.sha256 for shard in other.shards} - {""}
+            return sum(shard.samples for shard in self.shards if shard.sha256 in there)
+        if len(mine.content) and len(theirs.content):
+            one, two = mine.content, theirs.content
+        else:
+            one, two = ((r.size.astype(np.uint64) << np.uint64(32)) | r.crc for r in (mine, theirs))
+        ordered = np.unique(one)  # the smaller one: `other` may be of any length
+        place = np.searchsorted(ordered, two).clip(0, len(ordered) - 1)
+        return int(np.isin(one, two[ordered[place] == two]).sum())
+
     def part(self, shard: int) -> Self:
         """The index of one shard alone."""
         row, r = self.shards[shard : shard + 1], self.regions
@@ -105,6 +153,7 @@ class Index:
             member_kind=r.member_kind[members],
             key_end=ends,
             keys=r.keys[before : before + (int(ends[-1]) if len(ends) else 0)],
+            content=r.content[chosen],
         )
         return type(self)(row, self.extensions, regions)
 
@@ -211,13 +260,17 @@ class Index:
 def _misfit(index: Index) -> str:
     """What in a file that says it is an index cannot be; empty if nothing."""
     for s in index.shards:
-        numbers = isinstance(s.bytes, int) and isinstance(s.samples, int) and s.bytes >= 0 and s.samples >= 0
+        numbers = all(isinstance(number, int) and number >= 0 for number in (s.bytes, s.samples, s.unusable[0]))
+        numbers = numbers and all(isinstance(row[0], int) and isinstance(row[1], str) for row in s.unread.values())
         if not numbers or not isinstance(s.name, str) or not re.fullmatch("([0-9a-f]{64})?", s.sha256):
             return f"the shard {s.name!r}"
     r, n = index.regions, len(index)
     if r is None:
         return ""
-    kinds = {name: np.uint8 if name in ("member_kind", "keys") else np.int64 for name in asdict(r)} | {"crc": np.uint32}
+    kinds = {name: np.uint8 if name in ("member_kind", "keys") else np.int64 for name in asdict(r)} | {
+        "crc": np.uint32,
+        "content": np.uint64,
+    }
     if bad := [k for k, kind in kinds.items() if getattr(r, k).dtype != kind or getattr(r, k).ndim != 1]:
         return f"the type of {bad[0]}"
     m = len(r.member_kind)
@@ -226,6 +279,8 @@ def _misfit(index: Index) -> str:
         return f"the length of {bad[0]}"
     if len(r.crc) not in (0, n) or (index.hashed and len(r.crc) != n):
         return "the length of crc"
+    if len(r.content) not in (0, n):
+        return "the length of content"
     owner = np.repeat(np.arange(n), np.diff(r.first)) if (np.diff(r.first) >= 0).all() else np.zeros(0)
     fits = len(owner) == m and r.first[0] == 0 and (np.diff(r.key_end, prepend=0) >= 0).all()
     fits = fits and (r.key_end[-1] if n else 0) == len(r.keys) and (r.member_kind < len(index.extensions)).all()

@@ -3,20 +3,21 @@
 import hashlib
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.streaming.decode import class_of, picked
 from lightning_tdisent.streaming.index import Array, Index, Regions, Shard
-from lightning_tdisent.streaming.tars import checksums, hash_file, layout, open_tar, size_of
+from lightning_tdisent.streaming.tars import Layout, Span, Unread, hash_file, layout, note, open_tar, size_of
 
 MAX_EXTENSIONS = 256
 
@@ -28,16 +29,19 @@ def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
     """The index of one shard. Not ``hashed``, only headers are read, so that a plain tar costs little."""
     name = url.rpartition("/")[2]
     try:
+        unread: Unread = {}
         with open_tar(url) as stream:
-            found, places = layout(stream, name)
-            crc = checksums(stream, places) if hashed and regions else []
+            found, places = layout(stream, name, unread)
+            read = list(_read(stream, found, places)) if hashed else []
         size, sha256 = hash_file(url) if hashed else (size_of(url), "")
     except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{url} is damaged: {error}") from None
     keys = [key for _, key, _ in found]
-    shard = Shard(name, size, sha256, len(found), hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16])
+    unusable = _unusable(name, found, [wrong for *_, wrong in read], unread)
+    hashed_keys = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
+    shard = Shard(name, size, sha256, len(found), hashed_keys, unread, unusable)
     extensions = sorted({kind for *_, members in found for kind in members})
     bare = [(key, begin) for begin, key, members in found if "cls" not in members]
     if 0 < len(bare) < len(found):
@@ -59,15 +63,51 @@ def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
         Regions(
             begin=np.array([begin for begin, _ in places], np.int64),
             size=np.array([end - begin for begin, end in places], np.int64),
-            crc=np.array(crc, np.uint32),
+            crc=np.array([crc for crc, *_ in read], np.uint32),
             first=np.cumsum([0, *(len(m) for *_, m in found)]).astype(np.int64),
             member_begin=np.array([m[0] for m in members], np.int64),
             member_size=np.array([m[1] for m in members], np.int64),
             member_kind=np.array([kinds[m[2]] for m in members], np.uint8),
             key_end=np.cumsum([len(key) for key in encoded], dtype=np.int64),
             keys=np.frombuffer(b"".join(encoded), np.uint8),
+            content=np.array([content for _, content, _ in read], np.uint64),
         ),
     )
+
+
+def _read(stream: IO[bytes], found: Sequence[Layout], places: Sequence[Span]) -> Iterator[tuple[int, int, str]]:
+    """Yield each sample's CRC-32, size and CRC-32 of its image as one number, and what is wrong with its class."""
+    stream.seek(0)
+    for (_, _, members), (begin, end) in zip(found, places, strict=True):
+        region = memoryview(stream.read(end - begin))
+        if len(region) < end - begin:
+            raise EOFError("it ends early")
+        part = {kind: region[at - begin : at - begin + size] for kind, (at, size) in members.items()}
+        content, wrong = 0, ""
+        with suppress(ValueError):  # no image: `_unusable` says so
+            image = part[picked(part)]
+            content = len(image) << 32 | zlib.crc32(image)
+        try:
+            class_of(bytes(part.get("cls", b"-1")))
+        except ValueError as error:
+            wrong = str(error)
+        yield zlib.crc32(region), content, wrong
+
+
+def _unusable(name: str, found: Sequence[Layout], wrong: Sequence[str], unread: Unread) -> list[Any]:
+    """Count the samples that cannot be used, with what is wrong with the first, and the members that are not read."""
+    out: list[Any] = [0, ""]
+    for number, (begin, key, members) in enumerate(found):
+        said, image = wrong[number] if wrong else "", ""
+        try:
+            image = picked(members)
+        except ValueError as error:
+            said = str(error)
+        for kind in members.keys() - {image, "cls", "txt"}:
+            note(unread, f"members KEY.{kind}", f"{key}.{kind}")
+        if said:
+            out = [out[0] + 1, out[1] or f"{name}: sample {key} (byte {begin}): {said}"]
+    return out
 
 
 def join(parts: Sequence[Index]) -> Index:
@@ -101,7 +141,7 @@ def join(parts: Sequence[Index]) -> Index:
             before = int(out[-1][-1]) if len(out[-1]) else before
         return np.concatenate(out)
 
-    plain = ("begin", "size", "crc", "member_begin", "member_size", "member_kind", "keys")
+    plain = ("begin", "size", "crc", "member_begin", "member_size", "member_kind", "keys", "content")
     regions = Regions(**{k: chained(k) for k in plain}, first=summed("first", True), key_end=summed("key_end", False))
     return Index(shards, extensions, regions)
 

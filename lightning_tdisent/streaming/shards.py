@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,6 +30,7 @@ from lightning_tdisent.streaming.tars import (
     find,
     hash_file,
     is_remote,
+    is_sample,
     open_shard,
     open_tar,
     tar_members,
@@ -92,7 +94,7 @@ class Shards:
         else:
             urls = matched(urls, index, file, sizes=policy.on_bad == "stop")
         if not len(index):
-            raise InputError(f"the shards {split}-* of {path} are empty")
+            raise InputError("; ".join([f"the shards {split}-* of {path} are empty", *index.notes]))
         return cls(urls, index, decoder, policy)
 
     @property
@@ -325,21 +327,19 @@ class Shards:
         if self.checked:
             self._verify_file(shard)
         with open_shard(url) as raw, tar_members(raw, "r|gz" if url.endswith(".gz") else "r|", url) as tar:
-            last, members, n = None, dict[str, bytes](), -1
-            for key, extension, member in walk(tar, url):
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
-                if key != last:
-                    if members and n >= start:
+            n = 0
+            for _, group in itertools.groupby(walk(tar, url, {}), key=itemgetter(0)):
+                members = dict[str, bytes]()
+                for _, extension, member in group:
+                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+                    content = tar.extractfile(member) if n >= start else None
+                    members[extension] = content.read() if content else b""
+                if is_sample(members):
+                    if n >= start:
                         yield members
-                    last, members, n = key, {}, n + 1
-                if n >= start:
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    members[extension] = content.read()
-            if members and n >= start:
-                yield members
-        if n + 1 != row.samples:
-            raise ValueError(f"it holds {n + 1} samples, its index says {row.samples}")
+                    n += 1
+        if n != row.samples:
+            raise ValueError(f"it holds {n} samples, its index says {row.samples}")
 
 
 class _Name:

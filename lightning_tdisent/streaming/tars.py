@@ -1,8 +1,9 @@
 """Shards as files: where those of a split are, and what members they hold.
 
 A folder is local, or whatever fsspec opens (``s3://bucket/set``); a shard is a plain or a gzipped tar. Nothing is
-unpacked to disk. Refused are links and devices, absolute names and ``..``, pickles, members over 64 MB, keys that come
-again, and tars without their end.
+unpacked to disk. Refused are links and devices, absolute names and ``..``, members over 64 MB, keys that come again,
+and tars without their end or with anything behind it. Hidden files, pickles and single files that are of no sample
+are not read, but counted (`Unread`).
 """
 
 import gzip
@@ -12,7 +13,6 @@ import itertools
 import os
 import re
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -30,7 +30,11 @@ MAX_MEMBER = 64 * 2**20
 MAX_REGION = 4 * MAX_MEMBER  # of a sample
 MAX_END = 2**20  # behind the end mark
 PICKLED = {"pickle", "pkl", "pyd", "pth", "pt"}
-KEY = re.compile(r"(?:\./)*((?:.*/|)[^.]+)[.]([^/]*)$")  # of a member: key and extension, as webdataset has them
+LONE = {"csv", "db", "html", "ini", "json", "jsonl", "log", "md", "parquet", "pdf", "py", "rst", "sh", "toml", "tsv"}
+LONE |= {"xml", "yaml", "yml"}  # of files that are no sample if they stand alone
+VOLUME_LABEL = b"V"  # of GNU tar
+KEY = re.compile(r"(?:\./)*((?:.*/|)[^./]+)[.]([^/]*)$")  # of a member: key and extension, as webdataset has them
+HIDDEN = re.compile(r"(^|/)(\.(?!/|$)|__MACOSX(/|$))")  # a file, or a folder above it: ._a.jpg, .DS_Store
 BLOCK = 512
 MAX_SHARDS = 10**6
 PREPARE = "data/README.md says how to prepare each data set."
@@ -38,6 +42,7 @@ PREPARE = "data/README.md says how to prepare each data set."
 # first byte, key, and members {extension: (first byte, size)}
 Layout = tuple[int, str, dict[str, tuple[int, int]]]
 Span = tuple[int, int]  # begin and end
+Unread = dict[str, list[Any]]  # by kind of file: how many were not read, and the first of them
 
 
 def is_remote(url: str) -> bool:
@@ -204,14 +209,31 @@ def tar_members(stream: Any, mode: Any, where: str) -> Iterator[tarfile.TarFile]
         raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
 
 
-def walk(tar: tarfile.TarFile, where: str) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Key, extension and header of every member that belongs to a sample; refuses what no shard should hold."""
+def note(unread: Unread, kind: str, name: str) -> None:
+    """Count a file that is not read; the first of each kind keeps its name."""
+    unread.setdefault(kind, [0, name])[0] += 1
+
+
+def is_sample(kinds: Iterable[str]) -> bool:
+    """Return whether files with these extensions and one key are a sample, and not a lone README.md or index.json."""
+    kinds = set(kinds)
+    return len(kinds) > 1 or kinds.isdisjoint(LONE)
+
+
+def walk(tar: tarfile.TarFile, where: str, unread: Unread) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield key, extension and header of every member that belongs to a sample; refuse what no shard should hold.
+
+    Pickles, which could run anything, hidden files, and files without an extension are counted in ``unread``.
+    """
     for member in tar:
         place = f"{where}: member {member.name} (byte {member.offset})"
-        if member.isdir():
+        if member.isdir() or member.type == VOLUME_LABEL:
             continue
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-            raise InputError(f"{place} is a link, a device or the like; a shard holds plain files")
+            raise InputError(
+                f"{place} is a link, a device or the like; a shard holds plain files. tar stores links as files with "
+                "--dereference --hard-dereference"
+            )
         if not member.name.isprintable():  # also what is no UTF-8
             raise InputError(f"{where}: the member at byte {member.offset} has the name {member.name!a}")
         if member.name.startswith("/") or ".." in member.name.split("/"):
@@ -219,20 +241,26 @@ def walk(tar: tarfile.TarFile, where: str) -> Iterator[tuple[str, str, tarfile.T
         if not 0 <= member.size <= MAX_MEMBER:  # once more: an extended header may change it
             raise InputError(f"{place} has {member.size:,} bytes, more than {MAX_MEMBER:,}, or fewer than 0")
         parts = KEY.match(member.name)
-        if parts is None:  # hidden, or without an extension: of no sample
-            continue
-        extension = parts[2].lower()
-        if extension.rpartition(".")[2] in PICKLED:
-            raise InputError(f"{place} is a pickle, which could run anything; store png, jpg, webp, cls, txt or npy")
-        yield parts[1], extension, member
+        extension = parts[2].lower() if parts else ""
+        if HIDDEN.search(member.name):
+            note(unread, "hidden files", member.name)
+        elif parts is None:
+            note(unread, "files without an extension", member.name)
+        elif extension.rpartition(".")[2] in PICKLED:
+            note(unread, f"pickles KEY.{extension}", member.name)
+        else:
+            yield parts[1], extension, member
 
 
-def layout(stream: IO[bytes], where: str) -> tuple[list[Layout], list[Span]]:
-    """First byte, key and members {extension: (first byte, size)} of every sample; begin and end of their regions."""
+def layout(stream: IO[bytes], where: str, unread: Unread) -> tuple[list[Layout], list[Span]]:
+    """First byte, key and members {extension: (first byte, size)} of every sample; begin and end of their regions.
+
+    What belongs to no sample is counted in ``unread``.
+    """
     found: list[Layout] = []
     seen: dict[str, int] = {}
     with tar_members(stream, "r:", where) as tar:
-        for key, extension, member in walk(tar, where):
+        for key, extension, member in walk(tar, where, unread):
             if found and found[-1][1] == key:
                 members = found[-1][2]
                 if extension in members:
@@ -243,7 +271,7 @@ def layout(stream: IO[bytes], where: str) -> tuple[list[Layout], list[Span]]:
             elif key in seen:
                 raise InputError(
                     f"{where}: the sample {key} is there twice, at bytes {seen[key]} and {member.offset}; "
-                    "its members must follow each other"
+                    "its members must follow each other: write the tar anew with `tar --sort=name`"
                 )
             else:
                 members = {}
@@ -256,10 +284,20 @@ def layout(stream: IO[bytes], where: str) -> tuple[list[Layout], list[Span]]:
         what = "a damaged header" if mark else "its end mark is missing; was it cut off?"
         raise InputError(f"{where} is damaged at byte {end}: {what}")
     end += BLOCK
-    rest = len(stream.read(MAX_END + 1))
-    if rest > MAX_END:
+    rest = stream.read(MAX_END + 1)
+    if rest.strip(b"\0"):
+        joined = " with another tar" if b"ustar" in rest else ""
+        raise InputError(
+            f"{where} goes on behind its end mark (byte {end}){joined}, where no reader of tars looks. Join tars with "
+            "`tar --concatenate`, not with `cat`, or keep them as shards of their own"
+        )
+    if len(rest) > MAX_END:
         raise InputError(f"{where} goes on for more than {MAX_END:,} bytes behind its end mark (byte {end})")
-    end += rest
+    end += len(rest)
+    for _, key, members in (lone := [sample for sample in found if not is_sample(sample[2])]):
+        note(unread, "files of no sample", f"{key}.{next(iter(members))}")
+    if lone:
+        found = [sample for sample in found if is_sample(sample[2])]
     edges = [0, *(begin for begin, *_ in found[1:]), end]  # the regions tile the tar
     spans = list(itertools.pairwise(edges)) if found else []
     for (_, key, _), (begin, stop) in zip(found, spans, strict=True):
@@ -268,21 +306,6 @@ def layout(stream: IO[bytes], where: str) -> tuple[list[Layout], list[Span]]:
                 f"{where}: sample {key} (byte {begin}) has {stop - begin:,} bytes, more than {MAX_REGION:,}"
             )
     return found, spans
-
-
-def checksums(stream: IO[bytes], spans: Iterable[Span]) -> list[int]:
-    """CRC-32 of every region, one after the other from the first byte on."""
-    stream.seek(0)
-    out = []
-    for begin, stop in spans:
-        crc, left = 0, stop - begin
-        while left:
-            block = stream.read(min(left, 2**20))
-            if not block:
-                raise EOFError("it ends early")
-            crc, left = zlib.crc32(block, crc), left - len(block)
-        out.append(crc)
-    return out
 
 
 def hash_file(url: str) -> tuple[int, str]:

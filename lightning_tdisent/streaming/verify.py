@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming.index import Index, path_of
-from lightning_tdisent.streaming.scan import Progress, spread
+from lightning_tdisent.streaming.scan import Progress, scan, spread
 from lightning_tdisent.streaming.tars import find, hash_file, is_remote, open_tar, size_of
 
 
@@ -33,15 +33,23 @@ def matched(urls: Sequence[str], index: Index, file: str, sizes: bool) -> list[s
 
 
 def differences(url: str, index: Index) -> list[str]:
-    """What is wrong with a shard, sample by sample, against the index of it alone; empty if nothing is."""
-    (row,) = index.shards
+    """What is wrong with a shard, sample by sample, against the index of it alone; empty if nothing is.
+
+    The bytes may be what they were, and yet hold what no shard should, or classes that are no numbers.
+    """
+    (row,), folder = index.shards, url.rpartition("/")[0]
     try:
         size, sha256 = hash_file(url)
     except OSError as error:
         return [f"{url}: cannot be read: {error}"]
     if sha256 == row.sha256:
-        return []
-    folder = url.rpartition("/")[0]
+        if not is_remote(url):  # an index of before does not say; reading an object store once more is dear
+            try:
+                (row,) = scan(url).shards
+            except InputError as error:
+                return [f"{folder}/{error}"]
+        count, first = row.unusable
+        return [f"{folder}/{first}" + (f" ({count:,} samples cannot be used)" if count > 1 else "")] if count else []
     found = [f"{folder}/{index.name(sample)} {fault}" for sample, fault in _faults(url, index)]
     was = f"{row.bytes:,} bytes, now {size:,}" if size != row.bytes else f"{size:,} bytes"
     return found or [f"{url} has changed since its index was made, outside of any sample ({was}): another SHA-256"]

@@ -7,10 +7,12 @@ import gzip
 import io
 import itertools
 import mmap
+import re
 import signal
 import tarfile
 import tracemalloc
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,12 +22,13 @@ from PIL import Image
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.datamodule import ImageShards, ResumableLoader
-from lightning_tdisent.streaming.decode import BadSample, Decoder
-from lightning_tdisent.streaming.index import path_of
+from lightning_tdisent.streaming.decode import BadSample, Decoder, decode_image
+from lightning_tdisent.streaming.index import Index, path_of
 from lightning_tdisent.streaming.orders import Shuffled, Streamed
 from lightning_tdisent.streaming.scan import build
 from lightning_tdisent.streaming.shards import Policy, Shards, load
-from lightning_tdisent.streaming.tars import MAX_MEMBER, find
+from lightning_tdisent.streaming.tars import MAX_MEMBER, find, hash_file
+from lightning_tdisent.streaming.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # 2 cores are enough
 
@@ -270,10 +273,6 @@ TWICE = [("a.png", b"1"), ("a.cls", b"1"), ("b.png", b"2"), ("b.cls", b"2")]
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        *(
-            ([("a.png", b"1"), (f"a.{kind}", b"x")], rf"member a.{kind} \(byte 1024\) is a pickle")
-            for kind in ("pickle", "pkl", "pyd", "pth", "pt", "PKL", "latent.pt", "x.Pyd")
-        ),
         ([("/a.png", b"1")], r"member /a.png \(byte 0\) has an absolute name"),
         ([("/etc/README", b"1")], "absolute name"),
         *(
@@ -287,7 +286,7 @@ TWICE = [("a.png", b"1"), ("a.cls", b"1"), ("b.png", b"2"), ("b.cls", b"2")]
         ([("a.png", b"1"), ("LICENSE", ord("2"))], r"member LICENSE \(byte 1024\) is a link"),
         ([*TWICE, ("b.cls", b"3")], "b.cls is there twice, at bytes 3584 and 4608"),
         ([*TWICE, ("b.CLS", b"3")], "b.CLS is there twice"),
-        ([*TWICE, ("a.txt", b"3")], "the sample a is there twice, at bytes 0 and 4096; its members must follow"),
+        ([*TWICE, ("a.txt", b"3")], "a is there twice, at bytes 0 and 4096; its members must follow .*--sort=name"),
         ([*TWICE, ("a.png", b"1")], "the sample a is there twice"),
     ],
 )
@@ -301,6 +300,108 @@ def test_what_no_shard_should_hold_is_refused(members, message, packed, tmp_path
             build(find(tmp_path, "train"), **options)
     with pytest.raises(InputError, match=message):
         load(tmp_path, "train", 1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("regions", [False, True])
+def test_what_is_not_read_is_left_out_counted_and_named(packed, regions, tmp_path):
+    """Pickles, hidden files below folders, files that are of no sample, and members of other names."""
+    members = [
+        ("._set", b"x"), ("set/.DS_Store", b"x"), ("README.md", b"x"), ("LICENSE", b"x"),
+        ("set/._0.png", b"x"), ("set/0.png", png(0)), ("set/0.cls", b"3"), ("set/0.PYD", b"x"), ("set/0.json", b"{}"),
+        ("__MACOSX/set/._0.png", b"x"), ("volume", ord("V")),
+        ("set/1.png", png(1)), ("set/1.cls", b"4"), ("set/1.x.pickle", b"x"), ("set/1.256.png", b"x"),
+        ("set/1.json", b"{}"),
+        (".cache/2.png", b"x"), ("Thumbs.db", b"x"),
+    ]  # fmt: skip
+    file = write(tmp_path / "train-0.tar", members)
+    if packed:
+        (tmp_path / "train-0.tar.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    name = find(tmp_path, "train")[0].rpartition("/")[2]
+    expected = {
+        "hidden files": (5, f"{name}/._set"),
+        "files without an extension": (1, f"{name}/LICENSE"),
+        "files of no sample": (2, f"{name}/README.md"),
+        "pickles KEY.pyd": (1, f"{name}/set/0.PYD"),
+        "pickles KEY.x.pickle": (1, f"{name}/set/1.x.pickle"),
+        "members KEY.json": (2, f"{name}/set/0.json"),
+        "members KEY.256.png": (1, f"{name}/set/1.256.png"),
+    }
+    index = save_index(tmp_path, regions=regions)
+    assert index.unread == Index.load(path_of(tmp_path, "train")).unread == expected
+    assert build(find(tmp_path, "train"), hashed=False).unread == expected
+    assert index.notes[1] == f"not read: files without an extension (1, first {name}/LICENSE)"
+    assert (len(index), index.unusable) == (2, (0, ""))
+    data = opened(tmp_path).decoded()
+    assert data.labels.tolist() == [3, 4]
+    assert torch.equal(data.images[1], decode_image(png(1), 1, None, "a"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_joined_tars_are_refused_wherever_they_are_read(packed, tmp_path):
+    """A reader of tars stops at the first end mark: the second half would be lost without a word."""
+    parts = []
+    for number in range(2):
+        file = write(tmp_path / "part", [(f"{number}{k}.png", png(k)) for k in range(4)])
+        content = file.read_bytes()
+        parts.append(gzip.compress(content) if packed else content)
+    file.unlink()
+    shard = tmp_path / f"train-0.tar{'.gz' if packed else ''}"
+    shard.write_bytes(b"".join(parts))
+    message = rf"{shard.name} goes on behind its end mark \(byte 4608\) with another tar.*`tar --concatenate`"
+    for options in ({}, {"hashed": False}, {"regions": False}):
+        with pytest.raises(InputError, match=message):
+            build(find(tmp_path, "train"), **options)
+    with pytest.raises(InputError, match=message):
+        opened(tmp_path)
+    # an index of before, when what followed the end mark was of the last sample
+    shard.write_bytes(parts[0])
+    index = build(find(tmp_path, "train"))
+    shard.write_bytes(b"".join(parts))
+    row = replace(index.shards[0], bytes=shard.stat().st_size, sha256=hash_file(str(shard))[1])
+    replace(index, shards=(row,)).save(path_of(tmp_path, "train"))
+    (line,) = verify(tmp_path, "train")[1]
+    assert "goes on behind its end mark" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "good"),
+    [(b"0", True), (b" 7\n", True), (b"-1", True), (b"2147483647", True), (b"-2", False), (b"cat", False), (b"", False),
+     (b"2147483648", False), (b"1.0", False)],
+)  # fmt: skip
+def test_a_class_that_cannot_be_used_is_said_when_the_index_is_made_and_by_verify(content, good, tmp_path):
+    write(tmp_path / "train-0.tar", [("a.png", png(0)), ("a.cls", b"1"), ("b.png", png(1)), ("b.cls", content)])
+    for regions in (True, False):
+        index = save_index(tmp_path, regions=regions)
+        lines = verify(tmp_path, "train")[1]
+        if good:
+            assert (index.unusable, index.notes, lines) == ((0, ""), [], [])
+        else:
+            said = f"train-0.tar: sample b (byte 2048): the class {content!r} is no number from 0 to 2,147,483,647"
+            assert index.unusable == (1, said)
+            assert lines == [f"{tmp_path}/{said}"]
+        if good:
+            opened(tmp_path).decoded()
+        else:
+            with pytest.raises(BadSample, match="is no number from 0 to"):
+                opened(tmp_path).decoded()
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (["input.jpg", "outputs.txt"], "has 0 images (png/.*), expected one; it has input.jpg, outputs.txt (the ext"),
+        (["v2.png", "v2.cls"], "it has v2.cls, v2.png (the extension begins at the first dot: KEY.png"),
+        (["png", "jpg", "cls"], "has 2 images (png, jpg), expected one: leave the others out"),
+    ],
+)
+def test_a_sample_without_one_image_is_said_with_the_members_it_has(members, message, tmp_path):
+    write(tmp_path / "train-0.tar", [(f"a.{kind}", png(0) if "g" in kind else b"1") for kind in members])
+    message = re.escape(message).replace(r"\.\*", ".*")
+    assert re.search(message, save_index(tmp_path).unusable[1])
+    with pytest.raises(BadSample, match=message):
+        opened(tmp_path).decoded()
 
 
 @pytest.mark.parametrize("kind", [b"1", b"2"])
