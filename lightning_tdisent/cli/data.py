@@ -96,8 +96,8 @@ def _index(a: argparse.Namespace) -> None:
     files = find(a.folder, a.split)
     with bar("shards") as progress:
         index = build(files, cores(a.jobs), progress, regions=not a.no_samples)
-    if index.unusable[0] == len(index) and index.notes:
-        raise InputError(f"{a.folder} ({a.split}): no sample can be used: {'; '.join(index.notes[::-1])}")
+    if index.unusable[0] == len(index) and index.notes:  # the last note is of unusable samples, if there are some
+        raise InputError(f"{a.folder} ({a.split}): no sample can be used: {index.notes[-1]}")
     index.save(path_of(a.folder, a.split))
     print(f"{path_of(a.folder, a.split)}: {len(index):,} samples in {len(files)} shards, digest {index.digest}")
     print("".join(f"{line}\n" for line in index.notes), end="")

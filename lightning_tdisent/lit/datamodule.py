@@ -20,7 +20,7 @@ from lightning_tdisent.lit.checkpoints import refuse_to_load
 from lightning_tdisent.lit.shared import Shared
 from lightning_tdisent.streaming.decode import Decoder
 from lightning_tdisent.streaming.orders import Shuffled, Streamed
-from lightning_tdisent.streaming.shards import ImageSet, Policy, Sample, Shards
+from lightning_tdisent.streaming.shards import ImageSet, Policy, Sample, Shards, refuse_shared
 
 
 class ResumableLoader:
@@ -251,7 +251,11 @@ class ImageShards(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def setup(self, stage: str) -> None:
-        """Let the training samples have no other classes than those that the network knows."""
+        """Refuse held-out images that are trained on; let samples have no other classes than the network knows."""
+        if stage == "fit" and not (self.trainer and self.trainer.overfit_batches):
+            what = f"data.train {self.train}, data.val {self.val}"
+            held_out = Shards.open(self.path, self.val, self.decoder, self.policy)
+            refuse_shared(held_out, self.shards, what, "Name other splits, or their shards by patterns")
         module = self.trainer.lightning_module if self.trainer else None
         decoder = replace(self.decoder, classes=getattr(module, "classes", None))
         if stage == "fit" and decoder != self.shards.decoder:

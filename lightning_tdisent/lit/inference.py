@@ -15,12 +15,26 @@ from lightning_tdisent.sampling.sampler import DDIM, Sampler, from_uint8, probe_
 
 
 def clean(batch: dict[str, Any], generator: torch.Generator | None = None) -> Tensor:
-    """x0 of a batch, float (B, C, H, W): its images in [-1, 1], or a draw from its latents (no generator: their mean).
+    """Return x0 of a batch, float (B, C, H, W): its images in [-1, 1], or a draw from its latents (no generator: mean).
 
-    A latent is mean + deviation z, z ~ N(0, 1): what the autoencoder would have drawn (its ``latent_dist``).
+    ``image`` is uint8. A loader that has floats says that they are in [-1, 1] by naming them ``x0``. A latent is
+    mean + deviation z, z ~ N(0, 1): what the autoencoder would have drawn (its ``latent_dist``).
     """
+    if "x0" in batch:
+        x0: Tensor = batch["x0"]
+        if not x0.is_floating_point() or not float(x0.abs().max()) <= 1.01:  # bicubic weights, bfloat16
+            ends = f"{float(x0.min()):g} to {float(x0.max()):g}"
+            raise InputError(f"the batch's 'x0' is {x0.dtype} from {ends}; expected floats in [-1, 1]")
+        return x0.float()
     if "image" in batch:
-        return from_uint8(batch["image"])
+        image: Tensor = batch["image"]
+        if image.dtype != torch.uint8:
+            ends = f"{float(image.min()):g} to {float(image.max()):g}"
+            raise InputError(
+                f"the batch's 'image' is {image.dtype} from {ends}; expected uint8, 0 to 255. Name floats in [-1, 1] "
+                "'x0' instead (2 * image - 1 of floats in [0, 1])"
+            )
+        return from_uint8(image)
     mean, deviation = batch["latent"].float().unbind(1)
     if generator is None:
         return mean

@@ -26,7 +26,7 @@ from lightning_tdisent.report.evaluate import Contender, evaluate
 from lightning_tdisent.report.page import write_report
 from lightning_tdisent.report.table import costs, notes, table, tables
 from lightning_tdisent.sampling.composite import find_files, holds_weights
-from lightning_tdisent.sampling.evaluation import real_images
+from lightning_tdisent.sampling.evaluation import real_images, refuse_trained
 from lightning_tdisent.sampling.expert import read_card
 from lightning_tdisent.sampling.observations import Observations
 from lightning_tdisent.sampling.residency import Residency
@@ -99,6 +99,9 @@ class Study:
             refuse_number(self._protocol.n, self.n_held_out)
         for split in {self.split, self._protocol.split}:
             find(self.data, split)
+        models = [c for c in self._contenders() if c.sampler is not None and holds_weights(c.source)]
+        trained = {c.name: read_card(find_files(c.source)[0]).data for c in models}
+        refuse_trained(self.data, self.split, self._protocol.split, trained)
 
     @functools.cached_property
     def _lpips(self) -> Callable[[Tensor, Tensor], Tensor] | None:

@@ -1,8 +1,9 @@
 """Numbers of any denoiser, and the real images they are compared with: during training and in the commands after it."""
 
 import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.sampler import Sampler, from_uint8, sample
 from lightning_tdisent.streaming.decode import Decoder
 from lightning_tdisent.streaming.raw import Item, find_source
-from lightning_tdisent.streaming.shards import ImageSet, Shards
+from lightning_tdisent.streaming.shards import ImageSet, Shards, refuse_shared
+from lightning_tdisent.streaming.splits import canonical
 
 HELD_OUT = 1 << 20  # streams of held-out noise, far from the indices that key the sampler's
 
@@ -105,6 +107,26 @@ def real_images(path: str | Path, split: str, channels: int, size: int | None = 
         return whole[0][numbers]
 
     return RealImages(shards.digest, len(shards), take)
+
+
+def refuse_trained(path: str | Path, split: str, reference: str, trained: Mapping[str, str | None]) -> None:
+    """Refuse held-out images that are those of the reference split, or that a model was trained on.
+
+    trained: digests of the data of models by their names. A split that is asked for by the same name as the reference,
+    or by that of the training images, is what was asked for.
+    """
+    held_out = Shards.open(path, split, Decoder())
+    if canonical(split) != canonical(reference):
+        remedy = "Name other splits with --split and --reference, or their shards by patterns"
+        refuse_shared(held_out, Shards.open(path, reference, Decoder()), f"{split}, {reference}", remedy)
+    mine = [name for name, digest in trained.items() if digest == held_out.digest]
+    if mine and canonical(split) != "train":
+        raise InputError(
+            f"{mine[0]} was trained on the images of {split} in {path} (data digest {held_out.digest}), which are to "
+            "be held out. Name other images"
+        )
+    for name in mine:
+        print(f"note: {name} was trained on the images of {split}, whose errors are no held-out ones", file=sys.stderr)
 
 
 def image_files(path: str | Path, split: str, shape: Sequence[int]) -> RealImages:

@@ -194,8 +194,10 @@ def picked(kinds: Collection[str]) -> str:
         return found[0]
     if found:
         raise ValueError(f"has {len(found)} images ({', '.join(found)}), expected one: leave the others out")
+    there = sorted(kinds)
+    members = ", ".join(there[:6]) + (f", .. ({len(there)} in all)" if len(there) > 6 else "")
     raise ValueError(
-        f"has 0 images ({'/'.join(IMAGES)}), expected one; it has {', '.join(sorted(kinds))} (the extension begins at "
+        f"has 0 images ({'/'.join(IMAGES)}), expected one; it has {members} (the extension begins at "
         "the first dot: KEY.png, and no dot in KEY)"
     )
 

@@ -114,7 +114,7 @@ class Index:
         """What is in the shards, but will not be read, in lines for people."""
         out = [f"not read: {kind} ({n:,}, first {name})" for kind, (n, name) in sorted(self.unread.items())]
         count, first = self.unusable
-        return [*out, f"cannot be used: {count:,} of {len(self):,} samples, first {first}"] if count else out
+        return [*out, f"samples that cannot be used: {count:,} of {len(self):,}, first {first}"] if count else out
 
     def shared(self, other: "Index") -> int:
         """Return how many samples have an image (of an index of before: all bytes) that is in the other index, too.

@@ -43,11 +43,12 @@ def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
     hashed_keys = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
     shard = Shard(name, size, sha256, len(found), hashed_keys, unread, unusable)
     extensions = sorted({kind for *_, members in found for kind in members})
-    bare = [(key, begin) for begin, key, members in found if "cls" not in members]
+    bare = [sample for sample in found if "cls" not in sample[2]]
     if 0 < len(bare) < len(found):
+        begin, key, there = bare[0]
         raise InputError(
-            f"{len(bare):,} of {len(found):,} samples have no class (KEY.cls), first {name}: sample {bare[0][0]} (byte "
-            f"{bare[0][1]})"
+            f"{len(bare):,} of {len(found):,} samples have no class (KEY.cls), first {name}: sample {key} (byte {begin}"
+            f"; it has {', '.join(sorted(there)[:6])})"
         )
     if not regions or len(extensions) > MAX_EXTENSIONS:  # which `join` refuses
         return Index((shard,), tuple(extensions), None)

@@ -40,6 +40,7 @@ from lightning_tdisent.streaming.verify import differences, matched
 
 Sample = dict[str, Any]
 READ, BAD = 1, 2  # what is known of a sample
+MOST_SHARED = 0.01  # of the held-out samples; real sets have a few duplicates
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,12 @@ class Shards:
     @cached_property
     def digest(self) -> str:
         """Short hash of names and bytes: which data a model has seen. Read from the index where there is one."""
-        return self.index.digest if self.index.hashed else build(self.urls, regions=False).digest
+        return self.hashed_index.digest
+
+    @cached_property
+    def hashed_index(self) -> Index:
+        """The index if it was made of all bytes, else one that is made now."""
+        return self.index if self.index.hashed else build(self.urls)
 
     @property
     def random_access(self) -> bool:
@@ -340,6 +346,19 @@ class Shards:
                     n += 1
         if n != row.samples:
             raise ValueError(f"it holds {n} samples, its index says {row.samples}")
+
+
+def refuse_shared(held_out: Shards, training: Shards, what: str, remedy: str) -> None:
+    """Refuse held-out samples of which more than 1 % have an image that is a training image, too; print fewer.
+
+    what: their splits, and remedy: what else to name, for messages. Images are compared by the bytes of their files.
+    """
+    shared, n = held_out.hashed_index.shared(training.hashed_index), len(held_out)
+    said = f"{what}: {shared:,} of {n:,} held-out samples of {held_out.where} are among the {len(training):,} training"
+    if shared > MOST_SHARED * n:
+        raise InputError(f"{said} samples of {training.where}, so that nothing would be held out. {remedy}")
+    if shared:
+        print(f"note: {said} samples of {training.where}", file=sys.stderr)
 
 
 class _Name:

@@ -42,12 +42,15 @@ def indexed(source, folder, damaged=()):
 
 @pytest.fixture
 def latents(tmp_path):
-    """40 samples of 4 x 8 x 8: entry 0 has mean i and deviation 0.5, entry 1 (the flip) mean -i and deviation 0.25."""
+    """40 samples of 4 x 8 x 8: entry 0 has mean i and deviation 0.5, entry 1 (the flip) mean -i and deviation 0.25.
+
+    Those of test have other means.
+    """
     for split, n in (("train", 40), ("test", 10)):
         with wds.TarWriter(str(tmp_path / f"{split}-0000.tar"), mtime=0) as shard:
             for i in range(n):
-                array = np.empty((2, 2, 4, 8, 8), np.float16)
-                array[0, 0], array[0, 1], array[1, 0], array[1, 1] = i, 0.5, -i, 0.25
+                array, mean = np.empty((2, 2, 4, 8, 8), np.float16), i if split == "train" else i + 0.5
+                array[0, 0], array[0, 1], array[1, 0], array[1, 1] = mean, 0.5, -mean, 0.25
                 content = io.BytesIO()
                 np.save(content, array)
                 shard.write({"__key__": f"{i:04d}", "latent.npy": content.getvalue(), "cls": str(i % 3).encode()})
