@@ -9,6 +9,7 @@ halved with a box filter while twice the size or more, then bicubic, then the ce
 
 import io
 import math
+import re
 import struct
 import threading
 import warnings
@@ -25,10 +26,22 @@ from torch.nn.functional import interpolate
 
 from lightning_tdisent.errors import InputError
 
-IMAGES = ("png", "jpg", "jpeg", "webp")
+# Extensions of image files, each with the format that Pillow has for it: the one list, for raw data, shards and folders
+# of generated images. The first extension of a format is the one that members of shards get. Formats that start
+# programs, as EPS does, are left out.
+IMAGES = {
+    "png": "PNG", "apng": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "webp": "WEBP",
+    "avif": "AVIF", "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "tiff": "TIFF", "ppm": "PPM", "pgm": "PPM", "pbm": "PPM",
+    "pnm": "PPM",
+}  # fmt: skip
+FORMATS = tuple(dict.fromkeys(IMAGES.values()))
+SIGNATURE = re.compile(
+    rb"(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpg>\xff\xd8\xff)|(?P<webp>RIFF....WEBP)|(?P<gif>GIF8)|(?P<bmp>BM)"
+    rb"|(?P<tif>II[*+]\0|MM\0[*+])|(?P<avif>....ftypavi[fs])|(?P<ppm>P[1-6]\s)",
+    re.DOTALL,
+)
 LATENT = "latent.npy"
 MAX_PIXELS = 89_478_485  # Pillow's bound, above which it warns; here an image above it is bad
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not those that start programs, as EPS does
 MODES = {1: "L", 3: "RGB"}
 
 _FILTERS = threading.Lock()  # of warnings: they are all threads' at once
@@ -38,6 +51,17 @@ Members = Mapping[str, bytes]
 
 class BadSample(InputError):
     """A sample that cannot be used: its bytes have changed, or its content cannot be decoded."""
+
+
+def image_type(content: bytes) -> str | None:
+    """Return the extension by the first bytes of an image file, None if they are of none of `FORMATS`."""
+    found = SIGNATURE.match(content)
+    return found.lastgroup if found else None
+
+
+def canonical(extension: str) -> str:
+    """Return the first extension of the same format as this one (``jpg`` for ``jpeg`` and ``jfif``)."""
+    return next(first for first, form in IMAGES.items() if form == IMAGES[extension])
 
 
 def open_image(content: bytes, where: object) -> Image.Image:

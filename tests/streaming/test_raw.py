@@ -15,7 +15,8 @@ import webdataset as wds
 from PIL import Image
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.streaming.raw import find_source, image_type
+from lightning_tdisent.streaming.decode import IMAGES, Decoder, image_type
+from lightning_tdisent.streaming.raw import find_source
 
 
 def image(value, form="png", size=(4, 4), mode="L"):
@@ -522,7 +523,23 @@ def test_what_is_not_known_or_ambiguous_is_refused(parquet, tmp_path):
     assert find_source(tmp_path, "train", "folder").kind == "folder"
 
 
-@pytest.mark.parametrize("form", ["png", "jpeg", "webp", "bmp", "gif", "tiff"])
+# Formats
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp", "bmp", "gif", "tiff", "avif", "ppm"])
 def test_images_are_known_by_their_first_bytes(form):
     assert image_type(image(1, form)) == {"jpeg": "jpg", "tiff": "tif"}.get(form, form)
     assert image_type(b"nothing") is image_type(b"") is None
+
+
+@pytest.mark.parametrize(("extension", "form"), IMAGES.items())
+def test_every_extension_is_read_from_folders_and_by_the_decoder_of_shards(extension, form, tmp_path):
+    """The list is one: what a folder gives, a shard may hold, too."""
+    put(tmp_path / f"a.{extension.upper()}", image(51, form))
+    source = find_source(tmp_path, "train")
+    (member,) = source[0].members
+    assert (len(source), IMAGES[member]) == (1, form)
+    for name in (member, extension):
+        found = Decoder(1)({name: source[0].members[member]}, "x")["image"]
+        assert found.shape == (1, 4, 4)
+        assert (found.int() - 51).abs().max() <= 2  # AVIF is not exact

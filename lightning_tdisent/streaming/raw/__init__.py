@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.streaming.decode import IMAGES
 from lightning_tdisent.streaming.raw.arrays import find_cifar, find_mnist, open_cifar, open_mnist
 from lightning_tdisent.streaming.raw.folders import find_folder, find_ilsvrc, open_folder, open_ilsvrc
-from lightning_tdisent.streaming.raw.source import ARCHIVES, IMAGES, Item, Source, image_type, names_in, some
+from lightning_tdisent.streaming.raw.source import ARCHIVES, Item, Source, names_in, some
 from lightning_tdisent.streaming.raw.tables import find_parquet, open_parquet
 from lightning_tdisent.streaming.raw.tars import find_tars, open_tars
 
-__all__ = ["IMAGES", "KINDS", "Item", "Kind", "Source", "find_source", "image_type"]
+__all__ = ["KINDS", "Item", "Kind", "Source", "find_source"]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lightning_tdisent.streaming.decode import BadSample, adm_crop, open_image, to_mode
-from lightning_tdisent.streaming.raw.source import IMAGES, Item, Source, image_type
+from lightning_tdisent.streaming.decode import IMAGES, BadSample, adm_crop, image_type, open_image, to_mode
+from lightning_tdisent.streaming.raw.source import Item, Source
 from lightning_tdisent.streaming.tars import MAX_MEMBER
 
 ENCODE: dict[str, dict[str, Any]] = {

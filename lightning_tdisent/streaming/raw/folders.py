@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.streaming.raw.source import IMAGES, SPLITS, Item, hashed, some
+from lightning_tdisent.streaming.decode import IMAGES, canonical
+from lightning_tdisent.streaming.raw.source import SPLITS, Item, hashed, some
 
 _ENDINGS = tuple(f".{extension}" for extension in IMAGES)
 _SOLUTION = "LOC_val_solution.csv"
@@ -40,7 +41,7 @@ class Files:
         file = self.root / name
         extension = file.suffix[1:].lower()
         try:
-            members = {"jpg" if extension == "jpeg" else extension: file.read_bytes()}
+            members = {canonical(extension): file.read_bytes()}
             if label >= 0:
                 members["cls"] = str(label).encode()
             if self.captions[i]:

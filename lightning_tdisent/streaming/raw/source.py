@@ -9,18 +9,12 @@ from typing import Protocol
 
 from lightning_tdisent.errors import InputError
 
-IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
 SPLITS = ("train", "val", "valid", "validation", "test")
 ARCHIVES = {
     "cifar-10-python.tar.gz": "unpack it with `tar xf cifar-10-python.tar.gz`",
     "ILSVRC2012_img_train.tar": "unpack it, and the tars of the classes in it, into ILSVRC/Data/CLS-LOC/train",
     "ILSVRC2012_img_val.tar": "unpack it into ILSVRC/Data/CLS-LOC/val",
 }
-_SIGNATURE = re.compile(
-    rb"(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpg>\xff\xd8\xff)|(?P<webp>RIFF....WEBP)|(?P<gif>GIF8)|(?P<bmp>BM)"
-    rb"|(?P<tif>II\*\0|MM\0\*)",
-    re.DOTALL,
-)
 
 
 @dataclass(frozen=True)
@@ -52,12 +46,6 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Hash of the names and sizes, or of the content, of all that would be read."""
-
-
-def image_type(content: bytes) -> str | None:
-    """Extension by the first bytes of an image file; None if they are of none of `IMAGES`."""
-    found = _SIGNATURE.match(content)
-    return found.lastgroup if found else None
 
 
 def some(names: Iterable[str], most: int = 5) -> str:

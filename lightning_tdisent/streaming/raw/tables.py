@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.streaming.raw.source import Item, files_of, hashed, image_type, some
+from lightning_tdisent.streaming.decode import image_type
+from lightning_tdisent.streaming.raw.source import Item, files_of, hashed, some
 
 _COLUMNS = {
     "image": ("image", "img", "jpg"),
