@@ -48,6 +48,7 @@ class Toy:
     seed: int = 0
     kind: str = "toy"
     classes: list[str] = field(default_factory=lambda: list(SHAPES))
+    notes: list[str] = field(default_factory=list)
     shuffled: bool = False
 
     def __len__(self) -> int:

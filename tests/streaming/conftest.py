@@ -2,6 +2,7 @@ import io
 
 import pytest
 import webdataset as wds
+from making import put
 from PIL import Image
 
 
@@ -33,3 +34,28 @@ def tilted_shards(shards):
                 shard.write({"__key__": f"{number:04d}", "png": png.getvalue(), "cls": str(number).encode()})
                 number += 1
     return shards
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """Write rows as Hugging Face's datasets does: (image bytes or None, label, text), three rows to a group."""
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    def write(name, rows, classes=("no", "yes"), **other):
+        features = {"label": {"names": list(classes), "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+        columns = {
+            "image": arrow.array([{"bytes": b, "path": f"{i}.png"} if b else None for i, (b, _, _) in enumerate(rows)]),
+            "label": arrow.array([label for _, label, _ in rows], arrow.int64()),
+            "text": arrow.array([text for *_, text in rows], arrow.string()),
+            **other,
+        }
+        table = arrow.table({k: v for k, v in columns.items() if v is not None})
+        import json
+
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        file = put(tmp_path / name)
+        pq.write_table(table, file, row_group_size=3)
+        return file
+
+    return write

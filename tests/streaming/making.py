@@ -6,6 +6,8 @@ import tarfile
 from dataclasses import fields
 
 import numpy as np
+import webdataset as wds
+from PIL import Image
 
 from lightning_tdisent.streaming.decode import Decoder
 from lightning_tdisent.streaming.index import Regions, path_of
@@ -55,3 +57,29 @@ def same(a, b):
         return False
     pairs = [(getattr(a.regions, f.name), getattr(b.regions, f.name)) for f in fields(Regions)] if a.regions else []
     return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
+
+
+def image(value, form="png", size=(4, 4), mode="L"):
+    out = io.BytesIO()
+    Image.new(mode, size, value).save(out, form)
+    return out.getvalue()
+
+
+def put(file, content=b""):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    return file
+
+
+def listing(source):
+    """(name, sorted extensions, class or None) of every item."""
+    items = [source[i] for i in range(len(source))]
+    return [(i.name, sorted(i.members), i.members.get("cls")) for i in items]
+
+
+def shard(file, *samples):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with wds.TarWriter(str(file), encoder=False) as tar:
+        for i, sample in enumerate(samples):
+            tar.write({"__key__": f"{i}", "png": sample})
+    return file

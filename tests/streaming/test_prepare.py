@@ -49,7 +49,7 @@ def coded(image, form="png", **options):
 class Listed:
     """A source of given items."""
 
-    kind, shuffled = "listed", False
+    kind, shuffled, notes = "listed", False, ()
 
     def __init__(self, *contents, classes=(), **members):
         items = [c if isinstance(c, dict) else {"png": c, **members} for c in contents]

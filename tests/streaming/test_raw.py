@@ -12,30 +12,12 @@ import struct
 import numpy as np
 import pytest
 import webdataset as wds
+from making import image, listing, put, shard
 from PIL import Image
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming.decode import IMAGES, Decoder, image_type
 from lightning_tdisent.streaming.raw import find_source
-
-
-def image(value, form="png", size=(4, 4), mode="L"):
-    out = io.BytesIO()
-    Image.new(mode, size, value).save(out, form)
-    return out.getvalue()
-
-
-def put(file, content=b""):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
-    return file
-
-
-def listing(source):
-    """(name, sorted extensions, class or None) of every item."""
-    items = [source[i] for i in range(len(source))]
-    return [(i.name, sorted(i.members), i.members.get("cls")) for i in items]
-
 
 # Folders
 
@@ -82,9 +64,10 @@ def test_a_split_is_a_subfolder_and_has_the_numbers_of_train(tmp_path):
 
 def test_folders_that_could_mean_two_things_are_refused(tmp_path):
     put(tmp_path / "ant" / "0.png", image(0))
-    (tmp_path / "bee").mkdir()
-    with pytest.raises(InputError, match="class folders bee hold no images"):
+    put(tmp_path / "bee" / "notes.md")
+    with pytest.raises(InputError, match="class folders bee hold no images, but other files"):
         find_source(tmp_path, "train")
+    (tmp_path / "bee" / "notes.md").unlink()
     (tmp_path / "bee").rmdir()
     put(tmp_path / "stray.png", image(0))
     with pytest.raises(InputError, match=r"both images \(stray.png\) and folders"):
@@ -339,31 +322,6 @@ def test_a_missing_batch_and_an_archive_are_named(tmp_path):
 # Parquet
 
 
-@pytest.fixture
-def parquet(tmp_path):
-    """Write rows as Hugging Face's datasets does: (image bytes or None, label, text), three rows to a group."""
-    arrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    def write(name, rows, classes=("no", "yes"), **other):
-        features = {"label": {"names": list(classes), "_type": "ClassLabel"}, "image": {"_type": "Image"}}
-        columns = {
-            "image": arrow.array([{"bytes": b, "path": f"{i}.png"} if b else None for i, (b, _, _) in enumerate(rows)]),
-            "label": arrow.array([label for _, label, _ in rows], arrow.int64()),
-            "text": arrow.array([text for *_, text in rows], arrow.string()),
-            **other,
-        }
-        table = arrow.table({k: v for k, v in columns.items() if v is not None})
-        import json
-
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-        file = put(tmp_path / name)
-        pq.write_table(table, file, row_group_size=3)
-        return file
-
-    return write
-
-
 def test_parquet_rows_come_back_as_written(parquet, tmp_path):
     rows = [(image(i, ("png", "jpeg")[i % 2]), i % 2, f"number {i}") for i in range(8)]
     parquet("data/train-00000-of-00002.parquet", rows[:5])
@@ -403,9 +361,9 @@ def test_parquet_with_other_columns_is_refused(parquet, tmp_path):
     rows = [(image(0), 0, "x")]
     for columns, message in (
         ({"image": None, "label": None}, r"no column image, img, jpg; it has text"),
-        ({"label": pa.array(["cat"])}, "column label is string, expected an integer"),
-        ({"text": pa.array([["a", "b"]])}, "column text is list.* expected a string"),
-        ({"image": pa.array([3])}, "column image is int64, expected bytes"),
+        ({"label": pa.array([0.5])}, "column label is double, expected an integer or text"),
+        ({"text": pa.array([[1, 2]])}, "column text is lists of an integer, expected text or lists of text"),
+        ({"image": pa.array([3])}, "column image is an integer, expected bytes"),
     ):
         parquet("a.parquet", rows, **columns)
         with pytest.raises(InputError, match=message):
@@ -456,18 +414,12 @@ def test_existing_shards_come_back_with_all_members(zipped, tmp_path):
         find_source(tmp_path, "test")
 
 
-def shard(file, *samples):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with wds.TarWriter(str(file), encoder=False) as tar:
-        for i, sample in enumerate(samples):
-            tar.write({"__key__": f"{i}", "png": sample})
-    return file
-
-
 def test_a_split_is_a_word_at_the_begin_of_a_name_or_a_folder(tmp_path):
-    for name in ("train_0", "test_0", "training-0", "val/0", "val/1"):
+    for name in ("train_0", "test_0", "pretraining-0", "val/0", "val/1"):
         shard(tmp_path / f"{name}.tar", name.encode())
-    assert listing(find_source(tmp_path, "train")) == [("train_0.tar/0", ["png"], None)]
+    source = find_source(tmp_path, "train")
+    assert listing(source) == [("train_0.tar/0", ["png"], None)]
+    assert "not read: 1 .tar (pretraining-0.tar)" in source.notes
     with pytest.raises(InputError, match=r"no files val\*.tar, but others of test, train"):
         find_source(tmp_path, "val")
     assert len(find_source(tmp_path / "val", "val")) == 2

@@ -7,25 +7,25 @@ opens them. All hand out undecoded bytes, so that `prepare` decides what an imag
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.streaming.decode import IMAGES
 from lightning_tdisent.streaming.raw.arrays import find_cifar, find_mnist, open_cifar, open_mnist
 from lightning_tdisent.streaming.raw.folders import find_folder, find_ilsvrc, open_folder, open_ilsvrc
-from lightning_tdisent.streaming.raw.source import ARCHIVES, Item, Source, names_in, some
+from lightning_tdisent.streaming.raw.source import ARCHIVES, Ask, Item, Source, class_table, names_in, some
 from lightning_tdisent.streaming.raw.tables import find_parquet, open_parquet
 from lightning_tdisent.streaming.raw.tars import find_tars, open_tars
 
-__all__ = ["KINDS", "Item", "Kind", "Source", "find_source"]
+__all__ = ["KINDS", "Ask", "Item", "Kind", "Source", "class_table", "find_source"]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """``find(path, split)`` gives the files of a data set, nothing if there are none; ``open`` takes them."""
+    """``find(path, ask)`` gives the files of a data set, nothing if there are none; ``open`` takes them."""
 
-    find: Callable[[Path, str], Any]
-    open: Callable[[Any, str], Source]
+    find: Callable[[Path, Ask], Any]
+    open: Callable[[Any, Ask], Source]
     looks_for: str
 
 
@@ -39,14 +39,16 @@ KINDS = {
 }
 
 
-def find_source(path: str | Path, split: str, kind: str = "auto") -> Source:
-    """Open a raw data set; ``kind`` is one of `KINDS`, or ``auto`` to recognise it.
+def find_source(path: str | Path, split: str, kind: str = "auto", **more: Any) -> Source:
+    """Open a raw data set; ``kind`` is one of `KINDS`, or ``auto`` to recognise it; ``more`` are other fields of `Ask`.
 
     Raises `InputError` if it is none, more than one, damaged, or has no such split.
     """
-    path = Path(path)
+    path, ask = Path(path), Ask(split, **more)
     if kind not in ("auto", *KINDS):
         raise InputError(f"kind: {kind!r} is not known; it is one of auto, {', '.join(KINDS)}.{nearest(kind, KINDS)}")
+    if ask.labels not in (known := get_args(get_type_hints(Ask)["labels"])):
+        raise InputError(f"labels: {ask.labels!r} is not one of {', '.join(known)}.{nearest(ask.labels, known)}")
     if not path.exists():
         raise InputError(f"{path} does not exist. Name the folder or file of the raw data set")
     kinds = KINDS if kind == "auto" else {kind: KINDS[kind]}
@@ -54,7 +56,9 @@ def find_source(path: str | Path, split: str, kind: str = "auto") -> Source:
         for name, advice in ARCHIVES.items():
             if names_in(path) == [name]:
                 raise InputError(f"{path} is an archive that is not opened here: {advice}")
-        found = {name: files for name, k in kinds.items() if (files := k.find(path, split))}
+        if path.is_file() and path.suffix.lower() in (".zip", ".7z", ".rar", ".tgz"):
+            raise InputError(f"{path} is an archive that is not opened here: unpack it, and name the folder")
+        found = {name: files for name, k in kinds.items() if (files := k.find(path, ask))}
         if "ilsvrc" in found:  # its images are in folders, too
             found = {"ilsvrc": found["ilsvrc"]}
         if not found:
@@ -62,9 +66,11 @@ def find_source(path: str | Path, split: str, kind: str = "auto") -> Source:
             looked = "; ".join(f"{name}: {k.looks_for}" for name, k in kinds.items())
             raise InputError(f"{path} is no {what}; it holds {some(names_in(path))}. Looked for {looked}")
         if len(found) > 1:
-            raise InputError(f"{path} can be read as {' and '.join(found)}. Say which, with kind")
+            raise InputError(f"{path} can be read as {' and '.join(found)}. Say which, with --kind")
         ((name, files),) = found.items()
-        source = KINDS[name].open(files, split)
+        if ask.columns and name != "parquet":
+            raise InputError(f"{path}: --columns is for parquet files, this is {name}")
+        source = KINDS[name].open(files, ask)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not len(source):

@@ -7,7 +7,7 @@ import math
 import pickle
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.streaming.raw.source import Item, hashed, names_in, some
+from lightning_tdisent.streaming import splits
+from lightning_tdisent.streaming.raw.source import Ask, Item, hashed, names_in, some
 
 Array = np.ndarray[Any, Any]
 _MNIST = {"train": "train", "test": "t10k"}
@@ -31,6 +32,7 @@ class Arrays:
     labels: Array
     names: list[str]
     classes: list[str]
+    notes: list[str] = field(default_factory=list)
     shuffled: bool = True
 
     def __len__(self) -> int:
@@ -47,7 +49,7 @@ class Arrays:
         return hashed([total.hexdigest(), str(self.images.shape), *self.classes, *self.names])
 
 
-def find_mnist(path: Path, split: str) -> Path | None:
+def find_mnist(path: Path, ask: Ask) -> Path | None:
     """The folder with images of either split: the path, or where torchvision puts them."""
     folders = (path, path / "raw", path / "MNIST" / "raw")
     return next((f for f in folders for prefix in _MNIST.values() if _idx(f, f"{prefix}-images", 3)), None)
@@ -59,10 +61,11 @@ def _idx(folder: Path, name: str, dimensions: int) -> Path | None:
     return next(filter(Path.is_file, files), None)
 
 
-def open_mnist(folder: Path, split: str) -> Arrays:
+def open_mnist(folder: Path, ask: Ask) -> Arrays:
     """Images and labels of a split; raises `InputError` if they are not what their headers say."""
+    split = splits.canonical(ask.split)
     if split not in _MNIST:
-        raise InputError(f"{folder}: MNIST has the splits {' and '.join(_MNIST)}, not {split!r}")
+        raise InputError(f"{folder}: MNIST has the splits {' and '.join(_MNIST)}, not {ask.split!r}")
     arrays = []
     for what, dimensions in (("images", 3), ("labels", 1)):
         file = _idx(folder, f"{_MNIST[split]}-{what}", dimensions)
@@ -139,15 +142,16 @@ def _unpickle(file: Path) -> dict[bytes, Any]:
     return content
 
 
-def find_cifar(path: Path, split: str) -> Path | None:
+def find_cifar(path: Path, ask: Ask) -> Path | None:
     """The folder that holds ``batches.meta``."""
     return next((f for f in (path, path / "cifar-10-batches-py") if (f / "batches.meta").is_file()), None)
 
 
-def open_cifar(folder: Path, split: str) -> Arrays:
+def open_cifar(folder: Path, ask: Ask) -> Arrays:
     """All batches of a split; raises `InputError` for a pickle that holds, or asks for, anything else."""
+    split = splits.canonical(ask.split)
     if split not in _CIFAR:
-        raise InputError(f"{folder}: CIFAR-10 has the splits {' and '.join(_CIFAR)}, not {split!r}")
+        raise InputError(f"{folder}: CIFAR-10 has the splits {' and '.join(_CIFAR)}, not {ask.split!r}")
     classes = _unpickle(folder / "batches.meta").get(b"label_names")
     if not isinstance(classes, list) or not all(isinstance(name, bytes) for name in classes):
         raise InputError(f"{folder / 'batches.meta'} has no list label_names of names")

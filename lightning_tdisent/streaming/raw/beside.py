@@ -1,0 +1,231 @@
+"""Labels and captions that lie beside the images of a folder, by the conventions in use.
+
+| file | of | gives |
+|---|---|---|
+| ``dataset.json`` at the top | StyleGAN's and EDM's dataset_tool | ``{"labels": [[name, class], ..]}`` |
+| ``metadata.jsonl``, ``metadata.csv`` in any folder | ``datasets``' imagefolder | a row per ``file_name`` |
+| ``KEY.json`` | img2dataset | caption and label of ``KEY.png`` |
+| ``KEY.cls`` | shards that were unpacked | its class |
+| ``KEY.txt``, ``KEY.caption``, ``KEY.png.txt`` | trainers of text to image | its caption |
+
+Fields are known by the names in `ROLES`. Captions of the last kind are read when the image is.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.streaming.decode import parse_class
+from lightning_tdisent.streaming.raw.source import ROLES, role_of, some
+
+CAPTIONS = ("txt", "caption")
+NO_CLASS = (None, "", -1, "-1")
+
+
+@dataclass
+class Beside:
+    """What lies beside images, by their names: labels, captions, the files of captions that are still to be read.
+
+    wanted: whether labels are. tables: the files that gave labels; ``no_classes``: one of them says that there are
+    none. used: all files that were read or will be.
+    """
+
+    wanted: bool = True
+    labels: dict[str, int | str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
+    no_classes: bool = False
+    used: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+
+def look_beside(root: Path, names: Mapping[str, int], images: list[str], labels: bool = True) -> Beside:
+    """Return labels, if they are wanted, and captions of the images among the names of files below a folder.
+
+    Raises `InputError` for a table that is damaged, and for labels of some images only.
+    """
+    out, known = Beside(wanted=labels), set(images)
+    tables = [n for n in names if PurePosixPath(n).name.lower() in ("metadata.jsonl", "metadata.csv")]
+    if "dataset.json" in names:
+        _dataset_json(root, known, out)
+    for name in sorted(tables):
+        _metadata(root, name, known, out)
+    _members(root, names, images, out)
+    _caption_files(names, images, out)
+    for name, label in out.labels.items():
+        if isinstance(label, int) and parse_class(str(label).encode()) == -1:
+            raise InputError(f"{root / name}: its label {label} (of {some(out.tables)}) is outside 0 to 2^31 - 1")
+    kinds = Counter(type(label) for label in out.labels.values())
+    if len(kinds) > 1:
+        word = next(label for label in out.labels.values() if isinstance(label, str))
+        raise InputError(
+            f"{root}: the labels of {some(out.tables)} are numbers and names ({word!r}). Give all of one kind"
+        )
+    if out.labels and (missing := sorted(known.difference(out.labels))):
+        raise InputError(
+            f"{root}: {some(out.tables)} gives {len(out.labels):,} of {len(known):,} images a label, not {missing[0]}. "
+            "Label all of them, or say --labels none or --labels folders"
+        )
+    return out
+
+
+def _dataset_json(root: Path, known: set[str], out: Beside) -> None:
+    table = read_json(root / "dataset.json")
+    rows = table.get("labels", ()) if isinstance(table, dict) else ()
+    if rows == () or not isinstance(rows, list | None):
+        return  # another dataset.json, which is named among the files that are not read
+    out.used.add("dataset.json")
+    if rows is None:
+        out.no_classes = True
+        out.notes.append("classes: dataset.json says that there are none")
+        return
+    strange = 0
+    for row in rows:
+        if not (isinstance(row, list) and len(row) == 2 and isinstance(row[0], str)):
+            raise InputError(f"{root / 'dataset.json'}: labels: {str(row)[:60]} is no pair of a name and a class")
+        name = row[0].replace("\\", "/")
+        strange += name not in known
+        _label(root / "dataset.json", "dataset.json", name, row[1], known, out)
+    others = sorted(set(table) - {"labels"})
+    out.notes += [f"not read of dataset.json: {some(others)}"] if others else []
+    out.notes += (
+        [f"dataset.json: {strange:,} of its {len(rows):,} labels are of files that are not here"] if strange else []
+    )
+
+
+def _label(file: Path, table: str, name: str, value: Any, known: set[str], out: Beside) -> None:
+    """Keep the label that a table gives an image; refuses what is no class, and another one."""
+    if isinstance(value, str):
+        value = int(value) if value.strip().isascii() and value.strip().isdecimal() else value.strip()
+    if not out.wanted or name not in known or (isinstance(value, int | str | None) and value in NO_CLASS):
+        return
+    if type(value) not in (int, str):
+        raise InputError(
+            f"{file}: the label of {name} is {str(value)[:60]}, expected a number or a name of a class. "
+            "Mend it, or say --labels none"
+        )
+    if out.labels.setdefault(name, value) != value:
+        raise InputError(f"{file}: {name} has the label {value}, but {out.labels[name]} by {some(out.tables)}")
+    if table not in out.tables:
+        out.tables.append(table)
+
+
+def _metadata(root: Path, name: str, known: set[str], out: Beside) -> None:
+    file, folder = root / name, PurePosixPath(name).parent
+    given, lost, other = 0, [], set[str]()
+    label = text = None
+    for number, row in enumerate(_rows(file)):
+        if "file_name" not in row:
+            if number:
+                raise InputError(f"{file}: row {number + 1} has no file_name")
+            out.notes.append(f"not read: {name} (it has no column file_name, but {some(map(str, row))})")
+            return
+        label, text = role_of(row, "label"), role_of(row, "text")
+        other |= {str(key) for key in row} - {"file_name", label, text}
+        image = str(folder / str(row["file_name"]).replace("\\", "/"))
+        if image not in known:
+            lost.append(image)
+            continue
+        given += 1
+        if label:
+            _label(file, name, image, row[label], known, out)
+        caption = _first(row[text]) if text else None
+        if caption is not None:
+            out.texts.setdefault(image, caption)
+    out.used.add(name)
+    read = [f"{role} from {column}" for role, column in (("classes", label), ("captions", text)) if column]
+    out.notes.append(f"{name}: {given:,} rows, {' and '.join(read) or 'no column for a class or a caption'}")
+    out.notes += [f"not read of {name}: {some(sorted(other), 12)}"] if other else []
+    out.notes += [f"{name}: {len(lost):,} rows of files that are not here ({lost[0]})"] if lost else []
+
+
+def _rows(file: Path) -> Iterator[dict[Any, Any]]:
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            if file.suffix.lower() == ".csv":
+                yield from csv.DictReader(stream, strict=True)
+                return
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise InputError(f"{file}: line {number} is no object: {line[:60].strip()}")
+                    yield row
+    except InputError:
+        raise
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 (byte {error.start}). Save it as UTF-8") from None
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from None
+
+
+def read_json(file: Path) -> Any:
+    """Return the content of a JSON file; raises `InputError` if it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is no JSON that can be read: {error}. Mend it, or move it away") from None
+
+
+def _first(value: Any) -> str | None:
+    """Return a caption, or the first of a list of captions; None if there is none."""
+    value = next(iter(value), None) if isinstance(value, list) else value
+    return value if isinstance(value, str) else None
+
+
+def fields_of(table: Any, where: str) -> tuple[Any, str | None, list[str]]:
+    """Return the label and the caption in the table of one image, and the names of the fields that are not read."""
+    if not isinstance(table, dict):
+        raise InputError(f"{where} holds {type(table).__name__}, expected an object with a caption or a label")
+    label, text = role_of(table, "label"), role_of(table, "text")
+    others = [str(key) for key in table if key not in (label, text)]
+    return (table[label] if label else None), (_first(table[text]) if text else None), others
+
+
+def _members(root: Path, names: Mapping[str, int], images: list[str], out: Beside) -> None:
+    """Read KEY.json and KEY.cls beside each image that has them."""
+    if not any(name.endswith((".json", ".cls")) for name in names):
+        return
+    others, read, known = Counter[str](), 0, set(images)
+    for image in images:
+        stem = image.rpartition(".")[0]
+        if f"{stem}.cls" in names:
+            content = (root / f"{stem}.cls").read_text(errors="replace")
+            _label(root / f"{stem}.cls", "KEY.cls", image, content, known, out)
+            out.used.add(f"{stem}.cls")
+        if f"{stem}.json" in names and f"{stem}.json" not in out.used:
+            file = root / f"{stem}.json"
+            label, text, more = fields_of(read_json(file), str(file))
+            _label(file, "KEY.json", image, label, known, out)
+            if text is not None:
+                out.texts.setdefault(image, text)
+            out.used.add(f"{stem}.json")
+            others.update(more)
+            read += 1
+    if read:
+        out.notes.append(f"KEY.json: read of {read:,} images for {' or '.join((ROLES['label'][0], ROLES['text'][1]))}")
+        out.notes += [f"not read of KEY.json: {some(sorted(others), 12)}"] if others else []
+
+
+def _caption_files(names: Mapping[str, int], images: Iterable[str], out: Beside) -> None:
+    """Find the captions of images: KEY.txt, KEY.caption, KEY.png.txt or KEY.png.caption, endings in any case."""
+    parts = ((n, *n.rpartition(".")[::2]) for n in names)
+    there = {f"{stem}.{end.lower()}": n for n, stem, end in parts if end.lower() in CAPTIONS}
+    if not there:
+        return
+    beaten = 0
+    for image in images:
+        stems = image.rpartition(".")[0], image
+        found = next((there[f"{s}.{e}"] for s in stems for e in CAPTIONS if f"{s}.{e}" in there), None)
+        if found:
+            out.files[image] = found
+            out.used.add(found)
+            beaten += out.texts.pop(image, None) is not None
+    if beaten:
+        out.notes.append(f"captions: {beaten:,} images have a caption file and a row of a table; the file is taken")

@@ -1,0 +1,396 @@
+"""What is taken for a split, a class or a caption of a raw data set, by known conventions, and what is said."""
+
+import io
+import json
+
+import pytest
+import webdataset as wds
+from making import image, listing, put, shard
+from PIL import Image
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.streaming.decode import IMAGES
+from lightning_tdisent.streaming.raw import class_table, find_source
+
+# Splits
+
+
+def contents(source):
+    """The first grey value of every image, in order."""
+    values = []
+    for i in range(len(source)):
+        (content,) = [c for e, c in source[i].members.items() if e in IMAGES]
+        values.append(Image.open(io.BytesIO(content)).convert("L").getpixel((0, 0)))
+    return values
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train/cat", "test/cat"),
+        ("Train/cat", "Test/cat"),
+        ("TRAIN/cat", "TEST/cat"),
+        ("training/cat", "testing/cat"),
+        ("train2017/cat", "test2017/cat"),
+        ("seg_train/cat", "seg_test/cat"),
+        ("images/train/cat", "images/test/cat"),
+        ("cat/train", "cat/test"),
+        ("set/images/Training/cat", "set/images/Test/cat"),
+    ],
+)
+def test_a_folder_of_a_split_is_known_by_a_word_in_any_case(train, test, tmp_path):
+    for k in range(3):
+        put(tmp_path / train / f"{k}.png", image(k))
+        put(tmp_path / train.replace("cat", "dog") / f"{k}.png", image(10 + k))
+        put(tmp_path / test / f"{k}.png", image(20 + k))
+        put(tmp_path / test.replace("cat", "dog") / f"{k}.png", image(30 + k))
+    for asked, expected in (("train", [0, 1, 2, 10, 11, 12]), ("test", [20, 21, 22, 30, 31, 32])):
+        source = find_source(tmp_path, asked)
+        assert contents(source) == expected
+        assert [c for *_, c in listing(source)] == [b"0"] * 3 + [b"1"] * 3
+        assert source.classes == ["cat", "dog"]
+        assert f"split {asked}: " in source.notes[0]
+    with pytest.raises(InputError, match="val"):
+        find_source(tmp_path, "val")
+
+
+@pytest.mark.parametrize("asked", ["val", "valid", "validation", "VAL", "dev", "eval"])
+@pytest.mark.parametrize("folder", ["val", "Valid", "validation", "dev", "imgs-val"])
+def test_names_of_the_validation_split_are_synonyms(asked, folder, tmp_path):
+    put(tmp_path / folder / "0.png", image(1))
+    put(tmp_path / "train" / "0.png", image(2))
+    assert contents(find_source(tmp_path, asked)) == [1]
+
+
+def test_classes_that_are_named_like_a_split_are_classes(tmp_path):
+    for name in ("bullet train", "cat", "dog"):
+        put(tmp_path / name / "0.png", image(1))
+    source = find_source(tmp_path, "train")
+    assert source.classes == ["bullet train", "cat", "dog"]
+    put(tmp_path / "test tube" / "0.png", image(1))
+    with pytest.raises(InputError, match=r"bullet train, test tube.* beside .*cat, dog.* Rename them"):
+        find_source(tmp_path, "train")
+
+
+def test_images_that_are_named_after_splits(tmp_path):
+    for k in range(3):
+        put(tmp_path / f"COCO_train2014_{k}.png", image(k))
+        put(tmp_path / f"COCO_val2014_{k}.png", image(10 + k))
+    source = find_source(tmp_path, "validation")
+    assert contents(source) == [10, 11, 12]
+    assert source.notes[0] == "split validation: by the names of the images; splits found: train (3), val (3)"
+    assert contents(find_source(tmp_path, "train")) == [0, 1, 2]
+    with pytest.raises(InputError, match=r"train \(3\), val \(3\), none after 'test'"):
+        find_source(tmp_path, "test")
+    put(tmp_path / "cover.png", image(9))  # so that names say nothing: a train may be what a picture shows
+    assert len(find_source(tmp_path, "train")) == 7
+
+
+def test_what_lies_beside_the_folders_of_splits_is_named(tmp_path):
+    for name in ("train/a", "test/a", "extra/a"):
+        put(tmp_path / f"{name}.png", image(1))
+    put(tmp_path / "captions.csv", b"x")
+    assert "not read: captions.csv, extra (beside the folders of splits)" in find_source(tmp_path, "train").notes
+    put(tmp_path / "train_2" / "a.png", image(1))
+    assert len(find_source(tmp_path, "train")) == 1  # the one of exactly that name
+    (tmp_path / "train").rename(tmp_path / "train_1")
+    with pytest.raises(InputError, match="several folders of train: train_1, train_2"):
+        find_source(tmp_path, "train")
+    assert len(find_source(tmp_path, "train_2")) == 1
+
+
+def test_splits_of_shards_and_parquet_files(parquet, tmp_path):
+    for name in ("imagenet-train-0", "imagenet-train-1", "imagenet-val-0"):
+        shard(tmp_path / "tars" / f"{name}.tar", image(1))
+    source = find_source(tmp_path / "tars", "train")
+    assert len(source) == 2
+    assert source.notes[0].endswith("train (imagenet-train-0.tar, imagenet-train-1.tar), val (imagenet-val-0.tar)")
+    assert len(find_source(tmp_path / "tars", "validation")) == 1
+    parquet("files/cifar10-train.parquet", [(image(1), 0, "x")] * 2)
+    parquet("files/cifar10-test.parquet", [(image(1), 0, "x")])
+    assert [len(find_source(tmp_path / "files", s)) for s in ("train", "test")] == [2, 1]
+    parquet("hub/default/train/0000.parquet", [(image(1), 0, "x")] * 2)
+    parquet("hub/default/test/0000.parquet", [(image(1), 0, "x")])
+    assert [len(find_source(tmp_path / "hub", s)) for s in ("train", "test")] == [2, 1]
+    with pytest.raises(InputError, match="no folder 'val', but has test, train"):
+        find_source(tmp_path / "hub", "val")
+
+
+def test_a_split_may_be_a_pattern_of_files(parquet, tmp_path):
+    for k in range(4):
+        shard(tmp_path / "tars" / f"cc-{k:05d}.tar", image(k))
+        parquet(f"files/part-{k}.parquet", [(image(k), 0, "x")])
+    assert contents(find_source(tmp_path / "tars", "cc-{00001..00002}.tar")) == [1, 2]
+    assert contents(find_source(tmp_path / "tars", "*3.tar")) == [3]
+    assert contents(find_source(tmp_path / "files", "part-{0,3}.parquet")) == [0, 3]
+    with pytest.raises(InputError, match=r"has 1 of the 2 files of cc-\{00003..00004\}.tar; not cc-00004.tar"):
+        find_source(tmp_path / "tars", "cc-{00003..00004}.tar")
+    put(tmp_path / "images" / "a.png", image(1))
+    with pytest.raises(InputError, match="is a pattern, which folders of images do not have"):
+        find_source(tmp_path / "images", "*.png")
+
+
+# Labels and captions beside images
+
+
+def labels_of(source):
+    return [source[i].members.get("cls", b"none").decode() for i in range(len(source))]
+
+
+def captions_of(source):
+    return [source[i].members["txt"].decode() if "txt" in source[i].members else None for i in range(len(source))]
+
+
+def test_labels_of_stylegans_dataset_json(tmp_path):
+    names = [f"{k // 4:05d}/img{k:08d}.png" for k in range(8)]
+    for k, name in enumerate(names):
+        put(tmp_path / name, image(k))
+    table = tmp_path / "dataset.json"
+    put(table, json.dumps({"labels": [[n, k % 3] for k, n in enumerate(names)][::-1], "name": "x"}).encode())
+    source = find_source(tmp_path, "train")
+    assert labels_of(source) == [str(k % 3) for k in range(8)]
+    assert source.classes == []
+    assert "classes: labels of dataset.json" in source.notes
+    assert "not read of dataset.json: name" in source.notes
+    put(table, b'{"labels": null}')
+    assert labels_of(find_source(tmp_path, "train")) == ["none"] * 8
+    put(table, json.dumps({"labels": [[n, 1] for n in names[:7]]}).encode())
+    with pytest.raises(InputError, match=r"gives 7 of 8 images a label, not 00001/img00000007.png"):
+        find_source(tmp_path, "train")
+    for bad, message in ((b"{", "no JSON that can be read"), (b'{"labels": [1]}', "no pair"), (
+        json.dumps({"labels": [[n, [0, 1]] for n in names]}).encode(), r"is \[0, 1\], expected a number")):  # fmt: skip
+        put(table, bad)
+        with pytest.raises(InputError, match=message):
+            find_source(tmp_path, "train")
+    table.unlink()
+    with pytest.raises(InputError, match=r"00000, 00001 look like parts of one set .*--labels none"):
+        find_source(tmp_path, "train")
+    assert labels_of(find_source(tmp_path, "train", labels="none")) == ["none"] * 8
+    assert labels_of(find_source(tmp_path, "train", labels="folders")) == ["0"] * 4 + ["1"] * 4
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_captions_and_labels_of_metadata_files(kind, tmp_path):
+    rows = [
+        {"file_name": f"sub/{k}.png", "text": f"number {k}, say", "label": "ba"[k % 2], "width": 4} for k in range(4)
+    ]
+    rows.append({"file_name": "sub/gone.png", "text": "", "label": "a", "width": 4})
+    for k in range(4):
+        put(tmp_path / "train" / "sub" / f"{k}.png", image(k))
+    if kind == "jsonl":
+        content = "\ufeff" + "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        content = "file_name,text,label,width\r\n" + "".join(
+            f'{r["file_name"]},"{r["text"]}",{r["label"]},4\r\n' for r in rows
+        )
+    put(tmp_path / "train" / f"metadata.{kind}", content.encode())
+    source = find_source(tmp_path, "train")
+    assert captions_of(source) == [f"number {k}, say" for k in range(4)]
+    assert labels_of(source) == ["1", "0", "1", "0"]
+    assert source.classes == ["a", "b"]
+    for line in (
+        f"metadata.{kind}: 4 rows, classes from label and captions from text",
+        f"not read of metadata.{kind}: width",
+        f"metadata.{kind}: 1 rows of files that are not here (sub/gone.png)",
+        "captions: of 4 of 4 images",
+    ):
+        assert line in source.notes
+    assert source.fingerprint() == find_source(tmp_path, "train").fingerprint()
+    put(tmp_path / "train" / f"metadata.{kind}", content.replace("say", "cry").encode())
+    assert source.fingerprint() != find_source(tmp_path, "train").fingerprint()
+    put(tmp_path / "train" / f"metadata.{kind}", content.encode("utf-16"))
+    with pytest.raises(InputError, match=rf"metadata.{kind} is not UTF-8"):
+        find_source(tmp_path, "train")
+
+
+def test_names_in_metadata_have_the_numbers_of_the_training_split(tmp_path):
+    for split, words in (("train", "abc"), ("test", "cb")):
+        for k in range(len(words)):
+            put(tmp_path / split / f"{k}.png", image(k))
+        rows = "".join(f'{{"file_name": "{k}.png", "label": "{w}"}}\n' for k, w in enumerate(words))
+        put(tmp_path / split / "metadata.jsonl", rows.encode())
+    source = find_source(tmp_path, "test")
+    assert (labels_of(source), source.classes) == (["2", "1"], ["a", "b", "c"])
+
+
+def test_a_table_of_each_image(tmp_path):
+    for k in range(3):
+        put(tmp_path / f"{k}.png", image(k))
+        put(tmp_path / f"{k}.json", json.dumps({"label": k + 1, "caption": f"no {k}", "url": "u"}).encode())
+    source = find_source(tmp_path, "train")
+    assert (labels_of(source), captions_of(source)) == (["1", "2", "3"], ["no 0", "no 1", "no 2"])
+    assert "not read of KEY.json: url" in source.notes
+    put(tmp_path / "1.cls", b"9")
+    with pytest.raises(InputError, match=r"1.png has the label 2, but 9 by|has the label 9, but 2 by"):
+        find_source(tmp_path, "train")
+    put(tmp_path / "1.cls", b"2")
+    put(tmp_path / "2.json", b'{"label": {"a": 1}}')
+    with pytest.raises(InputError, match=r"2.json: the label of 2.png is .* say --labels none"):
+        find_source(tmp_path, "train")
+    assert labels_of(find_source(tmp_path, "train", labels="none")) == ["none"] * 3
+
+
+def test_files_of_captions_by_all_their_names(tmp_path):
+    for k in range(7):
+        put(tmp_path / f"{k}.PNG", image(k))
+    for name in ("0.txt", "1.TXT", "2.caption", "3.PNG.txt", "4.png.txt", "5.txt", "5.caption", "readme.txt"):
+        put(tmp_path / name, name.encode())
+    source = find_source(tmp_path, "train")
+    assert captions_of(source) == ["0.txt", "1.TXT", "2.caption", "3.PNG.txt", None, "5.txt", None]
+    assert "captions: of 5 of 7 images; 2 have none" in source.notes
+    assert "not read: 2 .txt (4.png.txt, ..), 1 .caption (5.caption)" in source.notes
+    assert source[1].caption == "1.TXT"
+
+
+def test_what_is_not_read_is_counted_by_its_kind(tmp_path):
+    for name in (
+        "a/0.png",
+        "b/0.png",
+        "a/notes.md",
+        "a/0.pfm",
+        "b/0.pfm",
+        "a/.DS_Store",
+        "__MACOSX/x.png",
+        "labels.npy",
+    ):
+        put(tmp_path / name, image(0))
+    source = find_source(tmp_path, "train")
+    assert source.classes == ["a", "b"]
+    assert source.notes[-1] == "not read: 2 .pfm (a/0.pfm, ..), 1 .md (a/notes.md), 1 .npy (labels.npy)"
+    with pytest.raises(InputError, match=r"set\.zip is an archive that is not opened here: unpack it"):
+        find_source(put(tmp_path / "set.zip"), "train")
+
+
+# Numbers of classes
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_folders_that_are_named_by_numbers_have_these_classes(width, tmp_path):
+    for c in (*range(12), 14):
+        put(tmp_path / "train" / f"{c:0{width}d}" / "0.png", image(c))
+    put(tmp_path / "val" / f"{10:0{width}d}" / "0.png", image(0))
+    source = find_source(tmp_path, "train")
+    assert {value: int(label) for value, label in zip(contents(source), labels_of(source), strict=True)} == {
+        c: c for c in (*range(12), 14)
+    }
+    assert (source.classes[10], source.classes[12], len(source.classes)) == (f"{10:0{width}d}", "", 15)
+    assert labels_of(find_source(tmp_path, "val")) == ["10"]
+    assert class_table(source.classes).endswith(f"{11:d} {11:0{width}d}, 14 {14:0{width}d}")
+
+
+def test_numbers_that_can_hardly_be_classes_are_names(tmp_path):
+    for name in ("1990", "1991"):
+        put(tmp_path / name / "0.png", image(0))
+    source = find_source(tmp_path, "train")
+    assert labels_of(source) == ["0", "1"]
+    assert "too large or not distinct to be class numbers" in source.notes[0]
+
+
+def test_an_empty_class_keeps_its_number(tmp_path):
+    for name in ("ant", "cat"):
+        put(tmp_path / name / "0.png", image(0))
+    (tmp_path / "bee").mkdir()
+    source = find_source(tmp_path, "train")
+    assert (labels_of(source), source.classes) == (["0", "2"], ["ant", "bee", "cat"])
+    assert source.notes[0] == "classes: the sorted names of 3 folders; no images in 1 bee"
+
+
+def test_linked_class_folders_are_read_when_asked(tmp_path):
+    for name in ("cat", "dog"):
+        put(tmp_path / "pool" / name / "0.png", image(0))
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / name).symlink_to(tmp_path / "pool" / name)
+    with pytest.raises(InputError, match=r"(cat|dog) is a link that leaves .* Say --follow-links"):
+        find_source(tmp_path / "set", "train")
+    assert labels_of(find_source(tmp_path / "set", "train", links=True)) == ["0", "1"]
+
+
+def test_a_folder_that_is_skipped_is_not_read(tmp_path):
+    put(tmp_path / "cat" / "0.png", image(0))
+    shard(tmp_path / "out" / "train-0.tar", image(0))
+    assert find_source(tmp_path, "train", skip=tmp_path / "out").classes == ["cat"]
+
+
+# Columns
+
+
+def test_columns_of_parquet_files_can_be_chosen(parquet, tmp_path):
+    import pyarrow as pa
+
+    column = pa.array([{"bytes": image(k), "path": None} for k in range(3)])
+    parquet("a.parquet", [(image(9), 0, "x")] * 3, pixel_values=column, prompt=pa.array(["p", "q", "r"]))
+    source = find_source(tmp_path, "train")
+    assert (contents(source), captions_of(source), labels_of(source)) == ([9] * 3, ["x"] * 3, ["0"] * 3)
+    assert source.notes[-2:] == [
+        "columns: image from image, label from label, text from text",
+        "columns not read: pixel_values, prompt",
+    ]
+    source = find_source(tmp_path, "train", columns={"image": "pixel_values", "text": "prompt", "label": ""})
+    assert (contents(source), captions_of(source), labels_of(source)) == ([0, 1, 2], ["p", "q", "r"], ["none"] * 3)
+    assert source.notes[-1] == "columns not read: image, label, text"
+    for columns, message in (
+        ({"image": "pixels"}, "no column for --columns image=pixels"),
+        ({"caption": "text"}, "caption is not one of image, label, text"),
+        ({"image": ""}, "Name the one that holds images with --columns image=NAME"),
+    ):
+        with pytest.raises(InputError, match=message):
+            find_source(tmp_path, "train", columns=columns)
+
+
+def test_parquet_labels_may_be_names_and_captions_lists(parquet, tmp_path):
+    import pyarrow as pa
+
+    def write(name, words, **more):
+        rows = [(image(k), 0, "x") for k in range(len(words))]
+        text = pa.array([[f"{w} 1", f"{w} 2"] for w in words[:-1]] + [[]])
+        parquet(name, rows, label=pa.array(words).dictionary_encode(), text=text, **more)
+
+    write("train.parquet", ["cat", "emu", "dog"])
+    write("test.parquet", ["emu", "dog"])
+    source = find_source(tmp_path, "train")
+    assert (labels_of(source), source.classes) == (["0", "2", "1"], ["cat", "dog", "emu"])
+    assert captions_of(source) == ["cat 1", "emu 1", None]
+    assert source.notes[-1] == (
+        "columns: image from image, label from label, text from text; of lists of captions, the first; classes are "
+        "numbered in the order of their names"
+    )
+    assert labels_of(find_source(tmp_path, "test")) == ["2", "1"]  # those of train
+    write("test.parquet", ["fly", "dog"])
+    with pytest.raises(InputError, match="classes fly of label are not among those of the training split"):
+        find_source(tmp_path, "test")
+
+
+def test_widths_of_integers_are_one_kind_of_column(parquet, tmp_path):
+    import pyarrow as pa
+
+    rows = [(image(0), 0, "x")]
+    parquet("train-0.parquet", rows)
+    parquet("train-1.parquet", rows, label=pa.array([1], pa.int32()))
+    assert labels_of(find_source(tmp_path, "train")) == ["0", "1"]
+    parquet("train-1.parquet", rows, label=pa.array(["cat"]))
+    with pytest.raises(InputError, match=r"train-1.parquet has other columns \(label: text, there an integer\) than"):
+        find_source(tmp_path, "train")
+
+
+# Members of shards
+
+
+def test_json_members_give_class_and_caption(tmp_path):
+    table = {"caption": "a cat", "label": 3, "url": "u"}
+    with wds.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
+        for k in range(2):
+            tar.write({"__key__": f"{k}", "png": image(k), "json": json.dumps(table).encode(), "seg.png": image(1)})
+    source = find_source(tmp_path, "train")
+    assert (labels_of(source), captions_of(source)) == (["3"] * 2, ["a cat"] * 2)
+    assert source.notes == [
+        "split train: no name says a split, so that all 1 files are taken",
+        "members kept as they are, not read: seg.png",
+        "KEY.json: gives the class and the caption (of the first sample)",
+        "not read of KEY.json: url",
+    ]
+    shard(tmp_path / "a.tar", image(0))
+    with wds.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
+        tar.write({"__key__": "0", "png": image(0), "json": b'{"label": "cat"}', "txt": b"t"})
+    source = find_source(tmp_path, "train")
+    assert labels_of(source) == ["none"]
+    assert "not read: the label 'cat' of KEY.json (of the first sample), which is no number" in source.notes
