@@ -37,6 +37,11 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--device", default="cpu", help="of the autoencoder")
     p.add_argument("--batch-size", type=int, default=32, help="of the autoencoder")
     p.add_argument("--bad", type=float, default=0.001, help="share of the samples that may be left out (default 0.001)")
+    p.add_argument("--as", dest="name", metavar="NAME", help="split to write, if --split is a pattern")
+    p.add_argument("--range", help="LOW,HIGH: black and white of images of floats, 32 or 16 bits (16 bits: 0,65535)")
+    p.add_argument("--labels", default="auto", help="folders: always take folders for classes; none: take no classes")
+    p.add_argument("--columns", help="of parquet files: image=NAME,text=NAME,label=NAME; an empty NAME leaves one out")
+    p.add_argument("--follow-links", action="store_true", help="read what links point to outside of the source, too")
 
     t = add("toy", _toy, "shards of made-up pictures with classes and captions: no download, no network")
     t.add_argument("out", type=Path, help="folder for the shards")
@@ -59,21 +64,68 @@ def add_commands(commands: Commands) -> None:
 
 def _prepare(a: argparse.Namespace) -> None:
     from lightning_tdisent.streaming.prepare import Options, prepare
-    from lightning_tdisent.streaming.raw import find_source
+    from lightning_tdisent.streaming.raw import class_table, find_source
 
-    source = find_source(a.source, a.split, a.kind)
+    if a.out.resolve() == a.source.resolve():
+        raise InputError(f"{a.out} is the source itself. Name another folder for the shards, which may be in it")
     options = Options(
-        a.size, a.encode, a.samples, a.shuffle, a.seed, vae=a.vae, device=a.device, batch_size=a.batch_size, bad=a.bad
+        a.size, a.encode, a.samples, a.shuffle, a.seed, vae=a.vae, device=a.device, batch_size=a.batch_size, bad=a.bad,
+        range=_range(a.range),
+    )  # fmt: skip
+    source = find_source(
+        a.source, a.split, a.kind, skip=a.out, columns=_columns(a.columns), labels=a.labels, links=a.follow_links
     )
+    if a.labels != "auto" and source.kind not in ("folder", "ilsvrc"):
+        raise InputError(f"--labels {a.labels} is for images in folders, {a.source} is {source.kind}")
+    split = a.name or a.split
+    if not split.isidentifier():
+        raise InputError(f"--split {a.split}: name the split that is written: --as train")
     print(f"{a.source}: {len(source):,} samples of {source.kind}")
+    for line in source.notes:
+        print(f"  {_plain(line)}")
+    if source.classes:
+        print(f"  class numbers: {_plain(class_table(source.classes))}")
     with bar("samples") as progress:
-        made = prepare(source, a.split, a.out, options, cores(a.jobs), progress)
+        made = prepare(source, split, a.out, options, cores(a.jobs), progress)
     print(f"{a.out}: {made.samples:,} samples in {made.shards} shards, {made.bytes / 1e6:,.1f} MB, with their index")
+    print(f"  {captions(made.captions, made.samples)}")
+    for kind, n in made.depths.most_common():
+        low, high = options.range or (0, 65535)
+        print(f"  values: {n:,} images of {kind}" + ("" if kind == "8 bits" else f", {low:g} to {high:g} as 0 to 255"))
+    if options.range and not made.depths.keys() - {"8 bits"} and made.depths:
+        print(f"  --range {a.range} was not used, as all images have 8 bits")
     if made.skipped:
         first = made.skipped[0]
-        print(
-            f"{len(made.skipped)} left out, see {a.out}/{a.split}.skipped.txt; the first: {first.name}: {first.reason}"
-        )
+        print(f"{len(made.skipped)} left out, see {a.out}/{split}.skipped.txt; the first: {first.name}: {first.reason}")
+
+
+def _plain(text: str) -> str:
+    """Return a text that any terminal takes, as names of files need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _range(text: str | None) -> tuple[float, float] | None:
+    try:
+        low, high = map(float, text.split(",")) if text else (0.0, 0.0)
+    except ValueError:
+        raise InputError(f"--range {text}: two numbers, of black and white, as in --range 0,1") from None
+    return (low, high) if text else None
+
+
+def _columns(text: str | None) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")] if text else []
+    if wrong := [role for role, mark, _ in pairs if not mark]:
+        raise InputError(f"--columns {text}: {wrong[0]!r} is no ROLE=NAME, as in --columns image=pixel_values,text=")
+    return {role.strip(): name.strip() for role, _, name in pairs}
+
+
+def captions(count: tuple[int, int], samples: int) -> str:
+    """Return how many samples have a caption, for a message."""
+    there, empty = count
+    if not there:
+        return "captions: none"
+    lack = f"; {samples - there:,} have none" if there < samples else ""
+    return f"captions: {there:,} of {samples:,} samples{lack}" + (f"; {empty:,} are empty" if empty else "")
 
 
 def _toy(a: argparse.Namespace) -> None:

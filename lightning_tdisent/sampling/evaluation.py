@@ -134,7 +134,7 @@ def image_files(path: str | Path, split: str, shape: Sequence[int]) -> RealImage
 
     Raises InputError if there are fewer than two, or the first has another size; `take` does for any other.
     """
-    source, decoder = find_source(path, split), Decoder(shape[0])
+    source, decoder = find_source(path, split, labels="none"), Decoder(shape[0])
     if len(source) < 2:
         raise InputError(f"{path}: two images at least make a distribution, it has {len(source)}")
 

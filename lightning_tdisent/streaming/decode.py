@@ -47,6 +47,7 @@ MODES = {1: "L", 3: "RGB"}
 _FILTERS = threading.Lock()  # of warnings: they are all threads' at once
 
 Members = Mapping[str, bytes]
+Span = tuple[float, float]  # the values that are black and white
 
 
 class BadSample(InputError):
@@ -71,9 +72,17 @@ def open_image(content: bytes, where: object) -> Image.Image:
     try:
         with _FILTERS, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged EXIF, odd palettes; a bomb is looked for here
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
             _check_size(*image.size, where)
+            sixteen = any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
+            form = image.format
             image.load()
+            if (
+                form == "PPM" and image.mode == "I"
+            ):  # Pillow has scaled the largest value, which the file names, to 65535
+                image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+                sixteen = False
+            image.info["sixteen"] = sixteen
             return ImageOps.exif_transpose(image)
     except BadSample:
         raise
@@ -83,16 +92,48 @@ def open_image(content: bytes, where: object) -> Image.Image:
         raise BadSample(f"{where} cannot be decoded: {type(error).__name__}: {error}") from None
 
 
-def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """As L (grey) or RGB: 16 bits are scaled to 8, palettes looked up, transparency laid over white."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        wide = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        top = 255.0 if wide.max(initial=0) <= 255 and not image.mode.startswith("I;16") else 65535.0
-        image = Image.fromarray(np.clip(np.rint(wide * (255 / top)), 0, 255).astype(np.uint8))
+def depth(image: Image.Image) -> str:
+    """Return the type of an opened image's values: 8 bits, 16 bits, integers of 32 bits, or floats."""
+    if image.mode.startswith("I;16") or image.info.get("sixteen"):
+        return "16 bits"
+    return {"I": "integers of 32 bits", "F": "floats"}.get(image.mode, "8 bits")
+
+
+def to_mode(image: Image.Image, mode: str, span: Span | None = None, where: object = "the image") -> Image.Image:
+    """Return an image as L (grey) or RGB: palettes are looked up, transparency is laid over white.
+
+    Other values than 8 bits are scaled from ``span`` to 0 .. 255: that of 16 bits is 0 .. 65535 if none is given.
+    Raises `BadSample` for floats and integers of 32 bits without one, and for values outside of it.
+    """
+    if (kind := depth(image)) != "8 bits":
+        image = _narrowed(image, kind, span, where)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == mode else image.convert("RGB").convert(mode)
+
+
+def _narrowed(image: Image.Image, kind: str, span: Span | None, where: object) -> Image.Image:
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):  # colours, whose upper bytes Pillow has kept
+        if span not in (None, (0, 65535)):
+            raise BadSample(
+                f"{where} has colours of 16 bits, which are read as 0 to 65535, not as {span[0]:g} to {span[1]:g}"
+            )
+        return image
+    if span is None and kind != "16 bits":
+        raise BadSample(
+            f"{where} holds {kind}, and nothing says which of them are black and white. Prepare it with --range, "
+            "for example --range 0,1"
+        )
+    low, high = span or (0, 65535)
+    wide = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(wide).all():
+        raise BadSample(f"{where} holds {kind} that are not finite")
+    if wide.size and (wide.min() < low or wide.max() > high):
+        raise BadSample(
+            f"{where} holds {kind} from {wide.min():g} to {wide.max():g}, outside of the range {low:g} to {high:g}"
+        )
+    return Image.fromarray(np.rint((wide - low) * (255 / (high - low))).astype(np.uint8))
 
 
 def adm_crop(image: Image.Image, size: int, where: object = "the image") -> Image.Image:
@@ -127,7 +168,7 @@ def decode_image(content: bytes, channels: int, size: int | None, where: object)
     """uint8 (channels, H, W); H = W = size if one is given. Raises `BadSample`."""
     pixels = _fast(content, channels, where) if content[:3] == b"\xff\xd8\xff" else None
     if pixels is None:
-        image = to_mode(open_image(content, where), MODES[channels])
+        image = to_mode(open_image(content, where), MODES[channels], where=where)
         if size is not None and image.size != (size, size):
             image = adm_crop(image, size, where)
         array = np.array(image)
@@ -226,6 +267,21 @@ def picked(kinds: Collection[str]) -> str:
     )
 
 
+def parse_caption(content: bytes) -> str:
+    """Return the text of a caption: UTF-8 without its mark, with plain ends of lines, without blanks around it.
+
+    Raises `ValueError` for another encoding.
+    """
+    try:
+        text = content.rstrip(b"\0").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        raise ValueError(f"{'UTF-16' if utf16 else f'not UTF-8 (byte {error.start})'}; save it as UTF-8") from None
+    if "\0" in text:
+        raise ValueError("not UTF-8, as it has bytes of 0 within; save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
 @dataclass(frozen=True)
 class Decoder:
     """What a batch is made of: images of ``channels`` (1 or 3) at ``size`` (None: as they are stored), or latents.
@@ -254,7 +310,7 @@ class Decoder:
         try:
             out["label"] = class_of(members["cls"]) if "cls" in members else -1
             if "txt" in members:
-                out["caption"] = members["txt"].decode()
+                out["caption"] = parse_caption(members["txt"])
         except ValueError as error:
             raise BadSample(f"{where} cannot be decoded: {error}") from None
         if self.classes is not None and not 0 <= out["label"] < self.classes:

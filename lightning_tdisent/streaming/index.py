@@ -86,6 +86,14 @@ class Index:
         return all(shard.sha256 for shard in self.shards)
 
     @property
+    def captions(self) -> tuple[int, int]:
+        """Number of samples with a caption (KEY.txt), and how many of these are empty."""
+        if self.regions is None or "txt" not in self.extensions:
+            return 0, 0
+        sizes = self.regions.member_size[self.regions.member_kind == self.extensions.index("txt")]
+        return len(sizes), int((sizes == 0).sum())
+
+    @property
     def digest(self) -> str:
         """Short hash of the names and bytes of the shards: which data a model has seen."""
         total = hashlib.sha256()

@@ -12,11 +12,13 @@ import contextlib
 import fcntl
 import itertools
 import json
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -49,6 +51,7 @@ class Options:
     ``shuffle``: None leaves it to the source; ``seed`` is that of the order. ``vae``: folder of a diffusers
     AutoencoderKL, whose latents are stored instead of images, computed on ``device`` in batches of ``batch_size``.
     ``bad``: the fraction of samples that may be left out because they cannot be decoded; unless it is 0, one may be.
+    ``range``: the values that become black and white, of images that do not have 8 bits (`decode.to_mode`).
     """
 
     size: int | None = None
@@ -60,16 +63,23 @@ class Options:
     device: str = "cpu"
     batch_size: int = 32
     bad: float = 0.001
+    range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written: numbers of samples and shards, bytes of all shards, and what was left out."""
+    """What was written: numbers of samples and shards, bytes of all shards, and what was left out.
+
+    captions: how many samples have one, and of how many it is empty; depths: how many of the images that this call
+    wrote had values of each type, as `decode.depth` says it.
+    """
 
     samples: int
     shards: int
     bytes: int
     skipped: list[Skipped]
+    captions: tuple[int, int] = (0, 0)
+    depths: Counter[str] = field(default_factory=Counter, compare=False)
 
 
 def prepare(
@@ -88,9 +98,9 @@ def prepare(
     record = {  # all that the bytes of the shards depend on
         "format": FORMAT, "split": split, "kind": source.kind, "fingerprint": source.fingerprint(),
         "number": len(source),
-        **{name: getattr(options, name) for name in ("size", "encode", "samples", "shuffle", "seed")},
+        **{name: getattr(options, name) for name in ("size", "encode", "samples", "shuffle", "seed", "range")},
         "latents": {**latents.record, "batch_size": options.batch_size} if latents else None,
-        "classes": source.classes,
+        "classes": source.classes, "notes": list(source.notes),
     }  # fmt: skip
     out, count = Path(out), -(-len(source) // options.samples)
     files = [out / f"{split}-{k:0{4 if count <= 10_000 else 5}d}.tar" for k in range(count)]
@@ -125,6 +135,9 @@ def _check(source: Source, options: Options, split: str, jobs: int) -> None:
         f"seed: {options.seed} is not in 0 .. 2^32 - 1": not 0 <= options.seed < 2**32,
         f"batch_size: {options.batch_size} is not at least 1": options.batch_size < 1,
         f"bad: {options.bad} is not a fraction in 0 .. 1": not 0 <= options.bad <= 1,
+        f"range: {options.range} is not two finite numbers, of black and of a larger one of white": options.range
+        is not None
+        and not -math.inf < options.range[0] < options.range[1] < math.inf,
         f"jobs: {jobs} is not at least 0": jobs < 0,
     }
     if said := [message for message, is_wrong in wrong.items() if is_wrong]:
@@ -166,7 +179,7 @@ def _same(file: Path, content: bytes, record: dict[str, Any]) -> None:
     """Refuse to go on with something else than what the shards were begun with; all differences are named."""
     try:
         begun, asked = json.loads(content), json.loads(json.dumps(record))
-        differ = [key for key in {**begun, **asked} if begun.get(key) != asked.get(key)]
+        differ = [key for key in {**begun, **asked} if key != "notes" and begun.get(key) != asked.get(key)]
     except (ValueError, AttributeError, TypeError):
         raise InputError(f"{file} is damaged. Remove it and the shards, or name another folder") from None
     if differ:
@@ -191,6 +204,7 @@ class _Run:
         self.allowed = max(1, int(options.bad * n)) if options.bad else 0
         self.step = options.batch_size if latents else CHUNK
         self.first: Made | None = None  # the first sample that was used
+        self.depths: Counter[str] = Counter()
         # RandomState, and not a Generator: numpy promises that its numbers never change
         self.order = np.random.RandomState(options.seed).permutation(n) if options.shuffle else np.arange(n)
 
@@ -210,13 +224,14 @@ class _Run:
         self.progress(self.done, len(self.source))
         self._stop_if_too_many()
         mode, tasks = self.latents.mode if self.latents else None, list(self._tasks())
-        convert = Convert(self.source, self.options.size, self.options.encode, mode)
+        convert = Convert(self.source, self.options.size, self.options.encode, mode, self.options.range)
         with in_order(convert, tasks, min(jobs, len(tasks))) as made:
             for shard, parts in itertools.groupby(made, key=lambda part: part[0] // self.options.samples):
                 self._write(self.files[shard], (samples for _, samples in parts))
         self._write_skipped()
         index = self._index(jobs)
-        return Summary(len(index), len(self.files), sum(s.bytes for s in index.shards), self.skipped)
+        size = sum(s.bytes for s in index.shards)
+        return Summary(len(index), len(self.files), size, self.skipped, index.captions, self.depths)
 
     def _write(self, file: Path, parts: Iterable[Samples]) -> None:
         written = 0
@@ -234,6 +249,7 @@ class _Run:
                         ]
                     for sample in good:
                         self._stop_if_unlike(sample)
+                        self.depths[sample.depth] += 1
                         tar.write({"__key__": _key(sample), **sample.members})
                     written += len(good)
                     self.done += len(samples)

@@ -104,7 +104,8 @@ def test_splits_of_shards_and_parquet_files(parquet, tmp_path):
         shard(tmp_path / "tars" / f"{name}.tar", image(1))
     source = find_source(tmp_path / "tars", "train")
     assert len(source) == 2
-    assert source.notes[0].endswith("train (imagenet-train-0.tar, imagenet-train-1.tar), val (imagenet-val-0.tar)")
+    found = "train (imagenet-train-0.tar, imagenet-train-1.tar), val (imagenet-val-0.tar)"
+    assert source.notes[0] == f"split train: 2 of 3 files; splits found: {found}"
     assert len(find_source(tmp_path / "tars", "validation")) == 1
     parquet("files/cifar10-train.parquet", [(image(1), 0, "x")] * 2)
     parquet("files/cifar10-test.parquet", [(image(1), 0, "x")])
@@ -284,6 +285,14 @@ def test_numbers_that_can_hardly_be_classes_are_names(tmp_path):
     source = find_source(tmp_path, "train")
     assert labels_of(source) == ["0", "1"]
     assert "too large or not distinct to be class numbers" in source.notes[0]
+
+
+def test_folders_within_class_folders_are_said_to_be_no_classes(tmp_path):
+    for name in ("animals/cat", "animals/dog", "plants/rose"):
+        put(tmp_path / name / "0.png", image(0))
+    source = find_source(tmp_path, "train")
+    assert labels_of(source) == ["0", "0", "1"]
+    assert source.notes == ["classes: the sorted names of 2 folders; folders in them (animals/cat) are no classes"]
 
 
 def test_an_empty_class_keeps_its_number(tmp_path):

@@ -109,6 +109,85 @@ def test_sixteen_bits_are_scaled_to_eight():
     assert (decoded(dark, 1) == 1).all()  # 200 of 65,535 is nearly black
 
 
+def stored(array, form="tiff"):
+    return encoded(Image.fromarray(np.asarray(array)), form)
+
+
+def by_span(content, span, mode="L"):
+    return np.asarray(decode.to_mode(decode.open_image(content, "x"), mode, span, "x"))
+
+
+@pytest.mark.parametrize(("kind", "name"), [(np.float32, "floats"), (np.int32, "integers of 32 bits")])
+def test_wide_values_are_scaled_by_what_is_said_and_never_by_their_own_largest(kind, name):
+    for value in (0, 1, 200, 70_000):
+        with pytest.raises(BadSample, match=rf"x holds {name}, and nothing says .* --range"):
+            decode_image(stored(np.full((2, 2), value, kind)), 1, None, "x")
+    dark = stored(np.full((2, 2), 1, kind))
+    assert [int(by_span(dark, span).max()) for span in ((0, 1), (0, 255), (-1, 1), (0, 51))] == [255, 1, 255, 5]
+    ramp = stored(np.arange(256, dtype=kind).reshape(16, 16))
+    assert np.array_equal(by_span(ramp, (0, 255)).ravel(), np.arange(256))
+    assert np.array_equal(by_span(ramp, (0, 65535)).ravel(), np.rint(np.arange(256) / 257))
+    with pytest.raises(BadSample, match=r"from 0 to 255, outside of the range 0 to 1$"):
+        by_span(ramp, (0, 1))
+    with pytest.raises(BadSample, match="not finite"):
+        by_span(stored(np.float32([[0, np.nan]])), (0, 1))
+
+
+def test_sixteen_bits_of_which_fewer_are_used():
+    ramp = stored(np.arange(4096, dtype=np.uint16).reshape(64, 64), "png")
+    assert np.array_equal(by_span(ramp, (0, 4095)).ravel(), np.rint(np.arange(4096) * (255 / 4095)))
+    assert by_span(ramp, None).max() == 16
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in np.full((2, 2 * 3), 0x1234))
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">2I5B", 2, 2, 16, 2, 0, 0, 0))
+    colours = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert decode.depth(decode.open_image(colours, "x")) == "16 bits"
+    assert (by_span(colours, None, "RGB") == 0x12).all()
+    with pytest.raises(BadSample, match="colours of 16 bits, which are read as 0 to 65535, not as 0 to 4095"):
+        by_span(colours, (0, 4095), "RGB")
+
+
+@pytest.mark.parametrize("largest", [100, 255, 300, 4095, 65535])
+def test_a_pgm_says_its_largest_value(largest):
+    values = np.linspace(0, largest, 5).round().astype(">u2" if largest > 255 else "u1")
+    content = b"P5 5 1 %d\n" % largest + values.tobytes()
+    for span in (None, (0, 1)):  # whatever is said of others
+        assert error(by_span(content, span), values * (255 / largest)).max() <= 1
+    assert decode.depth(decode.open_image(content, "x")) == "8 bits"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("gr\u00fcn".encode("utf-8-sig"), "gr\u00fcn"),
+        (b"a\r\nb\r\n", "a\nb"),
+        (b"a\rb", "a\nb"),
+        (b" a cat \n\0", "a cat"),
+        (b"\n \n", ""),
+    ],
+)
+def test_captions_are_plain_text(content, expected):
+    assert decode.parse_caption(content) == Decoder(1)({"png": PNG, "txt": content}, "x")["caption"] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a cat".encode("utf-16"), "UTF-16; save it as UTF-8"),
+        ("a cat".encode("utf-16-le"), "bytes of 0 within"),
+        ("caf\u00e9".encode("cp1252"), r"not UTF-8 \(byte 3\)"),
+    ],
+)
+def test_captions_of_other_encodings_are_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        decode.parse_caption(content)
+    with pytest.raises(BadSample, match=message):
+        Decoder(1)({"png": PNG, "txt": content}, "x")
+
+
 def test_one_bit_and_palettes():
     bits = np.random.default_rng(0).integers(0, 2, (9, 13)).astype(bool)
     assert np.array_equal(decoded(encoded(Image.fromarray(bits), "png"), 1), bits * 255)

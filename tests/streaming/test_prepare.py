@@ -222,6 +222,54 @@ def test_every_make_of_image_becomes_grey_or_rgb(make, tmp_path):
     assert np.array_equal(np.asarray(found), expected)
 
 
+@pytest.mark.parametrize(("kind", "form"), [(np.float32, "tiff"), (np.int32, "tiff"), (np.uint16, "png")])
+def test_values_of_a_set_are_scaled_by_one_range(kind, form, tmp_path):
+    """By the largest value of each image, a float image of 0.5 would be white, and black without it."""
+    contents = [coded(Image.fromarray(np.full((4, 4), v, kind)), form) for v in (0, 1, 100)]
+    source = Listed(*contents)
+    made = prepare(source, "train", tmp_path / "a", Options(range=(0, 102)), jobs=0)
+    assert [int(pixels(m["png"]).max()) for m in read(tmp_path / "a").values()] == [0, 2, 250]  # 2.5 is rounded to even
+    assert json.loads((tmp_path / "a" / "train.prepare.json").read_text())["range"] == [0, 102]
+    name = {"u": "16 bits", "i": "integers of 32 bits", "f": "floats"}[np.dtype(kind).kind]
+    assert made.depths == {name: 3}
+    with pytest.raises(InputError, match=r"range: \[0, 102\] there, \[0, 255\] asked for"):
+        prepare(source, "train", tmp_path / "a", Options(range=(0, 255)), jobs=0)
+    with pytest.raises(InputError, match=r"at/0.x: .*outside of the range 0 to 0.5"):
+        prepare(Listed(*contents[1:]), "train", tmp_path / "b", Options(range=(0, 0.5), bad=0), jobs=0)
+    if name == "16 bits":
+        assert prepare(source, "train", tmp_path / "c", jobs=0).samples == 3
+    else:
+        with pytest.raises(InputError, match=rf"at/0.x: holds {name}, and nothing says .* --range 0,1"):
+            prepare(source, "train", tmp_path / "c", Options(bad=0), jobs=0)
+    with pytest.raises(InputError, match=r"range: \(1, 0\) is not two finite numbers"):
+        prepare(source, "train", tmp_path / "d", Options(range=(1, 0)), jobs=0)
+
+
+def test_captions_are_made_plain_and_their_files_named(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for k, text in enumerate(["a cat".encode("utf-8-sig"), b"a dog\r\n", b"", "caf\u00e9".encode("cp1252")]):
+        (raw / f"{k}.png").write_bytes(coded(noise()))
+        (raw / f"{k}.txt").write_bytes(text)
+    (raw / "4.png").write_bytes(coded(noise()))
+    options = Options(shuffle=False)
+    made = prepare(find_source(raw, "train"), "train", tmp_path / "out", options, jobs=0)
+    assert [m.get("txt") for m in read(tmp_path / "out").values()] == [b"a cat", b"a dog", b"", None]
+    assert made.captions == (3, 1)
+    assert [s.reason for s in made.skipped] == ["has a caption in 3.txt that is not UTF-8 (byte 3); save it as UTF-8"]
+
+
+@pytest.mark.parametrize("label", [b"-2", b"cat", b"1.0", b"3000000000", b""])
+def test_labels_that_no_training_takes_are_refused(label, tmp_path):
+    with pytest.raises(InputError, match="which is no number from 0 to 2,147,483,647"):
+        prepare(Listed({"png": coded(noise()), "cls": label}), "train", tmp_path, Options(bad=0), jobs=0)
+
+
+def test_a_label_of_minus_1_is_none(tmp_path):
+    prepare(Listed({"png": coded(noise()), "cls": b"-1"}), "train", tmp_path, jobs=0)
+    assert [list(m) for m in read(tmp_path).values()] == [["png"]]
+
+
 def test_captions_and_other_members_go_through(tmp_path):
     members = {"png": coded(noise()), "cls": b"3", "txt": "grün".encode(), "json": b"{}"}
     prepare(Listed(members), "train", tmp_path, jobs=0)
@@ -294,7 +342,7 @@ def test_bad_samples_are_left_out_and_named(tmp_path):
     assert summary.samples == len(read(tmp_path)) == 5
     assert [(s.number, s.name) for s in summary.skipped] == [(i, f"at/{i}.x") for i in contents]
     reasons = [s.reason for s in summary.skipped]
-    parts = "no bytes", "", "not an image", "truncated", "has 0 images", "has 2 images", "utf-8", "invalid literal"
+    parts = "no bytes", "", "not an image", "truncated", "has 0 images", "has 2 images", "UTF-8", "no number"
     for reason, part in zip(reasons, (*parts, "12000 x 12000", "bomb"), strict=True):
         assert part in reason
     lines = (tmp_path / "train.skipped.txt").read_text().splitlines()

@@ -16,7 +16,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lightning_tdisent.streaming.decode import IMAGES, BadSample, adm_crop, image_type, open_image, to_mode
+from lightning_tdisent.streaming.decode import (
+    IMAGES,
+    BadSample,
+    Span,
+    adm_crop,
+    depth,
+    image_type,
+    open_image,
+    parse_caption,
+    parse_class,
+    to_mode,
+)
 from lightning_tdisent.streaming.raw.source import Item, Source
 from lightning_tdisent.streaming.tars import MAX_MEMBER
 
@@ -32,13 +43,15 @@ GREY = ("1", "L", "LA", "La", "I", "F")
 class Made:
     """What became of a raw sample: its members, and its pixels (H, W[, 3]) if they are still to become a latent.
 
-    ``number`` is that in the final order, ``name`` where it came from, as one line of UTF-8.
+    ``number`` is that in the final order, ``name`` where it came from, as one line of UTF-8, ``depth`` the type of its
+    values, as `decode.depth` says it.
     """
 
     number: int
     name: str
     members: dict[str, bytes]
     pixels: Any = None
+    depth: str = "8 bits"
 
 
 @dataclass(frozen=True, order=True)
@@ -58,13 +71,14 @@ Samples = list[Made | Skipped]
 class Convert:
     """The samples of a task: cropped to size x size pixels if there is a size, and encoded as `ENCODE` or kept.
 
-    Where there is a ``mode``, the pixels are of that mode and not encoded.
+    Where there is a ``mode``, the pixels are of that mode and not encoded. ``span`` is that of `to_mode`.
     """
 
     source: Source
     size: int | None
     encode: str
     mode: str | None = None
+    span: Span | None = None
 
     def __call__(self, task: Task) -> Samples:
         """One for every number, in order."""
@@ -84,26 +98,36 @@ class Convert:
         if len(found) != 1:
             raise BadSample(f"{name} has {len(found)} images ({'/'.join(IMAGES)}), expected one")
         image, pixels = open_image(found[0], name), None
+        if "cls" in rest and rest["cls"].strip() == b"-1":  # how test sets without classes are written
+            del rest["cls"]
+        if "cls" in rest and parse_class(rest["cls"]) == -1:
+            raise BadSample(f"{name} has the class {rest['cls'][:20]!r}, which is no number from 0 to {2**31 - 1:,}")
+        if "txt" in rest:
+            try:
+                rest["txt"] = parse_caption(rest["txt"]).encode()
+            except ValueError as error:
+                raise BadSample(
+                    f"{name} has a caption{f' in {item.caption}' * bool(item.caption)} that is {error}"
+                ) from None
         try:
-            int(rest.get("cls", b"0"))
-            rest.get("txt", b"").decode()
             if self.mode:
                 members, pixels = rest, self._pixels(image, self.mode, name)
             else:
                 members = {**self._encoded(image, found[0], name), **rest}
         except BadSample:
             raise
-        except (OSError, ValueError) as error:  # a class that is no number, a mode or size that no format has
+        except (OSError, ValueError) as error:  # a mode or size that no format has
             raise BadSample(f"{name} cannot be used: {error}") from None
         if large := [f"{e} of {len(c):,}" for e, c in members.items() if len(c) > MAX_MEMBER]:
             raise BadSample(f"{name} cannot be stored: {large[0]} bytes, more than {MAX_MEMBER:,}")
-        return Made(number, name, members, pixels)
+        return Made(number, name, members, pixels, depth(image))
 
     def _encoded(self, image: Image.Image, content: bytes, name: str) -> dict[str, bytes]:
         """The image by its extension: the bytes that came, or new ones without anything but pixels."""
         kind = image_type(content)
         kept = kind if kind in ENCODE else "png"
-        if self.encode == "keep" and kind == kept and self._fits(image):
+        rescaled = self.span is not None and depth(image) != "8 bits"
+        if self.encode == "keep" and kind == kept and self._fits(image) and not rescaled:
             return {kept: content}
         target = kept if self.encode == "keep" else self.encode
         grey = image.mode in GREY or image.mode.startswith("I;16")
@@ -113,7 +137,7 @@ class Convert:
         return {target: out.getvalue()}
 
     def _pixels(self, image: Image.Image, mode: str, name: str) -> np.ndarray[Any, Any]:
-        image = to_mode(image, mode)
+        image = to_mode(image, mode, self.span, name)
         return np.asarray(image if self._fits(image) else adm_crop(image, self.size or 0, name))
 
     def _fits(self, image: Image.Image) -> bool:

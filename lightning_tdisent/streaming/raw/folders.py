@@ -275,6 +275,8 @@ def _by_names(
     if wrong := [n for n in empty if any(not is_hidden(f) for *_, files in os.walk(base / n) for f in files)]:
         raise InputError(f"{base}: the class folders {some(wrong)} hold no images, but other files. Move them away")
     classes, line = _numbered(trained or own, base, ask)
+    if deep := next((n for n in images if n.count("/") > 1), ""):
+        line += f"; folders in them ({deep.rpartition('/')[0]}) are no classes"
     number = {name: k for k, name in enumerate(classes) if name}
     lack = f"; no images in {some(f'{number[n]} {n}' for n in empty if n in number)}" if empty else ""
     return [number[n] for n in folders], classes, f"classes: {line}{' of the training split' * bool(trained)}{lack}"

@@ -189,7 +189,7 @@ def _told(split: str, chosen: list[str], names: list[str], what: str) -> list[st
         return [f"split {split}: no name says a split, so that all {len(names):,} {what} are taken"]
     by_split = ", ".join(f"{name} ({some(own, 2)})" for name, own in sorted(found.items()))
     left = sorted(set(names) - set(chosen) - set(itertools.chain(*found.values())))
-    return [f"split {split}: {some(chosen, 3)}; splits found: {by_split}", *unread(left)]
+    return [f"split {split}: {len(chosen):,} of {len(names):,} {what}; splits found: {by_split}", *unread(left)]
 
 
 def _matching(names: list[str], pattern: str, where: Path) -> list[str]:
