@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_tdisent.diffusion.rng import key
-from lightning_tdisent.diffusion.spec import Part
+from lightning_tdisent.diffusion.spec import Part, spec
 from lightning_tdisent.errors import InputError
 
 GREY_LEVEL = 1 / 127.5 + 1e-3  # how far an observation that was kept as uint8 may be off
@@ -142,3 +142,47 @@ class Grey(Operator):
     def observe(self, x0: Tensor, item: Tensor) -> Tensor:
         """The luma."""
         return F.conv2d(x0, self.kernel([], item).to(x0))
+
+
+@torch.no_grad()
+def probe(operator: Operator, shape: list[int]) -> None:
+    """Raise `InputError` if an operator cannot serve a model of images of ``shape`` (C, H, W).
+
+    Observe two random images and a black and a white one, twice, and check what training, sampling and evaluation rely
+    on: the number of channels, the size, finite values in [-1, 1], the same y for the same image and item, alone or in
+    a batch, and an image that is left as it was. The state of the global generator is kept.
+    """
+    name = f"{type(operator).__module__}.{type(operator).__qualname__}"
+    operator.check(shape)
+    spec(operator)
+    channels = operator.channels(shape[0])
+    if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
+        raise InputError(f"{name}.channels({shape[0]}) returns {channels!r}: a number of channels is wanted")
+    images = torch.rand(4, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images[2], images[3] = -1.0, 1.0
+    item, given = torch.arange(4), images.clone()
+    with torch.random.fork_rng(devices=[]):
+        y, again = operator.observe(given, item), operator.observe(given, item)
+        alone = operator.observe(given[1:2], item[1:2])
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise InputError(f"{name}.observe returns {kind}: a tensor of floats is wanted")
+    if list(y.shape) != (wanted := [4, channels, *shape[1:]]):
+        raise InputError(
+            f"{name}.observe makes {list(y.shape)} of images {list(images.shape)}, {wanted} is wanted: an observation is "
+            f"as large as its image and has the channels that channels({shape[0]}) returns ({channels})"
+        )
+    if not torch.equal(given, images):
+        raise InputError(f"{name}.observe changes the images it is given: write to a copy")
+    low, high = float(y.min()), float(y.max())
+    if not -1 - GREY_LEVEL <= low <= high <= 1 + GREY_LEVEL:
+        raise InputError(f"{name}.observe makes values from {low:.4g} to {high:.4g}: observations lie in [-1, 1]")
+    for other, mine, why in (
+        (again, y, "makes another observation at a second call"),
+        (alone, y[1:2], "makes another observation of an image alone than in a batch"),
+    ):
+        if other.shape != mine.shape or not bool(((other - mine).abs() <= GREY_LEVEL).all()):
+            raise InputError(f"{name}.observe {why}: y must be a function of the image and its item number alone")
+    kernel = operator.kernel(list(shape), item)
+    if not isinstance(kernel, Tensor) or kernel.ndim != 4:
+        raise InputError(f"{name}.kernel: masks (B, 1, H, W) or one kernel of 4 dimensions is wanted, got {kernel!r}")
