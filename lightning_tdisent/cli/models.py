@@ -27,8 +27,14 @@ def add_commands(commands: Commands) -> None:
     )
     s.add_argument("--seeds", default="0:64", help="FIRST:END (default 0:64)")
     s.add_argument("--label", type=int, help="class, for a class-conditional model")
-    s.add_argument("--observe", type=Path, help="of a conditional model: shards whose test images are observed, or the "
-                   "observations.safetensors of an earlier command")  # fmt: skip
+    s.add_argument("--observe", type=Path, help="of a conditional model: an image, a folder of images, shards whose "
+                   "test images are observed, or the observations.safetensors of an earlier command")  # fmt: skip
+    s.add_argument("--items", help="which of these, FIRST:END, in turn (default: of shards the numbers of the seeds, "
+                   "else all)")  # fmt: skip
+    s.add_argument("--mask", type=Path, help="of an inpainting model: an image instead of the model's own holes: white "
+                   "pixels are known, black ones drawn")  # fmt: skip
+    s.add_argument("--put-back", action="store_true", help="of an inpainting model: put the known pixels back at every "
+                   "step, so that they are exact in the end")  # fmt: skip
     s.add_argument("--guidance", type=float, help="scale of classifier-free guidance; needs --label")
     _sampler_options(s)
 
@@ -157,12 +163,7 @@ def _sample(a: argparse.Namespace) -> None:
     from lightning_tdisent.sampling.sampler import sample
     from lightning_tdisent.sampling.start import load_started
 
-    try:
-        first, end = (int(part) for part in a.seeds.split(":"))
-    except ValueError:
-        raise InputError(f"--seeds {a.seeds}: expected FIRST:END, e.g. 0:64") from None
-    if end <= first:
-        raise InputError(f"--seeds {a.seeds}: the end must be above the first")
+    seeds = _range(a.seeds, "--seeds")
     if a.out.exists() and any(a.out.glob("*.png")):
         raise InputError(f"--out {a.out} already holds images; choose another folder")
     use_device(a.device)
@@ -176,42 +177,51 @@ def _sample(a: argparse.Namespace) -> None:
         model = Guided(model, a.guidance)
     if a.label is not None and (model.classes is None or not 0 <= a.label < model.classes):
         raise InputError(f"--label {a.label}: the model has {model.classes or 'no'} classes")
-    label = None if a.label is None else torch.full((end - first,), a.label, device=a.device)
-    seen = _observations(a, model, end - first)
+    label = None if a.label is None else torch.full((len(seeds),), a.label, device=a.device)
+    seen = _observations(a, model, seeds)
     given = None if seen is None else seen.y
-    images = torch.cat(list(sample(model, _sampler(a), range(first, end), a.batch_size, label, given=given))).cpu()
+    known = seen.kernel if seen is not None and a.put_back else None
+    images = torch.cat(list(sample(model, _sampler(a), seeds, a.batch_size, label, given=given, known=known))).cpu()
     if seen is not None:
         seen.save(a.out / OBSERVATIONS)
-    for seed, image in enumerate(images, first):
+    for seed, image in zip(seeds, images, strict=True):
         save_png(image, a.out / f"{seed:06d}.png")
     tiles = a.out.with_name(f"{a.out.name}.png")
     save_png(grid(images[:256]), tiles)
     print(f"{len(images)} images in {a.out}, the first of them in {tiles}")
 
 
-def _observations(a: argparse.Namespace, model: Any, n: int) -> "Observations | None":
-    """What a conditional model is given for n images: of held-out images, or kept observations, in turn."""
-    import torch
-
-    from lightning_tdisent.sampling.observations import Observations
-    from lightning_tdisent.streaming.shards import load
+def _observations(a: argparse.Namespace, model: Any, seeds: range) -> "Observations | None":
+    """What a conditional model is given for these seeds; prints of what."""
+    from lightning_tdisent.sampling.observations import observe, refuse_without_masks
 
     states = model.states
-    if states.condition is None or a.observe is None:
-        if a.observe is not None:
-            raise InputError("--observe is for conditional models, this one is not")
+    if a.observe is None:
+        options = {"--mask": a.mask is not None, "--items": a.items is not None, "--put-back": a.put_back}
+        if odd := [name for name, given in options.items() if given]:
+            raise InputError(f"{', '.join(odd)}: belong to --observe, which is not given")
         if states.condition is not None:
             name = type(states.condition.operator).__name__
             raise InputError(f"the model draws images given an observation ({name}): say of which with --observe DATA")
         return None
-    if a.observe.is_file():
-        seen = Observations.load(a.observe)
-    else:
-        channels, size, _ = states.image_shape
-        images = load(a.observe, "test", channels, n, size).images
-        seen = Observations.of(states.condition.operator, images, torch.arange(len(images)))
-    seen.check(states, str(a.observe))
-    return seen.take([k % len(seen) for k in range(n)])
+    seen, said = observe(states, a.observe, seeds, _range(a.items, "--items") if a.items else None, a.mask)
+    if a.put_back:
+        if not seen.own_mask:
+            refuse_without_masks(states.condition.operator, states.image_shape, "--put-back")
+        said += "; known pixels are put back at every step"
+    print(said)
+    return seen
+
+
+def _range(text: str, option: str) -> range:
+    """The numbers of FIRST:END."""
+    try:
+        first, end = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise InputError(f"{option} {text}: expected FIRST:END, e.g. 0:64") from None
+    if not 0 <= first < end:
+        raise InputError(f"{option} {text}: the end must be above the first, and that 0 or above")
+    return range(first, end)
 
 
 def _prior(a: argparse.Namespace) -> None:

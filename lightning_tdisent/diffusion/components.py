@@ -21,7 +21,7 @@ from lightning_tdisent.diffusion.bases import Basis, Pixels
 from lightning_tdisent.diffusion.operators import Operator
 from lightning_tdisent.diffusion.process import grown, noise, posterior, scale
 from lightning_tdisent.diffusion.schedules import Geometric, LogLinear, NoiseSchedule
-from lightning_tdisent.diffusion.spec import Part, spec
+from lightning_tdisent.diffusion.spec import Part, identity, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 
@@ -58,6 +58,7 @@ class Condition(Part):
             raise InputError(f"condition.anneal_from: a sigma above 0, got {anneal_from}")
         self.operator, self.schedule, self.draw, self.weight = operator, schedule, draw, weight
         self.anneal, self.anneal_from = anneal, anneal_from
+        spec(operator)  # takes the digests of its files while they are what it has read
 
 
 class ComponentStates(LatentStates):
@@ -260,8 +261,8 @@ class ComponentStates(LatentStates):
     @property
     def layout(self) -> str:
         """What the columns are, for the fingerprint."""
-        seen = "" if self.condition is None else f" | {spec(self.condition)}"
-        return f"{spec(self.basis)}{seen}" if self.K > 1 else ""
+        seen = "" if self.condition is None else f" | {identity(spec(self.condition))}"
+        return f"{identity(spec(self.basis))}{seen}" if self.K > 1 else ""
 
     @property
     def image_shape(self) -> list[int] | None:

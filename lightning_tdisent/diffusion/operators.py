@@ -145,6 +145,19 @@ class Grey(Operator):
 
 
 @torch.no_grad()
+def masks(operator: Operator, shape: list[int], item: Tensor) -> Tensor | None:
+    """Return the masks (B, 1, H, W) of an operator that shows pixels as they are (1) or as mid-grey (0), else None."""
+    kernel = operator.kernel(list(shape), item)
+    if list(kernel.shape[1:]) != [1, *shape[1:]] or not bool(((kernel == 0) | (kernel == 1)).all()):
+        return None
+    x0 = torch.rand(len(item), *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    y = operator.observe(x0.clone(), item)
+    if y.shape != x0.shape or not bool(((y - x0 * kernel).abs() <= GREY_LEVEL).all()):
+        return None
+    return kernel.float().expand(len(item), -1, -1, -1)
+
+
+@torch.no_grad()
 def probe(operator: Operator, shape: list[int]) -> None:
     """Raise `InputError` if an operator cannot serve a model of images of ``shape`` (C, H, W).
 
@@ -169,8 +182,8 @@ def probe(operator: Operator, shape: list[int]) -> None:
         raise InputError(f"{name}.observe returns {kind}: a tensor of floats is wanted")
     if list(y.shape) != (wanted := [4, channels, *shape[1:]]):
         raise InputError(
-            f"{name}.observe makes {list(y.shape)} of images {list(images.shape)}, {wanted} is wanted: an observation is "
-            f"as large as its image and has the channels that channels({shape[0]}) returns ({channels})"
+            f"{name}.observe makes {list(y.shape)} of images {list(images.shape)}, {wanted} is wanted: an observation "
+            f"is as large as its image and has the channels that channels({shape[0]}) returns ({channels})"
         )
     if not torch.equal(given, images):
         raise InputError(f"{name}.observe changes the images it is given: write to a copy")

@@ -1,11 +1,17 @@
 """Parts as plain data: any part is named by its class path and constructor arguments, and can be built again.
 
 The convention that makes this work without decorators: a part keeps every constructor argument under its own name.
+An argument that names a file (a mask, a table) is kept with the SHA-256 of its content: with another one it is
+another part.
 """
 
+import hashlib
 import importlib
 import inspect
+import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning_tdisent.errors import InputError, nearest
@@ -14,14 +20,22 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 class Part:
-    """Mark of a class that a checkpoint may name: schedule, table, objective, weight, network, sampler."""
+    """Mark of a class that a checkpoint may name: schedule, table, objective, weight, network, sampler.
+
+    names_files: whether arguments that are paths of files belong to what the part is, with the files' content.
+    """
+
+    names_files = True
 
 
 SomePart = TypeVar("SomePart", bound=Part)
 
 
 def spec(part: Part) -> dict[str, Any]:
-    """Return ``{"class_path": .., "init_args": {..}}`` of a part, JSON-like all the way down."""
+    """Return ``{"class_path": .., "init_args": {..}}`` of a part, JSON-like all the way down.
+
+    Where arguments name files, ``"files": {path: SHA-256}`` is added, as they were when a part was first described.
+    """
     cls = type(part)
     names = arguments(cls)
     missing = [name for name in names if not hasattr(part, name)]
@@ -31,10 +45,80 @@ def spec(part: Part) -> dict[str, Any]:
             "a checkpoint could not say what it holds. Add e.g. "
             f"self.{missing[0]} = {missing[0]} to __init__."
         )
-    return {
-        "class_path": f"{cls.__module__}.{cls.__qualname__}",
-        "init_args": {name: _plain(getattr(part, name), f"{cls.__name__}.{name}") for name in names},
-    }
+    init_args = {name: _plain(getattr(part, name), f"{cls.__name__}.{name}") for name in names}
+    out: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": init_args}
+    if part.names_files and (files := _files(part, init_args)):
+        out["files"] = files
+    return out
+
+
+def identity(data: Any) -> Any:
+    """Return a `spec` with the digests of files in place of their paths: what is compared, wherever a file lies."""
+    if isinstance(data, dict) and "files" in data:
+        named = _renamed(data["init_args"], data["files"])
+        data = {"class_path": data["class_path"], "init_args": named}
+    if isinstance(data, dict):
+        return {key: identity(value) for key, value in data.items()}
+    return [identity(value) for value in data] if isinstance(data, list) else data
+
+
+def changed(data: Any) -> list[str]:
+    """Return a line for every file of a `spec` that is missing or has another content than when it was described."""
+    if isinstance(data, list):
+        return [line for value in data for line in changed(value)]
+    if not isinstance(data, dict):
+        return []
+    lines = []
+    for path, digest in data.get("files", {}).items() if "class_path" in data else ():
+        found = _sha256(path) if Path(path).is_file() else None
+        if found != digest:
+            there = f"its sha256 is {found[:12]}.." if found else "there is no such file"
+            lines.append(
+                f"{path}: {data['class_path']} was made with a file of sha256 {digest[:12]}.. there, now {there}; put "
+                "that file back"
+            )
+    return lines + [line for value in data.values() for line in changed(value)]
+
+
+def _files(part: Part, init_args: dict[str, Any]) -> dict[str, str]:
+    """Digests of the files that arguments name, each taken once in the life of a part: it has read them by then."""
+    known = vars(part).get("_digests", {})
+    for text in _strings(init_args):
+        named = bool(Path(text).suffix) or os.sep in text
+        if text not in known and named and len(text) < 4096 and "\0" not in text and Path(text).is_file():
+            known = vars(part).setdefault("_digests", {})
+            known[text] = _sha256(text)
+    return dict(known)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Strings in the arguments of one part, not in those of the parts within it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings(one)
+    elif isinstance(value, dict) and "class_path" not in value:
+        for one in value.values():
+            yield from _strings(one)
+
+
+def _renamed(value: Any, files: dict[str, str]) -> Any:
+    if isinstance(value, str):
+        return f"sha256:{files[value]}" if value in files else value
+    if isinstance(value, list):
+        return [_renamed(one, files) for one in value]
+    if isinstance(value, dict) and "class_path" not in value:
+        return {key: _renamed(one, files) for key, one in value.items()}
+    return value
+
+
+def _sha256(path: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def arguments(cls: type) -> list[str]:
@@ -85,6 +169,8 @@ def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
     if not (inspect.isclass(cls) and issubclass(cls, base)):
         names = [n for n, c in vars(sys.modules[module_name]).items() if inspect.isclass(c) and issubclass(c, base)]
         raise InputError(f"{path} is no {base.__name__}.{nearest(name, names)}")
+    if lines := changed({"class_path": path, "files": data.get("files", {})}):
+        raise InputError("; ".join(lines))
     built = {k: build(v, Part) if isinstance(v, dict) and "class_path" in v else v for k, v in arguments.items()}
     try:
         return cls(**built)

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 import lightning_tdisent
 from lightning_tdisent.diffusion.objectives import Objective, V
 from lightning_tdisent.diffusion.rng import draw_rows, key
-from lightning_tdisent.diffusion.spec import Part, build, spec
+from lightning_tdisent.diffusion.spec import Part, build, changed, identity, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.checkpoints import load
@@ -41,6 +41,7 @@ class Diffusion(Part, DenoiserModule):
     replaced by the null label; warm_start: weights of another run to start from, see `SingleState`.
     """
 
+    names_files = False  # the weights it started warm from have been taken
     file = "model.safetensors"  # in the run folder, when training ends
     same = ("network", "objective", "fingerprint", "rows", "image_range", "data")  # in the card of what is resumed
 
@@ -258,11 +259,16 @@ class Diffusion(Part, DenoiserModule):
             raise InputError("this checkpoint is none of this project: it has no card")
         mine, theirs = dataclasses.asdict(self.card("live")), checkpoint["card"]
         theirs = dict.fromkeys(self.same) | theirs  # None: it is of something else
-        wrong = [k for k in self.same if mine[k] != theirs[k] and "unknown" not in (mine[k], theirs[k])]
+        wrong = [
+            k for k in self.same if identity(mine[k]) != identity(theirs[k]) and "unknown" not in (mine[k], theirs[k])
+        ]
         if wrong:
             raise InputError(
                 "this checkpoint belongs to another model:\n"
-                + "\n".join(f"  - {k}: the checkpoint has {theirs[k]}, the config {mine[k]}" for k in wrong)
+                + "\n".join(
+                    [f"  - {k}: the checkpoint has {theirs[k]}, the config {mine[k]}" for k in wrong]
+                    + [f"  - {line}" for line in changed([theirs.get(k) for k in ("states", "network", "objective")])]
+                )
             )
         self.images_seen, self.seconds = theirs["images_seen"], theirs["seconds"]
         self.parents = theirs.get("parents", [])

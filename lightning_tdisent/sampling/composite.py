@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tdisent.diffusion.process import scale
-from lightning_tdisent.diffusion.spec import build, spec
+from lightning_tdisent.diffusion.spec import build, changed, identity, spec
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
@@ -317,7 +317,9 @@ def _read_cards(files: Sequence[Path], verify: bool = False) -> list[Card]:
     problems, cards = [], []
     for path in files:
         try:
-            cards.append(read_card(path, verify))
+            cards.append(card := read_card(path, verify))
+            parts = [card.states, card.network, card.objective]
+            problems += [f"{path}: {line}" for line in changed(parts)]
         except InputError as error:
             problems.append(str(error))
     if problems:
@@ -452,7 +454,8 @@ def start_warm(denoiser: Denoiser, source: str) -> list[dict[str, Any]]:
     network = shared.network
     if network.sees_state and not denoiser.network.sees_state:
         network = network.at_index(indices[denoiser.rows[0]])
-    if spec(network)["init_args"] | {"conditioning": 0} != spec(denoiser.network)["init_args"] | {"conditioning": 0}:
+    theirs, mine = (identity(spec(n))["init_args"] | {"conditioning": 0} for n in (network, denoiser.network))
+    if theirs != mine:
         raise InputError(f"warm_start: {source} holds another network: {spec(network)} is not {spec(denoiser.network)}")
     denoiser.network.load_state_dict(network.state_dict())
     cost = {k: getattr(cards[0], k) for k in ("network", "images_seen", "seconds")}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lightning_tdisent.diffusion.objectives import Objective
-from lightning_tdisent.diffusion.spec import build, spec
+from lightning_tdisent.diffusion.spec import build, changed, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
@@ -63,11 +63,13 @@ class Card:
     @classmethod
     def of(cls, denoiser: Denoiser, **facts: Any) -> "Card":
         """Card of a denoiser, with the facts of its training; refuses a table that a schedule cannot rebuild."""
-        if build(spec(denoiser.states), LatentStates).fingerprint != denoiser.states.fingerprint:
+        states = spec(denoiser.states)
+        # a file that has changed since it was read is for whoever loads the weights to refuse: they are worth keeping
+        if not changed(states) and build(states, LatentStates).fingerprint != denoiser.states.fingerprint:
             raise InputError(f"{denoiser.states} is no table of its schedule and cannot be described in a file")
         return cls(
             network=spec(denoiser.network),
-            states=spec(denoiser.states),
+            states=states,
             objective=spec(denoiser.objective),
             fingerprint=denoiser.states.fingerprint,
             rows=denoiser.rows,
@@ -88,6 +90,8 @@ class Card:
 
     def build(self, where: str) -> Denoiser:
         """Build the denoiser without its weights (on the meta device) and check the table against the fingerprint."""
+        if lines := changed([self.states, self.network, self.objective]):
+            raise InputError(f"{where}: {'; '.join(lines)}")
         states = build(self.states, LatentStates)
         if states.fingerprint != self.fingerprint:
             raise InputError(

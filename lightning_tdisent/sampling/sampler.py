@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lightning_tdisent.diffusion.process import grown, scale, spread, transition
+from lightning_tdisent.diffusion.process import grown, noise, scale, spread, transition
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
@@ -71,12 +71,15 @@ class Sampler(Part, ABC):
         label: Tensor | None = None,
         start: Tensor | None = None,
         given: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Yield (row, x, x0_hat of the step that led there), from (S, noise, None) to (0, image, image).
 
         seeds: one per image; label: int64 (B,) or None; start: x at row S instead of N(0, I) of the seeds, or of what
-        a `Started` model begins with; given: observations (B, C', H, W) for a conditional model. States are those of
-        the table: of components, in the shape of what is live; `LatentStates.picture` shows them.
+        a `Started` model begins with; given: observations (B, C', H, W) for a conditional model; known: masks
+        (B, 1, H, W) of the pixels that an observation shows as they are: at every row r they are replaced by
+        a_r y + b_r z, by y itself at the end. States are those of the table: of components, in the shape of what is
+        live; `LatentStates.picture` shows them.
         """
         states, shape = denoise.states, denoise.shape
         path = [*self.rows(states), 0]
@@ -91,11 +94,14 @@ class Sampler(Part, ABC):
 
         given = check_given(states, given, len(seeds))
         given = None if given is None else given.to(parameter.device, parameter.dtype)
+        known = check_known(states, known, given)
         if start is None:
             begin = getattr(_unguided(denoise), "start", None)
             start = begin(seeds) if begin else states.begin(draw(path[0]), given)
         x = start
         x = x.to(parameter.device, parameter.dtype)
+        if known is not None:
+            x = _put_back(states, x, path[0], draw(path[0]), given, known)
         before: Tensor | None = None
         yield path[0], x, None
         for (s, r), (c0, c_before, cx, cz) in zip(pairwise(path), self.plan(states, path), strict=True):
@@ -109,6 +115,8 @@ class Sampler(Part, ABC):
             if z is not None and _nonzero(cz):
                 out = out + scale(spread(states, cz, x), z[..., : x.shape[-2], : x.shape[-1]])
             x, before = states.arrive(out, z, s, r, x, given), x0
+            if known is not None:
+                x = _put_back(states, x, r, draw(r) if r else torch.zeros_like(x), given, known)
             yield r, x, x0
 
     @torch.inference_mode()
@@ -139,6 +147,30 @@ def check_given(states: LatentStates, given: Tensor | None, n: int) -> Tensor | 
     if not -1.001 <= low <= high <= 1.001:
         raise InputError(f"observations lie in [-1, 1], these run from {low:.4g} to {high:.4g}")
     return given
+
+
+def check_known(states: LatentStates, known: Tensor | None, given: Tensor | None) -> Tensor | None:
+    """Refuse masks of known pixels that cannot be put back into states of this table; return them as the states are."""
+    if known is None:
+        return None
+    if given is None or states.own > 1:
+        why = "no observation shows them" if given is None else f"the image has {states.own} components, not pixels"
+        raise InputError(f"known pixels cannot be put back: {why}")
+    assert states.image_shape is not None
+    c, *sides = states.image_shape
+    if list(known.shape) != [len(given), 1, *sides] or given.shape[1] != c:
+        raise InputError(
+            f"masks of known pixels are {[len(given), 1, *sides]} for {c} channels, got {list(known.shape)}"
+        )
+    return known.to(given)
+
+
+def _put_back(states: LatentStates, x: Tensor, r: int, z: Tensor, given: Tensor | None, known: Tensor) -> Tensor:
+    """State r with a_r y + b_r z where pixels y of the image are known."""
+    assert given is not None
+    c = given.shape[1]
+    there = noise(states, torch.cat([given, x[:, c:]], 1), r, z)[:, :c]
+    return torch.cat([torch.where(known > 0, there, x[:, :c]), x[:, c:]], 1)
 
 
 def _shares(total: int, sizes: Sequence[int]) -> list[int]:
@@ -226,11 +258,12 @@ def sample(
     label: Tensor | None = None,
     by_state: bool | None = None,
     given: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield uint8 images (B, C, H, W) on the model's device, batch by batch, in the order of the seeds.
 
     label: int64, one per seed; not given, a class-conditional model draws the classes in turn, seed modulo classes.
-    given: observations (B, C', H, W) for a conditional model.
+    given: observations (B, C', H, W) for a conditional model; known: masks (B, 1, H, W), see `Sampler.walk`.
     On a CPU a batch has `BLOCK` images whatever batch_size says, the last one filled up, so that image i is the same
     bit for bit in any company.
 
@@ -265,7 +298,7 @@ def sample(
         places = [[*b, *[b[-1]] * (size - len(b))] if on_cpu else [*b] for b in part]
         walks = []
         for p in places:
-            seen = {} if given is None else {"given": given[p]}
+            seen = {name: some[p] for name, some in (("given", given), ("known", known)) if some is not None}
             walks.append(sampler.walk(denoise, [seeds[i] for i in p], None if label is None else label[p], **seen))
         for batch, x in zip(part, _in_step(walks), strict=True):
             yield to_uint8(denoise.states.picture(x[: len(batch)]))

@@ -1,17 +1,19 @@
 """Multi-scale and conditional models as fleets: one expert a scale, or a row, trained, composed, sampled, evaluated."""
 
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_tdisent.cli import describe, main
-from lightning_tdisent.diffusion.operators import Edges, Inpainting
+from lightning_tdisent.diffusion.operators import Edges, Inpainting, Operator
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.expert import read_card
@@ -224,3 +226,40 @@ def test_a_stored_mask_is_that_of_its_item_alone():
     assert len(one.kernel) == 3
     edges = Observations.of(Edges(), images[:2], torch.arange(2)).take([1, 0, 1])
     assert edges.kernel.shape == (2, 1, 3, 3)  # Sobel's, not masks
+
+
+class Stencil(Operator):
+    """A mask in a file."""
+
+    def __init__(self, file: str) -> None:
+        self.file, self.values = file, torch.tensor(json.loads(Path(file).read_text()))
+
+    def kernel(self, shape, item):
+        return self.values[None, None]
+
+    def observe(self, x0, item):
+        return x0 * self.values
+
+
+def test_a_run_does_not_go_on_with_another_file_under_the_name(configs, tmp_path, capsys):
+    """The mask of an operator is part of what a run is, by its content."""
+    mask = tmp_path / "mask.json"
+    mask.write_text(json.dumps(torch.eye(8).tolist()))
+    stencil = {"class_path": f"{__name__}.Stencil", "init_args": {"file": str(mask)}}
+    states = conditional()
+    states["init_args"]["condition"]["operator"] = stencil
+    words = ["--model.states", json.dumps(states), "--trainer.max_steps"]
+    by_hand(configs, tmp_path / "run", *words, 2, config="shared")
+    card = read_card(tmp_path / "run" / "model.safetensors")
+    (digest,) = card.states["init_args"]["condition"]["init_args"]["operator"]["files"].values()
+    assert digest == hashlib.sha256(mask.read_bytes()).hexdigest()
+    before = mask.read_text()
+    mask.write_text(json.dumps((1 - torch.eye(8)).tolist()))
+    argv = ["fit", "--config", str(configs / "shared.yaml"), "--run", str(tmp_path / "run"), *words, "4"]
+    assert main([str(word) for word in argv]) == 2
+    said = capsys.readouterr().err
+    assert "this checkpoint belongs to another model" in said
+    assert "mask.json" in said
+    mask.write_text(before)
+    by_hand(configs, tmp_path / "run", *words, 4, config="shared")
+    assert read_card(tmp_path / "run" / "model.safetensors").steps == 4
