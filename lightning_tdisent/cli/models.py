@@ -110,6 +110,7 @@ def add_commands(commands: Commands) -> None:
     q.add_argument("--data", required=True, help="folder of shards it is fitted to")
     q.add_argument("--split", default="train", help="of these (default train)")
     q.add_argument("-n", type=int, help="images of these (default: all)")
+    q.add_argument("--label", type=int, help="of a class-conditional model: fit to the images of this class alone")
     q.add_argument("--out", type=Path, required=True, help="the folder to write prior.safetensors to")
 
     k = command(commands, "fetch", _fetch, "download weights of a feature network that is not shipped, and check them")
@@ -173,6 +174,8 @@ def _sample(a: argparse.Namespace) -> None:
     model: Any = loaded[0].to(a.device)
     if filled := getattr(model, "filled", None):
         print("a preview: " + ", ".join(f"row {s} is filled by {what}" for s, what in filled.items()))
+    if a.prior and (note := model.check_label(a.label)):
+        print(f"note: {note}")
     if a.guidance is not None:
         model = Guided(model, a.guidance)
     if a.label is not None and (model.classes is None or not 0 <= a.label < model.classes):
@@ -234,18 +237,22 @@ def _prior(a: argparse.Namespace) -> None:
     at = row_or_share(a.at, "--at")
     path = a.kind if "." in a.kind else f"lightning_tdisent.{a.kind}"
     part = {"class_path": path, "init_args": dict(settings(a.settings))}
-    _fit(str(a.model), at, part, a.data, a.split, a.n, a.out)
+    _fit(str(a.model), at, part, a.data, a.split, a.n, a.out, a.label)
 
 
-def _fit(model: str, at: int | float, part: dict[str, Any], data: str, split: str, n: int | None, out: Path) -> None:
+def _fit(
+    model: str, at: int | float, part: dict[str, Any], data: str, split: str, n: int | None, out: Path,
+    label: int | None = None,
+) -> None:  # fmt: skip
     """Fit a prior, write it, and say what there is to say of it."""
     from lightning_tdisent.sampling.start import FILE, fit_to, save_prior
 
     use_device("cpu")
-    prior, fitted = fit_to(model, at, part, data, split, n)
+    prior, fitted = fit_to(model, at, part, data, split, n, label)
     save_prior(out / FILE, prior, fitted)
     name = part["class_path"].rpartition(".")[2]
-    print(f"{name} at row {fitted.row} (index {fitted.index}), {fitted.n:,} images: {out / FILE}")
+    of = "" if label is None else f" of class {label}"
+    print(f"{name} at row {fitted.row} (index {fitted.index}), {fitted.n:,} images{of}: {out / FILE}")
     for note in fitted.notes:
         print(f"note: {note}")
 

@@ -44,7 +44,8 @@ class Gaussian(Prior):
         mean = flat.mean(0)
         clean = self._forward(flat - mean)
         chosen = self._chosen(clean.shape[1])
-        basis, found = _principal(clean[:, chosen], self.rank or len(chosen))
+        wanted = min(self.rank or len(chosen), len(chosen))
+        basis, found = _principal(clean[:, chosen], wanted)
         if self.low is not None:
             rest = clean.square().mean(0)
             none_left = chosen
@@ -60,7 +61,13 @@ class Gaussian(Prior):
         low = int((self.variances < FLOOR).sum()) + int((self.rest < FLOOR).sum())
         self.variances.clamp_(min=FLOOR)
         self.rest.clamp_(min=FLOOR)
-        return [f"singular covariance: {low} variances below {FLOOR:g} were raised to it"] if low else []
+        notes = [f"singular covariance: {low} variances below {FLOOR:g} were raised to it"] if low else []
+        if len(flat) - 1 < wanted:
+            notes.append(
+                f"{len(flat):,} images for {wanted:,} directions: their covariance has rank {len(flat) - 1:,} at most, "
+                "and says nothing of the others; take more images, or set rank or low to fewer"
+            )
+        return notes
 
     def _chosen(self, size: int) -> Tensor:
         """Coordinates that vary together."""

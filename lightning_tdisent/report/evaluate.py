@@ -91,6 +91,8 @@ def evaluate(
                 raise InputError(f"{contender.source} makes images {model[0].shape}, the real ones are {shape}")
             contender.sampler.rows(model[0].states)  # refuses more steps than rows, before any work
             _check_labels(model[0], held_out)
+            if isinstance(model[0], Started):
+                model[0].check_label(None)  # refuses a prior of one class, before any work
             if bits:
                 refuse_components(model[0].states, str(contender.source))
     files = {c.name: image_files(c.source, c.split, shape) for c in contenders if c.sampler is None}
@@ -198,6 +200,7 @@ def _of_model(
         "sampler": repr_sampler(sampler),
         "sha256": [sha256(file) for file in find_files(contender.source)],
         **({"prior": type(model.prior).__name__, "cut": model.states.S} if isinstance(model, Started) else {}),
+        **({"start_note": note} if isinstance(model, Started) and (note := model.check_label(None)) else {}),
         **({"preview": model.filled} if getattr(model, "filled", None) else {}),
         **({"differs": model.differs} if getattr(model, "differs", None) else {}),
     }

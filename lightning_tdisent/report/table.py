@@ -103,6 +103,7 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in (row for row in rows if "differs" in row):
         values = "; ".join(f"{field}: {', '.join(values)}" for field, values in row["differs"].items())
         out.append(f"{row['name']} has experts that differ, as --allow-mismatch let them: {values}")
+    out += [f"{row['name']}: {row['start_note']}" for row in rows if "start_note" in row]
     for source in dict.fromkeys(row["source"] for row in rows if "cut" in row):
         out += _best_start([row for row in rows if row.get("source") == source and "bpd_images" in row])
     for how in dict.fromkeys(row["bpd_how"] for row in rows if "bpd_how" in row):

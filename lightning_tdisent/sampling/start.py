@@ -24,7 +24,8 @@ from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
 from lightning_tdisent.sampling.expert import Card, read_card
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import DDIM, from_uint8
-from lightning_tdisent.streaming.shards import load
+from lightning_tdisent.streaming.decode import Decoder
+from lightning_tdisent.streaming.shards import Shards
 
 FILE = "prior.safetensors"
 FITTING = 3 << 20  # streams of the noise that priors are fitted with
@@ -35,8 +36,8 @@ class PriorCard:
     """What a prior was fitted to; everything is plain JSON.
 
     prior: class path with arguments; fingerprint: of the table cut off at the row; row, index, log_snr: where; data:
-    digest of the images, n of them; images_seen, steps, seconds: cost of a training, 0 where none was needed; notes:
-    what had to be said of the fit.
+    digest of the images, n of them; label: the class that all of these have, None for all classes; images_seen, steps,
+    seconds: cost of a training, 0 where none was needed; notes: what had to be said of the fit.
     """
 
     prior: dict[str, Any]
@@ -50,6 +51,7 @@ class PriorCard:
     steps: int = 0
     seconds: float = 0.0
     notes: list[str] = dataclasses.field(default_factory=list)
+    label: int | None = None
     version: str = lightning_tdisent.__version__
     schema: int = 1
 
@@ -57,6 +59,8 @@ class PriorCard:
     def from_json(cls, data: Any, where: str) -> "PriorCard":
         """Card from its JSON; refuses another schema, missing fields, and what is of another kind."""
         names = {f.name: f for f in dataclasses.fields(cls)}
+        if isinstance(data, dict):
+            data = {"label": None} | data  # which older files do not have
         if not isinstance(data, dict) or data.get("schema") != 1 or set(data) != set(names):
             odd = sorted(set(data) ^ set(names)) if isinstance(data, dict) else data
             raise InputError(f"{where}: not a prior written by this project, or of another version; odd: {odd}")
@@ -73,7 +77,9 @@ class PriorCard:
         return cls(prior=spec(prior), fingerprint=cut.fingerprint, **where, **facts)
 
 
-def fit_prior(prior: Prior, states: LatentStates, row: int, images: Tensor, data: str) -> PriorCard:
+def fit_prior(
+    prior: Prior, states: LatentStates, row: int, images: Tensor, data: str, label: int | None = None
+) -> PriorCard:
     """Fit a prior at a row of a table to all of some images, uint8 or x_0 in float (N, C, H, W); returns its card."""
     if prior.learned:
         raise InputError(f"{type(prior).__name__} is trained: fit with lightning_tdisent.PriorModule")
@@ -85,7 +91,7 @@ def fit_prior(prior: Prior, states: LatentStates, row: int, images: Tensor, data
     stream = FITTING + int(cut.index[row])
     eps = seed_noise(range(len(x0)), stream, x0.shape[1:]) if prior.wants_noise else None
     notes = prior.fit(x0, a, b, eps)
-    return PriorCard.of(prior, states, row, data=data, n=len(x0), notes=notes)
+    return PriorCard.of(prior, states, row, data=data, n=len(x0), notes=notes, label=label)
 
 
 def fit_to(
@@ -95,17 +101,47 @@ def fit_to(
     data: str | Path,
     split: str = "train",
     n: int | None = None,
+    label: int | None = None,
 ) -> tuple[Prior, PriorCard]:
-    """Fit a prior (its class path and arguments) at a row of a model's table to images of some data, all if not n."""
+    """Fit a prior (its class path and arguments) at a row of a model's table to images of some data, all if not n.
+
+    label: fit to the images of this class alone, for a class-conditional model. Raises InputError for images that the
+    model was not trained on: `load_started` would refuse the prior.
+    """
     if n is not None and n < 1:
         raise InputError(f"-n {n}: at least 1 image")
-    card = read_card(find_files(model)[0])
-    states, prior, shape = build(card.states, LatentStates), build(part, Prior), card.shape
+    cards = [read_card(file) for file in find_files(model)]
+    states, prior, shape = build(cards[0].states, LatentStates), build(part, Prior), cards[0].shape
+    classes = cards[0].network["init_args"].get("classes")
+    if label is not None and not 0 <= label < (classes or 0):
+        raise InputError(f"--label {label}: {model} has {f'classes 0 to {classes - 1}' if classes else 'no classes'}")
     row = states.truncate(at).S
-    images = load(data, split, shape[0], n, shape[1])
-    if list(images.images.shape[1:]) != shape and not images.images.is_floating_point():
-        raise InputError(f"{data} has images of {list(images.images.shape[1:])}, {model} makes {shape}")
-    return prior, fit_prior(prior, states, row, images.images, images.digest)
+    shards = Shards.open(data, split, Decoder(shape[0], shape[1] if shape[1] == shape[2] else None))
+    refuse_other_data(f"{data}, split {split}: its images are the data", shards.digest, str(model), cards)
+    found = shards.decoded(n if label is None else None)
+    images = found.images if label is None else found.images[found.labels == label][:n]
+    if not len(images):
+        raise InputError(f"{data}, split {split}: holds no image of class {label}")
+    if list(images.shape[1:]) != shape and not images.is_floating_point():
+        raise InputError(f"{data} has images of {list(images.shape[1:])}, {model} makes {shape}")
+    fitted = fit_prior(prior, states, row, images, found.digest, label)
+    if classes and label is None and fitted.n > 1 and type(prior) is not StandardNormal:
+        fitted.notes.append(_ALL_CLASSES)
+    return prior, fitted
+
+
+_ALL_CLASSES = "fitted to images of all classes, so that every class starts alike; prior --label K fits one to class K"
+
+
+def refuse_other_data(what: str, digest: str, model: str, cards: Sequence[Card]) -> None:
+    """Refuse a prior's data (its digest) that is not what a model was trained on, where both are known."""
+    if digest == "unknown":
+        return
+    if others := sorted({card.data for card in cards} - {digest, "unknown"}):
+        raise InputError(
+            f"{what} {digest}, {model} was trained on {others[0]}: a prior is fitted to the training images of its "
+            "model, to no other split or set"
+        )
 
 
 def save_prior(path: str | Path, prior: Prior, card: PriorCard) -> None:
@@ -184,6 +220,22 @@ class Started(nn.Module):
         """What it starts from."""
         return self._prior[0]
 
+    def check_label(self, label: int | None) -> str:
+        """Refuse to draw another class than the prior's; return what must be said of a start, or an empty string.
+
+        label: the class of all images, None for all classes in turn.
+        """
+        if self.card is None or self.classes is None:
+            return ""
+        if self.card.label is not None and label != self.card.label:
+            asked = "all classes are drawn in turn" if label is None else f"class {label} is asked for"
+            raise InputError(
+                f"the prior was fitted to class {self.card.label} alone, {asked}: give --label {self.card.label}, or a "
+                "prior of all classes"
+            )
+        own = self.card.label is not None or isinstance(self.prior, StandardNormal)
+        return "" if own else f"the prior was {_ALL_CLASSES}"
+
     def start(self, seeds: Sequence[int]) -> Tensor:
         """x at the last row for these seeds."""
         return self.prior.sample(seeds, int(self.states.index[-1]))
@@ -226,8 +278,7 @@ def load_started(
         return Started(model, StandardNormal(), row), cards
     prior, card = load_prior(start)
     model, cards = load_model(source, residency, fill, card.row)
-    if others := sorted({c.data for c in cards} - {card.data, "unknown"} if card.data != "unknown" else set()):
-        raise InputError(f"{start}: the prior was fitted to the data {card.data}, {source} trained on {others[0]}")
+    refuse_other_data(f"{start}: the prior was fitted to the data", card.data, str(source), cards)
     return Started(model, prior, card.row, card).eval(), cards
 
 

@@ -1,5 +1,6 @@
 """Chains that start from a prior: what they draw, and what is refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -20,6 +21,7 @@ from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sampl
 from lightning_tdisent.sampling.start import (
     FITTING,
     Implicit,
+    PriorCard,
     Started,
     fit_prior,
     load_prior,
@@ -291,3 +293,84 @@ def test_the_command_fits_prints_and_is_used_by_sample_and_evaluate(
     assert row["bpd_low"] < row["bpd"] < row["bpd_high"]
     assert "wants 100 of them; there are 3" in row["bpd_refused"]
     assert "uniform decoder, 20 held-out images" in row["bpd_how"]
+
+
+@pytest.fixture
+def digest(digits):
+    from lightning_tdisent.streaming.shards import load
+
+    return {split: load(digits, split, 1).digest for split in ("train", "test")}
+
+
+def fitting(weights, out, *words):
+    return ["prior", str(weights), "--data", "data/digits", "--at", "3", "--out", str(out), *map(str, words)]
+
+
+def test_a_prior_of_data_that_the_model_has_not_seen_is_refused_when_it_is_fitted(
+    model, write, digest, tmp_path, capsys
+):
+    trained = write("trained", model(rows=[1, 2, 3, 4]), data=digest["train"])
+    assert main(fitting(trained, tmp_path / "p", "--split", "test")) == 2
+    said = capsys.readouterr().err
+    assert digest["train"] in said
+    assert digest["test"] in said
+    assert "split test" in said
+    assert not (tmp_path / "p").exists()
+    other = write("other", model(rows=[1, 2, 3, 4]), data="0" * 16)
+    assert main(fitting(other, tmp_path / "p")) == 2
+    unknown = write("unknown", model(rows=[1, 2, 3, 4]), data="unknown")
+    assert main(fitting(unknown, tmp_path / "p")) == 0
+
+
+def test_a_prior_of_few_images_says_its_rank(model, write, digest, tmp_path, capsys):
+    trained = write("trained", model(rows=[1, 2, 3, 4]), data=digest["train"])
+    assert main(fitting(trained, tmp_path / "few", "-n", 2)) == 0
+    assert "note: 2 images for 64 directions: their covariance has rank 1 at most" in capsys.readouterr().out
+    assert main(fitting(trained, tmp_path / "one", "-n", 1)) == 2
+    assert "wants 2 images at least, there are 1" in capsys.readouterr().err
+    assert main(fitting(trained, tmp_path / "rank", "-n", 9, "--set", "rank=8")) == 0
+    assert main(fitting(trained, tmp_path / "all")) == 0
+    assert "note" not in capsys.readouterr().out
+
+
+def test_a_prior_of_a_class_conditional_model_says_of_which_classes_it_is(model, write, digest, tmp_path, capsys):
+    """One of all classes is named as such when it is fitted and used; one of a class draws that class alone."""
+    trained = write("trained", model(rows=[1, 2, 3, 4], classes=10), data=digest["train"])
+    assert main(fitting(trained, tmp_path / "all")) == 0
+    assert "note: fitted to images of all classes" in capsys.readouterr().out
+    assert main(fitting(trained, tmp_path / "three", "--label", 3)) == 0
+    assert "161 images of class 3" in capsys.readouterr().out
+    from lightning_tdisent.streaming.shards import load
+
+    images = load("data/digits", "train", 1)
+    prior, card = load_prior(tmp_path / "three")
+    alone = Gaussian()
+    fit_prior(alone, LatentStates(Linear(), S=4), 3, images.images[images.labels == 3], "any")
+    assert torch.equal(prior.sample([0, 1], 750), alone.sample([0, 1], 750))
+    assert (card.label, card.n) == (3, 161)
+    ask = ["sample", str(trained), "--seeds", "0:3", "--prior"]
+    assert main([*ask, str(tmp_path / "all"), "--label", "3", "--out", str(tmp_path / "a")]) == 0
+    assert "note: the prior was fitted to images of all classes" in capsys.readouterr().out
+    assert main([*ask, str(tmp_path / "three"), "--label", "3", "--out", str(tmp_path / "b")]) == 0
+    assert "note" not in capsys.readouterr().out
+    for more, said in (
+        (["--label", "4"], "class 3 alone, class 4 is asked for"),
+        ([], "class 3 alone, all classes are drawn in turn"),
+    ):
+        assert main([*ask, str(tmp_path / "three"), "--out", str(tmp_path / "c"), *more]) == 2
+        assert said in capsys.readouterr().err
+    words = ["evaluate", str(trained), "--data", "data/digits", "--protocol", "digits", "-n", "20"]
+    assert main([*words, "--prior", str(tmp_path / "three"), "--out", str(tmp_path / "e")]) == 2
+    assert "class 3 alone" in capsys.readouterr().err
+    for label, said in ((10, "has classes 0 to 9"), (-1, "has classes 0 to 9")):
+        assert main(fitting(trained, tmp_path / "odd", "--label", label)) == 2
+        assert said in capsys.readouterr().err
+    plain = write("plain", model(rows=[1, 2, 3, 4]), data=digest["train"])
+    assert main(fitting(plain, tmp_path / "odd", "--label", 1)) == 2
+    assert "has no classes" in capsys.readouterr().err
+
+
+def test_priors_written_before_classes_were_kept_are_read(fitted):
+    _, card = load_prior(fitted())
+    content = {k: v for k, v in dataclasses.asdict(card).items() if k != "label"}
+    assert PriorCard.from_json(content, "old") == card
