@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.files import write_whole
 from lightning_tdisent.metrics.network import Extracted, FeatureNetwork
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -148,8 +149,7 @@ def save_classifier(path: Path, network: FeatureNetwork, dtype: torch.dtype = to
     """Write a feature network with its description; float16 halves the file, and is what is then measured."""
     state = network.state_dict().items()
     tensors = {k: (v.to(dtype) if v.is_floating_point() else v).detach().contiguous() for k, v in state}
-    save_file(tensors, path, {"spec": json.dumps(spec(network))})
-    path.chmod(0o644)
+    write_whole(path, save(tensors, {"spec": json.dumps(spec(network))}))
 
 
 def load_features(

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from rich.progress import Progress
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lightning_tdisent.diffusion.spec import build
@@ -179,7 +179,7 @@ class Study:
         write_whole(self.folder / "results.json", json.dumps(rows, indent=1).encode())
         for name, some in observations.items():
             some.save(self._observations(name))
-        save_file({k: v.contiguous() for k, v in images.items()}, self.folder / "samples.safetensors")
+        write_whole(self.folder / "samples.safetensors", save({k: v.contiguous() for k, v in images.items()}))
         study = {f.name: getattr(self, f.name) for f in fields(self)}
         write_whole(self.folder / "study.json", json.dumps(study, indent=1).encode())
 

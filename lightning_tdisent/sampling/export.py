@@ -48,7 +48,13 @@ def export(source: str | Path, out: str | Path, form: Literal["safetensors", "di
     if form == "diffusers":
         pipe = pipeline(model)
         pipe.save_pretrained(out)
-        loading = _DIFFUSERS.format(first=_IMPORT if isinstance(pipe.unet, Experts) else "", S=model.states.S)
+        loading = _DIFFUSERS.format(
+            first=_IMPORT if isinstance(pipe.unet, Experts) else "", S=model.states.S, shape=model.shape
+        )
+        # safetensors' own writer makes files for their owner alone; this one was made as the umask says
+        mode = (out / "model_index.json").stat().st_mode & 0o777
+        for file in out.rglob("*.safetensors"):
+            file.chmod(mode)
     else:
         loading = _SAFETENSORS
         if isinstance(model, Denoiser):
@@ -82,6 +88,26 @@ _DIFFUSERS = """
 
 Choose a number of steps that divides {S}: for others diffusers' scheduler steps to levels that the network is not asked
 at next. `use_clipped_model_output` takes the noise that fits the clipped image, as this model's own sampler does.
+
+`DDIMPipeline` calls `DDIMScheduler` alone. Others go into a loop of your own:
+
+    import torch
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps({S})
+    x = torch.randn(16, *{shape})
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(pipe.unet(x, t).sample, t, x).prev_sample
+    images = (x.clamp(-1, 1) + 1) / 2
+
+- `DDIMScheduler`, `DDPMScheduler`, `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler` work so. The last two do
+  not clip the estimate of the image at each step, as `DDIMScheduler` here and this model's own samplers do
+  (`clip_sample`): their images differ from those, and may leave [-1, 1] before the clamp.
+- `EulerDiscreteScheduler`, `EulerAncestralDiscreteScheduler`, `HeunDiscreteScheduler`, `LMSDiscreteScheduler` and
+  `KDPM2DiscreteScheduler` do not work: their timesteps are floating-point numbers, and the network takes whole ones.
+- `PNDMScheduler` runs, but asks beside the rows that the network was trained for.
 """
 _IMPORT = "import lightning_tdisent.sampling.export  # routes rows to networks; diffusers imports nothing itself\n    "
 
@@ -219,7 +245,13 @@ class Experts(UNet2DModel):
     def forward(
         self, sample: Tensor, timestep: Tensor | int, class_labels: None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
-        """Raw output of the owner of row timestep + 1, one for the batch."""
+        """Raw output of the owner of row timestep + 1, one for the batch; refuses what is no timestep of a row."""
+        whole = isinstance(timestep, int) or not timestep.is_floating_point()
+        if not whole or not 0 <= int(timestep) < len(self.owner):
+            raise InputError(
+                f"timestep {timestep}: this model takes whole numbers from 0 to {len(self.owner) - 1}; schedulers that "
+                "ask between them (Euler, Heun, LMS) do not work"
+            )
         network = self.experts[self.owner[int(timestep)]]
         index = None
         if network.sees_state:

@@ -146,6 +146,8 @@ def test_a_conditional_model_is_sampled_and_measured(inpainting, tmp_path, capsy
     row = json.loads((out / "results.json").read_text())[0]
     assert {"psnr", "ssim", "consistency", "diversity", "jfd_digits", "fd_digits"} <= row.keys()
     assert (row["draws"], row["given"]) == (4, "Inpainting(share=0.25, seed=0)")
+    modes = {name: (out / name).stat().st_mode for name in ("results.json", "samples.safetensors", "report.html")}
+    assert len(set(modes.values())) == 1, modes  # all as the umask says
     said = capsys.readouterr().out
     assert "psnr" in said
     page = (out / "report.html").read_text()

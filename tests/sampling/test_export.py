@@ -1,9 +1,11 @@
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
@@ -22,7 +24,7 @@ from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import read_card, sha256
 from lightning_tdisent.sampling.export import Experts, betas, export, pipeline, standard
 from lightning_tdisent.sampling.merge import merge
-from lightning_tdisent.sampling.sampler import DDIM
+from lightning_tdisent.sampling.sampler import DDIM, DPMSolver
 
 
 @pytest.fixture
@@ -295,6 +297,85 @@ def test_what_no_pipeline_draws_is_refused_with_all_reasons(model, write, tmp_pa
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="no weights here"):
         export(tmp_path / "nothing", tmp_path / "out")
+
+
+def looped(pipe, name, steps, n=64):
+    """Images of the loop that the README shows, with a scheduler of diffusers."""
+    scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    x = torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * float(scheduler.init_noise_sigma)
+    start, generator = x, {"generator": torch.Generator().manual_seed(1)} if name.startswith("DDPM") else {}
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(pipe.unet(scheduler.scale_model_input(x, t), t).sample, t, x, **generator).prev_sample
+    return x, start
+
+
+class OfGaussians(Network):
+    """The v that belongs to E[x_0 | x] of x_0 ~ N(0.3, 0.05), pixel by pixel, at the rows of a table."""
+
+    table = LatentStates(Linear(), S=50, spacing="trailing")
+
+    def __init__(self, shape, classes=None, conditioning="state"):
+        super().__init__(shape, classes, conditioning)
+        self.one = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x, index=None, label=None):
+        s = self.table.index.tolist().index(int(index[0]))
+        a, b = (float(c) for c in self.table.coefficients(s))
+        x0 = 0.3 + a * 0.05 / (a * a * 0.05 + b * b) * (x - a * 0.3)
+        return (a * x - x0) / b
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "DDPM", "DPMSolverMultistep", "UniPCMultistep"])
+def test_the_schedulers_that_the_readme_names_draw_the_data(scheduler):
+    """Mean 0.3, and variance 0.05 but for the error of 50 steps, which makes it smaller."""
+    pipe = pipeline(Denoiser(OfGaussians([1, 8, 8]), V(), OfGaussians.table).eval())
+    x, _ = looped(pipe, f"{scheduler}Scheduler", 50)
+    assert float(x.mean()) == pytest.approx(0.3, abs=0.01)
+    assert 0.03 < float(x.var()) < 0.05
+
+
+def test_dpm_solver_of_diffusers_is_the_own_one_without_its_clip(model):
+    own = model()
+    x, start = looped(pipeline(own), "DPMSolverMultistepScheduler", 4, 3)
+    with torch.no_grad():
+        *_, (_, unclipped, _) = DPMSolver(clip=None).walk(own, [0, 1, 2], start=start)
+        *_, (_, clipped, _) = DPMSolver().walk(own, [0, 1, 2], start=start)
+    torch.testing.assert_close(x, unclipped, rtol=0, atol=1e-4)
+    assert float((x - clipped).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("kind", ["one", "many"])
+def test_schedulers_that_do_not_work_are_named(model, experts, tmp_path, write, composite, kind):
+    out = export(composite if kind == "many" else write("one", model()), tmp_path / "out", "diffusers")
+    text = (out / "README.md").read_text()
+    pipe = DiffusionPipeline.from_pretrained(out)
+    for name in ("Euler", "EulerAncestral", "Heun", "LMS", "KDPM2"):
+        assert f"`{name}DiscreteScheduler`" in text
+        with pytest.raises((RuntimeError, InputError)):
+            looped(pipe, f"{name}DiscreteScheduler", 4, 2)
+    for name in ("DDIM", "DDPM", "DPMSolverMultistep", "UniPCMultistep"):
+        assert f"`{name}Scheduler`" in text
+        assert looped(pipe, f"{name}Scheduler", 4, 2)[0].isfinite().all()
+    code = text.split("loop of your own:")[1].split("- `DDIM")[0].replace("randn(16", "randn(2")
+    names = {"pipe": pipe}
+    exec("\n".join(line.removeprefix("    ") for line in code.splitlines()), names)  # noqa: S102  # as a reader would
+    assert list(names["images"].shape) == [2, 1, 8, 8]
+    if kind == "many":
+        for odd in (-1, 4, torch.tensor(1.0), torch.tensor(1.5)):
+            assert "takes whole numbers from 0 to 3" in refusal(pipe.unet, torch.zeros(1, 1, 8, 8), odd)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+@pytest.mark.parametrize("form", ["safetensors", "diffusers"])
+def test_exported_files_follow_the_umask(model, tmp_path, write, form, umask, mode):
+    before = os.umask(umask)
+    try:
+        out = export(write("one", model()), tmp_path / "out", form)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in out.rglob("*") if file.is_file()} == {mode}
 
 
 SCRIPT = """
