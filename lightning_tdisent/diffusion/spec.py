@@ -10,7 +10,8 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -142,7 +143,48 @@ def _plain(value: object, where: str) -> Any:
         return {str(k): _plain(v, where) for k, v in value.items()}
     if isinstance(value, Part):
         return spec(value)
-    raise InputError(f"{where} holds a {type(value).__name__}, which a checkpoint cannot name")
+    cls, _, name = where.partition(".")
+    raise InputError(
+        f"{where} holds a {type(value).__name__}, which a checkpoint cannot name: the attribute {name} must be the "
+        f"argument {name} of {cls} as it was given. Keep what is made of it under another name, such as "
+        f"self.{name}_ = {type(value).__name__}(..)"
+    )
+
+
+def rebuild(part: SomePart, make: Callable[[dict[str, Any]], Any] | None = None) -> SomePart:
+    """Build a part again from its `spec`, with ``make`` if given; refuse one whose attributes are not its arguments.
+
+    Raises InputError that names every argument whose attribute has another value in the part built again.
+    """
+    mine, cls = spec(part), type(part)
+    try:
+        other: SomePart = make(mine) if make else build(mine, cls)
+    except (OSError, MemoryError):
+        raise
+    except InputError as error:
+        raise InputError(f"a {cls.__name__} cannot be built again from what a file would say of it: {error}") from error
+    except Exception as error:  # a constructor that is not ours
+        raise InputError(
+            f"{cls.__name__} cannot be built again from its arguments {mine['init_args']}: {said(error)}. Arguments "
+            "that come through **kwargs, or positional-only ones, are in no file: name them in __init__"
+        ) from error
+    before, after = mine["init_args"], spec(other)["init_args"]
+    if changed := [k for k in before if before[k] != after[k]]:
+        listed = "; ".join(f"{k} is {before[k]!r}, and {after[k]!r} in one built with {before[k]!r}" for k in changed)
+        raise InputError(
+            f"{cls.__name__} does not keep its arguments as they were given: {listed}. Keep each as it is "
+            f"(self.{changed[0]} = {changed[0]}), and what is made of it under another name"
+        )
+    return other
+
+
+def said(error: Exception) -> str:
+    """Type, first line and place of an error in somebody's code."""
+    frames, package = traceback.extract_tb(error.__traceback__), str(Path(__file__).parents[1])
+    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(package)]
+    place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}{place}"
 
 
 def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:

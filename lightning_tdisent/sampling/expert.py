@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lightning_tdisent.diffusion.objectives import Objective
-from lightning_tdisent.diffusion.spec import build, changed, spec
+from lightning_tdisent.diffusion.spec import build, changed, rebuild, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
-from lightning_tdisent.networks.network import Network
+from lightning_tdisent.networks.rebuild import faithful, without_weights
 from lightning_tdisent.sampling.denoiser import Denoiser
 
 SCHEMA = 2
@@ -98,19 +98,57 @@ class Card:
                 f"{where}: the table rebuilt from its description has fingerprint {states.fingerprint}, the file was "
                 f"trained with {self.fingerprint}. The schedule code has changed since."
             )
-        with torch.device("meta"):
-            network = build(self.network, Network)
-        if any(True for _ in network.buffers()):  # computed by the constructor, not stored in the file
-            network = build(self.network, Network)
-        return Denoiser(network, build(self.objective, Objective), states, self.rows)
+        return Denoiser(without_weights(self.network), build(self.objective, Objective), states, self.rows)
+
+
+def rebuilt(denoiser: Denoiser) -> Denoiser:
+    """Return the denoiser that a file of this one would give back, with the same tensors as weights.
+
+    Raises InputError, naming the part and what differs, unless network, table, objective and operator compute the
+    same from what the file would say of them. See `networks.rebuild.faithful`.
+    """
+    network, objective, states = faithful(denoiser.network), rebuild(denoiser.objective), rebuild(denoiser.states)
+    if states.fingerprint != denoiser.states.fingerprint:
+        raise InputError(f"{denoiser.states} is no table of its schedule and cannot be described in a file")
+    states.to(denoiser.weights.device)
+    other = Denoiser(network, objective, states, denoiser.rows)
+    other.weights = other.weights.to(denoiser.weights.device)
+    generator = torch.Generator().manual_seed(1)
+    x0, item = 2 * torch.rand(2, *denoiser.shape, generator=generator) - 1, torch.arange(2)
+    x0, item = x0.to(denoiser.weights.device), item.to(denoiser.weights.device)
+    z, again = denoiser.components(x0, item), other.components(x0, item)
+    if z.shape != again.shape or not torch.allclose(z, again):
+        raise InputError(
+            f"{type(denoiser.states).__name__}: the table built from what a file would say of it makes other states of "
+            "an image: its operator or basis is random, or has arguments that are no attributes"
+        )
+    s = torch.tensor([denoiser.rows[0], denoiser.rows[-1]], device=x0.device)
+    a, b = states.coefficients(s, z)
+    eps = torch.randn(z.shape, generator=generator).to(z)
+    assert isinstance(a, Tensor)
+    assert isinstance(b, Tensor)
+    parts = ((d.weights, d.objective) for d in (denoiser, other))
+    mine, theirs = ((weights, o.target(z, eps, a, b), o.x0(eps, z, a, b)) for weights, o in parts)
+    if not all(torch.allclose(m, t, equal_nan=True) for m, t in zip(mine, theirs, strict=True)):
+        raise InputError(
+            f"{type(objective).__name__}: the objective built from what a file would say of it has other weights or "
+            "targets: keep every argument of it, and of its weight, as an attribute of the same name"
+        )
+    return other
 
 
 def save_expert(path: str | Path, denoiser: Denoiser, card: Card, weights: dict[str, Tensor] | None = None) -> None:
     """Write weights (the denoiser's own if not given) and card to a .safetensors file; never half-written.
 
-    The card as written begins with the SHA-256 of the whole file, taken with zeros in its own place.
+    The card as written begins with the SHA-256 of the whole file, taken with zeros in its own place. Raises InputError,
+    with nothing written, for a network that the file would not give back, or weights of other names or shapes.
     """
-    state = weights if weights is not None else denoiser.state_dict()
+    faithful(denoiser.network)
+    own = denoiser.state_dict()
+    state = weights if weights is not None else own
+    if odd := sorted(k for k in own.keys() | state.keys() if k not in own or k not in state
+                     or own[k].shape != state[k].shape):  # fmt: skip
+        raise InputError(f"{path}: weights that do not fit their network were to be written: {', '.join(odd[:6])}")
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     content = save(tensors, {"card": json.dumps({"sha256": BLANK, **dataclasses.asdict(card)})})
     write_whole(path, content.replace(BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1))

@@ -228,7 +228,9 @@ def test_a_class_that_is_no_part_is_refused_and_not_called(model, forge, tmp_pat
 def test_a_class_of_the_reader_is_taken_once_it_is_imported(toy, states, write, monkeypatch):
     monkeypatch.setattr(toy, "__module__", "readers_network")
     one = Denoiser(toy([1, 4, 4], gain=0.4), V(), states)
-    path = write("toy", one)
+    with monkeypatch.context() as while_writing:
+        while_writing.setitem(sys.modules, "readers_network", SimpleNamespace(Toy=toy))
+        path = write("toy", one)
     with pytest.raises(InputError, match=r"readers_network\.Toy.*not loaded"):
         load_expert(path)
     monkeypatch.setitem(sys.modules, "readers_network", SimpleNamespace(Toy=toy))

@@ -1,0 +1,191 @@
+"""Networks from their descriptions, and the proof that a description gives back the function that is trained."""
+
+import contextlib
+import inspect
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_tdisent.diffusion.spec import build, rebuild, said, spec
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.networks.network import Network
+
+_REMEDY = (
+    "Give every argument that changes the network a name in __init__ (not **kwargs, which dict_kwargs fills), keep it "
+    "as an attribute of this name as it was given, and keep what is drawn or changed later in buffers of the state dict"
+)
+
+
+def without_weights(data: dict[str, Any]) -> Network:
+    """Build a network from its `spec`, on the meta device if its constructor computes nothing that no file holds."""
+    with contextlib.suppress(Exception):  # of a constructor that reads a tensor; what is really wrong is raised below
+        with torch.device("meta"):
+            network = build(data, Network)
+        if not any(_holds_tensors(module) for module in network.modules()):
+            return network
+    return build(data, Network)
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    own = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_modules")}
+    return _tensor_in(own)
+
+
+def _tensor_in(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_tensor_in, value.values()))
+    if isinstance(value, (list, tuple, set)):
+        return any(map(_tensor_in, value))
+    return isinstance(value, Tensor)
+
+
+@torch.no_grad()
+def faithful(network: Network) -> Network:
+    """Return the network that a file of this one would give back, with the same tensors as weights.
+
+    It is built from the `spec` of the network. Both are evaluated, in eval mode, with perturbed weights (a layer that
+    starts at 0 would hide what comes before it) for one random input. Raises InputError, naming what differs, unless
+    the arguments, the names and shapes of the weights and the outputs agree and an output has the shape of its input.
+    Outputs must be equal on a CPU, and equal up to rounding elsewhere. No random generator of the process moves.
+    """
+    name, parameter = type(network).__name__, next(network.parameters(), torch.zeros(()))
+    with _own_randomness(0x5EED):
+        other = rebuild(network, without_weights)
+        state = network.state_dict()
+        try:
+            _refuse_other_weights(name, state, other.state_dict())
+            other.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            said_ = " ".join(str(error).split())
+            raise InputError(f"{name}: its weights do not fit the network built from its arguments: {said_}") from None
+        other.to(parameter.device)
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        key: value + 0.02 * torch.randn(value.shape, generator=generator).to(value)
+        if value.is_floating_point()
+        else value
+        for key, value in network.named_parameters()
+    }
+    x = torch.randn(2, *network.shape, generator=generator).to(parameter)
+    index = torch.ones(2, dtype=torch.long, device=x.device) if network.sees_state else None
+    label = None if network.classes is None else torch.tensor([0, network.classes], device=x.device)
+    _refuse_signature(network)
+
+    def output(of: Network) -> Tensor:
+        with _evaluating(of), _own_randomness(0):
+            try:
+                out = functional_call(of, values, (x, index, label))
+            except (InputError, OSError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                what = f"x {list(x.shape)}, index and label {'none' if label is None else list(label.shape)}"
+                raise InputError(f"{name} fails for {what}: {said(error)}") from error
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            found = list(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+            raise InputError(
+                f"{name}: for an input of shape {list(x.shape)} its output is {found}; a network says one value for "
+                "each value of its input, in the same shape"
+            )
+        return out
+
+    mine = output(network)
+    if not _same(mine, output(other)):
+        if not _same(mine, output(network)):
+            raise InputError(
+                f"{name}: two calls with one input, in eval mode and from one random state, give other outputs; a "
+                "network must be a function of its input and its weights"
+            )
+        raise InputError(
+            f"{name}: the network built from its arguments {_arguments(network)} has the same weights but other "
+            f"outputs: what is trained could not be loaded again{_differing(network, other)}. {_REMEDY}"
+        )
+    return other
+
+
+def _arguments(network: Network) -> str:
+    return ", ".join(f"{k}={v}" for k, v in spec(network)["init_args"].items())
+
+
+def _refuse_other_weights(name: str, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    shapes = [{key: list(value.shape) for key, value in state.items()} for state in (mine, theirs)]
+    odd = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
+    if odd:
+        pairs = [f"{key} {shapes[0].get(key, 'none')}, rebuilt {shapes[1].get(key, 'none')}" for key in odd[:6]]
+        more = f" and {len(odd) - 6} more" if len(odd) > 6 else ""
+        raise InputError(
+            f"{name}: the network built from its arguments has other weights: {'; '.join(pairs)}{more}: what is "
+            f"trained could not be loaded again. {_REMEDY}"
+        )
+
+
+def _refuse_signature(network: Network) -> None:
+    """Refuse a forward that cannot be called as every network is."""
+    try:
+        signature = inspect.signature(network.forward)
+        signature.bind(None, None, None)
+    except TypeError:
+        raise InputError(
+            f"{type(network).__name__}.forward{signature} cannot be called as forward(x, index, label); take these "
+            "three (index is None for a network that does not see the state, label None without classes)"
+        ) from None
+    except ValueError:  # a callable without a signature
+        return
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    equal = bool(((a == b) | (a.isnan() & b.isnan())).all())
+    if equal or a.device.type == "cpu":
+        return equal
+    return bool((a - b).abs().max() <= 1e-3 * a.abs().max())
+
+
+def _differing(network: Network, other: Network) -> str:
+    """The attributes of two networks that differ, as far as they are plain values or tensors of no state dict."""
+    found = []
+    theirs = dict(other.named_modules())
+    for path, module in network.named_modules():
+        if path not in theirs:
+            continue
+        mine, rebuilt = ({**vars(m), **m._buffers} for m in (module, theirs[path]))
+        for key, value in mine.items():
+            if key.startswith("_") and key not in module._buffers:
+                continue
+            now, where = rebuilt.get(key), f"{path}.{key}".lstrip(".")
+            if isinstance(value, Tensor) and isinstance(now, Tensor):
+                if value.shape != now.shape or not torch.equal(value, now.to(value)):
+                    found.append(f"the tensor {where}")
+            elif isinstance(value, (int, float, str, bool, tuple, list)) and value != now and key != "training":
+                found.append(f"{where} is {value!r}, rebuilt {now!r}")
+    return f" ({'; '.join(found[:4])})" if found else ""
+
+
+@contextlib.contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """Seed the global generators inside, and leave them as they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    others = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])  # noqa: NPY002
