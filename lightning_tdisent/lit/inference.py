@@ -65,7 +65,9 @@ class DenoiserModule(L.LightningModule):
         return self.rows == self.denoiser.states.rows
 
     def setup(self, stage: str) -> None:
-        """Refuse data of another shape or with other classes, before anything is spent."""
+        """Refuse data of another shape or with other classes, and a sampler that does not fit the table."""
+        if self.whole:
+            self.sampler.check(self.denoiser.states)
         data = getattr(self.trainer, "datamodule", None)
         shape = getattr(data, "image_shape", None)
         if shape is not None and shape != self.denoiser.shape:

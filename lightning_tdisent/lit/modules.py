@@ -22,11 +22,12 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.checkpoints import load
 from lightning_tdisent.lit.inference import DenoiserModule, clean
+from lightning_tdisent.lit.preflight import preflight, refuse_trainer, refuse_unweighted
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.ranks import gather
 from lightning_tdisent.sampling.composite import start_warm
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import Card, save_expert
+from lightning_tdisent.sampling.expert import Card, rebuilt, save_expert
 from lightning_tdisent.sampling.sampler import DDIM, Sampler
 
 
@@ -96,14 +97,24 @@ class Diffusion(Part, DenoiserModule):
     def setup(self, stage: str) -> None:
         """Check the data, and take the weights of ``warm_start`` for a new run."""
         super().setup(stage)
-        if stage == "fit" and self.warm_start and not self.trainer.ckpt_path:
+        if stage != "fit":
+            return
+        refuse_trainer(self.trainer)
+        if isinstance(self.denoiser, Denoiser):
+            refuse_unweighted(self.denoiser)
+        if self.warm_start and not self.trainer.ckpt_path:
             self.parents = start_warm(self.denoiser, self.warm_start)
 
     def on_fit_start(self) -> None:
-        """Put the generator of the training noise on the device."""
+        """Put the generator of the training noise on the device, and try all that the run will need."""
         self.generator = torch.Generator(self.device)
         self.skipped = torch.zeros((), device=self.device)
         self.seed = self.trainer.strategy.broadcast(torch.initial_seed() & 0xFFFFFFFF)
+        preflight(self.trainer, self)
+
+    def rebuilt(self) -> Denoiser:
+        """The denoiser that a file of this one would give back; refuses one that computes another function."""
+        return rebuilt(self.denoiser)
 
     def on_train_start(self) -> None:
         """Start the clock of ``seconds``, which runs while training, not while validating.

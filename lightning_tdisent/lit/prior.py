@@ -16,7 +16,7 @@ from lightning_tdisent.lit.inference import DenoiserModule, clean
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.priors.prior import Prior
 from lightning_tdisent.sampling.evaluation import HELD_OUT
-from lightning_tdisent.sampling.start import FILE, FITTING, PriorCard, save_prior
+from lightning_tdisent.sampling.start import FILE, FITTING, PriorCard, rebuilt_prior, save_prior
 
 FIRST = 512  # images that a prior is initialised with
 
@@ -106,6 +106,10 @@ class PriorModule(Diffusion):
             x0 = clean(images.batch(torch.arange(len(images)))).to(self.device)
             eps = seed_noise(range(len(x0)), FITTING + self.denoiser.index, x0.shape[1:]).to(x0)
             self.prior.initialise(self.denoiser.states_of(x0, eps))
+
+    def rebuilt(self) -> PriorAt:
+        """The prior that a file of this one would give back; see `rebuilt_prior`."""
+        return PriorAt(rebuilt_prior(self.prior), self.table, self.at)
 
     def on_validation_epoch_start(self) -> None:
         """Start the sum."""

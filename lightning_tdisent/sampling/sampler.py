@@ -57,6 +57,10 @@ class Sampler(Part, ABC):
         return [s for block, n in zip(blocks, _shares(self.steps, [len(b) for b in blocks]), strict=True)
                 for s in probe_rows(block, n)][::-1]  # fmt: skip
 
+    def check(self, states: LatentStates) -> None:
+        """Refuse a table that this sampler cannot walk."""
+        self.plan(states, [*self.rows(states), 0])
+
     @abstractmethod
     def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Step]:
         """Coefficients (c0, c0 of the estimate before, cx, cz) of every step along rows S..0, computed once.
@@ -72,17 +76,18 @@ class Sampler(Part, ABC):
         start: Tensor | None = None,
         given: Tensor | None = None,
         known: Tensor | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Yield (row, x, x0_hat of the step that led there), from (S, noise, None) to (0, image, image).
 
         seeds: one per image; label: int64 (B,) or None; start: x at row S instead of N(0, I) of the seeds, or of what
         a `Started` model begins with; given: observations (B, C', H, W) for a conditional model; known: masks
         (B, 1, H, W) of the pixels that an observation shows as they are: at every row r they are replaced by
-        a_r y + b_r z, by y itself at the end. States are those of the table: of components, in the shape of what is
-        live; `LatentStates.picture` shows them.
+        a_r y + b_r z, by y itself at the end; rows: those to visit, S first, if not all of `rows`. States are those of
+        the table: of components, in the shape of what is live; `LatentStates.picture` shows them.
         """
         states, shape = denoise.states, denoise.shape
-        path = [*self.rows(states), 0]
+        path = [*(rows or self.rows(states)), 0]
         if expect := getattr(_unguided(denoise), "expect", None):
             expect(path[:-1])
         parameter = next(iter(denoise.parameters()))
@@ -216,13 +221,12 @@ class DPMSolver(Sampler):
     """DPM-Solver++(2M): second order in half log-SNR from the estimate of the step before (2211.01095, Algorithm 2).
 
     x_r = (d/b) x_s - c (e^{-h} - 1) D, D = (1 + 1/(2q)) x0_hat - 1/(2q) x0_before, h = lambda_r - lambda_s,
-    q = h_before/h. The first step and the last, whose h is infinite, are of first order.
+    q = h_before/h. The first step and the last, whose h is infinite, are of first order. From a row without signal
+    (zero terminal SNR) h is infinite, too: x_r = c x0_hat + (d/b) x_s; the step after it has q = inf, D = x0_hat.
     """
 
     def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Step]:
-        """See the class; refuses a table whose last row has no signal, where lambda is -inf."""
-        if bool((states.log_snr.isneginf() & states.counted).any()):
-            raise InputError("DPMSolver needs a finite log-SNR at the last row; use DDIM with zero_terminal")
+        """See the class."""
         out: list[Step] = []
         half, before = states.log_snr / 2, None
         for s, r in pairwise(rows):
@@ -280,6 +284,7 @@ def sample(
             f"the model makes latents of {denoise.shape}, not images: call its sampler with clip None, and decode what "
             "it returns with the autoencoder (z / scaling_factor + shift_factor)"
         )
+    sampler.check(denoise.states)
     given = check_given(denoise.states, given, len(seeds))
     if label is None and denoise.classes:
         label = torch.tensor([seed % denoise.classes for seed in seeds])

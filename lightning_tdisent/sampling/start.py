@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lightning_tdisent
 from lightning_tdisent.diffusion.process import scale
 from lightning_tdisent.diffusion.rng import seed_noise
-from lightning_tdisent.diffusion.spec import build, spec
+from lightning_tdisent.diffusion.spec import build, rebuild, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
@@ -174,22 +174,45 @@ def load_prior(source: str | Path) -> tuple[Prior, PriorCard]:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: damaged: {error}") from None
     prior = build(card.prior, Prior)
-    missing = prior.state_dict().keys() ^ tensors.keys()
-    if missing:
-        raise InputError(f"{path}: its tensors do not fit {card.prior['class_path']}: {', '.join(sorted(missing)[:6])}")
-    for name, tensor in tensors.items():  # buffers have the sizes that a fit gave them
-        module, _, leaf = name.rpartition(".")
-        owner = prior.get_submodule(module)
-        if leaf in owner._buffers:
-            owner._buffers[leaf] = tensor
-        else:
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    _fill(prior, tensors, str(path))
     try:
         if prior.has_density and not prior.log_prob(torch.zeros(1, *(prior.shape or []))).isfinite().all():
             raise InputError(f"{path}: its density is not finite")
     except (RuntimeError, IndexError) as error:
         raise InputError(f"{path}: its tensors do not fit each other: {error}") from None
     return prior.eval(), card
+
+
+def _fill(prior: Prior, tensors: dict[str, Tensor], where: str) -> None:
+    """Give a prior these tensors; buffers have the sizes that a fit gave them."""
+    if missing := prior.state_dict().keys() ^ tensors.keys():
+        raise InputError(f"{where}: its tensors do not fit {type(prior).__name__}: {', '.join(sorted(missing)[:6])}")
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        owner = prior.get_submodule(module)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+        else:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def rebuilt_prior(prior: Prior) -> Prior:
+    """Return the prior that a file of this one would give back, with the same tensors; refuse another density."""
+    other, name = rebuild(prior), type(prior).__name__
+    _fill(other, prior.state_dict(), name)
+    if prior.has_density:
+        tensors = prior.state_dict().values()
+        device = next((t.device for t in tensors), torch.device("cpu"))
+        other.to(device)
+        x = torch.randn(2, *(prior.shape or []), generator=torch.Generator().manual_seed(0)).to(device)
+        with torch.no_grad():
+            mine, theirs = prior.log_prob(x), other.log_prob(x)
+        if not torch.allclose(mine, theirs, equal_nan=True):
+            raise InputError(
+                f"{name}: built from its arguments and tensors it has log-densities {theirs.tolist()}, and not "
+                f"{mine.tolist()}: keep every argument as an attribute of its name, and all else in buffers"
+            )
+    return other.requires_grad_(prior.learned)
 
 
 class Started(nn.Module):

@@ -18,6 +18,8 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.checkpoints import remove_orphans, steps
 from lightning_tdisent.lit.modules import Diffusion
+from lightning_tdisent.lit.preflight import trying
+from lightning_tdisent.ranks import shared_errors
 
 STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 SAVE, TERMINATE, INTERRUPT = 1, 2, 3
@@ -87,8 +89,25 @@ class Checkpoint(LightningCheckpoint):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Look at the folder before the run claims it."""
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            self._preflight(trainer, pl_module)
+        if trainer.fast_dev_run:
+            return
+        with shared_errors():
+            if trainer.is_global_zero:
+                self._preflight(trainer, pl_module)
+            with trying("a checkpoint"):
+                self._rehearse(trainer)
+
+    def _rehearse(self, trainer: L.Trainer) -> None:
+        """Write a checkpoint in a folder beside the others, read it back and remove it."""
+        content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        if not trainer.is_global_zero:
+            return
+        folder = self.folder / ".preflight"
+        try:
+            trainer.strategy.checkpoint_io.save_checkpoint(content, folder / _name(0))
+            trainer.strategy.checkpoint_io.load_checkpoint(folder / _name(0))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Listen to signals, and let the ranks agree beside the device's queue instead of in it."""

@@ -21,6 +21,7 @@ class LossPerState(L.Callback):
     def __init__(self, bins: int = 32) -> None:
         self.bins = bins
         self.last: tuple[int, dict[str, float]] = (0, {})
+        self.sums = torch.zeros(2, 0)
         self._restored: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.inference import DenoiserModule
+from lightning_tdisent.lit.preflight import Rehearsed
 from lightning_tdisent.sampling.observations import observed
 from lightning_tdisent.sampling.pictures import estimate_strip, forward_strip, grid, reverse_strip, save_png
 from lightning_tdisent.sampling.sampler import probe_rows, sample, to_uint8
 
 
-class Pictures(L.Callback):
+class Pictures(Rehearsed):
     """At each validation: a grid of samples, the forward strip of held-out images, the reverse strip of samples.
 
     samples: images of the grid, seeds first_seed ..; strips: images of each strip. Rank 0 draws them. A model that
@@ -49,6 +50,19 @@ class Pictures(L.Callback):
         else:
             triple = estimate_strip(denoiser, data.images[: self.strips], rows[-1], range(self.strips))
             self._show(trainer, "estimate", triple.flatten(0, 1), 3)
+
+    def rehearse(self, trainer: L.Trainer, module: DenoiserModule, images: Tensor | None) -> None:
+        """Draw what there is of two images, and show it nowhere."""
+        denoiser, rows = module.denoiser, module.rows
+        if not trainer.is_global_zero or denoiser.shape[0] not in (1, 3):
+            return
+        data = trainer.datamodule.held_out
+        forward_strip(denoiser, data.images[:2], rows[-1:], range(len(data.images[:2])))
+        if (prior := getattr(module, "prior", None)) is not None:
+            images = to_uint8(prior.sample(range(2), int(denoiser.states.index[rows[-1]])))
+        if images is None:
+            images = estimate_strip(denoiser, data.images[:2], rows[-1], range(len(data.images[:2]))).flatten(0, 1)
+        grid(images.cpu())
 
     def _show(self, trainer: L.Trainer, name: str, images: Tensor, columns: int = 16) -> None:
         picture, step = grid(images, columns), trainer.global_step

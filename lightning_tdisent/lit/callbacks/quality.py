@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from lightning_tdisent.errors import InputError, Unavailable
 from lightning_tdisent.lit.inference import DenoiserModule
+from lightning_tdisent.lit.preflight import Rehearsed
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
@@ -16,7 +19,7 @@ from lightning_tdisent.sampling.evaluation import open_quality, real_images, sco
 from lightning_tdisent.sampling.observations import observed
 
 
-class SampleQuality(L.Callback):
+class SampleQuality(Rehearsed):
     """Sample from fixed seeds at each validation and compare with real images, by the code of ``evaluate``.
 
     protocol: a preset (``digits``, ``cifar10``, ``adm``, ..) or a mapping of ``preset`` and the fields of `Protocol`
@@ -62,6 +65,13 @@ class SampleQuality(L.Callback):
                 f"SampleQuality: n={p.n} images leave a covariance of {network.num_features} features without full "
                 f"rank; a perfect model would have a distance of about {self._quality.bias:.3f}"
             )
+
+    def rehearse(self, trainer: L.Trainer, module: DenoiserModule, images: Tensor | None) -> None:
+        """Take the features of the images."""
+        if self._quality is not None and images is not None:
+            quality = self._quality.to(module.device)
+            quality.add(images, torch.arange(len(images)))
+            quality.reset()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: DenoiserModule) -> None:
         """Score this rank's share of the seeds and log the numbers over all."""

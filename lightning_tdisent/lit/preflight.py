@@ -1,0 +1,174 @@
+"""The preflight of a fit: whatever the run will need later is tried once, before its first step."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_tdisent.diffusion.operators import probe
+from lightning_tdisent.diffusion.spec import said
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.ranks import shared_errors
+from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.observations import observed
+from lightning_tdisent.sampling.sampler import to_uint8
+from lightning_tdisent.streaming.shards import ImageSet
+
+if TYPE_CHECKING:
+    from lightning_tdisent.lit.modules import Diffusion
+
+N = 2  # images of everything that is tried
+EVALUATIONS = 4  # of the network, for the sample
+# errors of a device, which may be gone another time
+DEVICE = tuple(getattr(torch, name) for name in ("OutOfMemoryError", "AcceleratorError") if hasattr(torch, name))
+
+
+class Rehearsed(L.Callback):
+    """A callback whose work at a validation is tried before the first step."""
+
+    def rehearse(self, trainer: L.Trainer, module: "Diffusion", images: Tensor | None) -> None:
+        """Do it for a few images, uint8 on the device, sampled from the untrained module; None where it cannot sample.
+
+        Nothing may be logged or written, and no rank may wait for another.
+        """
+        raise NotImplementedError
+
+
+def preflight(trainer: L.Trainer, module: "Diffusion") -> None:
+    """Try what the run will need later on two images, and refuse in one line what fails.
+
+    Tried are the model that a file would give back (see `sampling.expert.rebuilt`), and with it a training step with
+    its gradients, a validation batch, a sample of at most four network evaluations, and the work of callbacks. All of
+    it uses a copy of the weights: no weights, buffers, random generators, counts or data are moved.
+    """
+    live, seen = module.denoiser, module.images_seen
+    with isolate_rng(), shared_errors():
+        try:
+            with trying("the model that a file would give back"):
+                batch = _batch(trainer, module)
+                if module.states.condition is not None:
+                    probe(module.states.condition.operator, module.states.image_shape)
+                module.card("live")
+                module.denoiser = _copied(module.rebuilt())
+            _try_all(trainer, module, batch)
+        finally:
+            module.denoiser, module.images_seen = live, seen
+
+
+def _try_all(trainer: L.Trainer, module: "Diffusion", batch: dict[str, Any] | None) -> None:
+    precision, denoiser = trainer.precision_plugin, module.denoiser
+    if batch is not None:
+        with trying("a training step"), torch.enable_grad(), precision.train_step_context():
+            denoiser.train()
+            out: Any = module.training_step(batch, 0)
+            (out["loss"] if isinstance(out, dict) else out).backward()
+    denoiser.eval()
+    with torch.no_grad(), precision.val_step_context():
+        if batch is not None:
+            with trying("a validation batch"):
+                module.on_validation_epoch_start()
+                module.validation_step(batch, 0)
+        images = None
+        if module.whole:
+            with trying("a sample"):
+                images = _sampled(module, batch)
+        for callback in trainer.callbacks:
+            if isinstance(callback, Rehearsed):
+                with trying(type(callback).__name__):
+                    callback.rehearse(trainer, module, images)
+
+
+def _batch(trainer: L.Trainer, module: "Diffusion") -> dict[str, Any] | None:
+    """Held-out images of the data module, or noise where it has none; None for a module that has batches of its own."""
+    held_out = getattr(trainer.datamodule, "held_out", None)
+    if isinstance(held_out, ImageSet):
+        batch: dict[str, Any] = held_out.batch(torch.arange(min(N, len(held_out))))
+    else:
+        own = (type(module).training_step, type(module).validation_step)
+        if not all(step.__module__.startswith("lightning_tdisent.") for step in own):
+            return None
+        image = torch.randint(256, (N, *module.denoiser.shape), dtype=torch.uint8)
+        batch = {"image": image, "label": torch.zeros(N, dtype=torch.long), "id": torch.arange(N)}
+    batch = trainer.strategy.batch_to_device(batch, module.device)
+    return trainer.precision_plugin.convert_input(batch)  # type: ignore[no-any-return]
+
+
+def _copied(denoiser: Any) -> Any:
+    """The same denoiser, with weights and buffers of its own."""
+    for module in denoiser.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.clone()
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.clone()
+    return denoiser
+
+
+def _sampled(module: "Diffusion", batch: dict[str, Any] | None) -> Tensor:
+    """Images of two seeds along the first and the last rows of the sampler's path."""
+    denoiser, sampler = module.denoiser, module.sampler
+    rows = sampler.rows(denoiser.states)
+    if len(rows) > EVALUATIONS:
+        rows = rows[: EVALUATIONS // 2] + rows[-(EVALUATIONS // 2) :]
+    image = torch.zeros(N, *denoiser.shape, dtype=torch.uint8) if batch is None else batch["image"].cpu()
+    given = observed(denoiser.states, image, N)
+    label = torch.zeros(N, dtype=torch.long) if denoiser.classes else None
+    *_, (_, x, _) = sampler.walk(denoiser, range(N), label, given=given, rows=rows)
+    return to_uint8(denoiser.states.picture(x))
+
+
+@contextlib.contextmanager
+def trying(what: str) -> Iterator[None]:
+    """Turn an error of somebody's code into a refusal that says what was tried; not those of a disk or of memory."""
+    try:
+        yield
+    except (InputError, OSError, MemoryError, *DEVICE):
+        raise
+    except Exception as error:
+        raise InputError(f"tried before the first step, {what} fails: {said(error)}") from error
+
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+
+
+def refuse_trainer(trainer: L.Trainer) -> None:
+    """Refuse a trainer whose weights are rounded, or lie in pieces: averages and exports are of whole float weights."""
+    if trainer.precision not in PRECISIONS:
+        raise InputError(
+            f"trainer.precision: {trainer.precision} keeps the weights themselves in half precision, in which steps of "
+            f"the optimizer are lost; choose one of {', '.join(PRECISIONS)}"
+        )
+    strategy = type(trainer.strategy).__name__
+    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        raise InputError(
+            f"trainer.strategy: {strategy} splits the weights over the ranks, and their averages and exports are made "
+            "of whole ones; choose auto or ddp"
+        )
+
+
+def refuse_unweighted(denoiser: Denoiser) -> None:
+    """Refuse a loss that is 0 whatever the network says, at a row where an expert is alone or where sampling starts.
+
+    At other rows of a shared model it is a warning.
+    """
+    states, objective = denoiser.states, denoiser.objective
+    zero = (denoiser.weights.float() == 0) & states.counted
+    rows = [s for s in denoiser.rows if bool(zero[s].any())]
+    if not rows:
+        return
+    snr = ", ".join(f"{v:.3g}" for v in states.log_snr[rows[-1]].exp().tolist())
+    said = (
+        f"model.objective: the weight {type(objective.weight).__name__} of {type(objective).__name__} is 0 at row"
+        f"{'s' * (len(rows) > 1)} {', '.join(map(str, rows))} (SNR {snr} at the last), which would never be trained"
+    )
+    remedy = "Use the weight Constant or Likelihood, or a schedule without zero_terminal"
+    if rows == denoiser.rows:
+        raise InputError(f"{said}: this expert has no other. {remedy}")
+    if states.S in rows:
+        raise InputError(f"{said}, and sampling starts at row {states.S}. {remedy}")
+    rank_zero_warn(f"{said}. {remedy}")
