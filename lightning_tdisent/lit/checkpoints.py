@@ -9,12 +9,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self
 
+import lightning.pytorch as L
 import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -156,6 +157,23 @@ def steps(folder: Path) -> list[Path]:
     """Checkpoints of a folder, oldest first."""
     found = [p for p in folder.glob("step-*.ckpt") if re.fullmatch(r"step-\d+\.ckpt", p.name)]
     return sorted(found, key=lambda p: int(p.stem[5:]))
+
+
+def refuse_other_run(trainer: L.Trainer, files: Sequence[Path]) -> None:
+    """Refuse files of an earlier run in a trainer's folder that a new run would remove.
+
+    A trainer continues the run of its folder if it resumes from a checkpoint below that folder (``ckpt_path``), or if
+    it has already trained (``fit`` called again).
+    """
+    folder, resumed = Path(trainer.default_root_dir), trainer.ckpt_path
+    if not files or trainer.global_step > 0:
+        return
+    if resumed is None or not Path(resumed).resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            f"{folder}: holds {files[-1].relative_to(folder)} ({len(files)} such files) of another run, which this one "
+            f"would remove: it begins from {resumed or 'step 0'}. Resume that run (trainer.fit with ckpt_path: a "
+            "checkpoint of this folder), choose another default_root_dir, or remove the files"
+        )
 
 
 def remove_orphans(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 import jsonargparse
 import lightning.pytorch as L
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
@@ -77,6 +78,13 @@ class CLI(LightningCLI):
             raise InputError(f"trainer.default_root_dir: {config.trainer.default_root_dir}: give the folder as --run")
         if "weights_only" in config:
             config.weights_only = True
+        if config.trainer.enable_checkpointing is False:
+            if self.subcommand == "fit":
+                raise InputError(
+                    "trainer.enable_checkpointing: false is not possible, every run can be resumed from its "
+                    "checkpoints. Leave it out; checkpoint.keep: 1 keeps one, trainer.fast_dev_run: true writes nothing"
+                )
+            config.trainer.enable_checkpointing = None
         if config.get("ckpt_path") is not None:
             config.ckpt_path = str(resolve(config.ckpt_path))
         if self.subcommand == "fit":
@@ -161,7 +169,26 @@ class CLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs.setdefault("plugins", [*plugins, DurableIO()])
         kwargs.setdefault("default_root_dir", run)
+        callbacks = options["callbacks"] or []
+        self._choose_progress(callbacks if isinstance(callbacks, list) else [callbacks], options["enable_progress_bar"])
+        kwargs.setdefault("enable_progress_bar", None)  # decided: Lightning refuses false beside any `ProgressBar`
         return super().instantiate_trainer(**kwargs)
+
+    def _choose_progress(self, callbacks: list[L.Callback], shown: bool | None) -> None:
+        """Silence `StepProgress` if no progress is to be shown, and leave it out beside a user's own progress bar.
+
+        One that reports to a worker draws nothing and stays.
+        """
+        ours = self.trainer_defaults["callbacks"]
+        drawn = [c for c in ours if isinstance(c, StepProgress) and c.report is None]
+        if any(isinstance(callback, ProgressBar) for callback in callbacks):
+            self.trainer_defaults["callbacks"] = [c for c in ours if c not in drawn]
+            return
+        if "verbose" in (options := self.config_init[self.subcommand]):
+            options.verbose = False  # `StepProgress` prints the numbers that are measured
+        if shown is False:
+            for callback in drawn:
+                callback.disable()
 
 
 def _exported(folder: Path) -> int | None:

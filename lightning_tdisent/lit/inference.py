@@ -48,6 +48,7 @@ class DenoiserModule(L.LightningModule):
     sampler: Sampler
     images_seen = 0
     load_from_checkpoint = refuse_to_load
+    _returned: list[Any] = []  # assigned anew, never changed in place
 
     @property
     def rows(self) -> list[int]:
@@ -107,12 +108,25 @@ class DenoiserModule(L.LightningModule):
 
     def publish(self, values: dict[str, float]) -> None:
         """Log numbers that are the same on all ranks, over images seen."""
-        self.log_dict(values, logger=False, sync_dist=True)
+        self.log_dict(values, logger=False, sync_dist=True)  # for callbacks that monitor a metric
+        fn, trainer = self.trainer.state.fn, self.trainer
+        loop = {"validate": trainer.validate_loop, "test": trainer.test_loop}.get(str(fn and fn.value))
+        self._returned = loop._logged_outputs if loop else []
         if not self.trainer.sanity_checking:
             for logger in self.loggers:
                 logger.log_metrics(values, self.images_seen)
 
-    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
+    def on_validation_end(self) -> None:
+        """Add the published numbers to what ``trainer.validate`` and ``trainer.test`` return.
+
+        Lightning returns what it has logged itself. That would put each number into the log twice: a second time over
+        steps. So the numbers are added to its list after it has logged, before it returns the list.
+        """
+        for outputs in self._returned:
+            outputs.update(self.trainer.callback_metrics)
+        self._returned = []
+
+    on_test_epoch_start, test_step, on_test_end = on_validation_epoch_start, validation_step, on_validation_end
 
     def on_test_epoch_end(self) -> None:
         """As in validation."""

@@ -145,6 +145,7 @@ class Diffusion(Part, DenoiserModule):
 
     def on_validation_end(self) -> None:
         """Start it again."""
+        super().on_validation_end()
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._since = time.perf_counter()
 
@@ -230,7 +231,7 @@ class Diffusion(Part, DenoiserModule):
         parameters = optimizer.param_groups[0]["params"]
         self.gradient_norm = clip_grad_norm_(parameters, math.inf if self.clip_norm is None else self.clip_norm)
         self.skipped = (~self.gradient_norm.isfinite()).float()
-        if optimizer.defaults["fused"]:
+        if optimizer.defaults.get("fused"):
             optimizer.found_inf = self.skipped  # what a GradScaler sets: the kernel itself leaves the weights alone
         elif self.skipped:
             self.zero_grad()  # AdamW passes over weights without a gradient

@@ -102,6 +102,7 @@ def test_too_little_room_is_refused_before_the_first_step(fit, monkeypatch, tmp_
         fit(1, Checkpoint())
     assert steps(tmp_path / "checkpoints") == []
     assert fit(1, Checkpoint(keep=1)) == [1]
+    shutil.rmtree(tmp_path / "checkpoints")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10 * size, 0, 3 * size))
     assert fit(2, Checkpoint())[-1] == 2
 

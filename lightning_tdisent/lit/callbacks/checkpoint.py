@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.callbacks.weights import EMA
-from lightning_tdisent.lit.checkpoints import remove_orphans, steps
+from lightning_tdisent.lit.checkpoints import refuse_other_run, remove_orphans, steps
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.lit.preflight import trying
 from lightning_tdisent.ranks import shared_errors
@@ -36,7 +36,8 @@ class Checkpoint(LightningCheckpoint):
     stay. One is also made at the end. SIGTERM, SIGUSR1 and Ctrl-C on any rank end the step in hand (on a single rank
     also a validation), save on all ranks at the same step, and exit with 143 (130 for Ctrl-C, which given twice stops
     at once). Use it with the `DurableIO` plugin, which verifies a new checkpoint before an old one goes.
-    Raises InputError before training if the folder cannot be written or has no room for keep + 1 of them.
+    Raises InputError before training if the folder cannot be written, has no room for keep + 1 of them, or holds
+    checkpoints of a run that this one does not continue: they would be removed.
     """
 
     def __init__(self, every: int | None = None, minutes: float = 5.0, keep: int = 2) -> None:
@@ -58,6 +59,7 @@ class Checkpoint(LightningCheckpoint):
             (self.folder / ".writable").unlink()
         except OSError as error:
             raise InputError(f"run: {self.folder} cannot be written: {error.strerror}. Choose another --run") from None
+        refuse_other_run(trainer, steps(self.folder))
         averages = [len(c.kinds) for c in trainer.callbacks if isinstance(c, EMA)]
         copies = 3 + sum(averages)  # the weights and AdamW's two
         size = copies * sum(p.numel() * p.element_size() for p in pl_module.denoiser.parameters())

@@ -15,7 +15,8 @@ class LossPerState(L.Callback):
 
     Between two log points nothing is copied from the device; ``self.log`` and its half millisecond a step are not
     used. The losses of ranks other than 0 are not in these curves, nor are losses that are not finite; validation is
-    exact over ranks. The x-axis is images seen. A resumed run goes on with the sums of the run it resumes.
+    exact over ranks. The x-axis is images seen. A resumed run goes on with the sums of the run it
+    resumes. On a single rank callbacks can monitor these values: ``EarlyStopping("train/loss", ..)``.
     """
 
     def __init__(self, bins: int = 32) -> None:
@@ -64,6 +65,8 @@ class LossPerState(L.Callback):
 
     def _log(self, trainer: L.Trainer, images_seen: int, values: dict[str, float]) -> None:
         self.last = (images_seen, values)
+        if trainer.world_size == 1:  # callbacks that monitor must see the same number on all ranks
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, images_seen)
 

@@ -8,6 +8,8 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lightning_tdisent.lit.callbacks.losses import LossPerState
+
 Report = Callable[[int, int, dict[str, float]], None]
 
 
@@ -50,10 +52,10 @@ class StepProgress(ProgressBar):
         start, seen = self._first
         rate = (pl_module.images_seen - seen) / max(1e-9, time.perf_counter() - start)
         if self.report is not None:
-            losses = [
-                c.last[1]["train/loss"] for c in trainer.callbacks if "train/loss" in getattr(c, "last", (0, {}))[1]
-            ]
-            self._numbers |= {"images": pl_module.images_seen, "rate": rate, **({"loss": losses[0]} if losses else {})}
+            for callback in trainer.callbacks:
+                if isinstance(callback, LossPerState) and "train/loss" in (values := callback.last[1]):
+                    self._numbers["loss"] = values["train/loss"]
+            self._numbers |= {"images": pl_module.images_seen, "rate": rate}
             self.report(step, trainer.max_steps, self._numbers)
         elif self._bar is not None:
             self._bar.update(self._task, completed=step, description=f"training, {rate:,.0f} images/s")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.lit.checkpoints import refuse_other_run
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.sampling.averages import FOLDER, gamma
 
@@ -55,7 +56,9 @@ class EMA(L.Callback):
         return torch.cat([p.flatten() for p in self.walked]).float()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Start from the weights as they are, or as they were saved."""
+        """Start from the weights as they are, or as they were saved; refuse a folder with another run's snapshots."""
+        if trainer.is_global_zero and self.lengths and not trainer.fast_dev_run:
+            refuse_other_run(trainer, sorted((Path(trainer.default_root_dir) / FOLDER).glob("step-*_*.safetensors")))
         self.walked = [p.detach() for p in self._parameters(pl_module)]  # what is averaged, in this order
         if self._restored is None:
             self.averages, self.updates = [self._flat() for _ in self.kinds], 0

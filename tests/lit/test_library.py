@@ -1,0 +1,125 @@
+"""What the parts of a training do in a plain script: with Lightning's own Trainer, callbacks and loggers."""
+
+import csv
+import hashlib
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
+from lightning_tdisent.lit.callbacks.losses import LossPerState
+from lightning_tdisent.lit.callbacks.progress import StepProgress
+from lightning_tdisent.lit.callbacks.weights import EMA
+from lightning_tdisent.lit.checkpoints import steps
+from lightning_tdisent.lit.modules import ReducedStates
+from lightning_tdisent.sampling.evaluation import x0_errors
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A Trainer with nothing of this project in it."""
+
+    def make(*callbacks, folder=tmp_path, **options):
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+        return L.Trainer(
+            accelerator="cpu",
+            callbacks=[*callbacks],
+            default_root_dir=folder,
+            **{"logger": False, "enable_checkpointing": False, "max_steps": 4, **quiet, **options},
+        )
+
+    return make
+
+
+def test_validate_and_test_return_the_metrics_and_log_them_once(make, data, plain, tmp_path):
+    module, shards = make(), data(val_limit=64)
+    trainer = plain(logger=CSVLogger(tmp_path, "", ""))
+    module.images_seen = 123
+    errors = x0_errors(module.eval().denoiser, shards.held_out.images, range(64), [1, 2, 3, 4]).double().mean(1)
+    for stage, run in (("val", trainer.validate), ("test", trainer.test)):
+        (metrics,) = run(module, datamodule=shards, verbose=False)
+        assert sum(name.startswith(f"{stage}_x0_mse/t") for name in metrics) == 4
+        assert metrics[f"{stage}/x0_mse"] == pytest.approx(float(errors.mean()), rel=1e-6)
+        assert [metrics[f"{stage}_x0_mse/t{t:04d}"] for t in (250, 500, 750, 1000)] == pytest.approx(errors.tolist())
+        assert metrics == {name: float(value) for name, value in trainer.callback_metrics.items()}
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["123", "123"]  # images seen, one row for each stage
+    assert [bool(row["val/x0_mse"]) for row in rows] == [True, False]
+
+
+class Plateau(ReducedStates):
+    def configure_optimizers(self):
+        optimizer = torch.optim.RMSprop(self.parameters(), self.lr)  # one that knows nothing of ``fused``
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1e3)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/x0_mse"}}
+
+
+def test_lightnings_callbacks_find_the_metrics(make, data, plain, tmp_path):
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/x0_mse", filename="{step}")
+    stop = EarlyStopping("val/x0_mse", min_delta=1e3, patience=1)
+    rates = LearningRateMonitor()
+    options = {"max_epochs": 9, "max_steps": -1, "limit_train_batches": 2, "enable_checkpointing": True}
+    trainer = plain(best, stop, rates, logger=CSVLogger(tmp_path, "", ""), log_every_n_steps=1, **options)
+    trainer.fit(module := make(Plateau), datamodule=data(val_limit=64))
+    assert trainer.global_step == 4  # two epochs: the second one is no better by 1000
+    assert best.best_model_path == str(tmp_path / "best" / "step=4.ckpt")
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.25 * module.lr  # no better by the factor, twice
+    assert rates.lrs
+
+
+def test_a_training_loss_can_be_monitored(make, data, plain):
+    stop = EarlyStopping("train/loss", min_delta=1e3, patience=0, check_on_train_epoch_end=True)
+    trainer = plain(LossPerState(), stop, max_steps=-1, max_epochs=9, limit_train_batches=2, log_every_n_steps=2)
+    trainer.fit(make(), datamodule=data(val_limit=64))
+    assert trainer.global_step == 4
+
+
+def test_progress_leaves_the_attributes_of_other_callbacks_alone(make, data, plain):
+    class Own(L.Callback):
+        last = 0.25
+
+    told = []
+    progress = StepProgress(lambda step, steps, numbers: told.append((step, dict(numbers))))
+    trainer = plain(Own(), LossPerState(), progress, enable_progress_bar=True, log_every_n_steps=5, max_steps=10)
+    trainer.fit(make(), datamodule=data(val_limit=64))
+    assert [step for step, _ in told] == [10]
+    assert told[0][1]["loss"] > 0
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*.*"))}
+
+
+@pytest.mark.parametrize("own", [lambda: Checkpoint(every=2), lambda: EMA(lengths=[0.1], snapshot_every=2)])
+def test_a_second_run_does_not_remove_the_first_ones_files(own, make, data, plain, tmp_path):
+    options = {"enable_checkpointing": True}
+    plain(own(), **options).fit(make(), datamodule=data(val_limit=64))
+    before = digests(tmp_path)
+    assert len(before) >= 2
+    for again in (make(), make(lr=1e-3)):
+        with pytest.raises(InputError, match=rf"^{tmp_path}: holds \w+/step-.* of another run.*default_root_dir"):
+            plain(own(), **options, max_steps=1).fit(again, datamodule=data(val_limit=64))
+        assert digests(tmp_path) == before
+    plain(own(), **options, fast_dev_run=True).fit(make(), datamodule=data(val_limit=64))  # writes nothing
+    plain(own(), **options, folder=tmp_path / "other").fit(make(), datamodule=data(val_limit=64))
+
+
+def test_a_run_goes_on_in_its_own_folder(make, data, plain, tmp_path):
+    folder = tmp_path / "checkpoints"
+    trainer = plain(Checkpoint(every=2, keep=9), enable_checkpointing=True)
+    trainer.fit(module := make(), datamodule=data(val_limit=64))
+    trainer.fit_loop.epoch_loop.max_steps = 6
+    trainer.fit(module, datamodule=data(val_limit=64))  # the same trainer, which has trained already
+    assert [path.name[-6:-5] for path in steps(folder)] == ["2", "4", "6"]
+    again = plain(Checkpoint(every=2, keep=9), enable_checkpointing=True, max_steps=8)
+    again.fit(make(), datamodule=data(val_limit=64), ckpt_path=str(steps(folder)[-1]), weights_only=True)
+    assert [path.name[-6:-5] for path in steps(folder)] == ["2", "4", "6", "8"]
+    other = steps(folder)[-1].rename(tmp_path.with_name("elsewhere.ckpt"))
+    last = plain(Checkpoint(), enable_checkpointing=True, max_steps=9)
+    with pytest.raises(InputError, match=r"begins from .*elsewhere\.ckpt"):  # of no run of this folder
+        last.fit(make(), datamodule=data(val_limit=64), ckpt_path=str(other), weights_only=True)
