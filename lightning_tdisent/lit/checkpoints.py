@@ -23,11 +23,18 @@ from torch import Tensor
 
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.files import sync_folder, write_whole
-from lightning_tdisent.sampling.expert import sha256
+from lightning_tdisent.sampling.checkpoint import (
+    SCHEMA,
+    TEMPORARY,
+    Manifest,
+    check_of,
+    load,
+    local,
+    manifest_of,
+    verify,
+)
 
-SCHEMA = 1
 POINTER = "newest.json"
-Manifest = dict[str, Any]
 
 
 class DurableIO(TorchCheckpointIO):
@@ -43,7 +50,7 @@ class DurableIO(TorchCheckpointIO):
         """Write the checkpoint with its manifest; those at other paths survive a failure."""
         if storage_options is not None:
             raise TypeError("storage_options: checkpoints are local files")
-        path, step = _local(path), checkpoint.get("global_step", 0)
+        path, step = local(path), checkpoint.get("global_step", 0)
         if bad := non_finite(checkpoint):
             raise Halted(
                 f"{path}: not saved at step {step}: {', '.join(bad[:3])} ({len(bad)} in all) hold values that are not "
@@ -64,7 +71,7 @@ class DurableIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
         """Return the content, verified; ``weights_only`` is always true."""
         content = load(path, map_location)
-        if Path(path).name == ".temp.ckpt":  # in which Lightning's forked ranks hand back their weights
+        if Path(path).name == TEMPORARY:
             return content
         if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
             raise InputError(f"{path}: not a checkpoint of a training")
@@ -72,8 +79,8 @@ class DurableIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove the manifest, then the file."""
-        path = _local(path)
-        _manifest_of(path).unlink(missing_ok=True)
+        path = local(path)
+        manifest_of(path).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 
 
@@ -84,47 +91,6 @@ def _refuse_to_load(cls: type, checkpoint_path: str | Path, *_: Any, **__: Any) 
 
 # for classes whose ``load_from_checkpoint`` by Lightning would fetch what is elsewhere, and call what the file names
 refuse_to_load: Any = classmethod(_refuse_to_load)
-
-
-def load(path: str | Path, map_location: Any = "cpu") -> Any:
-    """Content of a local checkpoint whose bytes are those of its manifest, if it has one; nothing in it is run."""
-    path = _local(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint")
-    if _manifest_of(path).exists():
-        verify(path)
-    try:
-        return torch.load(path, map_location, weights_only=True)
-    except Exception as error:  # torch.load documents none
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        said = str(error).split("\n")[0] or type(error).__name__
-        why = f"it asks for {asked[1]}, and is more than data" if asked else said
-        raise InputError(f"{path}: not loaded: {why}") from None
-
-
-def verify(path: Path) -> Manifest:
-    """Manifest of a checkpoint whose bytes agree with it; refuses any other, saying what differs."""
-    try:
-        manifest = json.loads(_manifest_of(path).read_bytes())
-        check = manifest.pop("check")
-    except FileNotFoundError:
-        raise InputError(f"{path}: has no manifest: it was cut short, or copied without it") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: its manifest cannot be read ({type(error).__name__}: {error})") from None
-    if check != _check(manifest):
-        raise InputError(f"{path}: its manifest is damaged")
-    if manifest["schema"] != SCHEMA:
-        raise InputError(f"{path}: manifest of schema {manifest['schema']}, this version reads {SCHEMA}")
-    try:
-        size = path.stat().st_size
-        if size != manifest["bytes"]:
-            raise InputError(f"{path}: damaged: {size} bytes, its manifest says {manifest['bytes']}")
-        digest = sha256(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if digest != manifest["sha256"]:
-        raise InputError(f"{path}: damaged: sha256 {digest[:12]}.., its manifest says {manifest['sha256'][:12]}..")
-    return dict(manifest)
 
 
 def newest(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
@@ -140,7 +106,7 @@ def newest(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
 
 def resolve(path: str) -> Path:
     """Checkpoint behind ``--ckpt_path``: a file, or the newest good one of a run folder; names bad ones passed over."""
-    found = _local(path)
+    found = local(path)
     if path and found.is_dir():
         place = found if steps(found) else found / "checkpoints"
         good, _, bad = newest(place)
@@ -268,7 +234,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
         with _VerifiedFile(beside) as file:
             torch.save(checkpoint, file)  # type: ignore[arg-type]  # all that torch asks of a file is write
             digest = file.finish()
-        _manifest_of(path).unlink(missing_ok=True)  # an old one never stands beside new bytes
+        manifest_of(path).unlink(missing_ok=True)  # an old one never stands beside new bytes
         beside.replace(path)
         sync_folder(path.parent)
     finally:
@@ -283,25 +249,9 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **{k: card[k] for k in ("images_seen", "fingerprint", "rows", "module", "data", "version") if k in card},
     }
-    _write_json(_manifest_of(path), {**manifest, "check": _check(manifest)})
+    _write_json(manifest_of(path), {**manifest, "check": check_of(manifest)})
     _write_json(path.parent / POINTER, {"file": path.name, "step": manifest["step"], "sha256": digest})
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     write_whole(path, json.dumps(data, indent=1).encode())
-
-
-def _check(manifest: Manifest) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _manifest_of(path: Path) -> Path:
-    return path.with_suffix(path.suffix + ".json")
-
-
-def _local(path: str | Path) -> Path:
-    if "://" in str(path):
-        raise InputError(
-            f"{path}: checkpoints are local files. Download it, compare its sha256 with its manifest, name the file"
-        )
-    return Path(path)

@@ -34,12 +34,13 @@ from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
-from lightning_tdisent.lit.checkpoints import DurableIO, resolve, steps, verify
+from lightning_tdisent.lit.checkpoints import DurableIO, resolve, steps
 from lightning_tdisent.lit.explain import explain, explain_interpolation
 from lightning_tdisent.lit.resume import check_config, find_checkpoint, lock
 from lightning_tdisent.networks import dit, unet  # noqa: F401
 from lightning_tdisent.priors import flow, gaussian, mixture  # noqa: F401
 from lightning_tdisent.sampling import sampler, start  # noqa: F401
+from lightning_tdisent.sampling.checkpoint import facts
 from lightning_tdisent.sampling.expert import read_card
 
 _MARKS = ("checkpoints", modules.Diffusion.file, start.FILE)  # one of them lies beside the config of a run
@@ -139,7 +140,7 @@ class CLI(LightningCLI):
             raise InputError(f"--ckpt_path {asked} is not of {folder}, which already holds a run; choose another --run")
         mine = absolute_paths(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False)))
         theirs = check_config(folder, mine)
-        path, manifest, bad = (asked, verify(asked), list[str]()) if asked else find_checkpoint(folder)
+        path, manifest, bad = (asked, facts(asked), list[str]()) if asked else find_checkpoint(folder)
         limits, step, limit = ("max_steps", "max_epochs"), manifest.get("step", 0), config.trainer.max_steps
         ended = path is not None and _exported(folder) == step
         if ended and (0 < limit <= step or all(theirs["trainer"][k] == mine["trainer"][k] for k in limits)):

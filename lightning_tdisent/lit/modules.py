@@ -289,17 +289,22 @@ class Diffusion(Part, DenoiserModule):
             checkpoint["state_dict"] = {**checkpoint["state_dict"], **average}
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, weights: Literal["ema", "live"] = "ema") -> Self:
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path,
+        weights: Literal["ema", "live"] = "ema",
+        map_location: torch.device | str = "cpu",
+    ) -> Self:
         """Return the module that the checkpoint names, which must be a ``cls``, with its EMA weights if it has any."""
         checkpoint = load(checkpoint_path)
-        if "module" not in checkpoint:
-            raise InputError(f"{checkpoint_path}: not a checkpoint of this project")
+        if "module" not in checkpoint or "card" not in checkpoint:
+            raise InputError(f"{checkpoint_path}: not a checkpoint of this project: it has no card")
         module = build(checkpoint["module"], cls)
         module.load_state_dict(checkpoint["state_dict"])
         if weights == "ema" and "ema" in checkpoint:
             module.denoiser.load_state_dict({**module.denoiser.state_dict(), **checkpoint["ema"]["weights"]})
         module.images_seen, module.seconds = checkpoint["card"]["images_seen"], checkpoint["card"]["seconds"]
-        return module
+        return module.to(map_location)
 
 
 class Baseline(Diffusion):

@@ -364,9 +364,11 @@ def find_files(source: str | Path) -> list[Path]:
         return [source / "model.safetensors"]
     found = sorted(source.glob("*/model.safetensors"))
     if not found:
+        checkpoints = sorted([*source.glob("*.ckpt"), *source.glob("checkpoints/*.ckpt")])
         raise InputError(
             f"{source}: no weights here. Give a model.safetensors, the folder of a finished run, a folder of experts' "
             "runs, or a composite folder."
+            + (f" A checkpoint is taken by its own name, e.g. {checkpoints[-1]}." if checkpoints else "")
         )
     return found
 

@@ -17,8 +17,10 @@ from lightning_tdisent.diffusion.objectives import Objective
 from lightning_tdisent.diffusion.spec import build, changed, rebuild, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import sha256 as sha256
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.networks.rebuild import faithful, without_weights
+from lightning_tdisent.sampling.checkpoint import load
 from lightning_tdisent.sampling.denoiser import Denoiser
 
 SCHEMA = 2
@@ -239,27 +241,13 @@ def pieces(path: str | Path) -> list[Piece]:
 
 
 def _read_checkpoint(path: Path) -> tuple[Card, dict[str, Tensor]]:
-    """Card and weights of a training's checkpoint, which must be what its manifest says."""
-    try:
-        manifest = json.loads(path.with_suffix(".ckpt.json").read_text())
-        if (found := sha256(path)) != manifest["sha256"]:
-            raise InputError(f"{path}: damaged: sha256 {found[:12]}.., its manifest says {manifest['sha256'][:12]}..")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        card, average = content["card"], content.get("ema")
-        state = {k.removeprefix("denoiser."): v for k, v in content["state_dict"].items() if k.startswith("denoiser.")}
-    except InputError:
-        raise
-    except FileNotFoundError as error:
-        raise InputError(f"{error.filename}: no such file; a checkpoint is read with its manifest beside it") from None
-    except Exception as error:  # torch's reader has errors of many kinds
-        raise InputError(f"{path}: not a checkpoint of this project ({type(error).__name__})") from None
+    """Return the card in a training's checkpoint, and the first of its averages, or its live weights."""
+    content = load(path)
+    if not isinstance(content, dict) or "card" not in content or "state_dict" not in content:
+        raise InputError(f"{path}: not a checkpoint of this project: it has no card")
+    card, average = content["card"], content.get("ema")
+    state = {k.removeprefix("denoiser."): v for k, v in content["state_dict"].items() if k.startswith("denoiser.")}
     if average is not None:
         state |= average["weights"]
         card |= {"weights": "ema", "average": average["kinds"][0] | {"steps": average["step"]}}
     return Card.from_json(card, str(path)), state
-
-
-def sha256(path: str | Path) -> str:
-    """SHA-256 of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from lightning_tdisent.cli import main
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
 from lightning_tdisent.lit.callbacks.losses import LossPerState
@@ -16,6 +17,7 @@ from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.checkpoints import steps
 from lightning_tdisent.lit.modules import ReducedStates
+from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.evaluation import x0_errors
 
 
@@ -123,3 +125,30 @@ def test_a_run_goes_on_in_its_own_folder(make, data, plain, tmp_path):
     last = plain(Checkpoint(), enable_checkpointing=True, max_steps=9)
     with pytest.raises(InputError, match=r"begins from .*elsewhere\.ckpt"):  # of no run of this folder
         last.fit(make(), datamodule=data(val_limit=64), ckpt_path=str(other), weights_only=True)
+
+
+def test_a_stock_checkpoint_is_read_by_every_reader_and_called_unverified(make, data, plain, tmp_path, capsys):
+    keep = ModelCheckpoint(tmp_path / "stock", monitor="val/x0_mse", filename="best")
+    trainer = plain(keep, enable_checkpointing=True, val_check_interval=4, max_epochs=-1, check_val_every_n_epoch=None)
+    trainer.fit(module := make(), datamodule=data(val_limit=64))
+    path = tmp_path / "stock" / "best.ckpt"
+    assert [file.name for file in path.parent.iterdir()] == ["best.ckpt"]
+    model, (card,) = load_model(path)
+    loaded = ReducedStates.load_from_checkpoint(path, map_location="cpu")
+    for name, weight in module.denoiser.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)
+        assert torch.equal(loaded.denoiser.state_dict()[name], weight)
+    assert (card.images_seen, card.steps, card.weights, loaded.images_seen) == (128, 4, "live", 128)
+    assert main(["sample", str(path), "--seeds", "0:2", "--out", str(tmp_path / "drawn")]) == 0
+    assert capsys.readouterr().err.count(f"{path} has no manifest (best.ckpt.json): read unverified") == 1
+
+    assert main(["sample", str(path.parent), "--seeds", "0:2", "--out", str(tmp_path / "again")]) == 2
+    assert f"A checkpoint is taken by its own name, e.g. {path}" in capsys.readouterr().err
+    content = torch.load(path, weights_only=True)
+    torch.save({k: v for k, v in content.items() if k != "card"}, path)
+    for read in (load_model, ReducedStates.load_from_checkpoint):
+        with pytest.raises(InputError, match=r"best.ckpt: not a checkpoint of this project: it has no card"):
+            read(path)
+    path.with_name("best.ckpt.json").write_text("{}")
+    with pytest.raises(InputError, match=r"best.ckpt: its manifest cannot be read"):
+        load_model(path)

@@ -1,0 +1,104 @@
+"""Read a training's checkpoint: verified against its manifest, as data alone.
+
+The one reader of .ckpt files, for resuming, `load_from_checkpoint`, sampling and evaluation.
+"""
+
+import functools
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import sha256
+from lightning_tdisent.ranks import place
+
+SCHEMA = 1
+TEMPORARY = ".temp.ckpt"  # in which Lightning's forked ranks hand back their weights
+Manifest = dict[str, Any]
+
+
+def load(path: str | Path, map_location: Any = "cpu") -> Any:
+    """Return the content of a local checkpoint; nothing in it is run.
+
+    Its bytes are compared with its manifest. One without a manifest, such as Lightning's own plugin writes, is read as
+    it is, and a note on stderr says so.
+    """
+    path = local(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    if manifest_of(path).exists():
+        verify(path)
+    elif path.name != TEMPORARY:
+        _note_unverified(path)
+    try:
+        return torch.load(path, map_location, weights_only=True)
+    except Exception as error:  # torch.load documents none
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        said = str(error).split("\n")[0] or type(error).__name__
+        why = f"it asks for {asked[1]}, and is more than data" if asked else said
+        raise InputError(f"{path}: not loaded: {why}") from None
+
+
+def verify(path: Path) -> Manifest:
+    """Manifest of a checkpoint whose bytes agree with it; refuses any other, saying what differs."""
+    try:
+        manifest = json.loads(manifest_of(path).read_bytes())
+        check = manifest.pop("check")
+    except FileNotFoundError:
+        raise InputError(f"{path}: has no manifest: it was cut short, or copied without it") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: its manifest cannot be read ({type(error).__name__}: {error})") from None
+    if check != check_of(manifest):
+        raise InputError(f"{path}: its manifest is damaged")
+    if manifest["schema"] != SCHEMA:
+        raise InputError(f"{path}: manifest of schema {manifest['schema']}, this version reads {SCHEMA}")
+    try:
+        size = path.stat().st_size
+        if size != manifest["bytes"]:
+            raise InputError(f"{path}: damaged: {size} bytes, its manifest says {manifest['bytes']}")
+        digest = sha256(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if digest != manifest["sha256"]:
+        raise InputError(f"{path}: damaged: sha256 {digest[:12]}.., its manifest says {manifest['sha256'][:12]}..")
+    return dict(manifest)
+
+
+def facts(path: Path) -> Manifest:
+    """Return step and images seen of a checkpoint: from its manifest, or from its content where it has none."""
+    if manifest_of(path).exists():
+        return verify(path)
+    content = load(path)
+    if "card" not in content:
+        raise InputError(f"{path}: not a checkpoint of this project: it has no card")
+    return {"step": content["global_step"], "images_seen": content["card"]["images_seen"]}
+
+
+@functools.cache  # once for each file
+def _note_unverified(path: Path) -> None:
+    if place()[0] == 0:
+        print(f"note: {path} has no manifest ({manifest_of(path).name}): read unverified", file=sys.stderr)
+
+
+def check_of(manifest: Manifest) -> str:
+    """Return the hash by which a manifest guards itself."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def manifest_of(path: Path) -> Path:
+    """Return the path of a checkpoint's manifest."""
+    return path.with_suffix(path.suffix + ".json")
+
+
+def local(path: str | Path) -> Path:
+    """Return the path; refuse a URL."""
+    if "://" in str(path):
+        raise InputError(
+            f"{path}: checkpoints are local files. Download it, compare its sha256 with its manifest, name the file"
+        )
+    return Path(path)
