@@ -92,7 +92,7 @@ def _fleet_plan(a: argparse.Namespace) -> None:
 
         pool, given = Pool.of(a.simulate)
         if "speed" not in given:
-            found = rehearse(fleet, fits, min(pool.workers, cores(None)))
+            found = rehearse(fleet, fits, min(pool.workers, cores(None)), facts[-1].accumulate)
             kept = {name: getattr(pool, name) for name in given}
             pool = replace(found, **{"workers": pool.workers, **kept})
         for name, text in lines(fleet, facts, pool):
@@ -111,10 +111,11 @@ def _plan_table(fleet: "Fleet", facts: Sequence["Facts"]) -> Any:
     for job, fact in zip(fleet.jobs(), facts, strict=True):
         rows = job.expect.get("rows", list(range(1, fact.S + 1)))
         span = [f"{v[0]}..{v[-1]}" if len(v) > 1 else str(v[0]) for v in (rows, [fact.index[s - 1] for s in rows])]
+        batch = f"{fact.batch} x {fact.parts}" if fact.parts > 1 else str(fact.batch)
         images, flop = job.images or 0, 3e-12 * fact.flops * (job.images or 0)
         total = [total[0] + images, total[1] + flop]
         out.add_row(
-            job.name, *span, f"{images:,}", str(fact.batch), f"{fact.max_steps:,}", starts.get(job.name, "scratch"),
+            job.name, *span, f"{images:,}", batch, f"{fact.max_steps:,}", starts.get(job.name, "scratch"),
             f"{fact.weights:,}", f"{flop:.3f}",
         )  # fmt: skip
     out.add_section()

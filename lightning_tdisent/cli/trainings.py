@@ -51,6 +51,9 @@ def open_fleet(where: str, overrides: Sequence[str] = (), scratch: Path | None =
 
 def describe(argv: list[str]) -> "Facts":
     """What a command line of `fit` amounts to; nothing is read but its configs, nothing is written."""
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+    from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+
     from lightning_tdisent.diffusion.spec import spec
     from lightning_tdisent.fleet.plan import Facts, flow
     from lightning_tdisent.lit.entry import parse
@@ -59,7 +62,19 @@ def describe(argv: list[str]) -> "Facts":
     cli = parse(argv)
     if not hasattr(cli.model, "network"):
         raise InputError(f"the config makes a {type(cli.model).__name__}, which is no model of images")
-    module, states, every = cli.model, cli.model.states, cli.trainer.val_check_interval
+    module, states, trainer = cli.model, cli.model.states, cli.trainer
+    every = trainer.val_check_interval if trainer.check_val_every_n_epoch is None else None
+    accumulate = trainer.accumulate_grad_batches
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        raise InputError(
+            "trainer.callbacks: GradientAccumulationScheduler changes the images of a step while it trains, so a fleet "
+            "cannot count them; set trainer.accumulate_grad_batches"
+        )
+    if trainer.world_size > 1 and not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise InputError(
+            f"trainer.devices: {trainer.world_size} devices would be served by processes that repeat the command line, "
+            "which is that of the fleet's worker. Set trainer.strategy: ddp_fork (or ddp_spawn), or trainer.devices: 1"
+        )
     network = spec(module.network)
     words = {k: v for k, v in network["init_args"].items() if k != "conditioning"}  # which is folded in at a start
     return Facts(
@@ -72,9 +87,12 @@ def describe(argv: list[str]) -> "Facts":
         sum(p.numel() for p in module.parameters()),
         flops(module.network),
         module.decay,
-        cli.trainer.max_steps,
-        every if isinstance(every, int) and cli.trainer.check_val_every_n_epoch is None else 0,
+        trainer.max_steps,
+        every / accumulate if isinstance(every, int) else 0,
         f"{network['class_path'].rpartition('.')[2]} {flow(words)}, {module.objective.prediction}-prediction",
         [len(block) for block in states.blocks_of_rows],
         states.K,
+        accumulate,
+        trainer.world_size,
+        cli.config[cli.subcommand].trainer.devices,
     )

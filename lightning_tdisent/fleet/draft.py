@@ -1,5 +1,6 @@
 """A fleet's YAML expanded into its plan: one training per expert."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lightning_tdisent.fleet.plan import (
     refuse_reserved,
     refuse_unfit,
     settings,
+    whole_steps,
     word_of,
 )
 from lightning_tdisent.fleet.store import Store
@@ -69,25 +71,33 @@ def draft(
         return describe(["fit", *words, "--run", f"{store}/nothing"])
 
     facts = facts_of(list(configs), common)
+    if facts.devices in ("auto", "-1", -1):  # a worker trains on one, however many the machine of the plan has
+        common["trainer.devices"] = 1
+        facts = facts_of(list(configs), common)
     if not facts.module.endswith("SingleState"):
         raise InputError(f"{file}: configs make a {facts.module}; an expert is a SingleState")
     blocks = _blocks(data, facts.sizes or [facts.S], str(file))
     specials = _for_rows(data.get("for_rows") or {}, blocks, facts.S, str(file))
     batch = int(data.get("batch") or facts.batch)
-    flops: dict[str, float] = {}
+    kinds: dict[str, Facts] = {}
     for rows, more in zip(blocks, specials, strict=True):
-        if flow(more) not in flops:
-            flops[flow(more)] = facts_of(list(configs), {**common, "model.rows": rows, **more}).flops
-    costs = [float(f"{flops[flow(more)] / max(flops.values()):.4g}") for more in specials]
+        if flow(more) not in kinds:
+            kinds[flow(more)] = facts_of(list(configs), {**common, "model.rows": rows, **more})
+    largest = max(kind.flops for kind in kinds.values())
+    costs = [float(f"{kinds[flow(more)].flops / largest:.4g}") for more in specials]
+    parts = [kinds[flow(more)].parts for more in specials]
     if shared:
         of_shared = facts_of(list(shared["configs"]), {**common, **shared.get("set", {})})
         shared["batch"] = int(shared.get("batch") or of_shared.batch)
-        shared["images"] = _whole(shared["images"], shared["batch"], f"{file}: start.{SHARED}.images")
-        if of_shared.flops != max(flops.values()):
-            shared["cost"] = float(f"{of_shared.flops / max(flops.values()):.4g}")
+        if of_shared.parts > 1:
+            shared["parts"] = of_shared.parts
+        shared["images"] = whole_steps(shared, f"{file}: start.{SHARED}.images")
+        if of_shared.flops != largest:
+            shared["cost"] = float(f"{of_shared.flops / largest:.4g}")
     budget = Budget.of(data["budget"], f"{file}: budget")
     free = budget.images - (shared["images"] * shared.get("cost", 1.0) if shared else 0)
-    images = budget.split(free, batch, [[facts.log_snr[s - 1] for s in rows] for rows in blocks], costs, str(file))
+    step = batch * math.lcm(*parts)
+    images = budget.split(free, step, [[facts.log_snr[s - 1] for s in rows] for rows in blocks], costs, str(file))
     start = data.get("start", "common")
     names = [f"expert_{k:03d}" for k in range(1, len(blocks) + 1)]
     experts = []
@@ -100,7 +110,7 @@ def draft(
         elif begin not in ("scratch", SHARED):
             begin = _place(file, begin)
         own = seed + k if start == "scratch" else seed
-        experts.append(Planned(name, rows, images[k], batch, own, begin, specials[k], costs[k]))
+        experts.append(Planned(name, rows, images[k], batch, own, begin, specials[k], costs[k], parts[k]))
     table = {"fingerprint": facts.fingerprint, "S": facts.S, "index": facts.index}
     table["log_snr"] = [float(f"{L:.8g}") for L in facts.log_snr]
     fleet = Fleet(
@@ -194,12 +204,6 @@ def _place(file: Path, start: str) -> str:
         if path.exists():
             return str(path.resolve())
     raise InputError(f"{file}: start: {start!r} is nothing that is here; give {STARTS}")
-
-
-def _whole(images: Any, batch: int, where: str) -> int:
-    if not isinstance(images, int) or images < batch:
-        raise InputError(f"{where}: at least one batch of {batch} images, got {images!r}")
-    return images // batch * batch
 
 
 def _items(data: Any) -> list[tuple[str, Any]]:

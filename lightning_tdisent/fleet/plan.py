@@ -34,9 +34,9 @@ RESERVED = {
     **dict.fromkeys(("model.rows", "model.expert", "model.experts"), "rows"),
 }  # config keys that a plan decides, and by what of it
 POINTS = 3  # of a curve that is to be continued
-SHARED_KEYS = ("configs", "images", "batch", "set", "cost")
+SHARED_KEYS = ("configs", "images", "batch", "set", "cost", "parts")
 PLAN_KEYS = ("schema", "title", "seed", "table", "budget", "configs", "set", "shared", "experts")
-EXPERT_KEYS = ("name", "rows", "images", "batch", "seed", "start", "set", "cost")
+EXPERT_KEYS = ("name", "rows", "images", "batch", "seed", "start", "set", "cost", "parts")
 HEADER = """\
 # The plan of a fleet: every line below `experts` is one training. Edit rows, images, batch, seed, start or set of an
 # expert as long as it has not begun; `python -m lightning_tdisent fleet plan {where}` checks the whole.
@@ -48,10 +48,11 @@ HEADER = """\
 class Facts:
     """What a command line of ``fit`` amounts to: table, batch, network, how it is trained.
 
-    log_snr: of rows 1..S, first column; flops: of a forward pass of one image; decay: course of the learning rate;
-    validate: steps from one validation to the next, 0 if that goes by epochs; fits: network and prediction, which are
-    equal where one may start from another's weights; sizes: of the runs of rows that one network can answer for, all if
-    not given; K: columns of the table.
+    log_snr: of rows 1..S, first column; flops: of a forward pass of one image; decay: course of the learning rate; validate:
+    steps from one validation to the next, 0 if that goes by epochs; fits: network and prediction, which are equal where
+    one may start from another's weights; sizes: of the runs of rows that one network can answer for, all if not given;
+    K: columns of the table; accumulate, world: batches of ``batch`` images in an optimizer step, by accumulation and on
+    devices; devices: as the config has it, ``auto`` for all that are there.
     """
 
     module: str
@@ -64,10 +65,18 @@ class Facts:
     flops: float
     decay: str
     max_steps: int
-    validate: int
+    validate: float
     fits: str
     sizes: list[int] = field(default_factory=list)
     K: int = 1
+    accumulate: int = 1
+    world: int = 1
+    devices: Any = 1
+
+    @property
+    def parts(self) -> int:
+        """Batches of an optimizer step."""
+        return self.accumulate * self.world
 
 
 Describe = Callable[[list[str]], Facts]
@@ -75,9 +84,10 @@ Describe = Callable[[list[str]], Facts]
 
 @dataclass(frozen=True)
 class Planned:
-    """One expert: rows it owns, images it is to see, images a step, seed, start, and what else its config sets.
+    """One expert: rows it owns, images it is to see, images of a batch, seed, start, and what else its config sets.
 
-    cost: of one image, in those of the experts' largest network, in which a budget counts.
+    cost: of one image, in those of the experts' largest network, in which a budget counts; parts: batches of an
+    optimizer step, if gradients are accumulated or several devices train it.
     """
 
     name: str
@@ -88,6 +98,12 @@ class Planned:
     start: str = "scratch"
     set: dict[str, Any] = field(default_factory=dict)
     cost: float = 1.0
+    parts: int = 1
+
+    @property
+    def step(self) -> int:
+        """Images of an optimizer step."""
+        return self.batch * self.parts
 
 
 @dataclass(frozen=True)
@@ -145,7 +161,7 @@ class Fleet:
                 words["model.warm_start"] = str(self.root / self.folder(e.start))
             elif e.start != "scratch":
                 words["model.warm_start"] = e.start
-            entry = {"images": (images or {}).get(e.name, e.images), "batch": e.batch, "set": e.set}
+            entry = {**vars(e), "images": (images or {}).get(e.name, e.images)}
             expect = {"rows": e.rows, "fingerprint": self.table["fingerprint"]}
             out.append(self._job(e.name, list(self.configs), entry, e.seed, words, needs, expect))
         return out
@@ -155,7 +171,8 @@ class Fleet:
         needs: tuple[str, ...], expect: dict[str, Any] | None = None,
     ) -> Job:  # fmt: skip
         folder = self.root / self.folder(name)
-        steps = entry["images"] // entry["batch"]
+        step = entry["batch"] * entry.get("parts", 1)
+        steps = entry["images"] // step
         settings = {**self.set, **entry.get("set", {}), **words, "seed_everything": seed}
         settings |= {"data.batch_size": entry["batch"], "trainer.max_steps": steps}
         argv = ["fit"]
@@ -163,11 +180,12 @@ class Fleet:
             argv += ["--config", str(self.root / config)]
         argv += [word for key, value in settings.items() for word in (f"--{key}", word_of(value))]
         argv += [*self.extra, "--run", str(folder)]
-        return Job(name, argv, folder, needs, steps * entry["batch"], expect or {})
+        return Job(name, argv, folder, needs, steps * step, expect or {})
 
     def content(self) -> dict[str, Any]:
         """As written."""
-        experts = [{k: v for k, v in vars(e).items() if v != {} and (k, v) != ("cost", 1.0)} for e in self.experts]
+        plain = [("cost", 1.0), ("parts", 1)]
+        experts = [{k: v for k, v in vars(e).items() if v != {} and (k, v) not in plain} for e in self.experts]
         out = {"schema": SCHEMA, "title": self.title, "seed": self.seed, "table": self.table}
         out |= {"budget": self.budget.content(), "configs": self.configs, "set": self.set, "shared": self.shared}
         return {**out, "experts": experts}
@@ -217,6 +235,7 @@ class Fleet:
         refuse_unfit(experts, data["table"]["S"], bool(data.get("shared")), file)
         if data.get("shared"):
             known(data["shared"], SHARED_KEYS, f"{file}: shared", required=("configs", "images", "batch"))
+            whole_steps(data["shared"], f"{file}: shared.images")
             refuse_cost(data["shared"], f"{file}: shared")
         budget = Budget.of(data["budget"], f"{file}: budget")
         problems = []
@@ -245,6 +264,13 @@ class Fleet:
                 facts = describe(job.argv)
             except InputError as error:
                 raise InputError(f"{job.name}: {error}") from None
+            parts = {e.name: e.parts for e in self.experts}.get(job.name, (self.shared or {}).get("parts", 1))
+            if facts.parts != parts:
+                raise InputError(
+                    f"{job.name}: a step of its config has {facts.parts} batches (trainer.accumulate_grad_batches times "
+                    f"devices), its line in the plan counts parts: {parts}. Make both agree: set trainer.devices and "
+                    "trainer.accumulate_grad_batches, or write parts into the line"
+                )
             want = self.table["fingerprint"]
             if job.name != SHARED and facts.fingerprint != want:
                 raise InputError(
@@ -269,7 +295,7 @@ class Fleet:
             if self.budget.rule == "adaptive" and job.name != SHARED and facts.max_steps < POINTS * facts.validate:
                 raise InputError(
                     f"{job.name}: an adaptive budget follows its curve, and wants {POINTS} validations at least in its "
-                    f"first {facts.max_steps} steps; there is one every {facts.validate} (trainer.val_check_interval)"
+                    f"first {facts.max_steps} steps; there is one every {facts.validate:g} (trainer.val_check_interval)"
                 )
             out[job.name] = facts
         if misfits := [
@@ -330,8 +356,9 @@ def refuse_unfit(experts: Sequence[Planned], S: int, shared: bool, where: str) -
                 break
             seen.add(at)
             at = starts[at]
-        if e.images < e.batch:
-            problems.append(f"{e.name}: {e.images} images are less than one batch of {e.batch}")
+        if e.images < e.step:
+            what = f"{e.parts} batches of {e.batch}" if e.parts > 1 else f"one batch of {e.batch}"
+            problems.append(f"{e.name}: {e.images} images are less than {what}, and train nothing")
     if problems:
         raise InputError(f"{where}: this plan cannot be run:\n" + "\n".join(f"  - {p}" for p in problems))
 
@@ -353,10 +380,20 @@ def _expert(entry: Any, where: str) -> Planned:
         wrong.append(f"start: {entry['start']!r}")
     if not isinstance(entry.get("set", {}), dict):
         wrong.append(f"set: {entry['set']!r} (a mapping of config keys)")
+    if not isinstance(entry.get("parts", 1), int) or entry.get("parts", 1) < 1:
+        wrong.append(f"parts: {entry['parts']!r} (batches of a step, at least 1)")
     if wrong:
         raise InputError(f"{where} ({name}): {'; '.join(wrong)}")
     refuse_reserved(entry.get("set"), f"{where} ({name}): set")
     return Planned(**entry)
+
+
+def whole_steps(entry: dict[str, Any], where: str) -> int:
+    """Return the images of a shared model rounded down to whole optimizer steps; refuse fewer than one step."""
+    images, step = entry["images"], entry["batch"] * entry.get("parts", 1)
+    if isinstance(images, bool) or not isinstance(images, int) or images < step:
+        raise InputError(f"{where}: at least one step of {step} images, got {images!r}")
+    return int(images // step * step)
 
 
 def refuse_cost(entry: dict[str, Any], where: str) -> None:

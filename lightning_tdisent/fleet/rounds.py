@@ -1,6 +1,7 @@
 """Adaptive budgets: after every round of training, who goes on for how long, decided from the curves of all."""
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.errors import InputError
@@ -25,7 +26,8 @@ def newest(fleet: "Fleet") -> tuple[int, dict[str, Any] | None]:
 def targets(fleet: "Fleet") -> tuple[int, dict[str, int]]:
     """Number of the round, and the images that each expert is to see in it."""
     number, decided = newest(fleet) if fleet.budget.rule == "adaptive" else (0, None)
-    return number, decided["images"] if decided else {e.name: e.images for e in fleet.experts}
+    images = decided["images"] if decided else {e.name: e.images for e in fleet.experts}
+    return number, {e.name: images[e.name] // e.step * e.step for e in fleet.experts}
 
 
 def advance(fleet: "Fleet", number: int) -> bool:
@@ -39,8 +41,8 @@ def advance(fleet: "Fleet", number: int) -> bool:
     now, images = targets(fleet)
     if now != number:
         return True
-    left, batch = _left(fleet, number, images)
-    if left < batch:
+    left, step = _left(fleet, number, images)
+    if left < step:
         return False
     curves = {e.name: _curve(fleet, e.name) for e in fleet.experts}
     weight = effects(fleet.table["log_snr"], curves[fleet.experts[0].name]["variances"])
@@ -58,7 +60,7 @@ def advance(fleet: "Fleet", number: int) -> bool:
             )
         fits[e.name], curve_of[e.name] = fit_curve(points), points
     part = left if number == fleet.budget.rounds - 1 else left / (fleet.budget.rounds - number)
-    unit = max(1, int(part / (8 * len(fleet.experts))) // batch) * batch
+    unit = max(1, int(part / (8 * len(fleet.experts))) // step) * step
     names = [e.name for e in fleet.experts]
     granted = grant([fits[n] for n in names], [images[n] for n in names], [e.cost for e in fleet.experts], unit, part)
     new = dict(zip(names, granted, strict=True))
@@ -75,15 +77,15 @@ def advance(fleet: "Fleet", number: int) -> bool:
 
 def last(fleet: "Fleet") -> bool:
     """Whether no round follows the one of now."""
-    left, batch = _left(fleet, *targets(fleet))
-    return fleet.budget.rule != "adaptive" or left < batch
+    left, step = _left(fleet, *targets(fleet))
+    return fleet.budget.rule != "adaptive" or left < step
 
 
 def _left(fleet: "Fleet", number: int, images: dict[str, int]) -> tuple[float, int]:
-    """Images of the largest network that a round after this one can spend, and how many are too few for one."""
+    """Return the images of the largest network left for later rounds, and those of whole steps of every expert."""
     spent = sum(e.cost * images[e.name] for e in fleet.experts) + fleet.shared_cost
     left = fleet.budget.images - spent if number < fleet.budget.rounds else 0.0
-    return left, max(e.batch for e in fleet.experts)
+    return left, math.lcm(*(e.step for e in fleet.experts))
 
 
 def _curve(fleet: "Fleet", name: str) -> dict[str, Any]:

@@ -152,12 +152,12 @@ def loads_of(fleet: "Fleet", facts: Sequence["Facts"]) -> list[Load]:
     if fleet.budget.rule == "adaptive":
         spent, count = sum(load.images for load in out), fleet.budget.rounds
         part = (fleet.budget.images - spent) / (count * len(fleet.experts))
-        batch = {e.name: e.batch for e in fleet.experts}
+        step = {e.name: e.step for e in fleet.experts}
         out += [
-            Load(f"{job.name} {k}", part, (), int(part / batch[job.name]) // (fact.validate or 10**9), k)
+            Load(f"{job.name} {k}", part, (), int(part / step[job.name]) // (fact.validate or 10**9), k)
             for k in range(1, count + 1)
             for job, fact in jobs
-            if job.name in batch
+            if job.name in step
         ]
     return out
 
@@ -172,7 +172,7 @@ def footprint(facts: Sequence["Facts"], workers: int, keep: int = 2, averages: i
     return disk, sum(PROCESS + PER_WEIGHT * weights for weights in largest)
 
 
-def rehearse(fleet: "Fleet", train: Train, workers: int) -> Pool:
+def rehearse(fleet: "Fleet", train: Train, workers: int, accumulate: int = 1) -> Pool:
     """Measure a pool on this machine: workers at once, each with three short trainings of the largest expert.
 
     Their times are those of the steps, of a validation, and of all else, as three equations; the time that a process
@@ -196,7 +196,8 @@ def rehearse(fleet: "Fleet", train: Train, workers: int) -> Pool:
             for what, (steps, validations) in plans.items():
                 folder = place / f"{what}_{k}"
                 words = ["--trainer.max_steps", str(steps), "--run", str(folder)]
-                words += ["--trainer.val_check_interval", str(steps // validations if validations else steps + 1)]
+                every = steps // validations if validations else steps + 1
+                words += ["--trainer.val_check_interval", str(every * accumulate)]
                 jobs.append(Job(f"{what}_{k}", [*argv, *words], folder, before))
                 before = (f"{what}_{k}",)
         begun = time.time()
@@ -212,7 +213,7 @@ def rehearse(fleet: "Fleet", train: Train, workers: int) -> Pool:
     step = max(1e-6, (seconds["many"] - seconds["few"]) / (many - few))
     rest = max(0.0, seconds["few"] - few * step)
     validation = max(0.0, (seconds["validated"] - seconds["few"]) / VALIDATIONS)
-    return Pool(workers, expert.batch / step, max(0.0, start - rest - 2 * step), rest, validation)
+    return Pool(workers, expert.step / step, max(0.0, start - rest - 2 * step), rest, validation)
 
 
 @dataclass(frozen=True)

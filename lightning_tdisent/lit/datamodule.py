@@ -27,11 +27,15 @@ class ResumableLoader:
     """Goes through the batches of a run, ``len`` an epoch, from wherever the last epoch, or the last process, stopped.
 
     Its state is the number of batches handed out, which Lightning stores and returns to it; the workers keep running
-    from one epoch to the next. Where ``shared`` is set, it gives the batches from a number on.
+    from one epoch to the next. Where ``shared`` is set, it gives the batches from a number on. ``group`` is the number
+    of batches of an optimizer step: an epoch is rounded up to whole groups, because Lightning steps at the end of an
+    epoch, with however many batches there are.
     """
 
-    def __init__(self, dataset: Shuffled | Streamed, workers: int, start: int = 0, rewind: bool = False) -> None:
-        self.source, self.done, self.rewind = dataset, start, rewind
+    def __init__(
+        self, dataset: Shuffled | Streamed, workers: int, start: int = 0, rewind: bool = False, group: int = 1
+    ) -> None:
+        self.source, self.done, self.rewind, self.group = dataset, start, rewind, group
         self.shared: Callable[[int], Iterator[Sample]] | None = None
         workers = dataset.workers(workers)
         self.parts = dataset.parts(workers)
@@ -46,7 +50,7 @@ class ResumableLoader:
         self._workers: Any = None
 
     def __len__(self) -> int:
-        return len(self.source)
+        return -(-len(self.source) // self.group) * self.group
 
     def __iter__(self) -> Iterator[Sample]:
         if self._stream is None and self.shared is not None:
@@ -286,13 +290,28 @@ class ImageShards(L.LightningDataModule):
             start = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
             rewind = self.trainer.overfit_batches > 0
         workers = 0 if self.resident else self.workers
-        self._loader = ResumableLoader(dataset, workers, start, rewind)
+        self._loader = ResumableLoader(dataset, workers, start, rewind, self._group(len(dataset)))
         if (store := self._shared) is not None and not rewind and self._together:
             order = (type(dataset), *self._training, self.resident, self.buffer, self.batch_size, *options.values())
             self._loader.shared = lambda n: store.batches(
                 order, n, id(self), partial(ResumableLoader, dataset, workers)
             )
         return self._loader
+
+    def _group(self, batches: int) -> int:
+        """Return the batches of an optimizer step; refuse limits that leave the last step of an epoch fewer."""
+        group = self.trainer.accumulate_grad_batches if self.trainer else 1
+        if group == 1 or self.trainer.fast_dev_run:
+            return group
+        limit = self.trainer.limit_train_batches
+        epoch = limit if isinstance(limit, int) else int(-(-batches // group) * group * limit)
+        if epoch % group and epoch < -(-batches // group) * group:
+            name = "overfit_batches" if self.trainer.overfit_batches else "limit_train_batches"
+            raise InputError(
+                f"trainer.{name}: {limit} makes an epoch of {epoch} batches, which trainer.accumulate_grad_batches "
+                f"{group} does not divide: its last step would see fewer images. Choose a multiple of {group}"
+            )
+        return group
 
     def teardown(self, stage: str) -> None:
         """Let the workers go."""

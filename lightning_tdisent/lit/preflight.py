@@ -137,7 +137,13 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
 
 def refuse_trainer(trainer: L.Trainer) -> None:
-    """Refuse a trainer whose weights are rounded, or lie in pieces: averages and exports are of whole float weights."""
+    """Refuse a trainer that trains nothing, or whose weights are rounded or lie in pieces.
+
+    Averages and exports are made of whole float weights.
+    """
+    limits = ("max_steps", "max_epochs", "limit_train_batches")
+    if nothing := [name for name in limits if getattr(trainer, name) == 0]:
+        raise InputError(f"trainer.{nothing[0]}: 0 trains nothing; give at least 1, or -1 for no limit of steps")
     if trainer.precision not in PRECISIONS:
         raise InputError(
             f"trainer.precision: {trainer.precision} keeps the weights themselves in half precision, in which steps of "
