@@ -69,6 +69,7 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--resume", type=Literal["auto", "never"], default="auto", help="fit: go on with the run in that folder"
         )
+        parser.add_argument("--round", type=int, default=0, help="of an adaptive fleet's budget, which sets it")
         for name, callback in (("ema", EMA), ("losses", LossPerState), ("guard", Guard), ("checkpoint", Checkpoint)):
             parser.add_lightning_class_args(callback, name)
 
@@ -156,6 +157,11 @@ class CLI(LightningCLI):
             print(f"going on with {folder} {seen or 'from the beginning: it has no checkpoint yet'}")
             for later in [p for p in steps(folder / "checkpoints") if asked and p.name > asked.name]:
                 print(f"rolled back: {later} goes with the next checkpoint")
+
+    def before_fit(self) -> None:
+        """Tell the module which round of an adaptive budget this is."""
+        if self.config.fit.round:
+            self.model.round = self.config.fit.round
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Point logger and checkpoints to the run folder."""

@@ -98,13 +98,17 @@ class DenoiserModule(L.LightningModule):
 
     def on_validation_epoch_end(self, prefix: str = "val") -> None:
         """Log eps-MSE and x0-MSE per probe row, exact over all ranks."""
-        sums = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum").cpu()
-        x0, eps = (sums[:-1] / sums[-1]).view(2, -1)
+        x0, eps = self.errors = self.mean_errors()
         values = {f"{prefix}/eps_mse": float(eps.mean()), f"{prefix}/x0_mse": float(x0.mean())}
         for s, x0_mse, eps_mse in zip(self._probe, x0.tolist(), eps.tolist(), strict=True):
             t = int(self.denoiser.states.index[s])
             values |= {f"{prefix}_x0_mse/t{t:04d}": x0_mse, f"{prefix}_eps_mse/t{t:04d}": eps_mse}
         self.publish(values)
+
+    def mean_errors(self) -> Tensor:
+        """Return the mean errors of x0_hat and eps_hat at the probe rows, (2, P), over all ranks (collective)."""
+        sums = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum").cpu()
+        return (sums[:-1] / sums[-1]).view(2, -1)
 
     def publish(self, values: dict[str, float]) -> None:
         """Log numbers that are the same on all ranks, over images seen."""

@@ -5,13 +5,14 @@ are what is validated and exported.
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 import lightning_tdisent
@@ -81,7 +82,14 @@ class Diffusion(Part, DenoiserModule):
         self.register_buffer("row_choices", torch.tensor(denoiser.rows), persistent=False)
         self.generator, self.skipped, self.gradient_norm = torch.Generator(), torch.zeros(()), torch.zeros(())
         self.images_seen, self.seconds, self.seed = 0, 0.0, 0
+        self.validation_passes, self.validation_seconds = 0, 0.0
+        self.round, self.rounds = (
+            0,
+            dict[str, list[float]](),
+        )  # of an adaptive budget, and what the past ones ended with
         self.parents: list[dict[str, Any]] = []
+        self.before = 0  # steps of the average that a warm start continues, 0 from scratch
+        self.measured: tuple[int, dict[int, float]] = (-1, {})  # images seen, errors of x0_hat by probe row
         self._since: float | None = None
 
     network = property(lambda self: self.denoiser.network)
@@ -89,6 +97,7 @@ class Diffusion(Part, DenoiserModule):
     objective = property(lambda self: self.denoiser.objective)
     denoiser: Denoiser
     row_choices: Tensor
+    _hook: Any = None
 
     def owned(self, states: LatentStates) -> list[int]:
         """Rows of the table that this module owns."""
@@ -104,6 +113,8 @@ class Diffusion(Part, DenoiserModule):
             refuse_unweighted(self.denoiser)
         if self.warm_start and not self.trainer.ckpt_path:
             self.parents = start_warm(self.denoiser, self.warm_start)
+            of_start = self.parents[-1]  # which has seen these rows in a share of its steps
+            self.before = max(1, round(of_start["steps"] * len(self.rows) / len(of_start["rows"])))
 
     def on_fit_start(self) -> None:
         """Put the generator of the training noise on the device, and try all that the run will need."""
@@ -140,14 +151,74 @@ class Diffusion(Part, DenoiserModule):
             raise InputError(f"ranks {same} draw the same training noise: each must have a rank number of its own")
 
     def on_validation_start(self) -> None:
-        """Stop the clock."""
+        """Stop the clock of training, and count what validation costs."""
         self._tick(running=False)
+        self._begun, self._passed = time.perf_counter(), 0
+        if isinstance(network := getattr(self.denoiser, "network", None), nn.Module):
+            self._hook = network.register_forward_pre_hook(self._count)
+
+    def _count(self, network: nn.Module, args: tuple[Any, ...]) -> None:
+        self._passed += len(args[0])
+
+    def on_validation_epoch_end(self, prefix: str = "val") -> None:
+        """Log the errors, and keep them for whoever asks at the same step."""
+        super().on_validation_epoch_end(prefix)
+        if prefix == "val" and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self.measured = self.images_seen, dict(zip(self._probe, self.errors[0].tolist(), strict=True))
 
     def on_validation_end(self) -> None:
-        """Start it again."""
+        """Add up what validation cost, over all ranks, and start the clock again."""
         super().on_validation_end()
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self.trainer.state.fn != "fit":
+            return
+        passed = torch.tensor(self._passed, device=self.device)
+        self.validation_passes += int(self.trainer.strategy.reduce(passed, reduce_op="sum"))
+        self.validation_seconds += time.perf_counter() - self._begun
+        if not self.trainer.sanity_checking:
             self._since = time.perf_counter()
+
+    def start_errors(self) -> list[float]:
+        """Return the held-out error at each row owned before the first step, measured once (collective)."""
+        if self.measured[0] != 0:
+            self.measured = 0, self.held_out()
+        return self.row_errors()
+
+    def row_errors(self) -> list[float]:
+        """Return the errors last measured, one for each row owned: a row that is no probe row has that of the next."""
+        errors = self.measured[1]
+        return [errors[next(p for p in errors if p >= s)] for s in self.rows] if errors else []
+
+    def held_out(self) -> dict[int, float]:
+        """Return the held-out error of x0_hat at the probe rows, of the present weights (collective).
+
+        It is measured as in a validation of `fit`, on the same batches; empty where there are none.
+        """
+        trainer = self.trainer
+        loader, limit = trainer.val_dataloaders, trainer.limit_val_batches
+        if loader is None and trainer.datamodule is not None:
+            loader = trainer.datamodule.val_dataloader()
+        loader = loader[0] if isinstance(loader, (list, tuple)) and loader else loader
+        if not loader or not limit:
+            return {}
+        count = limit if isinstance(limit, int) else int(len(loader) * limit)
+        running, modes = self._since is not None, {module: module.training for module in self.modules()}
+        DenoiserModule.on_validation_epoch_start(self)
+        self.on_validation_start()
+        self.eval()
+        with torch.no_grad(), trainer.precision_plugin.val_step_context():
+            for i, batch in enumerate(itertools.islice(loader, count)):
+                batch = self.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
+                self.validation_step(trainer.strategy.batch_to_device(batch), i)
+        errors = dict(zip(self._probe, self.mean_errors()[0].tolist(), strict=True))
+        for module, mode in modes.items():
+            module.training = mode
+        self.on_validation_end()
+        if not running:
+            self._since = None
+        return errors
 
     def on_train_end(self) -> None:
         """Stop the clock."""
@@ -252,13 +323,23 @@ class Diffusion(Part, DenoiserModule):
             seconds=round(self.seconds, 3),
             seed=self.seed,
             version=lightning_tdisent.__version__,
+            validation_passes=self.validation_passes,
+            validation_seconds=round(self.validation_seconds, 3),
+            rounds=self._rounds(),
         )
 
+    def _rounds(self) -> dict[str, list[float]]:
+        if not self.round and not self.rounds:
+            return {}
+        return self.rounds | {str(self.round): [self.images_seen, round(self.seconds, 3)]}
+
     def export(
-        self, path: Path, weights: dict[str, Tensor] | None = None, average: dict[str, float] | None = None
-    ) -> None:
-        """Write an average of the weights, the live ones if none is given, with its card."""
-        save_expert(path, self.denoiser, self.card("live" if weights is None else "ema", average), weights)
+        self, path: Path, weights: dict[str, Tensor] | None = None, average: dict[str, float] | None = None,
+        kind: str | None = None, errors: dict[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        """Write weights, the live ones if none are given, with their card; kind: ``ema`` if not given."""
+        card = self.card(kind or ("live" if weights is None else "ema"), average)
+        save_expert(path, self.denoiser, dataclasses.replace(card, errors=errors or {}), weights)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint say what it holds, in plain data that loads with weights_only."""
@@ -284,6 +365,10 @@ class Diffusion(Part, DenoiserModule):
             )
         self.images_seen, self.seconds = theirs["images_seen"], theirs["seconds"]
         self.parents = theirs.get("parents", [])
+        self.validation_passes = theirs.get("validation_passes", 0)
+        self.validation_seconds = theirs.get("validation_seconds", 0.0)
+        if theirs.get("rounds") or self.round:
+            self.rounds = theirs.get("rounds") or {"0": [self.images_seen, self.seconds]}
         if self.trainer.state.fn != "fit" and "ema" in checkpoint:  # what is evaluated are the averaged weights
             average = {f"denoiser.{name}": weight for name, weight in checkpoint["ema"]["weights"].items()}
             checkpoint["state_dict"] = {**checkpoint["state_dict"], **average}

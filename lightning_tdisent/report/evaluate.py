@@ -194,7 +194,7 @@ def _of_model(
         "peak_memory_bytes": max(p[3] for p in parts),
         "ranks": len(parts),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
-        "weights_kind": cards[0].weights,
+        "weights_kind": ", ".join(sorted({card.weights for card in cards})),
         "training_data": cards[0].data,
         "table": cards[0].fingerprint,
         "sampler": repr_sampler(sampler),

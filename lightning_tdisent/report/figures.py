@@ -88,7 +88,7 @@ def cost(rows: Sequence[dict[str, Any]]) -> str:
         names = [r["name"] for r in rows][::-1]
         panels = [(metric, [r[metric] for r in rows])] if metric else []
         panels += [
-            ("training TFLOP, all jobs", [r["training_flops"] / 1e12 for r in rows]),
+            ("TFLOP in all, validation included", [_compute(r) / 1e12 for r in rows]),
             ("training seconds of the longest job", [r["training_seconds_longest"] for r in rows]),
         ]
         for axis, (title, values) in zip(axes, panels, strict=True):
@@ -99,19 +99,25 @@ def cost(rows: Sequence[dict[str, Any]]) -> str:
     return drawing(figure, "Quality (lower is nearer to the real images), what it cost in all, and how long one waits.")
 
 
+def _compute(row: dict[str, Any]) -> float:
+    """Return the floating point operations of training and validation; older results have the former alone."""
+    total: float = row.get("total_flops", row["training_flops"])
+    return total
+
+
 def quality_over_compute(rows: Sequence[dict[str, Any]]) -> str:
-    """The distance against the training compute of all jobs, with its spread where trainings were repeated.
+    """The distance against the compute of all jobs, validation included, with its spread over repeated trainings.
 
     Models called NAME and "NAME, .." that differ in compute are joined by a line. Nothing where all cost the same.
     """
     metric = next((k for k in rows[0] if k == "fid" or k.startswith("fd_")), "none")
-    shown = [r for r in rows if metric in r and r["training_flops"]]
-    if not shown or len({round(r["training_flops"] / shown[0]["training_flops"], 1) for r in shown}) < 2:
+    shown = [r for r in rows if metric in r and _compute(r)]
+    if not shown or len({round(_compute(r) / _compute(shown[0]), 1) for r in shown}) < 2:
         return ""
     families: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(shown, key=lambda r: (r["training_flops"], "," in r["name"])):
+    for row in sorted(shown, key=lambda r: (_compute(r), "," in r["name"])):
         line = families.setdefault(row["name"].partition(",")[0], [])
-        if line and row["training_flops"] < 1.1 * line[-1]["training_flops"]:
+        if line and _compute(row) < 1.1 * _compute(line[-1]):
             families[row["name"]] = [row]
         else:
             line.append(row)
@@ -119,10 +125,10 @@ def quality_over_compute(rows: Sequence[dict[str, Any]]) -> str:
         figure = Figure((8, 4.2))
         axes = figure.subplots()
         for (name, line), colour in zip(families.items(), COLOURS * len(families), strict=False):
-            x, y = [r["training_flops"] / 1e12 for r in line], [r[metric] for r in line]
+            x, y = [_compute(r) / 1e12 for r in line], [r[metric] for r in line]
             spread = [r.get(f"{metric}_sd", 0.0) for r in line]
             axes.errorbar(x, y, spread, fmt="o-" if len(line) > 1 else "s", ms=5, capsize=3, color=colour, label=name)
-        axes.set(xscale="log", yscale="log", xlabel="training TFLOP, all jobs together", ylabel=metric)
+        axes.set(xscale="log", yscale="log", xlabel="TFLOP of all jobs, validation included", ylabel=metric)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter("{x:g}")

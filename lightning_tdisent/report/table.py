@@ -29,7 +29,7 @@ def metrics_of(row: dict[str, Any]) -> list[str]:
     return [k for k in names if not any(end in k for end in ends)]
 
 
-_NOT_METRICS = ("training", "sampling", "evaluation", "images_seen")
+_NOT_METRICS = ("training", "validation", "total", "sampling", "evaluation", "images_seen")
 BITS = ("bpd", "bpd_ode")
 
 
@@ -63,7 +63,10 @@ def costs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         "images seen": lambda r: f"{r['images_seen']:,}",
         "by the longest job": lambda r: f"{r['images_seen_longest']:,}",
         "training TFLOP": lambda r: f"{r['training_flops'] / 1e12:.2f}",
+        "validation TFLOP": lambda r: f"{r['validation_flops'] / 1e12:.2f}",
+        "total TFLOP": lambda r: f"{r['total_flops'] / 1e12:.2f}",
         "training s, total": lambda r: f"{r['training_seconds']:.1f}",
+        "validation s, total": lambda r: f"{r['validation_seconds']:.1f}",
         "longest job s": lambda r: f"{r['training_seconds_longest']:.1f}",
         "sampling ms/image": lambda r: f"{1000 * r['sampling_seconds_per_image']:.2f}",
         "peak memory MB": lambda r: f"{r['peak_memory_bytes'] / 1e6:,.0f}",

@@ -64,9 +64,11 @@ def reconstruct(run: Path, sigma_rel: float, out: Path, step: int | None = None)
         raise InputError(f"{run / FOLDER} holds no snapshots: they are written by fit with --ema.lengths '[0.05, 0.1]'")
     cards = [read_card(file) for file in files]
     ends = [_end(card, file) for card, file in zip(cards, files, strict=True)]
-    step = max(end for end, _ in ends) if step is None else step
+    before = int((cards[0].average or {}).get("before", 0))  # steps of the average that a warm start continues
+    step = max(end for end, _ in ends) if step is None else step + before
     if step not in {end for end, _ in ends}:
-        raise InputError(f"--step {step}: snapshots were taken at {', '.join(map(str, sorted({e for e, _ in ends})))}")
+        taken = ", ".join(map(str, sorted({end - before for end, _ in ends})))
+        raise InputError(f"--step {step - before}: snapshots were taken at {taken}")
     used = [(file, card, end) for file, card, end in zip(files, cards, ends, strict=True) if end[0] <= step]
     kinds = {(c.fingerprint, str(c.network), str(c.objective), str(c.rows), c.data) for _, c, _ in used}
     if len(kinds) > 1:
@@ -83,7 +85,9 @@ def reconstruct(run: Path, sigma_rel: float, out: Path, step: int | None = None)
     with torch.no_grad():
         for name, tensor in denoiser.named_parameters():
             tensor.copy_(total[name])
-    card = dataclasses.replace(last, average={"sigma_rel": sigma_rel, "steps": step, "error": round(error, 6)})
+    own = step - before
+    average = {"sigma_rel": sigma_rel, "steps": own, **({"before": before} if before else {}), "error": round(error, 6)}
+    card = dataclasses.replace(last, average=average)
     save_expert(out, denoiser, card)
     return error
 
@@ -91,4 +95,4 @@ def reconstruct(run: Path, sigma_rel: float, out: Path, step: int | None = None)
 def _end(card: Card, file: Path) -> tuple[int, float]:
     if not card.average or not {"sigma_rel", "steps"} <= set(card.average):
         raise InputError(f"{file}: not a snapshot of a power-function average: it holds {card.weights} {card.average}")
-    return int(card.average["steps"]), gamma(card.average["sigma_rel"])
+    return int(card.average["steps"] + card.average.get("before", 0)), gamma(card.average["sigma_rel"])

@@ -22,7 +22,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.sampling.bundle import pack, unpacked
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import Card, load_expert, read_card, sha256
+from lightning_tdisent.sampling.expert import PARENT, Card, load_expert, read_card, sha256
 from lightning_tdisent.sampling.residency import Member, PassingExpert, Residency, passing
 
 MANIFEST = "composite.json"
@@ -169,7 +169,7 @@ def _card_facts(card: Card) -> dict[str, Any]:
         "image range": card.image_range,
         "network input": {"shape": card.shape, "classes": network.get("classes")},
         "training data": card.data,
-        "weights": card.weights,
+        "weights": card.kind,
     }
 
 
@@ -460,5 +460,8 @@ def start_warm(denoiser: Denoiser, source: str) -> list[dict[str, Any]]:
     if theirs != mine:
         raise InputError(f"warm_start: {source} holds another network: {spec(network)} is not {spec(denoiser.network)}")
     denoiser.network.load_state_dict(network.state_dict())
-    cost = {k: getattr(cards[0], k) for k in ("network", "images_seen", "seconds")}
-    return [*cards[0].parents, {"sha256": sha256(find_files(source)[0]), **cost}]
+    card = cards[0]
+    cost = {k: getattr(card, k) for k in PARENT}
+    average = card.average or {}
+    cost["steps"] = int(average.get("steps", card.steps) + average.get("before", 0))
+    return [*card.parents, {"sha256": sha256(find_files(source)[0]), **cost, "rows": card.rows}]

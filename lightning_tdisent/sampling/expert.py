@@ -24,6 +24,7 @@ from lightning_tdisent.sampling.checkpoint import load
 from lightning_tdisent.sampling.denoiser import Denoiser
 
 SCHEMA = 2
+PARENT = ("network", "images_seen", "seconds", "validation_passes", "validation_seconds")  # what a child's card keeps
 BLANK = "0" * 64  # stands in a file where its own SHA-256 goes, while that is computed
 
 
@@ -33,9 +34,12 @@ class Card:
 
     module, network, states, objective: class paths with constructor arguments; fingerprint: hash of the table;
     rows: rows owned; image_range: values the network was trained on; data: digest of the training images;
-    weights: ``ema`` or ``live``; average: its decay or relative length sigma_rel, and the steps averaged; images_seen,
-    steps, seconds: cost of the training; parents: the same, with network and sha256, of the files it started warm from
-    and of theirs; seed.
+    weights: ``ema``, ``live``, or ``start`` where a warm start was better than what training made of it; average: its
+    decay or relative length sigma_rel, the steps averaged, and the steps ``before`` them that it continues;
+    images_seen, steps, seconds: cost of the training; parents: the same, with network and sha256, of the files it
+    started warm from and of theirs; seed; errors: held-out error of x0_hat of the start and of the average (or live
+    weights), where they were compared; validation_passes, validation_seconds: images passed through the network while
+    validating, and the time it took; rounds: images and seconds at the end of each round of an adaptive budget.
     """
 
     module: str
@@ -55,6 +59,15 @@ class Card:
     version: str
     parents: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     schema: int = SCHEMA
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    validation_passes: int = 0
+    validation_seconds: float = 0.0
+    rounds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The weights that the training exports, ``ema`` or ``live``, even where its start was better."""
+        return next((name for name in self.errors if name != "start"), self.weights)
 
     @property
     def shape(self) -> list[int]:
@@ -81,12 +94,13 @@ class Card:
 
     @classmethod
     def from_json(cls, data: dict[str, Any], where: str) -> "Card":
-        """Card from its JSON; refuses another schema or missing fields."""
+        """Card from its JSON; refuses another schema or missing fields, but for those that older files do not have."""
         fields = {f.name for f in dataclasses.fields(cls)}
+        newer = {"errors", "validation_passes", "validation_seconds", "rounds"}
         if not isinstance(data, dict):
             raise InputError(f"{where}: its card is a {type(data).__name__}, not an object")
-        if data.get("schema") != SCHEMA or set(data) != fields:
-            odd = sorted(set(data) ^ fields)
+        if data.get("schema") != SCHEMA or set(data) | newer != fields:
+            odd = sorted((set(data) | newer) ^ fields)
             raise InputError(f"{where}: card of schema {data.get('schema')}, this version reads {SCHEMA}; odd: {odd}")
         return cls(**data)
 

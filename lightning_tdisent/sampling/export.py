@@ -274,10 +274,12 @@ def _readme(config: dict[str, Any], form: str, loading: str) -> str:
         "table": f"{config['fingerprint']}, listed in config.json",
         "says": f"{config['prediction']}, for x_0 in {config['image_range']}",
         "makes": f"{config['shape']} (channels, height, width), classes: {config['classes'] or 'none'}",
-        "weights": f"{experts[0]['weights']}",
+        "weights": ", ".join(sorted({e["weights"] for e in experts})),
         "training data": f"digest {experts[0]['data']}",
         "images seen": f"{cost['images_seen']:,.0f} in all, {cost['images_seen_longest']:,.0f} by the longest training",
-        "total compute": f"{cost['training_flops']:.3g} floating point operations, {cost['training_seconds']:,.0f} s",
+        "training": f"{cost['training_flops']:.3g} operations, {cost['training_seconds']:,.0f} s",
+        "validation": f"{cost['validation_flops']:.3g} operations, {cost['validation_seconds']:,.0f} s",
+        "total compute": f"{cost['total_flops']:.3g} floating point operations, validation included",
     }
     return "\n".join(
         [

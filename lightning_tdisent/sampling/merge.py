@@ -23,7 +23,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.sampling.composite import MANIFEST, compose, refuse_unfit
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import HELD_OUT, x0_errors
-from lightning_tdisent.sampling.expert import Card, load_expert, read_card, save_expert, sha256
+from lightning_tdisent.sampling.expert import PARENT, Card, load_expert, read_card, save_expert, sha256
 from lightning_tdisent.sampling.sampler import from_uint8
 from lightning_tdisent.streaming.shards import ImageSet
 
@@ -231,7 +231,7 @@ def _facts(card: Card) -> dict[str, Any]:
         "parametrisation": card.objective["class_path"].rpartition(".")[2],
         "image range": card.image_range,
         "training data": card.data,
-        "weights": card.weights,
+        "weights": card.kind,
         "network": card.network,
         "its initial weights": f"those of {started[-1]}" if started else f"random, of seed {card.seed}",
     }
@@ -285,13 +285,13 @@ def _card(
     """Its parents are those of the members, each once, and the members with rows and weight."""
     parents = {p["sha256"]: p for card in cards for p in card.parents}
     for digest, card, weight in zip(digests, cards, share, strict=True):
-        cost = {name: getattr(card, name) for name in ("network", "images_seen", "seconds")}
+        cost = {name: getattr(card, name) for name in (*PARENT, "rounds")}
         parents[digest] = {"sha256": digest, **cost, "rows": card.rows, "weight": weight}
     return Card.of(
         model,
         module=f"{__name__}.merge",
         data=cards[0].data,
-        weights=cards[0].weights,
+        weights=cards[0].kind,
         average=cards[0].average if all(card.average == cards[0].average for card in cards) else None,
         images_seen=passed,
         steps=0,

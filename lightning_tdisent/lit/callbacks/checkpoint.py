@@ -60,7 +60,7 @@ class Checkpoint(LightningCheckpoint):
         except OSError as error:
             raise InputError(f"run: {self.folder} cannot be written: {error.strerror}. Choose another --run") from None
         refuse_other_run(trainer, steps(self.folder))
-        averages = [len(c.kinds) for c in trainer.callbacks if isinstance(c, EMA)]
+        averages = [len(c.kinds) + bool(c.start) for c in trainer.callbacks if isinstance(c, EMA)]
         copies = 3 + sum(averages)  # the weights and AdamW's two
         size = copies * sum(p.numel() * p.element_size() for p in pl_module.denoiser.parameters())
         there = sum(path.stat().st_size for path in steps(self.folder)[-self.keep :])

@@ -8,31 +8,47 @@ import lightning.pytorch as L
 import torch
 
 from lightning_tdisent.files import write_whole
+from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.modules import Diffusion
-from lightning_tdisent.sampling.sampler import from_uint8, probe_rows
+from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.sampler import from_uint8
 
 
 class Curve(L.Callback):
-    """Write ``curve.json`` into the run folder at each validation: [images seen, error of x0_hat of each row owned].
+    """Write ``curve.json`` into the run folder: [images seen, error of x0_hat of each row owned], from 0 images on.
 
-    Of a model with more than 8 rows some are probed, and the others between them have the error of the next probed.
-    Also in it: ``variances`` of the held-out data along its principal components. A resumed run goes on with the curve
-    of its checkpoint.
+    A point is added before the first step, at each validation, and at the end of a training that started warm. Of a
+    model with more than 8 rows some are probed, and the others between them have the error of the next probed. Also in
+    it: ``variances`` of the held-out data along its principal components. A resumed run goes on with the curve of its
+    checkpoint.
     """
 
     def __init__(self) -> None:
         self.points: list[tuple[int, list[float]]] = []
         self.variances: list[float] = []
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Begin a new curve."""
+        if not trainer.global_step and not trainer.fast_dev_run and isinstance(pl_module.denoiser, Denoiser):
+            pl_module.start_errors()
+            self._add(trainer, pl_module)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Add a point."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run:
+            self._add(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Add the end of a training that started warm, where its weights are compared with those of the start."""
+        for callback in trainer.callbacks:
+            if isinstance(callback, EMA) and callback.start_error is not None and not trainer.fast_dev_run:
+                callback.measure(trainer, pl_module)
+                self._add(trainer, pl_module)
+
+    def _add(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        errors = pl_module.row_errors()
+        if pl_module.measured[0] != pl_module.images_seen or not errors:  # a prior's training has none
             return
-        if "val/x0_mse" not in trainer.callback_metrics:  # a prior's training has none
-            return
-        index, probes = pl_module.states.index.tolist(), probe_rows(pl_module.rows)
-        error = {s: float(trainer.callback_metrics[f"val_x0_mse/t{index[s]:04d}"]) for s in probes}
-        errors = [error[next(p for p in probes if p >= s)] for s in pl_module.rows]
         if self.points and self.points[-1][0] == pl_module.images_seen:
             self.points.pop()
         self.points.append((pl_module.images_seen, errors))
@@ -43,7 +59,7 @@ class Curve(L.Callback):
             write_whole(Path(trainer.default_root_dir) / "curve.json", json.dumps(content).encode())
 
     def state_dict(self) -> dict[str, Any]:
-        """The curve."""
+        """Return the curve."""
         return {"points": self.points}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The averaged weights: kept while training, seen by everything that validates, written at the end."""
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as L
@@ -26,6 +27,9 @@ class EMA(L.Callback):
     A skipped step moves no average; that is decided on the device, which no library's average can (nor do they swap
     as late: metrics and pictures at the end of a validation see the average too). The live weights come back bitwise,
     also after an exception.
+
+    A warm start continues the average that it starts from: update n counts as ``before`` + n, with ``before`` the steps
+    that its source has taken at the rows owned. The start itself is kept beside the averages, for `Export`.
     """
 
     def __init__(self, decay: float = 0.999, lengths: list[float] | None = None, snapshot_every: int = 1000) -> None:
@@ -36,7 +40,9 @@ class EMA(L.Callback):
         self.decay, self.lengths, self.snapshot_every = decay, lengths or [], snapshot_every
         self.gammas = [gamma(length) for length in self.lengths]
         self.averages: list[Tensor] = []  # each flat: one cat and one lerp a step, however many parameters there are
-        self.updates = 0
+        self.updates, self.before = 0, 0
+        self.start: dict[str, Tensor] = {}  # weights of a warm start
+        self.start_error: float | None = None
         self._live: list[Tensor] | None = None
         self._restored: list[Tensor] | None = None
 
@@ -46,7 +52,7 @@ class EMA(L.Callback):
         return [{"sigma_rel": length} for length in self.lengths] or [{"decay": self.decay}]
 
     def betas(self, n: int) -> list[float]:
-        """Weight of the past in each average at update n = 1, 2, .."""
+        """Return the weight of the past in each average at update n = 1, 2, .., those before a warm start included."""
         return [(1 - 1 / n) ** (g + 1) for g in self.gammas] or [min(self.decay, n / (9 + n)) if n > 1 else 0.0]
 
     def _parameters(self, module: Diffusion) -> list[Tensor]:
@@ -61,13 +67,17 @@ class EMA(L.Callback):
             refuse_other_run(trainer, sorted((Path(trainer.default_root_dir) / FOLDER).glob("step-*_*.safetensors")))
         self.walked = [p.detach() for p in self._parameters(pl_module)]  # what is averaged, in this order
         if self._restored is None:
-            self.averages, self.updates = [self._flat() for _ in self.kinds], 0
+            self.averages, self.updates, self.before = [self._flat() for _ in self.kinds], 0, pl_module.before
+            state = pl_module.denoiser.state_dict() if self.before else {}
+            self.start, self.start_error = {name: tensor.detach().clone() for name, tensor in state.items()}, None
         else:
             self.averages, self._restored = [a.to(pl_module.device) for a in self._restored], None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Count from here; snapshots of a past that is being undone go."""
+        """Measure a warm start, and count from here; snapshots of a past that is being undone go."""
         self._seen = trainer.global_step
+        if self.start and not trainer.global_step and (errors := pl_module.start_errors()):
+            self.start_error = fmean(errors)
         if trainer.is_global_zero:
             for file in (Path(trainer.default_root_dir) / FOLDER).glob("step-*_*.safetensors"):
                 if int(file.name[5:14]) > self.updates:
@@ -80,7 +90,7 @@ class EMA(L.Callback):
         self._seen = trainer.global_step
         self.updates += 1
         live, moved = self._flat(), 1 - pl_module.skipped
-        for average, beta in zip(self.averages, self.betas(self.updates), strict=True):
+        for average, beta in zip(self.averages, self.betas(self.before + self.updates), strict=True):
             average.lerp_(live, (1 - beta) * moved)
         if self.lengths and self.updates % self.snapshot_every == 0:
             self._snapshot(trainer, pl_module)
@@ -121,16 +131,35 @@ class EMA(L.Callback):
         parts = self.averages[i].split([p.numel() for p in named.values()])
         return {name: part.view(p.shape) for (name, p), part in zip(named.items(), parts, strict=True)}
 
+    def state(self, module: Diffusion, i: int = 0) -> dict[str, Tensor]:
+        """Return average i with the denoiser's buffers, which are not averaged."""
+        return {**module.denoiser.state_dict(), **{k: w.clone() for k, w in self.weights(module, i).items()}}
+
+    def describe(self, i: int = 0, steps: int | None = None) -> dict[str, float]:
+        """Return what the card says of average i."""
+        continued = {"before": self.before} if self.before else {}
+        return self.kinds[i] | {"steps": self.updates if steps is None else steps} | continued
+
     def export(self, path: Path, module: Diffusion, i: int = 0) -> None:
-        """Write average i with its card; buffers, where a network has any, are not averaged."""
-        weights = {**module.denoiser.state_dict(), **{k: w.clone() for k, w in self.weights(module, i).items()}}
-        module.export(path, weights, self.kinds[i] | {"steps": self.updates})
+        """Write average i with its card."""
+        module.export(path, self.state(module, i), self.describe(i))
+
+    def measure(self, trainer: L.Trainer, module: Diffusion) -> list[float]:
+        """Return the held-out error of the first average at each row owned, measured once a step (collective)."""
+        if module.measured[0] != module.images_seen:
+            self.on_validation_start(trainer, module)
+            try:
+                module.measured = module.images_seen, module.held_out()
+            finally:
+                self.on_validation_end(trainer, module)
+        return module.row_errors()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
         """Store the averages beside the live weights."""
         if self.averages:
             first, *others = [self.weights(pl_module, i) for i in range(len(self.averages))]
             checkpoint["ema"] = {"kinds": self.kinds, "step": self.updates, "weights": first, "others": others}
+            checkpoint["ema"] |= {"before": self.before, "start": self.start, "start_error": self.start_error}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
         """Keep the stored averages until the fit starts; refuses averages of another kind."""
@@ -139,20 +168,37 @@ class EMA(L.Callback):
             return
         if stored["kinds"] != self.kinds:
             raise InputError(f"ema: the checkpoint has averages {stored['kinds']}, the config {self.kinds}")
-        self.updates = stored["step"]
+        self.updates, self.before = stored["step"], stored.get("before", 0)  # older checkpoints did not continue any
+        self.start_error = stored.get("start_error")
+        self.start = {name: tensor.to(pl_module.device) for name, tensor in stored.get("start", {}).items()}
         kept = (stored["weights"], *stored["others"])
         self._restored = [torch.cat([w.flatten() for w in weights.values()]) for weights in kept]
 
 
 class Export(L.Callback):
-    """Write ``model.safetensors``, or the module's own ``file``, when training ends: averaged weights and the card."""
+    """Write ``model.safetensors``, or the module's own ``file``, when training ends: averaged weights and the card.
+
+    After a warm start the weights it began with are written instead, with ``weights: start`` in the card, if their
+    held-out error (mean over the rows owned) is below that of the average. The card has both errors.
+    """
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Write on rank 0, also when a resumed run finds its training complete."""
-        if not trainer.is_global_zero or trainer.interrupted or trainer.fast_dev_run or not trainer.global_step:
+        if trainer.interrupted or trainer.fast_dev_run or not trainer.global_step:
             return
         path = Path(trainer.default_root_dir) / pl_module.file
-        if ema := next((c for c in trainer.callbacks if isinstance(c, EMA)), None):
+        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
+        start = ema.start_error if ema is not None else None
+        own = ema.measure(trainer, pl_module) if ema is not None and start is not None else []
+        if not trainer.is_global_zero:
+            return
+        if ema is None:
+            pl_module.export(path)
+        elif start is None or not own:
             ema.export(path, pl_module)
         else:
-            pl_module.export(path)
+            errors = {"start": start, "ema": fmean(own)}
+            if kept := errors["start"] < errors["ema"]:
+                print(f"{path}: the start's weights are kept: held-out error {start:.4g}, trained {fmean(own):.4g}")
+            weights, average = (ema.start, ema.describe(steps=0)) if kept else (ema.state(pl_module), ema.describe())
+            pl_module.export(path, weights, average, "start" if kept else "ema", errors)
