@@ -458,8 +458,8 @@ def _study(a: argparse.Namespace) -> None:
         run(Jobs(Store(todo.out), todo.jobs), fits, a.workers, title=study.title)
     for name, work in fleets.items():
         run(work, fits, a.workers, title=f"{study.title}, {name}")
-    boards = "".join(page(tiles(work), name) for name, work in fleets.items())
-    write_whole(todo.out / BOARDS, boards.encode())
+    if boards := "".join(page(tiles(work), name) for name, work in fleets.items()):
+        write_whole(todo.out / BOARDS, boards.encode())
     for fleet, folder in todo.composites.items():
         if not (folder / MANIFEST).exists():
             compose(find_files(todo.out / fleet), folder)

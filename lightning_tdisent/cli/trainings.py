@@ -65,7 +65,7 @@ def describe(argv: list[str]) -> "Facts":
     module, states, trainer = cli.model, cli.model.states, cli.trainer
     every = trainer.val_check_interval if trainer.check_val_every_n_epoch is None else None
     accumulate = trainer.accumulate_grad_batches
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in getattr(trainer, "callbacks", [])):
         raise InputError(
             "trainer.callbacks: GradientAccumulationScheduler changes the images of a step while it trains, so a fleet "
             "cannot count them; set trainer.accumulate_grad_batches"

@@ -26,7 +26,8 @@ from lightning_tdisent.errors import InputError, nearest
 
 RULES = ("uniform", "taper", "snr", "explicit", "adaptive")
 Curve = list[tuple[int, float]]  # images seen, weighted error
-Fit = tuple[float, float, float, float]  # floor, amplitude, exponent, images that the start was worth
+# floor, amplitude, exponent, images that the start was worth, and the error of the start where the curve has it
+Fit = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,14 @@ def fit_curve(curve: Curve) -> Fit:
     """Floor f, amplitude A, exponent p and offset m of E(n) = f + A (n + m)^-p, by relative least squares.
 
     f, A >= 0; p and m are searched on a grid: m is what the weights that it started from were worth. Two points at
-    least, at different n.
+    least, at different n. A curve that first rises is fitted from its highest point on, if another one follows. Where
+    it has a point at n = 0 no value exceeds that: the start is kept unless training makes it better.
     """
     n, e = (np.array(values, float) for values in zip(*sorted(set(curve)), strict=True))
+    start = [float(e[0])] if n[0] == 0 else []
+    top = int(np.argmax(e))
+    if top < len(n) - 1:
+        n, e = n[top:], e[top:]
     best: tuple[float, Fit] | None = None
     for m in n[-1] * np.array([0, 0.03, 0.1, 0.3, 1, 3, 10]):
         if n[0] + m <= 0:
@@ -179,7 +185,7 @@ def fit_curve(curve: Curve) -> Fit:
             floor, amplitude = _two(basis / e, 1 / e)
             error = float(np.square((floor + amplitude * basis) / e - 1).sum())
             if best is None or error < best[0] - 1e-15:
-                best = error, (floor, amplitude * (n[-1] + m) ** p, float(p), float(m))
+                best = error, (floor, amplitude * (n[-1] + m) ** p, float(p), float(m), *start)
     assert best is not None
     return best[1]
 
@@ -197,27 +203,23 @@ def _two(basis: np.ndarray, one: np.ndarray) -> tuple[float, float]:
 
 def value(fit: Fit, n: float) -> float:
     """E(n) of a fit."""
-    floor, amplitude, p, m = fit
-    return float(floor + amplitude * (n + m) ** -p)
+    floor, amplitude, p, m, *start = fit
+    return float(min([floor + amplitude * (n + m) ** -p, *start]))
 
 
 def grant(fits: Sequence[Fit], seen: Sequence[int], costs: Sequence[float], unit: int, total: float) -> list[int]:
     """New targets: ``unit`` images at a time go where they lower E most per cost, while cost is left of ``total``.
 
     seen: images so far; costs: of one image, in units of ``total``. With convex curves this greedy way is optimal. No
-    curve is believed beyond twice of what it has seen, as long as there are others.
+    curve is believed beyond twice of what it has seen, as long as there are others that gain anything. Where nobody
+    gains anything, images go to whoever has the fewest.
     """
     target, left = list(seen), total
-    while True:
-        gains = [
-            (value(f, n) - value(f, n + unit)) / (c * unit) if c * unit <= left + 1e-9 else -1.0
-            for f, n, c in zip(fits, target, costs, strict=True)
-        ]
-        known = [n + unit <= 2 * before for n, before in zip(target, seen, strict=True)]
-        if any(ok and gain >= 0 for ok, gain in zip(known, gains, strict=True)):
-            gains = [gain if ok else -1.0 for ok, gain in zip(known, gains, strict=True)]
-        k = int(np.argmax(gains))
-        if gains[k] < 0:
-            return target
+    while able := [k for k, cost in enumerate(costs) if cost * unit <= left + 1e-9]:
+        gains = {k: (value(fits[k], target[k]) - value(fits[k], target[k] + unit)) / (costs[k] * unit) for k in able}
+        gaining = [k for k in able if gains[k] > 0]
+        known = [k for k in gaining if target[k] + unit <= 2 * seen[k]]
+        k = max(known or gaining, key=gains.__getitem__, default=min(able, key=target.__getitem__))
         target[k] += unit
         left -= costs[k] * unit
+    return target

@@ -9,6 +9,7 @@ from lightning_tdisent.diffusion.states import split_rows
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.plan import (
+    DEVICES,
     FILE,
     SHARED,
     SHARED_KEYS,
@@ -71,9 +72,8 @@ def draft(
         return describe(["fit", *words, "--run", f"{store}/nothing"])
 
     facts = facts_of(list(configs), common)
-    if facts.devices in ("auto", "-1", -1):  # a worker trains on one, however many the machine of the plan has
-        common["trainer.devices"] = 1
-        facts = facts_of(list(configs), common)
+    if facts.devices not in ("auto", "-1", -1, "1", 1):
+        common.setdefault(DEVICES, facts.devices)
     if not facts.module.endswith("SingleState"):
         raise InputError(f"{file}: configs make a {facts.module}; an expert is a SingleState")
     blocks = _blocks(data, facts.sizes or [facts.S], str(file))
@@ -82,12 +82,12 @@ def draft(
     kinds: dict[str, Facts] = {}
     for rows, more in zip(blocks, specials, strict=True):
         if flow(more) not in kinds:
-            kinds[flow(more)] = facts_of(list(configs), {**common, "model.rows": rows, **more})
+            kinds[flow(more)] = facts_of(list(configs), {DEVICES: 1, **common, "model.rows": rows, **more})
     largest = max(kind.flops for kind in kinds.values())
     costs = [float(f"{kinds[flow(more)].flops / largest:.4g}") for more in specials]
     parts = [kinds[flow(more)].parts for more in specials]
     if shared:
-        of_shared = facts_of(list(shared["configs"]), {**common, **shared.get("set", {})})
+        of_shared = facts_of(list(shared["configs"]), {DEVICES: 1, **common, **shared.get("set", {})})
         shared["batch"] = int(shared.get("batch") or of_shared.batch)
         if of_shared.parts > 1:
             shared["parts"] = of_shared.parts

@@ -24,6 +24,7 @@ from lightning_tdisent.fleet.store import Store, read_json
 SCHEMA = 1
 FILE = "plan.yaml"
 SHARED = "shared"
+DEVICES = "trainer.devices"  # one, unless the plan sets another number, however many a machine has
 BEGUN = "begun"
 RESERVED = {
     "run": "--out",
@@ -48,11 +49,11 @@ HEADER = """\
 class Facts:
     """What a command line of ``fit`` amounts to: table, batch, network, how it is trained.
 
-    log_snr: of rows 1..S, first column; flops: of a forward pass of one image; decay: course of the learning rate; validate:
-    steps from one validation to the next, 0 if that goes by epochs; fits: network and prediction, which are equal where
-    one may start from another's weights; sizes: of the runs of rows that one network can answer for, all if not given;
-    K: columns of the table; accumulate, world: batches of ``batch`` images in an optimizer step, by accumulation and on
-    devices; devices: as the config has it, ``auto`` for all that are there.
+    log_snr: of rows 1..S, first column; flops: of a forward pass of one image; decay: course of the learning rate;
+    validate: steps from one validation to the next, 0 if that goes by epochs; fits: network and prediction, which are
+    equal where one may start from another's weights; sizes: of the runs of rows that one network can answer for, all if
+    not given; K: columns of the table; accumulate, world: batches of ``batch`` images in an optimizer step, by
+    accumulation and on devices; devices: as the config has it, ``auto`` for all that are there.
     """
 
     module: str
@@ -146,13 +147,13 @@ class Fleet:
         """Run folder of a job, relative to the fleet's; that of the shared model is not among the experts'."""
         return f"start/{name}" if name == SHARED else name
 
-    def jobs(self, images: dict[str, int] | None = None) -> list[Job]:
-        """All trainings, with other numbers of images where given."""
+    def jobs(self, images: dict[str, int] | None = None, number: int = 0) -> list[Job]:
+        """Return all trainings, with other numbers of images where given, in a round of an adaptive budget."""
         out = []
         if self.shared:
             out.append(self._job(SHARED, list(self.shared["configs"]), self.shared, self.seed, {}, ()))
         for e in self.experts:
-            words: dict[str, Any] = {"model.rows": e.rows}
+            words: dict[str, Any] = {"model.rows": e.rows} | ({"round": number} if number else {})
             needs: tuple[str, ...] = ()
             if e.seed != self.seed:
                 words["data.seed"] = self.seed  # the same images for all, so that they are decoded once
@@ -173,7 +174,7 @@ class Fleet:
         folder = self.root / self.folder(name)
         step = entry["batch"] * entry.get("parts", 1)
         steps = entry["images"] // step
-        settings = {**self.set, **entry.get("set", {}), **words, "seed_everything": seed}
+        settings = {DEVICES: 1, **self.set, **entry.get("set", {}), **words, "seed_everything": seed}
         settings |= {"data.batch_size": entry["batch"], "trainer.max_steps": steps}
         argv = ["fit"]
         for config in configs:
@@ -267,7 +268,7 @@ class Fleet:
             parts = {e.name: e.parts for e in self.experts}.get(job.name, (self.shared or {}).get("parts", 1))
             if facts.parts != parts:
                 raise InputError(
-                    f"{job.name}: a step of its config has {facts.parts} batches (trainer.accumulate_grad_batches times "
+                    f"{job.name}: a step of its config has {facts.parts} batches (trainer.accumulate_grad_batches x "
                     f"devices), its line in the plan counts parts: {parts}. Make both agree: set trainer.devices and "
                     "trainer.accumulate_grad_batches, or write parts into the line"
                 )

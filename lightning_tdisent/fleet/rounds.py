@@ -44,7 +44,10 @@ def advance(fleet: "Fleet", number: int) -> bool:
     left, step = _left(fleet, number, images)
     if left < step:
         return False
-    curves = {e.name: _curve(fleet, e.name) for e in fleet.experts}
+    curves = {e.name: curve(fleet, e.name) or {} for e in fleet.experts}
+    if missing := [name for name, content in curves.items() if not content]:
+        where = f"{fleet.store}/{fleet.folder(missing[0])}/{CURVE}"
+        raise InputError(f"{missing[0]}: {where} is missing; an adaptive budget needs it")
     weight = effects(fleet.table["log_snr"], curves[fleet.experts[0].name]["variances"])
     fits, curve_of = {}, {}
     for e in fleet.experts:
@@ -88,8 +91,6 @@ def _left(fleet: "Fleet", number: int, images: dict[str, int]) -> tuple[float, i
     return left, math.lcm(*(e.step for e in fleet.experts))
 
 
-def _curve(fleet: "Fleet", name: str) -> dict[str, Any]:
-    content = read_json(fleet.store, f"{fleet.folder(name)}/{CURVE}")
-    if content is None:
-        raise InputError(f"{name}: {fleet.store}/{fleet.folder(name)}/{CURVE} is missing; an adaptive budget needs it")
-    return content
+def curve(fleet: "Fleet", name: str) -> dict[str, Any] | None:
+    """Return the curve of a job of a fleet, the shared model's included; None if it has written none."""
+    return read_json(fleet.store, f"{fleet.folder(name)}/{CURVE}")

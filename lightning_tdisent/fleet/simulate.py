@@ -147,19 +147,26 @@ def loads_of(fleet: "Fleet", facts: Sequence["Facts"]) -> list[Load]:
     jobs = list(zip(fleet.jobs(), facts, strict=True))
     for job, fact in jobs:
         out.append(
-            Load(job.name, (job.images or 0) * fact.flops / top, job.needs, fact.max_steps // (fact.validate or 10**9))
+            Load(job.name, (job.images or 0) * fact.flops / top, job.needs, _validations(fact, fact.max_steps, job))
         )
     if fleet.budget.rule == "adaptive":
         spent, count = sum(load.images for load in out), fleet.budget.rounds
         part = (fleet.budget.images - spent) / (count * len(fleet.experts))
         step = {e.name: e.step for e in fleet.experts}
         out += [
-            Load(f"{job.name} {k}", part, (), int(part / step[job.name]) // (fact.validate or 10**9), k)
+            Load(f"{job.name} {k}", part, (), _validations(fact, int(part / step[job.name]), job, k), k)
             for k in range(1, count + 1)
             for job, fact in jobs
             if job.name in step
         ]
     return out
+
+
+def _validations(fact: "Facts", steps: int, job: Job, number: int = 0) -> int:
+    """Return how often a job validates in a round: before its first step, as its config says, at the end if warm."""
+    every = fact.validate or 1e9
+    warm = "--model.warm_start" in job.argv
+    return (number == 0) + int(steps // every) + (warm and bool(steps % every))
 
 
 def footprint(facts: Sequence["Facts"], workers: int, keep: int = 2, averages: int = 1) -> tuple[float, float]:

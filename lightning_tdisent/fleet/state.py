@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet import rounds
@@ -43,6 +43,9 @@ class Work(Protocol):
 
     def foreseen(self) -> dict[str, float]:
         """Errors of x0_hat that the plan foresees at the end of jobs, where it does."""
+
+    def curve(self, job: Job) -> dict[str, Any] | None:
+        """The curve of a job, where it has written one."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,10 @@ class Jobs:
         """None."""
         return {}
 
+    def curve(self, job: Job) -> dict[str, Any] | None:
+        """Read it from the job's folder."""
+        return read_json(Store(job.folder), rounds.CURVE)
+
 
 @dataclass(frozen=True)
 class FleetWork:
@@ -100,7 +107,7 @@ class FleetWork:
     def jobs(self) -> list[Job]:
         """With the images that the last round granted; after the first one all have begun, and need nobody."""
         number, images = rounds.targets(self.fleet)
-        jobs = self.fleet.jobs(images)
+        jobs = self.fleet.jobs(images, number)
         return [replace(job, needs=()) for job in jobs] if number else jobs
 
     def done(self, job: Job) -> bool:
@@ -172,6 +179,10 @@ class FleetWork:
             if card is None or card.images_seen < images:
                 unfinished.append(f"{job.name}, {f'{card.images_seen:,}' if card else 'none'} of {images:,} images")
         return files, unfinished
+
+    def curve(self, job: Job) -> dict[str, Any] | None:
+        """See `rounds.curve`."""
+        return rounds.curve(self.fleet, job.name)
 
     def foreseen(self) -> dict[str, float]:
         """By the fits of the last round of an adaptive budget."""

@@ -1,11 +1,11 @@
 """Where every expert of a fleet stands, read from its files, as tiles in a terminal and as HTML."""
 
 import html
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from rich.columns import Columns
@@ -104,13 +104,11 @@ def _tile(
 
 
 def _curve(work: Work, job: Job) -> float | None:
-    """The last held-out error of its curve, where one was written."""
-    name = f"{job.folder.name}/curve.json"
+    """Return the held-out error of the weights it left: of the last point of its curve, or of the start if better."""
     try:
-        content = work.store.read(name) if work.store.remote else (job.folder / "curve.json").read_bytes()
-        errors = json.loads(content or b"{}")["points"][-1][1]
-        return sum(errors) / len(errors)
-    except (OSError, ValueError, KeyError, IndexError):
+        points = (work.curve(job) or {})["points"]
+        return min(fmean(errors) for n, errors in points if n == 0 or n == points[-1][0])
+    except (OSError, ValueError, KeyError, TypeError, InputError):
         return None
 
 

@@ -159,3 +159,26 @@ def test_a_curve_is_not_believed_far_beyond_its_end_while_there_are_others():
     steep, flat = (0.0, 1000.0, 0.5, 0.0), (0.0, 1.0, 0.5, 0.0)
     assert grant([steep, flat], [100, 100], [1.0, 1.0], 10, 150) == [200, 150]
     assert grant([steep, flat], [100, 100], [1.0, 1.0], 10, 400)[1] == 200  # and then the steep one has the rest
+
+
+def test_a_curve_is_fitted_from_its_highest_point_and_never_promises_more_than_its_start():
+    rising = [(0, 1.0), (100, 1.2), (200, 1.3), (300, 1.4)]
+    fit = fit_curve(rising)
+    assert fit[-1] == 1.0
+    assert [value(fit, n) for n in (300, 600, 10_000)] == [1.0] * 3  # the start is kept
+    bump = [(0, 1.0), *((n, 0.5 + 80 / (n + 50)) for n in range(50, 500, 50))]
+    fit = fit_curve(bump)
+    assert value(fit, 50) == 1.0
+    assert value(fit, 450) == pytest.approx(bump[-1][1], rel=0.02)
+    assert value(fit, 900) == pytest.approx(0.5 + 80 / 950, rel=0.03)
+
+
+def test_who_gains_nothing_gets_nothing_while_another_gains():
+    # power laws: one steep curve and seven that have converged
+    steep, done = (0.0, 1000.0, 0.5, 0.0), (1.0, 0.0, 1.0, 0.0)
+    assert grant([steep, *[done] * 7], [100] * 8, [1.0] * 8, 10, 1600) == [1700, *[100] * 7]
+
+
+def test_where_nobody_gains_the_budget_is_spent_evenly():
+    done = (1.0, 0.0, 1.0, 0.0)
+    assert grant([done] * 4, [100, 140, 100, 100], [1.0] * 4, 20, 120) == [140] * 4

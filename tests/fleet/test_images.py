@@ -109,7 +109,7 @@ def test_a_shared_model_that_trains_nothing_is_refused(planned):
     content = yaml.safe_load((fleet.root / "plan.yaml").read_text())
     content["shared"]["images"] = 0
     (fleet.root / "plan.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(InputError, match="shared.images: at least one step of 8 images, got 0"):
+    with pytest.raises(InputError, match=r"shared\.images: at least one step of 8 images, got 0"):
         Fleet.load(fleet.root)
 
 
@@ -143,8 +143,9 @@ class Sizes(Callback):
 def test_every_optimizer_step_sees_as_many_images(configs, tmp_path, accumulate, batch):
     # 1,500 training images: epochs of 5, 3, 2 and 1 batches
     sizes = Sizes()
-    words = ["fit", "--config", str(configs / "expert.yaml"), "--run", str(tmp_path / "run"), "--trainer.max_steps", "5",
-             "--trainer.accumulate_grad_batches", str(accumulate), "--data.batch_size", str(batch),
+    words = ["fit", "--config", str(configs / "expert.yaml"), "--run", str(tmp_path / "run"),
+             "--trainer.max_steps", "5", "--trainer.accumulate_grad_batches", str(accumulate),
+             "--data.batch_size", str(batch),
              "--trainer.val_check_interval", "100"]  # fmt: skip
     fit(words, [sizes])
     assert sizes.seen == [accumulate * batch * k for k in range(1, 6)]
