@@ -4,12 +4,11 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.cli.terminal import Commands, bar, command, use_device, wide_console
-from lightning_tdisent.cli.trainings import describe, fits, open_fleet
+from lightning_tdisent.cli.trainings import describe, fits, open_fleet, role
 from lightning_tdisent.errors import InputError
 
 if TYPE_CHECKING:
@@ -415,11 +414,13 @@ def _fetch(a: argparse.Namespace) -> None:
 
 
 def _report(a: argparse.Namespace) -> None:
+    from lightning_tdisent.fleet.claim import refuse_no_repeats
     from lightning_tdisent.report.seeds import write_page
     from lightning_tdisent.report.study import Study, show
     from lightning_tdisent.report.table import costs, table, tables
 
     studies = [Study.load(folder) for folder in a.folders]
+    refuse_no_repeats(a.folders)
     if (len(studies) > 1) == (a.out is None):
         raise InputError("report: --out FILE.html is for several folders, and wanted there")
     if a.out is None:
@@ -439,40 +440,43 @@ def _study(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.state import FleetWork, Jobs
     from lightning_tdisent.fleet.status import page, tiles
     from lightning_tdisent.fleet.store import Store
-    from lightning_tdisent.fleet.study import plan, refuse_cuts
+    from lightning_tdisent.fleet.study import plan, refuse_cuts, refuse_roles
     from lightning_tdisent.report.study import BOARDS, Study
-    from lightning_tdisent.sampling.composite import MANIFEST, compose, find_files
+    from lightning_tdisent.sampling.composite import find_files, recompose
     from lightning_tdisent.sampling.start import FILE
 
     todo = plan(a.config, a.out, a.seed, a.overrides)
+    for line in todo.compare():
+        print(f"{todo.out}: {line}")
     study = Study(**todo.evaluation)
-    study.check(conditional=any("condition" in text for job in todo.jobs for text in _configs(job.argv)))
-    todo.claim()
+    study.check()
+    roles = {job.name: role(job.argv) for job in todo.jobs}
+    todo, begun = todo.claim(), todo.begun
     fleets = {}
     for name, (file, changes) in todo.fleets.items():
-        fleets[name] = FleetWork(draft(file, describe, todo.out / name, todo.seed, changes=changes), describe)
-        fleets[name].fleet.check(describe)
-        study.runs |= {f"{name}/{e.name}": str(todo.out / name / e.name) for e in fleets[name].fleet.experts}
-    refuse_cuts(todo, describe, {name: work.fleet.table["S"] for name, work in fleets.items()})
+        fleet = draft(file, describe, todo.out / name, todo.seed, changes=changes, begun=begun)
+        fleet.check(describe)
+        fleets[name] = FleetWork(fleet, describe)
+        study.runs |= {f"{name}/{e.name}": str(todo.out / name / e.name) for e in fleet.experts}
+    runs = {name: roles[labels[0]] for name, labels in todo.members.items() if labels}
+    runs |= {name: role(work.fleet.jobs()[-1].argv) for name, work in fleets.items()}
+    study.check(conditional=refuse_roles(todo, runs))
+    states = {tuple(job.argv): roles[job.name].states for job in todo.jobs}
+    refuse_cuts(todo, lambda argv: states[tuple(argv)], {name: work.fleet.table["S"] for name, work in fleets.items()})
     if todo.jobs:
         run(Jobs(Store(todo.out), todo.jobs), fits, a.workers, title=study.title)
     for name, work in fleets.items():
         run(work, fits, a.workers, title=f"{study.title}, {name}")
-    if boards := "".join(page(tiles(work), name) for name, work in fleets.items()):
+    if fleets:
+        boards = "".join(page(tiles(work), name) for name, work in fleets.items())
         write_whole(todo.out / BOARDS, boards.encode())
-    for fleet, folder in todo.composites.items():
-        if not (folder / MANIFEST).exists():
-            compose(find_files(todo.out / fleet), folder)
+    for name, folder in todo.composites.items():
+        if recompose(find_files(todo.out / name), folder):
+            print(f"{folder}: composed anew, since the weights of {name} are others now")
     for folder, (source, at, part) in todo.priors.items():
         if not (folder / FILE).exists():
             _fit(source, at, part, study.data, "train", None, folder)
     _finish(study)
-
-
-def _configs(argv: Sequence[str]) -> Iterator[str]:
-    """Words of a command line, and what its configs say."""
-    for before, word in pairwise(argv):
-        yield Path(word).read_text() if before == "--config" else word
 
 
 def _finish(study: "Study") -> None:

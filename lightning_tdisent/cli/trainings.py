@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning_tdisent.fleet.job import Report
     from lightning_tdisent.fleet.plan import Facts
     from lightning_tdisent.fleet.state import FleetWork
+    from lightning_tdisent.fleet.study import Role
 
 
 def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool = False) -> list[BaseException | None]:
@@ -47,6 +48,18 @@ def open_fleet(where: str, overrides: Sequence[str] = (), scratch: Path | None =
 
         scratch = cache_folder() / "fleets" / hashlib.sha256(where.encode()).hexdigest()[:16]
     return FleetWork(Fleet.load(where, words(overrides), scratch), describe)
+
+
+def role(argv: list[str]) -> "Role":
+    """Return what a command line of `fit` trains; nothing is read but its configs."""
+    from lightning_tdisent.fleet.study import Role
+    from lightning_tdisent.lit.entry import parse
+    from lightning_tdisent.lit.prior import PriorModule
+
+    module = parse(argv).model
+    kind = "prior" if isinstance(module, PriorModule) else "model" if hasattr(module, "network") else ""
+    states = module.denoiser.states if kind == "prior" else getattr(module, "states", None)
+    return Role(kind, type(module).__name__, states)
 
 
 def describe(argv: list[str]) -> "Facts":

@@ -8,6 +8,7 @@ from typing import Any
 from lightning_tdisent.diffusion.states import split_rows
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.fleet.budget import Budget
+from lightning_tdisent.fleet.kept import copy_name, edits
 from lightning_tdisent.fleet.plan import (
     DEVICES,
     FILE,
@@ -36,11 +37,12 @@ Copies = dict[str, tuple[bytes, Path]]  # contents of configs by the names of th
 
 def draft(
     config: str | Path, describe: Describe, out: str | Path | None = None, seed: int | None = None,
-    overrides: Sequence[str] = (), changes: dict[str, Any] | None = None,
+    overrides: Sequence[str] = (), changes: dict[str, Any] | None = None, begun: bool = False,
 ) -> Fleet:  # fmt: skip
     """Expand a fleet's YAML into a plan, and write it with copies of all configs; refuses a folder that has another.
 
     overrides: KEY=VALUE of all trainings' configs; changes: keys of the YAML itself; what it has under ``set`` stays.
+    begun: whether work that the plan belongs to has begun; if not, and no expert has, another plan is replaced.
     """
     file = Path(config)
     data = read_yaml(file)
@@ -118,20 +120,24 @@ def draft(
         common, shared, experts,
     )  # fmt: skip
     refuse_unfit(experts, facts.S, shared is not None, str(file))
-    _claim(fleet, {name: content for name, (content, _) in copies.items()})
+    _claim(fleet, {name: content for name, (content, _) in copies.items()}, begun)
     return fleet
 
 
-def _claim(fleet: Fleet, copies: dict[str, bytes]) -> None:
+def _claim(fleet: Fleet, copies: dict[str, bytes], begun: bool) -> None:
     """Write plan and configs; the plan last, as it says that all is there."""
     fleet.store.check()
     text = fleet.text().encode()
     there = fleet.store.read(FILE)
-    if there is not None and there != text and fleet.store.names("leases"):
+    differ = [] if there is None else edits(there, text)
+    if differ and (begun or fleet.store.names("leases")):
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise InputError(
-            f"{fleet.store} holds another plan, which has begun. Look at it with fleet plan {fleet.store}, edit {FILE} "
-            "there, or choose another --out"
+            f"{fleet.store} holds another plan, which has begun ({'; '.join(differ[:5])}{more}). Look at it with fleet "
+            f"plan {fleet.store}, edit {FILE} there, or choose another --out"
         )
+    if there is not None and not differ and all(fleet.store.read(name) == content for name, content in copies.items()):
+        return
     for name, content in copies.items():
         fleet.store.write(name, content)
     fleet.store.write(FILE, text)
@@ -191,9 +197,8 @@ def _copies(file: Path, names: Any, key: str, taken: Copies) -> tuple[dict[str, 
             near = nearest(str(name), [p.name for p in file.parent.glob("*.yaml")])
             raise InputError(f"{file}: {key}: {path} is no file.{near}")
         content = path.read_bytes()
-        copy = f"configs/{path.parent.resolve().name}_{path.stem}.yaml"
-        while copy in copies or (copy in taken and taken[copy][0] != content):
-            copy = copy.replace(".yaml", "_.yaml")
+        clash = {**copies, **{name: 0 for name, (other, _) in taken.items() if other != content}}
+        copy = copy_name(f"{path.parent.resolve().name}_{path.stem}", clash)
         digests[copy], copies[copy] = digest_of(content), (content, path)
     return digests, copies
 

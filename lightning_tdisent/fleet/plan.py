@@ -19,6 +19,8 @@ from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.files import expand_all
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.job import Job
+from lightning_tdisent.fleet.kept import CONFIGS
+from lightning_tdisent.fleet.names import clashes, fault
 from lightning_tdisent.fleet.store import Store, read_json
 
 SCHEMA = 1
@@ -26,6 +28,7 @@ FILE = "plan.yaml"
 SHARED = "shared"
 DEVICES = "trainer.devices"  # one, unless the plan sets another number, however many a machine has
 BEGUN = "begun"
+FOLDERS = (SHARED, FILE, BEGUN, CONFIGS, "scratch", "done", "failed", "leases", "logs", "rounds", "start")  # no experts
 RESERVED = {
     "run": "--out",
     "seed_everything": "seed",
@@ -40,7 +43,7 @@ PLAN_KEYS = ("schema", "title", "seed", "table", "budget", "configs", "set", "sh
 EXPERT_KEYS = ("name", "rows", "images", "batch", "seed", "start", "set", "cost", "parts")
 HEADER = """\
 # The plan of a fleet: every line below `experts` is one training. Edit rows, images, batch, seed, start or set of an
-# expert as long as it has not begun; `python -m lightning_tdisent fleet plan {where}` checks the whole.
+# expert as long as it has not begun; `python -m lightning_tdisent fleet plan FOLDER` checks the whole.
 # start: scratch, shared (the run above), the name of another expert, or a file or run folder with weights.
 """
 
@@ -194,7 +197,7 @@ class Fleet:
     def text(self) -> str:
         """The file: a line for each expert."""
         content = self.content()
-        lines = [HEADER.format(where=self.store)]
+        lines = [HEADER]
         for key, value in content.items():
             if key == "experts":
                 lines += ["experts:\n", *(f"- {flow(entry)}\n" for entry in value)]
@@ -346,6 +349,7 @@ def refuse_unfit(experts: Sequence[Planned], S: int, shared: bool, where: str) -
     ]
     names = [e.name for e in experts]
     problems += [f"two experts are called {name}" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += clashes([(name, "expert") for name in dict.fromkeys(names)])
     starts = {e.name: e.start for e in experts}
     for e in experts:
         if e.start == SHARED and not shared:
@@ -374,8 +378,8 @@ def _expert(entry: Any, where: str) -> Planned:
     if not isinstance(rows, list) or not rows or not all(isinstance(s, int) for s in rows) or sorted(set(rows)) != rows:
         wrong.append(f"rows: {rows!r} (ascending row numbers)")
     name = entry["name"]
-    if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum() or name == SHARED:
-        wrong.append(f"name: {name!r} (letters, digits, - and _; not {SHARED})")
+    if odd := fault(name, FOLDERS, "._-+") or ("numbers stand for expert_NNN" if name.isdigit() else None):
+        wrong.append(f"name: {name!r} ({odd})")
     refuse_cost(entry, f"{where} ({name})")
     if not isinstance(entry["start"], str):
         wrong.append(f"start: {entry['start']!r}")

@@ -1,18 +1,20 @@
 """A study: one YAML expanded into independent jobs, composites, and what is compared at the end."""
 
-import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_tdisent.diffusion.spec import build
-from lightning_tdisent.diffusion.states import row_of
+from lightning_tdisent.diffusion.states import LatentStates, row_of
 from lightning_tdisent.errors import InputError, nearest
-from lightning_tdisent.files import write_whole
+from lightning_tdisent.fleet.claim import FILE, SCHEMA, Plan, kept
 from lightning_tdisent.fleet.job import Job
-from lightning_tdisent.fleet.plan import Describe, known, read_yaml
+from lightning_tdisent.fleet.kept import CONFIGS, copy_name
+from lightning_tdisent.fleet.names import clashes, fault
+from lightning_tdisent.fleet.plan import digest_of, known, read_yaml
+from lightning_tdisent.fleet.sweep import overrides_of, row_or_share, unrolled
 from lightning_tdisent.priors.prior import Prior
 
 KEYS = (
@@ -30,90 +32,73 @@ KEYS = (
     "protocol",
     "weights",
     "n",
+    "n_held_out",
     "first_seed",
     "notes",
 )
 RUN_KEYS = ("configs", "experts", "warm_start", "set")
 FLEET_KEYS = ("fleet", "budget", "start", "set")
 PRIOR_KEYS = ("run", "at", "prior")
-TIME_KEYS = ("run", "sampler", "cuts", "priors")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Jobs and fleets with their folders, composites to make of experts, and the evaluation as plain data.
-
-    fleets: by name the YAML of a fleet, and keys of it that this study has otherwise; priors: by the folder that each
-    is fitted into its model, where it starts, and its class path with arguments.
-    """
-
-    out: Path
-    jobs: list[Job]
-    composites: dict[str, Path]
-    fleets: dict[str, tuple[Path, dict[str, Any]]]
-    priors: dict[Path, tuple[str, int | float, dict[str, Any]]]
-    seed: int
-    evaluation: dict[str, Any]
-    content: dict[str, Any]
-
-    def claim(self) -> None:
-        """Take the folder, or go on in it; refuse one that holds another plan."""
-        mine, file = json.loads(json.dumps(self.content)), self.out / "plan.json"
-        if file.exists():
-            theirs = json.loads(file.read_text())
-            differ = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-            if differ:
-                detail = "; ".join(f"{k}: {theirs.get(k)} there, {mine.get(k)} now" for k in differ)
-                raise InputError(f"{self.out} holds another study ({detail}). Choose another --out, or remove it.")
-        elif self.out.exists() and any(self.out.iterdir()):
-            raise InputError(f"{self.out} is not empty and holds no study; choose another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(mine, indent=1).encode())
+RESERVED = (FILE, CONFIGS, "priors", "leases", "failed", "logs", "measured", "observations", "study.json",
+            "results.json", "samples.safetensors", "report.html", "fleets.html")  # fmt: skip
+DECIDED = {
+    "run": "out",
+    "seed_everything": "seed",
+    "model.warm_start": "warm_start",
+    **dict.fromkeys(("model.expert", "model.experts"), "experts"),
+}  # config keys that a study decides, and by what of it
 
 
 def plan(
     config: str | Path, out: str | Path | None = None, seed: int | None = None, overrides: Sequence[str] = ()
 ) -> Plan:
-    """Read a study's YAML; every config it names must exist, every key must be known."""
+    """Read a study's YAML; every config it names must exist, every key must be known, every name must be one."""
     file = Path(config)
     written = read_yaml(file)
     known(written, KEYS, str(file), required=("runs", "data", "protocol"))
-    study = _unrolled(written, str(file))
+    for key in ("runs", "contenders", "priors"):
+        if written.get(key) is not None and not isinstance(written[key], dict):
+            raise InputError(f"{file}: {key}: a mapping of a name to its settings, got {written[key]!r}")
+    if not written["runs"]:
+        raise InputError(f"{file}: runs: name at least one")
+    study = unrolled(written, str(file))
     if not study["contenders"]:
         raise InputError(f"{file}: contenders, or diffusion_time, is missing")
     folder = Path(out or study.get("out") or f"runs/{file.stem}")
-    seed = int(study.get("seed", 0)) if seed is None else seed
-    extra = _overrides(overrides, study["runs"])
+    seed = study.get("seed", 0) if seed is None else seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InputError(f"{file}: seed: a whole number, got {seed!r}")
+    _refuse_names(study, str(file))
+    extra = overrides_of(overrides, study["runs"])
+    configs: dict[str, tuple[Path, bytes]] = {}
     jobs: list[Job] = []
     composites: dict[str, Path] = {}
+    runs: dict[str, Path] = {}
     members: dict[str, list[str]] = {}
-    digests = {}
-    if not isinstance(study["runs"], dict) or not isinstance(study["contenders"], dict):
-        raise InputError(f"{file}: runs and contenders are mappings of a name to its settings")
     fleets: dict[str, tuple[Path, dict[str, Any]]] = {}
     for name, run in study["runs"].items():
-        if isinstance(run, dict) and "fleet" in run:
+        runs[name], members[name] = folder / name, []
+        if "fleet" in run:
             known(run, FLEET_KEYS, f"{file}: runs.{name}")
-            path = _config(file, run["fleet"], f"runs.{name}.fleet")
-            digests[str(run["fleet"])] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-            changes = {key: run[key] for key in ("budget", "start") if key in run}
-            settings = {**(run.get("set") or {}), **extra.get(name, {})}
-            fleets[name] = (path, changes | ({"set": settings} if settings else {}))
-            composites[name], members[name] = folder / f"{name}_composite", []
+            fleets[name] = (_config(file, run["fleet"], f"runs.{name}.fleet", configs), _changes(run, extra[name]))
+            _fleet_configs(file, str(run["fleet"]), fleets[name], configs)
+            runs[name] = composites[name] = folder / f"{name}_composite"
             continue
-        known(run, RUN_KEYS, f"{file}: runs.{name}", required=("configs",))
         argv = ["fit"]
         for entry in run["configs"]:
-            path = _config(file, entry, f"runs.{name}.configs")
-            digests[str(entry)] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-            argv += ["--config", str(path)]
-        for key, value in {**(run.get("set") or {}), **extra.get(name, {}), "seed_everything": seed}.items():
+            argv += ["--config", str(_config(file, entry, f"runs.{name}.configs", configs))]
+        chosen = {**(run.get("set") or {}), **extra[name]}
+        if odd := [key for key in chosen if key in DECIDED]:
+            raise InputError(f"{file}: runs.{name}: set: {odd[0]}: the study says it itself, by {DECIDED[odd[0]]}")
+        for key, value in {**chosen, "seed_everything": seed}.items():
             argv += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
         needs: tuple[str, ...] = ()
         if warm := run.get("warm_start"):
-            if not members.get(warm):
+            if not members.get(str(warm)) or str(warm) in composites:
+                singles = [m for m in members if m not in composites and m != name]
                 raise InputError(
-                    f"{file}: runs.{name}.warm_start: {warm!r} is no run above it.{nearest(warm, members)}"
+                    f"{file}: runs.{name}.warm_start: {warm!r} is no run above it of one network."
+                    f"{nearest(str(warm), singles)}"
                 )
             needs, argv = tuple(members[warm]), [*argv, "--model.warm_start", str(folder / warm)]
         count = run.get("experts")
@@ -121,7 +106,7 @@ def plan(
             jobs.append(Job(name, [*argv, "--run", str(folder / name)], folder / name, needs))
             members[name] = [name]
             continue
-        composites[name] = folder / f"{name}_composite"
+        runs[name] = composites[name] = folder / f"{name}_composite"
         members[name] = [f"{name}_{k:03d}" for k in range(1, count + 1)]
         for k, label in enumerate(members[name], 1):
             place = folder / name / f"expert_{k:03d}"
@@ -130,29 +115,30 @@ def plan(
     priors: dict[Path, tuple[str, int | float, dict[str, Any]]] = {}
     for name, entry in study["priors"].items():
         known(entry, PRIOR_KEYS, f"{file}: priors.{name}", required=PRIOR_KEYS)
-        if entry["run"] not in members:
-            raise InputError(f"{file}: priors.{name}.run: no run {entry['run']!r}.{nearest(entry['run'], members)}")
-        source = composites.get(entry["run"], folder / entry["run"])
+        if str(entry["run"]) not in runs:
+            raise InputError(f"{file}: priors.{name}.run: no run {entry['run']!r}.{nearest(str(entry['run']), runs)}")
         part = _part(entry["prior"], "Gaussian")
         at = row_or_share(entry["at"], f"{file}: priors.{name}.at")
         if build(part, Prior).learned:
             raise InputError(f"{file}: priors.{name}: {part['class_path']} is trained: make it a run with PriorModule")
-        priors[folder / "priors" / name] = (str(source), at, part)
+        priors[folder / "priors" / name] = (str(runs[entry["run"]]), at, part)
     contenders = []
     for name, entry in study["contenders"].items():
-        known(entry, ("run", "sampler", "prior"), f"{file}: contenders.{name}", required=("run",))
-        if entry["run"] not in members:
-            raise InputError(f"{file}: contenders.{name}.run: no run {entry['run']!r}.{nearest(entry['run'], members)}")
-        source = composites.get(entry["run"], folder / entry["run"])
-        contenders.append({"name": name, "source": str(source), "sampler": _part(entry.get("sampler"), "DDIM")})
+        where = f"{file}: contenders.{name}"
+        known(entry, ("run", "sampler", "prior"), where, required=("run",))
+        if str(entry["run"]) not in runs:
+            raise InputError(f"{where}.run: no run {entry['run']!r}.{nearest(str(entry['run']), runs)}")
+        source = str(runs[entry["run"]])
+        contenders.append({"name": name, "source": source, "sampler": _part(entry.get("sampler"), "DDIM")})
         if start := entry.get("prior"):
-            if start not in study["priors"] and start not in members and not str(start).startswith("cut:"):
-                options = [*study["priors"], *members]
-                raise InputError(f"{file}: contenders.{name}.prior: no prior {start!r}.{nearest(start, options)}")
             if str(start).startswith("cut:"):
-                row_or_share(start[4:], f"{file}: contenders.{name}.prior: {start}")
-            fitted = folder / "priors" / start if start in study["priors"] else folder / str(start)
-            contenders[-1]["prior"] = start if str(start).startswith("cut:") else str(fitted)
+                row_or_share(str(start)[4:], f"{where}.prior: {start}")
+                contenders[-1]["prior"] = start
+                continue
+            if start not in study["priors"] and start not in [m for m in runs if m not in composites]:
+                options = [*study["priors"], *(m for m in runs if m not in composites)]
+                raise InputError(f"{where}.prior: no prior {start!r}.{nearest(str(start), options)}")
+            contenders[-1]["prior"] = str(folder / "priors" / start if start in study["priors"] else runs[start])
     evaluation = {
         "out": str(folder),
         "title": study.get("title", file.stem),
@@ -164,62 +150,143 @@ def plan(
         "protocol": study["protocol"],
         "weights": study.get("weights"),
         "n": study.get("n"),
+        "n_held_out": study.get("n_held_out"),
         "first_seed": study.get("first_seed"),
         "bits": study.get("bits"),
         "runs": {job.name: str(job.folder) for job in jobs},
     }
-    content = {"study": written, "seed": seed, "overrides": list(overrides), "configs": digests}
-    return Plan(folder, jobs, composites, fleets, priors, seed, evaluation, content)
+    before = (kept(folder) or {"configs": {}})["configs"]
+    copies = {key: entry["copy"] for key, entry in before.items() if isinstance(entry, dict)}
+    for key, (path, _) in configs.items():
+        copies.setdefault(key, copy_name(path.stem, copies.values()))
+    entries = {key: {"copy": copies[key], "sha256": digest_of(text)} for key, (_, text) in configs.items()}
+    content = {"schema": SCHEMA, "study": written, "seed": seed, "overrides": list(overrides), "configs": entries}
+    content = json.loads(json.dumps(content))
+    return Plan(folder, jobs, runs, members, composites, fleets, priors, seed, evaluation, content, configs)
 
 
-def row_or_share(value: Any, where: str) -> int | float:
-    """A row, or a share of the rows as a float, from a number or its text."""
-    try:
-        number = float(value)
-        if isinstance(value, bool) or not 0 < number < float("inf"):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise InputError(f"{where}: a row from 1 on, or a share of the rows such as 0.6, got {value!r}") from None
-    return int(number) if number.is_integer() and "." not in str(value) else number
+def _refuse_names(study: dict[str, Any], file: str) -> None:
+    """Refuse names that cannot be those of files, that would share one, or runs of no experts; all at once."""
+    problems, claims = [], []
+    for key in ("runs", "priors", "contenders"):
+        for name in study[key]:
+            if odd := fault(name, RESERVED if key == "runs" else ()):
+                problems.append(f"{key}: {name!r}: {odd}")
+            if key != "contenders":
+                claims.append((str(name), f"{key}.{name}"))
+    for name, run in study["runs"].items():
+        where = f"runs.{name}"
+        if isinstance(run, dict) and "fleet" in run:
+            claims.append((f"{name}_composite", where))
+            continue
+        known(run, RUN_KEYS, f"{file}: {where}", required=("configs",))
+        if not isinstance(run["configs"], list) or not run["configs"]:
+            problems.append(f"{where}.configs: expected a list of YAML files, got {run['configs']!r}")
+        if not isinstance(run.get("set") or {}, dict):
+            problems.append(f"{where}.set: expected a mapping of config keys, got {run['set']!r}")
+        count = run.get("experts")
+        if count is None:
+            continue
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            problems.append(f"{where}.experts: a number of experts from 1 on, got {count!r}")
+            continue
+        claims += [(f"{name}_{k:03d}", f"{where}.experts") for k in range(1, count + 1)]
+        claims.append((f"{name}_composite", where))
+    problems += clashes(claims) + clashes([(str(name), "contenders") for name in study["contenders"]])
+    if problems:
+        raise InputError(f"{file}: these names cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def refuse_cuts(todo: Plan, describe: Describe, fleets: dict[str, int]) -> None:
+def _changes(run: dict[str, Any], extra: dict[str, str]) -> dict[str, Any]:
+    """Keys of a fleet's YAML that a study has otherwise."""
+    changes = {key: run[key] for key in ("budget", "start") if key in run}
+    settings = {**(run.get("set") or {}), **extra}
+    return changes | ({"set": settings} if settings else {})
+
+
+def _fleet_configs(
+    file: Path, entry: str, fleet: tuple[Path, dict[str, Any]], configs: dict[str, tuple[Path, bytes]]
+) -> None:
+    """Add the configs that a fleet's YAML names, to notice edits while the study runs; `draft` says what is wrong."""
+    path, changes = fleet
+    data = read_yaml(path)
+    data = data | changes if isinstance(data, dict) else {}
+    start = data.get("start")
+    shared = start.get("shared") if isinstance(start, dict) else None
+    for named in (data.get("configs"), shared.get("configs") if isinstance(shared, dict) else None):
+        for name in named if isinstance(named, list) else []:
+            if (path.parent / str(name)).is_file():
+                _config(file, Path(entry).parent / str(name), entry, configs)
+
+
+class Role(NamedTuple):
+    """What a run trains: a ``model`` of images, a ``prior``, or neither; its class, and its table if it has one.
+
+    That of a prior ends at its row.
+    """
+
+    kind: str
+    name: str
+    states: LatentStates | None
+
+
+def refuse_roles(todo: Plan, roles: dict[str, Role]) -> bool:
+    """Refuse runs that cannot be what a study takes them for, all at once; roles: by the names of runs.
+
+    Returns whether a contender is conditional.
+    """
+    by_folder = {str(place): name for name, place in todo.runs.items()}
+    contenders = {
+        c["name"]: (by_folder[c["source"]], by_folder.get(c.get("prior"))) for c in todo.evaluation["contenders"]
+    }
+    fitted = {place.name: by_folder[source] for place, (source, _, _) in todo.priors.items()}
+    uses = [(f"contenders.{name}.run", run, "model") for name, (run, _) in contenders.items()]
+    uses += [(f"contenders.{name}.prior", run, "prior") for name, (_, run) in contenders.items() if run]
+    uses += [(f"priors.{name}.run", run, "model") for name, run in fitted.items()]
+    warm = [(name, run["warm_start"]) for name, run in todo.content["study"]["runs"].items() if run.get("warm_start")]
+    uses += [(f"runs.{name}.warm_start", start, "model") for name, start in warm]
+    problems = [
+        f"runs.{name}: its config makes a {role.name}, neither a model of images nor a prior"
+        for name, role in roles.items()
+        if not role.kind
+    ]
+    problems += [
+        f"{where}: {run} trains a {roles[run].kind} ({roles[run].name}), a {kind} is wanted"
+        for where, run, kind in uses
+        if roles[run].kind not in ("", kind)
+    ]
+    tables = {run: role.states for run, role in roles.items() if role.kind == "model" and role.states is not None}
+    problems += [
+        f"priors.{name}.run: {run} has a table of {tables[run].K} columns; priors are fitted on tables of one"
+        for name, run in fitted.items()
+        if run in tables and tables[run].K > 1
+    ]
+    for name, (run, start) in contenders.items():
+        cut = roles[start].states if start and roles[start].kind == "prior" else None
+        if cut is not None and run in tables and not _ends(tables[run], cut):
+            problems.append(f"contenders.{name}.prior: {start} is at row {cut.S} of another table than that of {run}")
+    if problems:
+        raise InputError("this study cannot be run:\n" + "\n".join(f"  - {p}" for p in problems))
+    return any(tables[run].condition is not None for run, _ in contenders.values())
+
+
+def _ends(states: LatentStates, cut: LatentStates) -> bool:
+    """Whether a table cut off at the last row of another is that one."""
+    return cut.S <= states.S and states.truncate(cut.S).fingerprint == cut.fingerprint
+
+
+def refuse_cuts(todo: Plan, describe: Callable[[list[str]], Any], fleets: dict[str, int]) -> None:
     """Refuse starts at rows that a model does not have, before it is trained; fleets: their rows by name."""
     rows = {str(todo.composites[name]): S for name, S in fleets.items()}
     starts = [(source, at) for source, at, _ in todo.priors.values()]
     cuts = [(c["source"], c["prior"][4:]) for c in todo.evaluation["contenders"] if "cut:" in c.get("prior", "")]
     for source, at in [*starts, *((source, row_or_share(text, source)) for source, text in cuts)]:
-        for job in todo.jobs:
-            own = source in (str(job.folder), str(todo.composites.get(job.folder.parent.name)))
-            if own and source not in rows:
-                rows[source] = describe(job.argv).S
+        for name in [name for name, place in todo.runs.items() if str(place) == source and source not in rows]:
+            rows[source] = describe(next(job for job in todo.jobs if job.name in todo.members[name]).argv).S
         try:
             row_of(at, rows[source])
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
-
-
-def _unrolled(study: dict[str, Any], file: str) -> dict[str, Any]:
-    """With contenders and priors of a sweep over the cut: each row, from N(0, I) and from each prior (2206.05173)."""
-    study = {**study, "priors": study.get("priors") or {}, "contenders": study.get("contenders") or {}}
-    for key in ("priors", "contenders"):
-        if not isinstance(study[key], dict):
-            raise InputError(f"{file}: {key}: a mapping of a name to its settings, got {study[key]!r}")
-        study[key] = dict(study[key])
-    if (sweep := study.get("diffusion_time")) is None:
-        return study
-    known(sweep, TIME_KEYS, f"{file}: diffusion_time", required=("run", "cuts"))
-    if not isinstance(sweep["cuts"], list) or not sweep["cuts"] or not isinstance(sweep.get("priors", {}), dict):
-        raise InputError(f"{file}: diffusion_time: cuts is a list of rows, priors a mapping of a name to its class")
-    common = {"run": sweep["run"], "sampler": sweep.get("sampler")}
-    study["contenders"].setdefault("whole chain", common)
-    study.setdefault("bits", {})
-    for cut in sweep["cuts"]:
-        study["contenders"][f"cut {cut}, N(0, I)"] = {**common, "prior": f"cut:{cut}"}
-        for name, prior in sweep.get("priors", {}).items():
-            study["priors"][f"{name}_{cut}"] = {"run": sweep["run"], "at": cut, "prior": prior}
-            study["contenders"][f"cut {cut}, {name}"] = {**common, "prior": f"{name}_{cut}"}
-    return study
 
 
 def _part(entry: Any, default: str) -> dict[str, Any]:
@@ -230,21 +297,11 @@ def _part(entry: Any, default: str) -> dict[str, Any]:
     return {"class_path": path if "." in path else f"lightning_tdisent.{path}", "init_args": entry.get("init_args", {})}
 
 
-def _config(file: Path, entry: Any, where: str) -> Path:
+def _config(file: Path, entry: Any, where: str, configs: dict[str, tuple[Path, bytes]]) -> Path:
+    """Path of a config that a study names, after adding it to those that are kept."""
     path = file.parent / str(entry)
     if not path.is_file():
         near = nearest(str(entry), [p.name for p in file.parent.glob("*.yaml")])
         raise InputError(f"{file}: {where}: {path} is no file.{near}")
-    return path
-
-
-def _overrides(words: Sequence[str], runs: dict[str, Any]) -> dict[str, dict[str, str]]:
-    out: dict[str, dict[str, str]] = {name: {} for name in runs}
-    for word in words:
-        target, _, value = word.partition("=")
-        name, _, key = target.partition(".")
-        if not value or not key or (name != "*" and name not in runs):
-            raise InputError(f"--set {word}: expected RUN.KEY=VALUE with RUN one of *, {', '.join(runs)}")
-        for run in runs if name == "*" else [name]:
-            out[run][key] = value
-    return out
+    configs.setdefault(os.path.normpath(str(entry)), (path, path.read_bytes()))
+    return configs[os.path.normpath(str(entry))][0]

@@ -302,6 +302,26 @@ def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = Non
     return out
 
 
+def recompose(paths: Sequence[str | Path], out: Path) -> bool:
+    """Write a composite folder as `compose` does, unless it is whole and of these very weights.
+
+    Returns whether it takes the place of one that was not.
+    """
+    stale = (out / MANIFEST).exists()
+    if stale:
+        try:
+            listed = [sha256(path) for path in composite_files(out)]
+        except InputError:  # damaged
+            listed = []
+        if sorted(listed) == sorted(sha256(path) for path in paths):
+            return False
+        (out / MANIFEST).unlink()
+        for old in out.glob("rows_*.safetensors"):
+            old.unlink()
+    compose(paths, out)
+    return stale
+
+
 def _in_one_file(paths: Sequence[str | Path], out: Path, fill: str | None, allow: Sequence[str]) -> Path:
     if out.exists():
         raise InputError(f"{out} is there already; choose another name")

@@ -1,0 +1,43 @@
+"""The one rule for names of runs, experts, priors and contenders: they become folders, files of leases and labels."""
+
+import unicodedata
+from collections.abc import Collection, Sequence
+from itertools import groupby
+from typing import Any
+
+MARKS = " ._-+,()=&%"  # allowed in a name beside letters and digits
+LONGEST = 100
+
+
+def fault(name: Any, reserved: Collection[str] = (), marks: str = MARKS) -> str | None:
+    """Return why something cannot be a name, or None if it can.
+
+    A name is text of letters, digits and ``marks`` that begins with a letter or a digit and does not end with a space
+    or a dot; reserved: files and folders that lie beside those that are named.
+    """
+    if not isinstance(name, str):
+        return "a name is text; write it in quotes"
+    if not name:
+        return "a name must not be empty"
+    if name != unicodedata.normalize("NFC", name) or len(name.encode()) > LONGEST:
+        return f"a name has at most {LONGEST} bytes, in Unicode's normal form C"
+    if odd := sorted({c for c in name if not (c.isalnum() or c in marks)}):
+        return f"a name has letters, digits and any of {marks.strip()!r}, not {' '.join(map(repr, odd))}"
+    if not name[0].isalnum() or name[-1] in " .":
+        return "a name begins with a letter or a digit, and does not end with a space or a dot"
+    if name.casefold() in {r.casefold() for r in reserved}:
+        return "this name is reserved for a file or folder of the program"
+    return None
+
+
+def clashes(claims: Sequence[tuple[str, str]]) -> list[str]:
+    """Return a line for each name that several claim, of pairs (name, who claims it); upper and lower case are equal.
+
+    Some file systems do not tell upper from lower case.
+    """
+    out = []
+    for _, some in groupby(sorted(claims, key=lambda claim: claim[0].casefold()), key=lambda c: c[0].casefold()):
+        found = list(some)
+        if len(found) > 1:
+            out.append(f"{' and '.join(dict.fromkeys(f'{who} ({name})' for name, who in found))} would be one")
+    return out

@@ -1,0 +1,62 @@
+"""What a study's YAML means in full: contenders and priors of a sweep, rows to start at, settings of runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.fleet.plan import known
+
+TIME_KEYS = ("run", "sampler", "cuts", "priors")
+
+
+def unrolled(study: dict[str, Any], file: str, strict: bool = True) -> dict[str, Any]:
+    """Add contenders and priors of a sweep over the cut: each row, from N(0, I) and from each prior (2206.05173).
+
+    strict: refuse a contender or prior of the study that has the name of one of the sweep.
+    """
+    study = {**study, **{key: dict(study.get(key) or {}) for key in ("priors", "contenders")}}
+    if (sweep := study.get("diffusion_time")) is None:
+        return study
+    known(sweep, TIME_KEYS, f"{file}: diffusion_time", required=("run", "cuts"))
+    cuts, priors = sweep["cuts"], sweep.get("priors") or {}
+    if not isinstance(cuts, list) or not cuts or not isinstance(priors, dict):
+        raise InputError(f"{file}: diffusion_time: cuts is a list of rows, priors a mapping of a name to its class")
+    if len({str(cut) for cut in cuts}) < len(cuts):
+        raise InputError(f"{file}: diffusion_time: cuts: {cuts} names a row twice")
+    common = {"run": sweep["run"], "sampler": sweep.get("sampler")}
+    made: dict[str, dict[str, Any]] = {"priors": {}, "contenders": {"whole chain": common}}
+    for cut in cuts:
+        made["contenders"][f"cut {cut}, N(0, I)"] = {**common, "prior": f"cut:{cut}"}
+        for name, prior in priors.items():
+            made["priors"][f"{name}_{cut}"] = {"run": sweep["run"], "at": cut, "prior": prior}
+            made["contenders"][f"cut {cut}, {name}"] = {**common, "prior": f"{name}_{cut}"}
+    taken = [f"{key}.{name}" for key in made for name, e in made[key].items() if study[key].get(name, e) != e]
+    if taken and strict:
+        raise InputError(f"{file}: {', '.join(taken)}: diffusion_time makes some of these names; choose others")
+    study.setdefault("bits", {})
+    return {**study, **{key: {**study[key], **made[key]} for key in made}}
+
+
+def row_or_share(value: Any, where: str) -> int | float:
+    """A row, or a share of the rows as a float, from a number or its text."""
+    try:
+        number = float(value)
+        if isinstance(value, bool) or not 0 < number < float("inf"):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: a row from 1 on, or a share of the rows such as 0.6, got {value!r}") from None
+    return int(number) if number.is_integer() and "." not in str(value) else number
+
+
+def overrides_of(words: Sequence[str], runs: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Return what words RUN.KEY=VALUE set for each run; * is every run, and a run's name may have dots."""
+    out: dict[str, dict[str, str]] = {name: {} for name in runs}
+    for word in words:
+        target, _, value = word.partition("=")
+        name = max((n for n in ("*", *runs) if target.startswith(f"{n}.")), key=len, default="")
+        key = target[len(name) + 1 :]
+        if not name or not value or not key:
+            raise InputError(f"--set {word}: expected RUN.KEY=VALUE with RUN one of *, {', '.join(runs)}")
+        for run in runs if name == "*" else [name]:
+            out[run][key] = value
+    return out

@@ -1,0 +1,323 @@
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.fleet.claim import refuse_no_repeats
+from lightning_tdisent.fleet.study import plan
+
+STUDY = {
+    "runs": {
+        "shared": {"configs": ["a.yaml"], "set": {"trainer.max_steps": 5}},
+        "experts": {"configs": ["a.yaml", "b.yaml"], "experts": 3, "warm_start": "shared"},
+    },
+    "contenders": {"one": {"run": "shared"}, "all": {"run": "experts", "sampler": "DPMSolver"}},
+    "data": "data/digits",
+    "protocol": "digits",
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    def write(**changes):
+        for name in ("a.yaml", "b.yaml"):
+            (tmp_path / name).write_text("{}")
+        file = tmp_path / "study.yaml"
+        file.write_text(json.dumps({**STUDY, **changes}))
+        return file
+
+    return write
+
+
+def test_a_plan_has_one_job_per_expert_with_its_needs(study, tmp_path):
+    todo = plan(study(), tmp_path / "out", 7, ["experts.model.lr=0.1", "*.data.batch_size=8"])
+    assert [j.name for j in todo.jobs] == ["shared", "experts_001", "experts_002", "experts_003"]
+    assert len({j.folder for j in todo.jobs}) == 4
+    expert = todo.jobs[2]
+    assert expert.needs == ("shared",)
+    words = " ".join(expert.argv)
+    for part in (
+        f"--config {tmp_path}/a.yaml --config {tmp_path}/b.yaml",
+        "--model.expert 2 --model.experts 3",
+        "--seed_everything 7",
+        "--model.lr 0.1",
+        "--data.batch_size 8",
+        f"--model.warm_start {tmp_path}/out/shared",
+    ):
+        assert part in words
+    assert "--trainer.max_steps 5" in " ".join(todo.jobs[0].argv)
+    assert "--model.lr" not in todo.jobs[0].argv
+    samplers = [c["sampler"]["class_path"] for c in todo.evaluation["contenders"]]
+    assert samplers == ["lightning_tdisent.DDIM", "lightning_tdisent.DPMSolver"]
+    assert todo.evaluation["contenders"][1]["source"] == str(tmp_path / "out" / "experts_composite")
+
+
+def test_a_sweep_over_the_cut_is_unrolled(study, tmp_path):
+    sweep = {
+        "run": "shared",
+        "cuts": [2, 0.6],
+        "priors": {"mix": {"class_path": "Mixture", "init_args": {"components": 3}}},
+    }
+    todo = plan(study(diffusion_time=sweep, bits={"n": 9}), tmp_path / "out")
+    names = {c["name"]: c.get("prior") for c in todo.evaluation["contenders"]}
+    assert names == {
+        "one": None,
+        "all": None,
+        "whole chain": None,
+        "cut 2, N(0, I)": "cut:2",
+        "cut 2, mix": str(tmp_path / "out" / "priors" / "mix_2"),
+        "cut 0.6, N(0, I)": "cut:0.6",
+        "cut 0.6, mix": str(tmp_path / "out" / "priors" / "mix_0.6"),
+    }
+    part = {"class_path": "lightning_tdisent.Mixture", "init_args": {"components": 3}}
+    model = str(tmp_path / "out" / "shared")
+    assert todo.priors == {
+        tmp_path / "out" / "priors" / "mix_2": (model, 2, part),
+        tmp_path / "out" / "priors" / "mix_0.6": (model, 0.6, part),
+    }
+    assert todo.evaluation["bits"] == {"n": 9}
+    assert "whole chain" not in str(todo.content)  # a study is what was written, whatever it means
+
+
+def test_a_folder_keeps_one_plan(study, tmp_path):
+    file, out = study(), tmp_path / "out"
+    first = plan(file, out)
+    first.claim()
+    first.jobs[0].folder.mkdir()
+    (first.jobs[0].folder / "half").write_text("")
+    plan(file, out).claim()  # the same plan goes on, and keeps what its jobs go on from
+    assert (first.jobs[0].folder / "half").exists()
+    with pytest.raises(InputError, match=r"another study \(seed: 0 there, 3 now\)"):
+        plan(file, out, 3).claim()
+    (tmp_path / "a.yaml").write_text("{x: 1}")
+    with pytest.raises(InputError, match=r"another study \(.*a.yaml: x: nothing there, 1 now\)"):
+        plan(file, out).claim()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("")
+    with pytest.raises(InputError, match="is not empty and holds no study"):
+        plan(file, tmp_path / "full").claim()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"runz": {}}, "unknown key 'runz'. Did you mean 'runs'"),
+        ({"runs": {"a": {"config": []}}}, "runs.a: unknown key 'config'. Did you mean 'configs'"),
+        ({"runs": {"a": {"configs": ["aa.yaml"]}}}, "aa.yaml is no file. Did you mean 'a.yaml'"),
+        ({"runs": {"a": {"configs": ["a.yaml"], "warm_start": "b"}}}, "'b' is no run above it"),
+        ({"contenders": {"x": {"run": "expert"}}}, "no run 'expert'. Did you mean 'experts'"),
+        ({"features": "${nope}"}, "not valid: .*nope"),
+        ({"contenders": {}}, "contenders, or diffusion_time, is missing"),
+        ({"contenders": {"x": {"run": "shared", "prior": "mx"}}}, "contenders.x.prior: no prior 'mx'"),
+        ({"priors": {"p": {"run": "shared", "at": 1}}}, "priors.p: prior is missing"),
+        ({"priors": {"p": {"run": "share", "at": 1, "prior": "Gaussian"}}}, "no run 'share'. Did you mean 'shared'"),
+        ({"diffusion_time": {"run": "shared", "cuts": 3}}, "cuts is a list of rows"),
+        ({"diffusion_time": {"run": "shared", "cuts": []}}, "cuts is a list of rows"),
+        ({"diffusion_time": {"run": "shared", "cuts": ["x"]}}, "cut:x: a row from 1 on, or a share .* got 'x'"),
+        ({"diffusion_time": {"run": "shared", "cuts": [2], "priors": {"a": "Gausian"}}}, "Gausian"),
+        ({"diffusion_time": {"run": "shared", "cuts": [2], "priors": {"a": 3}}}, "Gaussian: expected keys"),
+        ({"priors": {"p": {"run": "shared", "at": "z", "prior": "Gaussian"}}}, "priors.p.at: a row from 1 on"),
+        ({"priors": {"p": {"run": "shared", "at": 2, "prior": "Flow"}}}, "is trained: make it a run with PriorModule"),
+        ({"diffusion_time": {"run": "shared", "cut": [3]}}, "unknown key 'cut'. Did you mean 'cuts'"),
+    ],
+)
+def test_a_wrong_study_is_refused(changes, message, study):
+    with pytest.raises(InputError, match=message):
+        plan(study(**changes))
+
+
+def test_wrong_overrides_are_refused(study):
+    with pytest.raises(
+        InputError, match=r"--set expert.x=1: expected RUN.KEY=VALUE with RUN one of \*, shared, experts"
+    ):
+        plan(study(), overrides=["expert.x=1"])
+
+
+RUN = {"configs": ["a.yaml"]}
+
+
+@pytest.mark.parametrize(
+    ("runs", "messages"),
+    [
+        ({"../evil": RUN, "/abs": RUN, "": RUN}, ["runs: '../evil': a name has", "runs: '/abs': a name has", "empty"]),
+        ({".hid": RUN, "a.": RUN, "..": RUN}, ["'.hid': a name begins with a letter", "'a.'", "'..'"]),
+        (
+            {"leases": RUN, "Plan.json": RUN, "priors": RUN},
+            ["'leases': this name is reserved", "'Plan.json'", "'priors'"],
+        ),
+        ({"configs": RUN, "x\u0000": RUN}, ["'configs': this name is reserved", "not '\\x00'"]),
+        ({"e": {**RUN, "experts": 2}, "e_001": RUN}, ["runs.e_001 (e_001) and runs.e.experts (e_001) would be one"]),
+        ({"x": {**RUN, "experts": 2}, "x_composite": RUN}, ["runs.x_composite (x_composite) and runs.x (x_composite)"]),
+        ({"x": {"fleet": "a.yaml"}, "x_composite": RUN}, ["runs.x_composite (x_composite) and runs.x (x_composite)"]),
+        ({"run": RUN, "Run": RUN}, ["runs.run (run) and runs.Run (Run) would be one"]),
+        ({"e": {**RUN, "experts": 0}, "f": {**RUN, "experts": True}}, ["from 1 on, got 0", "runs.f.experts: a number"]),
+        ({"a": {"configs": "a.yaml"}}, ["runs.a.configs: expected a list of YAML files, got 'a.yaml'"]),
+        ({"mix": RUN}, ["runs.mix (mix) and priors.mix (mix) would be one"]),
+        ({"n" * 101: RUN, "e\u0301": RUN}, ["a name has at most 100 bytes", "normal form C"]),
+    ],
+)
+def test_names_that_cannot_be_files_are_refused_all_at_once(runs, messages, study):
+    first = next(iter(runs))
+    priors = {"mix": {"run": first, "at": 2, "prior": "Gaussian"}} if "mix" in runs else {}
+    with pytest.raises(InputError) as refusal:
+        plan(study(runs=runs, contenders={"c": {"run": first}}, priors=priors))
+    assert all(message in str(refusal.value) for message in messages), str(refusal.value)
+
+
+def test_numbers_are_no_names_and_contenders_follow_the_rule(tmp_path, study):
+    study()
+    (tmp_path / "s.yaml").write_text(
+        "runs: {1: {configs: [a.yaml]}, yes: {configs: [a.yaml]}}\n"
+        "contenders: {a/b: {run: 1}, C: {run: 1}, c: {run: 1}, __metadata__: {run: 1}}\ndata: d\nprotocol: digits\n"
+    )
+    with pytest.raises(InputError) as refusal:
+        plan(tmp_path / "s.yaml")
+    text = str(refusal.value)
+    assert "runs: 1: a name is text; write it in quotes" in text
+    assert "contenders: 'a/b': a name has" in text
+    assert "contenders: '__metadata__': a name begins with" in text
+    assert "contenders (C) and contenders (c) would be one" in text
+
+
+def test_names_of_the_experiments_are_names(study):
+    names = [
+        "reduced, half",
+        "4x, CDE",
+        "experts, 8 steps",
+        "reduced (mapped), 10 steps",
+        "größer",
+        "v1.0",
+        "50 % more",
+    ]
+    file = study(runs=dict.fromkeys(names, RUN), contenders={n: {"run": n} for n in names})
+    todo = plan(file, None, 0, ["v1.0.model.lr=1"])
+    assert [job.name for job in todo.jobs] == names
+    assert ["--model.lr" in job.argv for job in todo.jobs] == [n == "v1.0" for n in names]
+
+
+def test_a_sweep_replaces_no_contender_of_the_users(study):
+    sweep = {"run": "shared", "cuts": [2], "priors": {"mix": "Gaussian"}}
+    for key, name in (("contenders", "cut 2, N(0, I)"), ("contenders", "whole chain"), ("contenders", "cut 2, mix")):
+        with pytest.raises(InputError, match=re.escape(f"{key}.{name}: diffusion_time makes some of these names")):
+            plan(study(diffusion_time=sweep, contenders={name: {"run": "experts"}}))
+    own = {"mix_2": {"run": "shared", "at": 3, "prior": "Gaussian"}}
+    with pytest.raises(InputError, match=r"priors.mix_2: diffusion_time makes"):
+        plan(study(diffusion_time=sweep, priors=own))
+    with pytest.raises(InputError, match="names a row twice"):
+        plan(study(diffusion_time={**sweep, "cuts": [2, 3, 2]}))
+
+
+def test_what_a_study_decides_is_not_set_by_its_runs(study):
+    with pytest.raises(InputError, match=r"runs.a: set: seed_everything: the study says it itself, by seed"):
+        plan(study(runs={"a": {**RUN, "set": {"seed_everything": 4}}}, contenders={"a": {"run": "a"}}))
+    with pytest.raises(InputError, match=r"'experts' is no run above it of one network"):
+        plan(study(runs={**STUDY["runs"], "late": {**RUN, "warm_start": "experts"}}))
+
+
+def begin(todo):
+    """Claim a study's folder and leave what a training that has begun would."""
+    todo = todo.claim()
+    todo.jobs[0].folder.mkdir(exist_ok=True)
+    return todo
+
+
+def test_jobs_read_copies_and_an_edit_is_refused_with_key_and_values(study, tmp_path):
+    file, out = study(), tmp_path / "out"
+    (tmp_path / "a.yaml").write_text("model: {objective: V, lr: 0.1}\n")
+    first = plan(file, out).claim()
+    words = [word for job in first.jobs for option, word in pairwise(job.argv) if option == "--config"]
+    assert {Path(word) for word in words} == {out / "configs" / "a.yaml", out / "configs" / "b.yaml"}
+    (tmp_path / "a.yaml").write_text("model: {objective: X0, lr: 0.1}\n")
+    assert (out / "configs" / "a.yaml").read_text() == "model: {objective: V, lr: 0.1}\n"
+    assert any("planned anew" in line for line in plan(file, out).compare())  # nothing has begun
+    first.jobs[0].folder.mkdir()
+    with pytest.raises(InputError, match=r"another study \(.*a.yaml: model.objective: 'V' there, 'X0' now\)"):
+        plan(file, out).compare()
+    (tmp_path / "a.yaml").write_text("# as it was\nmodel: {lr: 0.1, objective: V}\n")
+    again = plan(file, out)
+    assert again.compare() == []
+    assert [job.argv for job in again.claim().jobs] == [job.argv for job in first.jobs]
+    assert (out / "configs" / "a.yaml").read_text() == "model: {objective: V, lr: 0.1}\n"
+    (out / "configs" / "a.yaml").write_text("model: {objective: Eps}\n")
+    with pytest.raises(InputError, match=r"configs/a.yaml: has been changed since it was copied"):
+        plan(file, out).compare()
+
+
+def test_an_edited_config_of_a_fleet_is_refused(study, tmp_path):
+    runs, contenders = {"f": {"fleet": "sub/fleet.yaml"}}, {"f": {"run": "f"}}
+    file, out = study(runs=runs, contenders=contenders), tmp_path / "out"
+    (tmp_path / "sub").mkdir()
+    fleet = {"configs": ["../b.yaml"], "start": {"shared": {"configs": ["c.yaml"], "images": 8}}, "budget": 99}
+    (tmp_path / "sub" / "fleet.yaml").write_text(json.dumps(fleet))
+    (tmp_path / "sub" / "c.yaml").write_text("x: 1\n")
+    todo = plan(file, out).claim()
+    assert set(todo.configs) == {"sub/fleet.yaml", "b.yaml", "sub/c.yaml"}
+    (out / "f" / "leases").mkdir(parents=True)
+    (tmp_path / "sub" / "c.yaml").write_text("x: 2\n")
+    with pytest.raises(InputError, match=r"c.yaml: x: 1 there, 2 now"):
+        plan(file, out).compare()
+
+
+def test_what_is_measured_may_change_when_a_study_goes_on(study, tmp_path):
+    out = tmp_path / "out"
+    begin(plan(study(n=100, notes="a"), out))
+    more = {**STUDY["contenders"], "more": {"run": "shared", "sampler": "Ancestral"}}
+    todo = plan(study(n=200, notes="b", title="c", contenders=more), out)
+    assert todo.compare() == [
+        "n: 100 there, 200 now",
+        "contenders.more.run: nothing there, 'shared' now",
+        "contenders.more.sampler: nothing there, 'Ancestral' now",
+    ]
+    todo.claim()
+    assert plan(study(n=200, notes="b", title="c", contenders=more), out).compare() == []
+    runs = {**STUDY["runs"], "late": RUN}
+    assert plan(study(runs=runs), out).claim().members["late"] == ["late"]  # a run may be added, too
+    with pytest.raises(InputError, match=r"runs.shared.set.trainer.max_steps: 5 there, 6 now"):
+        plan(study(runs={**runs, "shared": {**RUN, "set": {"trainer.max_steps": 6}}}), out).compare()
+    with pytest.raises(InputError, match=r"runs.late.configs: \['a.yaml'\] there, nothing now"):
+        plan(study(), out).compare()
+
+
+def test_a_study_killed_while_it_takes_its_folder_begins_anew(study, tmp_path):
+    out = tmp_path / "out"
+    first = plan(study(), out).claim()
+    (out / "plan.json").unlink()  # it is written last
+    assert [job.argv for job in plan(study(), out).claim().jobs] == [job.argv for job in first.jobs]
+
+
+def test_a_plan_of_an_older_version_goes_on(study, tmp_path):
+    out = tmp_path / "out"
+    begin(plan(study(), out))
+    content = json.loads((out / "plan.json").read_text())
+    content = {k: v for k, v in content.items() if k != "schema"}
+    content["configs"] = {key: entry["sha256"] for key, entry in content["configs"].items()}
+    (out / "plan.json").write_text(json.dumps(content))
+    for copy in (out / "configs").iterdir():
+        copy.unlink()
+    todo = plan(study(), out)
+    assert todo.compare() == []
+    assert (out / "configs" / "a.yaml") in map(Path, todo.claim().jobs[0].argv)
+    assert (out / "configs" / "a.yaml").exists()
+    (out / "plan.json").write_text("{}")
+    with pytest.raises(InputError, match=r"plan.json: damaged: not the plan of a study"):
+        plan(study(), out)
+
+
+def test_studies_are_pooled_if_they_differ_in_the_seed_alone(study, tmp_path):
+    for seed in (0, 1):
+        plan(study(), tmp_path / f"s{seed}", seed).claim()
+    refuse_no_repeats([tmp_path / "s0", tmp_path / "s1", tmp_path])  # of what is no study nothing is known
+    plan(study(), tmp_path / "again", 1).claim()
+    with pytest.raises(InputError, match=r"again: seed 1, as .*s1"):
+        refuse_no_repeats([tmp_path / f for f in ("s0", "s1", "again")])
+    plan(study(), tmp_path / "other", 2, ["shared.trainer.max_steps=9"]).claim()
+    with pytest.raises(InputError, match=r"other: runs.shared.--set.trainer.max_steps: nothing there, '9' now"):
+        refuse_no_repeats([tmp_path / "s0", tmp_path / "other"])
+    file = study()
+    (tmp_path / "b.yaml").write_text("model: {objective: X0}")
+    plan(file, tmp_path / "edited", 3).claim()
+    with pytest.raises(InputError, match=r"edited: b.yaml: model.objective: nothing there, 'X0' now"):
+        refuse_no_repeats([tmp_path / "s0", tmp_path / "edited"])
