@@ -70,10 +70,12 @@ def describe(argv: list[str]) -> "Facts":
     from lightning_tdisent.diffusion.spec import spec
     from lightning_tdisent.fleet.plan import Facts, flow
     from lightning_tdisent.lit.entry import parse
+    from lightning_tdisent.lit.modules import Diffusion
+    from lightning_tdisent.lit.prior import PriorModule
     from lightning_tdisent.sampling.cost import flops
 
     cli = parse(argv)
-    if not hasattr(cli.model, "network"):
+    if not isinstance(cli.model, Diffusion) or isinstance(cli.model, PriorModule):
         raise InputError(f"the config makes a {type(cli.model).__name__}, which is no model of images")
     module, states, trainer = cli.model, cli.model.states, cli.trainer
     every = trainer.val_check_interval if trainer.check_val_every_n_epoch is None else None

@@ -1,5 +1,6 @@
 """What every module does with a finished denoiser: held-out errors per row, and images from seeds."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as L
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.checkpoints import refuse_to_load
+from lightning_tdisent.lit.datamodule import ImageShards
 from lightning_tdisent.sampling.composite import CompositeDenoiser, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import state_errors
@@ -41,6 +43,40 @@ def clean(batch: dict[str, Any], generator: torch.Generator | None = None) -> Te
     return mean + deviation * torch.randn(mean.shape, generator=generator, device=mean.device)
 
 
+def as_batch(batch: Any, shape: list[int], classes: int | None) -> dict[str, Any]:
+    """Return a batch of any loader as a dict of image (or latent) and label, as `ImageShards` gives it.
+
+    Taken are a tensor of images, a pair of images and labels, and a dict that names them. Without labels they are -1:
+    none. Raises InputError for anything else, for images of another shape than the network's, and, if the network is
+    class-conditional, for labels that are missing or unknown to it.
+    """
+    form = "a batch must be a tensor of images, a pair (images, labels), or a dict with image (or latent) and label"
+    if isinstance(batch, Mapping):
+        found, seen = dict(batch), f"a dict with the keys {list(batch)}"
+    elif isinstance(batch, list | tuple):
+        found = dict(zip(("image", "label"), batch, strict=False)) if len(batch) < 3 else {}
+        seen = f"a {type(batch).__name__} of {', '.join(type(item).__name__ for item in batch)}"
+    else:
+        found, seen = {"image": batch}, f"a {type(batch).__name__}"
+    images = found.get("image", found.get("latent"))
+    if not isinstance(images, Tensor):
+        raise InputError(f"{form}; the loader gives {seen}")
+    if list(images.shape[-3:]) != shape or images.ndim != (4 if "image" in found else 5):
+        raise InputError(f"model.network.shape is {shape}, the loader gives images of shape {list(images.shape)}")
+    if classes is not None and found.get("label") is None:
+        raise InputError(f"{form}; model.network.classes is {classes}, but the loader gives {seen}, without labels")
+    label = found.get("label")
+    label = torch.full((len(images),), -1, device=images.device) if label is None else label
+    if not isinstance(label, Tensor) or label.is_floating_point() or label.shape != images.shape[:1]:
+        kind = f"{label.dtype} {list(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
+        raise InputError(f"labels must be integers, one for each of the {len(images)} images; the loader gives {kind}")
+    if classes is not None and not 0 <= int(label.min()) <= int(label.max()) < classes:
+        raise InputError(
+            f"model.network.classes is {classes}, the loader gives labels from {int(label.min())} to {int(label.max())}"
+        )
+    return found | {"label": label.long()}
+
+
 class DenoiserModule(L.LightningModule):
     """What every module does with a finished denoiser: held-out errors per row, images from seeds."""
 
@@ -65,25 +101,57 @@ class DenoiserModule(L.LightningModule):
         """Whether it owns every row, so that images can be sampled from it alone."""
         return self.rows == self.denoiser.states.rows
 
+    @property
+    def shards(self) -> ImageShards | None:
+        """The trainer's data module, if it is one of this project."""
+        data = self._trainer.datamodule if self._trainer else None
+        return data if isinstance(data, ImageShards) else None
+
+    def needed_shards(self, who: str) -> ImageShards:
+        """Return the trainer's `ImageShards`; refuse other data for a part that reads images itself."""
+        if self.shards is None:
+            raise InputError(
+                f"{who} reads images from ImageShards, but the trainer has other data. Pass "
+                f"datamodule=ImageShards(..), or leave {who} out"
+            )
+        return self.shards
+
     def setup(self, stage: str) -> None:
         """Refuse data of another shape or with other classes, and a sampler that does not fit the table."""
         if self.whole:
             self.sampler.check(self.denoiser.states)
-        data = getattr(self.trainer, "datamodule", None)
-        shape = getattr(data, "image_shape", None)
-        if shape is not None and shape != self.denoiser.shape:
+        data = self.shards
+        if data is None:
+            return
+        if (shape := data.image_shape) != self.denoiser.shape:
             raise InputError(
                 f"model.network.shape is {self.denoiser.shape}, the images of data.path {data.path} have {shape}. "
                 "Set the network's shape to that of the data."
             )
-        labels = data.held_out.labels if shape is not None else None
-        if labels is not None and self.denoiser.classes is not None:
+        labels = data.held_out.labels
+        if self.denoiser.classes is not None:
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.denoiser.classes:
                 raise InputError(
                     f"model.network.classes is {self.denoiser.classes}, but labels of {data.path} run from {low} to "
                     f"{high} (-1: none)"
                 )
+
+    def known(self, batch: Any) -> dict[str, Any]:
+        """Return a batch of any loader in the form of `ImageShards`, with ids where it has none.
+
+        In a validation an id keys the noise: it is the image's place among all. In training ids only name images (-1:
+        unknown).
+        """
+        if self.shards is not None:
+            return dict(batch)
+        batch = as_batch(batch, self.denoiser.shape, self.classes)
+        trainer, n = self.trainer, len(batch["label"])
+        if "id" not in batch and trainer.training:
+            batch["id"] = torch.full((n,), -1)
+        elif "id" not in batch:
+            batch["id"] = (torch.arange(n) + int(self._sums[-1])) * trainer.world_size + trainer.global_rank
+        return batch
 
     def on_validation_epoch_start(self) -> None:
         """Start sums of errors over the probe rows."""
@@ -92,6 +160,7 @@ class DenoiserModule(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Errors of x0_hat and eps_hat at the probe rows, on noise keyed by image and row."""
+        batch = self.known(batch)
         label = batch["label"] if self.denoiser.classes else None
         errors = state_errors(self.denoiser, clean(batch), batch["id"].tolist(), self._probe, label)
         self._sums += torch.cat([errors.sum(2).flatten(), torch.tensor([errors.shape[2]])])

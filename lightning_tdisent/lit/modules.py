@@ -8,11 +8,13 @@ import dataclasses
 import itertools
 import math
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import clip_grad_norm_
 
 import lightning_tdisent
@@ -237,13 +239,18 @@ class Diffusion(Part, DenoiserModule):
         if self.network_is_random:
             torch.manual_seed(step_key)
 
-    @property
+    @cached_property
     def network_is_random(self) -> bool:
         """Whether the network draws from the global generator (dropout)."""
-        return bool(getattr(self.denoiser.network, "dropout", 0.0))
+        network = self.denoiser.network
+        share: Any = getattr(network, "dropout", 0.0)
+        return (isinstance(share, float) and share > 0) or any(
+            isinstance(m, _DropoutNd) and m.p > 0 for m in network.modules()
+        )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Noise the batch to rows owned, and take the loss of each image."""
+        batch = self.known(batch)
         x0 = self.components(clean(batch, self.generator))
         s = draw_rows(self.row_choices, len(x0), self.generator, self.draw == "balanced")
         eps = torch.randn(x0.shape, generator=self.generator, device=x0.device)
@@ -251,7 +258,7 @@ class Diffusion(Part, DenoiserModule):
         self.images_seen += len(x0) * self.trainer.world_size
         loss = losses.mean()
         # times 1, or NaN where it is not finite: so all gradients, and after their reduction all ranks, know of it
-        return {"loss": loss * (loss.detach() * 0 + 1), "losses": losses.detach(), "row": s}
+        return {"loss": loss * (loss.detach() * 0 + 1), "losses": losses.detach(), "row": s, "id": batch["id"]}
 
     def components(self, x0: Tensor) -> Tensor:
         """State 0 of images; what is observed of them is degraded anew at every step."""
@@ -310,11 +317,10 @@ class Diffusion(Part, DenoiserModule):
     def card(self, weights: str, average: dict[str, float] | None = None) -> Card:
         """Card of the present weights."""
         self._tick(running=True)
-        data = getattr(self._trainer, "datamodule", None) if self._trainer else None
         return Card.of(
             self.denoiser,
             module=f"{type(self).__module__}.{type(self).__qualname__}",
-            data=getattr(data, "digest", "unknown"),
+            data=self.shards.digest if self.shards else "unknown",
             weights=weights,
             average=average,
             images_seen=self.images_seen,

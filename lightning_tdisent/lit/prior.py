@@ -91,17 +91,17 @@ class PriorModule(Diffusion):
 
     def setup(self, stage: str) -> None:
         """Give the prior the data's shape, or refuse another, and initialise that of a new run by the data."""
-        data = getattr(self.trainer, "datamodule", None)
-        shape = getattr(data, "image_shape", None)
-        if shape is not None and self.prior.shape is None:
+        data = self.needed_shards("PriorModule")
+        shape = data.image_shape
+        if self.prior.shape is None:
             self.prior.build(shape)
-        if shape is not None and shape != self.denoiser.shape:
+        if shape != self.denoiser.shape:
             raise InputError(
                 f"model.prior.shape is {self.denoiser.shape}, the images of data.path {data.path} have {shape}. Leave "
                 "it out, or set it to that of the data."
             )
         super().setup(stage)
-        if stage == "fit" and data is not None and not self.trainer.ckpt_path:
+        if stage == "fit" and not self.trainer.ckpt_path:
             images = data.images(data.train, FIRST)  # on all ranks the same
             x0 = clean(images.batch(torch.arange(len(images)))).to(self.device)
             eps = seed_noise(range(len(x0)), FITTING + self.denoiser.index, x0.shape[1:]).to(x0)
@@ -136,14 +136,14 @@ class PriorModule(Diffusion):
     def card(self, weights: str, average: dict[str, float] | None = None) -> PriorCard:
         """Card of the present weights."""
         self._tick(running=True)
-        data = getattr(self._trainer, "datamodule", None) if self._trainer else None
+        data = self.shards
         kind = "".join(f", {name} {value:g}" for name, value in (average or {}).items())
         return PriorCard.of(
             self.prior,
             self.states,
             self.rows[0],
-            data=getattr(data, "digest", "unknown"),
-            n=len(data.shards) if data is not None else 0,
+            data=data.digest if data else "unknown",
+            n=len(data.shards) if data else 0,
             images_seen=self.images_seen,
             steps=self._trainer.global_step if self._trainer else 0,
             seconds=round(self.seconds, 3),

@@ -210,8 +210,8 @@ class Member(L.Callback):
                 f"trainer.devices: fits that run together have one device, this one has {trainer.world_size}; set "
                 "trainer.devices 1, or run it alone"
             )
-        if hasattr(trainer.datamodule, "share"):
-            trainer.datamodule.share(self.group.shared)
+        if pl_module.shards is not None:
+            pl_module.shards.share(self.group.shared)
 
     def heed(self, trainer: L.Trainer, *_: Any) -> None:
         """Have `Checkpoint`, which comes after this, do what the group was told."""

@@ -12,8 +12,11 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_tdisent.cli import main
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
+from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.losses import LossPerState
+from lightning_tdisent.lit.callbacks.pictures import Pictures
 from lightning_tdisent.lit.callbacks.progress import StepProgress
+from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.checkpoints import steps
 from lightning_tdisent.lit.modules import ReducedStates
@@ -152,3 +155,92 @@ def test_a_stock_checkpoint_is_read_by_every_reader_and_called_unverified(make, 
     path.with_name("best.ckpt.json").write_text("{}")
     with pytest.raises(InputError, match=r"best.ckpt: its manifest cannot be read"):
         load_model(path)
+
+
+class Loader:
+    """Two batches of the held-out digits in the form that ``shape`` gives them."""
+
+    def __init__(self, images, labels, shape):
+        self.batches = [shape(x, y) for x, y in zip(images.split(40), labels.split(40), strict=True)]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def once(module, loader):
+    options = {"accelerator": "cpu", "max_steps": 2, "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    L.Trainer(**options, **quiet).fit(module, loader, loader)
+
+
+SHAPES = {
+    "pair": lambda x, y: (x, y),
+    "list": lambda x, y: [x, y.int()],
+    "bare": lambda x, y: x,
+    "one": lambda x, y: (x,),
+    "dict": lambda x, y: {"image": x, "label": y},
+    "no label": lambda x, y: {"image": x},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_batches_of_a_plain_loader_are_those_of_image_shards(shape, make, data, plain):
+    shards = data(val_limit=60)
+    loader = Loader(shards.held_out.images, shards.held_out.labels, SHAPES[shape])
+    trainer = plain(Guard(), max_steps=2, val_check_interval=2)
+    trainer.fit(module := make(), loader, loader)
+    assert module.images_seen == 60
+    (mine,) = trainer.validate(module, loader, verbose=False)
+    (theirs,) = plain().validate(module, datamodule=shards, verbose=False)
+    assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_class_conditional_model_takes_labels_of_a_plain_loader(make, tiny, data):
+    images, labels = data(val_limit=60).held_out.images, data(val_limit=60).held_out.labels
+    classes = lambda: make(net=lambda: tiny(classes=10))  # noqa: E731
+    once(classes(), Loader(images, labels, SHAPES["pair"]))
+    for shape, named in {
+        "bare": "network.classes is 10, but the loader gives a Tensor, without labels",
+        "no label": r"the loader gives a dict with the keys \['image'\], without labels",
+    }.items():
+        with pytest.raises(InputError, match=named):
+            once(classes(), Loader(images, labels, SHAPES[shape]))
+    with pytest.raises(InputError, match=r"network.classes is 10, the loader gives labels from \d+ to 12"):
+        once(classes(), Loader(images, labels + 3, SHAPES["pair"]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "named"),
+    [
+        (lambda x, y: (x, y, y), "a tuple of Tensor, Tensor, Tensor"),
+        (lambda x, y: {"pixel_values": x}, r"a dict with the keys \['pixel_values'\]"),
+        (lambda x, y: "text", "the loader gives a str"),
+        (lambda x, y: x.movedim(1, 3), r"shape is \[1, 8, 8\], the loader gives images of shape \[40, 8, 8, 1\]"),
+        (lambda x, y: x[0], r"images of shape \[1, 8, 8\]"),
+        (lambda x, y: (x, y.float()), r"labels must be integers.* torch.float32 \[40\]"),
+        (lambda x, y: (x, y[:, None]), r"one for each of the 40 images; the loader gives torch.int64 \[40, 1\]"),
+    ],
+)
+def test_batches_of_another_form_are_refused(shape, named, make, data):
+    held = data(val_limit=40).held_out
+    with pytest.raises(InputError, match=named):
+        once(make(), Loader(held.images, held.labels, shape))
+
+
+@pytest.mark.parametrize("callback", [Pictures(), SampleQuality("digits")])
+def test_callbacks_that_read_images_refuse_a_plain_loader(callback, make, data, plain):
+    held = data(val_limit=40).held_out
+    loader = Loader(held.images, held.labels, SHAPES["pair"])
+    with pytest.raises(InputError, match="reads images from ImageShards, but the trainer has other data"):
+        plain(callback, max_steps=2).fit(make(), loader, loader)
+
+
+def test_dropout_of_any_network_is_seeded_by_step(make, tiny):
+    module = make()
+    assert not module.network_is_random
+    module.denoiser.network.extra = torch.nn.Dropout(0.1)
+    del module.network_is_random
+    assert module.network_is_random

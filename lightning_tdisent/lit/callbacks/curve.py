@@ -53,7 +53,7 @@ class Curve(L.Callback):
             self.points.pop()
         self.points.append((pl_module.images_seen, errors))
         if not self.variances:
-            self.variances = _variances(trainer.datamodule.held_out.images)
+            self.variances = _variances(pl_module.needed_shards("Curve").held_out.images)
         if trainer.is_global_zero:
             content = {"points": self.points, "variances": self.variances}
             write_whole(Path(trainer.default_root_dir) / "curve.json", json.dumps(content).encode())

@@ -36,7 +36,7 @@ class Guard(L.Callback):
         self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], batch: dict[str, Tensor], *_: Any
     ) -> None:
         """Look at the last step whose flag has arrived."""
-        self._parts.append((outputs["losses"], batch["id"], outputs["row"]))
+        self._parts.append((outputs["losses"], outputs["id"], outputs["row"]))
         if trainer.global_step == self._seen:
             return  # gradients are being accumulated
         self._seen = trainer.global_step
@@ -56,7 +56,7 @@ class Guard(L.Callback):
         self._look(trainer, pl_module)
 
     def _count_samples(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        lost = getattr(trainer.datamodule, "lost", 0)
+        lost = pl_module.shards.lost if pl_module.shards else 0
         if lost != self.lost:
             self.lost = lost
             for logger in trainer.loggers:

@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_tdisent.lit.modules import Diffusion
@@ -39,10 +40,9 @@ class LossPerState(L.Callback):
             self._restored = None
             if self.last[0] == pl_module.images_seen:  # what was logged at the checkpoint was purged with what followed
                 self._log(trainer, *self.last)
-        writer = getattr(trainer.logger, "experiment", None)
-        if hasattr(writer, "add_custom_scalars") and len(self.names) > 1:
+        if isinstance(trainer.logger, TensorBoardLogger) and len(self.names) > 1:
             charts = {kind: ["Multiline", [f"{kind}/t.*"]] for kind in ("train_loss", "val_eps_mse", "val_x0_mse")}
-            writer.add_custom_scalars({"by state": charts})
+            trainer.logger.experiment.add_custom_scalars({"by state": charts})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], *_: Any) -> None:
         """Add to the sums; at a log point read, log and forget them."""

@@ -6,11 +6,13 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.lit.preflight import Rehearsed
+from lightning_tdisent.lit.prior import PriorModule
 from lightning_tdisent.sampling.observations import observed
 from lightning_tdisent.sampling.pictures import estimate_strip, forward_strip, grid, reverse_strip, save_png
 from lightning_tdisent.sampling.sampler import probe_rows, sample, to_uint8
@@ -28,6 +30,11 @@ class Pictures(Rehearsed):
     def __init__(self, samples: int = 64, strips: int = 6, first_seed: int = 0) -> None:
         self.samples, self.strips, self.first_seed = samples, strips, first_seed
 
+    def setup(self, trainer: L.Trainer, pl_module: DenoiserModule, stage: str) -> None:
+        """Refuse a trainer without held-out images."""
+        if stage != "predict":
+            pl_module.needed_shards("Pictures")
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: DenoiserModule) -> None:
         """Draw and log."""
         if not trainer.is_global_zero or pl_module.denoiser.shape[0] not in (1, 3):
@@ -37,8 +44,10 @@ class Pictures(Rehearsed):
         strip = forward_strip(denoiser, data.images[: self.strips], rows, range(self.strips))
         self._show(trainer, "forward_strip", strip.flatten(0, 1), strip.shape[1])
         seeds = range(self.first_seed, self.first_seed + self.samples)
-        if (prior := getattr(pl_module, "prior", None)) is not None:
-            self._show(trainer, "samples", to_uint8(prior.sample(seeds, int(denoiser.states.index[rows[-1]]))))
+        if isinstance(pl_module, PriorModule):
+            self._show(
+                trainer, "samples", to_uint8(pl_module.prior.sample(seeds, int(denoiser.states.index[rows[-1]])))
+            )
         elif pl_module.whole:
             given = observed(denoiser.states, data.images, len(seeds))
             self._show(
@@ -58,8 +67,8 @@ class Pictures(Rehearsed):
             return
         data = trainer.datamodule.held_out
         forward_strip(denoiser, data.images[:2], rows[-1:], range(len(data.images[:2])))
-        if (prior := getattr(module, "prior", None)) is not None:
-            images = to_uint8(prior.sample(range(2), int(denoiser.states.index[rows[-1]])))
+        if isinstance(module, PriorModule):
+            images = to_uint8(module.prior.sample(range(2), int(denoiser.states.index[rows[-1]])))
         if images is None:
             images = estimate_strip(denoiser, data.images[:2], rows[-1], range(len(data.images[:2]))).flatten(0, 1)
         grid(images.cpu())
@@ -67,7 +76,7 @@ class Pictures(Rehearsed):
     def _show(self, trainer: L.Trainer, name: str, images: Tensor, columns: int = 16) -> None:
         picture, step = grid(images, columns), trainer.global_step
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_image"):
+            if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(name, picture, trainer.lightning_module.images_seen)
         save_png(picture, Path(trainer.default_root_dir) / "pictures" / f"{name}_{step:07d}.png")
 

@@ -47,7 +47,7 @@ class SampleQuality(Rehearsed):
         """Load the features and the real images' statistics once; refuse images of another shape."""
         if not pl_module.whole or stage == "predict" or self._quality is not None:
             return
-        data, shape, p = trainer.datamodule, pl_module.denoiser.shape, self.protocol
+        data, shape, p = pl_module.needed_shards("SampleQuality"), pl_module.denoiser.shape, self.protocol
         missing, network = "", None
         with shared_errors():
             real = real_images(data.path, p.split, shape[0], data.decoder.size)
