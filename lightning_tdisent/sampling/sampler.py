@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -303,7 +304,7 @@ def sample(
         places = [[*b, *[b[-1]] * (size - len(b))] if on_cpu else [*b] for b in part]
         walks = []
         for p in places:
-            seen = {name: some[p] for name, some in (("given", given), ("known", known)) if some is not None}
+            seen: dict[str, Any] = {n: some[p] for n, some in (("given", given), ("known", known)) if some is not None}
             walks.append(sampler.walk(denoise, [seeds[i] for i in p], None if label is None else label[p], **seen))
         for batch, x in zip(part, _in_step(walks), strict=True):
             yield to_uint8(denoise.states.picture(x[: len(batch)]))
