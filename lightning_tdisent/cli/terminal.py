@@ -29,9 +29,11 @@ def use_device(name: str) -> None:
     import torch
 
     try:
+        if torch.device(name).type == "meta":
+            raise RuntimeError("a meta tensor has no values; use cpu, cuda, cuda:1 ..")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--device {name}: {str(error).splitlines()[0][:200]}") from None
     if name.startswith("cuda"):
         torch.cuda.set_device(torch.device(name).index or 0)
     if name == "cpu":

@@ -178,7 +178,7 @@ def rebuild(part: SomePart, make: Callable[[dict[str, Any]], Any] | None = None)
     return other
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """Type, first line and place of an error in somebody's code."""
     frames, package = traceback.extract_tb(error.__traceback__), str(Path(__file__).parents[1])
     own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(package)]

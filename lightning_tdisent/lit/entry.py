@@ -6,6 +6,7 @@ message whose last line names file, key and the nearest allowed word.
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 # imported so that a YAML may name them by their short names
 from lightning_tdisent.diffusion import bases, components, objectives, operators, schedules  # noqa: F401
+from lightning_tdisent.diffusion.spec import said
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.files import absolute_paths, expand_all, write_whole
 from lightning_tdisent.lit import datamodule, inference, modules, prior  # noqa: F401
@@ -163,6 +165,21 @@ class CLI(LightningCLI):
         if self.config.fit.round:
             self.model.round = self.config.fit.round
 
+    def instantiate_classes(self) -> None:
+        """Build everything; refuse in one line what a constructor does not take, or a package that is missing."""
+        try:
+            super().instantiate_classes()
+        except (InputError, MisconfigurationException, OmegaConfBaseException, OSError, MemoryError):
+            raise
+        except Exception as error:
+            causes = list(_causes(error))
+            if any(isinstance(cause, InputError) for cause in causes):
+                raise
+            named = re.search(r"given class_path '([\w.]+)'", str(error))
+            hint = " (dict_kwargs are for a class that takes **kwargs)" if "unexpected keyword" in str(error) else ""
+            where = f"{named[1]}: " if named else ""
+            raise InputError(f"the config cannot be built: {where}{said(causes[-1])}{hint}") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Point logger and checkpoints to the run folder."""
         run, options = self._get(self.config_init, "run"), self._get(self.config_init, "trainer")
@@ -279,7 +296,9 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:  # an error that is raised again may stand in its own chain
+        seen.append(error)
         yield error
         error = error.__cause__ or error.__context__
 

@@ -48,6 +48,9 @@ class Network(Part, nn.Module):
         return self._with(shape=list(shape))
 
     def _with(self, **arguments: object) -> "Network":
+        from lightning_tdisent.networks.rebuild import faithful
+
+        faithful(self)  # else the new one would be of other arguments than this one
         data = spec(self)
         data["init_args"] |= arguments
         return build(data, Network)

@@ -89,7 +89,7 @@ def evaluate(
         if model is not None and contender.sampler is not None:
             if model[0].shape != shape:
                 raise InputError(f"{contender.source} makes images {model[0].shape}, the real ones are {shape}")
-            contender.sampler.rows(model[0].states)  # refuses more steps than rows, before any work
+            contender.sampler.check(model[0].states)  # before any work
             _check_labels(model[0], held_out)
             if isinstance(model[0], Started):
                 model[0].check_label(None)  # refuses a prior of one class, before any work
