@@ -170,6 +170,9 @@ def rebuild(part: SomePart, make: Callable[[dict[str, Any]], Any] | None = None)
         ) from error
     before, after = mine["init_args"], spec(other)["init_args"]
     if changed := [k for k in before if before[k] != after[k]]:
+        for k in changed:
+            if isinstance(value := getattr(part, k), Part):  # which says it of itself, in fewer words
+                rebuild(value)
         listed = "; ".join(f"{k} is {before[k]!r}, and {after[k]!r} in one built with {before[k]!r}" for k in changed)
         raise InputError(
             f"{cls.__name__} does not keep its arguments as they were given: {listed}. Keep each as it is "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_tdisent.diffusion.objectives import X0, Eps, V
 from lightning_tdisent.diffusion.rng import seed_noise
-from lightning_tdisent.diffusion.schedules import Linear
+from lightning_tdisent.diffusion.schedules import Cosine, Linear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.sampling.composite import CompositeDenoiser
@@ -249,11 +249,65 @@ def test_eta_outside_the_unit_interval_is_refused(eta):
         DDIM(eta=eta)
 
 
-def test_dpm_solver_refuses_a_row_without_signal(toy):
-    table = LatentStates(Linear(zero_terminal=True), S=4)
-    with pytest.raises(InputError, match="finite log-SNR"):
-        DPMSolver()(Denoiser(toy(SHAPE), V(), table), [1])
-    assert DDIM()(Denoiser(toy(SHAPE), V(), table), [1]).isfinite().all()
+class Ideal:
+    """x0_hat of data N(m, v) at every row, in float64."""
+
+    def __init__(self, states: LatentStates, m: float, v: float) -> None:
+        self.states, self.shape, self.classes, self.m, self.v = states, SHAPE, None, m, v
+
+    def __call__(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
+        a, b = self.states.coefficients(s)
+        return self.m + a * self.v / (a * a * self.v + b * b) * (x - a * self.m)
+
+    def parameters(self) -> list[Tensor]:
+        return [torch.zeros(1, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("S", [1, 2, 3, 40])
+def test_dpm_solver_from_a_row_without_signal(S):
+    """Against the formulas of 2211.01095 by hand, whose first step from a = 0 is c x0_hat + d x."""
+    states = LatentStates(Linear(zero_terminal=True), S=S, spacing="trailing")
+    assert float(states.a[-1]) == 0
+    ideal, x = Ideal(states, 0.3, 0.2), torch.linspace(-2, 2, 16, dtype=torch.float64).view(1, *SHAPE)
+    for _, found, _ in DPMSolver(clip=None).walk(ideal, [0], start=x):  # noqa: B007
+        pass
+    a, b = np.sqrt(states.a.numpy()[:, 0] ** 2), states.b.numpy()[:, 0]
+    y, before = x.numpy(), None
+    for s in range(S, 0, -1):
+        estimate = 0.3 + a[s] * 0.2 / (a[s] ** 2 * 0.2 + b[s] ** 2) * (y - a[s] * 0.3)
+        d = estimate
+        if s < S - 1 and s > 1:  # second order, from the third step on: the first one's h is infinite
+            h = [math.log(a[k] / b[k]) for k in (s - 1, s, s + 1)]
+            d = estimate + (estimate - before) * (h[0] - h[1]) / (h[1] - h[2]) / 2
+        ratio = 0.0 if s == 1 else a[s] * b[s - 1] / b[s] / a[s - 1]  # e^-h
+        y, before = b[s - 1] / b[s] * y + a[s - 1] * (1 - ratio) * d, estimate
+    assert np.abs(found.numpy() - y).max() < 1e-12
+    first = DPMSolver(clip=None).plan(states, [S, S - 1])[0]
+    assert first[:2] == (pytest.approx(a[S - 1], abs=1e-15), 0.0)
+    assert first[2:] == (pytest.approx(b[S - 1], abs=1e-15), 0.0)
+
+
+def test_dpm_solver_from_a_row_without_signal_ends_where_the_ode_does():
+    """Of data N(m, v) the ODE takes noise x to m + sqrt(v) x; twice the steps leave a quarter of the error, or less."""
+    x, off = torch.linspace(-2, 2, 16, dtype=torch.float64).view(1, *SHAPE), []
+    for S in (50, 100, 200):
+        states = LatentStates(Cosine(zero_terminal=True), S=S, spacing="trailing")
+        *_, (_, end, _) = DPMSolver(clip=None).walk(Ideal(states, 0.3, 0.2), [0], start=x)
+        off.append(float((end - 0.3 - 0.2**0.5 * x).abs().max()))
+    assert off[2] < 2e-3, off
+    assert off[0] / off[1] > 2.5, off
+
+
+def test_the_first_step_from_no_signal_is_nearly_that_of_diffusers():
+    """diffusers puts alpha-bar 2^-24 in the place of 0, which is 2^-12 of signal."""
+    theirs = DPMSolverMultistepScheduler(
+        rescale_betas_zero_snr=True, beta_schedule="linear", prediction_type="sample", timestep_spacing="trailing"
+    )
+    theirs.set_timesteps(10)
+    states = LatentStates(Linear(zero_terminal=True), S=10, spacing="trailing")
+    x, x0 = torch.randn(2, 1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    c0, _, cx, _ = DPMSolver().plan(states, [10, 9])[0]
+    assert torch.allclose(c0 * x0 + cx * x, theirs.step(x0, theirs.timesteps[0], x).prev_sample, atol=2e-3)
 
 
 def test_the_estimate_is_clipped(toy, states):
