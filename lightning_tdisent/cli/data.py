@@ -94,6 +94,8 @@ def _prepare(a: argparse.Namespace) -> None:
         print(f"  values: {n:,} images of {kind}" + ("" if kind == "8 bits" else f", {low:g} to {high:g} as 0 to 255"))
     if options.range and not made.depths.keys() - {"8 bits"} and made.depths:
         print(f"  --range {a.range} was not used, as all images have 8 bits")
+    for name, n in made.shared.items():
+        print(f"  {n:,} images are also images of {name}")
     if made.skipped:
         first = made.skipped[0]
         print(f"{len(made.skipped)} left out, see {a.out}/{split}.skipped.txt; the first: {first.name}: {first.reason}")

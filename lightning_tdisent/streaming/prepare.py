@@ -32,7 +32,8 @@ from lightning_tdisent.streaming.index import Index, path_of
 from lightning_tdisent.streaming.latents import LatentEncoder
 from lightning_tdisent.streaming.raw import Source
 from lightning_tdisent.streaming.raw.convert import ENCODE, Convert, Made, Samples, Skipped, Task, in_order
-from lightning_tdisent.streaming.scan import build
+from lightning_tdisent.streaming.scan import build, scan
+from lightning_tdisent.streaming.shards import MOST_SHARED
 from lightning_tdisent.streaming.tars import SUFFIXES
 
 FORMAT = "lightning_tdisent.prepare/1"
@@ -71,7 +72,8 @@ class Summary:
     """What was written: numbers of samples and shards, bytes of all shards, and what was left out.
 
     captions: how many samples have one, and of how many it is empty; depths: how many of the images that this call
-    wrote had values of each type, as `decode.depth` says it.
+    wrote had values of each type, as `decode.depth` says it; shared: how many images are also of another split in the
+    folder.
     """
 
     samples: int
@@ -80,6 +82,7 @@ class Summary:
     skipped: list[Skipped]
     captions: tuple[int, int] = (0, 0)
     depths: Counter[str] = field(default_factory=Counter, compare=False)
+    shared: dict[str, int] = field(default_factory=dict)
 
 
 def prepare(
@@ -197,6 +200,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.source, self.files, self.options, self.latents, self.progress = source, files, options, latents, progress
         out, n = files[0].parent, len(source)
+        self.split, self.others = split, _other_splits(out, split)
         self.index_file, self.skipped_file = Path(path_of(out, split)), out / f"{split}.skipped.txt"
         self.missing = [k for k, file in enumerate(files) if not file.exists()]
         self.done = n - sum(len(self._numbers(k)) for k in self.missing)
@@ -228,10 +232,13 @@ class _Run:
         with in_order(convert, tasks, min(jobs, len(tasks))) as made:
             for shard, parts in itertools.groupby(made, key=lambda part: part[0] // self.options.samples):
                 self._write(self.files[shard], (samples for _, samples in parts))
+                if shard == self.missing[0]:
+                    self._stop_if_another_split(self.files[shard])
         self._write_skipped()
         index = self._index(jobs)
         size = sum(s.bytes for s in index.shards)
-        return Summary(len(index), len(self.files), size, self.skipped, index.captions, self.depths)
+        shared = {name: count for name, other in self.others.items() if (count := index.shared(other))}
+        return Summary(len(index), len(self.files), size, self.skipped, index.captions, self.depths, shared)
 
     def _write(self, file: Path, parts: Iterable[Samples]) -> None:
         written = 0
@@ -269,6 +276,17 @@ class _Run:
                 f"{first.reason}. {self.skipped_file} lists them; mend them, or allow more, and go on"
             )
 
+    def _stop_if_another_split(self, file: Path) -> None:
+        """Stop early where most images of the first shard are of another split; all are compared at the end."""
+        index = scan(str(file)) if self.others else None
+        for name, other in self.others.items():
+            if index and (shared := index.shared(other)) > len(index) / 2:
+                file.unlink()
+                raise InputError(
+                    f"{file.parent}: {shared:,} of the first {len(index):,} images of {self.split} are images of "
+                    f"{name}, too, so that nothing would be held out. Name another split of the source, or another source"
+                )
+
     def _stop_if_unlike(self, sample: Made) -> None:
         """All samples have a class or none, which the index asks for too, but only at the end."""
         self.first = self.first or sample
@@ -300,8 +318,26 @@ class _Run:
             if [(s.name, s.bytes) for s in index.shards] == [(f.name, f.stat().st_size) for f in self.files]:
                 return index
         index = build(self.files, jobs=max(1, jobs))
+        for name, other in self.others.items():
+            if (shared := index.shared(other)) > MOST_SHARED * min(len(index), len(other)):
+                raise InputError(
+                    f"{self.index_file.parent}: {shared:,} of the {len(index):,} images of {self.split} are images of "
+                    f"{name} (of {len(other):,}), too; no index is written. Remove {self.split}-*.tar, or those of "
+                    f"{name}, and prepare other images"
+                )
         index.save(self.index_file)
         return index
+
+
+def _other_splits(out: Path, split: str) -> dict[str, Index]:
+    """Return the indices of other splits in a folder, by name."""
+    files = {f.name.removesuffix(".index.safetensors"): f for f in sorted(out.glob("*.index.safetensors"))}
+    indices = {name: Index.load(file) for name, file in files.items() if name != split}
+    return {
+        name: index
+        for name, index in indices.items()
+        if any((out / s.name).exists() and not s.name.startswith(f"{split}-") for s in index.shards)
+    }
 
 
 def _key(sample: Made) -> str:

@@ -507,8 +507,9 @@ def test_another_run_in_the_same_folder_is_refused_with_all_differences(folder, 
         assert part in str(said.value)
     assert "samples:" not in str(said.value)
     assert fingerprints(tmp_path / "out") == before
-    prepare(source, "val", tmp_path / "out", Options(samples=9), jobs=0)  # another split is another run
-    assert len(read(tmp_path / "out", "val")) == 30
+    others = Listed(*(coded(noise(40 + i)) for i in range(20)))
+    prepare(others, "val", tmp_path / "out", Options(samples=9), jobs=0)  # another split is another run
+    assert len(read(tmp_path / "out", "val")) == 20
 
 
 def test_shards_of_something_else_are_not_touched(folder, tmp_path):
@@ -628,6 +629,35 @@ def test_wrong_options_are_all_named_at_once(folder, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="listed data set is empty"):
         prepare(Listed(), "train", tmp_path, jobs=0)
+
+
+# Splits
+
+
+def test_another_split_of_the_same_images_is_refused(folder, tmp_path):
+    """No name below says a split, so that each would get all images."""
+    out = tmp_path / "out"
+    prepare(find_source(folder, "train"), "train", out, Options(samples=12), jobs=0)
+    for options in (Options(samples=12), Options(samples=7, seed=1)):  # in another order, by other keys
+        with pytest.raises(InputError, match=r"(12|7) of the first (12|7) images of test are images of train, too"):
+            prepare(find_source(folder, "test"), "test", out, options, jobs=0)
+    assert not list(out.glob("test-*.tar"))
+    prepare(find_source(folder, "test"), "test", tmp_path / "elsewhere", jobs=0)
+    assert prepare(find_source(folder, "train"), "train", out, Options(samples=12), jobs=0).samples == 30
+
+
+@pytest.mark.parametrize(("again", "refused"), [(1, False), (2, True), (60, True)])
+def test_more_than_a_hundredth_of_images_of_two_splits_is_refused_at_the_end(again, refused, tmp_path):
+    train = [coded(Image.new("L", (2, 2), k)) for k in range(100)]
+    test = [coded(Image.new("L", (2, 3), k)) for k in range(100 - again)] + train[:again]
+    prepare(Listed(*train), "train", tmp_path, jobs=0)
+    if not refused:
+        assert prepare(Listed(*test), "test", tmp_path, Options(samples=20), jobs=0).shared == {"train": again}
+        return
+    for _ in range(2):  # the same command does not get through, either
+        with pytest.raises(InputError, match=rf"{again} of the 100 images of test are images of train \(of 100\), too"):
+            prepare(Listed(*test), "test", tmp_path, Options(samples=20), jobs=0)
+    assert not (tmp_path / "test.index.safetensors").exists()
 
 
 # Latents
