@@ -78,12 +78,13 @@ def add_commands(commands: Commands) -> None:
     e = command(
         commands, "evaluate", _evaluate, "models and folders of images side by side; on several ranks under torchrun"
     )
-    e.add_argument("models", type=Path, nargs="+", help="as for sample, a .ckpt, or a folder of images or shards")
-    e.add_argument("--data", required=True, help="folder of shards with the real images")
+    e.add_argument("models", type=Path, nargs="+", help="as for sample, a .ckpt, a folder of images or shards, or "
+                   "an .npz of images as ADM writes them")  # fmt: skip
+    e.add_argument("--data", required=True, help="folder of shards with the real images, or an .npz of ADM")
     e.add_argument(
         "--split", default="test", help="split of the errors per state, and of shards measured (default test)"
     )
-    e.add_argument("--reference", help="split that distances are taken to (default: the protocol's, train)")
+    e.add_argument("--reference", help="split that distances are taken to (default: the protocol's, train), or an .npz")
     e.add_argument("--protocol", required=True, help="digits, mnist, cifar10, random, adm, clean, torch-fidelity, ..")
     e.add_argument("--metrics", help="of fd, fd_infinity, is, kid, prdc, sfd, by commas (default: the protocol's); "
                    "bpd, bpd_ode: besides, bits per dimension by the bound, and by the ODE; lpips: of "

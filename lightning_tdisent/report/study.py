@@ -31,6 +31,8 @@ from lightning_tdisent.sampling.expert import read_card
 from lightning_tdisent.sampling.observations import Observations
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import Sampler
+from lightning_tdisent.streaming.decode import side_of
+from lightning_tdisent.streaming.npz import is_npz
 from lightning_tdisent.streaming.shards import ImageSet, load
 from lightning_tdisent.streaming.tars import find
 
@@ -93,15 +95,14 @@ class Study:
         self._contenders()
         if self.bits is not None:
             Bits.of_mapping(self.bits)
-            find(self.data, "train")
+            if not is_npz(self.data):
+                find(self.data, "train")
         _ = self._network, self._lpips
         if conditional:
             refuse_number(self._protocol.n, self.n_held_out)
-        for split in {self.split, self._protocol.split}:
-            find(self.data, split)
         models = [c for c in self._contenders() if c.sampler is not None and holds_weights(c.source)]
         trained = {c.name: read_card(find_files(c.source)[0]).data for c in models}
-        refuse_trained(self.data, self.split, self._protocol.split, trained)
+        refuse_trained((self.data, self.split), self._reference, trained)
 
     @functools.cached_property
     def _lpips(self) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -109,12 +110,18 @@ class Study:
 
     @property
     def _protocol(self) -> Protocol:
-        return Protocol.preset(self.protocol, n=self.n, first_seed=self.first_seed, split=self.reference)
+        split = Path(self.reference).name if self.reference and is_npz(self.reference) else self.reference
+        return Protocol.preset(self.protocol, n=self.n, first_seed=self.first_seed, split=split)
 
     @functools.cached_property
     def _network(self) -> FeatureNetwork:
         p = self._protocol
         return load_features(p.features, self.weights, p.resize, p.dtype, self._channels)
+
+    @property
+    def _reference(self) -> tuple[str, str]:
+        """Data and split that distances are taken to."""
+        return (str(self.reference) if is_npz(self.reference) else self.data, self._protocol.split)
 
     def _contenders(self) -> list[Contender]:
         return [
@@ -143,9 +150,9 @@ class Study:
         return self._model_shape[0] if self._model_shape else 1 if self._protocol.features in ("digits", "mnist") else 3
 
     def _size(self) -> tuple[int, int | None]:
-        """Channels of the images, and their side where a model or the features say it."""
+        """Channels of the images, and their side where a model or the features say it and they are square."""
         shape = self._model_shape or self._network.shape
-        return (shape[0], shape[1]) if shape else (self._channels, None)
+        return (shape[0], side_of(shape)) if shape else (self._channels, None)
 
     def _real(self, split: str, limit: int | None = None) -> ImageSet:
         channels, size = self._size()
@@ -168,7 +175,7 @@ class Study:
                 c.name: bar.add_task(f"measuring {c.name}", total=share if c.sampler else None) for c in contenders
             }
             rows, images = evaluate(
-                contenders, protocol, self._network, real_images(self.data, protocol.split, channels, size),
+                contenders, protocol, self._network, real_images(*self._reference, channels, size),
                 self._real(self.split, self.n_held_out), self.batch_size, self.device,
                 progress=lambda name, count: bar.advance(tasks[name], count), bits=self._bits(),
                 observations=observations, lpips=self._lpips,

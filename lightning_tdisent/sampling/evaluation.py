@@ -23,8 +23,9 @@ from lightning_tdisent.ranks import gather, place
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.sampler import Sampler, from_uint8, sample
 from lightning_tdisent.streaming.decode import Decoder
+from lightning_tdisent.streaming.npz import is_npz, read_npz
 from lightning_tdisent.streaming.raw import Item, find_source
-from lightning_tdisent.streaming.shards import ImageSet, Shards, refuse_shared
+from lightning_tdisent.streaming.shards import ImageSet, Shards, load, refuse_shared
 from lightning_tdisent.streaming.splits import canonical
 
 HELD_OUT = 1 << 20  # streams of held-out noise, far from the indices that key the sampler's
@@ -89,7 +90,10 @@ class RealImages:
 
 
 def real_images(path: str | Path, split: str, channels: int, size: int | None = None) -> RealImages:
-    """Images of a split, decoded when they are taken, on all cores where single ones can be read."""
+    """Images of a split, or of an .npz, decoded when they are taken, on all cores where single ones can be read."""
+    if is_npz(path):
+        held = load(path, split, channels)
+        return RealImages(held.digest, len(held), lambda numbers: held.images[numbers])
     shards = Shards.open(path, split, Decoder(channels, size))
     whole: list[Tensor] = []
 
@@ -109,31 +113,44 @@ def real_images(path: str | Path, split: str, channels: int, size: int | None = 
     return RealImages(shards.digest, len(shards), take)
 
 
-def refuse_trained(path: str | Path, split: str, reference: str, trained: Mapping[str, str | None]) -> None:
-    """Refuse held-out images that are those of the reference split, or that a model was trained on.
+def refuse_trained(held_out: tuple[str, str], reference: tuple[str, str], trained: Mapping[str, str | None]) -> None:
+    """Refuse held-out images that are those of the reference, or that a model was trained on.
 
-    trained: digests of the data of models by their names. A split that is asked for by the same name as the reference,
-    or by that of the training images, is what was asked for.
+    held_out, reference: data and split; trained: digests of the data of models by their names. A split that is asked
+    for by the same name as the reference, or by that of training images, is what was asked for. Of an .npz nothing
+    but its format is checked.
     """
-    held_out = Shards.open(path, split, Decoder())
-    if canonical(split) != canonical(reference):
+    for path in {path for path, _ in (held_out, reference) if is_npz(path)}:
+        read_npz(path)
+    path, split = held_out
+    if is_npz(path):
+        print(f"note: {path} has no splits; its first images are those held out", file=sys.stderr)
+        return
+    shards = Shards.open(path, split, Decoder())
+    if canonical(split) != canonical(reference[1]) and not is_npz(reference[0]):
         remedy = "Name other splits with --split and --reference, or their shards by patterns"
-        refuse_shared(held_out, Shards.open(path, reference, Decoder()), f"{split}, {reference}", remedy)
-    mine = [name for name, digest in trained.items() if digest == held_out.digest]
+        refuse_shared(shards, Shards.open(*reference, Decoder()), f"{split}, {reference[1]}", remedy)
+    mine = [name for name, digest in trained.items() if digest == shards.digest]
     if mine and canonical(split) != "train":
         raise InputError(
-            f"{mine[0]} was trained on the images of {split} in {path} (data digest {held_out.digest}), which are to "
-            "be held out. Name other images"
+            f"{mine[0]} was trained on the images of {split} in {path} (data digest {shards.digest}), which are to be "
+            "held out. Name other images"
         )
     for name in mine:
         print(f"note: {name} was trained on the images of {split}, whose errors are no held-out ones", file=sys.stderr)
 
 
 def image_files(path: str | Path, split: str, shape: Sequence[int]) -> RealImages:
-    """Images of (C, H, W) = shape in a folder or any data set that `data prepare` reads, in the order of their names.
+    """Images of (C, H, W) = shape in a folder, an .npz or any data set that `data prepare` reads, in their order.
 
     Raises InputError if there are fewer than two, or the first has another size; `take` does for any other.
     """
+    if is_npz(path):
+        found = real_images(path, split, shape[0])
+        size = list(found.take(torch.arange(1)).shape[1:])
+        if found.n < 2 or size != list(shape):
+            raise InputError(f"{path} has {found.n} images of {size}, expected two or more of {list(shape)}")
+        return found
     source, decoder = find_source(path, split, labels="none"), Decoder(shape[0])
     if len(source) < 2:
         raise InputError(f"{path}: two images at least make a distribution, it has {len(source)}")

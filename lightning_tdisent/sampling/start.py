@@ -24,7 +24,7 @@ from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
 from lightning_tdisent.sampling.expert import Card, read_card
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import DDIM, from_uint8
-from lightning_tdisent.streaming.decode import Decoder
+from lightning_tdisent.streaming.decode import Decoder, side_of
 from lightning_tdisent.streaming.shards import Shards
 
 FILE = "prior.safetensors"
@@ -116,7 +116,7 @@ def fit_to(
     if label is not None and not 0 <= label < (classes or 0):
         raise InputError(f"--label {label}: {model} has {f'classes 0 to {classes - 1}' if classes else 'no classes'}")
     row = states.truncate(at).S
-    shards = Shards.open(data, split, Decoder(shape[0], shape[1] if shape[1] == shape[2] else None))
+    shards = Shards.open(data, split, Decoder(shape[0], side_of(shape)))
     refuse_other_data(f"{data}, split {split}: its images are the data", shards.digest, str(model), cards)
     found = shards.decoded(n if label is None else None)
     images = found.images if label is None else found.images[found.labels == label][:n]

@@ -13,7 +13,7 @@ import re
 import struct
 import threading
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -280,6 +280,11 @@ def parse_caption(content: bytes) -> str:
     if "\0" in text:
         raise ValueError("not UTF-8, as it has bytes of 0 within; save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def side_of(shape: Sequence[int]) -> int | None:
+    """Return the side that images are cropped to for (C, H, W) = shape; None for what is no square: taken as it is."""
+    return shape[1] if shape[1] == shape[2] else None
 
 
 @dataclass(frozen=True)

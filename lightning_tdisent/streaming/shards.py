@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming.decode import BadSample, Decoder, Members, parse_class
 from lightning_tdisent.streaming.index import Index, path_of
+from lightning_tdisent.streaming.npz import is_npz, read_npz
 from lightning_tdisent.streaming.scan import build
 from lightning_tdisent.streaming.tars import (
     file_system,
@@ -434,5 +435,10 @@ class ImageSet:
 
 
 def load(path: str | Path, split: str, channels: int, limit: int | None = None, size: int | None = None) -> ImageSet:
-    """Decode a whole split, or its first ``limit`` samples, into memory."""
+    """Decode a whole split, or its first ``limit`` samples, into memory; of an .npz, whatever the split, its images."""
+    if is_npz(path):
+        images, labels, digest = read_npz(path)
+        if images.shape[1] != channels:
+            raise InputError(f"{path} has images of {images.shape[1]} channels, expected {channels}")
+        return ImageSet(images[:limit], labels[:limit], digest)
     return Shards.open(path, split, Decoder(channels, size)).decoded(limit)
