@@ -96,6 +96,8 @@ def add_commands(commands: Commands) -> None:
     e.add_argument("--weights", help="file or folder of the feature network, where the protocol's is not shipped")
     e.add_argument("-n", type=int, help="images generated per model (default: the protocol's, e.g. 1000 or 50000)")
     e.add_argument("--first-seed", type=int)
+    e.add_argument("--held-out", type=int, help="images of --split that are taken, at most (default: 1000; for a "
+                   "conditional model as many as its draws need)")  # fmt: skip
     e.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="folder for results.json and report.html")
     _sampler_options(e)
 
@@ -348,8 +350,11 @@ def _evaluate(a: argparse.Namespace) -> None:
     from lightning_tdisent.report.study import Study
     from lightning_tdisent.sampling.composite import holds_weights
 
-    if (a.out / "study.json").exists():
-        raise InputError(f"--out {a.out} already keeps results; choose another folder")
+    for name in ("study.json", "plan.json", "plan.yaml"):
+        if (a.out / name).exists():
+            raise InputError(
+                f"--out {a.out} already keeps results, or a study or fleet ({name}); choose another folder"
+            )
     missing = [str(m) for m in a.models if not m.exists()]
     if missing:
         raise InputError(
@@ -375,7 +380,7 @@ def _evaluate(a: argparse.Namespace) -> None:
     options |= {"lpips": lpips}
     options |= {"bits": bits if bits["bound"] or bits["ode"] else None}
     protocol = {"preset": a.protocol, **({"metrics": metrics} if metrics else {})}
-    options |= {"reference": a.reference, "n": a.n, "first_seed": a.first_seed}
+    options |= {"reference": a.reference, "n": a.n, "first_seed": a.first_seed, "n_held_out": a.held_out}
     with _ranks(a.device) as device:
         study = Study(
             str(a.out), "Evaluation", contenders, a.data, protocol, a.weights, a.split, device=device, **options

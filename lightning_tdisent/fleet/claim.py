@@ -146,8 +146,8 @@ def refuse_no_repeats(folders: Sequence[Path]) -> None:
         differ += [f"runs.{name}: nothing there, a run now" for name in sorted(added)]
         for key in sorted(theirs["configs"].keys() & mine["configs"].keys()):
             a, b = (_text_of(place, plan["configs"][key]) for place, plan in ((first, theirs), (folder, mine)))
-            changes = edits(a, b) if isinstance(a, bytes) and isinstance(b, bytes) else ["another file"] * (a != b)
-            differ += [f"{key}: {line}" for line in changes]
+            other = edits(a, b) if isinstance(a, bytes) and isinstance(b, bytes) else ["another file"] * (a != b)
+            differ += [f"{key}: {line}" for line in other]
         lines += [f"{folder}: {line}" for line in differ]
         same = [str(other) for other in order[:k] if plans[other]["seed"] == mine["seed"]]
         lines += [f"{folder}: seed {mine['seed']}, as {', '.join(same)}"] if same else []

@@ -26,9 +26,12 @@ REFERENCE = 10_000  # real pairs that the joint distance is taken to, at most
 def refuse_number(n: int, held_out: int, draws: int = DRAWS) -> None:
     """Refuse a number of images that are not as many draws of each of some held-out images."""
     if n < draws or n % draws:
-        raise InputError(f"n={n}: a conditional model draws {draws} images an item; n is a multiple")
+        raise InputError(f"n={n}: a conditional model draws {draws} images an item; n is a multiple of {draws}")
     if n // draws > held_out:
-        raise InputError(f"n={n}: {draws} draws of {n // draws} held-out images; there are {held_out}")
+        raise InputError(
+            f"n={n}: {draws} draws of {n // draws} held-out images; there are {held_out}. Lower n to "
+            f"{draws * held_out}, or let more images be held out (n_held_out of a study, --held-out)"
+        )
 
 
 class Given:

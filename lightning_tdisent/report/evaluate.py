@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import platform
 import resource
 import sys
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_tdisent.diffusion.spec import spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.network import FeatureNetwork
@@ -24,6 +27,7 @@ from lightning_tdisent.metrics.reference import remembered
 from lightning_tdisent.ranks import gather, place, shared_errors
 from lightning_tdisent.report.bits import Bits
 from lightning_tdisent.report.conditional import Given
+from lightning_tdisent.report.measured import Measured
 from lightning_tdisent.sampling.composite import CompositeDenoiser, find_files, load_model
 from lightning_tdisent.sampling.cost import training_cost, with_prior
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
@@ -33,7 +37,7 @@ from lightning_tdisent.sampling.likelihood import refuse_components
 from lightning_tdisent.sampling.observations import Observations
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import Sampler, probe_rows
-from lightning_tdisent.sampling.start import Started, load_started
+from lightning_tdisent.sampling.start import Started, load_started, prior_file
 from lightning_tdisent.streaming.shards import ImageSet
 
 
@@ -73,6 +77,7 @@ def evaluate(
     bits: tuple[Bits, ImageSet] | None = None,
     observations: dict[str, Observations] | None = None,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    measured: Measured | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Return one row of numbers per contender, and its first ``keep`` images; the same on all ranks.
 
@@ -82,6 +87,7 @@ def evaluate(
     had made them: what a perfect one would reach with so few. Where a metric refuses what it is given, the row says
     why under ``refused``. bits: how bits per dimension are measured, if they are, and training images. A conditional
     model is given observations of held-out images (see `Given`), which are put into ``observations`` by its name.
+    measured: rows that are kept; one is taken from there if all that it depends on is the same.
     """
     loaded = [c.load() if c.sampler else None for c in contenders]
     shape = list(held_out.images.shape[1:])
@@ -107,20 +113,34 @@ def evaluate(
     }
     pairs: dict[str, Metric] = {}
     rows, images = [], dict[str, Tensor]()
+    common_key = {
+        "held out": [held_out.digest, len(held_out)],
+        "errors": [common.indices, common.log_snr.tolist()],
+        "bits": [dataclasses.asdict(bits[0]), bits[1].digest, len(bits[1])] if bits else None,
+        "lpips": lpips is not None,
+        "keep": keep,
+    }
     for contender, model in zip(contenders, loaded, strict=True):
         advance = functools.partial(progress, contender.name) if progress else None
-        if model is None:
+        found_quality = qualities[contender.name] if model is None else quality
+        key = {"protocol": found_quality.protocol.fields, **common_key, **_identity(contender, files)}
+        if (own := given.get(contender.name)) is not None:
+            key["given"] = hashlib.sha256(own.observations.y.numpy().tobytes()).hexdigest()
+            if observations is not None:
+                observations[contender.name] = own.observations
+        if measured is not None and (known := measured.get(key)) is not None:
+            row, first = known
+        elif model is None:
             found = files[contender.name]
-            row, first = _of_files(found, qualities[contender.name], keep, advance)
+            row, first = _of_files(found, found_quality, keep, advance)
         else:
-            own = given.get(contender.name)
             if own is not None:
                 own.reference(real, pairs)
-                if observations is not None:
-                    observations[contender.name] = own.observations
             row, first = _of_model(contender, model, quality, held_out, common, batch_size, device, keep, advance, own)
             row |= bits[0].measure(model[0].to(device), held_out, bits[1], batch_size) if bits else {}
             model[0].cpu()
+        if measured is not None:
+            measured.put(key, row, first)
         images |= {contender.name: first} if len(first) else {}
         rows.append({"name": contender.name, **row, "source": str(contender.source)})
     held = RealImages(held_out.digest, len(held_out), lambda numbers: held_out.images[numbers])
@@ -128,6 +148,24 @@ def evaluate(
     name = f"{held.digest}-{perfect.protocol.hash}-{'-'.join(perfect.protocol.metrics)}"
     floor = remembered(name, lambda: _of_files(held, perfect, 0)[0])
     return [*rows, {"name": f"{len(held_out)} real images, held out", **floor}], images
+
+
+def _identity(contender: Contender, files: dict[str, RealImages]) -> dict[str, Any]:
+    """What a contender is, whatever it is called and wherever it lies: weights, start and sampler, or images."""
+    if contender.sampler is None:
+        return {"images": files[contender.name].digest}
+    shared = (contender.fill or "").removeprefix("shared:")
+    return {
+        "weights": [sha256(file) for file in find_files(contender.source)],
+        "fill": [contender.fill, [sha256(f) for f in find_files(shared)] if shared not in ("", "nearest") else []],
+        "prior": start_digest(contender.prior),
+        "sampler": spec(contender.sampler),
+    }
+
+
+def start_digest(prior: str | None) -> str | None:
+    """Digest of the file of a prior, or the row of a plain cut."""
+    return prior if prior is None or prior.startswith("cut:") else sha256(prior_file(prior))
 
 
 @dataclasses.dataclass
@@ -199,13 +237,26 @@ def _of_model(
         "table": cards[0].fingerprint,
         "sampler": repr_sampler(sampler),
         "sha256": [sha256(file) for file in find_files(contender.source)],
+        "recipe": _recipe(cards),
+        "seeds": sorted({card.seed for card in cards}),
         **({"prior": type(model.prior).__name__, "cut": model.states.S} if isinstance(model, Started) else {}),
         **({"start_note": note} if isinstance(model, Started) and (note := model.check_label(None)) else {}),
+        **({"prior_sha256": start_digest(contender.prior)} if isinstance(model, Started) else {}),
         **({"preview": model.filled} if getattr(model, "filled", None) else {}),
         **({"differs": model.differs} if getattr(model, "differs", None) else {}),
     }
     model.cpu()  # the next one's peak memory is its own
     return row, images[order]
+
+
+def _recipe(cards: Sequence[Card]) -> list[dict[str, Any]]:
+    """What the networks of a model are, and how they were trained, each kind once; equal for repeats of a training."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for card in cards:
+        kind = {k: getattr(card, k) for k in ("module", "network", "objective", "average")}
+        kind["warm"] = len(card.parents)
+        kinds.setdefault(json.dumps(kind, sort_keys=True), kind)
+    return [kinds[key] for key in sorted(kinds)]
 
 
 def _cost(model: Any, cards: Sequence[Card]) -> dict[str, float]:

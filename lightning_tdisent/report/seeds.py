@@ -13,17 +13,46 @@ from lightning_tdisent.report.page import document, html_table
 from lightning_tdisent.report.study import Study
 from lightning_tdisent.report.table import tables
 
+# fields of a row that repeats of one study have in common, however they are seeded
+SAME = (
+    *("protocol", "given", "draws", "images", "sampler", "nfe", "rows", "table", "prior", "cut", "networks", "weights"),
+    *("weights_kind", "recipe", "training_data", "bpd_how", "preview", "differs"),
+)
+OWN = ("sha256", "seeds")  # fields that no two repeats share
+ROUNDING = 0.01  # by which the images seen may differ: an adaptive budget spends whole validations
 
-def pool(repeats: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+
+def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Rows of repeated studies as one set: every number is a mean, ``NAME_sd`` its standard deviation (of n - 1).
 
-    Raises InputError for repeats that compare other models or measure by another protocol.
+    names: of the repeats, for messages. Raises InputError, with all that differs, for repeats that compare other
+    models, measure by another protocol, or share a seed.
     """
-    kinds = [{row["name"]: row["protocol"] for row in rows if "refused" not in row} for rows in repeats]
-    if odd := [f"repeat {i + 1} has {kind}" for i, kind in enumerate(kinds) if kind != kinds[0]]:
-        raise InputError(f"these are not one study with other seeds: repeat 1 has {kinds[0]}, {'; '.join(odd)}")
+    names = names or [f"repeat {i + 1}" for i in range(len(repeats))]
+    measured = [{row["name"]: row for row in rows if "refused" not in row} for rows in repeats]
+    kinds = measured[0]
+    lines = []
+    for who, rows in zip(names[1:], measured[1:], strict=True):
+        lines += [f"{who} lacks {name!r}" for name in kinds.keys() - rows.keys()]
+        lines += [f"{who} has {name!r} besides" for name in rows.keys() - kinds.keys()]
+        for name in [name for name in kinds if name in rows]:
+            first, other = kinds[name], rows[name]
+            differ = [key for key in SAME if key in first and key in other and first[key] != other[key]]
+            differ += [key for key in ("prior", "preview", "given") if (key in first) != (key in other)]
+            seen, others = first.get("images_seen", 0), other.get("images_seen", 0)
+            differ += ["images_seen"] * (abs(seen - others) > ROUNDING * max(seen, others))
+            lines += [f"{name}: {key}: {first.get(key)} in {names[0]}, {other.get(key)} in {who}" for key in differ]
+    for i, who in enumerate(names):
+        for k in range(i):
+            for name in [name for name in measured[i] if name in measured[k]]:
+                mine, theirs = measured[i][name], measured[k][name]
+                same = [key for key in OWN if mine.get(key) and mine.get(key) == theirs.get(key)]
+                what = "weights" if "sha256" in same else "seed"
+                lines += [f"{name}: the same {what} in {names[k]} and {who}"] * any(same)
+    if lines:
+        raise InputError("these are not one study with other seeds:\n" + "\n".join(f"  - {line}" for line in lines))
     out = []
-    for name in kinds[0]:
+    for name in kinds:
         alike = [next(row for row in rows if row["name"] == name) for rows in repeats]
         row = {k: v for k, v in alike[0].items() if not k.endswith(("_images", "_terms"))}  # of one training
         for key, value in alike[0].items():
@@ -42,7 +71,7 @@ def write_page(studies: Sequence[Study], path: Path) -> list[dict[str, Any]]:
     """Write the page of repeated studies; returns its rows."""
     if len({study.folder.resolve() for study in studies}) < len(studies):
         raise InputError(f"a folder is named twice: {', '.join(str(study.folder) for study in studies)}")
-    rows = pool([study.rows for study in studies])
+    rows = pool([study.rows for study in studies], [str(study.folder) for study in studies])
     folders = html.escape(", ".join(str(study.folder) for study in studies))
     title = html.escape(studies[0].title)
     parts = [f"<h1>{title}</h1><p>Means and standard deviations of {len(studies)} trainings: {folders}.</p>"]

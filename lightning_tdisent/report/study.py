@@ -1,7 +1,9 @@
 """A finished comparison on disk: what was compared, the numbers, the first samples, and the page made of them."""
 
 import functools
+import html
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lightning_tdisent.diffusion.spec import build
+from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.metrics.features import load_features
@@ -21,13 +24,15 @@ from lightning_tdisent.metrics.paired import load_lpips
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.ranks import place
 from lightning_tdisent.report.bits import Bits
-from lightning_tdisent.report.conditional import refuse_number
-from lightning_tdisent.report.evaluate import Contender, evaluate
+from lightning_tdisent.report.conditional import DRAWS, refuse_number
+from lightning_tdisent.report.evaluate import Contender, evaluate, start_digest
+from lightning_tdisent.report.measured import FOLDER as MEASURED
+from lightning_tdisent.report.measured import Measured
 from lightning_tdisent.report.page import write_report
 from lightning_tdisent.report.table import costs, notes, table, tables
 from lightning_tdisent.sampling.composite import find_files, holds_weights
 from lightning_tdisent.sampling.evaluation import real_images, refuse_trained
-from lightning_tdisent.sampling.expert import read_card
+from lightning_tdisent.sampling.expert import read_card, sha256
 from lightning_tdisent.sampling.observations import Observations
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import Sampler
@@ -36,6 +41,8 @@ from lightning_tdisent.streaming.npz import is_npz
 from lightning_tdisent.streaming.shards import ImageSet, load
 from lightning_tdisent.streaming.tars import find
 
+FILE = "study.json"
+HELD_OUT = 1000  # held-out images that are taken, if a study does not say how many
 BOARDS = "fleets.html"  # where the fleets of a study stood when it ended
 NEAREST = 500_000_000  # bytes of real images among which the report looks for copies
 
@@ -47,7 +54,8 @@ class Study:
     contenders: dicts of name, source and sampler (class path and arguments), or None where the source holds images;
     residency, fill: of those that are composites, see `load_model`; protocol: a preset, or a mapping of ``preset`` and
     fields of `Protocol` that differ; n, first_seed, reference (its split): those that most often do; weights: of its
-    feature network, where it needs a file. split: held-out images, its first n_held_out, for the errors per state;
+    feature network, where it needs a file. split: held-out images, its first n_held_out, for the errors per state, and
+    to observe; if None 1000, or as many as n images of conditional models need;
     bits: fields of `Bits` for bits per dimension, where they are measured; lpips: file of its weights, or "", where
     conditional models are to be measured by it; runs: folders with event files for curves.
     """
@@ -60,7 +68,7 @@ class Study:
     weights: str | None = None
     split: str = "test"
     reference: str | None = None
-    n_held_out: int = 1000
+    n_held_out: int | None = None
     n: int | None = None
     first_seed: int | None = None
     batch_size: int = 250
@@ -79,10 +87,21 @@ class Study:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read the study that a folder keeps, wherever it is by now."""
+        """Read the study that a folder keeps, wherever it is by now.
+
+        What lies below the folder is looked for there alone, even if something else is at its old place by now.
+        """
+        folder = Path(folder)
         try:
-            return cls(**{**json.loads((Path(folder) / "study.json").read_text()), "out": str(folder)})
-        except (OSError, ValueError, TypeError) as error:
+            kept = json.loads((folder / FILE).read_text())
+            schema, old = kept.pop("schema", 1), kept.pop("out", "")
+            for contender in kept["contenders"]:
+                for key in ("source", "prior"):
+                    if contender.get(key) and not contender[key].startswith("cut:"):
+                        contender[key] = _here(contender[key], folder, schema, old)
+            kept["runs"] = {name: _here(place, folder, schema, old) for name, place in kept.get("runs", {}).items()}
+            return cls(**{**kept, "out": str(folder)})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"{folder} keeps no finished study ({error}); run study or evaluate with --out {folder} first"
             ) from None
@@ -92,17 +111,38 @@ class Study:
         names = [c["name"] for c in self.contenders]
         if len(set(names)) < len(names):
             raise InputError(f"contenders must have different names, got {names}")
+        limit = self.n_held_out
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 2):
+            raise InputError(f"n_held_out: a whole number from 2 on, got {limit!r}")
         self._contenders()
         if self.bits is not None:
             Bits.of_mapping(self.bits)
             if not is_npz(self.data):
                 find(self.data, "train")
         _ = self._network, self._lpips
-        if conditional:
-            refuse_number(self._protocol.n, self.n_held_out)
         models = [c for c in self._contenders() if c.sampler is not None and holds_weights(c.source)]
         trained = {c.name: read_card(find_files(c.source)[0]).data for c in models}
         refuse_trained((self.data, self.split), self._reference, trained)
+        for split in {self.split, self._protocol.split} if not is_npz(self.data) else ():
+            find(self.data, split)
+        if conditional or self._conditional:
+            refuse_number(self._protocol.n, min(self._held_out(True), self._n_held_out_there))
+
+    @property
+    def _conditional(self) -> bool:
+        """Whether a contender whose weights are there is conditional."""
+        cards = [
+            read_card(find_files(c.source)[0]) for c in self._contenders() if c.sampler and holds_weights(c.source)
+        ]
+        return any(build(card.states, LatentStates).condition is not None for card in cards)
+
+    def _held_out(self, conditional: bool) -> int:
+        """How many held-out images are taken, if there are so many."""
+        return self.n_held_out or max(HELD_OUT, self._protocol.n // DRAWS if conditional else 0)
+
+    @property
+    def _n_held_out_there(self) -> int:
+        return real_images(self.data, self.split, *self._size()).n
 
     @functools.cached_property
     def _lpips(self) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -165,10 +205,12 @@ class Study:
         return bits, self._real("train", bits.n)
 
     def evaluate(self) -> None:
-        """Measure every contender and keep the results; the first rank writes them."""
+        """Measure every contender that has not been, and keep the results; the first rank writes them."""
         contenders, protocol, (channels, size) = self._contenders(), self._protocol, self._size()
+        self.n_held_out = self._held_out(self._conditional)
         observations = dict[str, Observations]()
         first = place()[0] == 0
+        measured = Measured(self.folder / MEASURED)
         with Progress(transient=True, disable=not first) as bar:
             share = protocol.n // place()[1]
             tasks = {
@@ -178,17 +220,42 @@ class Study:
                 contenders, protocol, self._network, real_images(*self._reference, channels, size),
                 self._real(self.split, self.n_held_out), self.batch_size, self.device,
                 progress=lambda name, count: bar.advance(tasks[name], count), bits=self._bits(),
-                observations=observations, lpips=self._lpips,
+                observations=observations, lpips=self._lpips, measured=measured,
             )  # fmt: skip
         if not first:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if measured.reused:
+            print(f"{measured.reused} of {len(contenders)} contenders had been measured; their numbers are kept")
+        (self.folder / FILE).unlink(missing_ok=True)  # until all of it is of this evaluation
+        for row in rows:
+            if "source" in row:
+                row["source"] = self._portable(row["source"])
         write_whole(self.folder / "results.json", json.dumps(rows, indent=1).encode())
+        for path in (self.folder / "observations").glob("*.safetensors"):
+            path.unlink()
         for name, some in observations.items():
             some.save(self._observations(name))
         write_whole(self.folder / "samples.safetensors", save({k: v.contiguous() for k, v in images.items()}))
-        study = {f.name: getattr(self, f.name) for f in fields(self)}
-        write_whole(self.folder / "study.json", json.dumps(study, indent=1).encode())
+        write_whole(self.folder / FILE, json.dumps(self._content(), indent=1).encode())
+        measured.prune()
+
+    def _content(self) -> dict[str, Any]:
+        """The study as kept: paths below its folder are relative to it, others absolute."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "out"}
+        kept["contenders"] = [
+            {k: self._portable(v) if k in ("source", "prior") and not v.startswith("cut:") else v for k, v in c.items()}
+            for c in self.contenders
+        ]
+        kept["runs"] = {name: self._portable(folder) for name, folder in self.runs.items()}
+        for key in ("data", "weights", "lpips"):
+            if kept[key] and Path(kept[key]).exists():
+                kept[key] = os.path.abspath(kept[key])
+        return {"schema": 2, **kept}
+
+    def _portable(self, path: str) -> str:
+        place = os.path.abspath(path)
+        below = Path(place).is_relative_to(os.path.abspath(self.folder))
+        return os.path.relpath(place, os.path.abspath(self.folder)) if below else place
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -210,6 +277,27 @@ class Study:
         kept = load_file(self.folder / "samples.safetensors")
         return {c["name"]: kept[c["name"]] for c in self.contenders if c["name"] in kept}
 
+    def refuse_gone(self) -> None:
+        """Refuse contenders whose weights are gone, or are others than those that were measured; all at once."""
+        rows, problems = {row["name"]: row for row in self.rows}, []
+        for c in [c for c in self._contenders() if c.sampler is not None and c.name in rows]:
+            start = Path(c.prior) if c.prior and not c.prior.startswith("cut:") else None
+            gone = [str(path) for path in (c.source, start) if path and not path.exists()]
+            problems += [f"{c.name}: {path} is gone" for path in gone]
+            if gone:
+                continue
+            row, now = rows[c.name], [sha256(file) for file in find_files(c.source)]
+            if row.get("sha256", now) != now:
+                problems.append(f"{c.name}: {c.source} holds other weights than were measured")
+            if start and row.get("prior_sha256", digest := start_digest(c.prior)) != digest:
+                problems.append(f"{c.name}: {start} holds another prior than was measured")
+        if problems:
+            raise InputError(
+                f"{self.folder}: its report cannot be written anew:\n"
+                + "\n".join(f"  - {line}" for line in problems)
+                + "\nPut these back where they were, or evaluate again"
+            )
+
     def lines(self) -> list[Table | str]:
         """For the terminal: a table per protocol, what the models cost, and what must be known of the numbers."""
         out: list[Table | str] = [show(line, table(rows)) for line, rows in tables(self.rows)]
@@ -217,12 +305,17 @@ class Study:
         said = notes(self.rows)
         if self.split == self._protocol.split:
             said.append(f"the reference and the held-out images are both of {self.split}: no distance")
+        if (there := self._n_held_out_there) > (taken := self.n_held_out or HELD_OUT):
+            said.append(f"held-out images: the first {taken:,} of the {there:,} of {self.split} (n_held_out)")
         costly = [show("what it cost", cost)] if len(cost) > 1 else []
         return [self.title, *out, *costly, *(f"note: {line}" for line in said)]
 
     def write_report(self) -> Path:
-        """Write report.html."""
-        held_out = self._real(self.split, self.n_held_out)
+        """Write report.html; refuses contenders that are gone, and says which folders with curves are."""
+        self.refuse_gone()
+        held_out = self._real(self.split, self._held_out(self._conditional))
+        gone = [name for name, folder in self.runs.items() if not Path(folder).is_dir()]
+        lost = f" No training curves of {html.escape(', '.join(gone))}: their folders are gone." if gone else ""
         return write_report(
             self.folder / "report.html",
             self.title,
@@ -231,11 +324,18 @@ class Study:
             self._contenders(),
             held_out,
             self._real(self._protocol.split, NEAREST // held_out.images[0].numel()).images,
-            {name: Path(folder) for name, folder in self.runs.items()},
-            self.notes,
+            {name: Path(folder) for name, folder in self.runs.items() if name not in gone},
+            self.notes + lost,
             observations=self._given(),
             boards=boards.read_text() if (boards := self.folder / BOARDS).exists() else "",
         )
+
+
+def _here(path: str, folder: Path, schema: int, old: str) -> str:
+    """A path as kept, from where the study's folder is by now; before schema 2 it went from the working directory."""
+    if schema == 1 and not (old and Path(path).is_relative_to(old)):
+        return path
+    return str(folder / (Path(path).relative_to(old) if schema == 1 else path))
 
 
 def show(title: str, text: Sequence[Sequence[str]]) -> Table:

@@ -150,13 +150,14 @@ def save_prior(path: str | Path, prior: Prior, card: PriorCard) -> None:
     write_whole(path, save(tensors, {"prior": json.dumps(dataclasses.asdict(card))}))
 
 
-def _prior_file(source: str | Path) -> Path:
+def prior_file(source: str | Path) -> Path:
+    """File of a prior, named by itself or by the folder it is in."""
     return Path(source) / FILE if Path(source).is_dir() else Path(source)
 
 
 def read_prior_card(source: str | Path) -> PriorCard:
     """Card of a prior in a file or in the folder it is in."""
-    path = _prior_file(source)
+    path = prior_file(source)
     try:
         with safe_open(path, "pt") as file:
             return PriorCard.from_json(json.loads((file.metadata() or {})["prior"]), str(path))
@@ -168,7 +169,7 @@ def read_prior_card(source: str | Path) -> PriorCard:
 
 def load_prior(source: str | Path) -> tuple[Prior, PriorCard]:
     """Prior of a file or of the folder it is in, with its card; see `spec.build` for classes."""
-    path, card = _prior_file(source), read_prior_card(source)
+    path, card = prior_file(source), read_prior_card(source)
     try:
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # not the file's own pages
     except (OSError, SafetensorError) as error:

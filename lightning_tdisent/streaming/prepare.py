@@ -284,7 +284,7 @@ class _Run:
                 file.unlink()
                 raise InputError(
                     f"{file.parent}: {shared:,} of the first {len(index):,} images of {self.split} are images of "
-                    f"{name}, too, so that nothing would be held out. Name another split of the source, or another source"
+                    f"{name}, too, so that nothing would be held out. Name another split, or another source"
                 )
 
     def _stop_if_unlike(self, sample: Made) -> None:

@@ -12,6 +12,7 @@ from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.metrics.features import SmallClassifier, load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.networks.unet import UNet
+from lightning_tdisent.report import evaluate as evaluating
 from lightning_tdisent.report.evaluate import Contender, evaluate
 from lightning_tdisent.report.page import nearest, write_report
 from lightning_tdisent.report.seeds import pool
@@ -27,8 +28,8 @@ from lightning_tdisent.streaming.shards import load
 
 @pytest.fixture
 def model(tmp_path):
-    def make(name, **states):
-        torch.manual_seed(0)
+    def make(name, seed=0, **states):
+        torch.manual_seed(seed)
         net = UNet([1, 8, 8], [8, 16], 1, mid_attention=False, groups=4)
         module = ReducedStates(net, LatentStates(**states))
         module.images_seen, module.seconds = 1000, 2.0
@@ -213,20 +214,23 @@ def test_a_sweep_over_the_cut_is_drawn_and_its_best_start_named(model, sets, dig
 
 def test_repeats_of_a_study_are_means_with_their_spread(model, sets, digits, tmp_path, capsys):
     spec = {"class_path": "lightning_tdisent.DDIM", "init_args": {}}
-    contenders = [{"name": n, "source": str(model("few", S=4)), "sampler": spec} for n in ("a", "a, more")]
     folders = [tmp_path / f"seed{k}" for k in range(3)]
     for k, folder in enumerate(folders):
+        source = str(model(f"few{k}", seed=k, S=4))
+        contenders = [{"name": n, "source": source, "sampler": spec} for n in ("a", "a, more")]
         Study(str(folder), "A study", contenders, str(digits), "digits", n=20).evaluate()
         rows = json.loads((folder / "results.json").read_text())
-        rows[0] |= {"fd_digits": 4.0 + k, "images_seen": 100 + 100 * k}
+        rows[0] |= {"fd_digits": 4.0 + k, "images_seen": 1000 + k, "seeds": [k]}
+        rows[1] |= {"seeds": [k]}
         rows[1]["training_flops"] = 3 * rows[0]["training_flops"]
         (folder / "results.json").write_text(json.dumps(rows))
     moved = tmp_path / "moved"
     folders[2].rename(moved)
     pooled = pool([Study.load(f).rows for f in (*folders[:2], moved)])
-    assert (pooled[0]["fd_digits"], pooled[0]["fd_digits_sd"], pooled[0]["images_seen"]) == (5.0, 1.0, 200)
+    assert (pooled[0]["fd_digits"], pooled[0]["fd_digits_sd"], pooled[0]["images_seen"]) == (5.0, 1.0, 1001)
     assert table(pooled[:2])[1][4] == "5.000 ± 1"
-    assert pooled[0]["eps_mse"] == pytest.approx(rows[0]["eps_mse"])
+    states = [Study.load(f).rows[0]["eps_mse"] for f in (*folders[:2], moved)]
+    assert pooled[0]["eps_mse"] == pytest.approx({k: sum(e[k] for e in states) / 3 for k in states[0]})
     assert main(["report", *map(str, (*folders[:2], moved)), "--out", str(tmp_path / "all.html")]) == 0
     assert "Means and standard deviations of 3 trainings" in (page := (tmp_path / "all.html").read_text())
     assert page.count("data:image/svg") == 2
@@ -235,8 +239,112 @@ def test_repeats_of_a_study_are_means_with_their_spread(model, sets, digits, tmp
     assert "--out FILE.html is for several folders" in capsys.readouterr().err
     rows[1]["name"] = "other"
     (moved / "results.json").write_text(json.dumps(rows))
-    with pytest.raises(InputError, match=r"not one study with other seeds: .*repeat 2 has .*'other'"):
+    with pytest.raises(InputError, match=r"(?s)not one study with other seeds:.*repeat 2 has 'other' besides"):
         pool([Study.load(f).rows for f in (folders[0], moved)])
+
+
+def test_what_are_no_repeats_is_refused_with_all_that_differs(model, sets, digits, tmp_path, capsys):
+    def evaluated(name, seed, sampler="DDIM", init_args=None):
+        part = {"class_path": f"lightning_tdisent.{sampler}", "init_args": init_args or {}}
+        source = str(model(f"m{name}", seed=seed, S=4))
+        contenders = [{"name": "a", "source": source, "sampler": part}]
+        Study(str(tmp_path / name), "A study", contenders, str(digits), "digits", n=20).evaluate()
+        rows = json.loads((tmp_path / name / "results.json").read_text())
+        rows[0]["seeds"] = [seed]
+        (tmp_path / name / "results.json").write_text(json.dumps(rows))
+        return rows
+
+    first, again = evaluated("s0", 0), evaluated("s1", 1)
+    assert pool([first, again])[0]["fd_digits_sd"] > 0
+    for other, lines in (
+        (evaluated("other", 2, "DPMSolver", {"steps": 2}), ["a: sampler: DDIM(", "a: nfe: 4 in repeat 1, 2 in"]),
+        ([{**again[0], "table": "ab"}, again[1]], [f"a: table: {first[0]['table']} in repeat 1, ab in repeat 2"]),
+        ([{**again[0], "sha256": first[0]["sha256"]}, again[1]], ["a: the same weights in repeat 1 and repeat 2"]),
+        ([{**again[0], "sha256": ["x"], "seeds": [0]}, again[1]], ["a: the same seed in repeat 1 and repeat 2"]),
+        ([{**again[0], "images_seen": 2000}, again[1]], ["a: images_seen: 1000 in repeat 1, 2000 in repeat 2"]),
+        ([{**again[0], "prior": "Gaussian"}, again[1]], ["a: prior: None in repeat 1, Gaussian in repeat 2"]),
+        ([again[0], {**again[1], "images": "ab"}], ["297 real images, held out: images: "]),
+    ):
+        with pytest.raises(InputError) as refusal:
+            pool([first, other])
+        assert all(line in str(refusal.value) for line in lines), str(refusal.value)
+    folders = [str(tmp_path / name) for name in ("s0", "other")]
+    assert main(["report", *folders, "--out", str(tmp_path / "all.html")]) == 2
+    assert f"nfe: 4 in {folders[0]}, 2 in {folders[1]}" in capsys.readouterr().err
+    assert not (tmp_path / "all.html").exists()
+
+
+def test_a_moved_study_reads_its_own_parts_alone(model, sets, digits, tmp_path, monkeypatch):
+    spec = {"class_path": "lightning_tdisent.DDIM", "init_args": {}}
+    folder, outside = tmp_path / "here" / "s", model("outside", seed=5, S=4)
+    monkeypatch.chdir(tmp_path)
+    inside = model("here/s/run", S=4).relative_to(tmp_path)
+    contenders = [{"name": n, "source": str(p), "sampler": spec} for n, p in (("in", inside), ("out", outside))]
+    study = Study("here/s", "A title", contenders, str(digits), "digits", n=20, runs={"in": str(inside)})
+    study.evaluate()
+    kept = json.loads((folder / "study.json").read_text())
+    assert [c["source"] for c in kept["contenders"]] == ["run", str(outside)]
+    assert kept["runs"] == {"in": "run"}
+    assert [row.get("source") for row in study.rows] == ["run", str(outside), None]
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    model("here/s/run", seed=9, S=4)  # another run at the old place
+    monkeypatch.chdir("/")
+    found = Study.load(moved)
+    assert [str(c.source) for c in found._contenders()] == [str(moved / "run"), str(outside)]
+    assert found.runs == {"in": str(moved / "run")}
+    page = found.write_report().read_text()
+    old = {**kept, "out": str(folder), "runs": {"in": str(folder / "run")}}  # as versions before kept it
+    old["contenders"] = [{**c, "source": str(folder / c["source"])} for c in kept["contenders"]]
+    (moved / "study.json").write_text(json.dumps({k: v for k, v in old.items() if k != "schema"}))
+    assert [str(c.source) for c in Study.load(moved)._contenders()] == [str(moved / "run"), str(outside)]
+    model("outside", seed=6, S=4)
+    (moved / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError) as refusal:
+        Study.load(moved).write_report()
+    assert f"in: {moved / 'run'} is gone" in str(refusal.value)
+    assert f"out: {outside} holds other weights than were measured" in str(refusal.value)
+    assert (moved / "report.html").read_text() == page
+
+
+def test_an_evaluation_goes_on_with_what_is_missing(model, sets, digits, tmp_path, monkeypatch, capsys):
+    spec = {"class_path": "lightning_tdisent.DDIM", "init_args": {}}
+    contenders = [{"name": str(k), "source": str(model(f"few{k}", seed=k, S=4)), "sampler": spec} for k in range(3)]
+
+    def study(count, **more):
+        fields = {"title": "t", "n": 20, **more}
+        return Study(str(tmp_path / "s"), contenders=contenders[:count], data=str(digits), protocol="digits", **fields)
+
+    seen = []
+    measure = evaluating._of_model
+    monkeypatch.setattr(evaluating, "_of_model", lambda c, *rest: seen.append(c.name) or measure(c, *rest))
+    study(2).evaluate()
+    first = study(2).rows
+    (tmp_path / "s" / "study.json").unlink()
+    study(3).evaluate()  # with a contender more
+    assert seen == ["0", "1", "2"]
+    assert study(3).rows[:2] == first[:2]
+    assert "2 of 3 contenders had been measured" in capsys.readouterr().out
+    contenders[0]["name"] = "renamed"  # what it is called is no part of what was measured
+    study(3, title="other").evaluate()
+    assert seen == ["0", "1", "2"]
+    assert study(3).rows[0] == {**first[0], "name": "renamed"}
+    model("few1", seed=7, S=4)  # other weights at the same place
+    study(3).evaluate()
+    assert seen == ["0", "1", "2", "1"]
+    study(1, n=24).evaluate()
+    assert seen[4:] == ["renamed"]
+    assert len(list((tmp_path / "s" / "measured").iterdir())) == 1
+
+    def interrupt(c, *rest):
+        if c.name == "2":
+            raise KeyboardInterrupt
+        return measure(c, *rest)
+
+    monkeypatch.setattr(evaluating, "_of_model", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        study(3, n=28).evaluate()
+    assert len(list((tmp_path / "s" / "measured").iterdir())) == 3
 
 
 def test_grid_and_nearest_are_what_they_say():

@@ -1,0 +1,60 @@
+"""Rows of an evaluation kept one by one, so that one that was cut short, or is given another contender, goes on."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lightning_tdisent.files import write_whole
+from lightning_tdisent.ranks import gather, place
+
+FOLDER = "measured"
+
+
+class Measured:
+    """Rows by all that they depend on, and the first images of each; the first rank reads and writes.
+
+    used: names of the files that were asked for; reused: how many of them were there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.used: set[str] = set()
+        self.reused = 0
+
+    def _file(self, key: dict[str, Any]) -> Path:
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        self.used.add(f"{name}.safetensors")
+        return self.folder / f"{name}.safetensors"
+
+    def get(self, key: dict[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
+        """Return a row and its images on all ranks, None if they are not kept or cannot be read."""
+        path, found = self._file(key), None
+        if place()[0] == 0:
+            try:
+                with safe_open(path, "pt") as file:
+                    about = json.loads(file.metadata()["row"])
+                    found = (about["row"], file.get_tensor("images")) if about["key"] == key else None
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+                found = None
+        out: tuple[dict[str, Any], Tensor] | None = gather(found)[0]
+        self.reused += out is not None
+        return out
+
+    def put(self, key: dict[str, Any], row: dict[str, Any], images: Tensor) -> None:
+        """Keep a row that has numbers."""
+        if place()[0] == 0 and "refused" not in row:
+            content = json.dumps({"key": key, "row": row})
+            images = images if len(images) else torch.empty(0, dtype=torch.uint8)
+            write_whole(self._file(key), save({"images": images.cpu().contiguous()}, {"row": content}))
+
+    def prune(self) -> None:
+        """Remove what was not asked for."""
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in self.used:
+                path.unlink()
