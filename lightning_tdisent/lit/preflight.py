@@ -115,7 +115,8 @@ def _sampled(module: "Diffusion", batch: dict[str, Any] | None) -> Tensor:
     rows = sampler.rows(denoiser.states)
     if len(rows) > EVALUATIONS:
         rows = rows[: EVALUATIONS // 2] + rows[-(EVALUATIONS // 2) :]
-    image = torch.zeros(N, *denoiser.shape, dtype=torch.uint8) if batch is None else batch["image"].cpu()
+    blank = torch.zeros(N, *denoiser.shape, dtype=torch.uint8)
+    image = blank if batch is None else batch.get("image", blank).cpu()
     given = observed(denoiser.states, image, N)
     label = torch.zeros(N, dtype=torch.long) if denoiser.classes else None
     *_, (_, x, _) = sampler.walk(denoiser, range(N), label, given=given, rows=rows)

@@ -25,7 +25,7 @@ from lightning_tdisent.sampling.composite import compose, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import Card, read_card, save_expert
 from lightning_tdisent.sampling.residency import Slot
-from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, from_uint8, sample
 
 if not torch.cuda.is_available():
     WHY = "needs a GPU: torch.cuda.is_available() is false (make test-cuda)"
@@ -177,8 +177,8 @@ class Spoils(L.Callback):
         self.kept.append([t.detach().clone() for t in (*pl_module.denoiser.parameters(), *averages, *moments)])
         if trainer.global_step == 2:
             self.spoilt = int(batch["id"][5])
-            batch["image"] = batch["image"].float()
-            batch["image"][5, 0, 3, 4] = float("nan")
+            batch["x0"] = from_uint8(batch["image"])
+            batch["x0"][5, 0, 3, 4] = float("nan")
 
 
 def test_a_loss_that_is_not_finite_moves_nothing(tmp_path, capsys):

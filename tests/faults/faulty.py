@@ -111,4 +111,4 @@ class Poison(L.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step >= self.step:
-            batch["image"] = torch.full(batch["image"].shape, float("nan"))
+            batch["x0"] = torch.full(batch["image"].shape, float("nan"))

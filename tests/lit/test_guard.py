@@ -173,7 +173,7 @@ def test_skipped_steps_are_logged_and_left_out_of_the_losses(make, fit):
 def test_a_state_whose_losses_are_all_bad_has_no_point(make, fit):
     class All(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            batch["image"] = batch["image"] * float("nan")
+            batch["x0"] = batch["image"] * float("nan")
 
     memory = Memory()
     fit(make(), 2, All(), logger=memory, log_every_n_steps=2)

@@ -33,6 +33,7 @@ from lightning_tdisent.lit.shared import WINDOW, Shared
 from lightning_tdisent.lit.together import RECORD, Member, together
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.expert import load_expert
+from lightning_tdisent.sampling.sampler import from_uint8
 from lightning_tdisent.streaming.decode import Decoder
 
 TRAIN, TEST = 24, 6
@@ -464,8 +465,8 @@ def test_experts_are_stacked_by_make_and_the_others_run_as_alone(argv, tmp_path,
 class Spoils(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx in (0, 2):
-            batch["image"] = batch["image"].float()
-            batch["image"][1, 0, 1, 1] = float("nan")
+            batch["x0"] = from_uint8(batch["image"])
+            batch["x0"][1, 0, 1, 1] = float("nan")
 
 
 @pytest.mark.parametrize("spoils", [[], [Spoils()]])

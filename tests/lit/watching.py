@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import Logger
 
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.modules import ReducedStates
+from lightning_tdisent.sampling.sampler import from_uint8
 
 
 def vector(tensors):
@@ -107,8 +108,8 @@ class Poison(L.Callback):
         if here not in [(step, self.micro, self.rank) for step in self.steps]:
             return
         if self.kind == "image":
-            batch["image"] = batch["image"].float()
-            batch["image"][self.position, 0, 3, 4] = float("nan")
+            batch["x0"] = from_uint8(batch["image"])
+            batch["x0"][self.position, 0, 3, 4] = float("nan")
             return
         if self.kind == "weight":
             first = next(denoiser.parameters())
