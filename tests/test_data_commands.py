@@ -147,3 +147,147 @@ def test_what_cannot_be_done_is_answered_in_a_line(words, message, capsys, tmp_p
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+
+
+def picture(file, value=7, form=None):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (4, 4), value).save(file, form)
+
+
+def shard_of(file, values):
+    import io
+
+    import webdataset as wds
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with wds.TarWriter(str(file), mtime=0) as tar:
+        for value in values:
+            png = io.BytesIO()
+            Image.new("L", (4, 4), value).save(png, "png")
+            tar.write({"__key__": f"{value:04d}", "png": png.getvalue(), "seg.png": b"x"})
+
+
+def test_prepare_and_inspect_print_what_was_taken_for_what(tmp_path, capsys):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    for k in range(3):
+        picture(raw / "Training" / "ant" / f"{k}.png", k)
+        picture(raw / "Training" / "cat" / f"{k}.png", 10 + k)
+        picture(raw / "Test" / "cat" / f"{k}.png", 20 + k)
+    (raw / "Training" / "bee").mkdir()
+    (raw / "Training" / "ant" / "0.txt").write_bytes("\ufeffan ant\r\n".encode())
+    (raw / "Training" / "ant" / "1.txt").write_bytes(b" ")
+    (raw / "Training" / "notes.md").write_bytes(b"x")
+    assert main(["data", "prepare", str(raw), str(out), "--jobs", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:6] == [
+        f"{raw}: 6 samples of folder",
+        "  split train: Training; splits found: Test, Training",
+        "  captions: of 2 of 6 images; 4 have none",
+        "  classes: the sorted names of 3 folders; no images in 1 bee",
+        "  not read: 1 .md (notes.md)",
+        "  class numbers: 0 ant, 1 bee, 2 cat",
+    ]
+    assert lines[7:] == ["  captions: 2 of 6 samples; 4 have none; 1 are empty", "  values: 6 images of 8 bits"]
+    assert main(["data", "prepare", str(raw), str(out), "--split", "test", "--jobs", "1"]) == 0
+    assert "3 samples" in capsys.readouterr().out
+    assert load(out, "test", 1).labels.tolist() == [2, 2, 2]
+    assert main(["data", "inspect", str(out), "--out", str(tmp_path / "look.png")]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for words in (
+        "range of values 0 to 12",
+        "classes 2 of 3, with 3 to 3 (class 0) samples each",
+        "class numbers 0 ant, 1 bee, 2 cat",
+        "captions 2 of 6 samples; 4 have none; 1 are empty",
+        "splits here test (1 shards), train (1 shards)",
+        "not read: 1 .md (notes.md)",
+    ):
+        assert words in told
+
+
+def test_prepare_takes_patterns_and_a_name(tmp_path, capsys):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    for k in range(4):
+        shard_of(raw / f"cc-{k:05d}.tar", [10 * k, 10 * k + 1])
+    assert main(["data", "prepare", str(raw), str(out), "--split", "cc-{00001..00002}.tar"]) == 2
+    assert "name the split that is written: --as train" in capsys.readouterr().err
+    command = [
+        "data",
+        "prepare",
+        str(raw),
+        str(out),
+        "--split",
+        "cc-{00001..00002}.tar",
+        "--as",
+        "train",
+        "--jobs",
+        "1",
+    ]
+    assert main(command) == 0
+    assert "members kept as they are, not read: seg.png" in capsys.readouterr().out
+    assert load(out, "train", 1).images[:, 0, 0, 0].tolist() == [10, 11, 20, 21]
+    assert main([*command[:5], "*0.tar", "--as", "val", "--jobs", "1"]) == 0
+    assert load(out, "val", 1).images[:, 0, 0, 0].tolist() == [0, 1]
+    assert main([*command[:5], "*.tar", "--as", "other", "--jobs", "1"]) == 2
+    assert "4 of the 8 images of other are images of train (of 4), too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["out", "shards/a"])
+def test_prepare_below_its_source_runs_twice(where, tmp_path, capsys):
+    for k in range(6):
+        picture(tmp_path / ("cat", "dog")[k % 2] / f"{k}.png", k)
+    command = ["data", "prepare", str(tmp_path), str(tmp_path / where), "--samples", "4", "--jobs", "1"]
+    for _ in range(2):
+        assert main(command) == 0
+        assert "class numbers: 0 cat, 1 dog" in capsys.readouterr().out
+    assert main(["data", "verify", str(tmp_path / where)]) == 0
+    assert main([*command[:3], str(tmp_path), *command[4:]]) == 2
+    assert "is the source itself. Name another folder" in capsys.readouterr().err
+
+
+def test_a_range_of_floats_is_asked_for_and_told(tmp_path, capsys):
+    (tmp_path / "raw").mkdir()
+    for k in range(3):
+        Image.fromarray(np.full((4, 4), k / 2, np.float32)).save(tmp_path / "raw" / f"{k}.tiff")
+    command = ["data", "prepare", str(tmp_path / "raw"), str(tmp_path / "out"), "--jobs", "1", "--no-shuffle"]
+    assert main(command) == 2
+    assert "holds floats, and nothing says which of them are black and white" in capsys.readouterr().err
+    assert main([*command, "--range", "0,1"]) == 0
+    assert "values: 3 images of floats, 0 to 1 as 0 to 255" in capsys.readouterr().out
+    assert load(tmp_path / "out", "train", 1).images[:, 0, 0, 0].tolist() == [0, 128, 255]
+    picture(tmp_path / "grey" / "0.png")
+    command[2:4] = [str(tmp_path / "grey"), str(tmp_path / "out2")]
+    assert main([*command, "--range", "0,1"]) == 0
+    assert "--range 0,1 was not used, as all images have 8 bits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--range", "1"], "--range 1: two numbers"),
+        (["--range", "1,0"], "range: (1.0, 0.0) is not two finite numbers"),
+        (["--columns", "image"], "--columns image: 'image' is no ROLE=NAME"),
+        (["--columns", "image=x"], "--columns is for parquet files, this is folder"),
+        (["--labels", "folder"], "labels: 'folder' is not one of auto, folders, none. Did you mean 'folders'?"),
+        (["--split", "*.png"], "is a pattern, which folders of images do not have"),
+    ],
+)
+def test_options_of_prepare_that_do_not_fit_are_refused(words, message, tmp_path, capsys):
+    picture(tmp_path / "raw" / "0.png")
+    assert main(["data", "prepare", str(tmp_path / "raw"), str(tmp_path / "out"), "--jobs", "1", *words]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_large_classes_are_counted_in_little_memory(tmp_path, capsys):
+    import io
+
+    import webdataset as wds
+
+    png = io.BytesIO()
+    Image.new("L", (4, 4), 7).save(png, "png")
+    with wds.TarWriter(str(tmp_path / "train-0.tar"), mtime=0) as tar:
+        for k, label in enumerate((5, 2**31 - 1)):  # one count of each number up to there would take 17 GB
+            tar.write({"__key__": f"{k}", "png": png.getvalue(), "cls": str(label).encode()})
+    assert main(["data", "inspect", str(tmp_path), "--out", str(tmp_path / "look.png")]) == 0
+    assert "2 of 2,147,483,648, with 1 to 1 (class 5) samples each" in " ".join(capsys.readouterr().out.split())

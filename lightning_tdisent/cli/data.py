@@ -63,7 +63,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _prepare(a: argparse.Namespace) -> None:
-    from lightning_tdisent.streaming.prepare import Options, prepare
+    from lightning_tdisent.streaming.prepare import Options, caption_count, prepare
     from lightning_tdisent.streaming.raw import class_table, find_source
 
     if a.out.resolve() == a.source.resolve():
@@ -88,7 +88,7 @@ def _prepare(a: argparse.Namespace) -> None:
     with bar("samples") as progress:
         made = prepare(source, split, a.out, options, cores(a.jobs), progress)
     print(f"{a.out}: {made.samples:,} samples in {made.shards} shards, {made.bytes / 1e6:,.1f} MB, with their index")
-    print(f"  {captions(made.captions, made.samples)}")
+    print(f"  captions: {caption_count(made.captions, made.samples)}")
     for kind, n in made.depths.most_common():
         low, high = options.range or (0, 65535)
         print(f"  values: {n:,} images of {kind}" + ("" if kind == "8 bits" else f", {low:g} to {high:g} as 0 to 255"))
@@ -119,15 +119,6 @@ def _columns(text: str | None) -> dict[str, str]:
     if wrong := [role for role, mark, _ in pairs if not mark]:
         raise InputError(f"--columns {text}: {wrong[0]!r} is no ROLE=NAME, as in --columns image=pixel_values,text=")
     return {role.strip(): name.strip() for role, _, name in pairs}
-
-
-def captions(count: tuple[int, int], samples: int) -> str:
-    """Return how many samples have a caption, for a message."""
-    there, empty = count
-    if not there:
-        return "captions: none"
-    lack = f"; {samples - there:,} have none" if there < samples else ""
-    return f"captions: {there:,} of {samples:,} samples{lack}" + (f"; {empty:,} are empty" if empty else "")
 
 
 def _toy(a: argparse.Namespace) -> None:

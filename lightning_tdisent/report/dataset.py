@@ -1,20 +1,28 @@
 """A look at a split of shards: pictures, values and classes, as one PNG and a table for the terminal."""
 
+import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from lightning_tdisent.report.figures import COLOURS, STYLE
+from lightning_tdisent.streaming import splits
 from lightning_tdisent.streaming.decode import BadSample, Decoder
+from lightning_tdisent.streaming.prepare import caption_count
+from lightning_tdisent.streaming.raw.source import class_table, names_in
 from lightning_tdisent.streaming.shards import Policy, Sample, Shards
+from lightning_tdisent.streaming.tars import SUFFIXES, is_remote
 
 PICTURES = 72
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -25,7 +33,8 @@ class Look:
     """What ``looked`` samples spread over a split look like, some of them decoded, and the classes of all.
 
     sizes: how often each shape (C, H, W); values: for each channel, of grey images for one, the counts of 0 .. 255, or
-    of latents in 256 bins of [-4, 4]; classes: number of samples of class 0, 1, ..; bad: what could not be decoded.
+    of latents in 256 bins of [-4, 4]; ends: smallest and largest value; classes: number of samples of each class that
+    has some, in its order; bad: what could not be decoded; prepared: what `data prepare` wrote of the split.
     """
 
     split: str
@@ -34,9 +43,11 @@ class Look:
     looked: int
     sizes: Counter[tuple[int, ...]]
     values: Tensor
+    ends: tuple[float, float]
     latent: bool
-    classes: Tensor
+    classes: dict[int, int]
     bad: list[str]
+    prepared: dict[str, Any]
 
 
 def look(path: str | Path, split: str, n: int = 1000) -> Look:
@@ -47,6 +58,7 @@ def look(path: str | Path, split: str, n: int = 1000) -> Look:
     samples: list[Sample] = []
     bad: list[str] = []
     sizes, values, latent, looked = Counter[tuple[int, ...]](), torch.zeros(0, 256), False, 0
+    ends = math.inf, -math.inf
     if shards.random_access:
         found = ((i, members) for i in sorted(wanted) for members in shards.read([i]))
     else:
@@ -65,12 +77,24 @@ def look(path: str | Path, split: str, n: int = 1000) -> Look:
         counts = torch.stack([torch.histc(plane.float(), 256, low, high) for plane in image])
         values = counts + (values if len(values) == len(counts) else 0)
         sizes[tuple(image.shape)] += 1
+        ends = min(ends[0], float(image.min())), max(ends[1], float(image.max()))
         samples += [sample] if number in shown else []
     if sizes and not latent and all(torch.equal(counts, values[0]) for counts in values):
         values = values[:1]
     labels = shards.classes()
-    classes = torch.bincount(labels[labels >= 0]) if bool((labels >= 0).any()) else torch.empty(0, dtype=torch.int64)
-    return Look(split, shards, samples, looked, sizes, values, latent, classes, bad)
+    numbers, counts = labels[labels >= 0].unique(return_counts=True)  # not as many as the largest number
+    classes = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+    return Look(split, shards, samples, looked, sizes, values, ends, latent, classes, bad, _prepared(path, split))
+
+
+def _prepared(path: str | Path, split: str) -> dict[str, Any]:
+    """Return the record of `data prepare` beside the shards, empty if there is none."""
+    file = Path(path) / f"{split}.prepare.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8")) if not is_remote(str(path)) and file.is_file() else {}
+    except (OSError, ValueError):
+        record = {}
+    return record if isinstance(record, dict) else {}
 
 
 def table(look: Look) -> Table:
@@ -88,10 +112,28 @@ def table(look: Look) -> Table:
         bars = counts.view(32, 8).sum(1)
         heights = (bars / bars.max().clamp_min(1) * 8).ceil().int().tolist()
         out.add_row(f"values, {name}", "".join(BLOCKS[height] for height in heights))
-    if len(look.classes):
-        n, there = look.classes, int((look.classes > 0).sum())
-        ends = f"{int(n[n > 0].min()):,} to {int(n.max()):,} (class {int(n.argmax())})"
-        out.add_row("classes", f"{there} of {len(n)}, with {ends} samples each")
+    if look.looked:
+        out.add_row("range of values", f"{look.ends[0]:g} to {look.ends[1]:g}")
+    if look.classes:
+        n = look.classes
+        most = max(n, key=lambda number: n[number])
+        ends = f"{min(n.values()):,} to {n[most]:,} (class {most})"
+        out.add_row("classes", f"{len(n)} of {max(n) + 1:,}, with {ends} samples each")
+    if names := look.prepared.get("classes"):
+        out.add_row("class numbers", escape(class_table(names)))
+    if index.regions is not None:
+        out.add_row("captions", caption_count(index.captions, len(index)))
+    if not is_remote(look.shards.where):
+        found = splits.found(name for name in names_in(Path(look.shards.where)) if name.endswith(SUFFIXES))
+        out.add_row(
+            "splits here", ", ".join(f"{name} ({len(files)} shards)" for name, files in found.items()) or "none named"
+        )
+    if span := look.prepared.get("range"):
+        out.add_row("prepared with", f"--range {span[0]:g},{span[1]:g}")
+    if notes := look.prepared.get("notes"):
+        out.add_row("when prepared", escape("\n".join(notes)))
+    if notes := index.notes:
+        out.add_row("shards", escape("\n".join(notes)))
     out.add_row("cannot be decoded", f"{len(look.bad)}" + "".join(f"\n{line}" for line in look.bad[:10]))
     return out
 
@@ -119,7 +161,7 @@ def draw(look: Look, columns: int = 12, rows: int = 6) -> Figure:
         left.set(title=f"values of {look.looked:,} samples", xlabel="latent" if look.latent else "grey level")
         if names:
             left.legend()
-        right.bar(range(len(look.classes)), look.classes.tolist(), width=1 if len(look.classes) > 50 else 0.8)
+        right.bar(list(look.classes), list(look.classes.values()), width=1 if len(look.classes) > 50 else 0.8)
         right.set(title="samples per class" if len(look.classes) else "no classes", xlabel="class")
         right.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.suptitle(f"{Path(look.shards.where).name}, {look.split}: {len(look.shards):,} samples")

@@ -85,6 +85,15 @@ class Summary:
     shared: dict[str, int] = field(default_factory=dict)
 
 
+def caption_count(count: tuple[int, int], samples: int) -> str:
+    """Return how many samples have a caption and how many of these are empty, for a message."""
+    there, empty = count
+    if not there:
+        return "none"
+    lack = f"; {samples - there:,} have none" if there < samples else ""
+    return f"{there:,} of {samples:,} samples{lack}" + (f"; {empty:,} are empty" if empty else "")
+
+
 def prepare(
     source: Source, split: str, out: str | Path, options: Options = Options(), jobs: int = 1,
     progress: Progress = lambda done, total: None,
@@ -284,7 +293,7 @@ class _Run:
                 file.unlink()
                 raise InputError(
                     f"{file.parent}: {shared:,} of the first {len(index):,} images of {self.split} are images of "
-                    f"{name}, too, so that nothing would be held out. Name another split, or another source"
+                    f"{name}, too, so that nothing is held out. Name another split of the source, or another source"
                 )
 
     def _stop_if_unlike(self, sample: Made) -> None:

@@ -45,8 +45,12 @@ class Ask:
     links: bool = False
 
     def skips(self, folder: Path) -> bool:
-        """Return whether this folder is the one to skip."""
-        return self.skip is not None and folder.resolve() == self.skip.resolve()
+        """Return whether this folder is the one to skip, or holds nothing but that."""
+        if self.skip is None or not self.skip.resolve().is_relative_to(here := folder.resolve()):
+            return False
+        return here == self.skip.resolve() or all(
+            self.skips(f) if f.is_dir() else is_hidden(f.name) for f in folder.iterdir()
+        )
 
     @property
     def pattern(self) -> bool:
