@@ -61,7 +61,8 @@ class Protocol:
     score_seed: int = 2020
     image_range: str = "uint8, rounded"
     labels: str = "seed modulo classes"
-    moments: str = "float64"
+    moments: str = "float64, centred"
+    balls: str = "closed for precision and recall, open for density and coverage"
     shape: tuple[int, ...] = ()
     n_split: int = 0
     weights_sha256: str = ""

@@ -13,29 +13,36 @@ from lightning_tdisent.metrics.distances import Moments, frechet, frechet_infini
 
 
 class FeatureMoments(Metric):
-    """Mean and covariance of features from float64 sums, which ranks add."""
+    """Mean and covariance of features from float64 sums about a shift of each rank's own: its first features."""
 
     full_state_update = False
     n: Tensor
+    shift: Tensor
     total: Tensor
     outer: Tensor
 
     def __init__(self, width: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("n", torch.zeros((), dtype=torch.float64), "sum")
-        self.add_state("total", torch.zeros(width, dtype=torch.float64), "sum")
-        self.add_state("outer", torch.zeros(width, width, dtype=torch.float64), "sum")
+        for name, shape in (("n", ()), ("shift", (width,)), ("total", (width,)), ("outer", (width, width))):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), None)  # ranks are stacked, and merged below
 
     def update(self, features: Tensor) -> None:
         """Add features (B, d)."""
         f = features.double()
+        if not len(f):
+            return
+        self.shift = torch.where(self.n > 0, self.shift, f[0])
+        f = f - self.shift
         self.n += len(f)
         self.total += f.sum(0)
         self.outer.addmm_(f.T, f)
 
     def compute(self) -> Any:
         """`Moments` of all ranks' features."""
-        return Moments.of_sums(int(self.n), self.total, self.outer)
+        d = self.total.shape[-1]
+        return Moments.of_sums(
+            self.n.view(-1), self.shift.view(-1, d), self.total.view(-1, d), self.outer.view(-1, d, d)
+        )
 
 
 class FrechetDistance(FeatureMoments):
@@ -52,7 +59,7 @@ class FrechetDistance(FeatureMoments):
 
     def compute(self) -> Tensor:
         """The distance, float64."""
-        _check_count(int(self.n), self.expected)
+        _check_count(int(self.n.sum()), self.expected)
         return torch.tensor(frechet(self.reference.to(self.device), super().compute()), dtype=torch.float64)
 
 

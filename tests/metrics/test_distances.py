@@ -19,6 +19,7 @@ from lightning_tdisent.metrics.distances import (
     kernel_distance,
     precision_recall,
 )
+from lightning_tdisent.metrics.scores import FeatureMoments, FrechetDistance
 
 SAID = json.loads(RECORDED.read_text())["features"]
 
@@ -63,9 +64,68 @@ def test_density_and_coverage_are_their_definitions():
     k, mine = 3, precision_recall(real, fake, 3)
     far = np.linalg.norm(real.double().numpy()[:, None] - real.double().numpy()[None], axis=2)
     reach = np.sort(far, 1)[:, k]
-    inside = np.linalg.norm(real.double().numpy()[:, None] - fake.double().numpy()[None], axis=2) <= reach[:, None]
+    inside = np.linalg.norm(real.double().numpy()[:, None] - fake.double().numpy()[None], axis=2) < reach[:, None]
     assert mine["density"] == pytest.approx(inside.sum() / (k * len(fake)))
     assert mine["coverage"] == pytest.approx(inside.any(1).mean())
+
+
+def clovaai(real, fake, k):
+    """Density and coverage as in the code of 2002.09797's authors, precision and recall as in that of 1904.06991's."""
+
+    def between(a, b):
+        return np.linalg.norm(a[:, None] - b[None], axis=2)
+
+    own, other = (np.partition(between(x, x), k, axis=1)[:, k] for x in (real, fake))
+    far = between(real, fake)
+    return {
+        "precision": (far <= own[:, None]).any(0).mean(),
+        "recall": (far <= other[None]).any(1).mean(),
+        "density": (far < own[:, None]).sum(0).mean() / k,
+        "coverage": (far.min(1) < own).mean(),
+    }
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("shift", [0, 10_000])
+def test_ties_are_counted_as_the_authors_do(k, shift):
+    draw = torch.Generator().manual_seed(k)
+    real, fake = (torch.randint(0, 4, (n, 3), generator=draw).double() + shift for n in (60, 90))  # many are equal
+    mine = precision_recall(real, fake, k)
+    assert mine == pytest.approx(clovaai(real.numpy(), fake.numpy(), k), abs=1e-15)
+    line = torch.arange(10.0)[:, None] + shift  # of itself: the neighbours at distance 1 are on the sphere, not inside
+    assert precision_recall(line, line, 1) == {"precision": 1, "recall": 1, "density": 1, "coverage": 1}
+    apart = precision_recall(line, line + 1, 1)
+    assert apart == {"precision": 1, "recall": 1, "density": 0.9, "coverage": 0.9}
+
+
+@pytest.mark.parametrize("deviation", [1e-2, 1e-1, 1.0])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_large_means_cost_no_digits(deviation, ranks):
+    d, mean = 24, 1e4
+    mix = normal(d, d, 9) * deviation
+    real, fake = normal(500, d) @ mix + mean, normal(400, d, 1) @ mix * 1.1 + mean + deviation
+    metric = FrechetDistance(Moments.of(real), 400)
+    parts = [FeatureMoments(d) for _ in range(ranks + 1)]  # one of them without images
+    for rank, part in enumerate(parts[:ranks]):
+        for batch in fake[rank::ranks].split(70):
+            part.update(batch)
+        part.update(batch[:0])
+    metric.update(fake[:0])
+    for name in ("n", "shift", "total", "outer"):  # what synchronising does
+        setattr(metric, name, torch.stack([getattr(part, name) for part in parts]))
+    found = float(metric.compute())
+
+    def two_pass(f):
+        f = f.numpy().astype(np.longdouble)
+        centred = f - f.mean(0)
+        return f.mean(0), (centred.T @ centred / (len(f) - 1)).astype(np.float64)
+
+    (m1, c1), (m2, c2) = two_pass(real), two_pass(fake)
+    root = np.sqrt(np.linalg.eigvals(c1 @ c2).real.clip(0)).sum()
+    expected = float(np.square(m1 - m2).sum() + np.trace(c1) + np.trace(c2) - 2 * root)
+    assert found == pytest.approx(expected, rel=1e-6)
+    small = frechet(Moments.of(real - mean), Moments.of(fake - mean))
+    assert found == pytest.approx(small, rel=1e-6)  # which float64 features at 1e4 allow
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 17, 64])

@@ -293,7 +293,7 @@ CHANGED = {
     "features": "mnist", "n": 11, "first_seed": 1, "split": "test", "n_real": 6, "resize": "clean", "dtype": "float64",
     "neighbours": 4, "kept": 100, "score_splits": 2, "score_seed": 1, "score_part": 3, "n_split": 9,
     "image_range": "x", "labels": "y",
-    "moments": "z", "shape": (1, 2, 3), "weights_sha256": "w", "real": "r", "versions": "v",
+    "moments": "z", "balls": "b", "shape": (1, 2, 3), "weights_sha256": "w", "real": "r", "versions": "v",
 }  # fmt: skip
 
 
@@ -309,7 +309,7 @@ def test_the_hash_changes_with_every_field_but_the_metrics():
 def test_the_reference_depends_on_the_real_images_alone():
     base = Protocol("digits")
     same = {k for k, v in CHANGED.items() if dataclasses.replace(base, **{k: v}).reference == base.reference}
-    assert same == {"n", "first_seed", "neighbours", "score_splits", "score_seed", "score_part", "labels"}
+    assert same == {"n", "first_seed", "neighbours", "score_splits", "score_seed", "score_part", "labels", "balls"}
     assert dataclasses.replace(base, metrics=("sfd",)).reference != base.reference
 
 

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 
 from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.metrics.distances import Moments
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.ranks import shared_errors
@@ -73,7 +74,7 @@ def share(rank, world, batch, denoiser, digits, folder):
         setattr(dist, name, counted(name, calls))
     quality = digit_quality(digits)
     scored = score(denoiser, DDIM(), quality, batch, keep=9, progress=lambda n: calls.append(n))
-    state = {k: getattr(quality.metrics["fd"], k) for k in ("n", "total", "outer")}
+    state = {k: getattr(quality.metrics["fd"], k) for k in ("n", "shift", "total", "outer")}
     steps = [i for i, c in enumerate(calls) if isinstance(c, int)]
     quiet = all(isinstance(c, int) for c in calls[steps[0] : steps[-1] + 1])
     kept = {
@@ -99,8 +100,9 @@ def test_sums_and_numbers_are_the_same_for_any_ranks_and_batches(denoiser, digit
         parts = [torch.load(cache / f"{world}_{batch}_{r}.pt", weights_only=True) for r in range(world)]
         assert all(values == parts[0][0] for values, *_ in parts)  # every rank has the numbers of all
         assert all(quiet for *_, quiet in parts)  # and nobody waited for another while images were made
-        sums = {k: sum(state[k] for _, state, *_ in parts) for k in ("n", "total", "outer")}
-        assert sums["n"] == N == sum(kept["generated"] for _, _, kept, _ in parts)
+        stacked = (torch.stack([state[k] for _, state, *_ in parts]) for k in ("n", "shift", "total", "outer"))
+        sums = Moments.of_sums(*stacked)
+        assert sums.n == N == sum(kept["generated"] for _, _, kept, _ in parts)
         order = torch.cat([kept["numbers"] for _, _, kept, _ in parts]).argsort()
         found[world, batch] = parts[0][0], sums, torch.cat([kept["images"] for _, _, kept, _ in parts])[order]
     values, sums, images = found[1, 64]
@@ -109,8 +111,8 @@ def test_sums_and_numbers_are_the_same_for_any_ranks_and_batches(denoiser, digit
     for other, other_sums, other_images in found.values():
         assert other == pytest.approx(values, rel=1e-9)
         assert torch.equal(other_images, images)
-        for k in sums:
-            torch.testing.assert_close(other_sums[k], sums[k], rtol=1e-9, atol=0)
+        torch.testing.assert_close(other_sums.mean, sums.mean, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(other_sums.covariance, sums.covariance, rtol=1e-9, atol=1e-12)
 
 
 def test_a_score_is_that_of_its_images(denoiser, digits, cache):
