@@ -22,6 +22,10 @@ class Crashed(InputError):
     code = 70
 
 
+class NotFinite(InputError):
+    """Weights, states or images hold NaN or infinity."""
+
+
 class Unavailable(InputError):
     """A file or package that is not shipped is not here; the message says how to get it."""
 

@@ -66,13 +66,16 @@ def test_a_model_that_cannot_be_measured_is_named_at_the_end(model, tmp_path, ca
     broken = tmp_path / "broken"
     module = ReducedStates(UNet([1, 8, 8], [8, 16], 1, mid_attention=False, groups=4), LatentStates(S=4))
     for p in module.denoiser.parameters():
-        p.data.fill_(float("nan"))
+        p.data.fill_(1e20)  # finite, but not what the network makes of it
     save_expert(broken / "model.safetensors", module.denoiser, module.card("live"))
     assert main(words(broken, model, out=tmp_path / "e")) == 2
     said = capsys.readouterr()
-    assert said.err == f"error: {broken}: all 37 images are the same to the feature network: constant images, or a " \
-        "constant one\n"  # fmt: skip
+    assert said.err.startswith(
+        f"error: {broken}: x0_hat at row 4 is not finite (NaN or infinity) for 16 of 16 images, "
+    )
+    assert said.err.count("\n") == 1
     assert "report: " in said.out
+    assert "x0_hat at row 4 is not finite" in (tmp_path / "e/report.html").read_text()
 
 
 @pytest.mark.parametrize(

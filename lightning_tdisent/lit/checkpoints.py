@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,7 +19,6 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import Tensor
 
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.files import sync_folder, write_whole
@@ -31,6 +30,7 @@ from lightning_tdisent.sampling.checkpoint import (
     load,
     local,
     manifest_of,
+    non_finite,
     verify,
 )
 
@@ -43,7 +43,7 @@ class DurableIO(TorchCheckpointIO):
     Saving: a temporary file beside the target, fsync, read back, rename, fsync of the folder, then the manifest
     (sha256, bytes, schema, step, images seen, table fingerprint, rows) and ``newest.json`` of the folder, in the same
     way. What is not finite is not saved. Raises Halted when nothing could be written, and InputError for a checkpoint
-    that is remote, damaged, or more than data.
+    that is remote, damaged, not finite, or more than data.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -146,31 +146,6 @@ def remove_orphans(folder: Path) -> None:
     """Remove what processes that died left half-written."""
     for orphan in folder.glob(".*.tmp"):
         orphan.unlink(missing_ok=True)
-
-
-def non_finite(checkpoint: dict[str, Any]) -> list[str]:
-    """Names of floating-point tensors with a value that is not finite, but for callbacks'; asks each device once."""
-    found: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for name, tensor in _tensors({k: v for k, v in checkpoint.items() if k != "callbacks"}):
-        if tensor.is_floating_point() and tensor.numel():
-            found.setdefault(tensor.device, []).append((name, tensor))
-    out = []
-    for pairs in found.values():  # a sum is not finite if a value is not, or if it overflows
-        finite = torch.stack([tensor.sum().float() for _, tensor in pairs]).isfinite().tolist()
-        suspects = [pair for pair, good in zip(pairs, finite, strict=True) if not good]
-        out += [name for name, tensor in suspects if not tensor.isfinite().all()]
-    return out
-
-
-def _tensors(data: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(data, Tensor):
-        yield name, data
-    elif isinstance(data, dict):
-        for key, value in data.items():
-            yield from _tensors(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(data, (list, tuple)):
-        for key, value in enumerate(data):
-            yield from _tensors(value, f"{name}.{key}")
 
 
 class _VerifiedFile:

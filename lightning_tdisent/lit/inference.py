@@ -12,7 +12,7 @@ from lightning_tdisent.lit.checkpoints import refuse_to_load
 from lightning_tdisent.lit.datamodule import ImageShards
 from lightning_tdisent.sampling.composite import CompositeDenoiser, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.evaluation import state_errors
+from lightning_tdisent.sampling.evaluation import has_signal, state_errors
 from lightning_tdisent.sampling.sampler import DDIM, Sampler, from_uint8, probe_rows, sample
 
 
@@ -168,12 +168,17 @@ class DenoiserModule(L.LightningModule):
         self._sums += torch.cat([errors.sum(2).flatten(), torch.tensor([errors.shape[2]])])
 
     def on_validation_epoch_end(self, prefix: str = "val") -> None:
-        """Log eps-MSE and x0-MSE per probe row, exact over all ranks."""
+        """Log eps-MSE and x0-MSE per probe row, exact over all ranks; eps-MSE of the rows with signal alone."""
         x0, eps = self.errors = self.mean_errors()
-        values = {f"{prefix}/eps_mse": float(eps.mean()), f"{prefix}/x0_mse": float(x0.mean())}
-        for s, x0_mse, eps_mse in zip(self._probe, x0.tolist(), eps.tolist(), strict=True):
-            t = int(self.denoiser.states.index[s])
-            values |= {f"{prefix}_x0_mse/t{t:04d}": x0_mse, f"{prefix}_eps_mse/t{t:04d}": eps_mse}
+        states, values = self.denoiser.states, {f"{prefix}/x0_mse": float(x0.mean())}
+        lit = torch.tensor([has_signal(states, s) for s in self._probe])
+        if lit.any():
+            values[f"{prefix}/eps_mse"] = float(eps[lit].mean())
+        for s, signal, x0_mse, eps_mse in zip(self._probe, lit.tolist(), x0.tolist(), eps.tolist(), strict=True):
+            t = int(states.index[s])
+            values[f"{prefix}_x0_mse/t{t:04d}"] = x0_mse
+            if signal:
+                values[f"{prefix}_eps_mse/t{t:04d}"] = eps_mse
         self.publish(values)
 
     def mean_errors(self) -> Tensor:

@@ -1,6 +1,7 @@
 """Bits per dimension of a model, beside its other numbers in a row."""
 
 import dataclasses
+import math
 from typing import Any, get_args
 
 import torch
@@ -72,6 +73,9 @@ class Bits:
                 out["bpd_refused"] = str(error)
                 continue
             mean, half = terms.bpd
+            if not math.isfinite(mean + half):
+                out["bpd_refused"] = f"{name} is not finite: {mean:g} +- {half:g} over {len(held_out)} images"
+                continue
             width = float(terms.bits(torch.zeros(()), whole=True))
             shares = {
                 "decoder": float(terms.bits(terms.decoder).mean()) + width,

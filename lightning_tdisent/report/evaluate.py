@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import platform
 import resource
 import sys
@@ -19,7 +20,7 @@ from torchmetrics import Metric
 
 from lightning_tdisent.diffusion.spec import spec
 from lightning_tdisent.diffusion.states import LatentStates
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
@@ -31,7 +32,15 @@ from lightning_tdisent.report.measured import Measured
 from lightning_tdisent.sampling.composite import CompositeDenoiser, find_files, load_model
 from lightning_tdisent.sampling.cost import training_cost, with_prior
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
-from lightning_tdisent.sampling.evaluation import RealImages, compute, held_out_errors, image_files, open_quality, score
+from lightning_tdisent.sampling.evaluation import (
+    RealImages,
+    compute,
+    has_signal,
+    held_out_errors,
+    image_files,
+    open_quality,
+    score,
+)
 from lightning_tdisent.sampling.expert import Card, sha256
 from lightning_tdisent.sampling.likelihood import refuse_components
 from lightning_tdisent.sampling.observations import Observations
@@ -217,14 +226,20 @@ def _of_model(
     if at := common.rows(model.states):
         x0, eps = held_out_errors(model, held_out, at, batch_size)
         names = [str(t) for t in common.indices]
-        errors = {name: dict(zip(names, v.tolist(), strict=True)) for name, v in (("x0_mse", x0), ("eps_mse", eps))}
+        lit = [k for k, t in enumerate(at) if has_signal(model.states, t)]
+        errors = {"x0_mse": dict(zip(names, x0.tolist(), strict=True))}
+        errors |= {"eps_mse": {names[k]: float(eps[k]) for k in lit}} if lit else {}
+        if not x0.isfinite().all() and not isinstance(scored.values, InputError):
+            bad = ", ".join(name for name, e in zip(names, x0.tolist(), strict=True) if not math.isfinite(e))
+            scored = scored._replace(values=NotFinite(f"held-out errors are not finite at index {bad}"))
+        errors = errors if x0.isfinite().all() else {}
     row = {
         "networks": len(cards),
         "weights": sum(p.numel() for p in model.parameters()),
         "rows": model.states.S,
         "nfe": len(sampler.rows(model.states)),
         **_numbers(scored.values, quality),
-        **(given.numbers() if given else {}),
+        **(given.numbers() if given and not isinstance(scored.values, NotFinite) else {}),
         **errors,
         **_cost(model, cards),
         "sampling_seconds_per_image": sum(p[2] for p in parts) / quality.protocol.n,

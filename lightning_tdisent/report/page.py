@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tdisent.errors import NotFinite
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.report import figures
 from lightning_tdisent.report.conditional import DRAWS
@@ -117,7 +118,7 @@ def write_report(
     parts.append(
         "<p>Distances (fd, kid; lower is better) and shares (is, precision, recall, density, coverage) are taken in "
         "the features their name says and are comparable under the same protocol alone; eps-MSE is the mean over the "
-        "states of the smallest table. "
+        "states of the smallest table, without those that have no signal. "
         "The last one scores real images that no model was trained on: what a perfect model would reach with so few. "
         "Total compute counts all experts; the longest job is what one waits for with a machine for each.</p>"
     )
@@ -129,7 +130,7 @@ def write_report(
     parts.append(figures.picture(tiles, wide(tiles), "real images, held out"))
     if observations:
         parts.append("<h2>What was given, and what was drawn</h2>")
-        for name, seen in observations.items():
+        for name, seen in ((name, seen) for name, seen in observations.items() if name in images):
             tiles = side_by_side(seen, images[name])
             caption = f"{html.escape(name)}: the original, what was given, and draws from it."
             parts.append(figures.picture(tiles, wide(tiles), caption))
@@ -152,7 +153,12 @@ def write_report(
         parts.append(figures.picture(tiles, wide(tiles), f"Forward: x_0, then signal coefficients a{of} = {levels}."))
     for contender in drawn:
         model = contender.load()[0]
-        strip, at = reverse_strip(model, contender.sampler, range(5), given=observed(model.states, real.images[:5], 5))
+        given = observed(model.states, real.images[:5], 5)
+        try:
+            strip, at = reverse_strip(model, contender.sampler, range(5), given=given)
+        except NotFinite as error:
+            parts.append(f"<p>Reverse, {html.escape(contender.name)}: {html.escape(str(error))}</p>")
+            continue
         tiles = grid(strip.flatten(0, 1), strip.shape[1])
         caption = f"Reverse, {html.escape(contender.name)}: rows {', '.join(map(str, at))}."
         parts.append(figures.picture(tiles, wide(tiles), caption))

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from lightning_tdisent.errors import InputError
+from lightning_tdisent import finite
+from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.files import sha256
 from lightning_tdisent.ranks import place
 
@@ -36,12 +37,22 @@ def load(path: str | Path, map_location: Any = "cpu") -> Any:
     elif path.name != TEMPORARY:
         _note_unverified(path)
     try:
-        return torch.load(path, map_location, weights_only=True)
+        content = torch.load(path, map_location, weights_only=True)
     except Exception as error:  # torch.load documents none
         asked = re.search(r"GLOBAL (\S+)", str(error))
         said = str(error).split("\n")[0] or type(error).__name__
         why = f"it asks for {asked[1]}, and is more than data" if asked else said
         raise InputError(f"{path}: not loaded: {why}") from None
+    if isinstance(content, dict) and (bad := non_finite(content)):
+        raise NotFinite(
+            f"{path}: {', '.join(bad[:3])} ({len(bad)} in all) hold values that are not finite; take another checkpoint"
+        )
+    return content
+
+
+def non_finite(checkpoint: dict[str, Any]) -> list[str]:
+    """Return `finite.non_finite` of all but the states of callbacks, which may begin with an infinite best value."""
+    return finite.non_finite({k: v for k, v in checkpoint.items() if k != "callbacks"})
 
 
 def verify(path: Path) -> Manifest:

@@ -22,7 +22,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.sampling.bundle import pack, unpacked
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import PARENT, Card, load_expert, read_card, sha256
+from lightning_tdisent.sampling.expert import PARENT, Card, check_finite, load_expert, read_card, sha256
 from lightning_tdisent.sampling.residency import Member, PassingExpert, Residency, passing
 
 MANIFEST = "composite.json"
@@ -279,6 +279,8 @@ def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = Non
     missing = refuse_unfit([str(p) for p in files], facts, fill is not None, allow)
     filler = _find_filler(fill, cards[0], missing) if fill else None
     _read_cards(files, verify=True)
+    for file in files:
+        check_finite(file)
     out = Path(out)
     if (out / MANIFEST).exists():
         raise InputError(f"{out} already holds a composite; remove it or choose another folder")

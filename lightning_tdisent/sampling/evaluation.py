@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.rng import seed_noise
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
@@ -39,7 +40,8 @@ def state_errors(
 
     images: uint8 (B, C, H, W), or x0 itself, float; noise is keyed by (image id, original index). The error of eps is
     SNR(s) times that of x0, component by component; of a state that finer components have left, x0 is the image at
-    its resolution. What is given counts in neither.
+    its resolution. What is given counts in neither. At a row without signal (`has_signal`) every model says eps
+    exactly, since it is x / b: the error of eps tells nothing there, and is NaN.
     """
     states, device = denoise.states, next(iter(denoise.parameters())).device
     x0 = (images.float() if images.is_floating_point() else from_uint8(images)).to(device)
@@ -51,12 +53,17 @@ def state_errors(
         error = denoise(noise(states, z0, s, eps), s, label) - z0
         out[0, k] = states.picture(error, finished).double().square().mean((1, 2, 3)).cpu()
         if states.K == 1:
-            out[1, k] = out[0, k] * float(states.log_snr[s].exp())
+            out[1, k] = out[0, k] * float(states.log_snr[s].exp()) if has_signal(states, s) else torch.nan
         else:
             a, b = states.coefficients(s, error)
             own = (error * (a / b))[:, : x0.shape[1]]
             out[1, k] = own.double().square().mean((1, 2, 3)).cpu()
     return out
+
+
+def has_signal(states: LatentStates, s: int) -> bool:
+    """Whether any component of the data is left in the state of row s; not at a terminal SNR of zero."""
+    return not bool(states.log_snr[s, : states.own].isneginf().all())
 
 
 def x0_errors(
@@ -218,7 +225,8 @@ def score(
 
     Exactly n images enter, whatever the number of ranks; image i depends on its seed alone, and no rank waits for
     another before all have theirs. On a GPU their features are taken beside the sampling of the next ones. given:
-    observations for a conditional model, one for each of the n; also: what else wants images and their numbers.
+    observations for a conditional model, one for each of the n; also: what else wants images and their numbers. Where
+    an image is not finite on any rank, the values of all ranks are that `NotFinite`, and no images are kept.
     """
     (rank, world), n, first = place(), quality.protocol.n, quality.protocol.first_seed
     assert first is not None
@@ -231,10 +239,14 @@ def score(
     quality.reset()
     mine = None if given is None else given[numbers]
     images = iter(sample(denoise, sampler, (first + numbers).tolist(), batch_size, given=mine))
-    done = 0
-    while done < len(numbers):
-        with clock:
-            batch = next(images)
+    done, failure = 0, ""
+    while done < len(numbers) and not failure:
+        try:
+            with clock:
+                batch = next(images)
+        except NotFinite as error:
+            failure = str(error)
+            continue
         here = there[done : done + len(batch)]
         if beside is None:
             quality.add(batch, here)
@@ -254,6 +266,9 @@ def score(
             progress(len(batch))
     if beside is not None:
         torch.cuda.current_stream(device).wait_stream(beside)
+    if failures := [said for said in gather(failure) if said]:
+        empty = torch.empty(0, *denoise.shape, dtype=torch.uint8)
+        return Scored(NotFinite(failures[0]), clock.seconds, numbers[:0], empty)
     first_images = torch.cat(kept) if kept else torch.empty(0, *denoise.shape, dtype=torch.uint8)
     return Scored(compute(quality), clock.seconds, numbers[numbers < keep], first_images)
 

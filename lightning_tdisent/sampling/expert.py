@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import sha256 as sha256
 from lightning_tdisent.files import write_whole
+from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.networks.rebuild import faithful, without_weights
 from lightning_tdisent.sampling.checkpoint import load
 from lightning_tdisent.sampling.denoiser import Denoiser
@@ -154,7 +155,7 @@ def rebuilt(denoiser: Denoiser) -> Denoiser:
 
 
 def save_expert(path: str | Path, denoiser: Denoiser, card: Card, weights: dict[str, Tensor] | None = None) -> None:
-    """Write weights (the denoiser's own if not given) and card to a .safetensors file; never half-written.
+    """Write weights (the denoiser's own if not given) and card to a .safetensors file; never half-written or NaN.
 
     The card as written begins with the SHA-256 of the whole file, taken with zeros in its own place. Raises InputError,
     with nothing written, for a network that the file would not give back, or weights of other names or shapes.
@@ -165,6 +166,7 @@ def save_expert(path: str | Path, denoiser: Denoiser, card: Card, weights: dict[
     if odd := sorted(k for k in own.keys() | state.keys() if k not in own or k not in state
                      or own[k].shape != state[k].shape):  # fmt: skip
         raise InputError(f"{path}: weights that do not fit their network were to be written: {', '.join(odd[:6])}")
+    refuse_non_finite(str(path), state)
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     content = save(tensors, {"card": json.dumps({"sha256": BLANK, **dataclasses.asdict(card)})})
     write_whole(path, content.replace(BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1))
@@ -203,7 +205,8 @@ def load_expert(path: str | Path, verify: bool = True) -> tuple[Denoiser, Card]:
     """Build the denoiser of a .safetensors file with its weights, in eval mode; see `spec.build` for classes.
 
     Of a training's .ckpt the first of its averages is taken, the live weights if it keeps none. Raises InputError for
-    a file whose bytes are not those written, unless ``verify`` is false: it has been looked at.
+    a file whose bytes are not those written, unless ``verify`` is false: it has been looked at. Raises `NotFinite`
+    for weights that hold NaN or infinity.
     """
     checkpoint = _read_checkpoint(Path(path)) if Path(path).suffix == ".ckpt" else None
     card = checkpoint[0] if checkpoint else read_card(path, verify)
@@ -214,7 +217,18 @@ def load_expert(path: str | Path, verify: bool = True) -> tuple[Denoiser, Card]:
         denoiser.load_state_dict(state, strict=True, assign=True)
     except (SafetensorError, RuntimeError) as error:
         raise InputError(f"{path}: weights do not fit the network named in the file: {error}") from None
+    refuse_non_finite(str(path), state)
     return denoiser.eval(), card
+
+
+def check_finite(path: str | Path) -> None:
+    """Read the tensors of a .safetensors file one by one, and raise `NotFinite` for those with NaN or infinity."""
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no iterator)
+                refuse_non_finite(str(path), {name: file.get_tensor(name)})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a .safetensors file of weights ({error})") from None
 
 
 DTYPES = {

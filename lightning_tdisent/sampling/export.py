@@ -108,6 +108,9 @@ at next. `use_clipped_model_output` takes the noise that fits the clipped image,
 - `EulerDiscreteScheduler`, `EulerAncestralDiscreteScheduler`, `HeunDiscreteScheduler`, `LMSDiscreteScheduler` and
   `KDPM2DiscreteScheduler` do not work: their timesteps are floating-point numbers, and the network takes whole ones.
 - `PNDMScheduler` runs, but asks beside the rows that the network was trained for.
+
+diffusers does not check its images: where float16 overflows it draws black ones without an error. Load the pipeline in
+float32 or bfloat16, or look at the output of `output_type="np"` for NaN.
 """
 _IMPORT = "import lightning_tdisent.sampling.export  # routes rows to networks; diffusers imports nothing itself\n    "
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.rng import seed_noise
+from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.evaluation import HELD_OUT
 from lightning_tdisent.sampling.sampler import Sampler, from_uint8, probe_rows, to_uint8
@@ -37,6 +38,7 @@ def estimate_strip(denoise: Denoises, images: Tensor, s: int, ids: Sequence[int]
     x0 = from_uint8(images)
     x, noisy = _noisy(denoise, x0, s, ids)
     estimate = denoise(x.to(next(iter(denoise.parameters())).device), s).cpu()
+    refuse_non_finite("the model", {f"x0_hat at row {s}": estimate})
     return to_uint8(torch.stack([x0, noisy, denoise.states.picture(estimate, denoise.states.finished([s]))], 1))
 
 

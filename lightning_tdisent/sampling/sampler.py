@@ -17,7 +17,7 @@ from lightning_tdisent.diffusion.process import grown, noise, scale, spread, tra
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.metrics.network import BLOCK
 from lightning_tdisent.sampling.denoiser import Denoises, Guided
 
@@ -44,6 +44,8 @@ class Sampler(Part, ABC):
     def __init__(self, steps: int | None = None, clip: float | None = 1.0) -> None:
         if steps is not None and steps < 1:
             raise InputError(f"sampler.steps: at least 1, got {steps}")
+        if clip is not None and not clip > 0:
+            raise InputError(f"sampler.clip: a positive bound of x0_hat, or null for none, got {clip}")
         self.steps, self.clip = steps, clip
 
     def rows(self, states: LatentStates) -> list[int]:
@@ -86,6 +88,8 @@ class Sampler(Part, ABC):
         (B, 1, H, W) of the pixels that an observation shows as they are: at every row r they are replaced by
         a_r y + b_r z, by y itself at the end; rows: those to visit, S first, if not all of `rows`. States are those of
         the table: of components, in the shape of what is live; `LatentStates.picture` shows them.
+
+        Raises `NotFinite` in place of the image if the start, an x0_hat before clipping, or the image is not finite.
         """
         states, shape = denoise.states, denoise.shape
         path = [*(rows or self.rows(states)), 0]
@@ -109,9 +113,11 @@ class Sampler(Part, ABC):
         if known is not None:
             x = _put_back(states, x, path[0], draw(path[0]), given, known)
         before: Tensor | None = None
+        sums = [_total(x)]
         yield path[0], x, None
         for (s, r), (c0, c_before, cx, cz) in zip(pairwise(path), self.plan(states, path), strict=True):
             x0 = denoise(x, s, label)
+            sums.append(_total(x0))
             if self.clip is not None:
                 x0 = states.clamp(x0, self.clip, states.finished([s]))
             out = scale(spread(states, c0, x), x0) + scale(spread(states, cx, x), x)
@@ -123,6 +129,8 @@ class Sampler(Part, ABC):
             x, before = states.arrive(out, z, s, r, x, given), x0
             if known is not None:
                 x = _put_back(states, x, r, draw(r) if r else torch.zeros_like(x), given, known)
+            if r == 0:
+                _refuse_non_finite([*sums, _total(x)], path, seeds)
             yield r, x, x0
 
     @torch.inference_mode()
@@ -133,6 +141,28 @@ class Sampler(Part, ABC):
         for _, x, _ in self.walk(denoise, seeds, label, given=given):  # noqa: B007
             pass
         return denoise.states.picture(x)
+
+
+def _total(x: Tensor) -> Tensor:
+    """Sum of each image (B,), which is not finite where one of its values is not; the device is not waited for."""
+    return x.flatten(1).sum(1, dtype=torch.float32)
+
+
+def _refuse_non_finite(sums: Sequence[Tensor], path: Sequence[int], seeds: Sequence[int]) -> None:
+    """Raise `NotFinite` from the sums of the start, of every x0_hat, and of the image: where it began, which seeds."""
+    finite = torch.stack([*sums]).isfinite()
+    if finite.all():
+        return
+    first = int((~finite).any(1).nonzero()[0])
+    what = ["the start at", *["x0_hat at"] * (len(path) - 1), "the image after"][first]
+    row = [path[0], *path[:-1], path[-2]][first]
+    bad = sorted({seed for seed, good in zip(seeds, finite.all(0).tolist(), strict=True) if not good})
+    named = ", ".join(map(str, bad[:5])) + (", .." if len(bad) > 5 else "")
+    raise NotFinite(
+        f"{what} row {row} is not finite (NaN or infinity) for {len(bad)} of {len({*seeds})} images, seeds {named}: "
+        "the number type overflowed, the guidance scale is too large, or the network is damaged. Sample in float32, or "
+        "with less guidance"
+    )
 
 
 def check_given(states: LatentStates, given: Tensor | None, n: int) -> Tensor | None:

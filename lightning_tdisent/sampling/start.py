@@ -18,6 +18,7 @@ from lightning_tdisent.diffusion.spec import build, rebuild, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
+from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.priors.prior import Prior, StandardNormal
 from lightning_tdisent.sampling.composite import find_files, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
@@ -147,6 +148,7 @@ def refuse_other_data(what: str, digest: str, model: str, cards: Sequence[Card])
 def save_prior(path: str | Path, prior: Prior, card: PriorCard) -> None:
     """Write a prior and its card to a .safetensors file; never half-written."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in prior.state_dict().items()}
+    refuse_non_finite(str(path), tensors)
     write_whole(path, save(tensors, {"prior": json.dumps(dataclasses.asdict(card))}))
 
 
@@ -174,6 +176,7 @@ def load_prior(source: str | Path) -> tuple[Prior, PriorCard]:
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # not the file's own pages
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: damaged: {error}") from None
+    refuse_non_finite(str(path), tensors)
     prior = build(card.prior, Prior)
     _fill(prior, tensors, str(path))
     try:

@@ -6,7 +6,7 @@ import torch
 from watching import Memory
 
 from lightning_tdisent.diffusion.objectives import X0, Eps, V
-from lightning_tdisent.diffusion.schedules import Cosine
+from lightning_tdisent.diffusion.schedules import Cosine, Linear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.callbacks.losses import LossPerState
@@ -19,6 +19,20 @@ from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import x0_errors
 from lightning_tdisent.sampling.expert import load_expert, read_card
 from lightning_tdisent.sampling.sampler import DDIM
+
+
+def test_validation_leaves_out_the_error_of_eps_where_no_signal_is(tiny, data, trainer):
+    states = LatentStates(Linear(zero_terminal=True), S=4, spacing="trailing")
+    whole, last = ReducedStates(tiny(), states), SingleState(tiny(), states, 4)
+    t = trainer(1)
+    t.validate(whole, datamodule=data(), verbose=False)
+    found = {k: float(v) for k, v in t.callback_metrics.items()}
+    each = [found[f"val_eps_mse/t{i:04d}"] for i in (250, 500, 750)]
+    assert found["val/eps_mse"] == pytest.approx(sum(each) / 3)
+    assert "val_x0_mse/t1000" in found
+    assert "val_eps_mse/t1000" not in found
+    t.validate(last, datamodule=data(), verbose=False)
+    assert {k for k in t.callback_metrics if k.startswith("val")} == {"val/x0_mse", "val_x0_mse/t1000"}
 
 
 class Recorder(L.Callback):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_tdisent.cli import main
+from lightning_tdisent.diffusion.schedules import Linear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.modules import ReducedStates
@@ -19,7 +20,7 @@ from lightning_tdisent.report.seeds import pool
 from lightning_tdisent.report.study import Study
 from lightning_tdisent.report.table import costs, notes, table, tables
 from lightning_tdisent.sampling.cost import training_cost
-from lightning_tdisent.sampling.evaluation import real_images, x0_errors
+from lightning_tdisent.sampling.evaluation import real_images, state_errors, x0_errors
 from lightning_tdisent.sampling.expert import load_expert, save_expert
 from lightning_tdisent.sampling.pictures import grid, save_png
 from lightning_tdisent.sampling.sampler import DDIM, sample
@@ -49,6 +50,21 @@ def sets(digits, tmp_path, monkeypatch):
 def measured(contenders, sets, protocol="digits", **fields):
     protocol = Protocol.preset(protocol, **{"n": 20, **fields})
     return evaluate(contenders, protocol, load_features(protocol.features), *sets, batch_size=7)
+
+
+def test_the_error_of_eps_is_left_out_where_no_signal_is(model, sets, tmp_path):
+    dark = model("dark", schedule=Linear(zero_terminal=True), S=4, spacing="trailing")
+    (row, _), _ = measured([Contender("dark", dark, DDIM())], sets)
+    assert list(row["x0_mse"]) == ["250", "500", "750", "1000"]
+    assert list(row["eps_mse"]) == ["250", "500", "750"]
+    assert min(row["eps_mse"].values()) > 0
+    last = load_expert(dark / "model.safetensors")[0]
+    x0, eps = state_errors(last, sets[1].images[:3], range(3), [3, 4])
+    assert eps[0].isfinite().all()
+    assert eps[1].isnan().all()
+    assert x0.isfinite().all()
+    mean = sum(row["eps_mse"].values()) / 3
+    assert f"{mean:.4f}" in {cell for line in table([row]) for cell in line}
 
 
 def test_rows_say_what_was_measured(model, sets):
@@ -123,11 +139,11 @@ def test_one_that_cannot_be_measured_costs_no_other(model, sets, tmp_path):
     torch.manual_seed(0)
     module = ReducedStates(UNet([1, 8, 8], [8, 16], 1, mid_attention=False, groups=4), LatentStates(S=4))
     for p in module.denoiser.parameters():
-        p.data.fill_(float("nan"))
+        p.data.fill_(1e20)  # finite, but not what the network makes of it
     save_expert(tmp_path / "broken" / "model.safetensors", module.denoiser, module.card("ema", 0.9))
     contenders = [Contender("broken", tmp_path / "broken", DDIM()), Contender("good", model("few", S=4), DDIM())]
     (broken, good, _), _ = measured(contenders, sets)
-    assert "all 20 images are the same" in broken["refused"]
+    assert "x0_hat at row 4 is not finite" in broken["refused"]
     assert f"broken: {broken['refused']}" in notes([broken, good])
     assert good["fd_digits"] > 0
     assert table([broken, good])[1][4] == ""

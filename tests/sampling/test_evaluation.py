@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lightning_tdisent.diffusion.objectives import V
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.metrics.distances import Moments
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
@@ -131,8 +131,9 @@ def test_a_score_that_cannot_be_says_why(denoiser, digits, cache):
     for p in denoiser.parameters():
         p.data.fill_(float("nan"))
     scored = score(denoiser, DDIM(), digit_quality(digits))
-    assert isinstance(scored.values, InputError)  # NaN becomes one grey level in uint8
-    assert "50 images are the same" in str(scored.values)
+    assert isinstance(scored.values, NotFinite)
+    assert "for 16 of 16 images, seeds 7, 8, 9, 10, 11, .." in str(scored.values)
+    assert (len(scored.numbers), len(scored.images)) == (0, 0)
 
 
 def test_real_images_are_decoded_when_they_are_taken(digits):

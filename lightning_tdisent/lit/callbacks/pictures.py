@@ -7,9 +7,11 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, NotFinite
+from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.lit.preflight import Rehearsed
 from lightning_tdisent.lit.prior import PriorModule
@@ -25,6 +27,7 @@ class Pictures(Rehearsed):
     owns only some rows cannot sample: its grid shows x0_hat from its highest row, under ``estimate``; the samples of a
     prior are the states that chains start from; a conditional model is given what is observed of held-out images. Also
     written as PNG under ``pictures/`` of the run folder. Of latents nothing is drawn: their decoder is no part of it.
+    Pictures that are not finite are left out, with a warning that says where they began not to be.
     """
 
     def __init__(self, samples: int = 64, strips: int = 6, first_seed: int = 0) -> None:
@@ -39,15 +42,21 @@ class Pictures(Rehearsed):
         """Draw and log."""
         if not trainer.is_global_zero or pl_module.denoiser.shape[0] not in (1, 3):
             return
+        try:
+            self._draw(trainer, pl_module)
+        except NotFinite as error:
+            rank_zero_warn(f"no picture of samples at step {trainer.global_step}: {error}")
+
+    def _draw(self, trainer: L.Trainer, pl_module: DenoiserModule) -> None:
         denoiser, data = pl_module.denoiser, trainer.datamodule.held_out
         rows = probe_rows(pl_module.rows)
         strip = forward_strip(denoiser, data.images[: self.strips], rows, range(self.strips))
         self._show(trainer, "forward_strip", strip.flatten(0, 1), strip.shape[1])
         seeds = range(self.first_seed, self.first_seed + self.samples)
         if isinstance(pl_module, PriorModule):
-            self._show(
-                trainer, "samples", to_uint8(pl_module.prior.sample(seeds, int(denoiser.states.index[rows[-1]])))
-            )
+            states = pl_module.prior.sample(seeds, int(denoiser.states.index[rows[-1]]))
+            refuse_non_finite("the prior", {"its samples": states})
+            self._show(trainer, "samples", to_uint8(states))
         elif pl_module.whole:
             given = observed(denoiser.states, data.images, len(seeds))
             self._show(

@@ -1,0 +1,43 @@
+"""Find tensors with values that are not finite, before these are computed with, written or drawn."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_tdisent.errors import NotFinite
+
+
+def non_finite(data: Any) -> list[str]:
+    """Return the names of floating-point tensors in nested data that hold NaN or infinity; waits once per device."""
+    found: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, tensor in _tensors(data):
+        if tensor.is_floating_point() and tensor.numel():
+            found.setdefault(tensor.device, []).append((name, tensor))
+    out = []
+    for pairs in found.values():  # a sum is not finite if a value is not, or if it overflows
+        finite = torch.stack([tensor.sum().float() for _, tensor in pairs]).isfinite().tolist()
+        suspects = [pair for pair, good in zip(pairs, finite, strict=True) if not good]
+        out += [name for name, tensor in suspects if not tensor.isfinite().all()]
+    return out
+
+
+def refuse_non_finite(where: str, data: Any) -> None:
+    """Raise `NotFinite` with the names of the tensors that hold NaN or infinity."""
+    if bad := non_finite(data):
+        raise NotFinite(
+            f"{where}: {', '.join(bad[:3])} ({len(bad)} in all) hold values that are not finite (NaN or infinity); no "
+            "image comes of them. Take an earlier checkpoint, or train again"
+        )
+
+
+def _tensors(data: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(data, Tensor):
+        yield name, data
+    elif isinstance(data, dict):
+        for key, value in data.items():
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(data, (list, tuple)):
+        for key, value in enumerate(data):
+            yield from _tensors(value, f"{name}.{key}")
