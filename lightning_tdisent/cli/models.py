@@ -446,7 +446,7 @@ def _study(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.state import FleetWork, Jobs
     from lightning_tdisent.fleet.status import page, tiles
     from lightning_tdisent.fleet.store import Store
-    from lightning_tdisent.fleet.study import plan, refuse_cuts, refuse_roles
+    from lightning_tdisent.fleet.study import plan, refuse_cuts, refuse_roles, refuse_samplers
     from lightning_tdisent.report.study import BOARDS, Study
     from lightning_tdisent.sampling.composite import find_files, recompose
     from lightning_tdisent.sampling.start import FILE
@@ -469,6 +469,7 @@ def _study(a: argparse.Namespace) -> None:
     study.check(conditional=refuse_roles(todo, runs))
     states = {tuple(job.argv): roles[job.name].states for job in todo.jobs}
     refuse_cuts(todo, lambda argv: states[tuple(argv)], {name: work.fleet.table["S"] for name, work in fleets.items()})
+    refuse_samplers(todo, runs)
     if todo.jobs:
         run(Jobs(Store(todo.out), todo.jobs), fits, a.workers, title=study.title)
     for name, work in fleets.items():

@@ -16,6 +16,7 @@ from lightning_tdisent.fleet.names import clashes, fault
 from lightning_tdisent.fleet.plan import digest_of, known, read_yaml
 from lightning_tdisent.fleet.sweep import overrides_of, row_or_share, unrolled
 from lightning_tdisent.priors.prior import Prior
+from lightning_tdisent.sampling.sampler import Sampler
 
 KEYS = (
     "title",
@@ -273,6 +274,25 @@ def refuse_roles(todo: Plan, roles: dict[str, Role]) -> bool:
 def _ends(states: LatentStates, cut: LatentStates) -> bool:
     """Whether a table cut off at the last row of another is that one."""
     return cut.S <= states.S and states.truncate(cut.S).fingerprint == cut.fingerprint
+
+
+def refuse_samplers(todo: Plan, roles: dict[str, Role]) -> None:
+    """Refuse contenders whose sampler cannot walk the table of the run that it samples; roles: by the names of runs."""
+    by_folder, problems = {str(place): name for name, place in todo.runs.items()}, []
+    for contender in todo.evaluation["contenders"]:
+        states, start = roles[by_folder[contender["source"]]].states, contender.get("prior")
+        try:
+            if start in by_folder:  # a run that trains a prior, whose table ends where that stands
+                states = roles[by_folder[start]].states
+            elif start is not None and states is not None:
+                at = row_or_share(start[4:], start) if start.startswith("cut:") else todo.priors[Path(start)][1]
+                states = states.truncate(at)
+            if states is not None:
+                build(contender["sampler"], Sampler).check(states)
+        except InputError as error:
+            problems.append(f"contenders.{contender['name']}: {error}")
+    if problems:
+        raise InputError("; ".join(problems))
 
 
 def refuse_cuts(todo: Plan, describe: Callable[[list[str]], Any], fleets: dict[str, int]) -> None:
