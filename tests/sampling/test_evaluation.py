@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 
 from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.errors import InputError, NotFinite
@@ -153,6 +154,18 @@ def test_image_files_are_taken_in_the_order_of_their_names(tmp_path, digits):
     assert torch.equal(image_files(digits, "test", [1, 8, 8]).take(torch.arange(12)), images)  # shards, too
     with pytest.raises(InputError, match="does not exist"):
         image_files(tmp_path / "nothing", "train", [1, 8, 8])
+
+
+@pytest.mark.parametrize("form", ["png", "bmp", "tiff", "gif", "ppm", "webp"])
+def test_image_files_are_of_any_format_and_in_any_folders(form, tmp_path):
+    """In folders as EDM's generate.py --subdirs makes them, which are no classes; with one image beside them."""
+    names = ["000000/000001", "001000/001000", "cover"]
+    for k, name in enumerate(names):
+        file = tmp_path / f"{name}.{form}"
+        file.parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 10 * k).save(file, **({"lossless": True} if form == "webp" else {}))
+    found = image_files(tmp_path, "train", [1, 8, 8])
+    assert found.take(torch.arange(3))[:, 0, 0, 0].tolist() == [0, 10, 20]
 
 
 def test_gzipped_shards_are_read_by_one_thread(tmp_path, digits):

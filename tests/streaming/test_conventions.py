@@ -364,6 +364,9 @@ def test_parquet_labels_may_be_names_and_captions_lists(parquet, tmp_path):
         "numbered in the order of their names"
     )
     assert labels_of(find_source(tmp_path, "test")) == ["2", "1"]  # those of train
+    write("digits/train.parquet", ["10", "2", "10"])
+    source = find_source(tmp_path / "digits", "train")
+    assert (labels_of(source), source.classes) == (["10", "2", "10"], [])
     write("test.parquet", ["fly", "dog"])
     with pytest.raises(InputError, match="classes fly of label are not among those of the training split"):
         find_source(tmp_path, "test")
@@ -403,3 +406,6 @@ def test_json_members_give_class_and_caption(tmp_path):
     source = find_source(tmp_path, "train")
     assert labels_of(source) == ["none"]
     assert "not read: the label 'cat' of KEY.json (of the first sample), which is no number" in source.notes
+    with wds.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
+        tar.write({"__key__": "0", "png": image(0), "weights.pt": b"x"})
+    assert "not read: pickles KEY.weights.pt (1, first a.tar/0.weights.pt)" in find_source(tmp_path, "train").notes

@@ -51,7 +51,7 @@ def look_beside(root: Path, names: Mapping[str, int], images: list[str], labels:
     Raises `InputError` for a table that is damaged, and for labels of some images only.
     """
     out, known = Beside(wanted=labels), set(images)
-    tables = [n for n in names if PurePosixPath(n).name.lower() in ("metadata.jsonl", "metadata.csv")]
+    tables = [n for n in names if n.rpartition("/")[2].lower() in ("metadata.jsonl", "metadata.csv")]
     if "dataset.json" in names:
         _dataset_json(root, known, out)
     for name in sorted(tables):

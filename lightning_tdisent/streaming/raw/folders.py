@@ -228,8 +228,14 @@ def _by_folder(kind: str, path: Path, roots: list[Root], train: list[Root], ask:
 
 def _of_split(images: list[str], ask: Ask, root: Path) -> tuple[list[str], list[str]]:
     """Return the images whose names say the split, if all of them say one and they say several; else all."""
-    stems = {n: PurePosixPath(n).stem for n in images}
-    if not all(map(splits.named, stems.values())) or len(found := splits.found(stems.values())) < 2:
+
+    def stem(name: str) -> str:
+        return name.rpartition("/")[2].rpartition(".")[0]
+
+    if not all(splits.named(stem(n)) for n in images):
+        return images, []
+    stems = {n: stem(n) for n in images}
+    if len(found := splits.found(stems.values())) < 2:
         return images, []
     mine = set(splits.of_split(stems.values(), ask.split, str(root)))
     there = ", ".join(f"{name} ({len(names):,})" for name, names in sorted(found.items()))

@@ -28,7 +28,7 @@ class Parquet:
     groups: list[tuple[int, int]]
     ends: list[int]
     classes: list[str]
-    words: bool = False  # whether the labels are names of classes
+    words: bool = False  # whether the labels are names of classes, and not numbers
     notes: list[str] = field(default_factory=list)
     kind: str = "parquet"
     shuffled: bool = False
@@ -48,8 +48,8 @@ class Parquet:
         if not content and path.name:
             raise InputError(f"{file}: row {row} of group {group} names the file {path} instead of holding it")
         members = {image_type(content) or "png": content}
-        if self.words and label is not None:
-            label = self._numbers[label]
+        if isinstance(label, str):
+            label = self._numbers[label] if self.words else int(label)
         if label is not None and label >= 0:  # -1 is how test sets without classes are written
             members["cls"] = str(label).encode()
         text = next(iter(text), None) if isinstance(text, list) else text
@@ -128,10 +128,16 @@ def open_parquet(found: tuple[list[Path], list[str], Path], ask: Ask) -> Parquet
             ends.append(rows)
     for role, name in roles.items():
         if kinds[role] not in _KINDS[role]:
-            raise InputError(f"{files[0]}: the column {name} is {kinds[role]}, expected {' or '.join(_KINDS[role])}")
+            leave = "" if role == "image" else f", or leave it out with --columns {role}="
+            raise InputError(
+                f"{files[0]}: the column {name} is {kinds[role]}, expected {' or '.join(_KINDS[role])}. Name "
+                f"another one with --columns {role}=NAME{leave}"
+            )
     classes, words = names or [], kinds.get("label") == "text"
     if words:
         classes = _words(path, files, roles["label"], ask)
+        if all(word.isascii() and word.isdecimal() for word in classes):
+            classes, words = [], False
     said = ", ".join(f"{role} from {name}" for role, name in roles.items())
     said += "; of lists of captions, the first" if kinds.get("text") == "lists of text" else ""
     said += "; classes are numbered in the order of their names" if words else ""

@@ -85,8 +85,10 @@ def _with_json(members: dict[str, bytes], where: str) -> dict[str, bytes]:
 def _notes(source: Tars) -> list[str]:
     """Return lines on the members of the first sample and of all: what is read, what is kept as it is."""
     kinds = source.index.extensions
+    left = {k: v for k, v in source.index.unread.items() if not k.startswith("members ")}  # these are kept here
     kept = [e for e in kinds if e not in (*IMAGES, "cls", "txt", "caption", "json")]
-    out = [f"members kept as they are, not read: {some(kept, 12)}"] if kept else []
+    out = [f"not read: {kind} ({count:,}, first {first})" for kind, (count, first) in sorted(left.items())]
+    out += [f"members kept as they are, not read: {some(kept, 12)}"] if kept else []
     if "json" not in kinds or not len(source):
         return out
     members = source[0].members
