@@ -1,19 +1,27 @@
 """The command evaluate, as its user types it: on several ranks, and with what cannot be."""
 
+import dataclasses
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import webdataset as wds
+from PIL import Image
 
 from lightning_tdisent.cli import main
+from lightning_tdisent.diffusion.components import ComponentStates, Condition
+from lightning_tdisent.diffusion.operators import Inpainting
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.sampling.expert import save_expert
+from lightning_tdisent.sampling.expert import load_expert, read_card, save_expert
+from lightning_tdisent.streaming.shards import load
 
 
 @pytest.fixture
@@ -157,3 +165,53 @@ def test_a_picture_that_cannot_be_decoded_costs_its_row_alone(model, tmp_path, c
     assert "000007.png" in files["refused"]
     assert made["fd_digits"] > 0
     assert len(made["sha256"][0]) == 64
+
+
+def test_held_out_images_that_are_references_or_were_trained_on_are_refused(model, tmp_path, capsys, digits):
+    def refused(*more):
+        assert main([str(word) for word in more]) == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for split in ("train", "test"):
+        (copies / f"{split}-0000.tar").write_bytes((digits / "test-0000.tar").read_bytes())
+    fixed = ["evaluate", model, "--protocol", "digits", "-n", 37]
+    said = refused(*fixed, "--data", copies, "--out", tmp_path / "a")
+    assert "test, train: 297 of 297 held-out samples" in said
+    test = load(digits, "test", 1)
+    card = dataclasses.replace(read_card(model / "model.safetensors"), data=test.digest)
+    save_expert(tmp_path / "seen" / "model.safetensors", load_expert(model / "model.safetensors")[0], card)
+    said = refused("evaluate", tmp_path / "seen", *fixed[2:], "--data", digits, "--out", tmp_path / "b")
+    assert f"was trained on the images of test in {digits} (data digest {test.digest})" in said
+    assert not (tmp_path / "b").exists()
+    # what is asked for by its name is given
+    assert main([str(w) for w in (*fixed, "--data", digits, "--reference", "test", "--out", tmp_path / "c")]) == 0
+
+
+def test_images_that_are_no_squares_are_measured_as_they_are(tmp_path, monkeypatch, capsys):
+    """24 x 16: evaluate, prior and --observe cropped the real images to 24 x 24, and blamed the data."""
+    monkeypatch.setenv("TDISENT_CACHE", str(tmp_path / "cache"))
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    data.mkdir()
+    for split in ("train", "test"):
+        with wds.TarWriter(str(data / f"{split}-0000.tar"), mtime=0) as shard:
+            for k in range(40):
+                png = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (24, 16, 3), np.uint8)).save(png, "png")
+                shard.write({"__key__": f"{split}{k}", "png": png.getvalue()})
+    net = UNet([3, 24, 16], [8, 16], 1, mid_attention=False, groups=4)
+    module = ReducedStates(net, LatentStates(S=3))
+    save_expert(tmp_path / "m" / "model.safetensors", module.denoiser, module.card("live"))
+    fixed = ["evaluate", tmp_path / "m", "--data", data, "--protocol", "random", "-n", 32, "--out", tmp_path / "e"]
+    assert main([str(word) for word in fixed]) == 0, capsys.readouterr().err
+    row = json.loads((tmp_path / "e" / "results.json").read_text())[0]
+    assert row["protocol_fields"]["shape"] == [3, 24, 16]
+    fitted = ["prior", tmp_path / "m", "--at", 2, "--data", data, "--out", tmp_path / "p"]
+    assert main([str(word) for word in fitted]) == 0, capsys.readouterr().err
+    states = ComponentStates([3, 24, 16], condition=Condition(Inpainting()), S=3)
+    net = UNet([6, 24, 16], [8, 16], 1, mid_attention=False, groups=4)
+    conditional = ReducedStates(net, states)
+    save_expert(tmp_path / "i" / "model.safetensors", conditional.denoiser, conditional.card("live"))
+    seen = ["sample", tmp_path / "i", "--observe", data, "--seeds", "0:2", "--out", tmp_path / "o"]
+    assert main([str(word) for word in seen]) == 0, capsys.readouterr().err

@@ -32,7 +32,7 @@ from lightning_tdisent.report.page import write_report
 from lightning_tdisent.report.table import costs, notes, table, tables
 from lightning_tdisent.sampling.composite import find_files, holds_weights
 from lightning_tdisent.sampling.evaluation import real_images, refuse_trained
-from lightning_tdisent.sampling.expert import read_card, sha256
+from lightning_tdisent.sampling.expert import Card, read_card, sha256
 from lightning_tdisent.sampling.observations import Observations
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import Sampler
@@ -120,21 +120,24 @@ class Study:
             if not is_npz(self.data):
                 find(self.data, "train")
         _ = self._network, self._lpips
-        models = [c for c in self._contenders() if c.sampler is not None and holds_weights(c.source)]
-        trained = {c.name: read_card(find_files(c.source)[0]).data for c in models}
+        trained = {name: card.data for name, card in self._cards.items()}
         refuse_trained((self.data, self.split), self._reference, trained)
-        for split in {self.split, self._protocol.split} if not is_npz(self.data) else ():
-            find(self.data, split)
+        for path, split in {(self.data, self.split), self._reference}:
+            if not is_npz(path):
+                find(path, split)
         if conditional or self._conditional:
             refuse_number(self._protocol.n, min(self._held_out(True), self._n_held_out_there))
 
     @property
     def _conditional(self) -> bool:
         """Whether a contender whose weights are there is conditional."""
-        cards = [
-            read_card(find_files(c.source)[0]) for c in self._contenders() if c.sampler and holds_weights(c.source)
-        ]
-        return any(build(card.states, LatentStates).condition is not None for card in cards)
+        return any(build(card.states, LatentStates).condition is not None for card in self._cards.values())
+
+    @property
+    def _cards(self) -> dict[str, Card]:
+        """A card of each model among the contenders whose weights are there."""
+        models = [c for c in self._contenders() if c.sampler is not None and holds_weights(c.source)]
+        return {c.name: read_card(find_files(c.source)[0]) for c in models}
 
     def _held_out(self, conditional: bool) -> int:
         """How many held-out images are taken, if there are so many."""
@@ -303,8 +306,10 @@ class Study:
         out: list[Table | str] = [show(line, table(rows)) for line, rows in tables(self.rows)]
         cost = costs(self.rows)
         said = notes(self.rows)
-        if self.split == self._protocol.split:
-            said.append(f"the reference and the held-out images are both of {self.split}: no distance")
+        path, reference = self._reference
+        if path == self.data and (self.split == reference or is_npz(path)):
+            what = path if is_npz(path) else self.split
+            said.append(f"the reference and the held-out images are both of {what}: no distance")
         if (there := self._n_held_out_there) > (taken := self.n_held_out or HELD_OUT):
             said.append(f"held-out images: the first {taken:,} of the {there:,} of {self.split} (n_held_out)")
         costly = [show("what it cost", cost)] if len(cost) > 1 else []
@@ -316,6 +321,7 @@ class Study:
         held_out = self._real(self.split, self._held_out(self._conditional))
         gone = [name for name, folder in self.runs.items() if not Path(folder).is_dir()]
         lost = f" No training curves of {html.escape(', '.join(gone))}: their folders are gone." if gone else ""
+        channels, size = self._size()
         return write_report(
             self.folder / "report.html",
             self.title,
@@ -323,7 +329,7 @@ class Study:
             self._images(),
             self._contenders(),
             held_out,
-            self._real(self._protocol.split, NEAREST // held_out.images[0].numel()).images,
+            load(*self._reference, channels, NEAREST // held_out.images[0].numel(), size).images,
             {name: Path(folder) for name, folder in self.runs.items() if name not in gone},
             self.notes + lost,
             observations=self._given(),

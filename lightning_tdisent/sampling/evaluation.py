@@ -131,7 +131,6 @@ def refuse_trained(held_out: tuple[str, str], reference: tuple[str, str], traine
         read_npz(path)
     path, split = held_out
     if is_npz(path):
-        print(f"note: {path} has no splits; its first images are those held out", file=sys.stderr)
         return
     shards = Shards.open(path, split, Decoder())
     if canonical(split) != canonical(reference[1]) and not is_npz(reference[0]):

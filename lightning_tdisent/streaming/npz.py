@@ -24,14 +24,14 @@ def read_npz(path: str | Path) -> tuple[Tensor, Tensor, str]:
     """
     expected = "expected arr_0: uint8 (N, H, W, C) with C 1 or 3"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             if "arr_0" not in file.files:
                 raise InputError(f"{path} holds {', '.join(file.files) or 'nothing'}; {expected}")
             images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file.files else None
         digest = hash_file(str(path))[1][:16]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}; {expected}") from None
