@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ def add_commands(commands: Commands) -> None:
     s.add_argument(
         "--out", type=Path, required=True, help="folder for SEED.png, the grid beside it; must not hold images yet"
     )
+    s._negative_number_matcher = re.compile(r"-\d")  # so that -3:5 is a value of --seeds, which says what is wrong
     s.add_argument("--seeds", default="0:64", help="FIRST:END (default 0:64)")
     s.add_argument("--label", type=int, help="class, for a class-conditional model")
     s.add_argument("--observe", type=Path, help="of a conditional model: an image, a folder of images, shards whose "
@@ -224,8 +226,10 @@ def _range(text: str, option: str) -> range:
         first, end = (int(part) for part in text.split(":"))
     except ValueError:
         raise InputError(f"{option} {text}: expected FIRST:END, e.g. 0:64") from None
-    if not 0 <= first < end:
-        raise InputError(f"{option} {text}: the end must be above the first, and that 0 or above")
+    if end <= first:
+        raise InputError(f"{option} {text}: the end must be above the first")
+    if first < 0 or end > 1 << 32:
+        raise InputError(f"{option} {text}: the numbers must lie in [0, 2^32)")
     return range(first, end)
 
 

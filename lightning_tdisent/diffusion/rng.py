@@ -4,6 +4,7 @@ A torch CPU generator keeps only 32 bits of its seed, so keys are built by bijec
 one stream can never share their noise, as hashing 50,000 of them into 32 bits would risk.
 """
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -34,10 +35,15 @@ def seed_noise(seeds: Sequence[int], stream: int, shape: Sequence[int]) -> Tenso
     """Standard normal noise (len(seeds), *shape), float32 on the CPU; row i is a function of (seeds[i], stream) alone.
 
     stream: what the noise is for: the original index at which it enters the chain. Drawn on the CPU also for a GPU,
-    whose generators give other numbers on other models. Seeds must lie in [0, 2^32).
+    whose generators give other numbers on other models. Seeds are integers of any type (Python, numpy, a tensor's) and
+    must lie in [0, 2^32).
     """
     generator, out = torch.Generator(), torch.empty(len(seeds), *shape)
-    for i, seed in enumerate(seeds):
+    for i, given in enumerate(seeds):
+        try:
+            seed = operator.index(given)  # a word of numpy would overflow in `key`
+        except TypeError:
+            raise InputError(f"image seeds are integers, got {given!r}") from None
         if not 0 <= seed < _WORD:
             raise InputError(f"image seeds must lie in [0, 2^32), got {seed}")
         torch.randn(tuple(shape), generator=generator.manual_seed(key(stream, seed)), out=out[i])

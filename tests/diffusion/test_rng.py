@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,6 +87,16 @@ def test_neighbouring_seeds_and_streams_are_uncorrelated():
         (seed_noise(range(4000), 1, (16,)), seed_noise(range(4000), 2, (16,))),
     ):
         assert abs((one * two).mean().item()) * math.sqrt(64_000) < 4
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32, np.uint64])
+def test_seeds_of_numpy_and_torch_are_seeds(dtype):
+    seeds = [0, 1, 17, 2**31 - 1]
+    assert torch.equal(seed_noise(np.array(seeds, dtype), 9, (3, 2)), seed_noise(seeds, 9, (3, 2)))
+    assert torch.equal(seed_noise(torch.tensor(seeds), 9, (3, 2)), seed_noise(seeds, 9, (3, 2)))
+    with pytest.raises(InputError, match=r"image seeds are integers, got (np.float64\()?1.5"):
+        seed_noise(np.array([1.5]), 9, (3, 2))
 
 
 @pytest.mark.parametrize("seed", [-1, WORD, 1 << 40])

@@ -409,3 +409,13 @@ def test_a_solver_of_the_reader_walks_the_same_loop(toy, states):
         for s in (4, 3, 2, 1):
             x = denoise(x, s).clamp(-1, 1)
     torch.testing.assert_close(Jump()(denoise, SEEDS), x)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_seeds_of_numpy_draw_the_same_images(model, classes):
+    denoiser = model(classes=classes)
+    plain = torch.cat(list(sample(denoiser, Ancestral(), range(4))))
+    assert torch.equal(torch.cat(list(sample(denoiser, Ancestral(), np.arange(4)))), plain)
+    assert torch.equal(torch.cat(list(sample(denoiser, Ancestral(), torch.arange(4)))), plain)
+    assert torch.equal(Ancestral()(denoiser, np.arange(4), label=torch.arange(4) % 3 if classes else None),
+                       Ancestral()(denoiser, range(4), label=torch.arange(4) % 3 if classes else None))  # fmt: skip
