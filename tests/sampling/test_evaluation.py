@@ -137,6 +137,45 @@ def test_a_score_that_cannot_be_says_why(denoiser, digits, cache):
     assert (len(scored.numbers), len(scored.images)) == (0, 0)
 
 
+class Spoilt(torch.nn.Module):
+    """x0_hat = 0, but NaN on one rank."""
+
+    classes, shape = None, [1, 8, 8]
+
+    def __init__(self, states, rank):
+        super().__init__()
+        self.states, self.rank, self.weight = states, rank, torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, s, label=None):
+        return torch.full_like(x, float("nan") if dist.get_rank() == self.rank else 0.0)
+
+
+def spoilt(rank, states, digits, folder):
+    torch.set_num_threads(1)
+    os.environ["TDISENT_CACHE"] = str(folder / "cache")
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    quality = digit_quality(digits, n=20, metrics=("fd",))
+    one = score(Spoilt(states, 1), DDIM(), quality, keep=9)
+    other = score(Spoilt(states, 2), DDIM(), quality, keep=9)  # the next model is measured as ever
+    torch.save([str(one.values), len(one.images), str(other.values), len(other.images)], folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_images_that_are_not_finite_on_one_rank_are_refused_on_all(states, digits, cache):
+    processes = [mp.get_context("fork").Process(target=spoilt, args=(r, states, digits, cache)) for r in range(2)]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join(100)
+    assert [p.exitcode for p in processes] == [0, 0]
+    one, two = (torch.load(cache / f"{r}.pt", weights_only=True) for r in range(2))
+    assert one[:2] == two[:2]
+    assert "for 10 of 10 images, seeds 8, 10, 12, 14, 16, .." in one[0]
+    assert one[1] == 0
+    assert one[2] == two[2] == "all 20 images are the same to the feature network: constant images, or a constant one"
+    assert one[3] + two[3] == 9
+
+
 def test_real_images_are_decoded_when_they_are_taken(digits):
     real, whole = real_images(digits, "test", 1), load(digits, "test", 1)
     numbers = torch.tensor([5, 0, 296, 17] + list(range(100)))
