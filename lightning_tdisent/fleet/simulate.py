@@ -154,7 +154,7 @@ def loads_of(fleet: "Fleet", facts: Sequence["Facts"]) -> list[Load]:
         part = (fleet.budget.images - spent) / (count * len(fleet.experts))
         step = {e.name: e.step for e in fleet.experts}
         out += [
-            Load(f"{job.name} {k}", part, (), _validations(fact, int(part / step[job.name]), job, k), k)
+            Load(f"{job.name} {k}", part, (), _validations(fact, int(part / step[job.name]), job), k)
             for k in range(1, count + 1)
             for job, fact in jobs
             if job.name in step
@@ -162,11 +162,11 @@ def loads_of(fleet: "Fleet", facts: Sequence["Facts"]) -> list[Load]:
     return out
 
 
-def _validations(fact: "Facts", steps: int, job: Job, number: int = 0) -> int:
-    """Return how often a job validates in a round: before its first step, as its config says, at the end if warm."""
+def _validations(fact: "Facts", steps: int, job: Job) -> int:
+    """Return how often a job validates in a round: at its start, as its config says, and at its end if it is warm."""
     every = fact.validate or 1e9
     warm = "--model.warm_start" in job.argv
-    return (number == 0) + int(steps // every) + (warm and bool(steps % every))
+    return 1 + int(steps // every) + (warm and bool(steps % every))
 
 
 def footprint(facts: Sequence["Facts"], workers: int, keep: int = 2, averages: int = 1) -> tuple[float, float]:
@@ -205,6 +205,7 @@ def rehearse(fleet: "Fleet", train: Train, workers: int, accumulate: int = 1) ->
                 words = ["--trainer.max_steps", str(steps), "--run", str(folder)]
                 every = steps // validations if validations else steps + 1
                 words += ["--trainer.val_check_interval", str(every * accumulate)]
+                words += [] if validations else ["--trainer.limit_val_batches", "0"]  # not before the first step either
                 jobs.append(Job(f"{what}_{k}", [*argv, *words], folder, before))
                 before = (f"{what}_{k}",)
         begun = time.time()
@@ -219,7 +220,7 @@ def rehearse(fleet: "Fleet", train: Train, workers: int, accumulate: int = 1) ->
                 start += (end - begun) / workers
     step = max(1e-6, (seconds["many"] - seconds["few"]) / (many - few))
     rest = max(0.0, seconds["few"] - few * step)
-    validation = max(0.0, (seconds["validated"] - seconds["few"]) / VALIDATIONS)
+    validation = max(0.0, (seconds["validated"] - seconds["few"]) / (VALIDATIONS + 1))  # and one before the first step
     return Pool(workers, expert.step / step, max(0.0, start - rest - 2 * step), rest, validation)
 
 
@@ -250,6 +251,8 @@ def lines(fleet: "Fleet", facts: Sequence["Facts"], pool: Pool) -> list[tuple[st
     if said.given_up:
         rare += f", {len(said.given_up)} jobs given up, which died {DEATHS} times before a checkpoint"
     again = f" and {said.repeated:,.0f} again after failures" if said.repeated else ""
+    passes = sum(load.validations for load in loads)
+    validating = passes * pool.validation
     share = said.busy / (said.wall * pool.workers)
     flops *= 1 + said.repeated / said.images
     return [
@@ -257,6 +260,7 @@ def lines(fleet: "Fleet", facts: Sequence["Facts"], pool: Pool) -> list[tuple[st
         ("a training", f"{pool.job:.1f} s beside its steps, {pool.validation:.2f} s a validation"),
         ("wall clock", f"{duration(said.wall)}{rare}; one worker alone {duration(alone.wall)}"),
         ("workers' time", f"{duration(said.busy)}, {share:.0%} of what they are there"),
+        ("validations", f"{passes:,}, {duration(validating)}: as much as {validating * pool.speed:,.0f} images more"),
         ("total compute", f"{said.images:,.0f} images{again}, {flops / 1e12:,.3g} TFLOP"),
         ("disk", f"{disk / 1e6:,.0f} MB"),
         ("memory, all workers", f"{memory / 1e6:,.0f} MB, without data and activations"),

@@ -101,8 +101,7 @@ def cost(rows: Sequence[dict[str, Any]]) -> str:
 
 def _compute(row: dict[str, Any]) -> float:
     """Return the floating point operations of training and validation; older results have the former alone."""
-    total: float = row.get("total_flops", row["training_flops"])
-    return total
+    return float(row["training_flops"] + row.get("validation_flops", 0.0))
 
 
 def quality_over_compute(rows: Sequence[dict[str, Any]]) -> str:

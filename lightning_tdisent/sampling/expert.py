@@ -277,5 +277,6 @@ def _read_checkpoint(path: Path) -> tuple[Card, dict[str, Tensor]]:
     state = {k.removeprefix("denoiser."): v for k, v in content["state_dict"].items() if k.startswith("denoiser.")}
     if average is not None:
         state |= average["weights"]
-        card |= {"weights": "ema", "average": average["kinds"][0] | {"steps": average["step"]}}
+        continued = {"before": average["before"]} if average.get("before") else {}
+        card |= {"weights": "ema", "average": average["kinds"][0] | {"steps": average["step"]} | continued}
     return Card.from_json(card, str(path)), state
