@@ -257,9 +257,14 @@ def refuse_roles(todo: Plan, roles: dict[str, Role]) -> bool:
         if roles[run].kind not in ("", kind)
     ]
     tables = {run: role.states for run, role in roles.items() if role.kind == "model" and role.states is not None}
+    one = [(f"priors.{name}.run", run, "priors are fitted on") for name, run in fitted.items()]
+    cut_off = {c["name"] for c in todo.evaluation["contenders"] if str(c.get("prior")).startswith("cut:")}
+    one += [(f"contenders.{name}.prior", contenders[name][0], "a chain is cut off on") for name in sorted(cut_off)]
+    if todo.evaluation["bits"] is not None:
+        one += [(f"contenders.{name}", run, "bits are measured on") for name, (run, _) in contenders.items()]
     problems += [
-        f"priors.{name}.run: {run} has a table of {tables[run].K} columns; priors are fitted on tables of one"
-        for name, run in fitted.items()
+        f"{where}: {run} has a table of {tables[run].K} columns; {what} tables of one"
+        for where, run, what in one
         if run in tables and tables[run].K > 1
     ]
     for name, (run, start) in contenders.items():
@@ -273,7 +278,7 @@ def refuse_roles(todo: Plan, roles: dict[str, Role]) -> bool:
 
 def _ends(states: LatentStates, cut: LatentStates) -> bool:
     """Whether a table cut off at the last row of another is that one."""
-    return cut.S <= states.S and states.truncate(cut.S).fingerprint == cut.fingerprint
+    return states.K == 1 and cut.S <= states.S and states.truncate(cut.S).fingerprint == cut.fingerprint
 
 
 def refuse_samplers(todo: Plan, roles: dict[str, Role]) -> None:

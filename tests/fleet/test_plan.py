@@ -49,6 +49,21 @@ def test_the_same_yaml_plans_the_same_and_another_is_refused(planned, tmp_path):
         planned(tmp_path / "fleet", seed=5)
 
 
+def test_a_fleet_that_moved_is_the_same_plan_and_an_edit_names_its_keys(planned, tmp_path):
+    fleet = planned(tmp_path / "fleet")
+    take(fleet.store, "expert_001", Watch()).release()
+    text = fleet.store.path("plan.yaml").read_text()
+    assert str(tmp_path) not in text
+    (tmp_path / "fleet").rename(tmp_path / "moved")
+    moved = planned(tmp_path / "moved")
+    assert moved.store.path("plan.yaml").read_text() == text
+    assert all(str(tmp_path / "moved") in " ".join(job.argv) for job in moved.jobs())
+    assert not any(f"{tmp_path / 'fleet'}/" in " ".join(job.argv) for job in moved.jobs())
+    edit(moved, "images: 32", "images: 64")
+    with pytest.raises(InputError, match=r"another plan, which has begun \(experts\[0\].images: 64 there, 32 now"):
+        planned(tmp_path / "moved")
+
+
 def test_every_part_of_the_yaml_reaches_the_command_of_its_expert(planned):
     fleet = planned(
         start={"shared": {"configs": ["shared.yaml"], "images": 40}},

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from lightning_tdisent.diffusion.components import ComponentStates, Condition
+from lightning_tdisent.diffusion.operators import Inpainting
+from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet.claim import refuse_no_repeats
-from lightning_tdisent.fleet.study import plan
+from lightning_tdisent.fleet.study import Role, plan, refuse_cuts, refuse_roles
 
 STUDY = {
     "runs": {
@@ -321,3 +324,51 @@ def test_studies_are_pooled_if_they_differ_in_the_seed_alone(study, tmp_path):
     plan(file, tmp_path / "edited", 3).claim()
     with pytest.raises(InputError, match=r"edited: b.yaml: model.objective: nothing there, 'X0' now"):
         refuse_no_repeats([tmp_path / "s0", tmp_path / "edited"])
+
+
+def test_runs_that_are_not_what_they_are_taken_for_are_refused(study, tmp_path):
+    inpainting = ComponentStates([1, 8, 8], condition=Condition(Inpainting()), S=6)
+    runs = dict.fromkeys(("model", "flow", "other", "cde", "scales"), RUN)
+    contenders = {"a": {"run": "model", "prior": "flow"}, "b": {"run": "model"}}
+    todo = plan(study(runs=runs, contenders=contenders), tmp_path / "out")
+    table, cut = LatentStates(S=8), LatentStates(S=8).truncate(3)
+    roles = {name: Role("model", "ReducedStates", table) for name in runs} | {"flow": Role("prior", "PriorModule", cut)}
+    assert refuse_roles(todo, roles) is False
+    roles["cde"] = Role("model", "ReducedStates", inpainting)
+    todo = plan(study(runs=runs, contenders={**contenders, "c": {"run": "cde"}}), tmp_path / "out")
+    assert refuse_roles(todo, roles) is True
+    wrong = {"a": {"run": "flow"}, "b": {"run": "model", "prior": "other"}, "c": {"run": "cde", "prior": "flow"}}
+    wrong["d"] = {"run": "cde", "prior": "cut:2"}
+    warm = {**runs, "late": {**RUN, "warm_start": "flow"}, "odd": RUN}
+    priors = {"p": {"run": "flow", "at": 2, "prior": "Gaussian"}, "q": {"run": "cde", "at": 2, "prior": "Gaussian"}}
+    todo = plan(study(runs=warm, contenders=wrong, priors=priors, bits={"n": 9}), tmp_path / "out")
+    more = {"late": Role("model", "ReducedStates", table), "odd": Role("", "BoringModel", None)}
+    with pytest.raises(InputError) as refusal:
+        refuse_roles(todo, {**roles, **more})
+    for line in (
+        "contenders.a.run: flow trains a prior (PriorModule), a model is wanted",
+        "contenders.b.prior: other trains a model (ReducedStates), a prior is wanted",
+        "contenders.c.prior: flow is at row 3 of another table than that of cde",
+        "priors.p.run: flow trains a prior (PriorModule), a model is wanted",
+        f"priors.q.run: cde has a table of {inpainting.K} columns",
+        "contenders.d.prior: cde has a table of 2 columns; a chain is cut off on tables of one",
+        "contenders.c: cde has a table of 2 columns; bits are measured on tables of one",
+        "runs.late.warm_start: flow trains a prior",
+        "runs.odd: its config makes a BoringModel, neither a model of images nor a prior",
+    ):
+        assert line in str(refusal.value)
+
+
+def test_a_cut_is_looked_for_in_the_run_that_it_is_of(study, tmp_path):
+    contenders = {"a": {"run": "experts", "prior": "cut:3"}, "b": {"run": "shared", "prior": "cut:3"}}
+    todo = plan(study(contenders=contenders), tmp_path / "out")
+    asked = []
+
+    def states_of(argv, rows=8):
+        asked.append(argv[-1])
+        return LatentStates(S=rows)
+
+    refuse_cuts(todo, states_of, {})
+    assert asked == [str(tmp_path / "out" / "experts" / "expert_001"), str(tmp_path / "out" / "shared")]
+    with pytest.raises(InputError, match=r"experts_composite: .*3"):
+        refuse_cuts(todo, lambda argv: LatentStates(S=2), {})

@@ -363,6 +363,38 @@ def test_an_evaluation_goes_on_with_what_is_missing(model, sets, digits, tmp_pat
     assert len(list((tmp_path / "s" / "measured").iterdir())) == 3
 
 
+def test_a_conditional_study_wants_enough_held_out_images_before_it_trains(digits, tmp_path):
+    def check(conditional=True, **fields):
+        part = {"class_path": "lightning_tdisent.DDIM", "init_args": {}}
+        contenders = [{"name": "a", "source": str(tmp_path / "not_trained"), "sampler": part}]
+        Study(str(tmp_path / "s"), "t", contenders, str(digits), "digits", **fields).check(conditional)
+
+    check(n=1188)  # four draws of each of 297
+    check(False, n=50)
+    with pytest.raises(InputError, match="n=50: a conditional model draws 4 images an item; n is a multiple of 4"):
+        check(n=50)
+    with pytest.raises(InputError, match=r"n=1192: 4 draws of 298 held-out images; there are 297. Lower n to 1188"):
+        check(n=1192)
+    with pytest.raises(InputError, match=r"4 draws of 25 held-out images; there are 20. Lower n to 80, .*n_held_out"):
+        check(n=100, n_held_out=20)
+    with pytest.raises(InputError, match="n_held_out: a whole number from 2 on, got 0"):
+        check(False, n_held_out=0)
+
+
+def test_held_out_images_follow_the_draws_or_what_is_asked_for(model, sets, digits, tmp_path):
+    part = {"class_path": "lightning_tdisent.DDIM", "init_args": {}}
+    contenders = [{"name": "a", "source": str(model("few", S=4)), "sampler": part}]
+    study = Study(str(tmp_path / "s"), "t", contenders, str(digits), "digits", n=20, n_held_out=30)
+    study.evaluate()
+    assert study.rows[1]["name"] == "30 real images, held out"
+    assert "note: held-out images: the first 30 of the 297 of test (n_held_out)" in study.lines()
+    assert Study.load(tmp_path / "s").n_held_out == 30
+    assert [Study("s", "t", [], "d", "digits", n=n)._held_out(c) for n, c in ((8000, True), (8000, False))] == [
+        2000,
+        1000,
+    ]
+
+
 def test_grid_and_nearest_are_what_they_say():
     images = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 1, 2, 2) * 50
     tiles = grid(images, 2)

@@ -20,6 +20,7 @@ from lightning_tdisent.sampling.composite import (
     composite_files,
     find_files,
     load_model,
+    recompose,
     start_warm,
 )
 from lightning_tdisent.sampling.denoiser import Denoiser
@@ -46,6 +47,23 @@ def files(experts, write):
 @pytest.fixture
 def folder(files, tmp_path):
     return compose(files, tmp_path / "composite")
+
+
+def test_a_composite_of_a_study_follows_the_weights_of_its_experts(files, write, model, tmp_path):
+    out = tmp_path / "composite"
+    assert not recompose(files, out)
+    first = {path: path.stat().st_ino for path in out.iterdir()}
+    assert not recompose(files, out)  # whole, and of these weights
+    assert {path: path.stat().st_ino for path in out.iterdir()} == first
+    files[1].unlink()
+    write("e2", model(rows=[2], seed=9))  # trained anew
+    assert recompose(files, out)
+    assert [sha256(path) for path in find_files(out)] == [sha256(path) for path in files]
+    (out / "composite.json").unlink()  # killed before the manifest, which is written last
+    (out / "rows_0001.safetensors").unlink()  # which is a link to the expert's own file
+    (out / "rows_0001.safetensors").write_bytes(b"half")
+    assert not recompose(files, out)
+    assert [sha256(path) for path in find_files(out)] == [sha256(path) for path in files]
 
 
 def test_each_row_goes_to_its_owner(model):
