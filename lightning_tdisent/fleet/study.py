@@ -260,8 +260,9 @@ def refuse_roles(todo: Plan, roles: dict[str, Role]) -> bool:
     one = [(f"priors.{name}.run", run, "priors are fitted on") for name, run in fitted.items()]
     cut_off = {c["name"] for c in todo.evaluation["contenders"] if str(c.get("prior")).startswith("cut:")}
     one += [(f"contenders.{name}.prior", contenders[name][0], "a chain is cut off on") for name in sorted(cut_off)]
-    if todo.evaluation["bits"] is not None:
-        one += [(f"contenders.{name}", run, "bits are measured on") for name, (run, _) in contenders.items()]
+    if todo.evaluation["bits"] is not None:  # columns of channels have bits, those of components have none
+        measured = [(name, run) for name, (run, _) in contenders.items() if run in tables and tables[run].image_shape]
+        one += [(f"contenders.{name}", run, "bits are measured on") for name, run in measured]
     problems += [
         f"{where}: {run} has a table of {tables[run].K} columns; {what} tables of one"
         for where, run, what in one
