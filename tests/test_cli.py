@@ -338,4 +338,4 @@ def test_a_class_of_ones_own_needs_its_import(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("seeds", ["-3:5", "-5:-3", f"0:{2**32 + 1}"])
 def test_seeds_out_of_range_are_refused_in_one_line_before_anything_is_loaded(seeds, capsys, tmp_path):
     assert main(["sample", str(tmp_path / "nothing"), "--out", str(tmp_path / "images"), "--seeds", seeds]) == 2
-    assert capsys.readouterr().err == f"error: --seeds {seeds}: image seeds must lie in [0, 2^32)\n"
+    assert capsys.readouterr().err == f"error: --seeds {seeds}: the numbers must lie in [0, 2^32)\n"

@@ -266,6 +266,8 @@ def _fit(
 def _average(a: argparse.Namespace) -> None:
     from lightning_tdisent.sampling.averages import reconstruct
 
+    if a.out.suffix != ".safetensors":
+        raise InputError(f"--out {a.out}: weights are read from files named .safetensors; name it so")
     if a.out.exists():
         raise InputError(f"--out {a.out} is there already; choose another name")
     error = reconstruct(a.run_folder, a.sigma_rel, a.out, a.step)
@@ -304,6 +306,8 @@ def _sources(names: Sequence[str]) -> Iterator[list[Path]]:
 def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
     from lightning_tdisent.sampling.composite import compose
 
+    if not files:
+        raise InputError(f"{', '.join(a.experts)}: no finished expert to compose")
     if a.merge is not None:
         if a.fill is not None or a.allow_mismatch:
             raise InputError("--merge wants experts that are all there and alike: leave --fill and --allow-mismatch")
@@ -325,6 +329,8 @@ def _merge(a: argparse.Namespace, files: list[Path]) -> None:
     from lightning_tdisent.sampling.merge import merge
     from lightning_tdisent.streaming.shards import load
 
+    if a.n < 1:
+        raise InputError(f"-n {a.n}: at least 1 image")
     use_device(a.device)
     shape = read_card(files[0]).shape
     data = load(a.merge_data, a.merge_split, shape[0], a.n) if a.merge_data else None

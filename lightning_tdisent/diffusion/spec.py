@@ -81,6 +81,15 @@ def changed(data: Any) -> list[str]:
     return lines + [line for value in data.values() for line in changed(value)]
 
 
+def _built(value: Any) -> Any:
+    """An argument with the parts that it describes built, at any depth of lists and mappings."""
+    if isinstance(value, list):
+        return [_built(one) for one in value]
+    if isinstance(value, dict):
+        return build(value, Part) if "class_path" in value else {key: _built(one) for key, one in value.items()}
+    return value
+
+
 def _files(part: Part, init_args: dict[str, Any]) -> dict[str, str]:
     """Digests of the files that arguments name, each taken once in the life of a part: it has read them by then."""
     known = vars(part).get("_digests", {})
@@ -216,8 +225,7 @@ def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
         raise InputError(f"{path} is no {base.__name__}.{nearest(name, names)}")
     if lines := changed({"class_path": path, "files": data.get("files", {})}):
         raise InputError("; ".join(lines))
-    built = {k: build(v, Part) if isinstance(v, dict) and "class_path" in v else v for k, v in arguments.items()}
     try:
-        return cls(**built)
+        return cls(**{name: _built(value) for name, value in arguments.items()})
     except TypeError as error:
         raise InputError(f"{path} cannot be built from {arguments}: {error}") from error

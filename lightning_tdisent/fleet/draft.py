@@ -169,6 +169,7 @@ def _for_rows(data: Any, blocks: Sequence[Sequence[int]], S: int, file: str) -> 
     if not isinstance(data, dict):
         raise InputError(f"{file}: for_rows: expected a mapping of FIRST..LAST to config keys, got {data!r}")
     out: list[dict[str, Any]] = [{} for _ in blocks]
+    said: list[dict[str, str]] = [{} for _ in blocks]  # by which range
     for key, chosen in data.items():
         first, _, last = str(key).partition("..")
         if not first.isdigit() or not (last or first).isdigit() or not 1 <= int(first) <= int(last or first) <= S:
@@ -181,7 +182,14 @@ def _for_rows(data: Any, blocks: Sequence[Sequence[int]], S: int, file: str) -> 
             if any(inside) and not all(inside):
                 raise InputError(f"{file}: for_rows: {key} cuts the rows {list(rows)} of one expert")
             if all(inside):
+                for name in chosen:
+                    if name in out[k] and out[k][name] != chosen[name]:
+                        raise InputError(
+                            f"{file}: for_rows: {name} of rows {list(rows)} is {out[k][name]!r} by {said[k][name]} and "
+                            f"{chosen[name]!r} by {key}; let one range say it"
+                        )
                 out[k] |= chosen
+                said[k] |= dict.fromkeys(chosen, str(key))
     return out
 
 

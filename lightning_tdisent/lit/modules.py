@@ -241,12 +241,10 @@ class Diffusion(Part, DenoiserModule):
 
     @cached_property
     def network_is_random(self) -> bool:
-        """Whether the network draws from the global generator (dropout)."""
-        network = self.denoiser.network
-        share: Any = getattr(network, "dropout", 0.0)
-        return (isinstance(share, float) and share > 0) or any(
-            isinstance(m, _DropoutNd) and m.p > 0 for m in network.modules()
-        )
+        """Whether the network draws from the global generator: dropout, by its argument or in any of its layers."""
+        layers = self.denoiser.network.modules()
+        named = bool(getattr(self.denoiser.network, "dropout", 0.0))
+        return named or any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in layers)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Noise the batch to rows owned, and take the loss of each image."""

@@ -183,8 +183,8 @@ def merge(
     if "shape" in cards[0].states["init_args"]:
         raise InputError("experts of components are not merged: their errors count in no one unit")
     refuse_unfit([str(file) for file in files], [_facts(card) for card in cards])
-    if (out / MANIFEST).exists():
-        raise InputError(f"{out} already holds a composite; remove it or choose another folder")
+    if (out / MANIFEST).exists() or (out.suffix == ".zip" and out.exists()):
+        raise InputError(f"{out} already holds a composite; remove it or choose another name")
     given = _given(weights, cards)
     if not 1 <= k <= min(len(files) - 1, sum(w > 0 for w in given)):
         raise InputError(f"--merge {k}: fewer networks than {len(files)} experts, each with an expert of weight > 0")
@@ -269,7 +269,13 @@ def _images(data: ImageSet, card: Card, device: str) -> Images:
     x0 = from_uint8(batch["image"]) if "image" in batch else batch["latent"][:, 0].float()
     if list(x0.shape[1:]) != network["shape"]:
         raise InputError(f"--merge-data: its images are {list(x0.shape[1:])}, the experts make {network['shape']}")
-    return Images(x0.to(device), batch["id"].tolist(), batch["label"].to(device) if network.get("classes") else None)
+    classes, label = network.get("classes"), batch["label"]
+    if classes and not 0 <= int(label.min()) <= int(label.max()) < classes:
+        raise InputError(
+            f"--merge-data: its labels run from {int(label.min())} to {int(label.max())} (-1: none), the experts have "
+            f"classes 0 to {classes - 1}"
+        )
+    return Images(x0.to(device), batch["id"].tolist(), label.to(device) if classes else None)
 
 
 def _joined(members: Sequence[Denoiser]) -> Denoiser:

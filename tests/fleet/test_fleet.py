@@ -411,3 +411,10 @@ def test_the_board_tells_training_silent_waiting_and_dead_apart(planned):
     assert "A &lt;fleet&gt;" in text
     assert text.count("<b>expert_") == 4
     assert "width:50.0%" in text
+
+
+def test_a_fleet_without_finished_experts_is_not_composed(planned, tmp_path, capsys):
+    fleet = planned()
+    for more in ([], ["--merge", "2"]):
+        assert main(["compose", str(fleet.root), "--out", str(tmp_path / "out"), *more]) == 2
+        assert "no finished expert to compose" in capsys.readouterr().err

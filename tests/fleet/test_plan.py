@@ -203,6 +203,10 @@ def test_a_changed_config_or_table_is_refused(planned):
         ({"experts": 5}, "5 owners cannot share 4 rows"),
         ({"experts": 2, "rows": [[1, 2, 3, 4]]}, "experts and rows are both given"),
         ({"rows": [[1], [2], [4]]}, "row 3 is owned by no expert"),
+        (
+            {"for_rows": {"1..2": {"model.lr": 0.1}, "2": {"model.lr": 0.2}}},
+            "model.lr of rows [2] is 0.1 by 1..2 and 0.2 by 2",
+        ),
         ({"for_rows": {"1..9": {}}}, "'1..9' is no range FIRST..LAST within 1..4"),
         ({"experts": 2, "for_rows": {"2..3": {}}}, "cuts the rows [1, 2] of one expert"),
         ({"budget": {"images": 20}}, "20 images for the experts are less than a batch of 8 for each of the 4"),

@@ -358,3 +358,12 @@ def test_the_losses_logged_are_the_means_per_state(tiny, data, trainer, tmp_path
 def test_objective_default_is_v(tiny):
     assert isinstance(Baseline(tiny()).objective, V)
     assert isinstance(Baseline(tiny()).denoiser, Denoiser)
+
+
+def test_dropout_is_found_in_any_layer(tiny):
+    """What draws from the global generator is seeded at every step, whatever its argument is called."""
+    for p, random in ((0.0, False), (0.1, True)):
+        network = tiny()
+        network.regulariser = torch.nn.Sequential(torch.nn.Dropout2d(p))
+        assert ReducedStates(network, LatentStates(S=4)).network_is_random is random
+    assert ReducedStates(tiny(dropout=0.1), LatentStates(S=4)).network_is_random

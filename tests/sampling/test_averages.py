@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_tdisent.cli import main
 from lightning_tdisent.diffusion.objectives import Eps, V
 from lightning_tdisent.diffusion.schedules import Cosine, Linear
 from lightning_tdisent.diffusion.states import LatentStates
@@ -462,3 +463,11 @@ def test_buffers_are_not_averaged_but_those_of_the_step(tmp_path, states, card_o
     assert int(found.seen) == 30
     assert found.mask.tolist() == [True, False]
     assert torch.equal(found.scale, torch.tensor([0.25, -3.0, 1e4]))
+
+
+@pytest.mark.parametrize("name", ["average", "average.ckpt", "average.pt"])
+def test_a_name_that_nothing_reads_as_weights_is_refused(run, tmp_path, capsys, name):
+    argv = ["average", str(run), "--sigma-rel", "0.1", "--out", str(tmp_path / name)]
+    assert main(argv) == 2
+    assert f"{name}: weights are read from files named .safetensors" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_tdisent.cli import main
 from lightning_tdisent.diffusion.objectives import X0, V
 from lightning_tdisent.diffusion.process import noise, step
 from lightning_tdisent.diffusion.rng import seed_noise
@@ -428,3 +429,34 @@ def test_a_damaged_expert_is_refused_and_leaves_nothing(files, spoil, tmp_path):
     spoil(files[3])
     assert "e4.safetensors: damaged" in refusal(files, tmp_path / "out" / "m", 2)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_images_that_cannot_be_searched_on_are_refused_before_the_work(pixels, write, tmp_path, states):
+    labels = torch.tensor([0, 1, -1])
+    data = ImageSet(torch.zeros(3, *SHAPE, dtype=torch.uint8), labels, "any")
+    files = [write(f"c{s}", pixels(0.5, [s], classes=2)) for s in states.rows]
+    with pytest.raises(InputError, match=r"its labels run from -1 to 1 \(-1: none\), the experts have classes 0 to 1"):
+        merge(files, tmp_path / "out", 2, "search", data=data)
+
+
+def test_a_merged_composite_is_exported_and_draws_the_same(files, tmp_path, monkeypatch):
+    """compose --merge, then export, then load: bit for bit; a name in use is refused before anything is averaged."""
+    merge(files, tmp_path / "merged", 2)
+    from lightning_tdisent.sampling.export import export
+
+    one, two = (
+        load_model(folder)[0] for folder in (tmp_path / "merged", export(tmp_path / "merged", tmp_path / "out"))
+    )
+    assert torch.equal(DDIM()(one, [0, 1]), DDIM()(two, [0, 1]))
+    merge(files, tmp_path / "merged.zip", 2)
+    monkeypatch.setattr("lightning_tdisent.sampling.merge.average", None)
+    for name in ("merged", "merged.zip"):
+        with pytest.raises(InputError, match="already holds a composite"):
+            merge(files, tmp_path / name, 2)
+
+
+def test_merging_nothing_or_on_no_images_is_refused_in_one_line(files, tmp_path, capsys, digits):
+    words = ["compose", *map(str, files), "--merge", "2", "--out", str(tmp_path / "out"), "--merge-data", str(digits)]
+    for n in ("0", "-3"):
+        assert main([*words, "-n", n]) == 2
+        assert capsys.readouterr().err == f"error: -n {n}: at least 1 image\n"
