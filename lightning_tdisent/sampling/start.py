@@ -1,6 +1,7 @@
 """Where sampling starts: a prior fitted at a row, kept with its card, and a model cut off there (2206.05173)."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,9 +21,9 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.priors.prior import Prior, StandardNormal
-from lightning_tdisent.sampling.composite import find_files, load_model
+from lightning_tdisent.sampling.composite import find_files, holds_weights, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
-from lightning_tdisent.sampling.expert import Card, read_card
+from lightning_tdisent.sampling.expert import Card, read_card, sha256
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import DDIM, from_uint8
 from lightning_tdisent.streaming.decode import Decoder, side_of
@@ -313,15 +314,18 @@ class Implicit(Prior):
     """Samples of another model, noised to the row: a start without a density (2205.12524, 2202.09671).
 
     source: a run, a file of weights or a composite, whose chain is walked in ``steps`` steps of DDIM; or the folder of
-    a diffusers AutoencoderKL, whose latents are drawn from N(0, I).
+    a diffusers AutoencoderKL, whose latents are drawn from N(0, I). sha256: of the source's weights, taken at the fit;
+    a prior that is read again refuses a source of other weights.
     """
 
     has_density = False
     levels: Tensor
 
-    def __init__(self, source: str, steps: int | None = None, shape: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, source: str, steps: int | None = None, shape: Sequence[int] | None = None, sha256: str | None = None
+    ) -> None:
         super().__init__(shape)
-        self.source, self.steps = source, steps
+        self.source, self.steps, self.sha256 = source, steps, sha256
         self.register_buffer("levels", torch.zeros(2, dtype=torch.float64))
         self._source: tuple[Any, ...] = ()  # no submodule: its weights are in their own files
 
@@ -329,7 +333,11 @@ class Implicit(Prior):
         """Keep a and b; refuses a source of other images than the data."""
         super().fit(x0, a, b, eps)
         self.levels = torch.tensor([a, b], dtype=torch.float64)
+        found = _digest(self.source)
         self._source = self._source or _open_source(self.source)
+        if self.sha256 not in (None, found):
+            raise InputError(f"prior Implicit: sha256 {self.sha256} was given, {self.source} has {found}; leave it out")
+        self.sha256 = found
         if getattr(self._source[0], "classes", None):
             raise InputError(f"prior Implicit: {self.source} wants classes, which a start has none of")
         made = list(self._images(range(2)).shape[1:])
@@ -349,7 +357,13 @@ class Implicit(Prior):
         return scale(a, self._images(seeds)) + scale(b, seed_noise(seeds, stream, self.shape))
 
     def _images(self, seeds: Iterable[int]) -> Tensor:
-        self._source = self._source or _open_source(self.source)
+        if not self._source:
+            if self.sha256 is not None and (found := _digest(self.source)) != self.sha256:
+                raise InputError(
+                    f"prior Implicit: the weights of {self.source} have the sha256 {found[:12]}.., it was fitted with "
+                    f"{self.sha256[:12]}..; put them back, or fit it anew"
+                )
+            self._source = _open_source(self.source)
         model, latent = self._source
         each = []
         for seed in seeds:  # one at a time: in a batch the last bits would change with the company
@@ -361,6 +375,14 @@ class Implicit(Prior):
             z = noise / model.config.scaling_factor + (getattr(model.config, "shift_factor", None) or 0.0)
             each.append(model.decode(z).sample.clamp(-1, 1))
         return torch.cat(each)
+
+
+def _digest(source: str) -> str:
+    """SHA-256 of the weights behind a source: of the one file, or of the digests of several."""
+    autoencoder = (Path(source) / "config.json").is_file() and not holds_weights(Path(source))
+    files = sorted(Path(source).glob("*.safetensors")) if autoencoder else find_files(source)
+    digests = [sha256(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _open_source(source: str) -> tuple[Any, list[int] | None]:

@@ -222,6 +222,12 @@ def test_an_implicit_start_is_another_model_s_image_noised_to_the_row(model, wri
         fit_prior(Implicit(str(source)), states, 3, torch.zeros(2, 1, 4, 4), "data")
     with pytest.raises(InputError, match="no density"):
         prior.log_prob(images)
+    write("source", model(rows=[1, 2, 3, 4], seed=8), data="data")  # another model under the same name
+    with pytest.raises(InputError, match=r"source\.safetensors: .*Implicit was made with a file of sha256"):
+        load_prior(tmp_path / "implicit")
+    of_a_folder = build(spec(prior) | {"files": {}}, Implicit)  # as where the source is a run or a composite
+    with pytest.raises(InputError, match=r"the weights of .*source.* have the sha256 .* it was fitted with"):
+        of_a_folder.sample(range(2), 750)
 
 
 def test_an_autoencoder_may_be_the_start(tmp_path):
