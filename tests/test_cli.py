@@ -42,6 +42,16 @@ MISTAKES = [
     (["--model.objective", "W"], ["--model.objective", "'W'"]),
     (["--model.objective.weight", "MinSnr"], ["--model.objective.weight", "'MinSNR'"]),
     (["--model.sampler", "DDMI"], ["--model.sampler", "'DDIM'"]),
+    (["--model.network", "lightning_tdisent.networks.unet.UNett"], ["--model.network", "no class", "'UNet'"]),
+    (["--model.network", "lightning_tdisent.networks.unett.UNet"], ["--model.network", "no class", "'UNet'"]),
+    (["--model.network", "my_nett.Net"], ["--model.network: there is no class 'my_nett.Net'", "PYTHONPATH"]),
+    (["--model.network", "torch.nn.Conv2d"], ["--model.network: torch.nn.Conv2d is no Network. ", "DiT", "UNet"]),
+    (["--model.network", "DDIM"], ["--model.network: there is no class 'DDIM'", "DiT", "UNet"]),
+    (["--model.objective", "lightning_tdisent.Epss"], ["--model.objective: there is no class", "'Eps'"]),
+    (["--model", "lightning_tdisent.ReducedState"], ["--model: there is no class", "'ReducedStates'"]),
+    (["--trainer.logger", "CSVLoger"], ["--trainer.logger", "'CSVLogger'"]),
+    (["--trainer.callbacks", "torch.nn.Linear"], ["--trainer.callbacks: torch.nn.Linear is no Callback"]),
+    (["--trainer.enable_checkpointing", "false"], ["trainer.enable_checkpointing", "checkpoint.keep"]),
     (["--data", "ImageShard"], ["--data", "'ImageShards'"]),
     (["--data.batch_siz", "3"], ["--data.batch_siz", "'batch_size'"]),
     (["--data.channels", "2"], ["channels", "1 or 3", "2"]),
@@ -69,6 +79,31 @@ def test_a_mistake_on_the_command_line(words, named, capsys, tmp_path):
     line = refusal(capsys, "fit", "--config", BASE, "--trainer.max_steps", 1, *words, "--run", tmp_path / "run")
     assert all(name in line for name in named), line
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["--model.states.S", "null"], "states.init_args.S", None),
+        (["--model.states.S=null"], "states.init_args.S", None),
+        (["--model.states.S", "~"], "states.init_args.S", None),
+        (["--model.init_args.states.init_args.S", "null"], "states.init_args.S", None),
+        (["--model.network.classes", "null"], "network.init_args.classes", None),
+        (["--model.sampler", "DPMSolver", "--model.sampler.steps=null"], "sampler.init_args.steps", None),
+        (["--model.network", "{init_args: {classes: null}}"], "network.init_args.classes", None),
+        (["--model.warm_start", "None"], "warm_start", "None"),  # a word
+        (["--model.states.S", "null", "--model.states.S", "4"], "states.init_args.S", 4),
+    ],
+)
+def test_a_null_on_the_command_line_is_one_at_any_depth(words, key, value):
+    from lightning_tdisent.lit.entry import Parsed, run
+
+    class Unbuilt(Parsed):
+        def instantiate_classes(self):
+            pass
+
+    config = run(["fit", "--config", BASE, *words], cls=Unbuilt).config.fit.model.init_args
+    assert config[key] == value
 
 
 FILES = {

@@ -58,6 +58,25 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         raise InputError(explain(str(message), self.argv, self.files, self)) from None
 
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        """Parse; a null in the value of a nested option stays one.
+
+        jsonargparse hands such a value to the parser of the class as Python's text, ``None``, which is no null in YAML.
+        """
+        if getattr(self, "_inner_parser", False) and args is not None:
+            args = [self._as_typed(word) if "None" in word else word for word in args]
+        return super().parse_args(args, *rest, **options)
+
+    def _as_typed(self, word: str) -> str:
+        """Return ``--key=value`` with the value as the command line has it, if it is the same one."""
+        key, _, value = word.partition("=")
+        for option, typed in typed_values(self.argv):
+            if f".{option}".replace(".init_args", "").endswith(f".{key[2:]}".replace(".init_args", "")):
+                with contextlib.suppress(yaml.YAMLError):
+                    if str(yaml.safe_load(typed)) == value:
+                        return f"{key}={typed}"
+        return word
+
     argv: Sequence[str] = ()
     files: Sequence[Path] = ()
 
@@ -335,6 +354,14 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="diffusers|torch|lightning|jsonargparse")
     for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed", "pytorch.trainer.connectors"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+
+
+def typed_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the options of a command line and their values: ``--key value`` and ``--key=value``."""
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            yield key, value if equals else after
 
 
 def _config_files(argv: Sequence[str]) -> list[Path]:

@@ -1,9 +1,10 @@
 """Turns jsonargparse's nested messages into one line: file, line, key, what was wrong, the nearest right word."""
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jsonargparse
 import yaml
@@ -29,11 +30,8 @@ def explain(message: str, argv: Sequence[str], files: Sequence[Path], parser: js
         name = owner[-1].rpartition(".")[2] if owner else "the program"
         takes = f" {name} takes: {', '.join(allowed)}." if owner else ""
         return f"{place(f'{where}.{key}', argv, files)}: {name} has no option {key!r}.{nearest(key, allowed)}{takes}"
-    if match := re.search(r"dot import path string: (\S+)", message):
-        names = sorted({c.__name__ for c in _classes()})
-        return (
-            f"{place(where, argv, files)}: there is no class {match[1]!r}.{nearest(match[1].rpartition('.')[2], names)}"
-        )
+    if line := _no_such_class(message):
+        return f"{place(where, argv, files)}: {line}"
     if match := re.search(r'Key "?\'?([\w.]+)"?\'? is required|"?([\w.]+)"? is required|required: ([\w.]+)', message):
         key = next(g for g in match.groups() if g).replace(".init_args", "")
         return f"{place(where, argv, files)}: the option {key} is required and not given"
@@ -79,14 +77,53 @@ def _options(parser: jsonargparse.ArgumentParser) -> set[str]:
     return found
 
 
-def _classes() -> Iterator[type]:
+def _no_such_class(message: str) -> str | None:
+    """Return what is wrong with the name of a class, with the nearest right one; None if that is not the trouble."""
+    forms = (
+        r"dot import path string: (?P<path>\S+)",
+        r"given class_path '(?P<path>[^']+)':\s+(?P<why>(?:module '[^']*' has no attribute|No module named) '[^']*')",
+        r"Import path (?P<path>\S+ )?does not correspond to a subclass of (?P<base>\w+)",
+    )
+    if (match := next(filter(None, (re.search(form, message) for form in forms)), None)) is None:
+        return None
+    found, base = match.groupdict(), _base(message[: match.start()])
+    given = re.search(r"Given value: (\S+)", message[match.end() :])
+    path = (found["path"] or (given[1] if given else "the value")).strip()
+    names = sorted({cls.__name__ for cls in _classes(base)})
+    why = found.get("why") or ""
+    if "No module" in why and not path.startswith(f"{__package__.partition('.')[0]}."):
+        return f"there is no class {path!r} ({why}). A module of your own must lie in a folder of PYTHONPATH"
+    near = nearest(path.rpartition(".")[2], names)
+    choices = f" There are: {', '.join(names)}" if base and not near else ""
+    return (f"{path} is no {found['base']}." if found.get("base") else f"there is no class {path!r}.") + near + choices
+
+
+def _base(before: str) -> type | None:
+    """Return the class that is asked for where a message ends: the type last named, or that of the owner's argument."""
+    types = list(re.finditer(r"Subtypes: \[(?:list\[)?(?:<class ')?([\w.]+)", before))
+    keys = list(re.finditer(r'Parser key "([\w.]+)"', before))
+    owners = re.findall(r"given class_path '([^']+)'", before)
+    if types and (not keys or types[-1].start() > keys[-1].start()):
+        return _resolve(types[-1][1])
+    if not (keys and owners):
+        return None
+    for cls in _resolve(owners[-1]).__mro__:
+        hint = get_type_hints(vars(cls)["__init__"]).get(keys[-1][1]) if "__init__" in vars(cls) else None
+        if isinstance(hint, type):
+            return hint
+    return None
+
+
+def _classes(base: type | None) -> Iterator[type]:
+    """Yield the public subclasses of a class, or of all that a config may name."""
     import lightning.pytorch as L
 
-    waiting: list[type] = [Part, L.LightningModule, L.LightningDataModule, L.Callback]
+    waiting: list[type] = [base] if base else [Part, L.LightningModule, L.LightningDataModule, L.Callback]
     while waiting:
         cls = waiting.pop()
         waiting += cls.__subclasses__()
-        if cls.__module__.startswith(("lightning_tdisent", "lightning.pytorch.callbacks")):
+        ours = cls.__module__.startswith(("lightning_tdisent", "lightning.pytorch.callbacks"))
+        if (base or ours) and not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
             yield cls
 
 
