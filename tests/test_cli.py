@@ -1,12 +1,14 @@
 import json
+import os
 import re
 
 import pytest
 import torch
 
-from lightning_tdisent.cli import main
+from lightning_tdisent.cli import fits, main
 from lightning_tdisent.diffusion.objectives import Eps, V
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.modules import ReducedStates, SingleState
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.expert import save_expert
@@ -368,6 +370,23 @@ def test_a_class_of_ones_own_needs_its_import(tmp_path, capsys, monkeypatch):
     argv = ["sample", str(tmp_path / "run"), "--out", str(tmp_path / "x"), "--seeds", "0:2"]
     assert "--import my_net" in refusal(capsys, *argv)
     assert main([*argv, "--import", "my_net"]) == 0
+
+    (tmp_path / "my_other.py").write_text(source.replace("Mine", "Other"))
+    words[1] = "Other"  # a short name, known once its module is imported
+    fit = ["fit", "--config", BASE, *words, "--trainer.callbacks", "[]", "--run", str(tmp_path / "other")]
+    assert "there is no class 'Other'" in refusal(capsys, *fit)
+    assert "--import my_othr: No module named 'my_othr'" in refusal(capsys, *fit, "--import", "my_othr")
+    assert main([*fit, "--import", "my_other"]) == 0
+
+
+def test_workers_import_what_their_parent_was_told_to(tmp_path, capsys, monkeypatch):
+    (tmp_path / "my_worker.py").write_text("raise ImportError('as a worker would')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("TDISENT_IMPORT", "my_worker")
+    with pytest.raises(InputError, match="--import my_worker: as a worker would"):
+        fits([["fit"]], [lambda *_: None])
+    assert main(["data", "inspect", "nowhere", "--import", "json"]) == 2
+    assert "TDISENT_IMPORT" not in os.environ  # set while the command runs
 
 
 @pytest.mark.parametrize("seeds", ["-3:5", "-5:-3", f"0:{2**32 + 1}"])

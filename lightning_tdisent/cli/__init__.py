@@ -1,12 +1,14 @@
 """The commands: wiring only. Nothing heavy is imported before a command needs it, so that help is instant."""
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from lightning_tdisent import __version__
 from lightning_tdisent.cli import data, fleets, models
+from lightning_tdisent.cli.terminal import IMPORTED, import_modules
 from lightning_tdisent.cli.trainings import describe, fits
 from lightning_tdisent.errors import NAMED, Crashed, InputError, nearest
 from lightning_tdisent.files import expand_word
@@ -14,7 +16,7 @@ from lightning_tdisent.files import expand_word
 __all__ = ["describe", "fits", "main", "parser"]
 
 LIGHTNING = {
-    "fit": "train one module: --config FILE [--config OVERLAY ..] [--run FOLDER]",
+    "fit": "train one module: --config FILE [--config OVERLAY ..] [--run FOLDER] [--import MODULE]",
     "validate": "held-out errors, quality and pictures of a checkpoint or composite",
     "test": "the same, logged as test",
     "predict": "write images of seeds with a LightningModule",
@@ -46,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and argv[0] in LIGHTNING:
             from lightning_tdisent.lit.entry import run
 
+            options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            options.add_argument("--import", dest="imports", action="append", default=[])
+            found, argv = options.parse_known_args(argv)
+            import_modules(found.imports)
             run(argv)
             return 0
         if argv and not argv[0].startswith("-"):
@@ -55,11 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"there is no command {argv[0]!r}.{nearest(argv[0], known)} Commands: {', '.join(known)}"
                 )
         arguments = parser().parse_args(argv)
-        for module in arguments.imports:
-            try:
-                __import__(module)
-            except ImportError as error:
-                raise InputError(f"--import {module}: {error}") from None
+        import_modules(arguments.imports)
         arguments.run(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -77,4 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return Crashed.code
+    finally:
+        os.environ.pop(IMPORTED, None)
     return 0

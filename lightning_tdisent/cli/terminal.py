@@ -1,8 +1,9 @@
 """What several commands share: the terminal, the device, and options that many have."""
 
 import argparse
+import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 Run = Callable[[argparse.Namespace], None]
 Commands = argparse._SubParsersAction
+IMPORTED = "TDISENT_IMPORT"  # environment variable
 
 
 def command(commands: Commands, name: str, run: Run, text: str) -> argparse.ArgumentParser:
@@ -22,6 +24,22 @@ def command(commands: Commands, name: str, run: Run, text: str) -> argparse.Argu
     out.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE",
                      help="import your module first, so that files may name its classes")  # fmt: skip
     return out
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import a user's modules here, and in the worker processes that this one starts (`imported_by_parent`)."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise InputError(f"--import {name}: {error}") from None
+    if names:
+        os.environ[IMPORTED] = ",".join(names)
+
+
+def imported_by_parent() -> list[str]:
+    """Return the modules that the parent of this process was told to import."""
+    return [name for name in os.environ.get(IMPORTED, "").split(",") if name]
 
 
 def use_device(name: str) -> None:

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool = False) -> list[BaseException | None]:
     """Run `fit` command lines in a worker process, in step if they are several; see `lit.together`."""
+    from lightning_tdisent.cli.terminal import import_modules, imported_by_parent
     from lightning_tdisent.lit.callbacks.curve import Curve
     from lightning_tdisent.lit.callbacks.progress import StepProgress
     from lightning_tdisent.lit.entry import run
 
+    import_modules(imported_by_parent())
     callbacks = [[StepProgress(report), Curve()] for report in reports]
     if len(argvs) > 1:
         from lightning_tdisent.lit.together import together
