@@ -299,7 +299,7 @@ def measure(name: str, warm: int, pairs: int, device: str, folder: Path) -> Inte
         logger=TensorBoardLogger(run, name="", version="", default_hp_metric=False),
         callbacks=[  # in the order of `fit`; StepProgress reports as in the jobs of a fleet and draws no bar
             Export(),
-            StepProgress(report=lambda step, steps: None),
+            StepProgress(report=lambda step, steps, numbers: None),
             EMA(decay=DECAY),
             LossPerState(),
             Guard(),
