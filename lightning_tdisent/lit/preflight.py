@@ -1,6 +1,7 @@
 """The preflight of a fit: whatever the run will need later is tried once, before its first step."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.ranks import shared_errors
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.observations import observed
-from lightning_tdisent.sampling.sampler import to_uint8
+from lightning_tdisent.sampling.sampler import Sampler, to_uint8
 from lightning_tdisent.streaming.shards import ImageSet
 
 if TYPE_CHECKING:
@@ -112,14 +113,16 @@ def _copied(denoiser: Any) -> Any:
 def _sampled(module: "Diffusion", batch: dict[str, Any] | None) -> Tensor:
     """Images of two seeds along the first and the last rows of the sampler's path."""
     denoiser, sampler = module.denoiser, module.sampler
-    rows = sampler.rows(denoiser.states)
-    if len(rows) > EVALUATIONS:
-        rows = rows[: EVALUATIONS // 2] + rows[-(EVALUATIONS // 2) :]
+    options: dict[str, Any] = {}
     blank = torch.zeros(N, *denoiser.shape, dtype=torch.uint8)
     image = blank if batch is None else batch.get("image", blank).cpu()
-    given = observed(denoiser.states, image, N)
+    if (given := observed(denoiser.states, image, N)) is not None:
+        options["given"] = given
+    if type(sampler).walk is Sampler.walk and len(rows := sampler.rows(denoiser.states)) > EVALUATIONS:
+        options["rows"] = rows[: EVALUATIONS // 2] + rows[-(EVALUATIONS // 2) :]
     label = torch.zeros(N, dtype=torch.long) if denoiser.classes else None
-    *_, (_, x, _) = sampler.walk(denoiser, range(N), label, given=given, rows=rows)
+    walk = sampler.walk(denoiser, range(N), label, **options)  # one that is written anew is cut short
+    *_, (_, x, _) = itertools.islice(walk, EVALUATIONS + 1)
     return to_uint8(denoiser.states.picture(x))
 
 

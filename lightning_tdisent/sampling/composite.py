@@ -22,7 +22,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.sampling.bundle import pack, unpacked
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import PARENT, Card, check_finite, load_expert, read_card, sha256
+from lightning_tdisent.sampling.expert import PARENT, Card, check_finite, fitting_pieces, load_expert, read_card, sha256
 from lightning_tdisent.sampling.residency import Member, PassingExpert, Residency, passing
 
 MANIFEST = "composite.json"
@@ -279,6 +279,7 @@ def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = Non
     missing = refuse_unfit([str(p) for p in files], facts, fill is not None, allow)
     filler = _find_filler(fill, cards[0], missing) if fill else None
     _read_cards(files, verify=True)
+    _refuse_unloadable(files, cards)
     for file in files:
         check_finite(file)
     out = Path(out)
@@ -322,6 +323,22 @@ def recompose(paths: Sequence[str | Path], out: Path) -> bool:
             old.unlink()
     compose(paths, out)
     return stale
+
+
+def _refuse_unloadable(files: Sequence[Path], cards: Sequence[Card]) -> None:
+    """Refuse files whose weights do not fit the networks of their cards, all at once; no weights are read."""
+    kinds: dict[str, Denoiser] = {}
+    problems = []
+    for path, card in zip(files, cards, strict=True):
+        try:
+            kind = json.dumps(card.network)
+            if kind not in kinds:
+                kinds[kind] = card.build(str(path))
+            fitting_pieces(path, kinds[kind])
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("these files could be composed, but not loaded:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 def _in_one_file(paths: Sequence[str | Path], out: Path, fill: str | None, allow: Sequence[str]) -> Path:

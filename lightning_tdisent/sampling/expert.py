@@ -268,6 +268,16 @@ def pieces(path: str | Path) -> list[Piece]:
     return sorted(found, key=lambda piece: piece.begin)
 
 
+def fitting_pieces(path: str | Path, denoiser: Denoiser) -> list[Piece]:
+    """Return the tensors of a file, which must be those of a denoiser by name and shape; no weights are read."""
+    found = pieces(path)
+    there = {piece.name: list(piece.shape) for piece in found}
+    here = {name: list(tensor.shape) for name, tensor in denoiser.state_dict().items()}
+    if odd := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
+        raise InputError(f"{path}: weights do not fit the network named in the file: {', '.join(odd[:8])}")
+    return found
+
+
 def _read_checkpoint(path: Path) -> tuple[Card, dict[str, Tensor]]:
     """Return the card in a training's checkpoint, and the first of its averages, or its live weights."""
     content = load(path)

@@ -20,7 +20,7 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import Card, Piece, check_finite, pieces
+from lightning_tdisent.sampling.expert import Card, Piece, check_finite, fitting_pieces
 
 Residency = Literal["resident", "offload", "stream"]
 ALIGN = 512  # bytes, that of the allocators or more: a kernel may sum in another order elsewhere
@@ -46,11 +46,8 @@ class PassingExpert(Denoiser):
 
     def __init__(self, network: Network, objective: Objective, member: Member, states: LatentStates) -> None:
         super().__init__(network, objective, states, member.rows)
-        self.path, self.stamp, self.pieces = member.path, _stamp(member.path), pieces(member.path)
-        there = {piece.name: list(piece.shape) for piece in self.pieces}
-        here = {name: list(tensor.shape) for name, tensor in self.state_dict().items()}
-        if odd := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
-            raise InputError(f"{self.path}: weights do not fit the network named in the file: {', '.join(odd[:8])}")
+        self.path, self.stamp = member.path, _stamp(member.path)
+        self.pieces = fitting_pieces(member.path, self)
 
     @property
     def network(self) -> Network:  # type: ignore[override]

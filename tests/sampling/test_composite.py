@@ -549,3 +549,14 @@ def test_an_expert_starts_warm_as_its_neighbour(model, write, nine):
     cosine = model(rows=[2], conditioning="none")
     cosine = write("cosine", Denoiser(cosine.network, V(), LatentStates(Cosine(), S=4), [2]))
     assert "trained with other noise levels" in refusal(start_warm, cold, str(cosine))
+
+
+def test_a_file_that_would_not_load_is_not_composed(model, write, forge, tmp_path):
+    good, bad = write("good", model(rows=[1, 2])), forge(model(rows=[3, 4]), _wider)
+    with pytest.raises(InputError, match=r"could be composed, but not loaded:\n.*weights do not fit .*network\.net"):
+        compose([good, bad], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _wider(card):
+    card["network"]["init_args"].update(channels=[16])
