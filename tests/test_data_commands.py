@@ -1,12 +1,16 @@
 """The commands `data ..`, as a user types them."""
 
 import json
+import tempfile
 
 import numpy as np
 import pytest
+import webdataset as wds
 from PIL import Image
 
 from lightning_tdisent.cli import main
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.lit.datamodule import ImageShards
 from lightning_tdisent.streaming.index import Index, path_of
 from lightning_tdisent.streaming.shards import load
 
@@ -116,8 +120,6 @@ def test_inspect_draws_what_is_there(digits, tmp_path, capsys, zipped):
 
 def test_inspect_shows_latents_and_what_cannot_be_decoded(tmp_path, capsys):
     import io
-
-    import webdataset as wds
 
     with wds.TarWriter(str(tmp_path / "train-0000.tar"), mtime=0) as shard:
         for i in range(5):
@@ -291,3 +293,78 @@ def test_large_classes_are_counted_in_little_memory(tmp_path, capsys):
             tar.write({"__key__": f"{k}", "png": png.getvalue(), "cls": str(label).encode()})
     assert main(["data", "inspect", str(tmp_path), "--out", str(tmp_path / "look.png")]) == 0
     assert "2 of 2,147,483,648, with 1 to 1 (class 5) samples each" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_index_of_a_folder_that_cannot_be_written_to_is_kept_elsewhere(digits, tmp_path, capsys, monkeypatch):
+    folder, elsewhere = tmp_path / "shards", tmp_path / "made" / "index"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}-0000.tar").write_bytes((digits / f"{split}-0000.tar").read_bytes())
+    make = tempfile.TemporaryFile
+
+    def read_only(dir):
+        if dir == folder:
+            raise OSError(30, "Read-only file system")
+        return make(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    assert main(["data", "index", str(folder)]) == 2
+    assert (
+        f"{folder} cannot be written to (Read-only file system): write the index elsewhere" in capsys.readouterr().err
+    )
+    for split in ("train", "test"):
+        assert main(["data", "index", str(folder), "--split", split, "--out", str(elsewhere)]) == 0
+        assert main(["data", "verify", str(folder), "--split", split, "--index", str(elsewhere)]) == 0
+    assert sorted(file.name for file in folder.iterdir()) == ["test-0000.tar", "train-0000.tar"]
+    data = ImageShards(str(folder), 1, index=str(elsewhere), batch_size=8)
+    data.setup("fit")
+    assert data.shards.index.hashed
+    assert len(data.held_out) == 297
+    (folder / "train-0000.tar").write_bytes(b"x" * 1536)
+    with pytest.raises(InputError, match=r"has 1,536 bytes, its index says"):
+        _ = ImageShards(str(folder), 1, index=str(elsewhere)).shards
+    with pytest.raises(InputError, match=r"is not there, as data.index says: .*data index .* --split train --out "):
+        _ = ImageShards(str(folder), 1, index=str(tmp_path)).shards
+    with pytest.raises(InputError, match=r"data.index: a.safetensors is a file; name its folder"):
+        ImageShards(str(folder), 1, index="a.safetensors")
+    file = tmp_path / "my.safetensors"
+    assert main(["data", "index", str(folder), "--split", "test", "--out", str(file)]) == 0
+    assert main(["data", "verify", str(folder), "--split", "test", "--index", str(file)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("members", "code", "message"),
+    [
+        (["jpg", "2.jpg"], 0, "not read: members KEY.2.jpg (3, first train-0000.tar/a0.2.jpg)"),
+        (["jpg", "json"], 0, "not read: members KEY.json (3, first train-0000.tar/a0.json)"),
+        (["input.jpg", "outputs.txt"], 2, "it has input.jpg, outputs.txt (the extension begins at the first dot"),
+        (["v2.jpg", "v2.cls"], 2, "no sample can be used: samples that cannot be used: 3 of 3, first train-0000.tar: "),
+        (["left.png", "right.png"], 2, "it has left.png, right.png"),
+        (["jpg", "png"], 2, "has 2 images (png, jpg), expected one: leave the others out"),
+    ],
+)
+def test_index_and_verify_say_what_they_do_not_read(members, code, message, tmp_path, capsys):
+    with wds.TarWriter(str(tmp_path / "train-0000.tar"), encoder=False) as shard:
+        for k in range(3):
+            shard.write({"__key__": f"a{k}", **{kind: f"{kind}{k}".encode() for kind in members}})
+    assert main(["data", "index", str(tmp_path)]) == code
+    said = capsys.readouterr()
+    assert message in (said.err if code else said.out)
+    assert (tmp_path / "train.index.safetensors").exists() == (code == 0)
+    if code == 0:
+        assert main(["data", "verify", str(tmp_path)]) == 0
+        assert message in capsys.readouterr().out
+
+
+def test_verify_does_not_call_classes_good_that_fit_refuses(tmp_path, capsys):
+    with wds.TarWriter(str(tmp_path / "train-0000.tar"), encoder=False) as shard:
+        for k, label in enumerate((b"1", b"-5", b"cat")):
+            shard.write({"__key__": f"a{k}", "png": b"%d" % k, "cls": label})
+    assert main(["data", "index", str(tmp_path)]) == 0
+    assert "samples that cannot be used: 2 of 3, first train-0000.tar: sample a1 " in capsys.readouterr().out
+    assert main(["data", "verify", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert (
+        "sample a1 (byte 2048): the class b'-5' is no number from 0 to 2,147,483,647 (2 samples cannot be" in said.out
+    )
+    assert "are not what they were, or cannot be used" in said.err

@@ -51,10 +51,13 @@ def add_commands(commands: Commands) -> None:
 
     i = add("index", _index, "write the index of shards, from which on they are verified and read one by one")
     i.add_argument("folder", help="of the shards, or its URL")
+    i.add_argument("--out", help="folder for the index, or NAME.safetensors, where that of the shards is read-"
+                   "only; fit is told of the folder by data.index")  # fmt: skip
     i.add_argument("--no-samples", action="store_true", help="one row per shard, for a corpus too large to list")
 
     v = add("verify", _verify, "read every byte and compare it with the index; exit code 1 if anything has changed")
     v.add_argument("folder", help="of the shards, or its URL")
+    v.add_argument("--index", help="the index, or its folder, where it is not that of the shards")
 
     n = add("inspect", _inspect, "contact sheet, histogram and classes, as PNG and in the terminal")
     n.add_argument("folder", help="of the shards, or its URL")
@@ -134,17 +137,18 @@ def _toy(a: argparse.Namespace) -> None:
 
 
 def _index(a: argparse.Namespace) -> None:
-    from lightning_tdisent.streaming.index import path_of
+    from lightning_tdisent.streaming.index import path_of, refuse_unwritable
     from lightning_tdisent.streaming.scan import build
     from lightning_tdisent.streaming.tars import find
 
-    files = find(a.folder, a.split)
+    files, file = find(a.folder, a.split), path_of(a.folder, a.split, a.out)
+    refuse_unwritable(file)
     with bar("shards") as progress:
         index = build(files, cores(a.jobs), progress, regions=not a.no_samples)
     if index.unusable[0] == len(index) and index.notes:  # the last note is of unusable samples, if there are some
         raise InputError(f"{a.folder} ({a.split}): no sample can be used: {index.notes[-1]}")
-    index.save(path_of(a.folder, a.split))
-    print(f"{path_of(a.folder, a.split)}: {len(index):,} samples in {len(files)} shards, digest {index.digest}")
+    index.save(file)
+    print(f"{file}: {len(index):,} samples in {len(files)} shards, digest {index.digest}")
     print("".join(f"{line}\n" for line in index.notes), end="")
 
 
@@ -152,7 +156,7 @@ def _verify(a: argparse.Namespace) -> None:
     from lightning_tdisent.streaming.verify import verify
 
     with bar("shards") as progress:
-        index, wrong = verify(a.folder, a.split, cores(a.jobs), progress)
+        index, wrong = verify(a.folder, a.split, cores(a.jobs), progress, a.index)
     for line in wrong[:20]:
         print(line)
     what = f"{a.folder} ({a.split})"

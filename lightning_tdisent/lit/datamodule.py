@@ -151,7 +151,8 @@ class ImageShards(L.LightningDataModule):
     to end, shuffled through a ``buffer`` of samples (sequential, for .tar.gz and for an index without samples).
 
     verify: compare every sample with the index when it is first read. on_bad_shard: stop at what is damaged, or skip
-    up to a share of ``bad_ceiling`` of the samples. seed: of the order, that of the run if not given.
+    up to a share of ``bad_ceiling`` of the samples. seed: of the order, that of the run if not given. index: the folder
+    of the index files, where it is not that of the shards (``data index --out``).
     """
 
     load_from_checkpoint = refuse_to_load
@@ -174,6 +175,7 @@ class ImageShards(L.LightningDataModule):
         on_bad_shard: Literal["stop", "skip"] = "stop",
         bad_ceiling: float = 1e-3,
         seed: int | None = None,
+        index: str | None = None,
     ) -> None:
         super().__init__()
         if channels not in (1, 3):
@@ -188,7 +190,9 @@ class ImageShards(L.LightningDataModule):
             raise InputError(f"data.access: auto, random or sequential, got {access}")
         self.path, self.batch_size, self.train, self.val = path, batch_size, train, val
         self.val_limit, self.resident, self.buffer, self.access = val_limit, resident, buffer, access
-        self.workers, self.seed, self.flip = workers, seed, flip
+        self.workers, self.seed, self.flip, self.index = workers, seed, flip, index
+        if index is not None and index.endswith(".safetensors"):
+            raise InputError(f"data.index: {index} is a file; name its folder, which has the index of each split")
         self.decoder, self.policy = Decoder(channels, size), Policy(on_bad_shard, bad_ceiling, verify)
         self._loader: ResumableLoader | None = None
         self._shared: Shared | None = None
@@ -211,18 +215,18 @@ class ImageShards(L.LightningDataModule):
 
     @property
     def _training(self) -> tuple[Any, ...]:
-        return (self.path, self.train, self.shards.decoder, self.policy)
+        return (self.path, self.train, self.shards.decoder, self.policy, self.index)
 
     @cached_property
     def held_out(self) -> ImageSet:
         """The held-out images in memory; what is damaged among them always stops."""
-        what = (self.path, self.val, self.decoder, Policy(verify=self.policy.verify))
+        what = (self.path, self.val, self.decoder, Policy(verify=self.policy.verify), self.index)
         return self._once((*what, self.val_limit), lambda: Shards.open(*what).decoded(self.val_limit))
 
     @cached_property
     def shards(self) -> Shards:
         """The training shards."""
-        return Shards.open(self.path, self.train, self.decoder, self.policy)
+        return Shards.open(self.path, self.train, self.decoder, self.policy, self.index)
 
     @cached_property
     def training(self) -> ImageSet:
@@ -244,7 +248,7 @@ class ImageShards(L.LightningDataModule):
         if split == self.train and self.resident:
             whole = self.training
             return ImageSet(whole.images[:limit], whole.labels[:limit], whole.digest)
-        return Shards.open(self.path, split, self.decoder, self.policy).decoded(limit)
+        return Shards.open(self.path, split, self.decoder, self.policy, self.index).decoded(limit)
 
     @property
     def image_shape(self) -> list[int]:
@@ -258,7 +262,7 @@ class ImageShards(L.LightningDataModule):
         """Refuse held-out images that are trained on; let samples have no other classes than the network knows."""
         if stage == "fit" and not (self.trainer and self.trainer.overfit_batches):
             what = f"data.train {self.train}, data.val {self.val}"
-            held_out = Shards.open(self.path, self.val, self.decoder, self.policy)
+            held_out = Shards.open(self.path, self.val, self.decoder, self.policy, self.index)
             refuse_shared(held_out, self.shards, what, "Name other splits, or their shards by patterns")
         module = self.trainer.lightning_module if self.trainer else None
         decoder = replace(self.decoder, classes=getattr(module, "classes", None))

@@ -10,6 +10,7 @@ row per shard, for a corpus whose samples are too many to list.
 import hashlib
 import json
 import re
+import tempfile
 import zlib
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -310,6 +311,25 @@ def _hash(table: str, arrays: dict[str, Array]) -> str:
     return total.hexdigest()
 
 
-def path_of(folder: str | Path, split: str) -> str:
-    """File of the index of a split."""
+def refuse_unwritable(file: str) -> None:
+    """Refuse, before the shards are read, an index file in a folder that cannot be written to."""
+    if is_remote(file):
+        return
+    folder = Path(file).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written to ({error.strerror or error}): write the index elsewhere with --out FOLDER, "
+            "and tell fit of it by data.index, verify by --index"
+        ) from None
+
+
+def path_of(folder: str | Path, split: str, index: str | Path | None = None) -> str:
+    """Return the file of the index of a split: beside the shards, or in the folder ``index`` (or this file itself)."""
+    if index is not None and str(index).endswith(".safetensors"):
+        return str(index)
+    folder = folder if index is None else index
     return f"{str(folder).rstrip('/')}/{re.sub(r'[^A-Za-z0-9_.-]+', '_', split)}.index.safetensors"

@@ -77,17 +77,28 @@ class Shards:
         self._verified: set[int] = set()
 
     @classmethod
-    def open(cls, path: str | Path, split: str, decoder: Decoder, policy: Policy = Policy()) -> Self:
-        """Those of a folder; refuses an index that does not fit them, and an empty split."""
-        urls, file = find(path, split), path_of(path, split)
+    def open(
+        cls,
+        path: str | Path,
+        split: str,
+        decoder: Decoder,
+        policy: Policy = Policy(),
+        where: str | Path | None = None,
+    ) -> Self:
+        """Those of a folder; refuses an index that does not fit them, and an empty split.
+
+        where: the folder of the index, if it is not that of the shards; the index has to be there.
+        """
+        urls, file = find(path, split), path_of(path, split, where)
         _opened.cache_clear()  # of files that may have been replaced since
         try:
             index = Index.load(file)
         except FileNotFoundError:
-            if is_remote(file):
+            if is_remote(urls[0]) or where is not None:
+                out = "" if where is None else f" --split {split} --out {where}"
+                why = "as data.index says" if where else "and shards in an object store are not read without it"
                 raise InputError(
-                    f"data.path: {file} is not there, and shards in an object store are not read without it: "
-                    f"python -m lightning_tdisent data index {path}"
+                    f"data.path: {file} is not there, {why}: python -m lightning_tdisent data index {path}{out}"
                 ) from None
             index = build(urls, hashed=False)
             if len(index) > 10_000:

@@ -12,7 +12,7 @@ from lightning_tdisent.streaming.tars import find, hash_file, is_remote, open_ta
 
 def matched(urls: Sequence[str], index: Index, file: str, sizes: bool) -> list[str]:
     """The shards in the order of their index; refuses others, and, by name, those of another length."""
-    again = f"make the index anew: python -m lightning_tdisent data index {file.rpartition('/')[0]}"
+    again = f"make the index anew: python -m lightning_tdisent data index {urls[0].rpartition('/')[0]}"
     there, listed = {url.rpartition("/")[2]: url for url in urls}, {shard.name for shard in index.shards}
     if listed != there.keys():
         other = min(listed ^ there.keys())
@@ -20,7 +20,7 @@ def matched(urls: Sequence[str], index: Index, file: str, sizes: bool) -> list[s
             f"{file} names {len(listed)} shards, the folder holds {len(there)}: {other} is only in the "
             f"{'index' if other in listed else 'folder'}. If that is right, {again}"
         )
-    for shard in index.shards if sizes and not is_remote(file) else ():
+    for shard in index.shards if sizes and not is_remote(urls[0]) else ():
         try:
             size = size_of(there[shard.name])
         except OSError as error:
@@ -67,9 +67,11 @@ def _faults(url: str, index: Index) -> Iterator[tuple[int, str]]:
         yield from ((lost, f"cannot be read: {error}") for lost in range(sample, len(sizes)))
 
 
-def verify(path: str | Path, split: str, jobs: int = 1, progress: Progress | None = None) -> tuple[Index, list[str]]:
-    """Read every byte of a split; its index, and what is wrong by shard and sample."""
-    urls, file = find(path, split), path_of(path, split)
+def verify(
+    path: str | Path, split: str, jobs: int = 1, progress: Progress | None = None, where: str | Path | None = None
+) -> tuple[Index, list[str]]:
+    """Read every byte of a split; its index (in the folder ``where``), and what is wrong by shard and sample."""
+    urls, file = find(path, split), path_of(path, split, where)
     try:
         index = Index.load(file)
     except FileNotFoundError:
