@@ -365,6 +365,6 @@ def test_verify_does_not_call_classes_good_that_fit_refuses(tmp_path, capsys):
     assert main(["data", "verify", str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert (
-        "sample a1 (byte 2048): the class b'-5' is no number from 0 to 2,147,483,647 (2 samples cannot be" in said.out
+        "sample a1 (byte 4096): the class b'-5' is no number from 0 to 2,147,483,647 (2 samples cannot be" in said.out
     )
     assert "are not what they were, or cannot be used" in said.err
