@@ -395,9 +395,11 @@ def _expert(entry: Any, where: str) -> Planned:
 
 def whole_steps(entry: dict[str, Any], where: str) -> int:
     """Return the images of a shared model rounded down to whole optimizer steps; refuse fewer than one step."""
-    images, step = entry["images"], entry["batch"] * entry.get("parts", 1)
+    images, batch, parts = entry["images"], entry["batch"], entry.get("parts", 1)
+    step = batch * parts
     if isinstance(images, bool) or not isinstance(images, int) or images < step:
-        raise InputError(f"{where}: at least one step of {step} images, got {images!r}")
+        least = f"{parts} batches" if parts > 1 else "one batch"
+        raise InputError(f"{where}: at least {least} of {batch} images, got {images!r}")
     return int(images // step * step)
 
 

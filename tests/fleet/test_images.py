@@ -109,7 +109,7 @@ def test_a_shared_model_that_trains_nothing_is_refused(planned):
     content = yaml.safe_load((fleet.root / "plan.yaml").read_text())
     content["shared"]["images"] = 0
     (fleet.root / "plan.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(InputError, match=r"shared\.images: at least one step of 8 images, got 0"):
+    with pytest.raises(InputError, match=r"shared\.images: at least one batch of 8 images, got 0"):
         Fleet.load(fleet.root)
 
 

@@ -59,7 +59,7 @@ def test_validation_is_part_of_the_total_compute():
 def test_cards_curves_and_board_of_an_adaptive_fleet_agree(planned, digits):
     shared = {"shared": {"configs": ["shared.yaml"], "images": 64}}
     budget = {"images": 64 + 256, "rule": "adaptive", "first": 0.5, "rounds": 2}
-    common = {"trainer.val_check_interval": 2, "trainer.limit_val_batches": 1}
+    common = {"trainer.val_check_interval": 2, "trainer.limit_val_batches": 1.0}
     fleet = planned(experts=2, start=shared, budget=budget, set=common)
     work = FleetWork(fleet, describe)
     assert work_through(work, fits, Session()) == {}
@@ -71,7 +71,8 @@ def test_cards_curves_and_board_of_an_adaptive_fleet_agree(planned, digits):
     for name, found in cards.items():
         ends = {0: 64, 1: rounds[1][name], 2: rounds[2][name]}
         granted = [k for k in ends if k == 0 or ends[k] > ends[k - 1]]
-        assert {k: images for k, (images, _) in found.rounds.items()} == {str(k): ends[k] for k in granted}
+        ended = {str(k): ends[k] for k in granted} if len(granted) > 1 else {}
+        assert {k: images for k, (images, _) in found.rounds.items()} == ended
         assert found.images_seen == ends[2]
         for k in (1, 2):
             longest[k] = max(longest[k], ends[k] - ends[k - 1])
