@@ -94,12 +94,12 @@ def plan(
         for key, value in {**chosen, "seed_everything": seed}.items():
             argv += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
         needs: tuple[str, ...] = ()
-        if warm := run.get("warm_start"):
-            if not members.get(str(warm)) or str(warm) in composites:
+        if warm := str(run.get("warm_start") or ""):
+            if not members.get(warm) or warm in composites:
                 singles = [m for m in members if m not in composites and m != name]
                 raise InputError(
                     f"{file}: runs.{name}.warm_start: {warm!r} is no run above it of one network."
-                    f"{nearest(str(warm), singles)}"
+                    f"{nearest(warm, singles)}"
                 )
             needs, argv = tuple(members[warm]), [*argv, "--model.warm_start", str(folder / warm)]
         count = run.get("experts")
@@ -122,23 +122,23 @@ def plan(
         at = row_or_share(entry["at"], f"{file}: priors.{name}.at")
         if build(part, Prior).learned:
             raise InputError(f"{file}: priors.{name}: {part['class_path']} is trained: make it a run with PriorModule")
-        priors[folder / "priors" / name] = (str(runs[entry["run"]]), at, part)
+        priors[folder / "priors" / name] = (str(runs[str(entry["run"])]), at, part)
     contenders = []
     for name, entry in study["contenders"].items():
         where = f"{file}: contenders.{name}"
         known(entry, ("run", "sampler", "prior"), where, required=("run",))
         if str(entry["run"]) not in runs:
             raise InputError(f"{where}.run: no run {entry['run']!r}.{nearest(str(entry['run']), runs)}")
-        source = str(runs[entry["run"]])
+        source = str(runs[str(entry["run"])])
         contenders.append({"name": name, "source": source, "sampler": _part(entry.get("sampler"), "DDIM")})
-        if start := entry.get("prior"):
-            if str(start).startswith("cut:"):
-                row_or_share(str(start)[4:], f"{where}.prior: {start}")
+        if start := str(entry.get("prior") or ""):
+            if start.startswith("cut:"):
+                row_or_share(start[4:], f"{where}.prior: {start}")
                 contenders[-1]["prior"] = start
                 continue
             if start not in study["priors"] and start not in [m for m in runs if m not in composites]:
                 options = [*study["priors"], *(m for m in runs if m not in composites)]
-                raise InputError(f"{where}.prior: no prior {start!r}.{nearest(str(start), options)}")
+                raise InputError(f"{where}.prior: no prior {start!r}.{nearest(start, options)}")
             contenders[-1]["prior"] = str(folder / "priors" / start if start in study["priors"] else runs[start])
     evaluation = {
         "out": str(folder),
@@ -244,7 +244,9 @@ def refuse_roles(todo: Plan, roles: dict[str, Role]) -> bool:
     uses = [(f"contenders.{name}.run", run, "model") for name, (run, _) in contenders.items()]
     uses += [(f"contenders.{name}.prior", run, "prior") for name, (_, run) in contenders.items() if run]
     uses += [(f"priors.{name}.run", run, "model") for name, run in fitted.items()]
-    warm = [(name, run["warm_start"]) for name, run in todo.content["study"]["runs"].items() if run.get("warm_start")]
+    warm = [
+        (name, str(run["warm_start"])) for name, run in todo.content["study"]["runs"].items() if run.get("warm_start")
+    ]
     uses += [(f"runs.{name}.warm_start", start, "model") for name, start in warm]
     problems = [
         f"runs.{name}: its config makes a {role.name}, neither a model of images nor a prior"

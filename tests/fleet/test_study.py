@@ -201,6 +201,17 @@ def test_names_of_the_experiments_are_names(study):
     assert ["--model.lr" in job.argv for job in todo.jobs] == [n == "v1.0" for n in names]
 
 
+def test_references_that_are_numbers_or_lists_are_names_or_refused(study, tmp_path):
+    runs = {"1": RUN, "2": {**RUN, "warm_start": 1}}
+    todo = plan(study(runs=runs, contenders={"a": {"run": 1, "prior": 2}}), tmp_path / "out")
+    (contender,) = todo.evaluation["contenders"]
+    assert (contender["source"], contender["prior"]) == (str(tmp_path / "out" / "1"), str(tmp_path / "out" / "2"))
+    assert todo.jobs[1].needs == ("1",)
+    for odd in ({"run": ["1"]}, {"run": "1", "prior": ["2"]}):
+        with pytest.raises(InputError, match=r"contenders.a.(run|prior): no (run|prior) "):
+            plan(study(runs=runs, contenders={"a": odd}))
+
+
 def test_a_sweep_replaces_no_contender_of_the_users(study):
     sweep = {"run": "shared", "cuts": [2], "priors": {"mix": "Gaussian"}}
     for key, name in (("contenders", "cut 2, N(0, I)"), ("contenders", "whole chain"), ("contenders", "cut 2, mix")):
