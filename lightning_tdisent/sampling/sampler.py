@@ -5,6 +5,7 @@ original index at which it enters: one seed starts from one noise in every table
 """
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -91,6 +92,8 @@ class Sampler(Part, ABC):
 
         Raises `NotFinite` in place of the image if the start, an x0_hat before clipping, or the image is not finite.
         """
+        seeds = check_seeds(seeds)
+        label = check_label(denoise, label, len(seeds))
         states, shape = denoise.states, denoise.shape
         path = [*(rows or self.rows(states)), 0]
         if expect := getattr(_unguided(denoise), "expect", None):
@@ -163,6 +166,39 @@ def _refuse_non_finite(sums: Sequence[Tensor], path: Sequence[int], seeds: Seque
         "the number type overflowed, the guidance scale is too large, or the network is damaged. Sample in float32, or "
         "with less guidance"
     )
+
+
+def check_seeds(seeds: Sequence[int]) -> list[int]:
+    """Return seeds as Python integers; refuse what is no sequence of integers."""
+    try:
+        return [operator.index(seed) for seed in seeds]
+    except TypeError:
+        raise InputError(f"seeds: integers, one for each image, such as range(64), got {seeds!r}") from None
+
+
+def check_label(denoise: Denoises, label: Any, n: int) -> Tensor | None:
+    """Return one label for each of n images, int64; refuse labels that the model does not know.
+
+    label: one integer for all images, or a sequence or tensor of n integers; the number of classes is the null label.
+    """
+    if label is None:
+        return None
+    if not denoise.classes:
+        raise InputError(f"label: {label!r} is given to a model without classes")
+    try:
+        found = torch.as_tensor(label)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    if found.ndim == 0:
+        found = found.expand(n)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool or list(found.shape) != [n]:
+        raise InputError(f"label: an integer, or one for each of the {n} images, got {label!r}")
+    if n and not 0 <= int(found.min()) <= int(found.max()) <= denoise.classes:
+        raise InputError(
+            f"label: 0 to {denoise.classes - 1}, or {denoise.classes} for none; got {int(found.min())} to "
+            f"{int(found.max())}"
+        )
+    return found.long()
 
 
 def check_given(states: LatentStates, given: Tensor | None, n: int) -> Tensor | None:
@@ -316,6 +352,8 @@ def sample(
             "it returns with the autoencoder (z / scaling_factor + shift_factor)"
         )
     sampler.check(denoise.states)
+    seeds = check_seeds(seeds)
+    label = check_label(denoise, label, len(seeds))
     given = check_given(denoise.states, given, len(seeds))
     if label is None and denoise.classes:
         label = torch.tensor([seed % denoise.classes for seed in seeds])

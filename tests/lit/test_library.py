@@ -4,6 +4,7 @@ import csv
 import hashlib
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
@@ -22,6 +23,7 @@ from lightning_tdisent.lit.checkpoints import steps
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.evaluation import x0_errors
+from lightning_tdisent.sampling.sampler import DDIM, sample
 
 
 @pytest.fixture
@@ -244,3 +246,27 @@ def test_dropout_of_any_network_is_seeded_by_step(make, tiny):
     module.denoiser.network.extra = torch.nn.Dropout(0.1)
     del module.network_is_random
     assert module.network_is_random
+
+
+def test_seeds_and_labels_of_any_integer_type_are_taken_and_others_refused_in_one_line(make, tiny):
+    model = make(net=lambda: tiny(classes=10)).eval().denoiser
+    drawn = lambda seeds, label=None: torch.cat(list(sample(model, DDIM(), seeds, label=label)))  # noqa: E731
+    expected = drawn(range(2), torch.tensor([3, 3]))
+    for seeds, label in (
+        ([0, 1], [3, 3]),
+        (np.arange(2), np.array([3, 3], np.uint8)),
+        (torch.arange(2), 3),
+        ((0, 1), torch.tensor([3, 3], dtype=torch.int32)),
+    ):
+        assert torch.equal(drawn(seeds, label), expected)
+    for seeds in (8, 1.5, None, "0:8", [0.5], [None]):
+        with pytest.raises(InputError, match="seeds: integers, one for each image, such as range"):
+            drawn(seeds)
+    for label in ("cat", [3], [3.0, 3.0], torch.tensor([[3], [3]]), 3.5, [True, False], object()):
+        with pytest.raises(InputError, match="label: an integer, or one for each of the 2 images, got "):
+            drawn(range(2), label)
+    for label in (11, -1, [3, 12]):
+        with pytest.raises(InputError, match="label: 0 to 9, or 10 for none; got "):
+            drawn(range(2), label)
+    with pytest.raises(InputError, match="label: 3 is given to a model without classes"):
+        list(sample(make().eval().denoiser, DDIM(), range(2), label=3))
