@@ -275,6 +275,7 @@ def test_folders_that_are_named_by_numbers_have_these_classes(width, tmp_path):
         c: c for c in (*range(12), 14)
     }
     assert (source.classes[10], source.classes[12], len(source.classes)) == (f"{10:0{width}d}", "", 15)
+    assert source.notes[1] == "classes: the numbers that name 13 folders; 2 numbers from 0 on have no folder"
     assert labels_of(find_source(tmp_path, "val")) == ["10"]
     assert class_table(source.classes).endswith(f"{11:d} {11:0{width}d}, 14 {14:0{width}d}")
 

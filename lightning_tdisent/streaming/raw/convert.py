@@ -21,11 +21,12 @@ from lightning_tdisent.streaming.decode import (
     BadSample,
     Span,
     adm_crop,
+    class_of,
     depth,
     image_type,
     open_image,
     parse_caption,
-    parse_class,
+    picked,
     to_mode,
 )
 from lightning_tdisent.streaming.raw.source import Item, Source
@@ -94,14 +95,16 @@ class Convert:
 
     def _made(self, number: int, name: str, item: Item) -> Made:
         rest = {extension: content for extension, content in item.members.items() if extension not in IMAGES}
-        found = [content for extension, content in item.members.items() if extension in IMAGES]
-        if len(found) != 1:
-            raise BadSample(f"{name} has {len(found)} images ({'/'.join(IMAGES)}), expected one")
-        image, pixels = open_image(found[0], name), None
-        if "cls" in rest and rest["cls"].strip() == b"-1":  # how test sets without classes are written
-            del rest["cls"]
-        if "cls" in rest and parse_class(rest["cls"]) == -1:
-            raise BadSample(f"{name} has the class {rest['cls'][:20]!r}, which is no number from 0 to {2**31 - 1:,}")
+        try:
+            content = item.members[picked(item.members)]
+        except ValueError as error:
+            raise BadSample(f"{name} {error}") from None
+        image, pixels = open_image(content, name), None
+        try:
+            if "cls" in rest and class_of(rest["cls"]) == -1:  # how test sets without classes are written
+                del rest["cls"]
+        except ValueError as error:
+            raise BadSample(f"{name} cannot be used: {error}") from None
         if "txt" in rest:
             try:
                 rest["txt"] = parse_caption(rest["txt"]).encode()
@@ -113,7 +116,7 @@ class Convert:
             if self.mode:
                 members, pixels = rest, self._pixels(image, self.mode, name)
             else:
-                members = {**self._encoded(image, found[0], name), **rest}
+                members = {**self._encoded(image, content, name), **rest}
         except BadSample:
             raise
         except (OSError, ValueError) as error:  # a mode or size that no format has

@@ -305,7 +305,9 @@ def _numbered(names: list[str], base: Path, ask: Ask) -> tuple[list[str], str]:
     if len(by_number) < len(names) or max(by_number) >= max(1000, 10 * len(names)):
         return names, f"the sorted names of {len(names):,} folders (too large or not distinct to be class numbers)"
     classes = [by_number.get(k, "") for k in range(max(by_number) + 1)]
-    return classes, f"the numbers that name {len(names):,} folders"
+    gaps = len(classes) - len(names)
+    lack = f"; {gaps:,} numbers from 0 on have no folder" if gaps else ""
+    return classes, f"the numbers that name {len(names):,} folders{lack}"
 
 
 def find_ilsvrc(path: Path, ask: Ask) -> Path | None:
