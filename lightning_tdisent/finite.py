@@ -12,7 +12,7 @@ from lightning_tdisent.errors import NotFinite
 def non_finite(data: Any) -> list[str]:
     """Return the names of floating-point tensors in nested data that hold NaN or infinity; waits once per device."""
     found: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for name, tensor in _tensors(data):
+    for name, tensor in tensors(data):
         if tensor.is_floating_point() and tensor.numel():
             found.setdefault(tensor.device, []).append((name, tensor))
     out = []
@@ -32,12 +32,13 @@ def refuse_non_finite(where: str, data: Any) -> None:
         )
 
 
-def _tensors(data: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+def tensors(data: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of nested dicts and lists with their names, such as ``state_dict.a.weight``."""
     if isinstance(data, Tensor):
         yield name, data
     elif isinstance(data, dict):
         for key, value in data.items():
-            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+            yield from tensors(value, f"{name}.{key}" if name else str(key))
     elif isinstance(data, (list, tuple)):
         for key, value in enumerate(data):
-            yield from _tensors(value, f"{name}.{key}")
+            yield from tensors(value, f"{name}.{key}")

@@ -44,9 +44,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> Any:
         why = f"it asks for {asked[1]}, and is more than data" if asked else said
         raise InputError(f"{path}: not loaded: {why}") from None
     if isinstance(content, dict) and (bad := non_finite(content)):
-        raise NotFinite(
-            f"{path}: {', '.join(bad[:3])} ({len(bad)} in all) hold values that are not finite; take another checkpoint"
-        )
+        raise NotFinite(f"{path}: not loaded: {', '.join(bad[:3])} ({len(bad)} in all) hold values that are not finite")
     return content
 
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 from faulty import state
 
+from lightning_tdisent import finite
 from lightning_tdisent.errors import Halted, InputError
-from lightning_tdisent.lit import checkpoints
 from lightning_tdisent.lit.checkpoints import DurableIO, load, newest, non_finite, remove_orphans, steps
 from lightning_tdisent.lit.datamodule import ImageShards
 from lightning_tdisent.lit.inference import Composite
@@ -36,7 +36,7 @@ def save(folder, step, kilobytes=SMALL):
 
 def step_of(path):
     """The step whose content a checkpoint holds, all of it."""
-    values = torch.cat([t.flatten() for _, t in checkpoints._tensors(load(path))]).unique()
+    values = torch.cat([t.flatten() for _, t in finite.tensors(load(path))]).unique()
     assert len(values) == 1
     return int(values)
 
