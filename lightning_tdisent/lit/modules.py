@@ -84,10 +84,10 @@ class Diffusion(Part, DenoiserModule):
         self.register_buffer("row_choices", torch.tensor(denoiser.rows), persistent=False)
         self.generator, self.skipped, self.gradient_norm = torch.Generator(), torch.zeros(()), torch.zeros(())
         self.images_seen, self.seconds, self.seed = 0, 0.0, 0
-        self.validation_passes, self.validation_seconds = 0, 0.0
+        self.validation = {"passes": 0, "seconds": 0.0}
         self.round, self.rounds = (
             0,
-            dict[str, list[float]](),
+            dict[str, dict[str, float]](),
         )  # of an adaptive budget, and what the past ones ended with
         self.parents: list[dict[str, Any]] = []
         self.before = 0  # steps of the average that a warm start continues, 0 from scratch
@@ -177,8 +177,8 @@ class Diffusion(Part, DenoiserModule):
         if self.trainer.state.fn != "fit":
             return
         passed = torch.tensor(self._passed, device=self.device)
-        self.validation_passes += int(self.trainer.strategy.reduce(passed, reduce_op="sum"))
-        self.validation_seconds += time.perf_counter() - self._begun
+        self.validation["passes"] += int(self.trainer.strategy.reduce(passed, reduce_op="sum"))
+        self.validation["seconds"] += time.perf_counter() - self._begun
         if not self.trainer.sanity_checking:
             self._since = time.perf_counter()
 
@@ -327,15 +327,14 @@ class Diffusion(Part, DenoiserModule):
             seconds=round(self.seconds, 3),
             seed=self.seed,
             version=lightning_tdisent.__version__,
-            validation_passes=self.validation_passes,
-            validation_seconds=round(self.validation_seconds, 3),
+            validation=self.validation | {"seconds": round(self.validation["seconds"], 3)},
             rounds=self._rounds(),
         )
 
-    def _rounds(self) -> dict[str, list[float]]:
+    def _rounds(self) -> dict[str, dict[str, float]]:
         if not self.round and not self.rounds:
             return {}
-        return self.rounds | {str(self.round): [self.images_seen, round(self.seconds, 3)]}
+        return self.rounds | {str(self.round): {"images_seen": self.images_seen, "seconds": round(self.seconds, 3)}}
 
     def export(
         self, path: Path, weights: dict[str, Tensor] | None = None, average: dict[str, float] | None = None,
@@ -369,10 +368,9 @@ class Diffusion(Part, DenoiserModule):
             )
         self.images_seen, self.seconds = theirs["images_seen"], theirs["seconds"]
         self.parents = theirs.get("parents", [])
-        self.validation_passes = theirs.get("validation_passes", 0)
-        self.validation_seconds = theirs.get("validation_seconds", 0.0)
+        self.validation |= theirs.get("validation") or {}
         if theirs.get("rounds") or self.round:
-            self.rounds = theirs.get("rounds") or {"0": [self.images_seen, self.seconds]}
+            self.rounds = theirs.get("rounds") or {"0": {"images_seen": self.images_seen, "seconds": self.seconds}}
         if self.trainer.state.fn != "fit" and "ema" in checkpoint:  # what is evaluated are the averaged weights
             average = {f"denoiser.{name}": weight for name, weight in checkpoint["ema"]["weights"].items()}
             checkpoint["state_dict"] = {**checkpoint["state_dict"], **average}

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ def training_cost(cards: Sequence[Card]) -> dict[str, float]:
     of_network = {text: float(flops(build(json.loads(text), Network).eval())) for text in of_network}
     each = [of_network[json.dumps(run["network"], sort_keys=True)] for run in runs]
     trained = sum(3 * one * run["images_seen"] for one, run in zip(each, runs, strict=True))
-    validated = sum(one * run.get("validation_passes", 0) for one, run in zip(each, runs, strict=True))
+    validated = sum(one * _validation(run, "passes") for one, run in zip(each, runs, strict=True))
     return {
         "images_seen": sum(run["images_seen"] for run in runs),
         "images_seen_longest": _longest(cards, "images_seen"),
@@ -47,7 +48,7 @@ def training_cost(cards: Sequence[Card]) -> dict[str, float]:
         "training_seconds": sum(run["seconds"] for run in runs),
         "training_seconds_longest": _longest(cards, "seconds"),
         "validation_flops": validated,
-        "validation_seconds": float(sum(run.get("validation_seconds", 0) for run in runs)),
+        "validation_seconds": sum(_validation(run, "seconds") for run in runs),
         "total_flops": trained + validated,
     }
 
@@ -65,6 +66,10 @@ def with_prior(cost: dict[str, float], prior: nn.Module, images_seen: int, secon
     return cost | summed | {key: max(cost[key], value) for key, value in longest.items()}
 
 
+def _validation(run: dict[str, Any], what: str) -> float:
+    return float(run.get("validation", {}).get(what, 0))  # older cards do not have it
+
+
 def _longest(cards: Sequence[Card], what: str) -> float:
     """Return the longest chain that ends at one of these cards, and the longest job of each round after the first."""
     chains, later = [], dict[int, list[float]]()
@@ -73,7 +78,7 @@ def _longest(cards: Sequence[Card], what: str) -> float:
         before = sum(p[what] for p in card["parents"] if "weight" not in p) + (card[what] if members else 0)
         firsts = []
         for run in members or [card]:
-            ends = sorted((int(k), end[what == "seconds"]) for k, end in (run.get("rounds") or {}).items())
+            ends = sorted((int(k), end[what]) for k, end in (run.get("rounds") or {}).items())
             firsts.append(ends[0][1] if ends else run[what])
             for (_, end), (number, after) in itertools.pairwise(ends):
                 later.setdefault(number, []).append(after - end)

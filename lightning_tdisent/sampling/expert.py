@@ -25,7 +25,7 @@ from lightning_tdisent.sampling.checkpoint import load
 from lightning_tdisent.sampling.denoiser import Denoiser
 
 SCHEMA = 2
-PARENT = ("network", "images_seen", "seconds", "validation_passes", "validation_seconds")  # what a child's card keeps
+PARENT = ("network", "images_seen", "seconds", "validation")  # what a child's card keeps
 BLANK = "0" * 64  # stands in a file where its own SHA-256 goes, while that is computed
 
 
@@ -39,8 +39,8 @@ class Card:
     decay or relative length sigma_rel, the steps averaged, and the steps ``before`` them that it continues;
     images_seen, steps, seconds: cost of the training; parents: the same, with network and sha256, of the files it
     started warm from and of theirs; seed; errors: held-out error of x0_hat of the start and of the average (or live
-    weights), where they were compared; validation_passes, validation_seconds: images passed through the network while
-    validating, and the time it took; rounds: images and seconds at the end of each round of an adaptive budget.
+    weights), where they were compared; validation: ``passes``, images passed through the network while
+    validating, and ``seconds`` of it; rounds: images_seen and seconds at the end of each round of an adaptive budget.
     """
 
     module: str
@@ -61,9 +61,8 @@ class Card:
     parents: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     schema: int = SCHEMA
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
-    validation_passes: int = 0
-    validation_seconds: float = 0.0
-    rounds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    validation: dict[str, float] = dataclasses.field(default_factory=dict)
+    rounds: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -97,7 +96,7 @@ class Card:
     def from_json(cls, data: dict[str, Any], where: str) -> "Card":
         """Card from its JSON; refuses another schema or missing fields, but for those that older files do not have."""
         fields = {f.name for f in dataclasses.fields(cls)}
-        newer = {"errors", "validation_passes", "validation_seconds", "rounds"}
+        newer = {"errors", "validation", "rounds"}
         if not isinstance(data, dict):
             raise InputError(f"{where}: its card is a {type(data).__name__}, not an object")
         if data.get("schema") != SCHEMA or set(data) | newer != fields:

@@ -30,10 +30,28 @@ def card(rows, rounds, images, seconds, parents=()):
 
 
 def test_each_round_waits_for_its_longest_job():
-    a = card([1], {"0": [75, 7.5], "1": [200, 20.0], "2": [383, 38.3]}, 383, 38.3)
-    b = card([2], {"0": [75, 7.5], "1": [80, 8.0], "2": [395, 39.5]}, 395, 39.5)
-    c = card([3], {"0": [75, 7.5]}, 75, 7.5)  # granted nothing more
-    d = card([4], {"0": [75, 7.5], "2": [90, 9.0]}, 90, 9.0)
+    a = card(
+        [1],
+        {
+            "0": {"images_seen": 75, "seconds": 7.5},
+            "1": {"images_seen": 200, "seconds": 20.0},
+            "2": {"images_seen": 383, "seconds": 38.3},
+        },
+        383,
+        38.3,
+    )
+    b = card(
+        [2],
+        {
+            "0": {"images_seen": 75, "seconds": 7.5},
+            "1": {"images_seen": 80, "seconds": 8.0},
+            "2": {"images_seen": 395, "seconds": 39.5},
+        },
+        395,
+        39.5,
+    )
+    c = card([3], {"0": {"images_seen": 75, "seconds": 7.5}}, 75, 7.5)  # granted nothing more
+    d = card([4], {"0": {"images_seen": 75, "seconds": 7.5}, "2": {"images_seen": 90, "seconds": 9.0}}, 90, 9.0)
     cost = training_cost([a, b, c, d])
     assert cost["images_seen_longest"] == 75 + (200 - 75) + (395 - 80) == 515
     assert cost["training_seconds_longest"] == pytest.approx(51.5)
@@ -45,9 +63,9 @@ def test_each_round_waits_for_its_longest_job():
 
 
 def test_validation_is_part_of_the_total_compute():
-    one = dataclasses.replace(card([1], {}, 100, 1.0), validation_passes=60, validation_seconds=0.5)
-    parent = {"sha256": "a", "network": one.network, "images_seen": 50, "seconds": 2.0, "validation_passes": 30,
-              "validation_seconds": 0.25}  # fmt: skip
+    one = dataclasses.replace(card([1], {}, 100, 1.0), validation={"passes": 60, "seconds": 0.5})
+    parent = {"sha256": "a", "network": one.network, "images_seen": 50, "seconds": 2.0}
+    parent["validation"] = {"passes": 30, "seconds": 0.25}
     cost = training_cost([dataclasses.replace(one, parents=[parent])])
     network = UNet([1, 8, 8], [8, 16], 1, mid_attention=False, groups=4).time_agnostic()
     assert cost["training_flops"] == 3 * 150 * flops(network)
@@ -72,7 +90,7 @@ def test_cards_curves_and_board_of_an_adaptive_fleet_agree(planned, digits):
         ends = {0: 64, 1: rounds[1][name], 2: rounds[2][name]}
         granted = [k for k in ends if k == 0 or ends[k] > ends[k - 1]]
         ended = {str(k): ends[k] for k in granted} if len(granted) > 1 else {}
-        assert {k: images for k, (images, _) in found.rounds.items()} == ended
+        assert {k: end["images_seen"] for k, end in found.rounds.items()} == ended
         assert found.images_seen == ends[2]
         for k in (1, 2):
             longest[k] = max(longest[k], ends[k] - ends[k - 1])
@@ -81,7 +99,7 @@ def test_cards_curves_and_board_of_an_adaptive_fleet_agree(planned, digits):
         assert points[-1][0] == ends[2]
         assert sum(points[0][1]) / 2 == pytest.approx(found.errors["start"], rel=1e-12)
         again = len(granted) - 1  # a validation that was due at the end of a round is repeated by the next one
-        assert found.validation_passes == 2 * held * (len(points) + again)  # two rows each
+        assert found.validation["passes"] == 2 * held * (len(points) + again)  # two rows each
         decided = read_json(fleet.store, "rounds/0001.json")["curves"][name]
         assert decided[0][0] == 0
         tile = next(t for t in tiles(work) if t.name == name)
@@ -113,10 +131,10 @@ def test_warm_experts_are_what_they_are_alone_when_trained_together(planned, sam
         same_weights(alone.root / e.name, beside.root / e.name)
         one, other = (read_card(fleet.root / e.name / "model.safetensors") for fleet in (alone, beside))
         assert one.errors == other.errors
-        assert (one.weights, one.average, one.validation_passes) == (
+        assert (one.weights, one.average, one.validation["passes"]) == (
             other.weights,
             other.average,
-            other.validation_passes,
+            other.validation["passes"],
         )
         curves = [json.loads((fleet.root / e.name / "curve.json").read_text()) for fleet in (alone, beside)]
         assert curves[0] == curves[1]
