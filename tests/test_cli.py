@@ -53,6 +53,8 @@ MISTAKES = [
     (["--model", "lightning_tdisent.ReducedState"], ["--model: there is no class", "'ReducedStates'"]),
     (["--trainer.logger", "CSVLoger"], ["--trainer.logger", "'CSVLogger'"]),
     (["--trainer.callbacks", "torch.nn.Linear"], ["--trainer.callbacks: torch.nn.Linear is no Callback"]),
+    (["--trainer.max_steps", "0"], ["trainer.max_steps: 0 trains nothing", "at least 1"]),
+    (["--trainer.max_epochs", "0"], ["trainer.max_epochs: 0 trains nothing"]),
     (["--trainer.enable_checkpointing", "false"], ["trainer.enable_checkpointing", "checkpoint.keep"]),
     (["--data", "ImageShard"], ["--data", "'ImageShards'"]),
     (["--data.batch_siz", "3"], ["--data.batch_siz", "'batch_size'"]),

@@ -197,6 +197,10 @@ class ImageShards(L.LightningDataModule):
         self._loader: ResumableLoader | None = None
         self._shared: Shared | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or another process, needs: not the trainer, nor its loader and workers."""
+        return {**vars(self), "trainer": None, "_loader": None, "_shared": None}
+
     def share(self, shared: Shared) -> None:
         """Take what equal data modules of this process have opened, decoded and read, and let them have the rest.
 

@@ -9,6 +9,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -47,6 +48,9 @@ from lightning_tdisent.sampling.expert import read_card
 
 _MARKS = ("checkpoints", modules.Diffusion.file, start.FILE)  # one of them lies beside the config of a run
 COMMANDS = ("fit", "validate", "test", "predict")
+# of the command that runs, in each thread its own: its words with their config files, and what it holds until it ends
+LINE: ContextVar[tuple[Sequence[str], Sequence[Path]]] = ContextVar("LINE", default=((), ()))
+LOCKS: ContextVar[contextlib.ExitStack] = ContextVar("LOCKS")
 
 
 class Parser(LightningArgumentParser):
@@ -56,7 +60,7 @@ class Parser(LightningArgumentParser):
         """Raise the explained message as an `InputError`."""
         if not self.exit_on_error:
             super().error(message, ex)
-        raise InputError(explain(str(message), self.argv, self.files, self)) from None
+        raise InputError(explain(str(message), *LINE.get(), self)) from None
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         """Parse; a null in the value of a nested option stays one.
@@ -70,15 +74,12 @@ class Parser(LightningArgumentParser):
     def _as_typed(self, word: str) -> str:
         """Return ``--key=value`` with the value as the command line has it, if it is the same one."""
         key, _, value = word.partition("=")
-        for option, typed in typed_values(self.argv):
+        for option, typed in typed_values(LINE.get()[0]):
             if f".{option}".replace(".init_args", "").endswith(f".{key[2:]}".replace(".init_args", "")):
                 with contextlib.suppress(yaml.YAMLError):
                     if str(yaml.safe_load(typed)) == value:
                         return f"{key}={typed}"
         return word
-
-    argv: Sequence[str] = ()
-    files: Sequence[Path] = ()
 
 
 class CLI(LightningCLI):
@@ -141,14 +142,13 @@ class CLI(LightningCLI):
         """Nothing in a checkpoint names code or changes the config."""
 
     purge_step: int | None = None
-    locks = contextlib.ExitStack()
 
     def _enter(self, config: Any) -> None:
         folder, asked = Path(config.run), config.ckpt_path and Path(config.ckpt_path)
         if config.trainer.fast_dev_run:  # a rehearsal, which neither reads nor writes
             return
         if rank_zero_only.rank == 0:
-            self.locks.enter_context(lock(folder))
+            LOCKS.get().enter_context(lock(folder))
         if not (folder / "config.yaml").exists():
             if there := steps(folder / "checkpoints"):
                 raise InputError(
@@ -292,12 +292,13 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
     for file in files:
         _check_yaml(file)
     argv = _configs_first(argv)
-    Parser.argv, Parser.files = argv, files
+    LINE.set((argv, files))
     always: list[L.Callback] = [Export(), *(callbacks or [StepProgress()])]
     if argv[0] == "predict":
         always.append(pictures.WriteImages())
     try:
-        with contextlib.ExitStack() as CLI.locks:  # the folder is free again when the command ends, however it does
+        with contextlib.ExitStack() as locks:  # the folder is free again when the command ends, however it does
+            LOCKS.set(locks)
             return _cli(argv, always, cls or CLI)
     except MisconfigurationException as error:
         raise InputError(str(error)) from None

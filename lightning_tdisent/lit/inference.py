@@ -26,9 +26,8 @@ def clean(batch: dict[str, Any], generator: torch.Generator | None = None) -> Te
         x0: Tensor = batch["x0"]
         # the range costs a GPU's queue, so it is looked at there in validation alone; what is not finite is the guard's
         looked_at = generator is None or x0.device.type == "cpu"
-        if not x0.is_floating_point() or (
-            looked_at and float(x0.abs().max()) > 1.01
-        ):  # a bit more by resizing or bfloat16
+        most = 1.01  # a bit more than 1, by resizing or bfloat16
+        if not x0.is_floating_point() or (looked_at and float(x0.abs().max()) > most):
             ends = f"{float(x0.min()):g} to {float(x0.max()):g}"
             raise InputError(f"the batch's 'x0' is {x0.dtype} from {ends}; expected floats in [-1, 1]")
         return x0.float()

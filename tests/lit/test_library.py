@@ -1,7 +1,10 @@
 """What the parts of a training do in a plain script: with Lightning's own Trainer, callbacks and loggers."""
 
+import copy
 import csv
 import hashlib
+import pickle
+import threading
 
 import lightning.pytorch as L
 import numpy as np
@@ -20,6 +23,7 @@ from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.checkpoints import steps
+from lightning_tdisent.lit.entry import LINE
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.evaluation import x0_errors
@@ -270,3 +274,45 @@ def test_seeds_and_labels_of_any_integer_type_are_taken_and_others_refused_in_on
             drawn(range(2), label)
     with pytest.raises(InputError, match="label: 3 is given to a model without classes"):
         list(sample(make().eval().denoiser, DDIM(), range(2), label=3))
+
+
+def test_modules_and_data_are_copied_and_pickled_after_a_fit(make, data, plain):
+    module, shards = make(), data(val_limit=64)
+    plain(max_steps=2).fit(module, datamodule=shards)
+    for copied, again in (
+        (copy.deepcopy(module), copy.deepcopy(shards)),
+        (pickle.loads(pickle.dumps(module)), pickle.loads(pickle.dumps(shards))),  # noqa: S301
+    ):
+        assert again.trainer is None
+        assert shards.trainer is not None  # the original stays as it was
+        (mine,) = plain().validate(copied, datamodule=again, verbose=False)
+        (theirs,) = plain().validate(module, datamodule=data(val_limit=64), verbose=False)
+        assert mine == theirs
+        plain(max_steps=2).fit(copied, datamodule=again)
+        assert copied.images_seen == module.images_seen + 64
+
+
+def test_a_command_in_a_thread_has_words_and_locks_of_its_own(tmp_path, capsys):
+    words = ["fit", "--config", "experiments/digits/reduced8.yaml", "--trainer.callbacks", "[]"]
+    codes, mine = [], LINE.get()
+
+    def fit():
+        codes.append(main([*words, "--trainer.max_steps", "2", "--run", str(tmp_path)]))
+        codes.append(main([*words, "--model.network.layerz", "2"]))
+
+    thread = threading.Thread(target=fit)
+    thread.start()
+    thread.join()
+    assert codes == [0, 2]
+    assert "error: command line: --model.network.layerz: UNet has no option" in capsys.readouterr().err
+    assert LINE.get() is mine  # of this thread, which ran none of them
+
+
+@pytest.mark.parametrize("shown", ["false", "true", "callback"])
+def test_progress_can_be_switched_off_or_be_ones_own(shown, tmp_path, capsys):
+    words = ["--config", "experiments/digits/reduced8.yaml", "--trainer.max_steps", "2", "--run", str(tmp_path)]
+    words += ["--trainer.callbacks", "TQDMProgressBar" if shown == "callback" else "[]"]
+    words += [] if shown == "callback" else ["--trainer.enable_progress_bar", shown]
+    assert main(["fit", *words]) == 0
+    assert ("ReducedStates: 163,985 weights" in capsys.readouterr().out) == (shown == "true")
+    assert (tmp_path / "model.safetensors").exists()
