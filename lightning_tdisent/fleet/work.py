@@ -196,7 +196,8 @@ def _train(work: Work, chosen: Sequence[_Held], train: Train, session: Session) 
         with contextlib.ExitStack() as around:
             around.enter_context(_log(ready[0], session.quiet))
             for held in ready[1:]:
-                held.log.open("a").write(f"trained beside {ready[0].job.name}: see {ready[0].log}\n")
+                with held.log.open("a") as log:
+                    log.write(f"trained beside {ready[0].job.name}: see {ready[0].log}\n")
             for held in ready:
                 around.enter_context(_copying(held.mirror, held.lease))
             ends = train([held.job.argv for held in ready], [held.report for held in ready])

@@ -75,8 +75,10 @@ def test_processes_that_would_repeat_the_worker_are_refused(planned):
 
 
 def test_a_plan_is_for_one_device_where_the_config_takes_all(planned):
-    assert planned().set["trainer.devices"] == 1
-    assert planned(set={"trainer.devices": 1}).set == {"trainer.devices": 1}
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp_fork"}
+    for fleet, devices in ((planned(), "1"), (planned(set=two), "2")):
+        argv = fleet.jobs()[0].argv
+        assert argv[argv.index("--trainer.devices") + 1] == devices
 
 
 def test_a_machine_whose_steps_are_of_another_size_is_refused(planned):
