@@ -327,13 +327,14 @@ def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
 def _merge(a: argparse.Namespace, files: list[Path]) -> None:
     from lightning_tdisent.sampling.expert import read_card
     from lightning_tdisent.sampling.merge import merge
+    from lightning_tdisent.streaming.decode import side_of
     from lightning_tdisent.streaming.shards import load
 
     if a.n < 1:
         raise InputError(f"-n {a.n}: at least 1 image")
     use_device(a.device)
     shape = read_card(files[0]).shape
-    data = load(a.merge_data, a.merge_split, shape[0], a.n) if a.merge_data else None
+    data = load(a.merge_data, a.merge_split, shape[0], a.n, side_of(shape)) if a.merge_data else None
     weights, blocks = _numbers(a.merge_weights, float), _numbers(a.merge_blocks, int)
     for one in merge(files, a.out, a.merge, weights, blocks, data, a.device):
         cost = f", error of its steps {one.errors[0]:.4g} -> {one.errors[1]:.4g}" if one.errors else ""

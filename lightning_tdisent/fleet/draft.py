@@ -30,6 +30,7 @@ from lightning_tdisent.fleet.plan import (
 )
 from lightning_tdisent.fleet.store import Store
 
+PREVIOUS = "plan.previous.yaml"  # a plan that another has replaced before it began
 KEYS = ("title", "out", "seed", "configs", "set", "experts", "rows", "for_rows", "start", "budget", "batch")
 STARTS = "scratch, common, neighbour, {shared: {configs: .., images: ..}}, or a file or run folder with weights"
 Copies = dict[str, tuple[bytes, Path]]  # contents of configs by the names of their copies, and where they come from
@@ -138,6 +139,9 @@ def _claim(fleet: Fleet, copies: dict[str, bytes], begun: bool) -> None:
         )
     if there is not None and not differ and all(fleet.store.read(name) == content for name, content in copies.items()):
         return
+    if differ and there is not None:
+        fleet.store.write(PREVIOUS, there)
+        print(f"{fleet.store}: nothing of the plan that was there has begun; it is replaced, and kept as {PREVIOUS}")
     for name, content in copies.items():
         fleet.store.write(name, content)
     fleet.store.write(FILE, text)

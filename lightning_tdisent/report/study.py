@@ -23,7 +23,7 @@ from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.paired import load_lpips
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.ranks import place
-from lightning_tdisent.report.bits import Bits
+from lightning_tdisent.report.bits import ODE_ROWS, Bits
 from lightning_tdisent.report.conditional import DRAWS, refuse_number
 from lightning_tdisent.report.evaluate import Contender, evaluate, start_digest
 from lightning_tdisent.report.measured import FOLDER as MEASURED
@@ -125,6 +125,11 @@ class Study:
         for path, split in {(self.data, self.split), self._reference}:
             if not is_npz(path):
                 find(path, split)
+        few = [name for name, card in self._cards.items() if build(card.states, LatentStates).S < ODE_ROWS]
+        if self.bits is not None and Bits.of_mapping(self.bits).ode and few and len(few) == len(self._cards):
+            raise InputError(
+                f"bpd_ode integrates from row to row, and wants {ODE_ROWS} of them; no model here has as many. Take bpd"
+            )
         if conditional or self._conditional:
             refuse_number(self._protocol.n, min(self._held_out(True), self._n_held_out_there))
 

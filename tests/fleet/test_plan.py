@@ -39,11 +39,15 @@ def test_a_plan_has_a_line_for_each_expert_and_reads_back_as_it_was(planned):
     assert [f.max_steps for f in fleet.check(describe)] == [4] * 4
 
 
-def test_the_same_yaml_plans_the_same_and_another_is_refused(planned, tmp_path):
+def test_the_same_yaml_plans_the_same_and_another_is_refused(planned, tmp_path, capsys):
     fleet = planned(tmp_path / "fleet")
     assert planned(tmp_path / "fleet").content() == fleet.content()
+    assert capsys.readouterr().out == ""
+    edited = fleet.store.read("plan.yaml")
     other = planned(tmp_path / "fleet", seed=4)  # nothing has begun
     assert Fleet.load(other.store.where).seed == 4
+    assert "it is replaced, and kept as plan.previous.yaml" in capsys.readouterr().out
+    assert fleet.store.read("plan.previous.yaml") == edited  # with what may have been written into it by hand
     take(other.store, "expert_001", Watch()).release()
     with pytest.raises(InputError, match="holds another plan, which has begun"):
         planned(tmp_path / "fleet", seed=5)
