@@ -495,7 +495,7 @@ def test_an_untrained_model_is_not_exported(command, tmp_path):
 
 
 def test_switching_checkpoints_off_is_answered_in_a_line(command):
-    with pytest.raises(InputError, match="enable_checkpointing=False"):
+    with pytest.raises(InputError, match=r"trainer.enable_checkpointing: false is not possible"):
         command("--trainer.enable_checkpointing", "false")
 
 
