@@ -100,6 +100,7 @@ class Diffusion(Part, DenoiserModule):
     denoiser: Denoiser
     row_choices: Tensor
     _hook: Any = None
+    _counted: tuple[int, dict[str, float]] = (-1, {})  # images seen at the last validation, what was counted before it
 
     def owned(self, states: LatentStates) -> list[int]:
         """Rows of the table that this module owns."""
@@ -176,6 +177,7 @@ class Diffusion(Part, DenoiserModule):
             self._hook = None
         if self.trainer.state.fn != "fit":
             return
+        self._counted = self.images_seen, dict(self.validation)
         passed = torch.tensor(self._passed, device=self.device)
         self.validation["passes"] += int(self.trainer.strategy.reduce(passed, reduce_op="sum"))
         self.validation["seconds"] += time.perf_counter() - self._begun
@@ -206,6 +208,7 @@ class Diffusion(Part, DenoiserModule):
         if not loader or not limit:
             return {}
         count = limit if isinstance(limit, int) else int(len(loader) * limit)
+        counted = self._counted
         running, modes = self._since is not None, {module: module.training for module in self.modules()}
         DenoiserModule.on_validation_epoch_start(self)
         self.on_validation_start()
@@ -218,6 +221,7 @@ class Diffusion(Part, DenoiserModule):
         for module, mode in modes.items():
             module.training = mode
         self.on_validation_end()
+        self._counted = counted
         if not running:
             self._since = None
         return errors
@@ -348,6 +352,10 @@ class Diffusion(Part, DenoiserModule):
         """Make the checkpoint say what it holds, in plain data that loads with weights_only."""
         checkpoint["module"] = spec(self)
         checkpoint["card"] = dataclasses.asdict(self.card("live"))
+        if (
+            self._counted[0] == self.images_seen
+        ):  # a validation that is due at this step is done again by whoever goes on
+            checkpoint["card"]["validation"] = self._counted[1]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the counts, refusing a checkpoint of another table, rows, network, objective or data."""
