@@ -187,7 +187,7 @@ def test_nothing_that_looks_at_the_average_touches_the_live_weights(make, fit, t
             self.live.append(vector(pl_module.denoiser.parameters()).clone())
 
     plain, module = Watch(), make()
-    fit(module, 6, plain, ema=EMA(lengths=[0.05, 0.1]))
+    fit(module, 6, plain, ema=EMA(lengths=[0.05, 0.1]), default_root_dir=tmp_path / "plain")
     after, watch, watched = After(), Watch(), make()
     ema, checkpoint = EMA(lengths=[0.05, 0.1], snapshot_every=2), Checkpoint(every=1, keep=9)
     extra = [Pictures(8, 2), SampleQuality("digits", 20), checkpoint]
