@@ -176,7 +176,7 @@ def probe(operator: Operator, shape: list[int]) -> None:
     item, given = torch.arange(4), images.clone()
     with torch.random.fork_rng(devices=[]):
         y, again = operator.observe(given, item), operator.observe(given, item)
-        alone = operator.observe(given[1:2], item[1:2])
+        alone = [operator.observe(given[k : k + 1], item[k : k + 1]) for k in range(4)]
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise InputError(f"{name}.observe returns {kind}: a tensor of floats is wanted")
@@ -190,9 +190,10 @@ def probe(operator: Operator, shape: list[int]) -> None:
     low, high = float(y.min()), float(y.max())
     if not -1 - GREY_LEVEL <= low <= high <= 1 + GREY_LEVEL:
         raise InputError(f"{name}.observe makes values from {low:.4g} to {high:.4g}: observations lie in [-1, 1]")
+    in_batch = "makes another observation of an image alone than in a batch"
     for other, mine, why in (
         (again, y, "makes another observation at a second call"),
-        (alone, y[1:2], "makes another observation of an image alone than in a batch"),
+        *((one, y[k : k + 1], in_batch) for k, one in enumerate(alone)),
     ):
         if other.shape != mine.shape or not bool(((other - mine).abs() <= GREY_LEVEL).all()):
             raise InputError(f"{name}.observe {why}: y must be a function of the image and its item number alone")

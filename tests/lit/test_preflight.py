@@ -171,10 +171,10 @@ def conditional(operator, tiny):
 @pytest.mark.parametrize(
     ("operator", "words"),
     [
-        (Random(), ["Random: two observations of one image", "rng.key"]),
+        (Random(), ["Random.observe makes another observation at a second call"]),
         (Loud(), ["Loud", "from -3 to 3", "[-1, 1]"]),
-        (Forgotten(), ["Forgotten", "[2, 3, 8, 8]", "[2, 1, 8, 8]", "channels"]),
-        (Companions(), ["Companions: two observations"]),
+        (Forgotten(), ["Forgotten", "[4, 3, 8, 8]", "[4, 1, 8, 8]", "channels"]),
+        (Companions(), ["Companions.observe makes another observation of an image alone"]),
         (Hidden(share=0.25), ["table built from"]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Operator) else "",
