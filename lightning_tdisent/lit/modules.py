@@ -355,7 +355,7 @@ class Diffusion(Part, DenoiserModule):
         if (
             self._counted[0] == self.images_seen
         ):  # a validation that is due at this step is done again by whoever goes on
-            checkpoint["card"]["validation"] = self._counted[1]
+            checkpoint["validation"] = self._counted[1]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the counts, refusing a checkpoint of another table, rows, network, objective or data."""
@@ -376,7 +376,7 @@ class Diffusion(Part, DenoiserModule):
             )
         self.images_seen, self.seconds = theirs["images_seen"], theirs["seconds"]
         self.parents = theirs.get("parents", [])
-        self.validation |= theirs.get("validation") or {}
+        self.validation |= checkpoint.get("validation", theirs.get("validation") or {})
         if theirs.get("rounds") or self.round:
             self.rounds = theirs.get("rounds") or {"0": {"images_seen": self.images_seen, "seconds": self.seconds}}
         if self.trainer.state.fn != "fit" and "ema" in checkpoint:  # what is evaluated are the averaged weights
