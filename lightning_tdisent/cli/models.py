@@ -187,7 +187,7 @@ def _sample(a: argparse.Namespace) -> None:
     label = None if a.label is None else torch.full((len(seeds),), a.label, device=a.device)
     seen = _observations(a, model, seeds)
     given = None if seen is None else seen.y
-    known = seen.kernel if seen is not None and a.put_back else None
+    known = seen.kernel.expand(len(seen), -1, -1, -1) if seen is not None and a.put_back else None
     images = torch.cat(list(sample(model, _sampler(a), seeds, a.batch_size, label, given=given, known=known))).cpu()
     if seen is not None:
         seen.save(a.out / OBSERVATIONS)

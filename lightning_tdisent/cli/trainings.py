@@ -87,7 +87,9 @@ def describe(argv: list[str]) -> "Facts":
             "trainer.callbacks: GradientAccumulationScheduler changes the images of a step while it trains, so a fleet "
             "cannot count them; set trainer.accumulate_grad_batches"
         )
-    if trainer.world_size > 1 and not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    asked = cli.config[cli.subcommand].trainer.devices  # if it is not said, a fleet gives each expert one
+    said = asked not in ("auto", "-1", -1)
+    if said and trainer.world_size > 1 and not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise InputError(
             f"trainer.devices: {trainer.world_size} devices would be served by processes that repeat the command line, "
             "which is that of the fleet's worker. Set trainer.strategy: ddp_fork (or ddp_spawn), or trainer.devices: 1"
@@ -111,5 +113,5 @@ def describe(argv: list[str]) -> "Facts":
         states.K,
         accumulate,
         trainer.world_size,
-        cli.config[cli.subcommand].trainer.devices,
+        asked,
     )

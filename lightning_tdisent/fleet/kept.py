@@ -1,5 +1,6 @@
 """What a folder keeps of the files that it was made from, and in which keys two versions of something differ."""
 
+import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ def copy_name(stem: str, taken: Collection[str]) -> str:
 def differences(theirs: Any, mine: Any) -> list[str]:
     """Return a line ``KEY: X there, Y now`` for each key in which plain data differs."""
     a, b = dict(_flat(theirs)), dict(_flat(mine))
-    return [f"{k}: {_said(a, k)} there, {_said(b, k)} now" for k in {**a, **b} if a.get(k, _flat) != b.get(k, _flat)]
+    # as text: 1 is not true, and NaN is NaN
+    texts = [{key: json.dumps(value, default=str) for key, value in data.items()} for data in (a, b)]
+    return [f"{k}: {_said(a, k)} there, {_said(b, k)} now" for k in {**a, **b} if texts[0].get(k) != texts[1].get(k)]
 
 
 def edits(theirs: bytes, mine: bytes) -> list[str]:

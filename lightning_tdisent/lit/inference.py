@@ -16,18 +16,17 @@ from lightning_tdisent.sampling.evaluation import has_signal, state_errors
 from lightning_tdisent.sampling.sampler import DDIM, Sampler, from_uint8, probe_rows, sample
 
 
-def clean(batch: dict[str, Any], generator: torch.Generator | None = None) -> Tensor:
+def clean(batch: dict[str, Any], generator: torch.Generator | None = None, look: bool = True) -> Tensor:
     """Return x0 of a batch, float (B, C, H, W): its images in [-1, 1], or a draw from its latents (no generator: mean).
 
     ``image`` is uint8. A loader that has floats says that they are in [-1, 1] by naming them ``x0``. A latent is
-    mean + deviation z, z ~ N(0, 1): what the autoencoder would have drawn (its ``latent_dist``).
+    mean + deviation z, z ~ N(0, 1): what the autoencoder would have drawn (its ``latent_dist``). look: whether to check
+    the range of ``x0``, for which a GPU is waited for.
     """
     if "x0" in batch:
         x0: Tensor = batch["x0"]
-        # the range costs a GPU's queue, so it is looked at there in validation alone; what is not finite is the guard's
-        looked_at = generator is None or x0.device.type == "cpu"
-        most = 1.01  # a bit more than 1, by resizing or bfloat16
-        if not x0.is_floating_point() or (looked_at and float(x0.abs().max()) > most):
+        most = 1.01  # a bit more than 1, by resizing or bfloat16; what is not finite is left to the guard
+        if not x0.is_floating_point() or (look and float(x0.abs().max()) > most):
             ends = f"{float(x0.min()):g} to {float(x0.max()):g}"
             raise InputError(f"the batch's 'x0' is {x0.dtype} from {ends}; expected floats in [-1, 1]")
         return x0.float()
@@ -46,7 +45,7 @@ def clean(batch: dict[str, Any], generator: torch.Generator | None = None) -> Te
     return mean + deviation * torch.randn(mean.shape, generator=generator, device=mean.device)
 
 
-def as_batch(batch: Any, shape: list[int], classes: int | None) -> dict[str, Any]:
+def as_batch(batch: Any, shape: list[int], classes: int | None, look: bool = True) -> dict[str, Any]:
     """Return a batch of any loader as a dict of image (or latent) and label, as `ImageShards` gives it.
 
     Taken are a tensor of images, a pair of images and labels, and a dict that names them. Without labels they are -1:
@@ -73,7 +72,7 @@ def as_batch(batch: Any, shape: list[int], classes: int | None) -> dict[str, Any
     if not isinstance(label, Tensor) or label.is_floating_point() or label.shape != images.shape[:1]:
         kind = f"{label.dtype} {list(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
         raise InputError(f"labels must be integers, one for each of the {len(images)} images; the loader gives {kind}")
-    if classes is not None and not 0 <= int(label.min()) <= int(label.max()) < classes:
+    if look and classes is not None and not 0 <= int(label.min()) <= int(label.max()) < classes:
         raise InputError(
             f"model.network.classes is {classes}, the loader gives labels from {int(label.min())} to {int(label.max())}"
         )
@@ -140,7 +139,7 @@ class DenoiserModule(L.LightningModule):
                     f"{high} (-1: none)"
                 )
 
-    def known(self, batch: Any) -> dict[str, Any]:
+    def known(self, batch: Any, training: bool = False, look: bool = True) -> dict[str, Any]:
         """Return a batch of any loader in the form of `ImageShards`, with ids where it has none.
 
         In a validation an id keys the noise: it is the image's place among all. In training ids only name images (-1:
@@ -148,9 +147,9 @@ class DenoiserModule(L.LightningModule):
         """
         if self.shards is not None:
             return dict(batch)
-        batch = as_batch(batch, self.denoiser.shape, self.classes)
+        batch = as_batch(batch, self.denoiser.shape, self.classes, look)
         trainer, n = self.trainer, len(batch["label"])
-        if "id" not in batch and trainer.training:
+        if "id" not in batch and training:
             batch["id"] = torch.full((n,), -1)
         elif "id" not in batch:
             batch["id"] = (torch.arange(n) + int(self._sums[-1])) * trainer.world_size + trainer.global_rank

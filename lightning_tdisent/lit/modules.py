@@ -100,6 +100,7 @@ class Diffusion(Part, DenoiserModule):
     denoiser: Denoiser
     row_choices: Tensor
     _hook: Any = None
+    _first = True  # whether no batch has been looked at, which a GPU has to be waited for
     _counted: tuple[int, dict[str, float]] = (-1, {})  # images seen at the last validation, what was counted before it
 
     def owned(self, states: LatentStates) -> list[int]:
@@ -135,7 +136,7 @@ class Diffusion(Part, DenoiserModule):
 
         A checkpoint brings its rates; those of the config count. (They are the same unless a run was branched.)
         """
-        self._since = time.perf_counter()
+        self._since, self._first = time.perf_counter(), True
         self._refuse_equal_noise()
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
@@ -205,9 +206,12 @@ class Diffusion(Part, DenoiserModule):
         if loader is None and trainer.datamodule is not None:
             loader = trainer.datamodule.val_dataloader()
         loader = loader[0] if isinstance(loader, (list, tuple)) and loader else loader
-        if not loader or not limit:
+        if loader is None or not limit:
             return {}
-        count = limit if isinstance(limit, int) else int(len(loader) * limit)
+        try:
+            count = limit if isinstance(limit, int) else int(len(loader) * limit)
+        except TypeError:  # a stream without a length, which Lightning takes whole
+            count = None
         counted = self._counted
         running, modes = self._since is not None, {module: module.training for module in self.modules()}
         DenoiserModule.on_validation_epoch_start(self)
@@ -252,8 +256,10 @@ class Diffusion(Part, DenoiserModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Noise the batch to rows owned, and take the loss of each image."""
-        batch = self.known(batch)
-        x0 = self.components(clean(batch, self.generator))
+        look = self._first or self.device.type == "cpu"
+        self._first = False
+        batch = self.known(batch, training=True, look=look)
+        x0 = self.components(clean(batch, self.generator, look))
         s = draw_rows(self.row_choices, len(x0), self.generator, self.draw == "balanced")
         eps = torch.randn(x0.shape, generator=self.generator, device=x0.device)
         losses = self.denoiser.loss(x0, s, eps, self.drop_labels(batch["label"]))

@@ -49,6 +49,7 @@ def preflight(trainer: L.Trainer, module: "Diffusion") -> None:
     it uses a copy of the weights: no weights, buffers, random generators, counts or data are moved.
     """
     live, seen = module.denoiser, module.images_seen
+    module.log = module.log_dict = _log_nothing
     with isolate_rng(), shared_errors():
         try:
             with trying("the model that a file would give back"):
@@ -60,6 +61,11 @@ def preflight(trainer: L.Trainer, module: "Diffusion") -> None:
             _try_all(trainer, module, batch)
         finally:
             module.denoiser, module.images_seen = live, seen
+            del module.log, module.log_dict
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    """Stand in for `LightningModule.log`, which Lightning forbids before the first step."""
 
 
 def _try_all(trainer: L.Trainer, module: "Diffusion", batch: dict[str, Any] | None) -> None:

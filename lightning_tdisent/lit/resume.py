@@ -21,10 +21,8 @@ FIXED = ("model", "data", "ema", "seed_everything", "trainer.precision", "traine
 FREE = (
     "model.init_args.sampler",
     "model.init_args.warm_start",  # a path, and over when it has been taken; the card keeps what it was
-    *(
-        f"data.init_args.{name}"
-        for name in ("path", "workers", "val", "val_limit", "batch_size", "verify", "on_bad_shard", "bad_ceiling")
-    ),
+    *(f"data.init_args.{name}" for name in ("path", "index", "workers", "val", "val_limit", "batch_size")),
+    *(f"data.init_args.{name}" for name in ("verify", "on_bad_shard", "bad_ceiling")),
 )
 
 

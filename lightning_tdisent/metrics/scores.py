@@ -15,7 +15,7 @@ from lightning_tdisent.metrics.distances import Moments, frechet, frechet_infini
 class FeatureMoments(Metric):
     """Mean and covariance of features from float64 sums about a shift of each rank's own: its first features."""
 
-    full_state_update = False
+    full_state_update = True
     n: Tensor
     shift: Tensor
     total: Tensor

@@ -54,6 +54,12 @@ def faithful(network: Network) -> Network:
     Outputs must be equal on a CPU, and equal up to rounding elsewhere. No random generator of the process moves.
     """
     name, parameter = type(network).__name__, next(network.parameters(), torch.zeros(()))
+    each = dict(network.named_parameters())
+    if tied := [key for key, _ in network.named_parameters(remove_duplicate=False) if key not in each]:
+        raise InputError(
+            f"{name}: {', '.join(tied[:4])}: weights that another name has as well (tied weights). A file keeps a "
+            "weight for each name, so they would part when it is loaded; use the one module in both places"
+        )
     with _own_randomness(0x5EED):
         other = rebuild(network, without_weights)
         state = network.state_dict()

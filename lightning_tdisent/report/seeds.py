@@ -15,7 +15,7 @@ from lightning_tdisent.report.table import tables
 
 # fields of a row that repeats of one study have in common, however they are seeded
 SAME = (
-    *("protocol", "given", "draws", "images", "sampler", "nfe", "rows", "table", "prior", "cut", "networks", "weights"),
+    *("protocol", "given", "draws", "sampler", "nfe", "rows", "table", "prior", "cut", "networks", "weights"),
     *("weights_kind", "recipe", "training_data", "bpd_how", "preview", "differs"),
 )
 OWN = ("sha256", "seeds")  # fields that no two repeats share

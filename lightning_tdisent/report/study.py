@@ -117,8 +117,9 @@ class Study:
         self._contenders()
         if self.bits is not None:
             Bits.of_mapping(self.bits)
-            if not is_npz(self.data):
-                find(self.data, "train")
+            if is_npz(self.data):
+                raise InputError(f"bits: {self.data}: they need training images too; give a folder of shards as data")
+            find(self.data, "train")
         _ = self._network, self._lpips
         trained = {name: card.data for name, card in self._cards.items()}
         refuse_trained((self.data, self.split), self._reference, trained)
@@ -255,9 +256,11 @@ class Study:
             for c in self.contenders
         ]
         kept["runs"] = {name: self._portable(folder) for name, folder in self.runs.items()}
-        for key in ("data", "weights", "lpips"):
+        for key in ("data", "weights", "lpips", "reference"):
             if kept[key] and Path(kept[key]).exists():
                 kept[key] = os.path.abspath(kept[key])
+        if (kept["fill"] or "").startswith("shared:"):
+            kept["fill"] = f"shared:{os.path.abspath(kept['fill'].removeprefix('shared:'))}"
         return {"schema": 2, **kept}
 
     def _portable(self, path: str) -> str:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_tdisent.cli import main
+from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
 from lightning_tdisent.lit.callbacks.guard import Guard
@@ -21,12 +22,13 @@ from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.pictures import Pictures
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.quality import SampleQuality
-from lightning_tdisent.lit.callbacks.weights import EMA
+from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.checkpoints import steps
 from lightning_tdisent.lit.entry import LINE
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.evaluation import x0_errors
+from lightning_tdisent.sampling.expert import read_card
 from lightning_tdisent.sampling.sampler import DDIM, sample
 
 
@@ -316,3 +318,39 @@ def test_progress_can_be_switched_off_or_be_ones_own(shown, tmp_path, capsys):
     assert main(["fit", *words]) == 0
     assert ("ReducedStates: 163,985 weights" in capsys.readouterr().out) == (shown == "true")
     assert (tmp_path / "model.safetensors").exists()
+
+
+class Logs(ReducedStates):
+    def training_step(self, batch, batch_idx):
+        out = super().training_step(batch, batch_idx)
+        self.log("mine", out["loss"])
+        return out
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log_dict({"val/mine": 1.0})
+
+
+def test_a_module_of_ones_own_may_log_in_its_steps(tiny, data, plain):
+    trainer = plain(val_check_interval=2)
+    trainer.fit(module := Logs(tiny(), LatentStates(S=4)), datamodule=data(val_limit=64))
+    assert {"mine", "val/mine"} <= set(trainer.callback_metrics)
+    assert not {"log", "log_dict"} & set(vars(module))
+
+
+def test_a_warm_start_with_plain_loaders_is_measured_before_its_first_step(make, tiny, data, plain, tmp_path):
+    plain(EMA(), Export()).fit(make(), datamodule=data(val_limit=64))
+    images = torch.utils.data.TensorDataset(torch.randint(256, (64, 1, 8, 8), dtype=torch.uint8))
+    loader = torch.utils.data.DataLoader(images, 16)
+    warm = ReducedStates(tiny(), LatentStates(S=4), warm_start=str(tmp_path))
+    plain(EMA(), Export(), folder=tmp_path / "warm").fit(warm, loader, loader)
+    card = read_card(tmp_path / "warm" / "model.safetensors")
+    assert set(card.errors) == {"start", "ema"}
+
+
+def test_the_weights_of_another_run_are_not_written_over(make, data, plain, tmp_path):
+    plain(EMA(), Export()).fit(make(), datamodule=data(val_limit=64))
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match=r"holds model.safetensors .* of another run"):
+        plain(EMA(), Export()).fit(make(lr=0.1), datamodule=data(val_limit=64))
+    assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -30,6 +30,7 @@ class Curve(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Begin a new curve."""
         if not trainer.global_step and not trainer.fast_dev_run and isinstance(pl_module.denoiser, Denoiser):
+            self.points, self.variances = [], []
             pl_module.start_errors()
             self._add(trainer, pl_module)
 

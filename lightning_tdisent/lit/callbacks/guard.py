@@ -36,7 +36,9 @@ class Guard(L.Callback):
         self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], batch: dict[str, Tensor], *_: Any
     ) -> None:
         """Look at the last step whose flag has arrived."""
-        self._parts.append((outputs["losses"], outputs["id"], outputs["row"]))
+        # a training_step of one's own may return what it returned before: without the ids
+        ids = outputs["id"] if "id" in outputs else batch["id"]
+        self._parts.append((outputs["losses"], ids, outputs["row"]))
         if trainer.global_step == self._seen:
             return  # gradients are being accumulated
         self._seen = trainer.global_step

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.checkpoints import refuse_other_run
 from lightning_tdisent.lit.modules import Diffusion
+from lightning_tdisent.ranks import shared_errors
 from lightning_tdisent.sampling.averages import FOLDER, gamma
 
 
@@ -63,8 +64,10 @@ class EMA(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Start from the weights as they are, or as they were saved; refuse a folder with another run's snapshots."""
-        if trainer.is_global_zero and self.lengths and not trainer.fast_dev_run:
-            refuse_other_run(trainer, sorted((Path(trainer.default_root_dir) / FOLDER).glob("step-*_*.safetensors")))
+        if self.lengths and not trainer.fast_dev_run:
+            there = sorted((Path(trainer.default_root_dir) / FOLDER).glob("step-*_*.safetensors"))
+            with shared_errors():
+                refuse_other_run(trainer, there if trainer.is_global_zero else [])
         self.walked = [p.detach() for p in self._parameters(pl_module)]  # what is averaged, in this order
         if self._restored is None:
             self.averages, self.updates, self.before = [self._flat() for _ in self.kinds], 0, pl_module.before
@@ -181,6 +184,13 @@ class Export(L.Callback):
     After a warm start the weights it began with are written instead, with ``weights: start`` in the card, if their
     held-out error (mean over the rows owned) is below that of the average. The card has both errors.
     """
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Refuse a folder that holds the weights of another run."""
+        path = Path(trainer.default_root_dir) / pl_module.file
+        if not trainer.fast_dev_run:
+            with shared_errors():
+                refuse_other_run(trainer, [path] if trainer.is_global_zero and path.exists() else [])
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Write on rank 0, also when a resumed run finds its training complete."""
