@@ -338,6 +338,10 @@ def test_columns_of_parquet_files_can_be_chosen(parquet, tmp_path):
     source = find_source(tmp_path, "train", columns={"image": "pixel_values", "text": "prompt", "label": ""})
     assert (contents(source), captions_of(source), labels_of(source)) == ([0, 1, 2], ["p", "q", "r"], ["none"] * 3)
     assert source.notes[-1] == "columns not read: image, label, text"
+    chosen = [{}, {"text": "prompt"}, {"image": "pixel_values"}, {"label": ""}, {"text": ""}]
+    prints = [find_source(tmp_path, "train", columns=columns).fingerprint() for columns in chosen]
+    assert len(set(prints)) == len(chosen)
+    assert find_source(tmp_path, "train", columns={"text": "text"}).fingerprint() == prints[0]
     for columns, message in (
         ({"image": "pixels"}, "no column for --columns image=pixels"),
         ({"caption": "text"}, "caption is not one of image, label, text"),

@@ -62,9 +62,11 @@ class Parquet:
         return {name: number for number, name in enumerate(self.classes)}
 
     def fingerprint(self) -> str:
-        """Hash of the names, sizes and row groups of the files, and of the columns that are chosen."""
+        """Return a hash of the names, sizes and row groups of the files, the column of each role, and the classes."""
         sizes = [f"{f.name}\0{f.stat().st_size}" for f in self.files]
-        return hashed([*sizes, *(f"{g}\0{e}" for g, e in zip(self.groups, self.ends, strict=True)), *self.classes])
+        groups = [f"{g}\0{e}" for g, e in zip(self.groups, self.ends, strict=True)]
+        columns = [f"{role}={name}" for role, name in sorted(self.columns.items())]
+        return hashed([*sizes, *groups, *columns, f"words={self.words}", *self.classes])
 
 
 def _pyarrow() -> Any:
