@@ -5,7 +5,7 @@ opens them. All hand out undecoded bytes, so that `prepare` decides what an imag
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -53,6 +53,9 @@ def find_source(path: str | Path, split: str, kind: str = "auto", **more: Any) -
         raise InputError(f"{path} does not exist. Name the folder or file of the raw data set")
     kinds = KINDS if kind == "auto" else {kind: KINDS[kind]}
     try:
+        if ask.skip is not None:  # looked for only where it can be met
+            skip = ask.skip.resolve()
+            ask = replace(ask, skip=skip if ask.links or skip.is_relative_to(path.resolve()) else None)
         for name, advice in ARCHIVES.items():
             if names_in(path) == [name]:
                 raise InputError(f"{path} is an archive that is not opened here: {advice}")

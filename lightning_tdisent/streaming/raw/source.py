@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -32,10 +33,10 @@ ROLES = {
 class Ask:
     """What is asked of a raw data set.
 
-    split: its name, or a pattern of shards or parquet files. skip: a folder below the source that is not read. columns:
-    of parquet files by role (``image``, ``label``, ``text``), an empty name leaves the role out. labels: ``folders``
-    takes the names of folders for classes, ``none`` takes no classes, ``auto`` reads tables of labels before folders.
-    links: follow links that leave the source.
+    split: its name, or a pattern of shards or parquet files. skip: the resolved path of a folder that is not read.
+    columns: of parquet files by role (``image``, ``label``, ``text``), an empty name leaves the role out. labels:
+    ``folders`` takes the names of folders for classes, ``none`` takes no classes, ``auto`` reads tables of labels
+    before folders. links: follow links that leave the source.
     """
 
     split: str
@@ -46,11 +47,9 @@ class Ask:
 
     def skips(self, folder: Path) -> bool:
         """Return whether this folder is the one to skip, or holds nothing but that."""
-        if self.skip is None or not self.skip.resolve().is_relative_to(here := folder.resolve()):
+        if self.skip is None or not self.skip.is_relative_to(here := folder.resolve()):
             return False
-        return here == self.skip.resolve() or all(
-            self.skips(f) if f.is_dir() else is_hidden(f.name) for f in folder.iterdir()
-        )
+        return here == self.skip or all(self.skips(f) if f.is_dir() else is_hidden(f.name) for f in folder.iterdir())
 
     @property
     def pattern(self) -> bool:
@@ -124,10 +123,7 @@ def unread(names: Iterable[str]) -> list[str]:
 
 def names_in(path: Path, ask: Ask | None = None) -> list[str]:
     """Return the sorted names in a folder without hidden ones and the one to skip, or the name of a file."""
-    if not path.is_dir():
-        return [path.name]
-    names = sorted(f.name for f in path.iterdir() if not is_hidden(f.name))
-    return [name for name in names if not (ask and ask.skip and ask.skips(path / name))]
+    return [e.name for e in _entries(path, ask)] if path.is_dir() else [path.name]
 
 
 def is_hidden(name: str) -> bool:
@@ -137,7 +133,21 @@ def is_hidden(name: str) -> bool:
 
 def subfolders(folder: Path, ask: Ask) -> list[str]:
     """Return the sorted names of the folders in a folder, without hidden ones and the one to skip."""
-    return [name for name in names_in(folder, ask) if (folder / name).is_dir()]
+    return [e.name for e in _entries(folder, ask) if _is_folder(e)]
+
+
+def _entries(folder: Path, ask: Ask | None) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder by name, without hidden ones and the folder to skip; no file is looked at."""
+    with os.scandir(folder) as found:
+        entries = sorted((e for e in found if not is_hidden(e.name)), key=lambda e: e.name)
+    if ask is None or ask.skip is None:
+        return entries
+    return [e for e in entries if not (_is_folder(e) and ask.skips(Path(e.path)))]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder or a link to one; a link that cannot be followed is none."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and Path(entry.path).is_dir())
 
 
 def hashed(parts: Iterable[str]) -> str:
