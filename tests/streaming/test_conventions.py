@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 import webdataset as wds
@@ -70,6 +71,41 @@ def test_classes_that_are_named_like_a_split_are_classes(tmp_path):
     put(tmp_path / "test tube" / "0.png", image(1))
     with pytest.raises(InputError, match=r"bullet train, test tube.* beside .*cat, dog.* Rename them"):
         find_source(tmp_path, "train")
+
+
+@pytest.mark.parametrize("asked", ["train", "test", "val"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("bus", "car", "train"),
+        ("extra", "training_data"),
+        ("bus", "test", "training set"),
+        ("animals/cat", "vehicles/train"),
+        ("vehicles/car", "vehicles/train", "zebras/a"),
+        ("bus", "car", "test tube", "train"),
+    ],
+)
+def test_a_split_beside_folders_that_name_none_may_be_a_class(names, asked, tmp_path):
+    for k, name in enumerate(names):
+        put(tmp_path / name / "0.png", image(k))
+    with pytest.raises(InputError, match=r"folders of splits \(.*\) beside folders of .* say --labels folders"):
+        find_source(tmp_path, asked)
+    source = find_source(tmp_path, asked, labels="folders")
+    assert contents(source) == list(range(len(names)))
+    assert source.classes == sorted({name.partition("/")[0] for name in names})
+
+
+def test_a_split_that_no_folder_names_is_refused_where_one_may_name_another(tmp_path):
+    for name in ("bullet train", "cat"):
+        put(tmp_path / name / "0.png", image(1))
+    assert find_source(tmp_path, "train").classes == ["bullet train", "cat"]
+    for asked in ("test", "val"):
+        with pytest.raises(InputError, match=r"bullet train\) beside .*cat"):
+            find_source(tmp_path, asked)
+    assert find_source(tmp_path, "test", labels="folders").classes == ["bullet train", "cat"]
+    (tmp_path / "bullet train").rename(tmp_path / "bus")
+    assert find_source(tmp_path, "test").classes == ["bus", "cat"]  # no folder names a split
+    assert len(find_source(tmp_path, "cat")) == 1  # a folder of exactly that name
 
 
 def test_images_that_are_named_after_splits(tmp_path):
@@ -319,6 +355,16 @@ def test_a_folder_that_is_skipped_is_not_read(tmp_path):
     put(tmp_path / "cat" / "0.png", image(0))
     shard(tmp_path / "out" / "train-0.tar", image(0))
     assert find_source(tmp_path, "train", skip=tmp_path / "out").classes == ["cat"]
+
+
+@pytest.mark.parametrize("out", ["set/out", "elsewhere"])
+def test_no_path_of_an_image_is_resolved(out, tmp_path, monkeypatch):
+    for k in range(50):
+        put(tmp_path / "set" / "ab"[k % 2] / f"{k}.png", image(0))
+    resolve, resolved = Path.resolve, []
+    monkeypatch.setattr(Path, "resolve", lambda self, *more: resolved.append(self.name) or resolve(self, *more))
+    assert len(find_source(tmp_path / "set", "train", skip=tmp_path / out)) == 50
+    assert not [name for name in resolved if name.endswith(".png")]
 
 
 # Columns

@@ -147,26 +147,46 @@ def _roots(path: Path, ask: Ask) -> tuple[list[Root], list[str]]:
 
 
 def _naming(path: Path, inner: list[str], ask: Ask) -> list[str]:
-    """Return those of the folders in a folder that are of splits; a class folder of many (bullet train) is not."""
+    """Return those of the folders in a folder that are of splits, none of them if all are classes.
+
+    Beside folders of images that name no split, a single split may be a class (car, bus, train), so that it is refused,
+    but for a word within a name (bullet train), which is a class.
+    """
     named = [n for n in inner if n == ask.split or splits.named(n)]
     others = [n for n in inner if n not in named]
-    if any(_whole(n) or n == ask.split for n in named):
+    if len(splits.found(filter(_whole, named))) > 1 or (
+        ask.split in named and splits.canonical(ask.split) not in splits.SYNONYMS
+    ):
         return named
     with_images = [n for n in others if find_folder(path / n, ask)] if named else []
-    if with_images and len(splits.found(named)) > 1:
-        raise InputError(
-            f"{path} has folders of splits ({some(named, 3)}) beside folders of images that name none "
-            f"({some(with_images, 3)}). Rename them, or name one of them as the source"
-        )
-    return [] if with_images else named
+    if not with_images or ask.labels == "folders":
+        return [] if with_images else named
+    found = splits.found(named)
+    first = [n for n in named if _whole(n) or splits.named(re.findall(r"[^\W_]+", n)[0])]
+    if first or len(found) > 1 or splits.canonical(ask.split) not in found:
+        raise _ambiguous(path, named, with_images)
+    return []
+
+
+def _ambiguous(path: Path, named: list[str], others: list[str]) -> InputError:
+    return InputError(
+        f"{path} has folders of splits ({some(named, 3)}) beside folders of images that name none ({some(others, 3)}). "
+        "Rename them, name one of them as the source, or say --labels folders if all of them are classes"
+    )
 
 
 def _in_classes(path: Path, inner: list[str], ask: Ask) -> tuple[list[Root], list[str]]:
     """Return the folders of a split that are in class folders (cat/train, dog/train), or the folder itself."""
-    below = {n: [d for d in subfolders(path / n, ask) if _whole(d)] for n in inner}
+    below = {n: subfolders(path / n, ask) for n in inner}
+    below = {
+        n: list(filter(_whole, _naming(path / n, d, ask))) if any(map(_whole, d)) else [] for n, d in below.items()
+    }
     found = sorted(splits.found(d for names in below.values() for d in names))
-    if not found:
+    others = [n for n in inner if not below[n] and len(found) == 1 and find_folder(path / n, ask)]
+    if not found or (others and ask.labels == "folders"):
         return [("", path)], []
+    if others:
+        raise _ambiguous(path, [f"{n}/{d}" for n in inner for d in below[n]], others)
     chosen = [(n, path / n / d) for n in inner for d in below[n] if splits.canonical(ask.split) in splits.named(d)]
     chosen = [(n, folder) for n, folder in chosen if find_folder(folder, ask)]
     if not chosen:
