@@ -296,7 +296,10 @@ def _by_names(
     used, own = set(folders), _class_folders(roots, ask)
     trained = _class_folders(train, ask) if train else []
     if strange := sorted(used.difference(trained or own)):
-        raise InputError(f"{base}: the class folders {some(strange)} are not among the {len(trained)} of {train[0][1]}")
+        raise InputError(
+            f"{base}: the class folders {some(strange)} are not among the {len(trained)} of {train[0][1]}. "
+            "Sort the images into these, or say --labels none"
+        )
     empty = sorted(set(own) - used)
     if wrong := [n for n in empty if any(not is_hidden(f) for *_, files in os.walk(base / n) for f in files)]:
         raise InputError(f"{base}: the class folders {some(wrong)} hold no images, but other files. Move them away")
