@@ -267,6 +267,27 @@ def test_a_table_of_each_image(tmp_path):
     assert labels_of(find_source(tmp_path, "train", labels="none")) == ["none"] * 3
 
 
+def test_images_of_one_name_share_their_table(tmp_path):
+    for name in ("a.png", "a-2.png", "a.jpg"):
+        put(tmp_path / name, image(0, "jpeg" if name.endswith("jpg") else "png"))
+    put(tmp_path / "a.json", b'{"label": 3, "caption": "both"}')
+    put(tmp_path / "a-2.json", b'{"label": 4, "caption": "other"}')
+    source = find_source(tmp_path, "train")
+    assert [name for name, *_ in listing(source)] == ["a-2.png", "a.jpg", "a.png"]
+    assert (labels_of(source), captions_of(source)) == (["4", "3", "3"], ["other", "both", "both"])
+
+
+@pytest.mark.parametrize("labels", ["auto", "none"])
+def test_json_beside_an_image_that_is_no_table_is_not_read(labels, tmp_path):
+    for k in range(3):
+        put(tmp_path / f"{k}.png", image(k))
+        put(tmp_path / f"{k}.json", (b"[1, 2]", b'"x"', b'{"caption": "c"}')[k])
+    source = find_source(tmp_path, "train", labels=labels)
+    assert (labels_of(source), captions_of(source)) == (["none"] * 3, [None, None, "c"])
+    assert "not read: 2 .json (0.json, ..)" in source.notes
+    assert "KEY.json: read of 1 images for label or caption" in source.notes
+
+
 def test_files_of_captions_by_all_their_names(tmp_path):
     for k in range(7):
         put(tmp_path / f"{k}.PNG", image(k))
@@ -330,6 +351,14 @@ def test_folders_within_class_folders_are_said_to_be_no_classes(tmp_path):
     source = find_source(tmp_path, "train")
     assert labels_of(source) == ["0", "0", "1"]
     assert source.notes == ["classes: the sorted names of 2 folders; folders in them (animals/cat) are no classes"]
+
+
+def test_a_split_without_class_folders_beside_one_with_them_names_the_remedy(tmp_path):
+    for name in ("train/n01/images/0", "train/n02/images/0", "val/images/0"):  # as tiny-imagenet-200
+        put(tmp_path / f"{name}.png", image(0))
+    with pytest.raises(InputError, match=r"class folders images are not among the 2 of .*train.* say --labels none"):
+        find_source(tmp_path, "val")
+    assert labels_of(find_source(tmp_path, "val", labels="none")) == ["none"]
 
 
 def test_an_empty_class_keeps_its_number(tmp_path):

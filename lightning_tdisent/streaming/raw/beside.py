@@ -193,20 +193,29 @@ def _members(root: Path, names: Mapping[str, int], images: list[str], out: Besid
     if not any(name.endswith((".json", ".cls")) for name in names):
         return
     others, read, known = Counter[str](), 0, set(images)
+    parsed: dict[str, tuple[Any, str | None] | None] = {}  # label and caption by stem, as a.jpg and a.png share a.json
     for image in images:
         stem = image.rpartition(".")[0]
         if f"{stem}.cls" in names:
             content = (root / f"{stem}.cls").read_text(errors="replace")
             _label(root / f"{stem}.cls", "KEY.cls", image, content, known, out)
             out.used.add(f"{stem}.cls")
-        if f"{stem}.json" in names and f"{stem}.json" not in out.used:
-            file = root / f"{stem}.json"
-            label, text, more = fields_of(read_json(file), str(file))
+        if f"{stem}.json" not in names or (stem not in parsed and f"{stem}.json" in out.used):
+            continue
+        file = root / f"{stem}.json"
+        if stem not in parsed:
+            table = read_json(file)
+            parsed[stem] = None
+            if isinstance(table, dict):  # else it is counted among the files that are not read
+                label, text, more = fields_of(table, str(file))
+                parsed[stem] = label, text
+                out.used.add(f"{stem}.json")
+                others.update(more)
+        if (given := parsed[stem]) is not None:
+            label, text = given
             _label(file, "KEY.json", image, label, known, out)
             if text is not None:
                 out.texts.setdefault(image, text)
-            out.used.add(f"{stem}.json")
-            others.update(more)
             read += 1
     if read:
         out.notes.append(f"KEY.json: read of {read:,} images for {' or '.join((ROLES['label'][0], ROLES['text'][1]))}")
