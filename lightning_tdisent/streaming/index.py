@@ -128,16 +128,19 @@ class Index:
     def shared(self, other: "Index") -> int:
         """Return how many samples have an image (of an index of before: all bytes) that is in the other index, too.
 
-        Where one does not list its samples, those in shards that are in both, byte for byte.
+        Where one does not list its samples, those in shards that are in both, byte for byte. Samples without an image,
+        whose content is 0, are not counted.
         """
         mine, theirs = self.regions, other.regions
         if mine is None or theirs is None or not (len(mine.crc) and len(theirs.crc)):
             there = {shard.sha256 for shard in other.shards} - {""}
             return sum(shard.samples for shard in self.shards if shard.sha256 in there)
         if len(mine.content) and len(theirs.content):
-            one, two = mine.content, theirs.content
+            one, two = (r.content[r.content != 0] for r in (mine, theirs))
         else:
             one, two = ((r.size.astype(np.uint64) << np.uint64(32)) | r.crc for r in (mine, theirs))
+        if not (len(one) and len(two)):
+            return 0
         ordered = np.unique(one)  # the smaller one: `other` may be of any length
         place = np.searchsorted(ordered, two).clip(0, len(ordered) - 1)
         return int(np.isin(one, two[ordered[place] == two]).sum())

@@ -449,3 +449,15 @@ def test_an_index_of_a_pattern_has_a_name_of_its_own(shards):
 def test_an_index_without_samples_names_by_number():
     index = Index((Shard("a.tar", 1, "", 3, ""), Shard("b.tar", 1, "", 2, "")), (), None)
     assert [index.name(n) for n in (0, 2, 3)] == ["a.tar: sample 0", "a.tar: sample 2", "b.tar: sample 0"]
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "shared"),
+    [("ab--", "bc-", 1), ("--", "--", 0), ("a-", "--", 0), ("--", "a", 0), ("aab", "ac", 2)],
+)
+def test_samples_without_an_image_are_shared_with_nothing(one, two, shared, tmp_path):
+    for name, images in (("one", one), ("two", two)):
+        with wds.TarWriter(str(tmp_path / f"{name}.tar"), encoder=False) as tar:
+            for k, content in enumerate(images):
+                tar.write({"__key__": f"{k}", ("txt" if content == "-" else "png"): content.encode()})
+    assert scan(str(tmp_path / "one.tar")).shared(scan(str(tmp_path / "two.tar"))) == shared
