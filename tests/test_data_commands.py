@@ -211,7 +211,7 @@ def test_prepare_takes_patterns_and_a_name(tmp_path, capsys):
     for k in range(4):
         shard_of(raw / f"cc-{k:05d}.tar", [10 * k, 10 * k + 1])
     assert main(["data", "prepare", str(raw), str(out), "--split", "cc-{00001..00002}.tar"]) == 2
-    assert "name the split that is written: --as train" in capsys.readouterr().err
+    assert "--split cc-{00001..00002}.tar: name the split that is written" in capsys.readouterr().err
     command = [
         "data",
         "prepare",
@@ -271,6 +271,10 @@ def test_a_range_of_floats_is_asked_for_and_told(tmp_path, capsys):
         (["--columns", "image=x"], "--columns is for parquet files, this is folder"),
         (["--labels", "folder"], "labels: 'folder' is not one of auto, folders, none. Did you mean 'folders'?"),
         (["--split", "*.png"], "is a pattern, which folders of images do not have"),
+        (["--as", "train-clean"], "--as train-clean: name it with letters of a to z, digits and _, as in --as train"),
+        (["--as", "validé"], "--as validé: name it with letters"),
+        (["--as", ""], "--as : name it with letters"),
+        (["--split", "é"], "--split é: name the split that is written with letters"),
     ],
 )
 def test_options_of_prepare_that_do_not_fit_are_refused(words, message, tmp_path, capsys):
@@ -279,6 +283,12 @@ def test_options_of_prepare_that_do_not_fit_are_refused(words, message, tmp_path
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+
+
+def test_the_split_that_is_written_may_be_a_number(tmp_path, capsys):
+    picture(tmp_path / "raw" / "0.png")
+    assert main(["data", "prepare", str(tmp_path / "raw"), str(tmp_path / "out"), "--jobs", "1", "--as", "2017"]) == 0
+    assert len(load(tmp_path / "out", "2017", 1)) == 1
 
 
 def test_large_classes_are_counted_in_little_memory(tmp_path, capsys):

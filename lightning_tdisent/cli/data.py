@@ -66,7 +66,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _prepare(a: argparse.Namespace) -> None:
-    from lightning_tdisent.streaming.prepare import Options, caption_count, prepare
+    from lightning_tdisent.streaming.prepare import Options, caption_count, is_split, prepare
     from lightning_tdisent.streaming.raw import class_table, find_source
 
     if a.out.resolve() == a.source.resolve():
@@ -80,9 +80,10 @@ def _prepare(a: argparse.Namespace) -> None:
     )
     if a.labels != "auto" and source.kind not in ("folder", "ilsvrc"):
         raise InputError(f"--labels {a.labels} is for images in folders, {a.source} is {source.kind}")
-    split = a.name or a.split
-    if not split.isidentifier():
-        raise InputError(f"--split {a.split}: name the split that is written: --as train")
+    split = a.split if a.name is None else a.name
+    if not is_split(split):
+        what = f"--split {split}: name the split that is written" if a.name is None else f"--as {split}: name it"
+        raise InputError(f"{what} with letters of a to z, digits and _, as in --as train")
     print(f"{a.source}: {len(source):,} samples of {source.kind}")
     for line in source.notes:
         print(f"  {_plain(line)}")

@@ -131,13 +131,18 @@ def prepare(
         ) from None
 
 
+def is_split(name: str) -> bool:
+    """Return whether a split can be written under this name: of ASCII letters, digits and _."""
+    return bool(re.fullmatch(r"\w+", name, re.ASCII))
+
+
 def _check(source: Source, options: Options, split: str, jobs: int) -> None:
     """Refuse what cannot be met, all of it at once."""
     formats, latents = ("keep", *ENCODE), options.vae is not None
     unknown = f"{options.encode!r} is not one of {', '.join(formats)}.{nearest(options.encode, formats)}"
     wrong = {
         f"the {source.kind} data set is empty": not len(source),
-        f"split: {split!r} is to be of letters, digits and _": not re.fullmatch(r"\w+", split, re.ASCII),
+        f"split: {split!r} is to be of letters, digits and _": not is_split(split),
         f"size: {options.size} is not at least 1": options.size is not None and options.size < 1,
         f"encode: {unknown}": options.encode not in formats,
         f"encode: {options.encode} and vae: latents are not encoded; leave one of them": latents
