@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import lightning.pytorch as L
 import pytest
 import torch
@@ -28,6 +30,11 @@ def data(digits):
     return lambda **options: ImageShards(**{"path": str(digits), "channels": 1, "batch_size": 32, **options})
 
 
+def cleared(folder):
+    """Remove the weights of an earlier training, which another one would refuse to write over."""
+    (Path(folder) / "model.safetensors").unlink(missing_ok=True)
+
+
 @pytest.fixture
 def trainer(tmp_path):
     """A Trainer as the command line makes it, in a temporary run folder."""
@@ -48,6 +55,7 @@ def trainer(tmp_path):
             **options,
         }
         always = [EMA(ema), LossPerState(), Export()]
+        cleared(options["default_root_dir"])
         return L.Trainer(max_steps=steps, callbacks=[*callbacks, *always], **options)
 
     return make
@@ -76,6 +84,8 @@ def fit(data, tmp_path):
             "default_root_dir": tmp_path,
             **options,
         }
+        if ckpt_path is None:
+            cleared(options["default_root_dir"])
         trainer = L.Trainer(
             max_steps=steps,
             max_epochs=-1,
