@@ -69,7 +69,7 @@ def flat(data, name=""):
 
 
 # the time it took, and a count that Lightning keeps for the x-axis of its own logging, which nothing here uses
-LEFT_OUT = (".card.seconds", ".loops.fit_loop.epoch_loop.state_dict._batches_that_stepped")
+LEFT_OUT = (".card.seconds", ".card.validation.seconds", ".loops.fit_loop.epoch_loop.state_dict._batches_that_stepped")
 
 
 def trained(run):
