@@ -262,6 +262,12 @@ def test_a_run_without_a_checkpoint_begins_anew(command, tmp_path):
     command(steps_=3)
     for file in (tmp_path / "run" / "checkpoints").iterdir():
         file.unlink()
+    weights = tmp_path / "run" / "model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(InputError, match=r"holds model.safetensors .* begins from step 0"):
+        command(steps_=3)
+    assert weights.read_bytes() == before
+    weights.unlink()
     assert "from the beginning" in command(steps_=3)
 
 
