@@ -280,24 +280,16 @@ def test_the_command_fits_prints_and_is_used_by_sample_and_evaluate(
     assert "already holds a prior" in capsys.readouterr().err
     assert main(["sample", str(whole), "--prior", str(out), "--out", str(tmp_path / "images"), "--seeds", "0:3"]) == 0
     ask = ["evaluate", str(whole), "--prior", str(out), "--data", str(digits), "--protocol", "digits", "-n", "30"]
-    ask += [
-        "--metrics",
-        "fd,bpd,bpd_ode",
-        "--bits-images",
-        "20",
-        "--decoder",
-        "uniform",
-        "--out",
-        str(tmp_path / "eval"),
-    ]
-    assert main(ask) == 0
+    ask += ["--bits-images", "20", "--decoder", "uniform", "--out", str(tmp_path / "eval"), "--metrics"]
+    assert main([*ask, "fd,bpd,bpd_ode"]) == 2
+    assert "wants 100 of them; no model here has as many" in capsys.readouterr().err
+    assert main([*ask, "fd,bpd"]) == 0
     row = json.loads((tmp_path / "eval" / "results.json").read_text())[0]
     assert (row["cut"], row["prior"], row["nfe"]) == (3, "Mixture", 3)
     terms = row["bpd_terms"]
     assert row["bpd"] == pytest.approx(terms["decoder"] + terms["prior"] + sum(terms["rows"].values()))
     assert list(terms["rows"]) == ["2", "3"]
     assert row["bpd_low"] < row["bpd"] < row["bpd_high"]
-    assert "wants 100 of them; there are 3" in row["bpd_refused"]
     assert "uniform decoder, 20 held-out images" in row["bpd_how"]
 
 
