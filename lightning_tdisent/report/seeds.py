@@ -15,7 +15,7 @@ from lightning_tdisent.report.table import tables
 
 # fields of a row that repeats of one study have in common, however they are seeded
 SAME = (
-    *("protocol", "given", "draws", "sampler", "nfe", "rows", "table", "prior", "cut", "networks", "weights"),
+    *("protocol", "given", "draws", "images", "sampler", "nfe", "rows", "table", "prior", "cut", "networks", "weights"),
     *("weights_kind", "recipe", "training_data", "bpd_how", "preview", "differs"),
 )
 OWN = ("sha256", "seeds")  # fields that no two repeats share
@@ -38,6 +38,8 @@ def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ())
         for name in [name for name in kinds if name in rows]:
             first, other = kinds[name], rows[name]
             differ = [key for key in SAME if key in first and key in other and first[key] != other[key]]
+            if "source" in first:  # a folder of images, made by another training; real images are the same ones
+                differ = [key for key in differ if key != "images"]
             differ += [key for key in ("prior", "preview", "given") if (key in first) != (key in other)]
             seen, others = first.get("images_seen", 0), other.get("images_seen", 0)
             differ += ["images_seen"] * (abs(seen - others) > ROUNDING * max(seen, others))
