@@ -63,7 +63,7 @@ def wide_console() -> "Console":
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 160))
+    return console if console.is_terminal else Console(width=max(console.width, 200))
 
 
 def cores(asked: int | None) -> int:

@@ -37,6 +37,13 @@ class FeatureMoments(Metric):
         self.total += f.sum(0)
         self.outer.addmm_(f.T, f)
 
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Join the sums of another metric of this kind, as those of another rank; update neither afterwards."""
+        other = incoming_state if isinstance(incoming_state, dict) else vars(incoming_state)
+        for name, default in self._defaults.items():
+            shape = (-1, *torch.as_tensor(default).shape)
+            setattr(self, name, torch.cat([getattr(self, name).view(shape), other[name].view(shape)]))
+
     def compute(self) -> Any:
         """`Moments` of all ranks' features."""
         d = self.total.shape[-1]

@@ -290,3 +290,15 @@ def test_the_extrapolated_distance_has_no_bias_and_an_honest_error(shift):
 def test_what_is_no_distribution_is_refused(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_moments_called_as_a_function_add_up():
+    from lightning_tdisent.metrics.scores import FeatureMoments
+
+    features = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    metric, whole = FeatureMoments(3), FeatureMoments(3)
+    for part in features.split(10):
+        metric(part)
+    whole.update(features)
+    assert int(metric.compute().n) == 30
+    assert torch.allclose(metric.compute().mean, whole.compute().mean)

@@ -101,7 +101,7 @@ class Checkpoint(LightningCheckpoint):
 
     def _rehearse(self, trainer: L.Trainer) -> None:
         """Write a checkpoint in a folder beside the others, read it back and remove it."""
-        content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        content = trainer._checkpoint_connector.dump_checkpoint(False)
         if not trainer.is_global_zero:
             return
         folder = self.folder / ".preflight"
