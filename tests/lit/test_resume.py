@@ -496,7 +496,8 @@ def test_the_folder_of_checkpoints_names_the_run_too(command, tmp_path):
 
 
 def test_an_untrained_model_is_not_exported(command, tmp_path):
-    command("--trainer.limit_train_batches", 0, steps_=2)
+    with pytest.raises(InputError, match=r"trainer.limit_train_batches: 0 trains nothing"):
+        command("--trainer.limit_train_batches", 0, steps_=2)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
