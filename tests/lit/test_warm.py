@@ -111,13 +111,13 @@ def test_looking_at_the_start_moves_nothing(warm):
     assert not other.denoiser.network._forward_pre_hooks
 
 
-def test_a_resumed_warm_run_knows_its_start(warm, tmp_path):
+def test_a_resumed_warm_run_knows_its_start(warm):
     whole, cut = EMA(0.9), EMA(0.9)
     _, folder = warm([1], 6, Curve(), ema=whole)
     module, part = warm([1], 3, Curve(), folder="part")
     trainer = module.trainer
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    _, part = warm([1], 6, Curve(), folder="part", ema=cut, ckpt_path=tmp_path / "x.ckpt")
+    trainer.save_checkpoint(part / "x.ckpt")
+    _, part = warm([1], 6, Curve(), folder="part", ema=cut, ckpt_path=part / "x.ckpt")
     assert same(whole.averages, cut.averages)
     assert same(whole.start, cut.start)
     one, other = (read_card(f / "model.safetensors") for f in (folder, part))
