@@ -199,7 +199,7 @@ def _sample(a: argparse.Namespace) -> None:
 
 
 def _observations(a: argparse.Namespace, model: Any, seeds: range) -> "Observations | None":
-    """What a conditional model is given for these seeds; prints of what."""
+    """Return the observations that a conditional model is given for these seeds; print where they come from."""
     from lightning_tdisent.sampling.observations import observe, refuse_without_masks
 
     states = model.states

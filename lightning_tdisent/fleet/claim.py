@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def begun(self) -> bool:
-        """Whether a training of the study that the folder keeps has begun."""
+        """True if a training of the study in the folder has begun."""
         before = kept(self.out)
         runs = before["study"]["runs"] if before else {}
         singles = [name for name, run in runs.items() if "fleet" not in run]

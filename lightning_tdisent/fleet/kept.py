@@ -1,4 +1,4 @@
-"""What a folder keeps of the files that it was made from, and in which keys two versions of something differ."""
+"""Keep copies of the files that a folder was made from, and name the keys in which two versions differ."""
 
 import json
 from collections.abc import Collection, Iterator

@@ -221,7 +221,7 @@ def _fleet_configs(
 
 
 class Role(NamedTuple):
-    """What a run trains: a ``model`` of images, a ``prior``, or neither; its class, and its table if it has one.
+    """The kind of a run (a ``model`` of images, a ``prior``, or neither), its class, and its table if it has one.
 
     That of a prior ends at its row.
     """
@@ -280,7 +280,7 @@ def refuse_roles(todo: Plan, roles: dict[str, Role]) -> bool:
 
 
 def _ends(states: LatentStates, cut: LatentStates) -> bool:
-    """Whether a table cut off at the last row of another is that one."""
+    """Return True if a table that is cut off at the last row of another equals that one."""
     return states.K == 1 and cut.S <= states.S and states.truncate(cut.S).fingerprint == cut.fingerprint
 
 

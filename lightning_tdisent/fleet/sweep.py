@@ -1,4 +1,4 @@
-"""What a study's YAML means in full: contenders and priors of a sweep, rows to start at, settings of runs."""
+"""Expand a study's YAML: contenders and priors of a sweep, rows to start at, settings of runs."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -85,10 +85,8 @@ class Diffusion(Part, DenoiserModule):
         self.generator, self.skipped, self.gradient_norm = torch.Generator(), torch.zeros(()), torch.zeros(())
         self.images_seen, self.seconds, self.seed = 0, 0.0, 0
         self.validation = {"passes": 0, "seconds": 0.0}
-        self.round, self.rounds = (
-            0,
-            dict[str, dict[str, float]](),
-        )  # of an adaptive budget, and what the past ones ended with
+        # of an adaptive budget: the number of the round, and what each past round ended with
+        self.round, self.rounds = 0, dict[str, dict[str, float]]()
         self.parents: list[dict[str, Any]] = []
         self.before = 0  # steps of the average that a warm start continues, 0 from scratch
         self.measured: tuple[int, dict[int, float]] = (-1, {})  # images seen, errors of x0_hat by probe row
@@ -249,7 +247,7 @@ class Diffusion(Part, DenoiserModule):
 
     @cached_property
     def network_is_random(self) -> bool:
-        """Whether the network draws from the global generator: dropout, by its argument or in any of its layers."""
+        """True if the network draws from the global generator: dropout, by its argument or in any of its layers."""
         layers = self.denoiser.network.modules()
         named = bool(getattr(self.denoiser.network, "dropout", 0.0))
         return named or any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in layers)

@@ -160,7 +160,7 @@ def evaluate(
 
 
 def _identity(contender: Contender, files: dict[str, RealImages]) -> dict[str, Any]:
-    """What a contender is, whatever it is called and wherever it lies: weights, start and sampler, or images."""
+    """Return the digests of a contender: of weights, start and sampler, or of its images; no name and no path."""
     if contender.sampler is None:
         return {"images": files[contender.name].digest}
     shared = (contender.fill or "").removeprefix("shared:")
