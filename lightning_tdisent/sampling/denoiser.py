@@ -158,3 +158,8 @@ class Guided:
         both = torch.cat([label, torch.full_like(label, self.classes)])
         cond, uncond = self.denoiser(torch.cat([x, x]), s, both).chunk(2)
         return uncond + self.scale * (cond - uncond)
+
+
+def unguided(denoise: Denoises) -> Denoises:
+    """Return the model that guidance was put around, or the model itself."""
+    return denoise.denoiser if isinstance(denoise, Guided) else denoise

@@ -26,7 +26,7 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.priors.prior import LOG_2PI, Prior, StandardNormal
-from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.denoiser import Denoises, unguided
 from lightning_tdisent.sampling.sampler import from_uint8
 
 Decoder = Literal["discrete", "uniform", "density"]
@@ -98,7 +98,7 @@ def variational_bound(
     row, for w = v + k^2 error and the decoder's variance.
     """
     refuse_components(model.states, "this model")
-    prior, states, device = _prior(model), model.states, next(iter(model.parameters())).device
+    prior, states, device = _prior(model, label), model.states, next(iter(model.parameters())).device
     x0 = _data(images, ids, decoder).to(device)
     if clip == "as images":
         clip = None if decoder == "density" else 1.0
@@ -166,7 +166,7 @@ def ode_likelihood(
     probes: number of Rademacher vectors of Hutchinson's estimate of the trace; None computes the exact trace with one
     vector for each value. Needs a table of one column and gradients of the network; x0_hat is not clipped.
     """
-    prior, states, parameter = _prior(model), model.states, next(iter(model.parameters()))
+    prior, states, parameter = _prior(model, label), model.states, next(iter(model.parameters()))
     if states.K > 1:
         raise InputError(f"the ODE's likelihood is for tables of one column, this one has {states.K}")
     if float(states.a[-1, 0]) == 0:
@@ -220,9 +220,12 @@ def _flow(
     return estimate.detach().double(), traces if probes is None else traces / count
 
 
-def _prior(model: Denoises) -> Prior:
-    """What the model starts from; refuses what has no density."""
+def _prior(model: Denoises, label: Tensor | None) -> Prior:
+    """Return what the model starts from; refuse what has no density, or is of another class than the images."""
+    model = unguided(model)
     prior = getattr(model, "prior", None) or StandardNormal(model.shape)
+    if check := getattr(model, "check_label", None):
+        check(label)
     if not prior.has_density:
         raise InputError(f"{type(prior).__name__} has no density: no likelihood can be computed with it")
     return prior

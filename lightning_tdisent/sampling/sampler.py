@@ -20,7 +20,7 @@ from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
 from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.metrics.network import BLOCK
-from lightning_tdisent.sampling.denoiser import Denoises, Guided
+from lightning_tdisent.sampling.denoiser import Denoises, unguided
 
 IN_FLIGHT = 1 << 32  # bytes of unfinished images that `sample` takes from state to state at once
 TOGETHER = 8  # blocks that do so with all experts in memory: the caches of a CPU hold one of them, not all
@@ -96,7 +96,7 @@ class Sampler(Part, ABC):
         label = check_label(denoise, label, len(seeds))
         states, shape = denoise.states, denoise.shape
         path = [*(rows or self.rows(states)), 0]
-        if expect := getattr(_unguided(denoise), "expect", None):
+        if expect := getattr(unguided(denoise), "expect", None):
             expect(path[:-1])
         parameter = next(iter(denoise.parameters()))
         label = None if label is None else label.to(parameter.device)
@@ -109,8 +109,8 @@ class Sampler(Part, ABC):
         given = None if given is None else given.to(parameter.device, parameter.dtype)
         known = check_known(states, known, given)
         if start is None:
-            begin = getattr(_unguided(denoise), "start", None)
-            start = begin(seeds) if begin else states.begin(draw(path[0]), given)
+            begin = getattr(unguided(denoise), "start", None)
+            start = begin(seeds, label) if begin else states.begin(draw(path[0]), given)
         x = start
         x = x.to(parameter.device, parameter.dtype)
         if known is not None:
@@ -258,10 +258,6 @@ def _nonzero(c: float | Tensor) -> bool:
     return isinstance(c, Tensor) or c != 0.0
 
 
-def _unguided(denoise: Denoises) -> Denoises:
-    return denoise.denoiser if isinstance(denoise, Guided) else denoise
-
-
 class DDIM(Sampler):
     """`process.step` with the given eta (2010.02502, eq. 12): 0 deterministic, 1 ancestral, between interpolates."""
 
@@ -357,7 +353,7 @@ def sample(
     given = check_given(denoise.states, given, len(seeds))
     if label is None and denoise.classes:
         label = torch.tensor([seed % denoise.classes for seed in seeds])
-    residency = getattr(_unguided(denoise), "residency", None)  # of a composite
+    residency = getattr(unguided(denoise), "residency", None)  # of a composite
     parameter = next(iter(denoise.parameters()))
     on_cpu = parameter.device.type == "cpu"
     size = BLOCK if on_cpu else batch_size

@@ -248,24 +248,26 @@ class Started(nn.Module):
         """What it starts from."""
         return self._prior[0]
 
-    def check_label(self, label: int | None) -> str:
-        """Refuse to draw another class than the prior's; return what must be said of a start, or an empty string.
+    def check_label(self, label: int | Tensor | None) -> str:
+        """Refuse another class than the prior's; return what must be said of a start, or an empty string.
 
-        label: the class of all images, None for all classes in turn.
+        label: the class of all images or, int64 (B,), of each; None for all classes in turn.
         """
         if self.card is None or self.classes is None:
             return ""
-        if self.card.label is not None and label != self.card.label:
-            asked = "all classes are drawn in turn" if label is None else f"class {label} is asked for"
+        labels = [None] if label is None else torch.as_tensor(label).flatten().tolist()
+        if self.card.label is not None and (odd := [k for k in labels if k != self.card.label]):
+            asked = "all classes are drawn in turn" if odd[0] is None else f"class {odd[0]} is asked for"
             raise InputError(
-                f"the prior was fitted to class {self.card.label} alone, {asked}: give --label {self.card.label}, or a "
-                "prior of all classes"
+                f"the prior was fitted to class {self.card.label} alone, {asked}: give label {self.card.label} to all "
+                "images, or a prior of all classes"
             )
         own = self.card.label is not None or isinstance(self.prior, StandardNormal)
         return "" if own else f"the prior was {_ALL_CLASSES}"
 
-    def start(self, seeds: Sequence[int]) -> Tensor:
-        """x at the last row for these seeds."""
+    def start(self, seeds: Sequence[int], label: Tensor | None = None) -> Tensor:
+        """x at the last row for these seeds; see `check_label`."""
+        self.check_label(label)
         return self.prior.sample(seeds, int(self.states.index[-1]))
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:

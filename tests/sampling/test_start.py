@@ -17,6 +17,8 @@ from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.priors.mixture import Mixture
 from lightning_tdisent.priors.prior import StandardNormal
 from lightning_tdisent.sampling.composite import compose, load_model
+from lightning_tdisent.sampling.denoiser import Guided
+from lightning_tdisent.sampling.likelihood import variational_bound
 from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
 from lightning_tdisent.sampling.start import (
     FITTING,
@@ -360,6 +362,15 @@ def test_a_prior_of_a_class_conditional_model_says_of_which_classes_it_is(model,
     words = ["evaluate", str(trained), "--data", "data/digits", "--protocol", "digits", "-n", "20"]
     assert main([*words, "--prior", str(tmp_path / "three"), "--out", str(tmp_path / "e")]) == 2
     assert "class 3 alone" in capsys.readouterr().err
+    started, label = load_started(trained, str(tmp_path / "three"))[0], torch.tensor([3, 3])
+    assert len(torch.cat(list(sample(started, DDIM(), [0, 1], 2, label)))) == 2
+    assert variational_bound(started, images.images[:2], [0, 1], label).prior.isfinite().all()
+    for odd in (None, torch.tensor([3, 4])):  # from Python too, with guidance around the model and for a likelihood
+        for made in (started, Guided(started, 2.0)):
+            with pytest.raises(InputError, match="class 3 alone"):
+                list(sample(made, DDIM(), [0, 1], 2, odd))
+            with pytest.raises(InputError, match="class 3 alone"):
+                variational_bound(made, images.images[:2], [0, 1], odd)
     for label, said in ((10, "has classes 0 to 9"), (-1, "has classes 0 to 9")):
         assert main(fitting(trained, tmp_path / "odd", "--label", label)) == 2
         assert said in capsys.readouterr().err
