@@ -56,6 +56,11 @@ def advance(fleet: "Fleet", number: int) -> bool:
             for n, errors in curves[e.name]["points"]
             if n <= images[e.name]
         ]
+        if bad := [n for n, error in points if not math.isfinite(error)]:
+            raise InputError(
+                f"{e.name}: its held-out error after {bad[0]:,} images is not finite, so no budget follows from it: "
+                "the training diverged; lower model.lr (set: {model.lr: ..}) in a new fleet"
+            )
         if len({n for n, _ in points}) < 2:
             raise InputError(
                 f"{e.name}: its curve has {len(points)} points, a fit needs two at least: validate more often (set: "

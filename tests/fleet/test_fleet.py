@@ -1,6 +1,7 @@
 """Whole fleets of real trainings, small ones; the same in other processes is in tests/faults."""
 
 import json
+import math
 from dataclasses import replace
 
 import fsspec
@@ -309,6 +310,16 @@ def test_a_round_is_decided_once_its_targets_are_reached(planned):
         fleet.store.write(f"{e.name}/curve.json", json.dumps(curve).encode())
     assert [advance(fleet, 0) for _ in range(3)] == [True] * 3
     assert fleet.store.names("rounds") == ["0001.json"]
+
+
+def test_no_budget_follows_from_an_error_that_is_not_finite(planned):
+    fleet = planned(budget={"images": 240, "rule": "adaptive"}, rows=[[1], [2, 3, 4]])
+    for e in fleet.experts:
+        points = [[8 * k, [math.nan if (e.rows, k) == ([1], 3) else 1 / k] * len(e.rows)] for k in range(1, 9)]
+        fleet.store.write(f"{e.name}/curve.json", json.dumps({"variances": [1.0], "points": points}).encode())
+    with pytest.raises(InputError, match="expert_001: its held-out error after 24 images is not finite"):
+        advance(fleet, 0)
+    assert fleet.store.names("rounds") == []
 
 
 def test_between_two_rounds_experts_wait_and_after_the_first_they_need_nobody(planned):

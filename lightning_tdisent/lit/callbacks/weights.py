@@ -208,7 +208,7 @@ class Export(L.Callback):
             ema.export(path, pl_module)
         else:
             errors = {"start": start, "ema": fmean(own)}
-            if kept := errors["start"] < errors["ema"]:
+            if kept := not errors["ema"] <= errors["start"]:  # also where it is NaN
                 print(f"{path}: the start's weights are kept: held-out error {start:.4g}, trained {fmean(own):.4g}")
             weights, average = (ema.start, ema.describe(steps=0)) if kept else (ema.state(pl_module), ema.describe())
             pl_module.export(path, weights, average, "start" if kept else "ema", errors)
