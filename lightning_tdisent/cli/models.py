@@ -474,7 +474,7 @@ def _study(a: argparse.Namespace) -> None:
         fleet = draft(file, describe, todo.out / name, todo.seed, changes=changes, begun=begun)
         fleet.check(describe)
         fleets[name] = FleetWork(fleet, describe)
-        study.runs |= {f"{name}/{e.name}": str(todo.out / name / e.name) for e in fleet.experts}
+        study.runs |= {f"{name}/{job}": str(todo.out / name / fleet.folder(job)) for job in fleet.names}
     runs = {name: roles[labels[0]] for name, labels in todo.members.items() if labels}
     runs |= {name: role(work.fleet.jobs()[-1].argv) for name, work in fleets.items()}
     study.check(conditional=refuse_roles(todo, runs))

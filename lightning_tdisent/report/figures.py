@@ -54,22 +54,25 @@ def drawing(figure: Figure, caption: str) -> str:
 
 def errors_per_state(rows: Sequence[dict[str, Any]]) -> str:
     """Held-out x0-MSE against the original index, absolute and relative to the first model: one curve a model."""
-    models = {r["source"]: r for r in reversed(rows) if "x0_mse" in r}  # however many ways it is sampled
-    shown = list(models.values())[::-1]
+    models: dict[str, dict[str, Any]] = {}
+    for r in rows:  # one curve, however many ways a model is sampled
+        if "x0_mse" in r:
+            models.setdefault(r["source"], r)
+    shown = list(models.values())
     if not shown:
         return "<p>No two of these models share their states.</p>"
     with mpl.rc_context(STYLE):
         figure = Figure((10, 3.4))
         axes = figure.subplots(1, 2)
         reference, heads = shown[0]["x0_mse"], [r["name"].partition(",")[0] for r in shown]
-        for row, head in zip(shown, heads, strict=True):
+        labels = [h if heads.count(h) == 1 else r["name"] for r, h in zip(shown, heads, strict=True)]
+        for row, label in zip(shown, labels, strict=True):
             t = [int(index) for index in row["x0_mse"]]
-            label = head if heads.count(head) == 1 else row["name"]
             axes[0].plot(t, list(row["x0_mse"].values()), "o-", ms=4, label=label)
             relative = [100 * (row["x0_mse"][k] / reference[k] - 1) for k in row["x0_mse"]]
             axes[1].plot(t, relative, "o-", ms=4, label=label)
         axes[0].set(yscale="log", xlabel="index t of the state (right: pure noise)", title="held-out error of x0")
-        axes[1].set(xlabel="index t of the state", title=f"the same, % above {shown[0]['name'].partition(',')[0]}")
+        axes[1].set(xlabel="index t of the state", title=f"the same, % above {labels[0]}")
         axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing(
         figure,
@@ -114,19 +117,24 @@ def quality_over_compute(rows: Sequence[dict[str, Any]]) -> str:
     if not shown or len({round(_compute(r) / _compute(shown[0]), 1) for r in shown}) < 2:
         return ""
     families: dict[str, list[dict[str, Any]]] = {}
+    lines: list[list[dict[str, Any]]] = []
     for row in sorted(shown, key=lambda r: (_compute(r), "," in r["name"])):
-        line = families.setdefault(row["name"].partition(",")[0], [])
-        if line and _compute(row) < 1.1 * _compute(line[-1]):
-            families[row["name"]] = [row]
+        line = families.get(row["name"].partition(",")[0])
+        if line is None or _compute(row) < 1.1 * _compute(line[-1]):
+            lines.append([row])
+            families.setdefault(row["name"].partition(",")[0], lines[-1])
         else:
             line.append(row)
+    names = {row["name"] for line in lines if len(line) == 1 for row in line}
     with mpl.rc_context(STYLE):
         figure = Figure((8, 4.2))
         axes = figure.subplots()
-        for (name, line), colour in zip(families.items(), COLOURS * len(families), strict=False):
+        for line, colour in zip(lines, COLOURS * len(lines), strict=False):
+            name, head = line[0]["name"], line[0]["name"].partition(",")[0]
+            label = name if len(line) == 1 else f"{head}, .." if head in names else head
             x, y = [_compute(r) / 1e12 for r in line], [r[metric] for r in line]
             spread = [r.get(f"{metric}_sd", 0.0) for r in line]
-            axes.errorbar(x, y, spread, fmt="o-" if len(line) > 1 else "s", ms=5, capsize=3, color=colour, label=name)
+            axes.errorbar(x, y, spread, fmt="o-" if len(line) > 1 else "s", ms=5, capsize=3, color=colour, label=label)
         axes.set(xscale="log", yscale="log", xlabel="TFLOP of all jobs, validation included", ylabel=metric)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
@@ -218,22 +226,23 @@ def training_curves(folders: dict[str, Path]) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure((9, 3.2))
         axes = figure.subplots(1, 2)
-        for i, (name, tags) in enumerate(curves.items()):
-            points = tags.get("train/loss", [])
-            few = {"alpha": 0.35, "lw": 1, "color": COLOURS[2]} if "expert" in name else {"color": COLOURS[i % 8]}
-            label = None if "expert" in name and any("expert" in n for n in list(curves)[:i]) else name
-            axes[0].plot([x for x, _ in points], [y for _, y in points], label=label, **few)
-            for tag in distance:
-                if tag in tags:
-                    axes[1].plot(
-                        [x for x, _ in tags[tag]], [y for _, y in tags[tag]], "o-", ms=4, label=name, color=few["color"]
-                    )
+        groups: dict[str, list[str]] = {}
+        for name in curves:  # NAME/expert_001 of a fleet, NAME_001 of `experts:` are jobs of NAME
+            groups.setdefault(re.sub(r"(/shared|/expert_\d+|_\d{3,})$", "", name), []).append(name)
+        for (group, names), colour in zip(groups.items(), COLOURS * len(groups), strict=False):
+            style: dict[str, Any] = {"color": colour, **({"alpha": 0.5, "lw": 1} if len(names) > 1 else {})}
+            for i, name in enumerate(names):
+                label = name if len(names) == 1 else f"{group} ({len(names)} jobs)" if i == 0 else None
+                points = curves[name].get("train/loss", [])
+                axes[0].plot([x for x, _ in points], [y for _, y in points], label=label, **style)
+                for tag in distance:
+                    if points := curves[name].get(tag, []):
+                        axes[1].plot([x for x, _ in points], [y for _, y in points], "o-", ms=4, **style)
         axes[0].set(yscale="log", xlabel="images seen by the job", title="training loss (each on its own states)")
         axes[1].set(
             xlabel="images seen by the job", title=", ".join(distance).replace("quality/", "") or "no distance logged"
         )
-        axes[0].legend()
         if distance:
             axes[1].set(yscale="log")
-            axes[1].legend()
+        figure.legend(loc="center left", bbox_to_anchor=(0.92, 0.5))
     return drawing(figure, "While training. Losses of different states are not comparable with each other.")
