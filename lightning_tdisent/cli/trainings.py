@@ -74,7 +74,9 @@ def describe(argv: list[str]) -> "Facts":
     from lightning_tdisent.lit.entry import parse
     from lightning_tdisent.lit.modules import Diffusion
     from lightning_tdisent.lit.prior import PriorModule
+    from lightning_tdisent.sampling.composite import holds_weights
     from lightning_tdisent.sampling.cost import flops
+    from lightning_tdisent.sampling.warm import refuse_start
 
     cli = parse(argv)
     if not isinstance(cli.model, Diffusion) or isinstance(cli.model, PriorModule):
@@ -94,6 +96,8 @@ def describe(argv: list[str]) -> "Facts":
             f"trainer.devices: {trainer.world_size} devices would be served by processes that repeat the command line, "
             "which is that of the fleet's worker. Set trainer.strategy: ddp_fork (or ddp_spawn), or trainer.devices: 1"
         )
+    if module.warm_start and holds_weights(Path(module.warm_start)):
+        refuse_start(module.denoiser, module.warm_start)
     network = spec(module.network)
     words = {k: v for k, v in network["init_args"].items() if k != "conditioning"}  # which is folded in at a start
     return Facts(
@@ -114,4 +118,5 @@ def describe(argv: list[str]) -> "Facts":
         accumulate,
         trainer.world_size,
         asked,
+        module.network.sees_state,
     )

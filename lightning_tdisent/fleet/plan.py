@@ -56,7 +56,8 @@ class Facts:
     validate: steps from one validation to the next, 0 if that goes by epochs; fits: network and prediction, which are
     equal where one may start from another's weights; sizes: of the runs of rows that one network can answer for, all if
     not given; K: columns of the table; accumulate, world: batches of ``batch`` images in an optimizer step, by
-    accumulation and on devices; devices: as the config has it, ``auto`` for all that are there.
+    accumulation and on devices; devices: as the config has it, ``auto`` for all that are there; sees_state: whether the
+    network is told the state, and so cannot start from the weights of another.
     """
 
     module: str
@@ -76,6 +77,7 @@ class Facts:
     accumulate: int = 1
     world: int = 1
     devices: Any = 1
+    sees_state: bool = False
 
     @property
     def parts(self) -> int:
@@ -308,6 +310,18 @@ class Fleet:
             if {e.name, e.start} <= out.keys() and out[e.name].fits != out[e.start].fits
         ]:
             raise InputError("weights of another network or prediction do not fit: " + "; ".join(misfits))
+        rows = {e.name: e.rows for e in self.experts}
+        if strange := [
+            f"{e.name} (rows {e.rows}) starts from {e.start} (rows {rows[e.start]})"
+            for e in self.experts
+            if {e.name, e.start} <= out.keys() & rows.keys() and not {*e.rows} <= {*rows[e.start]}
+            if out[e.name].sees_state or out[e.start].sees_state
+        ]:
+            raise InputError(
+                f"{'; '.join(strange)}: only a time-agnostic expert may start as one of another state, if that is "
+                "time-agnostic, too. Give each expert one row and leave model.network.conditioning unset, or choose "
+                "another start"
+            )
         return list(out.values())
 
     def begun(self, name: str) -> dict[str, Any]:

@@ -28,10 +28,10 @@ from lightning_tdisent.lit.inference import DenoiserModule, clean
 from lightning_tdisent.lit.preflight import preflight, refuse_trainer, refuse_unweighted
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.ranks import gather
-from lightning_tdisent.sampling.composite import start_warm
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import Card, rebuilt, save_expert
 from lightning_tdisent.sampling.sampler import DDIM, Sampler
+from lightning_tdisent.sampling.warm import start_warm
 
 
 class Diffusion(Part, DenoiserModule):

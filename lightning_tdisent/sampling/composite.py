@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tdisent.diffusion.process import scale
-from lightning_tdisent.diffusion.spec import build, changed, identity, spec
+from lightning_tdisent.diffusion.spec import build, changed
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.sampling.bundle import pack, unpacked
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import PARENT, Card, check_finite, fitting_pieces, load_expert, read_card, sha256
+from lightning_tdisent.sampling.expert import Card, check_finite, fitting_pieces, load_expert, read_card, sha256
 from lightning_tdisent.sampling.residency import Member, PassingExpert, Residency, passing
 
 MANIFEST = "composite.json"
@@ -461,46 +461,3 @@ def load_model(
     composite = CompositeDenoiser(experts, stand_in or ("nearest" if fill else None), allow, last).eval()
     composite.differs = differing(facts, allow)
     return composite, [*cards, filler.card] if filler else cards
-
-
-def start_warm(denoiser: Denoiser, source: str) -> list[dict[str, Any]]:
-    """Give a denoiser the weights of another run whose table has its rows at the same values.
-
-    A network that sees the state takes them as they are; a time-agnostic one takes those of the source at its row,
-    with the time embedding folded in, so that both say the same there, or those of a time-agnostic expert of another
-    row of the table as they are. Returns what the source cost, for the card.
-    """
-    shared, cards = load_model(source)
-    here, there = denoiser.states, shared.states
-    row_there = {t: s for s, t in enumerate(there.index.tolist())}
-    indices = {s: int(here.index[s]) for s in denoiser.rows}
-    missing = [t for t in indices.values() if t not in row_there]
-    if missing or not isinstance(shared, Denoiser):
-        raise InputError(f"warm_start: {source} must be one network that has indices {list(indices.values())}")
-    if not all(torch.allclose(here.log_snr[s], there.log_snr[row_there[t]]) for s, t in indices.items()):
-        raise InputError(
-            f"warm_start: {source} was trained with other noise levels at indices {list(indices.values())}"
-        )
-    strange = [t for t in indices.values() if row_there[t] not in shared.rows]
-    if strange and (shared.network.sees_state or denoiser.network.sees_state):
-        owned = [int(there.index[s]) for s in shared.rows]
-        raise InputError(
-            f"warm_start: {source} was trained at indices {owned}, not at {strange}; only a time-agnostic expert may "
-            "start as one of another state, if that is time-agnostic, too"
-        )
-    if type(shared.objective) is not type(denoiser.objective):
-        raise InputError(
-            f"warm_start: {source} predicts {shared.objective.prediction}, this model {denoiser.objective.prediction}"
-        )
-    network = shared.network
-    if network.sees_state and not denoiser.network.sees_state:
-        network = network.at_index(indices[denoiser.rows[0]])
-    theirs, mine = (identity(spec(n))["init_args"] | {"conditioning": 0} for n in (network, denoiser.network))
-    if theirs != mine:
-        raise InputError(f"warm_start: {source} holds another network: {spec(network)} is not {spec(denoiser.network)}")
-    denoiser.network.load_state_dict(network.state_dict())
-    card = cards[0]
-    cost = {k: getattr(card, k) for k in PARENT}
-    average = card.average or {}
-    cost["steps"] = int(average.get("steps", card.steps) + average.get("before", 0))
-    return [*card.parents, {"sha256": sha256(find_files(source)[0]), **cost, "rows": card.rows}]

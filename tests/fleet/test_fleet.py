@@ -76,10 +76,27 @@ def test_shared_model_first_then_its_experts_which_begin_where_it_ended(planned)
     assert (card.images_seen, [p["images_seen"] for p in card.parents]) == (16, [32])
 
 
+def test_a_start_of_other_rows_is_refused_before_anything_is_trained(planned, configs):
+    fleet = planned(start="neighbour", rows=[[1], [2], [3, 4]], budget=3 * 16)  # a block sees its state
+    with pytest.raises(InputError, match=r"expert_002 \(rows \[2\]\) starts from expert_003 \(rows \[3, 4\]\)"):
+        fleet.check(describe)
+    conditioned = {"model.network.conditioning": "state"}
+    with pytest.raises(InputError, match=r"expert_003 \(rows \[3\]\) starts from expert_004"):
+        planned(start="neighbour", budget=4 * 16, set=conditioned).check(describe)
+    chain = planned(start="neighbour", budget=4 * 16)
+    chain.check(describe)
+    train(chain, "expert_004")
+    start = str(chain.root / "expert_004")
+    planned(start=start, budget=4 * 16).check(describe)  # time-agnostic, as they are
+    with pytest.raises(InputError, match=r"expert_001: warm_start: .* was trained at indices \[1000\], not at \[250"):
+        planned(start=start, experts=2, budget=4 * 16).check(describe)
+    with pytest.raises(InputError, match="expert_001: warm_start: .* holds another network"):
+        planned(start=start, budget=4 * 16, set={"model.network.layers": 2}).check(describe)
+    with pytest.raises(InputError, match="expert_001: warm_start: .* predicts v, this model eps"):
+        planned(start=start, budget=4 * 16, set={"model.objective": "Eps"}).check(describe)
+
+
 def test_a_chain_of_neighbours_begins_with_the_most_noise(planned):
-    fleet = planned(start="neighbour", rows=[[1], [2], [3, 4]], budget=3 * 16)
-    with pytest.raises(InputError, match=r"expert_002: warm_start: .*expert_003"):  # a block sees its state
-        train(fleet)
     fleet = planned(start="neighbour", budget=4 * 16)
     train(fleet)
     card = read_card(fleet.root / "expert_001" / "model.safetensors")

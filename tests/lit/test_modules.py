@@ -14,11 +14,12 @@ from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.inference import Composite
 from lightning_tdisent.lit.modules import Baseline, Diffusion, ReducedStates, SingleState
 from lightning_tdisent.networks.network import Network
-from lightning_tdisent.sampling.composite import compose, load_model, start_warm
+from lightning_tdisent.sampling.composite import compose, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import x0_errors
 from lightning_tdisent.sampling.expert import load_expert, read_card
 from lightning_tdisent.sampling.sampler import DDIM
+from lightning_tdisent.sampling.warm import start_warm
 
 
 def test_validation_leaves_out_the_error_of_eps_where_no_signal_is(tiny, data, trainer):

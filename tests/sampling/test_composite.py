@@ -21,11 +21,11 @@ from lightning_tdisent.sampling.composite import (
     find_files,
     load_model,
     recompose,
-    start_warm,
 )
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import sha256
 from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
+from lightning_tdisent.sampling.warm import start_warm
 
 
 def refusal(call, *args: object) -> str:
