@@ -1,5 +1,7 @@
 """The contract of every network, and the tools that make one time-agnostic."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -59,6 +61,17 @@ class Network(Part, nn.Module):
         """Return a time-agnostic network that says what this one says at the index, the embedding folded into it."""
         raise InputError(f"{type(self).__name__} has no at_index: it cannot start a time-agnostic expert warm")
 
+    def example(self, n: int = 1) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return (x, index, label) as every network is called with: zeros (n, C, H, W), None for what it does not see.
+
+        The labels are class 0, the last one is the null label.
+        """
+        parameter = next(self.parameters(), torch.zeros(()))
+        x = torch.zeros(n, *self.shape).to(parameter)
+        index = torch.ones(n, dtype=torch.long, device=x.device) if self.sees_state else None
+        label = None if self.classes is None else torch.tensor([0] * (n - 1) + [self.classes], device=x.device)
+        return x, index, label
+
     def indices(self, x: Tensor, index: Tensor | None) -> Tensor:
         """Return the original indices, or zeros for a time-agnostic network; refuse none where they are needed."""
         if not self.sees_state:
@@ -74,6 +87,18 @@ class Network(Part, nn.Module):
                 raise InputError("a label was given to an unconditional network; set classes: on the network")
             return None
         return torch.full((len(x),), self.classes, device=x.device) if label is None else label
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Have all modules in eval mode inside, and in the mode that each had after it."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class Zero(nn.Module):

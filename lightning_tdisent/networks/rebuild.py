@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from lightning_tdisent.diffusion.spec import build, rebuild, said, spec
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.networks.network import Network
+from lightning_tdisent.networks.network import Network, evaluating
 
 _REMEDY = (
     "Give every argument that changes the network a name in __init__ (not **kwargs, which dict_kwargs fills), keep it "
@@ -77,15 +77,17 @@ def faithful(network: Network) -> Network:
         else value
         for key, value in network.named_parameters()
     }
-    x = torch.randn(2, *network.shape, generator=generator).to(parameter)
-    index = torch.ones(2, dtype=torch.long, device=x.device) if network.sees_state else None
-    label = None if network.classes is None else torch.tensor([0, network.classes], device=x.device)
+    zeros, index, label = network.example(2)
+    random_x = torch.randn(zeros.shape, generator=generator).to(zeros)
     _refuse_signature(network)
 
-    def output(of: Network) -> Tensor:
-        with _evaluating(of), _own_randomness(0):
+    def output(of: Network, n: int = 2, seed: int = 0) -> Tensor:
+        x, *given = (None if t is None else t[:n] for t in (random_x, index, label))
+        with evaluating(of), _own_randomness(seed):
             try:
-                out = functional_call(of, values, (x, index, label))
+                out = functional_call(
+                    of, values, (x, *(None if given is None else given[:n] for given in (index, label)))
+                )
             except (InputError, OSError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
@@ -109,6 +111,16 @@ def faithful(network: Network) -> Network:
         raise InputError(
             f"{name}: the network built from its arguments {_arguments(network)} has the same weights but other "
             f"outputs: what is trained could not be loaded again{_differing(network, other)}. {_REMEDY}"
+        )
+    if not _near(mine, output(network, seed=1)):
+        raise InputError(
+            f"{name}: its outputs in eval mode are random (dropout without training=self.training, or noise): an image "
+            "would not be a function of its seed"
+        )
+    if not _near(mine[:1], output(network, n=1)):
+        raise InputError(
+            f"{name}: its output for an image depends on the other images of the batch: an image would not be a "
+            "function of its seed. Take statistics over each image alone (dimensions 1 and up)"
         )
     return other
 
@@ -150,6 +162,12 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= 1e-3 * a.abs().max())
 
 
+def _near(a: Tensor, b: Tensor) -> bool:
+    """Return whether two outputs are equal but for rounding."""
+    bound = 1e-3 if a.dtype in (torch.float32, torch.float64) else 0.05
+    return bool((a - b).nan_to_num().abs().max() <= bound * a.nan_to_num().abs().max())
+
+
 def _differing(network: Network, other: Network) -> str:
     """The attributes of two networks that differ, as far as they are plain values or tensors of no state dict."""
     found = []
@@ -168,17 +186,6 @@ def _differing(network: Network, other: Network) -> str:
             elif isinstance(value, (int, float, str, bool, tuple, list)) and value != now and key != "training":
                 found.append(f"{where} is {value!r}, rebuilt {now!r}")
     return f" ({'; '.join(found[:4])})" if found else ""
-
-
-@contextlib.contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextlib.contextmanager

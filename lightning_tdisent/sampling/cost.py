@@ -20,7 +20,7 @@ TRAINING = ("network", "images_seen", "seconds")
 def flops(network: Network) -> int:
     """Floating point operations of a forward pass of one image."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, *network.shape), torch.ones(1, dtype=torch.long))
+        network(*network.example())
     return int(counter.get_total_flops())
 
 

@@ -1,5 +1,6 @@
 """`Denoiser`: (x, s) -> x0_hat. Baseline, expert and composite are all denoisers; samplers know nothing else."""
 
+import contextlib
 import math
 from collections.abc import Iterable
 from typing import Protocol
@@ -11,7 +12,7 @@ from lightning_tdisent.diffusion.objectives import Objective
 from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.networks.network import Network
+from lightning_tdisent.networks.network import Network, evaluating
 
 
 class Denoises(Protocol):
@@ -86,13 +87,15 @@ class Denoiser(nn.Module):
             self._now = None
 
     def forward(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
-        """x0_hat at row s, which must be owned, for the whole batch of states."""
+        """x0_hat at row s, which must be owned, for the whole batch of states; the network is in eval mode for it."""
         self.at(s)
         a, b = self.states.coefficients(s, x)
         index = None
         if self.network.sees_state:
             index = torch.full((len(x),), self._index[s], device=x.device)
-        return self.objective.x0(self._raw(x, index, label), x, a, b)
+        with evaluating(self.network) if self.network.training else contextlib.nullcontext():
+            raw = self._raw(x, index, label)
+        return self.objective.x0(raw, x, a, b)
 
     def _raw(self, x: Tensor, index: Tensor | None, label: Tensor | None) -> Tensor:
         seen = self.states.to_network(x, self._finished)

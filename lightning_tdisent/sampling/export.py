@@ -259,7 +259,7 @@ class Experts(UNet2DModel):
         index = None
         if network.sees_state:
             index = torch.full((len(sample),), self.index[int(timestep)], device=sample.device)
-        raw = network(sample, index)
+        raw = network(sample, index if network.sees_state else None, None)
         return UNet2DOutput(sample=raw) if return_dict else (raw,)
 
 

@@ -90,9 +90,9 @@ def test_a_start_of_other_rows_is_refused_before_anything_is_trained(planned, co
     planned(start=start, budget=4 * 16).check(describe)  # time-agnostic, as they are
     with pytest.raises(InputError, match=r"expert_001: warm_start: .* was trained at indices \[1000\], not at \[250"):
         planned(start=start, experts=2, budget=4 * 16).check(describe)
-    with pytest.raises(InputError, match="expert_001: warm_start: .* holds another network"):
+    with pytest.raises(InputError, match=r"expert_001: warm_start: .* holds another network"):
         planned(start=start, budget=4 * 16, set={"model.network.layers": 2}).check(describe)
-    with pytest.raises(InputError, match="expert_001: warm_start: .* predicts v, this model eps"):
+    with pytest.raises(InputError, match=r"expert_001: warm_start: .* predicts v, this model eps"):
         planned(start=start, budget=4 * 16, set={"model.objective": "Eps"}).check(describe)
 
 

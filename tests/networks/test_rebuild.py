@@ -158,6 +158,29 @@ class Drops(Plain):
         return super().forward(self.norm(self.drop(x))) + self.rates[1] * self.scale[2]
 
 
+class AlwaysDropping(Plain):
+    def forward(self, x, index=None, label=None):
+        return super().forward(nn.functional.dropout(x, 0.5))
+
+
+class Noisy(Plain):
+    def forward(self, x, index=None, label=None):
+        return super().forward(x) + torch.randn_like(x)
+
+
+class MeanOfBatch(Plain):
+    def forward(self, x, index=None, label=None):
+        return super().forward(x - x.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("made", "said"), [(AlwaysDropping, "random"), (Noisy, "random"), (MeanOfBatch, "depends on the other images")]
+)
+def test_what_is_no_function_of_one_image_is_refused(made, said):
+    with pytest.raises(InputError, match=f"{made.__name__}: .*{said}"):
+        faithful(made(SHAPE))
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -9,7 +9,9 @@ from lightning_tdisent.diffusion.schedules import Cosine, Linear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.network import Network
+from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.denoiser import Denoiser, Guided
+from lightning_tdisent.sampling.sampler import DDIM, sample
 
 KINDS = {"eps": Eps, "x0": X0, "v": V}
 
@@ -44,6 +46,19 @@ def test_a_time_agnostic_network_gets_no_index(toy, states):
     denoise(x, 3)
     denoise.loss(x, torch.tensor([1, 3]), x)
     assert net.seen == [None, None]
+
+
+def test_a_network_that_trains_is_in_eval_mode_for_an_estimate_alone(states):
+    """As `trainer.fit` leaves it: dropout would make the image of a seed another one at each call."""
+    denoise = Denoiser(UNet([1, 8, 8], [8], 1, groups=4, dropout=0.5), V(), states).train()
+    denoise.network.net.conv_in.eval()
+    one, other = (torch.cat(list(sample(denoise, DDIM(), range(4)))) for _ in range(2))
+    assert torch.equal(one, other)
+    modes = [module.training for module in denoise.modules()]
+    assert modes.count(False) == 1
+    x, s = draw(4, 1, 8, 8).float(), torch.tensor([1, 2, 3, 4])
+    assert not torch.equal(denoise.loss(x, s, x), denoise.loss(x, s, x))  # a training drops
+    assert torch.equal(one, torch.cat(list(sample(denoise.eval(), DDIM(), range(4)))))
 
 
 @pytest.mark.parametrize("weight", [Constant(), MinSNR(), P2()], ids=lambda w: type(w).__name__)

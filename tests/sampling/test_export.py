@@ -19,7 +19,7 @@ from lightning_tdisent.networks.dit import DiT
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.composite import CompositeDenoiser, compose, load_model
-from lightning_tdisent.sampling.cost import training_cost
+from lightning_tdisent.sampling.cost import flops, training_cost
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import read_card, sha256
 from lightning_tdisent.sampling.export import Experts, betas, export, pipeline, standard
@@ -133,6 +133,27 @@ class Product(Network):
 def test_a_training_takes_three_forward_passes_of_every_image(card_of, states):
     card = card_of(Denoiser(Product([1, 8, 8]), V(), states), images_seen=5)
     assert training_cost([card])["training_flops"] == 3 * 5 * (2 * 64 * 64)
+
+
+@pytest.mark.parametrize(("classes", "conditioning"), [(None, "state"), (3, "state"), (None, "none"), (3, "none")])
+def test_a_network_is_called_with_all_that_it_sees_and_nothing_else(classes, conditioning):
+    """forward(x, index, label) without defaults, as README writes it: its cost is counted, and it is exported."""
+
+    class Strict(Network):
+        def __init__(self, shape):
+            super().__init__(shape, classes, conditioning)
+            self.weight = torch.nn.Parameter(torch.ones(2, 2))
+
+        def forward(self, x, index, label):
+            assert (index is not None) == (conditioning == "state")
+            assert (label is not None) == (classes is not None)
+            return x @ self.weight
+
+    network = Strict([1, 2, 2])
+    assert flops(network) == 2 * 2 * 2 * 2
+    x, index, label = network.example(3)
+    assert (x.shape, None if label is None else label.tolist()) == ((3, 1, 2, 2), [0, 0, 3] if classes else None)
+    assert index is None or index.tolist() == [1, 1, 1]
 
 
 def test_the_cost_of_averages_counts_every_training_once(card_of, model):
