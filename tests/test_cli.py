@@ -237,6 +237,7 @@ def test_compose_sample_evaluate_report_by_hand(experts, tmp_path, capsys):
     capsys.readouterr()
     assert "already keeps results" in refusal(capsys, *argv, "--out", tmp_path / "e")
     assert "already holds images" in refusal(capsys, "sample", out, "--out", tmp_path / "a")
+    assert "is the folder of a run or of weights" in refusal(capsys, "sample", out, "--out", out)
 
 
 def test_images_are_the_same_wherever_the_experts_are(experts, tmp_path):

@@ -161,7 +161,7 @@ def _sampler(a: argparse.Namespace) -> "Sampler":
 def _sample(a: argparse.Namespace) -> None:
     import torch
 
-    from lightning_tdisent.sampling.composite import load_model
+    from lightning_tdisent.sampling.composite import holds_weights, load_model
     from lightning_tdisent.sampling.denoiser import Guided
     from lightning_tdisent.sampling.observations import FILE as OBSERVATIONS
     from lightning_tdisent.sampling.pictures import grid, save_png
@@ -171,6 +171,8 @@ def _sample(a: argparse.Namespace) -> None:
     seeds = _range(a.seeds, "--seeds")
     if a.out.exists() and any(a.out.glob("*.png")):
         raise InputError(f"--out {a.out} already holds images; choose another folder")
+    if (a.out / "config.yaml").exists() or holds_weights(a.out):
+        raise InputError(f"--out {a.out} is the folder of a run or of weights; choose another for the images")
     use_device(a.device)
     loaded = (
         load_started(a.model, a.prior, a.residency, a.fill) if a.prior else load_model(a.model, a.residency, a.fill)

@@ -82,12 +82,10 @@ def faithful(network: Network) -> Network:
     _refuse_signature(network)
 
     def output(of: Network, n: int = 2, seed: int = 0) -> Tensor:
-        x, *given = (None if t is None else t[:n] for t in (random_x, index, label))
+        x, given = random_x[:n], [None if t is None else t[:n] for t in (index, label)]
         with evaluating(of), _own_randomness(seed):
             try:
-                out = functional_call(
-                    of, values, (x, *(None if given is None else given[:n] for given in (index, label)))
-                )
+                out = functional_call(of, values, (x, *given))
             except (InputError, OSError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:

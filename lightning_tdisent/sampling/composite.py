@@ -264,16 +264,16 @@ def _find_filler(fill: str, first: Card, rows: list[int]) -> Member | None:
 
 
 def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = None, allow: Sequence[str] = ()) -> Path:
-    """Write a composite folder from files of experts: a manifest, and every file (hard-linked where possible).
+    """Write a composite folder from files or folders of experts: a manifest, and their files (hard-linked if possible).
 
     Everything is checked on the cards alone, before any weights are read or anything is written. With ``fill`` rows may
     be missing: the manifest calls the folder a preview, and whoever loads it must say again how to fill them. allow:
     names of `ALLOWED` in which experts may differ, which the manifest keeps, and all numbers of the composite tell.
-    An ``out`` that ends with .zip is one file, with the same bytes in it.
+    An ``out`` that ends with .zip is one file, with the same bytes in it; a folder must hold nothing else.
     """
     if Path(out).suffix == ".zip":
         return _in_one_file(paths, Path(out), fill, allow)
-    files = sorted((Path(p) for p in paths), key=str)
+    files = sorted((f for p in paths for f in (find_files(p) if Path(p).is_dir() else [Path(p)])), key=str)
     cards = _read_cards(files)
     facts = [_card_facts(c) for c in cards]
     missing = refuse_unfit([str(p) for p in files], facts, fill is not None, allow)
@@ -285,6 +285,11 @@ def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = Non
     out = Path(out)
     if (out / MANIFEST).exists():
         raise InputError(f"{out} already holds a composite; remove it or choose another folder")
+    if others := [p.name for p in sorted(out.glob("*")) if not p.match("rows_*.safetensors")]:  # of a killed compose
+        raise InputError(
+            f"{out} holds other files ({', '.join(others[:3])}{', ..' * (len(others) > 3)}), and would be a composite "
+            "afterwards; choose a new folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
     members = []
     for path, card in sorted(zip(files, cards, strict=True), key=lambda pair: pair[1].rows):

@@ -283,6 +283,20 @@ def test_a_composite_is_not_written_over(files, folder):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
+def test_a_folder_of_something_else_does_not_become_a_composite(files, folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model.safetensors").write_bytes(files[0].read_bytes())
+    (run / "config.yaml").write_text("")
+    before = sorted(p.name for p in run.iterdir())
+    assert "holds other files (config.yaml, model.safetensors)" in refusal(compose, files, run)
+    assert sorted(p.name for p in run.iterdir()) == before
+    one, two = (find_files(compose([run, *files[1:]], tmp_path / name)) for name in ("a", "b"))  # a run, by its folder
+    assert (
+        [p.read_bytes() for p in one] == [p.read_bytes() for p in two] == [p.read_bytes() for p in find_files(folder)]
+    )
+
+
 # a composite whose manifest got lost is composed again in place
 def test_composing_files_where_they_lie_does_not_lose_them(folder):
     (folder / "composite.json").unlink()
