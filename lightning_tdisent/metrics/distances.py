@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_tdisent.errors import InputError
 
 CHUNK = 2048  # rows of a kernel or distance matrix in memory at a time
+TIE = 1e-10  # of squared norms: squared distances that differ by less are equal
 
 
 class Moments(NamedTuple):
@@ -191,8 +192,14 @@ def neighbourhoods(features: Tensor, k: int) -> Tensor:
     if len(features) <= k:
         raise InputError(f"{k} neighbours: more than {k} images are needed, got {len(features)}")
     f = _checked(features)
-    f = f - f[0]  # distances of large means would cancel
-    return torch.cat([torch.cdist(rows, f).kthvalue(k + 1, dim=1).values for rows in f.split(CHUNK)])
+    f = f - f.mean(0)  # distances of large means would cancel
+    return torch.cat([_squares(rows, f)[0].kthvalue(k + 1, dim=1).values for rows in f.split(CHUNK)]).sqrt()
+
+
+def _squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances (n, m) of float64 features, and the differences up to which two of them count as equal."""
+    scale = x.square().sum(1)[:, None] + y.square().sum(1)
+    return (scale - 2 * x @ y.T).clamp_min(0), TIE * scale
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int) -> dict[str, float]:
@@ -201,19 +208,22 @@ def precision_recall(real: Tensor, fake: Tensor, k: int) -> dict[str, float]:
     real (n, d), fake (m, d); a ball around each image reaches its k-th neighbour of its own set. precision: share of
     fakes in a real one's ball; recall: share of reals in a fake one's; density: balls of reals per fake, over k;
     coverage: share of reals whose ball holds a fake. As in the authors' codes, the balls of precision and recall are
-    closed (distance <= radius) and those of density and coverage are open (distance < radius).
+    closed (distance <= radius) and those of density and coverage are open (distance < radius). A distance equals a
+    radius where their squares differ by less than `TIE` of the squared norms (about the mean of the reals): the
+    features of one image differ by about as much with its place in a batch.
     """
-    reach, reach_fake = neighbourhoods(real, k), neighbourhoods(fake, k)
-    real, fake = real.double() - real[0].double(), fake.double() - real[0].double()
+    reach, reach_fake = neighbourhoods(real, k).square(), neighbourhoods(fake, k).square()
+    centre = real.double().mean(0)
+    real, fake = real.double() - centre, fake.double() - centre
     inside, recalled = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
     covered, precise = recalled.clone(), 0
     for rows, limits in zip(fake.split(CHUNK), reach_fake.split(CHUNK), strict=True):
-        distance = torch.cdist(rows, real)
-        held = distance < reach
-        precise += int((distance <= reach).any(1).sum())
+        square, tie = _squares(rows, real)
+        held = square < reach - tie
+        precise += int((square <= reach + tie).any(1).sum())
         inside += int(held.sum())
         covered |= held.any(0)
-        recalled |= (distance <= limits[:, None]).any(0)
+        recalled |= (square <= limits[:, None] + tie).any(0)
     return {
         "precision": precise / len(fake),
         "recall": float(recalled.double().mean()),

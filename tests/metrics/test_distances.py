@@ -302,3 +302,24 @@ def test_moments_called_as_a_function_add_up():
     whole.update(features)
     assert int(metric.compute().n) == 30
     assert torch.allclose(metric.compute().mean, whole.compute().mean)
+
+
+@pytest.mark.parametrize("noise", [0.0, 2e-7])
+def test_images_that_are_there_ten_times_have_balls_of_nothing_in_any_order(noise):
+    """Radii are 0: closed balls hold the copies, open ones nothing. noise: of float32 features of one image."""
+    torch.manual_seed(0)
+    some = torch.randn(100, 64, dtype=torch.float64) + 30
+    real = some.repeat(10, 1)
+    fake = real.flip(0)
+    real, fake = (x * (1 + noise * torch.rand_like(x)) for x in (real, fake))
+    assert precision_recall(real, fake, 3) == {"precision": 1, "recall": 1, "density": 0, "coverage": 0}
+
+
+def test_a_set_against_itself_has_the_values_of_explicit_differences():
+    f = torch.randn(1500, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
+    distance = torch.cdist(f, f, compute_mode="donot_use_mm_for_euclid_dist")
+    reach = distance.kthvalue(4, dim=1).values
+    density = float((distance < reach).sum()) / (3 * len(f))
+    turn = torch.randperm(len(f), generator=torch.Generator().manual_seed(1))
+    for fake in (f, f[turn]):
+        assert precision_recall(f, fake, 3) == {"precision": 1, "recall": 1, "density": density, "coverage": 1}
