@@ -59,12 +59,12 @@ class Quality:
 
     def of(self, n: int, fewer: bool = False) -> "Quality":
         """The same for n images that come from files; fewer: without the metrics that need more of them."""
-        protocol = self.protocol.of_files(n)
+        protocol = self.protocol
         if fewer:
             enough = {"fd_infinity": 10 * self.network.num_features, "prdc": protocol.neighbours + 1}
             kept = tuple(m for m in protocol.metrics if n >= enough.get(m, 2))
             protocol = dataclasses.replace(protocol, metrics=kept or ("fd",))
-        return Quality(protocol, self.network, self.reference).to(self.device)
+        return Quality(protocol.of_files(n), self.network, self.reference).to(self.device)
 
     @property
     def device(self) -> torch.device:

@@ -142,20 +142,21 @@ def write_report(
     if runs:
         parts.append("<h2>Training</h2>" + figures.training_curves(runs))
     parts.append(boards)
+    few = real.images[:5]
     if drawn:
         parts.append("<h2>From image to noise and back</h2>")
         model = drawn[-1].load()[0]
         shown = probe_rows(model.states.rows, 8)
-        strip = forward_strip(model, real.images[:5], shown, range(5))
+        strip = forward_strip(model, few, shown)
         tiles = grid(strip.flatten(0, 1), strip.shape[1])
         levels = ", ".join(f"{float(model.states.a[s, 0]):.3g}" for s in shown)
         of = "" if model.states.K == 1 else " of the coarsest component"
         parts.append(figures.picture(tiles, wide(tiles), f"Forward: x_0, then signal coefficients a{of} = {levels}."))
     for contender in drawn:
         model = contender.load()[0]
-        given = observed(model.states, real.images[:5], 5)
+        given = observed(model.states, few, len(few))
         try:
-            strip, at = reverse_strip(model, contender.sampler, range(5), given=given)
+            strip, at = reverse_strip(model, contender.sampler, range(len(few)), given=given)
         except NotFinite as error:
             parts.append(f"<p>Reverse, {html.escape(contender.name)}: {html.escape(str(error))}</p>")
             continue

@@ -115,6 +115,8 @@ class Study:
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 2):
             raise InputError(f"n_held_out: a whole number from 2 on, got {limit!r}")
         self._contenders()
+        if self.bits is not None and not any(c["sampler"] for c in self.contenders):
+            raise InputError("bits per dimension are those of a model, and there are folders of images alone here")
         if self.bits is not None:
             Bits.of_mapping(self.bits)
             if is_npz(self.data):
@@ -318,6 +320,14 @@ class Study:
         if path == self.data and (self.split == reference or is_npz(path)):
             what = path if is_npz(path) else self.split
             said.append(f"the reference and the held-out images are both of {what}: no distance")
+        if self.n is not None:
+            others = {
+                r["name"]: r["n"] for r in self.rows if "networks" not in r and "source" in r and r["n"] != self.n
+            }
+            said += [
+                f"{name}: all of its {n:,} images are measured; n = {self.n:,} is of models"
+                for name, n in others.items()
+            ]
         if (there := self._n_held_out_there) > (taken := self.n_held_out or HELD_OUT):
             said.append(f"held-out images: the first {taken:,} of the {there:,} of {self.split} (n_held_out)")
         costly = [show("what it cost", cost)] if len(cost) > 1 else []

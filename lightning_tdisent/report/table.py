@@ -119,7 +119,9 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         for name in (k for k in names if k == "fid" or (k.startswith("fd_") and "infinity" not in k)):
             n, d = measured[0]["n"], measured[0]["num_features"]
             bias = measured[0]["fid_bias" if name == "fid" else name.replace("fd_", "fd_bias_")]
-            much = [row["name"] for row in measured if bias > 0.05 * row[name]]
+            own = [row["name"] for row in measured if row[name] < 1e-6 * bias]
+            much = [row["name"] for row in measured if bias > 0.05 * row[name] and row["name"] not in own]
+            out += [f"{who}: {name} is 0, these are the images of the reference itself" for who in own]
             if n <= d:
                 out.append(
                     f"{name} of n={n:,}: {d:,} features' covariance has no full rank; its bias is about {bias:.3f}"

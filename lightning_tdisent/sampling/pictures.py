@@ -16,16 +16,16 @@ from lightning_tdisent.sampling.sampler import Sampler, from_uint8, probe_rows, 
 
 
 @torch.no_grad()
-def forward_strip(denoise: Denoises, images: Tensor, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
-    """x_0 and x_s at the given rows, each image on one noise: uint8 (B, 1 + R, C, H, W)."""
+def forward_strip(denoise: Denoises, images: Tensor, rows: Sequence[int]) -> Tensor:
+    """x_0 and x_s at the given rows, image i on noise i of all held-out ones: uint8 (B, 1 + R, C, H, W)."""
     x0 = from_uint8(images)
-    strip = [x0, *(_noisy(denoise, x0, s, ids)[1] for s in rows)]
+    strip = [x0, *(_noisy(denoise, x0, s)[1] for s in rows)]
     return to_uint8(torch.stack(strip, 1))
 
 
-def _noisy(denoise: Denoises, x0: Tensor, s: int, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """x_s of images of these ids, and its picture."""
-    states, finished = denoise.states, denoise.states.finished([s])
+def _noisy(denoise: Denoises, x0: Tensor, s: int) -> tuple[Tensor, Tensor]:
+    """x_s of the first held-out images, and its picture."""
+    states, finished, ids = denoise.states, denoise.states.finished([s]), range(len(x0))
     z0 = states.components(x0.to(states.a.device), torch.as_tensor(ids), finished)
     eps = seed_noise(ids, HELD_OUT, states.shape_at(1, x0.shape[1:]))[..., : z0.shape[-2], : z0.shape[-1]]
     x = noise(states, z0, s, eps.to(z0))
@@ -33,10 +33,10 @@ def _noisy(denoise: Denoises, x0: Tensor, s: int, ids: Sequence[int]) -> tuple[T
 
 
 @torch.no_grad()
-def estimate_strip(denoise: Denoises, images: Tensor, s: int, ids: Sequence[int]) -> Tensor:
+def estimate_strip(denoise: Denoises, images: Tensor, s: int) -> Tensor:
     """x_0, x_s and x0_hat of it: uint8 (B, 3, C, H, W)."""
     x0 = from_uint8(images)
-    x, noisy = _noisy(denoise, x0, s, ids)
+    x, noisy = _noisy(denoise, x0, s)
     estimate = denoise(x.to(next(iter(denoise.parameters())).device), s).cpu()
     refuse_non_finite("the model", {f"x0_hat at row {s}": estimate})
     return to_uint8(torch.stack([x0, noisy, denoise.states.picture(estimate, denoise.states.finished([s]))], 1))

@@ -183,6 +183,18 @@ def test_a_page_of_files_alone_has_a_table_per_protocol(sets, tmp_path, digits):
     page = write_report(tmp_path / "r.html", "t", rows, images, contenders, sets[1]).read_text()
     assert page.count("<table>") == 2
     assert all(row["protocol"] in page for row in rows)
+    assert "a: fd_digits is 0, these are the images of the reference itself" in notes(rows)
+    assert not [line for line in notes(rows) if "bias" in line and "for a" in line]
+    study = Study(
+        str(tmp_path / "s"), "t", [{"name": "a", "source": str(digits), "sampler": None}], str(digits), "digits"
+    )
+    study.split, study.n = "train", 20
+    study.bits = {"bound": True}
+    with pytest.raises(InputError, match="bits per dimension are those of a model"):
+        study.check()
+    study.bits = None
+    study.evaluate()
+    assert "note: a: all of its 1,500 images are measured; n = 20 is of models" in study.lines()
 
 
 def test_a_study_is_kept_and_shown_again(model, sets, digits, tmp_path):
@@ -393,6 +405,15 @@ def test_held_out_images_follow_the_draws_or_what_is_asked_for(model, sets, digi
         2000,
         1000,
     ]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_page_of_few_held_out_images_is_written(model, sets, digits, tmp_path, n):
+    part = {"class_path": "lightning_tdisent.DDIM", "init_args": {}}
+    contenders = [{"name": "a", "source": str(model("few", S=4)), "sampler": part}]
+    study = Study(str(tmp_path / "s"), "t", contenders, str(digits), "digits", n=20, n_held_out=n)
+    study.evaluate()
+    assert "Forward: x_0" in study.write_report().read_text()
 
 
 def test_grid_and_nearest_are_what_they_say():

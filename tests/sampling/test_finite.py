@@ -220,4 +220,4 @@ def test_pictures_of_a_training_are_left_out_with_a_word(model, states, digits, 
         assert draw(spoilt(model(rows=[3])), whole=False) == {"forward_strip"}
     assert draw(model()) == {"forward_strip", "samples", "reverse_strip"}
     with pytest.raises(NotFinite, match="x0_hat at row 3"):
-        estimate_strip(spoilt(model()), held_out.images[:2], 3, range(2))
+        estimate_strip(spoilt(model()), held_out.images[:2], 3)

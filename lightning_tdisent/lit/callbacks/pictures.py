@@ -50,7 +50,7 @@ class Pictures(Rehearsed):
     def _draw(self, trainer: L.Trainer, pl_module: DenoiserModule) -> None:
         denoiser, data = pl_module.denoiser, trainer.datamodule.held_out
         rows = probe_rows(pl_module.rows)
-        strip = forward_strip(denoiser, data.images[: self.strips], rows, range(self.strips))
+        strip = forward_strip(denoiser, data.images[: self.strips], rows)
         self._show(trainer, "forward_strip", strip.flatten(0, 1), strip.shape[1])
         seeds = range(self.first_seed, self.first_seed + self.samples)
         if isinstance(pl_module, PriorModule):
@@ -66,7 +66,7 @@ class Pictures(Rehearsed):
             strip, _ = reverse_strip(denoiser, pl_module.sampler, seeds[: self.strips], given=some)
             self._show(trainer, "reverse_strip", strip.flatten(0, 1), strip.shape[1])
         else:
-            triple = estimate_strip(denoiser, data.images[: self.strips], rows[-1], range(self.strips))
+            triple = estimate_strip(denoiser, data.images[: self.strips], rows[-1])
             self._show(trainer, "estimate", triple.flatten(0, 1), 3)
 
     def rehearse(self, trainer: L.Trainer, module: DenoiserModule, images: Tensor | None) -> None:
@@ -75,11 +75,11 @@ class Pictures(Rehearsed):
         if not trainer.is_global_zero or denoiser.shape[0] not in (1, 3):
             return
         data = trainer.datamodule.held_out
-        forward_strip(denoiser, data.images[:2], rows[-1:], range(len(data.images[:2])))
+        forward_strip(denoiser, data.images[:2], rows[-1:])
         if isinstance(module, PriorModule):
             images = to_uint8(module.prior.sample(range(2), int(denoiser.states.index[rows[-1]])))
         if images is None:
-            images = estimate_strip(denoiser, data.images[:2], rows[-1], range(len(data.images[:2]))).flatten(0, 1)
+            images = estimate_strip(denoiser, data.images[:2], rows[-1]).flatten(0, 1)
         grid(images.cpu())
 
     def _show(self, trainer: L.Trainer, name: str, images: Tensor, columns: int = 16) -> None:
