@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from lightning_tdisent.errors import Halted, InputError
 
 _VARIABLE = re.compile(r"(?<![^/])\$([A-Za-z_]\w*)")  # $NAME where a part of a path begins; ${..} is OmegaConf's
@@ -70,6 +72,26 @@ def absolute_paths(data: Any, key: str = "") -> Any:
         return [absolute_paths(v, key) for v in data]
     named = key in PATHS or key.endswith(("_path", "_dir", "_file"))
     return os.path.abspath(data) if named and isinstance(data, str) and data and os.path.exists(data) else data
+
+
+def repeated_keys(text: str | bytes) -> list[str]:
+    """Return the keys that a mapping of YAML has twice, as ``line N: KEY``: a parser takes the last in silence."""
+    out, seen = list[tuple[int, str]](), set[int]()
+    nodes: list[Any] = [yaml.compose(text)]
+    while nodes:
+        node = nodes.pop()
+        if node is None or id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            names = [str(key.value) for key, _ in node.value]
+            out += [
+                (key.start_mark.line + 1, names[i]) for i, (key, _) in enumerate(node.value) if names[i] in names[:i]
+            ]
+            nodes += [value for _, value in node.value]
+    return [f"line {line}: {name}" for line, name in sorted(out)]
 
 
 @contextlib.contextmanager

@@ -141,6 +141,11 @@ def test_broken_yaml_is_named(capsys, tmp_path):
     file = tmp_path / "broken.yaml"
     file.write_text("model: [\n")
     assert f"{file}: not valid YAML" in refusal(capsys, "fit", "--config", BASE, "--config", file)
+    file.write_text(
+        "trainer: {max_steps: 2}\nmodel: {lr: 1.0e-3}\ntrainer: {max_steps: 3, min_steps: 1, max_steps: 4}\n"
+    )
+    line = refusal(capsys, "fit", "--config", BASE, "--config", file)
+    assert f"{file}: line 3: max_steps; line 3: trainer: a key that this mapping has already" in line
 
 
 def test_a_folder_with_another_run_is_refused(capsys, tmp_path):

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_tdisent.errors import InputError, nearest
-from lightning_tdisent.files import expand_all
+from lightning_tdisent.files import expand_all, repeated_keys
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.kept import CONFIGS
@@ -224,6 +224,8 @@ class Fleet:
             data = yaml.safe_load(text)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+        if twice := repeated_keys(text):
+            raise InputError(f"{file}: {'; '.join(twice)}: a key that this mapping has already")
         known(data, PLAN_KEYS, file, required=[k for k in PLAN_KEYS if k not in ("set", "shared", "title")])
         if data["schema"] != SCHEMA:
             raise InputError(f"{file}: plan of schema {data['schema']}, this version reads {SCHEMA}")

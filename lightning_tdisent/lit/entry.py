@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_tdisent.diffusion import bases, components, objectives, operators, schedules  # noqa: F401
 from lightning_tdisent.diffusion.spec import said
 from lightning_tdisent.errors import InputError, nearest
-from lightning_tdisent.files import absolute_paths, expand_all, write_whole
+from lightning_tdisent.files import absolute_paths, expand_all, repeated_keys, write_whole
 from lightning_tdisent.lit import datamodule, inference, modules, prior  # noqa: F401
 from lightning_tdisent.lit.callbacks import pictures, quality  # noqa: F401
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
@@ -393,7 +393,7 @@ def _configs_first(argv: Sequence[str]) -> list[str]:
 
 def _check_yaml(file: Path) -> None:
     try:
-        yaml.compose(file.read_text())
+        twice = repeated_keys(file.read_text())
     except FileNotFoundError:
         near = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
         raise InputError(f"--config {file}: no such file.{nearest(str(file), near)}") from None
@@ -401,3 +401,7 @@ def _check_yaml(file: Path) -> None:
         raise InputError(f"--config {file}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if twice:
+        raise InputError(
+            f"{file}: {'; '.join(twice)}: a key that this mapping has already; the one before would be lost"
+        )

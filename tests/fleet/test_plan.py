@@ -157,8 +157,9 @@ def test_rows_are_owned_once_or_every_offender_is_named(owner, spoil):
         ("start: scratch}", "start: shared}", "expert_001 starts from the shared model, of which the plan has none"),
         ("schema: 1", "schema: 9", "plan of schema 9, this version reads 1"),
         ("schema: 1", "schema: [", "not valid YAML"),
+        ("schema: 1", "schema: 2\nschema: 1", "schema: a key that this mapping has already"),
         ("seed: 3, start: scratch}", "seed: 3, start: scratch, set: {seed_everything: 1}}", "says it itself, by seed"),
-        ("table: {", "table: null\nset: {", "table: expected a mapping, got None"),
+        ("table: {", "table: null # {", "table: expected a mapping, got None"),
     ],
 )
 def test_an_edited_plan_that_cannot_be_run_is_refused(old, new, message, planned):
