@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_tdisent.cli import main
 from lightning_tdisent.diffusion.states import LatentStates
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
 from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.losses import LossPerState
@@ -24,6 +24,7 @@ from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.checkpoints import steps
+from lightning_tdisent.lit.datamodule import Seeds
 from lightning_tdisent.lit.entry import LINE
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.sampling.composite import load_model
@@ -102,6 +103,70 @@ def test_progress_leaves_the_attributes_of_other_callbacks_alone(make, data, pla
     trainer.fit(make(), datamodule=data(val_limit=64))
     assert [step for step, _ in told] == [10]
     assert told[0][1]["loss"] > 0
+
+
+def test_after_fit_the_average_is_evaluated_as_in_fit(make, data, plain, tmp_path):
+    shards, ema, ended = data(val_limit=64), EMA(0.9), ModelCheckpoint(tmp_path, monitor="val/x0_mse")
+    options = {"max_steps": 8, "val_check_interval": 4, "limit_val_batches": 1, "enable_checkpointing": True}
+    trainer = plain(ema, ended, **options)
+    trainer.fit(module := make(), datamodule=shards)
+    last = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
+    live = copy.deepcopy(module.denoiser).eval()
+    average = copy.deepcopy(live)
+    average.load_state_dict(ema.state(module))
+    assert trainer.validate(module, datamodule=shards, verbose=False) == [last]
+    (tested,) = trainer.test(module, datamodule=shards, verbose=False)
+    assert {name.replace("test", "val", 1): value for name, value in tested.items()} == last
+    images = torch.cat(trainer.predict(module, datamodule=Seeds(4)))
+    assert torch.equal(images, torch.cat(list(sample(average, DDIM(), range(4)))))
+    assert not torch.equal(images, torch.cat(list(sample(live, DDIM(), range(4)))))
+    assert all(torch.equal(a, b) for a, b in zip(module.denoiser.parameters(), live.parameters(), strict=True))
+
+    def alone(module):
+        return plain(limit_val_batches=1).validate(module, datamodule=shards, verbose=False)
+
+    other = make(ReducedStates, lr=0.1)  # neither of another module nor of weights loaded since is this the average
+    assert trainer.validate(other, datamodule=shards, verbose=False) == alone(other)
+    module.denoiser.load_state_dict(other.denoiser.state_dict())
+    assert trainer.validate(module, datamodule=shards, verbose=False) == alone(other)
+    path = ended.best_model_path  # a checkpoint of this run is evaluated with its own average
+    expected = alone(ReducedStates.load_from_checkpoint(path))
+    assert trainer.validate(module, datamodule=shards, ckpt_path=path, verbose=False) == expected
+
+
+def test_an_exception_in_an_evaluation_after_fit_brings_the_live_weights_back(make, data, plain):
+    class Fail(L.Callback):
+        def on_test_batch_end(self, *_):
+            raise RuntimeError("mine")
+
+    trainer, shards = plain(EMA(0.9), Fail(), limit_val_batches=1), data(val_limit=64)
+    trainer.fit(module := make(), datamodule=shards)
+    live = copy.deepcopy(module.denoiser.state_dict())
+    with pytest.raises(RuntimeError, match="mine"):
+        trainer.test(module, datamodule=shards, verbose=False)
+    assert all(torch.equal(tensor, live[name]) for name, tensor in module.denoiser.state_dict().items())
+
+
+class Bare(ReducedStates):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx)["loss"]
+
+
+@pytest.mark.parametrize("cls", [ReducedStates, Bare])
+def test_losses_that_are_not_finite_are_reported_without_a_guard_of_ones_own(cls, make, plain, capsys):
+    images = [{"x0": torch.full((1, 8, 8), float("nan")) if i < 48 else torch.zeros(1, 8, 8)} for i in range(64)]
+    loader = torch.utils.data.DataLoader(images, 16)
+    before = copy.deepcopy(module := make(cls)).state_dict()
+    plain(max_steps=3).fit(module, loader, loader)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in said if "is not finite" in line] == [f"step {n}, rank 0" for n in (1, 2, 3)]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    with pytest.raises(Halted, match=r"step 10, rank 0.*10 in a row"):
+        plain(max_steps=30).fit(make(cls), torch.utils.data.DataLoader(images[:16] * 12, 16), loader)
+    trainer = plain(Guard(patience=2), max_steps=30)  # a guard of one's own stays as it is
+    with pytest.raises(Halted, match=r"2 in a row"):
+        trainer.fit(make(cls), loader, loader)
+    assert sum(isinstance(callback, Guard) for callback in trainer.callbacks) == 1
 
 
 def digests(folder):

@@ -1,13 +1,14 @@
 """A loss or gradient that is not finite moves nothing, is named, and ends the run if it stays."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor
 
-from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.errors import Halted, check_number
 from lightning_tdisent.lit.modules import Diffusion
 
 
@@ -20,8 +21,7 @@ class Guard(L.Callback):
     """
 
     def __init__(self, patience: int = 10) -> None:
-        if patience < 1:
-            raise InputError(f"guard.patience: at least 1, got {patience}")
+        check_number("guard.patience", patience, 1, whole=True)
         self.patience, self.skipped, self.streak, self.lost = patience, 0, 0, 0
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
         self._waiting: tuple[int, list[tuple[Tensor, Tensor, Tensor]]] | None = None
@@ -33,16 +33,17 @@ class Guard(L.Callback):
         self._flag = self._host.numpy()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], batch: dict[str, Tensor], *_: Any
+        self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], batch: Any, *_: Any
     ) -> None:
         """Look at the last step whose flag has arrived."""
-        # a training_step of one's own may return what it returned before: without the ids
-        ids = outputs["id"] if "id" in outputs else batch["id"]
-        self._parts.append((outputs["losses"], ids, outputs["row"]))
+        if outputs.keys() >= {"losses", "row"}:  # a training_step of one's own may return less
+            named = outputs if "id" in outputs else batch if isinstance(batch, Mapping) and "id" in batch else {}
+            ids = named.get("id", torch.full_like(outputs["row"], -1))
+            self._parts.append((outputs["losses"], ids, outputs["row"]))
         if trainer.global_step == self._seen:
             return  # gradients are being accumulated
         self._seen = trainer.global_step
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             self._count_samples(trainer, pl_module)
         self._look(trainer, pl_module)
         self._host.copy_(pl_module.skipped, non_blocking=True)
@@ -74,12 +75,13 @@ class Guard(L.Callback):
             self.streak = 0
             return
         self.skipped, self.streak = self.skipped + 1, self.streak + 1
-        losses, ids, rows = (torch.cat(part).tolist() for part in zip(*parts, strict=True))
+        losses, ids, rows = (torch.cat(part).tolist() for part in zip(*parts, strict=True)) if parts else ([], [], [])
         named = [(i, s) for loss, i, s in zip(losses, ids, rows, strict=True) if not abs(loss) < float("inf")]
-        what = "loss" if named else "gradient"
+        what = "loss" if named else "gradient" if parts else "loss or gradient"
         samples = ", ".join(f"{i} (state {s})" for i, s in named or zip(ids, rows, strict=True))
         what = f"step {step}, rank {trainer.global_rank}: the {what} is not finite, the step was skipped"
-        sys.stderr.write(f"{what}. Samples: {samples}\n")  # in one piece: other ranks write there, too
+        samples = f"Samples: {samples}" if parts else "the training_step does not return its losses and rows"
+        sys.stderr.write(f"{what}. {samples}\n")  # in one piece: other ranks write there, too
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped_steps": float(self.skipped)}, pl_module.images_seen)
         if self.streak >= self.patience:

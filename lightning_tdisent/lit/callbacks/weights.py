@@ -6,9 +6,10 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.lit.checkpoints import refuse_other_run
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.ranks import shared_errors
@@ -27,7 +28,8 @@ class EMA(L.Callback):
 
     A skipped step moves no average; that is decided on the device, which no library's average can (nor do they swap
     as late: metrics and pictures at the end of a validation see the average too). The live weights come back bitwise,
-    also after an exception.
+    also after an exception. After `fit`, ``trainer.validate``, ``test`` and ``predict`` see the average, too, unless
+    the module has been given other weights since.
 
     A warm start continues the average that it starts from: update n counts as ``before`` + n, with ``before`` the steps
     that its source has taken at the rows owned. The start itself is kept beside the averages, for `Export`.
@@ -36,9 +38,10 @@ class EMA(L.Callback):
     def __init__(self, decay: float = 0.999, lengths: list[float] | None = None, snapshot_every: int = 1000) -> None:
         if not 0 <= decay < 1:
             raise InputError(f"ema.decay must lie in [0, 1), got {decay}")
-        if snapshot_every < 1:
-            raise InputError(f"ema.snapshot_every: at least 1, got {snapshot_every}")
+        check_number("ema.snapshot_every", snapshot_every, 1, whole=True)
         self.decay, self.lengths, self.snapshot_every = decay, lengths or [], snapshot_every
+        if len({f"{length:g}" for length in self.lengths}) < len(self.lengths):
+            raise InputError(f"ema.lengths: each must differ from the others, got {self.lengths}")
         self.gammas = [gamma(length) for length in self.lengths]
         self.averages: list[Tensor] = []  # each flat: one cat and one lerp a step, however many parameters there are
         self.updates, self.before = 0, 0
@@ -46,6 +49,7 @@ class EMA(L.Callback):
         self.start_error: float | None = None
         self._live: list[Tensor] | None = None
         self._restored: list[Tensor] | None = None
+        self._trained: Tensor | None = None  # the live weights when training ended
 
     @property
     def kinds(self) -> list[dict[str, float]]:
@@ -61,6 +65,21 @@ class EMA(L.Callback):
 
     def _flat(self) -> Tensor:
         return torch.cat([p.flatten() for p in self.walked]).float()
+
+    def _whole(self, module: Diffusion) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self._parameters(module)]).float()
+
+    def _ended_with(self, module: Diffusion) -> bool:
+        return self._trained is not None and torch.equal(self._whole(module).cpu(), self._trained)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse callbacks that change the weights at the end of a run or an epoch, behind the averages."""
+        changing = (ModelPruning, StochasticWeightAveraging, WeightAveraging)
+        if stage == "fit" and (wrong := [type(c).__name__ for c in trainer.callbacks if isinstance(c, changing)]):
+            raise InputError(
+                f"trainer.callbacks: {', '.join(wrong)} changes weights that EMA does not see, and EMA's averages are "
+                "what is exported. Leave it out: ema.decay and ema.lengths set the averages"
+            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Start from the weights as they are, or as they were saved; refuse a folder with another run's snapshots."""
@@ -109,24 +128,36 @@ class EMA(L.Callback):
             for i, length in enumerate(self.lengths):
                 self.export(folder / f"step-{self.updates:09d}_{length:g}.safetensors", pl_module, i)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Show the average."""
+    def _keep_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         if self.averages and trainer.state.fn == "fit":
+            self._trained = self._whole(pl_module).cpu()
+
+    on_fit_end = _keep_end
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the average: in `fit`, and after it as long as the module holds the weights that training ended with."""
+        if not self.averages or not isinstance(pl_module, Diffusion):
+            return
+        if trainer.state.fn == "fit" or self._ended_with(pl_module):
             parameters = self._parameters(pl_module)
             self._live = [p.detach().clone() for p in parameters]
             with torch.no_grad():
                 torch._foreach_copy_(parameters, list(self.weights(pl_module).values()))
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring the live weights back."""
         if self._live is not None:
             with torch.no_grad():
                 torch._foreach_copy_(self._parameters(pl_module), self._live)
             self._live = None
 
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
     def on_exception(self, trainer: L.Trainer, pl_module: Diffusion, exception: BaseException) -> None:
         """Bring the live weights back before anything is saved."""
         self.on_validation_end(trainer, pl_module)
+        self._keep_end(trainer, pl_module)
 
     def weights(self, module: Diffusion, i: int = 0) -> dict[str, Tensor]:
         """Average i by the denoiser's names."""
