@@ -1,7 +1,10 @@
 """Errors that end a command with a message, never with a traceback."""
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any
 
 
 class InputError(ValueError):
@@ -38,3 +41,22 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest allowed word, or an empty string."""
     close = get_close_matches(word, list(allowed), 1, 0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def check_number(
+    key: str, value: Any, least: float = 0, most: float = math.inf, above: bool = False, whole: bool = False
+) -> None:
+    """Raise InputError unless a value is a finite number from ``least`` to ``most``.
+
+    above: exclude ``least`` itself; whole: take integers only. Strings and booleans are no numbers.
+    """
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if number and least <= value <= most and math.isfinite(value) and not (above and value == least):
+        return
+    kind = "" if number and math.isfinite(value) else "an integer, " if whole else "a number, "
+    bounds = (
+        f"from {least:.10g} to {most:.10g}"
+        if math.isfinite(most)
+        else f"{'above' if above else 'at least'} {least:.10g}"
+    )
+    raise InputError(f"{key}: {kind}{bounds}, got {value}")

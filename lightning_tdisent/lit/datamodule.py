@@ -15,7 +15,7 @@ import lightning.pytorch as L
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.lit.checkpoints import refuse_to_load
 from lightning_tdisent.lit.shared import Shared
 from lightning_tdisent.streaming.decode import Decoder
@@ -182,8 +182,8 @@ class ImageShards(L.LightningDataModule):
             raise InputError(f"data.channels: images have 1 or 3 channels, got {channels}")
         least = {"batch_size": (batch_size, 1), "buffer": (buffer, 1), "size": (size, 1), "val_limit": (val_limit, 1)}
         for name, (value, low) in {**least, "workers": (workers, 0)}.items():
-            if value is not None and value < low:
-                raise InputError(f"data.{name}: at least {low}, got {value}")
+            if value is not None:
+                check_number(f"data.{name}", value, low, whole=True)
         if resident not in (True, False, "device"):
             raise InputError(f"data.resident: true, false or device, got {resident}")
         if access not in ("auto", "random", "sequential"):
@@ -354,6 +354,9 @@ class Seeds(L.LightningDataModule):
 
     def __init__(self, n: int = 64, first: int = 0, batch_size: int = 250) -> None:
         super().__init__()
+        check_number("data.n", n, 1, most=2**32, whole=True)
+        check_number("data.first", first, most=2**32 - n, whole=True)
+        check_number("data.batch_size", batch_size, 1, whole=True)
         self.n, self.first, self.batch_size = n, first, batch_size
 
     def predict_dataloader(self) -> FixedBatches:

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 # imported so that a YAML may name them by their short names
 from lightning_tdisent.diffusion import bases, components, objectives, operators, schedules  # noqa: F401
 from lightning_tdisent.diffusion.spec import said
-from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.errors import InputError, check_number, nearest
 from lightning_tdisent.files import absolute_paths, expand_all, repeated_keys, write_whole
 from lightning_tdisent.lit import datamodule, inference, modules, prior  # noqa: F401
 from lightning_tdisent.lit.callbacks import pictures, quality  # noqa: F401
@@ -94,6 +94,13 @@ class CLI(LightningCLI):
         parser.add_argument("--round", type=int, default=0, help="of an adaptive fleet's budget, which sets it")
         for name, callback in (("ema", EMA), ("losses", LossPerState), ("guard", Guard), ("checkpoint", Checkpoint)):
             parser.add_lightning_class_args(callback, name)
+
+    def _set_seed(self) -> None:
+        """Seed all generators; refuse a seed that Lightning would replace, or that NumPy does not take."""
+        seed = self._get(self.config, "seed_everything")
+        if seed is not False:
+            check_number("seed_everything", seed, most=2**32 - 1, whole=True)
+        super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
         """Expand paths and choose the checkpoint before anything is built; checkpoints are data and never more."""

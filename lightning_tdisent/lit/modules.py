@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -22,10 +23,10 @@ from lightning_tdisent.diffusion.objectives import Objective, V
 from lightning_tdisent.diffusion.rng import draw_rows, key
 from lightning_tdisent.diffusion.spec import Part, build, changed, identity, spec
 from lightning_tdisent.diffusion.states import LatentStates
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.lit.checkpoints import load
 from lightning_tdisent.lit.inference import DenoiserModule, clean
-from lightning_tdisent.lit.preflight import preflight, refuse_trainer, refuse_unweighted
+from lightning_tdisent.lit.preflight import preflight, refuse_callbacks, refuse_trainer, refuse_unweighted
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.ranks import gather
 from lightning_tdisent.sampling.denoiser import Denoiser
@@ -65,6 +66,9 @@ class Diffusion(Part, DenoiserModule):
         warm_start: str | None = None,
     ) -> None:
         super().__init__()
+        check_number("model.label_drop", label_drop, most=1)
+        if draw not in ("balanced", "iid"):
+            raise InputError(f"model.draw: balanced or iid, got {draw}")
         states = states or LatentStates()
         rows = self.owned(states)
         if network.shape == states.image_shape != (shape := states.shape_at(rows[0], network.shape)):
@@ -79,6 +83,13 @@ class Diffusion(Part, DenoiserModule):
         self, denoiser: Any, lr: float, warmup: int, decay: str, weight_decay: float, clip_norm: float | None
     ) -> None:
         """Take what is trained, and how; nothing is counted yet."""
+        check_number("model.lr", lr, above=True)
+        check_number("model.warmup", warmup, whole=True)
+        check_number("model.weight_decay", weight_decay)
+        if clip_norm is not None:
+            check_number("model.clip_norm (null for none)", clip_norm, above=True)
+        if decay not in ("constant", "cosine"):
+            raise InputError(f"model.decay: constant or cosine, got {decay}")
         self.denoiser = denoiser
         self.lr, self.warmup, self.decay, self.weight_decay, self.clip_norm = lr, warmup, decay, weight_decay, clip_norm
         self.register_buffer("row_choices", torch.tensor(denoiser.rows), persistent=False)
@@ -111,12 +122,19 @@ class Diffusion(Part, DenoiserModule):
         if stage != "fit":
             return
         refuse_trainer(self.trainer)
+        refuse_callbacks(self.trainer)
         if isinstance(self.denoiser, Denoiser):
             refuse_unweighted(self.denoiser)
         if self.warm_start and not self.trainer.ckpt_path:
             self.parents = start_warm(self.denoiser, self.warm_start)
             of_start = self.parents[-1]  # which has seen these rows in a share of its steps
             self.before = max(1, round(of_start["steps"] * len(self.rows) / len(of_start["rows"])))
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Return a `Guard` for a trainer without one: a step that is skipped is reported, and many end the run."""
+        from lightning_tdisent.lit.callbacks.guard import Guard  # which imports this module
+
+        return [] if any(isinstance(c, Guard) for c in self.trainer.callbacks) else [Guard()]
 
     def on_fit_start(self) -> None:
         """Put the generator of the training noise on the device, and try all that the run will need."""
@@ -132,10 +150,13 @@ class Diffusion(Part, DenoiserModule):
     def on_train_start(self) -> None:
         """Start the clock of ``seconds``, which runs while training, not while validating.
 
-        A checkpoint brings its rates; those of the config count. (They are the same unless a run was branched.)
+        A checkpoint brings its rates; those of the config count. (They are the same unless a run was branched.) Rates
+        of an optimizer that a subclass configures are left alone.
         """
         self._since, self._first = time.perf_counter(), True
         self._refuse_equal_noise()
+        if type(self).configure_optimizers is not Diffusion.configure_optimizers:
+            return
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
             if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
@@ -308,11 +329,12 @@ class Diffusion(Part, DenoiserModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Clip by norm, and skip the step if the norm is not finite: nothing moves, and nobody waits to know.
+        """Clip the norm of all gradients, and skip the step if it is not finite: nothing moves, and nobody waits.
 
-        (Lightning's own clipping refuses a fused optimizer under mixed precision.)
+        The trainer's own clipping options are refused in `setup`. (Lightning's clipping refuses a fused optimizer under
+        mixed precision.)
         """
-        parameters = optimizer.param_groups[0]["params"]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.gradient_norm = clip_grad_norm_(parameters, math.inf if self.clip_norm is None else self.clip_norm)
         self.skipped = (~self.gradient_norm.isfinite()).float()
         if optimizer.defaults.get("fused"):
@@ -442,6 +464,9 @@ class SingleState(Diffusion):
         rows: list[int] | None = None,
         **kwargs: Any,
     ):
+        if experts is not None:
+            check_number("model.experts", experts, 1, whole=True)
+        check_number("model.expert", expert, 1, whole=True)
         self.expert, self.experts, self.chosen = expert, experts, rows
         super().__init__(network, states, **kwargs)
 

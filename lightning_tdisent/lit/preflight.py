@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -147,13 +148,23 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
 
 def refuse_trainer(trainer: L.Trainer) -> None:
-    """Refuse a trainer that trains nothing, or whose weights are rounded or lie in pieces.
+    """Refuse a trainer that trains nothing, that clips gradients, or whose weights are rounded or lie in pieces.
 
     Averages and exports are made of whole float weights.
     """
-    limits = ("max_steps", "max_epochs", "limit_train_batches")
-    if nothing := [name for name in limits if getattr(trainer, name) == 0]:
-        raise InputError(f"trainer.{nothing[0]}: 0 trains nothing; give at least 1, or -1 for no limit of steps")
+    remedies = {
+        "max_steps": "at least 1, or -1 for no limit",
+        "max_epochs": "at least 1, or -1 for no limit",
+        "limit_train_batches": "a number of batches, or 1.0 for all",
+    }
+    if nothing := [name for name in remedies if getattr(trainer, name) == 0]:
+        raise InputError(f"trainer.{nothing[0]}: 0 trains nothing; give {remedies[nothing[0]]}")
+    for name in ("gradient_clip_val", "gradient_clip_algorithm"):
+        if (value := getattr(trainer, name)) is not None:
+            raise InputError(
+                f"trainer.{name}: {getattr(value, 'value', value)} has no effect: the module clips the norm of its "
+                "gradients itself, at model.clip_norm (null: not at all). Leave it out, and set model.clip_norm"
+            )
     if trainer.precision not in PRECISIONS:
         raise InputError(
             f"trainer.precision: {trainer.precision} keeps the weights themselves in half precision, in which steps of "
@@ -165,6 +176,23 @@ def refuse_trainer(trainer: L.Trainer) -> None:
             f"trainer.strategy: {strategy} splits the weights over the ranks, and their averages and exports are made "
             "of whole ones; choose auto or ddp"
         )
+
+
+SEARCH = "searches anew in every run that is resumed, and the run is then not that of its config; set"
+REFUSED: dict[type[L.Callback], str] = {
+    GradientAccumulationScheduler: "accumulates another number of batches in later epochs, which a resumed run does "
+    "not know; set trainer.accumulate_grad_batches for the whole run",
+    BatchSizeFinder: f"{SEARCH} data.batch_size",
+    LearningRateFinder: f"{SEARCH} model.lr",
+}
+
+
+def refuse_callbacks(trainer: L.Trainer) -> None:
+    """Refuse callbacks of Lightning whose effect is lost when a run is resumed."""
+    for callback in trainer.callbacks:
+        for cls, why in REFUSED.items():
+            if isinstance(callback, cls) and not getattr(callback, "_early_exit", False):  # a `Tuner` searches alone
+                raise InputError(f"trainer.callbacks: {type(callback).__name__} {why}")
 
 
 def refuse_unweighted(denoiser: Denoiser) -> None:

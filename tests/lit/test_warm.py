@@ -76,7 +76,7 @@ def test_a_training_that_ruins_its_start_leaves_the_start(warm, start, data, lr)
     kept, card = load_expert(folder / "model.safetensors")
     assert (card.weights, card.kind, card.steps, card.images_seen) == ("start", "ema", 5, 160)
     assert card.average == {"decay": 0.9, "steps": 0, "before": 6}
-    _, unmoved = warm([3], 1, lr=0.0, folder="unmoved")
+    _, unmoved = warm([3], 1, lr=1e-30, folder="unmoved")
     assert same(kept.state_dict(), load_expert(unmoved / "model.safetensors")[0].state_dict())
 
 

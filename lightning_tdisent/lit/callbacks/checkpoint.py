@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.checkpoints import refuse_other_run, remove_orphans, steps
 from lightning_tdisent.lit.modules import Diffusion
@@ -41,9 +41,10 @@ class Checkpoint(LightningCheckpoint):
     """
 
     def __init__(self, every: int | None = None, minutes: float = 5.0, keep: int = 2) -> None:
-        for name, value, low in (("every", every, 1), ("keep", keep, 1), ("minutes", minutes, 0)):
-            if value is not None and value < low:
-                raise InputError(f"checkpoint.{name}: at least {low}, got {value}")
+        if every is not None:
+            check_number("checkpoint.every", every, 1, whole=True)
+        check_number("checkpoint.keep", keep, 1, whole=True)
+        check_number("checkpoint.minutes", minutes)
         self.every, self.minutes, self.keep = every, minutes, keep
         self.saved: int | None = None
         self._stop, self._request = 0, torch.zeros((), dtype=torch.int64)

@@ -1,5 +1,6 @@
 """The training loss of every state, summed on the device and read only at log points."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as L
@@ -7,6 +8,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from lightning_tdisent.errors import check_number
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.sampling.sampler import probe_rows
 
@@ -21,6 +23,7 @@ class LossPerState(L.Callback):
     """
 
     def __init__(self, bins: int = 32) -> None:
+        check_number("losses.bins", bins, 1, whole=True)
         self.bins = bins
         self.last: tuple[int, dict[str, float]] = (0, {})
         self.sums = torch.zeros(2, 0)
@@ -51,7 +54,8 @@ class LossPerState(L.Callback):
         self.sums[0].index_add_(0, bins, outputs["losses"].where(finite, 0))
         self.sums[1].index_add_(0, bins, finite.float())
         step = trainer.global_step
-        if step == self.logged or step % trainer.log_every_n_steps or not trainer.is_global_zero:
+        every = trainer.log_every_n_steps or math.inf  # 0: nothing is logged
+        if step == self.logged or step % every or not trainer.is_global_zero:
             return
         self.logged = step  # once per step, also with accumulated gradients
         total, count = self.sums.tolist()

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_tdisent.errors import InputError, NotFinite
+from lightning_tdisent.errors import InputError, NotFinite, check_number
 from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.lit.preflight import Rehearsed
@@ -31,6 +31,9 @@ class Pictures(Rehearsed):
     """
 
     def __init__(self, samples: int = 64, strips: int = 6, first_seed: int = 0) -> None:
+        check_number("Pictures.samples", samples, 1, whole=True)
+        check_number("Pictures.strips", strips, 1, whole=True)
+        check_number("Pictures.first_seed", first_seed, most=2**32 - max(samples, strips), whole=True)
         self.samples, self.strips, self.first_seed = samples, strips, first_seed
 
     def setup(self, trainer: L.Trainer, pl_module: DenoiserModule, stage: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_tdisent.errors import InputError, Unavailable
+from lightning_tdisent.errors import InputError, Unavailable, check_number
 from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.lit.preflight import Rehearsed
 from lightning_tdisent.metrics.features import load_features
@@ -39,6 +39,7 @@ class SampleQuality(Rehearsed):
         weights: str | None = None,
         batch_size: int = 250,
     ) -> None:
+        check_number("SampleQuality.batch_size", batch_size, 1, whole=True)
         self.protocol = Protocol.preset(protocol, n=n, first_seed=first_seed, split=split, n_real=n_real)
         self.weights, self.batch_size = weights, batch_size
         self._quality: Quality | None = None

@@ -1,0 +1,194 @@
+"""Options, arguments and callbacks that would have no effect, or a wrong one, are refused before the first step."""
+
+import math
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.tuner import Tuner
+
+from lightning_tdisent.cli import main
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError, check_number
+from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
+from lightning_tdisent.lit.callbacks.guard import Guard
+from lightning_tdisent.lit.callbacks.losses import LossPerState
+from lightning_tdisent.lit.callbacks.pictures import Pictures
+from lightning_tdisent.lit.callbacks.quality import SampleQuality
+from lightning_tdisent.lit.callbacks.weights import EMA, Export
+from lightning_tdisent.lit.datamodule import ImageShards, Seeds
+from lightning_tdisent.lit.modules import ReducedStates, SingleState
+from lightning_tdisent.lit.prior import PriorModule
+from lightning_tdisent.networks.unet import UNet
+from lightning_tdisent.priors.flow import Flow
+
+
+def own(folder, *callbacks, **options):
+    """A Trainer with nothing of this project in it."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    kept = {"enable_checkpointing": False, "limit_val_batches": 0, "default_root_dir": folder}
+    return L.Trainer(accelerator="cpu", callbacks=[*callbacks], **{"max_steps": 2, **quiet, **kept, **options})
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "said"),
+    [
+        (-1, {}, "k: at least 0, got -1"),
+        (math.nan, {}, "k: a number, at least 0, got nan"),
+        (math.inf, {}, "k: a number, at least 0, got inf"),
+        ("1", {}, "k: a number, at least 0, got 1"),
+        (True, {}, "k: a number, at least 0, got True"),
+        (0, {"above": True}, "k: above 0, got 0"),
+        (1.5, {"most": 1}, "k: from 0 to 1, got 1.5"),
+        (2.0, {"whole": True}, "k: an integer, at least 0, got 2.0"),
+        (2**32, {"most": 2**32 - 1, "whole": True}, "k: from 0 to 4294967295, got 4294967296"),
+    ],
+)
+def test_numbers_out_of_range_are_named(value, options, said):
+    with pytest.raises(InputError) as refusal:
+        check_number("k", value, **options)
+    assert str(refusal.value) == said
+    check_number("k", 1, **options)
+
+
+ARGUMENTS = [
+    ("model.lr: above 0, got 0", {"lr": 0}),
+    ("model.lr: above 0, got -1", {"lr": -1}),
+    ("model.lr: a number, above 0, got nan", {"lr": math.nan}),
+    ("model.clip_norm (null for none): above 0, got 0", {"clip_norm": 0}),
+    ("model.clip_norm (null for none): above 0, got -1.0", {"clip_norm": -1.0}),
+    ("model.weight_decay: at least 0, got -0.1", {"weight_decay": -0.1}),
+    ("model.warmup: at least 0, got -5", {"warmup": -5}),
+    ("model.warmup: an integer, at least 0, got 2.5", {"warmup": 2.5}),
+    ("model.label_drop: from 0 to 1, got 2", {"label_drop": 2}),
+    ("model.label_drop: from 0 to 1, got -1", {"label_drop": -1}),
+    ("model.decay: constant or cosine, got cosin", {"decay": "cosin"}),
+    ("model.draw: balanced or iid, got balance", {"draw": "balance"}),
+]
+
+
+@pytest.mark.parametrize(("said", "options"), ARGUMENTS)
+def test_arguments_of_modules_have_ranges(said, options, tiny):
+    with pytest.raises(InputError) as refusal:
+        ReducedStates(tiny(), LatentStates(S=4), **options)
+    assert str(refusal.value) == said
+    if not options.keys() & {"label_drop", "draw"}:
+        with pytest.raises(InputError) as refusal:
+            PriorModule(Flow([1, 8, 8]), LatentStates(S=4), 4, **options)
+        assert str(refusal.value) == said
+
+
+@pytest.mark.parametrize(
+    ("said", "build"),
+    [
+        ("model.experts: at least 1, got 0", lambda: SingleState(UNet([1, 8, 8], [32]), LatentStates(S=4), experts=0)),
+        ("model.expert: at least 1, got 0", lambda: SingleState(UNet([1, 8, 8], [32]), LatentStates(S=4), expert=0)),
+        ("losses.bins: at least 1, got 0", lambda: LossPerState(0)),
+        ("guard.patience: at least 1, got 0", lambda: Guard(0)),
+        ("checkpoint.minutes: a number, at least 0, got nan", lambda: Checkpoint(minutes=math.nan)),
+        ("checkpoint.every: an integer, at least 1, got 2.5", lambda: Checkpoint(every=2.5)),
+        ("ema.snapshot_every: an integer, at least 1, got 2.5", lambda: EMA(snapshot_every=2.5)),
+        ("ema.lengths: each must differ from the others, got [0.1, 0.1]", lambda: EMA(lengths=[0.1, 0.1])),
+        ("Pictures.samples: at least 1, got 0", lambda: Pictures(0)),
+        ("Pictures.strips: at least 1, got 0", lambda: Pictures(strips=0)),
+        ("Pictures.first_seed: from 0 to 4294967232, got -1", lambda: Pictures(first_seed=-1)),
+        ("SampleQuality.batch_size: at least 1, got 0", lambda: SampleQuality("digits", batch_size=0)),
+        ("data.workers: at least 0, got -1", lambda: ImageShards("data/digits", 1, workers=-1)),
+        ("data.batch_size: an integer, at least 1, got 8.5", lambda: ImageShards("data/digits", 1, batch_size=8.5)),
+        ("data.n: from 1 to 4294967296, got 0", lambda: Seeds(0)),
+        ("data.first: from 0 to 4294967232, got -1", lambda: Seeds(64, -1)),
+        ("data.batch_size: at least 1, got 0", lambda: Seeds(batch_size=0)),
+    ],
+)
+def test_arguments_of_callbacks_and_data_have_ranges(said, build):
+    with pytest.raises(InputError) as refusal:
+        build()
+    assert str(refusal.value) == said
+
+
+@pytest.mark.parametrize(
+    "option", [{"gradient_clip_val": 0.1}, {"gradient_clip_val": 0}, {"gradient_clip_algorithm": "value"}]
+)
+def test_clipping_by_the_trainer_is_refused(option, make, data, tmp_path):
+    ((name, value),) = option.items()
+    with pytest.raises(InputError, match=rf"^trainer.{name}: {value} has no effect.*set model.clip_norm$"):
+        own(tmp_path, **option).fit(module := make(), datamodule=data())
+    assert module.images_seen == 0
+
+
+class TwoGroups(ReducedStates):
+    """An optimizer of one's own, with rates that differ between its groups."""
+
+    def configure_optimizers(self):
+        first, *rest = self.denoiser.parameters()
+        groups = [{"params": [first], "lr": 0.0}, {"params": rest, "lr": 1.0, "weight_decay": 0.5}]
+        optimizer = torch.optim.SGD(groups)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)]
+
+
+def test_the_groups_of_an_optimizer_of_ones_own_are_clipped_and_keep_their_rates(make, data, tmp_path):
+    module = make(TwoGroups, clip_norm=1e-4)
+    before = [p.detach().clone() for p in module.denoiser.parameters()]
+    trainer = own(tmp_path, max_steps=1)
+    trainer.fit(module, datamodule=data())
+    assert [(g["lr"], g["weight_decay"]) for g in trainer.optimizers[0].param_groups] == [(0.0, 0), (1.0, 0.5)]
+    moved = [(p - old) + 0.5 * old for p, old in zip(module.denoiser.parameters(), before, strict=True)][1:]
+    assert torch.equal(next(module.denoiser.parameters()), before[0])
+    assert float(torch.cat([m.flatten() for m in moved]).detach().norm()) <= 1.01e-4
+
+
+CALLBACKS = [
+    (lambda: GradientAccumulationScheduler({1: 2}), "trainer.accumulate_grad_batches"),
+    (LearningRateFinder, "set model.lr"),
+    (BatchSizeFinder, "set data.batch_size"),
+]
+CHANGING = [
+    lambda: ModelPruning("l1_unstructured", amount=0.5),
+    lambda: StochasticWeightAveraging(0.01),
+    lambda: EMAWeightAveraging(),
+]
+
+
+@pytest.mark.parametrize(("build", "remedy"), [*CALLBACKS, *((build, "ema.decay") for build in CHANGING)])
+def test_callbacks_whose_effect_would_be_lost_are_refused(build, remedy, make, data, tmp_path):
+    with pytest.raises(InputError) as refusal:
+        own(tmp_path, callback := build(), EMA(0.9), Export()).fit(module := make(), datamodule=data())
+    assert str(refusal.value).startswith(f"trainer.callbacks: {type(callback).__name__} ")
+    assert remedy in str(refusal.value)
+    assert module.images_seen == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tuner_searches_apart_from_the_run(make, data, tmp_path):
+    trainer, module, shards = own(tmp_path), make(), data()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    found = Tuner(trainer).lr_find(module, datamodule=shards, num_training=40)
+    assert module.lr == found.suggestion() > 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    trainer.fit(module, datamodule=shards)
+    assert module.images_seen == 2 * 32
+
+
+def test_without_log_points_nothing_is_logged(make, data, tmp_path):
+    losses = LossPerState()
+    own(tmp_path, losses, log_every_n_steps=0, max_steps=3).fit(module := make(), datamodule=data())
+    assert module.images_seen == 3 * 32
+    assert losses.last == (0, {})
+
+
+@pytest.mark.parametrize("seed", ["-3", "5000000000", "true"])
+def test_seeds_that_would_be_replaced_are_refused(seed, tmp_path, capsys):
+    words = ["fit", "--config", "experiments/digits/reduced8.yaml", "--run", str(tmp_path / "run")]
+    assert main([*words, "--seed_everything", seed]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "seed_everything: " in said
+    assert "from 0 to 4294967295" in said
+    assert not (tmp_path / "run").exists()
