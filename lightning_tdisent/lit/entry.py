@@ -149,6 +149,7 @@ class CLI(LightningCLI):
         """Nothing in a checkpoint names code or changes the config."""
 
     purge_step: int | None = None
+    ended: int | None = None  # step at which a run that goes on had ended
 
     def _enter(self, config: Any) -> None:
         folder, asked = Path(config.run), config.ckpt_path and Path(config.ckpt_path)
@@ -170,12 +171,13 @@ class CLI(LightningCLI):
         mine = absolute_paths(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False)))
         theirs = check_config(folder, mine)
         path, manifest, bad = (asked, facts(asked), list[str]()) if asked else find_checkpoint(folder)
-        limits, step, limit = ("max_steps", "max_epochs"), manifest.get("step", 0), config.trainer.max_steps
-        ended = path is not None and _exported(folder) == step
-        if ended and (0 < limit <= step or all(theirs["trainer"][k] == mine["trainer"][k] for k in limits)):
-            if rank_zero_only.rank == 0:
-                print(f"{folder}: all {step} steps are done; give a larger --trainer.max_steps to go on")
-            raise SystemExit(0)
+        step, limit = manifest.get("step", 0), config.trainer.max_steps
+        if path is not None and _exported(folder) == step:
+            self.ended = step
+            if why := _why_ended(step, mine["trainer"], theirs["trainer"]):
+                if rank_zero_only.rank == 0:
+                    print(f"{folder}: {why} to go on")
+                raise SystemExit(0)
         if not 0 < limit <= step:  # curves that run beyond the checkpoint are drawn again
             self.purge_step = manifest.get("images_seen", 0)
         config.ckpt_path = path and str(path)
@@ -241,6 +243,16 @@ class CLI(LightningCLI):
                 callback.disable()
 
 
+def _why_ended(step: int, mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """Say why a run that has ended would not go on with these options of the trainer; None if it may."""
+    if 0 < mine["max_steps"] <= step:
+        return f"all {step} steps are done; give a larger --trainer.max_steps"
+    if all(theirs.get(k) == mine.get(k) for k in ("max_steps", "max_epochs", "max_time", "callbacks")):
+        epochs = f"trainer.max_epochs ({mine['max_epochs']}), " if mine["max_epochs"] != -1 else ""
+        return f"ended at step {step} by {epochs}trainer.max_time or a callback such as EarlyStopping; change that"
+    return None
+
+
 def _exported(folder: Path) -> int | None:
     """Steps behind the weights that a finished training left in its folder, None if there are none."""
     if (model := folder / modules.Diffusion.file).exists():
@@ -273,17 +285,34 @@ class SaveConfig(SaveConfigCallback):
     """The resolved config as ``config.yaml`` of the run folder, on rank 0, for `fit` alone."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Nothing yet: a run that is refused must not claim its folder."""
+        """Refuse values that a file cannot hold; nothing is written yet: a refused run must not claim its folder."""
+        if stage == "fit" and not trainer.fast_dev_run and (lost := _unserializable(self._kept())):
+            raise InputError(
+                f"{', '.join(lost)}: a value that config.yaml cannot hold, so that the run could not be resumed. Give "
+                "each as a number, a text or a class_path, or leave the part out"
+            )
+
+    def _kept(self) -> dict[str, Any]:
+        config = self.config.clone()
+        config.ckpt_path = None  # the run goes on from its newest, not from where it went on this time
+        kept: dict[str, Any] = absolute_paths(yaml.safe_load(self.parser.dump(config, skip_none=False)))
+        del kept["run"]  # it is where the file lies
+        return kept
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write before the first step."""
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            config = self.config.clone()
-            config.ckpt_path = None  # the run goes on from its newest, not from where it went on this time
-            kept = absolute_paths(yaml.safe_load(self.parser.dump(config, skip_none=False)))
-            del kept["run"]  # it is where the file lies
-            text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+            text = yaml.safe_dump(self._kept(), sort_keys=False, allow_unicode=True)
             write_whole(Path(trainer.default_root_dir) / "config.yaml", text.encode())
+
+
+def _unserializable(value: Any, key: str = "") -> list[str]:
+    """Return the keys of values in whose place jsonargparse has put a text that says so."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        found = [name for k, v in items for name in _unserializable(v, f"{key}.{k}" if key else str(k))]
+        return [name.replace(".init_args", "") for name in found]
+    return [key] if isinstance(value, str) and value.startswith("Unable to serialize instance ") else []
 
 
 def parse(argv: Sequence[str]) -> CLI:
@@ -306,7 +335,10 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
     try:
         with contextlib.ExitStack() as locks:  # the folder is free again when the command ends, however it does
             LOCKS.set(locks)
-            return _cli(argv, always, cls or CLI)
+            cli = _cli(argv, always, cls or CLI)
+            if argv[0] == "fit" and cls is None:
+                _say_end(cli, quiet=bool(callbacks))
+            return cli
     except MisconfigurationException as error:
         raise InputError(str(error)) from None
     except OmegaConfBaseException as error:
@@ -320,6 +352,18 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
         if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into 1
             raise KeyboardInterrupt from None
         raise
+
+
+def _say_end(cli: CLI, quiet: bool) -> None:
+    """Print where the weights are; refuse a fit that was to go on with a run that had ended, and trained nothing."""
+    trainer, folder = cli.trainer, Path(cli.trainer.default_root_dir)
+    if cli.ended is not None and trainer.global_step == cli.ended:
+        raise InputError(
+            f"run: {folder} had ended at step {cli.ended}, and no step was trained now: trainer.max_epochs, "
+            "trainer.max_time or a callback ended it again. Change that to go on"
+        )
+    if not quiet and trainer.is_global_zero and not trainer.fast_dev_run and (file := folder / cli.model.file).exists():
+        print(f"weights of step {trainer.global_step:,}: {file}")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -60,7 +60,9 @@ def as_batch(batch: Any, shape: list[int], classes: int | None, look: bool = Tru
         seen = f"a {type(batch).__name__} of {', '.join(type(item).__name__ for item in batch)}"
     else:
         found, seen = {"image": batch}, f"a {type(batch).__name__}"
-    images = next((found[name] for name in ("x0", "image", "latent") if name in found), None)
+    if len(given := [name for name in ("x0", "image", "latent") if name in found]) > 1:
+        raise InputError(f"{form}; the loader gives {seen}, of which {' and '.join(given)} each are images; give one")
+    images = next((found[name] for name in given), None)
     if not isinstance(images, Tensor):
         raise InputError(f"{form}; the loader gives {seen}")
     if list(images.shape[-3:]) != shape or images.ndim != (4 if found.keys() & {"x0", "image"} else 5):
@@ -169,17 +171,24 @@ class DenoiserModule(L.LightningModule):
 
     def on_validation_epoch_end(self, prefix: str = "val") -> None:
         """Log eps-MSE and x0-MSE per probe row, exact over all ranks; eps-MSE of the rows with signal alone."""
-        x0, eps = self.errors = self.mean_errors()
-        states, values = self.denoiser.states, {f"{prefix}/x0_mse": float(x0.mean())}
-        lit = torch.tensor([has_signal(states, s) for s in self._probe])
+        self.errors = self.mean_errors()
+        self.publish(self._named(prefix, *self.errors))
+
+    def _named(self, prefix: str, x0: Tensor, eps: Tensor) -> dict[str, float]:
+        states, probe, values = self.denoiser.states, probe_rows(self.rows), {f"{prefix}/x0_mse": float(x0.mean())}
+        lit = torch.tensor([has_signal(states, s) for s in probe])
         if lit.any():
             values[f"{prefix}/eps_mse"] = float(eps[lit].mean())
-        for s, signal, x0_mse, eps_mse in zip(self._probe, lit.tolist(), x0.tolist(), eps.tolist(), strict=True):
+        for s, signal, x0_mse, eps_mse in zip(probe, lit.tolist(), x0.tolist(), eps.tolist(), strict=True):
             t = int(states.index[s])
             values[f"{prefix}_x0_mse/t{t:04d}"] = x0_mse
             if signal:
                 values[f"{prefix}_eps_mse/t{t:04d}"] = eps_mse
-        self.publish(values)
+        return values
+
+    def validated(self) -> list[str]:
+        """Return the names of the numbers that a validation logs."""
+        return list(self._named("val", *torch.zeros(2, len(probe_rows(self.rows)))))
 
     def mean_errors(self) -> Tensor:
         """Return the mean errors of x0_hat and eps_hat at the probe rows, (2, P), over all ranks (collective)."""

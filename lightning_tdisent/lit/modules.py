@@ -16,6 +16,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import clip_grad_norm_
 
 import lightning_tdisent
@@ -26,7 +27,13 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.lit.checkpoints import load
 from lightning_tdisent.lit.inference import DenoiserModule, clean
-from lightning_tdisent.lit.preflight import preflight, refuse_callbacks, refuse_trainer, refuse_unweighted
+from lightning_tdisent.lit.preflight import (
+    preflight,
+    refuse_callbacks,
+    refuse_monitors,
+    refuse_trainer,
+    refuse_unweighted,
+)
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.ranks import gather
 from lightning_tdisent.sampling.denoiser import Denoiser
@@ -83,6 +90,12 @@ class Diffusion(Part, DenoiserModule):
         self, denoiser: Any, lr: float, warmup: int, decay: str, weight_decay: float, clip_norm: float | None
     ) -> None:
         """Take what is trained, and how; nothing is counted yet."""
+        lazy = [name for name, p in (*denoiser.named_parameters(), *denoiser.named_buffers()) if is_lazy(p)]
+        if lazy:
+            raise InputError(
+                f"model.network: {', '.join(lazy[:4])}: weights of lazy layers, whose shape is known after a batch "
+                "only; use layers that are given their sizes"
+            )
         check_number("model.lr", lr, above=True)
         check_number("model.warmup", warmup, whole=True)
         check_number("model.weight_decay", weight_decay)
@@ -122,7 +135,7 @@ class Diffusion(Part, DenoiserModule):
         if stage != "fit":
             return
         refuse_trainer(self.trainer)
-        refuse_callbacks(self.trainer)
+        refuse_monitors(self.trainer, self)
         if isinstance(self.denoiser, Denoiser):
             refuse_unweighted(self.denoiser)
         if self.warm_start and not self.trainer.ckpt_path:
@@ -131,7 +144,12 @@ class Diffusion(Part, DenoiserModule):
             self.before = max(1, round(of_start["steps"] * len(self.rows) / len(of_start["rows"])))
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return a `Guard` for a trainer without one: a step that is skipped is reported, and many end the run."""
+        """Return a `Guard` for a trainer without one: a step that is skipped is reported, and many end the run.
+
+        Lightning calls this before the `setup` of callbacks, some of which are refused.
+        """
+        if self.trainer.state.fn == "fit":
+            refuse_callbacks(self.trainer)
         from lightning_tdisent.lit.callbacks.guard import Guard  # which imports this module
 
         return [] if any(isinstance(c, Guard) for c in self.trainer.callbacks) else [Guard()]

@@ -2,12 +2,22 @@
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -15,7 +25,7 @@ from torch import Tensor
 
 from lightning_tdisent.diffusion.operators import probe
 from lightning_tdisent.diffusion.spec import said
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.ranks import shared_errors
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.observations import observed
@@ -188,11 +198,47 @@ REFUSED: dict[type[L.Callback], str] = {
 
 
 def refuse_callbacks(trainer: L.Trainer) -> None:
-    """Refuse callbacks of Lightning whose effect is lost when a run is resumed."""
+    """Refuse callbacks of Lightning whose effect is lost when a run is resumed, or that look for a backbone."""
     for callback in trainer.callbacks:
+        if isinstance(callback, BackboneFinetuning) and not hasattr(trainer.lightning_module, "backbone"):
+            name = type(trainer.lightning_module).__name__
+            raise InputError(f"trainer.callbacks: BackboneFinetuning needs a module with a backbone; {name} has none")
         for cls, why in REFUSED.items():
             if isinstance(callback, cls) and not getattr(callback, "_early_exit", False):  # a `Tuner` searches alone
                 raise InputError(f"trainer.callbacks: {type(callback).__name__} {why}")
+
+
+@runtime_checkable
+class Logs(Protocol):
+    """A callback that says, before training, what it will log."""
+
+    def logged_by(self, trainer: L.Trainer, module: Any) -> list[str]:
+        """Return the names, or patterns of them."""
+
+
+def refuse_monitors(trainer: L.Trainer, module: "Diffusion") -> None:
+    """Refuse callbacks that monitor what nobody logs.
+
+    Only this project's and Lightning's own classes are known not to log anything else: where there are others, such a
+    callback ends the training at its first look.
+    """
+    callbacks = trainer.callbacks
+    known = all(type(part).__module__.startswith(("lightning_tdisent.", "lightning.")) for part in (module, *callbacks))
+    if not known or any(isinstance(callback, LambdaCallback) for callback in callbacks):
+        return
+    names = [*(module.validated() if trainer.enable_validation else []), "epoch", "step", "lr-*"]
+    for callback in callbacks:
+        names += callback.logged_by(trainer, module) if isinstance(callback, Logs) else []
+    for callback in callbacks:
+        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or not getattr(callback, "strict", True):
+            continue
+        asked = callback.monitor
+        if asked is not None and not any(fnmatchcase(asked, name) for name in names):
+            logged = ", ".join(name for name in names if not re.search(r"/t\d+$|^lr-", name))
+            raise InputError(
+                f"trainer.callbacks: {type(callback).__name__}.monitor: nothing logs {asked!r}."
+                f"{nearest(asked, names)} There are: {logged}, and some of these by state"
+            )
 
 
 def refuse_unweighted(denoiser: Denoiser) -> None:

@@ -18,6 +18,7 @@ from lightning_tdisent.priors.prior import Prior
 from lightning_tdisent.sampling.evaluation import HELD_OUT
 from lightning_tdisent.sampling.start import FILE, FITTING, PriorCard, rebuilt_prior, save_prior
 
+UNITS = {"nll": 1.0, "bits": math.log(2)}  # of -log p per value, in nats
 FIRST = 512  # images that a prior is initialised with
 
 
@@ -125,7 +126,11 @@ class PriorModule(Diffusion):
     def on_validation_epoch_end(self, prefix: str = "val") -> None:
         """Log its mean, exact over all ranks."""
         total, n = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum").tolist()
-        self.publish({f"{prefix}/nll": total / n, f"{prefix}/bits": total / n / math.log(2)})
+        self.publish({f"{prefix}/{name}": total / n / unit for name, unit in UNITS.items()})
+
+    def validated(self) -> list[str]:
+        """Return the names of the numbers that a validation logs."""
+        return [f"val/{name}" for name in UNITS]
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 

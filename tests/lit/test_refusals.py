@@ -2,14 +2,18 @@
 
 import math
 
+import jsonargparse
 import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
+    EarlyStopping,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
 )
@@ -25,8 +29,11 @@ from lightning_tdisent.lit.callbacks.pictures import Pictures
 from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.datamodule import ImageShards, Seeds
+from lightning_tdisent.lit.entry import SaveConfig
+from lightning_tdisent.lit.inference import as_batch
 from lightning_tdisent.lit.modules import ReducedStates, SingleState
 from lightning_tdisent.lit.prior import PriorModule
+from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.priors.flow import Flow
 
@@ -175,6 +182,135 @@ def test_a_tuner_searches_apart_from_the_run(make, data, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     trainer.fit(module, datamodule=shards)
     assert module.images_seen == 2 * 32
+
+
+MONITORS = [
+    (lambda: EarlyStopping("val/nothing"), {}, "val/nothing"),
+    (lambda: ModelCheckpoint(monitor="val/x0"), {}, "Did you mean 'val/x0_mse'?"),
+    (lambda: ModelCheckpoint(monitor="val_x0_mse/t0001"), {}, "val_x0_mse/t0001"),
+    (lambda: EarlyStopping("val/x0_mse"), {"limit_val_batches": 0}, "val/x0_mse"),
+    (lambda: EarlyStopping("train/los"), {}, "Did you mean 'train/loss'?"),
+    (lambda: EarlyStopping("quality/fd_digits"), {}, "quality/fd_digits"),
+]
+
+
+@pytest.mark.parametrize(("build", "options", "said"), MONITORS)
+def test_monitors_of_what_nobody_logs_are_refused(build, options, said, make, data, tmp_path):
+    kept = {"limit_val_batches": 1, "enable_checkpointing": True, **options}
+    with pytest.raises(
+        InputError, match=r"^trainer.callbacks: \w+.monitor: nothing logs .* There are: .*train/loss"
+    ) as e:
+        own(tmp_path, build(), LossPerState(), **kept).fit(module := make(), datamodule=data())
+    assert said in str(e.value)
+    assert module.images_seen == 0
+
+
+class Logged(ReducedStates):
+    def on_train_epoch_end(self):
+        self.log("mine", 1.0)
+
+
+def test_what_is_logged_can_be_monitored(make, data, tmp_path):
+    quality = SampleQuality("digits", n=70, n_real=80)
+    names = ["val/x0_mse", "val_eps_mse/t0500", "train/loss", "train_loss/t0750", "step"]
+    own(tmp_path, quality, limit_val_batches=1).validate(make(), datamodule=data(), verbose=False)
+    names += [f"quality/fd_digits/{quality._quality.protocol.hash}"]
+    best = [ModelCheckpoint(tmp_path / str(i), monitor=name) for i, name in enumerate(names)]
+    options = {"limit_val_batches": 1, "enable_checkpointing": True, "log_every_n_steps": 1, "val_check_interval": 1}
+    own(tmp_path, *best, LossPerState(), quality, **options).fit(make(), datamodule=data())
+    assert all(callback.best_model_path for callback in best)
+    best = [ModelCheckpoint(tmp_path / "mine", monitor="mine")]
+    own(tmp_path, *best, max_steps=-1, max_epochs=1, limit_train_batches=1, enable_checkpointing=True).fit(
+        make(Logged), datamodule=data()
+    )
+    assert best[0].best_model_path
+
+
+class Lazy(Network):
+    def __init__(self, shape: list[int], conditioning: str | None = None) -> None:
+        super().__init__(shape, None, conditioning)
+        self.conv = torch.nn.LazyConv2d(shape[0], 1)
+
+    def forward(self, x, index=None, label=None):
+        return self.conv(x)
+
+
+def test_lazy_layers_are_refused():
+    with pytest.raises(InputError, match=r"^model.network: network.conv.weight, network.conv.bias: .*lazy layers"):
+        ReducedStates(Lazy([1, 8, 8]), LatentStates(S=4))
+
+
+def test_a_batch_that_names_images_twice_is_refused():
+    images = {"x0": torch.zeros(4, 1, 8, 8), "image": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}
+    with pytest.raises(InputError, match="x0 and image each are images; give one"):
+        as_batch(images, [1, 8, 8], None)
+
+
+def test_a_backbone_is_missed_in_one_line(make, data, tmp_path):
+    with pytest.raises(InputError, match=r"BackboneFinetuning needs .* backbone; ReducedStates has none"):
+        own(tmp_path, BackboneFinetuning()).fit(make(), datamodule=data())
+
+
+TINY = [
+    "fit",
+    "--config",
+    "experiments/digits/reduced8.yaml",
+    "--model.network.channels",
+    "[8,16]",
+    "--trainer.max_steps",
+]
+TINY += ["4", "--model.network.groups", "4", "--model.network.layers", "1", "--trainer.limit_val_batches", "0"]
+TINY += ["--trainer.callbacks", "[]", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+
+
+def run(*words):
+    """Exit code of a command, which ends where there is nothing to do."""
+    try:
+        return main([*words])
+    except SystemExit as end:
+        return end.code
+
+
+def test_a_value_that_the_kept_config_cannot_hold_is_refused(tmp_path):
+    class Dumps:  # as jsonargparse does it of, for example, a default that is a torch.device
+        def dump(self, config, skip_none):
+            part = "{class_path: a.B, init_args: {n: 1, device: Unable to serialize instance cpu}}"
+            return f"run: {tmp_path}\ntrainer: {{callbacks: [{part}]}}"
+
+    save = SaveConfig(Dumps(), jsonargparse.Namespace(ckpt_path=None))
+    with pytest.raises(InputError, match=r"^trainer.callbacks.0.device: a value that config.yaml cannot hold"):
+        save.setup(own(tmp_path), None, "fit")
+    assert not list(tmp_path.iterdir())
+
+
+def test_fit_says_where_the_weights_are_and_why_it_does_not_go_on(tmp_path, capsys):
+    def fit(*words):
+        code = run(*TINY, "--run", str(tmp_path / "run"), *words)
+        out = capsys.readouterr()
+        return code, out.out.strip().splitlines()[-1:], out.err.strip().splitlines()[-1:]
+
+    epoch = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3"]
+    assert fit(*epoch) == (0, [f"weights of step 3: {tmp_path / 'run' / 'model.safetensors'}"], [])
+    ended = "ended at step 3 by trainer.max_epochs (1), trainer.max_time or a callback such as EarlyStopping"
+    assert fit(*epoch)[:2] == (0, [f"{tmp_path / 'run'}: {ended}; change that to go on"])
+    code, _, (said,) = fit(*epoch, "--trainer.max_steps", "20")  # which max_epochs ends again
+    assert (code, "had ended at step 3, and no step was trained now: trainer.max_epochs, " in said) == (2, True)
+    epoch[1] = "2"
+    assert fit(*epoch)[1] == [f"weights of step 4: {tmp_path / 'run' / 'model.safetensors'}"]
+    assert fit(*epoch)[1] == [f"{tmp_path / 'run'}: all 4 steps are done; give a larger --trainer.max_steps to go on"]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+def test_a_run_that_a_callback_ended_says_so(tmp_path, capsys):
+    words = [*TINY, "--run", str(tmp_path / "run"), "--trainer.max_steps", "20", "--trainer.val_check_interval", "2"]
+    words += ["--trainer.limit_val_batches", "1", "--trainer.num_sanity_val_steps", "0", "--trainer.callbacks"]
+    stop = "[{class_path: EarlyStopping, init_args: {monitor: val/x0_mse, patience: 1, min_delta: 10.0}}]"
+    assert run(*words, stop) == 0
+    assert "weights of step 4: " in capsys.readouterr().out
+    assert run(*words, stop) == 0
+    assert "ended at step 4 by trainer.max_time or a callback such as EarlyStopping" in capsys.readouterr().out
+    assert run(*words, "[]") == 0
+    assert "weights of step 20: " in capsys.readouterr().out
 
 
 def test_without_log_points_nothing_is_logged(make, data, tmp_path):

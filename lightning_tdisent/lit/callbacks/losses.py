@@ -29,13 +29,19 @@ class LossPerState(L.Callback):
         self.sums = torch.zeros(2, 0)
         self._restored: dict[str, Any] | None = None
 
+    def _named(self, module: Diffusion) -> list[str]:
+        return [f"train_loss/t{int(module.states.index[s]):04d}" for s in probe_rows(module.rows, self.bins)]
+
+    def logged_by(self, trainer: L.Trainer, module: Diffusion) -> list[str]:
+        """Return the names that callbacks can monitor."""
+        return ["train/loss", "train/gradient_norm", *self._named(module)] if trainer.world_size == 1 else []
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Name the bins, and lay the curves of all states into one chart."""
-        rows = pl_module.rows
-        ends = torch.tensor(probe_rows(rows, self.bins))
+        ends = torch.tensor(probe_rows(pl_module.rows, self.bins))
         # row -> number of its bin
         self.bin_of = torch.searchsorted(ends, torch.arange(int(ends[-1]) + 1)).to(pl_module.device)
-        self.names = [f"train_loss/t{int(pl_module.states.index[s]):04d}" for s in ends]
+        self.names = self._named(pl_module)
         self.logged = trainer.global_step
         self.sums = torch.zeros(2, len(ends), device=pl_module.device)
         if self._restored is not None and self._restored["sums"].shape == self.sums.shape:  # ``bins`` may have changed

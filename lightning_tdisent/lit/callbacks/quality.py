@@ -67,10 +67,15 @@ class SampleQuality(Rehearsed):
                 f"rank; a perfect model would have a distance of about {self._quality.bias:.3f}"
             )
 
+    def logged_by(self, trainer: L.Trainer, module: DenoiserModule) -> list[str]:
+        """Return the pattern of the names that callbacks can monitor."""
+        return [] if self._quality is None else [f"quality/*/{self._quality.protocol.hash}"]
+
     def rehearse(self, trainer: L.Trainer, module: DenoiserModule, images: Tensor | None) -> None:
         """Take the features of the images."""
         if self._quality is not None and images is not None:
             quality = self._quality.to(module.device)
+            quality.reset()  # what `trainer.validate` has left cannot be changed any more
             quality.add(images, torch.arange(len(images)))
             quality.reset()
 

@@ -144,7 +144,7 @@ class EMA(L.Callback):
             with torch.no_grad():
                 torch._foreach_copy_(parameters, list(self.weights(pl_module).values()))
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Bring the live weights back."""
         if self._live is not None:
             with torch.no_grad():
