@@ -47,6 +47,7 @@ def test_home_and_variables_are_expanded_in_words(home):
         "~": f"{home}", "~/y": f"{home}/y", "--run=~/y": f"--run={home}/y", "path=~/y": f"path={home}/y",
         "--set=data.path=~/y": f"--set=data.path={home}/y", "*.data.path=$SCRATCH": f"*.data.path={up}/scratch",
         "$SCRATCH/v": f"{up}/scratch/v", "/a/$SCRATCH": f"/a/{up}/scratch", "shared:~/y": f"shared:{home}/y",
+        "file:///a/b": "/a/b", "--out=file:///a": "--out=/a", "path=file://~/y": f"path={home}/y",
     }  # fmt: skip
     assert {word: expand_word(word) for word in known} == known
     for same in ("a$b", "${data.path}", "a~b", "US$ 5", "", "-n", "memory://~/x", "x.y=1", "~approximately"):

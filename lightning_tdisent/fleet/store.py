@@ -17,7 +17,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 
 from lightning_tdisent.errors import Halted, InputError
-from lightning_tdisent.files import whole
+from lightning_tdisent.files import expand, whole
 from lightning_tdisent.streaming.tars import store_errors
 
 
@@ -29,9 +29,7 @@ class Store:
     """
 
     def __init__(self, where: str | Path) -> None:
-        where = str(where)
-        if where.startswith("file://"):
-            where = where.removeprefix("file://")
+        where = expand(str(where))
         self.where, self.remote = where.rstrip("/"), "://" in where
         self._fs: Any = None
 

@@ -359,8 +359,11 @@ def test_between_two_rounds_experts_wait_and_after_the_first_they_need_nobody(pl
 def test_an_unfinished_fleet_is_composed_with_a_word_on_it(planned, tmp_path, capsys):
     fleet = planned()
     train(fleet, "expert_001", "expert_003")
-    words = ["compose", str(fleet.root), "--out", str(tmp_path / "composite")]
+    words = ["compose", f"file://{fleet.root}", "--out", str(tmp_path / "composite")]
     assert main(words) == 2
+    assert main(["fleet", "run", str(fleet.root), "--scratch", str(tmp_path / "here")]) == 2
+    assert f"{fleet.root} is a folder, in which its runs are trained. Leave --scratch" in capsys.readouterr().err
+    assert not (tmp_path / "here").exists()
     assert main([*words, "--fill", "nearest"]) == 0
     assert "is not finished: expert_002, none of 32 images; expert_004, none of 32" in capsys.readouterr().out
 
