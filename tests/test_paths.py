@@ -11,7 +11,7 @@ import yaml
 from lightning_tdisent.cli import main
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import absolute_paths, expand, expand_all, expand_word
-from lightning_tdisent.fleet.plan import read_yaml
+from lightning_tdisent.fleet.keys import read_yaml
 from lightning_tdisent.lit import entry
 from lightning_tdisent.sampling.expert import load_expert
 

@@ -51,7 +51,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise InputError(f"rule: {self.rule!r} is none.{nearest(str(self.rule), RULES)} Rules: {', '.join(RULES)}")
-        if not isinstance(self.images, int) or self.images < 1:
+        if isinstance(self.images, bool) or not isinstance(self.images, int) or self.images < 1:
             raise InputError(f"images: of all jobs together, at least 1, got {self.images!r}")
         for name, low, high in (("least", 0, 1), ("end", 0, 1), ("first", 0.01, 1), ("rounds", 1, 10_000)):
             value = getattr(self, name)
@@ -59,15 +59,15 @@ class Budget:
                 raise InputError(f"{name}: must lie in [{low}, {high}], got {value!r}")
         if self.rounds != int(self.rounds):
             raise InputError(f"rounds: a whole number, got {self.rounds}")
-        if not all(isinstance(share, (int, float)) for share in self.shares):
-            raise InputError(f"shares: numbers, got {list(self.shares)}")
+        if not all(isinstance(share, (int, float)) and 0 <= share < float("inf") for share in self.shares):
+            raise InputError(f"shares: numbers from 0 on, got {list(self.shares)}")
         if bool(self.shares) != (self.rule == "explicit"):
             raise InputError(f"shares: belong to the rule explicit, one number per expert; the rule is {self.rule}")
 
     @classmethod
     def of(cls, data: Any, where: str) -> "Budget":
         """Budget of a mapping, or of a number of images."""
-        data = {"images": data} if isinstance(data, int) else data
+        data = {"images": data} if isinstance(data, int) and not isinstance(data, bool) else data
         names = [f.name for f in fields(cls)]
         if not isinstance(data, dict) or "images" not in data:
             raise InputError(f"{where}: expected images: N, and maybe {', '.join(names[1:])}; got {data!r}")

@@ -9,6 +9,7 @@ from lightning_tdisent.diffusion.states import split_rows
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.kept import copy_name, edits
+from lightning_tdisent.fleet.keys import ANY, COUNT, SEED, SETTINGS, TEXT, known, read_yaml, refuse_kind
 from lightning_tdisent.fleet.plan import (
     DEVICES,
     FILE,
@@ -20,8 +21,6 @@ from lightning_tdisent.fleet.plan import (
     Planned,
     digest_of,
     flow,
-    known,
-    read_yaml,
     refuse_reserved,
     refuse_unfit,
     settings,
@@ -31,7 +30,8 @@ from lightning_tdisent.fleet.plan import (
 from lightning_tdisent.fleet.store import Store
 
 PREVIOUS = "plan.previous.yaml"  # a plan that another has replaced before it began
-KEYS = ("title", "out", "seed", "configs", "set", "experts", "rows", "for_rows", "start", "budget", "batch")
+KEYS = {"title": TEXT, "out": TEXT, "seed": SEED, "configs": ANY, "set": SETTINGS, "experts": ANY, "rows": ANY,
+        "for_rows": ANY, "start": "text or a mapping", "budget": ANY, "batch": COUNT}  # fmt: skip
 STARTS = "scratch, common, neighbour, {shared: {configs: .., images: ..}}, or a file or run folder with weights"
 Copies = dict[str, tuple[bytes, Path]]  # contents of configs by the names of their copies, and where they come from
 
@@ -49,22 +49,19 @@ def draft(
     data = read_yaml(file)
     if isinstance(data, dict) and changes:
         data |= {**changes, "set": {**(data.get("set") or {}), **(changes.get("set") or {})}}
-    known(data, KEYS, str(file), required=("configs", "budget"))
+    data = known(data, KEYS, str(file), required=("configs", "budget"))
     store = Store(out or data.get("out") or f"runs/{file.stem}")
     seed = data.get("seed", 0) if seed is None else seed
-    for key, value in (("seed", seed), ("batch", data.get("batch") or 1)):
-        if not isinstance(value, int):
-            raise InputError(f"{file}: {key}: a whole number, got {value!r}")
+    refuse_kind(seed, SEED, "--seed")
     for where, found in (("set", data.get("set")), *((f"for_rows.{k}", v) for k, v in _items(data.get("for_rows")))):
         refuse_reserved(found, f"{file}: {where}")
     common = {**(data.get("set") or {}), **dict(settings(overrides))}
     configs, copies = _copies(file, data["configs"], "configs", {})
     shared = None
     if isinstance(data.get("start"), dict):
-        known(data["start"], (SHARED,), f"{file}: start", required=(SHARED,))
-        shared = data["start"][SHARED]
-        known(shared, SHARED_KEYS, f"{file}: start.{SHARED}", required=("configs", "images"))
-        shared = dict(shared)
+        known(data["start"], {SHARED: ANY}, f"{file}: start", required=(SHARED,))
+        where = f"{file}: start.{SHARED}"
+        shared = known(data["start"][SHARED], SHARED_KEYS, where, required=("configs", "images"))
         refuse_reserved(shared.get("set"), f"{file}: start.{SHARED}.set")
         shared["configs"], more = _copies(file, shared["configs"], f"start.{SHARED}.configs", copies)
         copies |= more
@@ -103,6 +100,7 @@ def draft(
     images = budget.split(free, step, [[facts.log_snr[s - 1] for s in rows] for rows in blocks], costs, str(file))
     start = data.get("start", "common")
     names = [f"expert_{k:03d}" for k in range(1, len(blocks) + 1)]
+    refuse_kind(seed + len(blocks) - 1, SEED, f"{file}: seed: that of {names[-1]}")
     experts = []
     for k, (name, rows) in enumerate(zip(names, blocks, strict=True)):
         begin = SHARED if shared else "scratch" if start == "common" else str(start)

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from lightning_tdisent.errors import InputError, nearest
-from lightning_tdisent.files import expand_all, repeated_keys
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import repeated_keys
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.kept import CONFIGS
+from lightning_tdisent.fleet.keys import ANY, COUNT, LIST, MAPPING, SEED, SETTINGS, TEXT, known, refuse_kind
 from lightning_tdisent.fleet.names import clashes, fault
 from lightning_tdisent.fleet.store import Store, read_json
 
@@ -38,9 +37,11 @@ RESERVED = {
     **dict.fromkeys(("model.rows", "model.expert", "model.experts"), "rows"),
 }  # config keys that a plan decides, and by what of it
 POINTS = 3  # of a curve that is to be continued
-SHARED_KEYS = ("configs", "images", "batch", "set", "cost", "parts")
-PLAN_KEYS = ("schema", "title", "seed", "table", "budget", "configs", "set", "shared", "experts")
-EXPERT_KEYS = ("name", "rows", "images", "batch", "seed", "start", "set", "cost", "parts")
+SHARED_KEYS = {"configs": ANY, "images": ANY, "batch": COUNT, "set": SETTINGS, "cost": ANY, "parts": COUNT}
+PLAN_KEYS = {"schema": ANY, "title": TEXT, "seed": SEED, "table": MAPPING, "budget": ANY, "configs": MAPPING,
+             "set": SETTINGS, "shared": MAPPING, "experts": ANY}  # fmt: skip
+TABLE_KEYS = {"fingerprint": ANY, "S": COUNT, "index": LIST, "log_snr": LIST}
+EXPERT_KEYS = dict.fromkeys(("name", "rows", "images", "batch", "seed", "start", "set", "cost", "parts"), ANY)
 HEADER = """\
 # The plan of a fleet: every line below `experts` is one training. Edit rows, images, batch, seed, start or set of an
 # expert as long as it has not begun; `python -m lightning_tdisent fleet plan FOLDER` checks the whole.
@@ -226,23 +227,19 @@ class Fleet:
             raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
         if twice := repeated_keys(text):
             raise InputError(f"{file}: {'; '.join(twice)}: a key that this mapping has already")
-        known(data, PLAN_KEYS, file, required=[k for k in PLAN_KEYS if k not in ("set", "shared", "title")])
+        data = known(data, PLAN_KEYS, file, required=[k for k in PLAN_KEYS if k not in ("set", "shared", "title")])
         if data["schema"] != SCHEMA:
             raise InputError(f"{file}: plan of schema {data['schema']}, this version reads {SCHEMA}")
         entries = data["experts"]
         if not isinstance(entries, list) or not entries:
             raise InputError(f"{file}: experts: expected a list of experts, got {entries!r}")
-        for key in ("table", "configs"):
-            if not isinstance(data[key], dict):
-                raise InputError(f"{file}: {key}: expected a mapping, got {data[key]!r}")
-        known(
-            data["table"], ("fingerprint", "S", "index", "log_snr"), f"{file}: table", ("fingerprint", "S", "log_snr")
-        )
+        known(data["table"], TABLE_KEYS, f"{file}: table", required=("fingerprint", "S", "log_snr"))
         refuse_reserved(data.get("set"), f"{file}: set")
         experts = [_expert(entry, f"{file}: experts[{i}]") for i, entry in enumerate(entries)]
         refuse_unfit(experts, data["table"]["S"], bool(data.get("shared")), file)
         if data.get("shared"):
-            known(data["shared"], SHARED_KEYS, f"{file}: shared", required=("configs", "images", "batch"))
+            shared = known(data["shared"], SHARED_KEYS, f"{file}: shared", required=("configs", "images", "batch"))
+            refuse_kind(shared["configs"], MAPPING, f"{file}: shared: configs")
             whole_steps(data["shared"], f"{file}: shared.images")
             refuse_cost(data["shared"], f"{file}: shared")
         budget = Budget.of(data["budget"], f"{file}: budget")
@@ -387,9 +384,11 @@ def refuse_unfit(experts: Sequence[Planned], S: int, shared: bool, where: str) -
 def _expert(entry: Any, where: str) -> Planned:
     known(entry, EXPERT_KEYS, where, required=("name", "rows", "images", "batch", "seed", "start"))
     wrong = []
-    for key in ("images", "batch", "seed"):
-        if not isinstance(entry[key], int) or entry[key] < (key != "seed"):
-            wrong.append(f"{key}: {entry[key]!r}")
+    for key, kind in (("images", COUNT), ("batch", COUNT), ("seed", SEED)):
+        try:
+            refuse_kind(entry[key], kind, key)
+        except InputError as error:
+            wrong.append(str(error))
     rows = entry["rows"]
     if not isinstance(rows, list) or not rows or not all(isinstance(s, int) for s in rows) or sorted(set(rows)) != rows:
         wrong.append(f"rows: {rows!r} (ascending row numbers)")
@@ -472,25 +471,3 @@ def refuse_reserved(data: Any, where: str) -> None:
         raise InputError(f"{where}: expected a mapping of config keys, got {data!r}")
     if odd := [key for key in data or {} if key in RESERVED]:
         raise InputError(f"{where}: {', '.join(odd)}: the plan says it itself, by {RESERVED[odd[0]]}")
-
-
-def read_yaml(file: Path) -> Any:
-    """Return the content of a YAML file with its ``${...}``, ``~`` and ``$NAME`` replaced."""
-    try:
-        return expand_all(OmegaConf.to_container(OmegaConf.load(file), resolve=True), str(file))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid: {' '.join(str(error).split())}") from None
-
-
-def known(data: Any, keys: Sequence[str], where: str, required: Sequence[str] = ()) -> None:
-    """Refuse what is no mapping, has a key that is not among these, or lacks one that must be there."""
-    if not isinstance(data, dict):
-        raise InputError(f"{where}: expected keys {', '.join(keys)}, got {data!r}")
-    for key in data:
-        if key not in keys:
-            raise InputError(f"{where}: unknown key {key!r}.{nearest(str(key), keys)} Known: {', '.join(keys)}")
-    missing = [key for key in required if key not in data]
-    if missing:
-        raise InputError(f"{where}: {', '.join(missing)} is missing")

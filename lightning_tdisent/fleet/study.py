@@ -6,40 +6,33 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_tdisent.diffusion.spec import build
+from lightning_tdisent.diffusion.spec import SomePart, build
 from lightning_tdisent.diffusion.states import LatentStates, row_of
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.fleet.claim import FILE, SCHEMA, Plan, kept
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.kept import CONFIGS, copy_name
+from lightning_tdisent.fleet.keys import ANY, MAPPING, SEED, SETTINGS, TEXT, WHOLE, known, read_yaml, refuse_kind
 from lightning_tdisent.fleet.names import clashes, fault
-from lightning_tdisent.fleet.plan import digest_of, known, read_yaml
+from lightning_tdisent.fleet.plan import digest_of
 from lightning_tdisent.fleet.sweep import overrides_of, row_or_share, unrolled
 from lightning_tdisent.priors.prior import Prior
 from lightning_tdisent.sampling.sampler import Sampler
 
-KEYS = (
-    "title",
-    "out",
-    "seed",
-    "runs",
-    "priors",
-    "contenders",
-    "diffusion_time",
-    "bits",
-    "data",
-    "split",
-    "reference",
-    "protocol",
-    "weights",
-    "n",
-    "n_held_out",
-    "first_seed",
-    "notes",
-)
-RUN_KEYS = ("configs", "experts", "warm_start", "set")
-FLEET_KEYS = ("fleet", "budget", "start", "set")
-PRIOR_KEYS = ("run", "at", "prior")
+KEYS = {
+    **dict.fromkeys(("title", "out", "data", "split", "reference", "weights", "notes"), TEXT),
+    **dict.fromkeys(("runs", "priors", "contenders"), "a mapping of a name to its settings"),
+    **dict.fromkeys(("n", "n_held_out"), WHOLE),
+    **dict.fromkeys(("seed", "first_seed"), SEED),
+    "protocol": "text or a mapping",
+    "bits": MAPPING,
+    "diffusion_time": ANY,
+}
+RUN_KEYS = dict.fromkeys(("configs", "experts", "warm_start", "set"), ANY)
+FLEET_KEYS = {"fleet": TEXT, "budget": "a whole number or a mapping", "start": "text or a mapping", "set": SETTINGS}
+PRIOR_KEYS = dict.fromkeys(("run", "at", "prior"), ANY)
+CONTENDER_KEYS = dict.fromkeys(("run", "sampler", "prior"), ANY)
+PART_KEYS = {"class_path": TEXT, "init_args": MAPPING}
 RESERVED = (FILE, CONFIGS, "priors", "leases", "failed", "logs", "measured", "observations", "study.json",
             "results.json", "samples.safetensors", "report.html", "fleets.html")  # fmt: skip
 DECIDED = {
@@ -55,11 +48,7 @@ def plan(
 ) -> Plan:
     """Read a study's YAML; every config it names must exist, every key must be known, every name must be one."""
     file = Path(config)
-    written = read_yaml(file)
-    known(written, KEYS, str(file), required=("runs", "data", "protocol"))
-    for key in ("runs", "contenders", "priors"):
-        if written.get(key) is not None and not isinstance(written[key], dict):
-            raise InputError(f"{file}: {key}: a mapping of a name to its settings, got {written[key]!r}")
+    written = known(read_yaml(file), KEYS, str(file), required=("runs", "data", "protocol"))
     if not written["runs"]:
         raise InputError(f"{file}: runs: name at least one")
     study = unrolled(written, str(file))
@@ -67,8 +56,7 @@ def plan(
         raise InputError(f"{file}: contenders, or diffusion_time, is missing")
     folder = Path(out or study.get("out") or f"runs/{file.stem}")
     seed = study.get("seed", 0) if seed is None else seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise InputError(f"{file}: seed: a whole number, got {seed!r}")
+    refuse_kind(seed, SEED, "--seed")
     _refuse_names(study, str(file))
     extra = overrides_of(overrides, study["runs"])
     configs: dict[str, tuple[Path, bytes]] = {}
@@ -118,19 +106,20 @@ def plan(
         known(entry, PRIOR_KEYS, f"{file}: priors.{name}", required=PRIOR_KEYS)
         if str(entry["run"]) not in runs:
             raise InputError(f"{file}: priors.{name}.run: no run {entry['run']!r}.{nearest(str(entry['run']), runs)}")
-        part = _part(entry["prior"], "Gaussian")
+        part, prior = _part(entry["prior"], "Gaussian", Prior, f"{file}: priors.{name}.prior")
         at = row_or_share(entry["at"], f"{file}: priors.{name}.at")
-        if build(part, Prior).learned:
+        if prior.learned:
             raise InputError(f"{file}: priors.{name}: {part['class_path']} is trained: make it a run with PriorModule")
         priors[folder / "priors" / name] = (str(runs[str(entry["run"])]), at, part)
     contenders = []
     for name, entry in study["contenders"].items():
         where = f"{file}: contenders.{name}"
-        known(entry, ("run", "sampler", "prior"), where, required=("run",))
+        known(entry, CONTENDER_KEYS, where, required=("run",))
         if str(entry["run"]) not in runs:
             raise InputError(f"{where}.run: no run {entry['run']!r}.{nearest(str(entry['run']), runs)}")
         source = str(runs[str(entry["run"])])
-        contenders.append({"name": name, "source": source, "sampler": _part(entry.get("sampler"), "DDIM")})
+        part, _ = _part(entry.get("sampler"), "DDIM", Sampler, f"{where}.sampler")
+        contenders.append({"name": name, "source": source, "sampler": part})
         if start := str(entry.get("prior") or ""):
             if start.startswith("cut:"):
                 row_or_share(start[4:], f"{where}.prior: {start}")
@@ -317,12 +306,17 @@ def refuse_cuts(todo: Plan, describe: Callable[[list[str]], Any], fleets: dict[s
             raise InputError(f"{source}: {error}") from None
 
 
-def _part(entry: Any, default: str) -> dict[str, Any]:
-    """Class path and arguments of a part given as a name, a short or a full class path, or nothing."""
+def _part(entry: Any, default: str, kind: type[SomePart], where: str) -> tuple[dict[str, Any], SomePart]:
+    """Class path and arguments of a part given as a name, a short or a full class path, or nothing; and the part."""
     entry = {"class_path": entry} if isinstance(entry, str) else {"class_path": default} if entry is None else entry
-    known(entry, ("class_path", "init_args"), default, required=("class_path",))
+    entry = known(entry, PART_KEYS, where, required=("class_path",))
     path = entry["class_path"]
-    return {"class_path": path if "." in path else f"lightning_tdisent.{path}", "init_args": entry.get("init_args", {})}
+    path = path if "." in path else f"lightning_tdisent.{path}"
+    part = {"class_path": path, "init_args": entry.get("init_args", {})}
+    try:
+        return part, build(part, kind)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _config(file: Path, entry: Any, where: str, configs: dict[str, tuple[Path, bytes]]) -> Path:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.fleet.plan import known
+from lightning_tdisent.fleet.keys import ANY, known
 
-TIME_KEYS = ("run", "sampler", "cuts", "priors")
+TIME_KEYS = dict.fromkeys(("run", "sampler", "cuts", "priors"), ANY)
 
 
 def unrolled(study: dict[str, Any], file: str, strict: bool = True) -> dict[str, Any]:

@@ -34,10 +34,11 @@ class Bits:
     def __post_init__(self) -> None:
         wrong = [f"{k} {v!r}" for k, v, low in (("n", self.n, 2), ("probes", self.probes, 1)) if not _whole(v, low)]
         wrong += [f"decoder {self.decoder!r}"] if self.decoder not in get_args(Decoder) else []
+        wrong += [f"{k} {v!r}" for k, v in (("bound", self.bound), ("ode", self.ode)) if not isinstance(v, bool)]
         if wrong:
             raise InputError(
-                f"bits: {', '.join(wrong)}: n is a whole number from 2 on, probes from 1 on, decoder one of "
-                f"{', '.join(get_args(Decoder))}"
+                f"bits: {', '.join(wrong)}: n is a whole number from 2 on, probes from 1 on, bound and ode true or "
+                f"false, decoder one of {', '.join(get_args(Decoder))}"
             )
 
     @classmethod

@@ -121,7 +121,7 @@ def test_a_folder_keeps_one_plan(study, tmp_path):
         ({"diffusion_time": {"run": "shared", "cuts": []}}, "cuts is a list of rows"),
         ({"diffusion_time": {"run": "shared", "cuts": ["x"]}}, "cut:x: a row from 1 on, or a share .* got 'x'"),
         ({"diffusion_time": {"run": "shared", "cuts": [2], "priors": {"a": "Gausian"}}}, "Gausian"),
-        ({"diffusion_time": {"run": "shared", "cuts": [2], "priors": {"a": 3}}}, "Gaussian: expected keys"),
+        ({"diffusion_time": {"run": "shared", "cuts": [2], "priors": {"a": 3}}}, "priors.a_2.prior: expected keys"),
         ({"priors": {"p": {"run": "shared", "at": "z", "prior": "Gaussian"}}}, "priors.p.at: a row from 1 on"),
         ({"priors": {"p": {"run": "shared", "at": 2, "prior": "Flow"}}}, "is trained: make it a run with PriorModule"),
         ({"diffusion_time": {"run": "shared", "cut": [3]}}, "unknown key 'cut'. Did you mean 'cuts'"),

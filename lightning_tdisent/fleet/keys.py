@@ -1,0 +1,70 @@
+"""Read the YAML of studies, fleets and plans: known keys, and values of the type that each key has."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.files import expand_all
+
+ANY, TEXT, LIST, MAPPING = "", "text", "a list", "a mapping"
+SETTINGS, WHOLE, COUNT = "a mapping of config keys", "a whole number", "a whole number from 1 on"
+SEED = "a whole number in [0, 2^32)"
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    ANY: lambda value: True,
+    TEXT: lambda value: isinstance(value, str),
+    LIST: lambda value: isinstance(value, list),
+    MAPPING: lambda value: isinstance(value, dict),
+    "a mapping of a name to its settings": lambda value: isinstance(value, dict),
+    SETTINGS: lambda value: isinstance(value, dict),
+    WHOLE: _is_whole,
+    COUNT: lambda value: _is_whole(value) and value >= 1,
+    SEED: lambda value: _is_whole(value) and 0 <= value < 1 << 32,
+}
+
+
+def refuse_kind(value: Any, kind: str, where: str) -> None:
+    """Refuse a value that is not of a kind, or of none of several that are joined by `` or ``."""
+    if not any(_KINDS[one](value) for one in kind.split(" or ")):
+        quotes = "; write it in quotes" if kind == TEXT and isinstance(value, (int, float)) else ""
+        raise InputError(f"{where}: expected {kind}, got {value!r}{quotes}")
+
+
+def known(data: Any, keys: Mapping[str, str], where: str, required: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a mapping without the keys that are null, but for required ones.
+
+    Refuses what is no mapping, has a key that is not among these or a value that is not of the key's kind, or lacks a
+    required key.
+    """
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: expected keys {', '.join(keys)}, got {data!r}")
+    for key in data:
+        if key not in keys:
+            raise InputError(f"{where}: unknown key {key!r}.{nearest(str(key), list(keys))} Known: {', '.join(keys)}")
+    missing = [key for key in required if key not in data]
+    if missing:
+        raise InputError(f"{where}: {', '.join(missing)} is missing")
+    for key, value in data.items():
+        if value is not None or key in required:
+            refuse_kind(value, keys[key], f"{where}: {key}")
+    return {key: value for key, value in data.items() if value is not None or key in required}
+
+
+def read_yaml(file: Path) -> Any:
+    """Return the content of a YAML file with its ``${...}``, ``~`` and ``$NAME`` replaced."""
+    try:
+        return expand_all(OmegaConf.to_container(OmegaConf.load(file), resolve=True), str(file))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid: {' '.join(str(error).split())}") from None
