@@ -114,6 +114,14 @@ class Protocol:
                     f"protocol: there is no field {key!r}.{nearest(key, fields)} Fields: {', '.join(fields)}"
                 )
         given = {k: v for k, v in changes.items() if v is not None}
+        whole = ("n", "first_seed", "n_real", "neighbours", "kept", "score_splits", "score_part", "score_seed")
+        for key, value in given.items():
+            if key in whole and (isinstance(value, bool) or not isinstance(value, int)):
+                raise InputError(f"protocol: {key}: expected a whole number, got {value!r}")
+            if key == "metrics" and not (isinstance(value, (list, tuple)) and all(isinstance(m, str) for m in value)):
+                raise InputError(f"protocol: metrics: expected a list of names, got {value!r}")
+            if key in ("features", "split", "resize", "dtype") and not isinstance(value, str):
+                raise InputError(f"protocol: {key}: expected text, got {value!r}")
         wanted = PRESETS[name] | given
         if "score_splits" not in given:
             wanted["score_splits"] = _fitting(wanted.get("score_splits", 1), wanted.get("n", cls.n))

@@ -125,11 +125,31 @@ def test_a_folder_keeps_one_plan(study, tmp_path):
         ({"priors": {"p": {"run": "shared", "at": "z", "prior": "Gaussian"}}}, "priors.p.at: a row from 1 on"),
         ({"priors": {"p": {"run": "shared", "at": 2, "prior": "Flow"}}}, "is trained: make it a run with PriorModule"),
         ({"diffusion_time": {"run": "shared", "cut": [3]}}, "unknown key 'cut'. Did you mean 'cuts'"),
+        ({"title": 17}, "study.yaml: title: expected text, got 17; write it in quotes"),
+        ({"notes": [1, 2]}, r"study.yaml: notes: expected text, got \[1, 2\]"),
+        ({"data": None}, "study.yaml: data: expected text, got None"),
+        ({"split": 1.5}, "study.yaml: split: expected text, got 1.5"),
+        ({"n": "many"}, "study.yaml: n: expected a whole number, got 'many'"),
+        ({"seed": -1}, r"study.yaml: seed: expected a whole number in \[0, 2\^32\), got -1"),
+        ({"first_seed": 2**32}, "study.yaml: first_seed: expected a whole number in"),
+        ({"protocol": 3}, "study.yaml: protocol: expected text or a mapping, got 3"),
+        ({"bits": True}, "study.yaml: bits: expected a mapping, got True"),
+        ({"runs": [1]}, "study.yaml: runs: expected a mapping of a name to its settings"),
+        ({"runs": {"f": {"fleet": 3}}, "contenders": {"f": {"run": "f"}}}, "runs.f: fleet: expected text, got 3"),
+        ({"contenders": {"x": {"run": "shared", "sampler": 5}}}, "contenders.x.sampler: expected keys class_path"),
+        ({"contenders": {"x": {"run": "shared", "sampler": "DDMI"}}}, "study.yaml: contenders.x.sampler: .*DDMI"),
     ],
 )
 def test_a_wrong_study_is_refused(changes, message, study):
     with pytest.raises(InputError, match=message):
         plan(study(**changes))
+
+
+def test_a_seed_of_the_command_line_has_the_same_range(study):
+    for seed in (-1, 99999999999):
+        with pytest.raises(InputError, match=rf"--seed: expected a whole number in \[0, 2\^32\), got {seed}"):
+            plan(study(), seed=seed)
+    assert plan(study(title=None, notes=None, split=None, n=None)).evaluation["title"] == "study"
 
 
 def test_wrong_overrides_are_refused(study):
