@@ -22,8 +22,8 @@ PATHS = ("path", "run", "warm_start", "index", "mask", "source", "weights", "fil
 def expand(text: str, where: str = "") -> str:
     """Return a path with its leading ``~`` and each ``$NAME`` replaced; raise InputError if one of them has no value.
 
-    A URL ``file://PATH`` is the path itself. Any other text is returned as it is, and so is the name of something that exists. where: the option or the file and
-    key, for the message.
+    A URL ``file://PATH`` is the path itself. Any other text is returned as it is, and so is the name of something that
+    exists. where: the option or the file and key, for the message.
     """
     text = text.removeprefix("file://")
     if not (text.startswith("~") or _VARIABLE.search(text)) or os.path.lexists(text):

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_tdisent.cli.terminal import Commands, command, cores, use_device, wide_console
+from lightning_tdisent.cli.terminal import Commands, command, cores, refuse_no_page, use_device, wide_console
 from lightning_tdisent.cli.trainings import describe, fits, open_fleet
 from lightning_tdisent.errors import InputError, nearest
 
@@ -75,11 +75,13 @@ def add_commands(commands: Commands) -> None:
 
 def _fleet_plan(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.draft import draft
+    from lightning_tdisent.fleet.simulate import Pool, lines, rehearse
 
     if (a.folder is None) == (a.config is None):
         raise InputError("fleet plan wants --config FILE for a new fleet, or the folder of one that is planned")
     if a.folder and (a.out or a.seed is not None or a.overrides):
         raise InputError("--out, --seed and --set are for --config; edit plan.yaml of a fleet that is planned")
+    simulated = Pool.of(a.simulate) if a.simulate else None
     where = str(draft(a.config, describe, a.out, a.seed, a.overrides).store) if a.config else a.folder
     work = open_fleet(where)
     work.fetch_configs()
@@ -87,10 +89,8 @@ def _fleet_plan(a: argparse.Namespace) -> None:
     fleet.refuse_late()
     facts = fleet.check(describe)
     wide_console().print(_plan_table(fleet, facts), highlight=False)
-    if a.simulate:
-        from lightning_tdisent.fleet.simulate import Pool, lines, rehearse
-
-        pool, given = Pool.of(a.simulate)
+    if simulated:
+        pool, given = simulated
         if "speed" not in given:
             found = rehearse(fleet, fits, min(pool.workers, cores(None)), facts[-1].accumulate)
             kept = {name: getattr(pool, name) for name in given}
@@ -236,6 +236,7 @@ def _fleet_status(a: argparse.Namespace) -> None:
     from lightning_tdisent.files import write_whole
     from lightning_tdisent.fleet.status import board, page, tiles
 
+    refuse_no_page(a.html, "--html")
     work, console = open_fleet(a.folder), wide_console()
     found, title = tiles(work), work.fleet.title
     if a.watch:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_tdisent.cli.terminal import Commands, bar, command, use_device, wide_console
+from lightning_tdisent.cli.terminal import Commands, bar, command, refuse_no_page, use_device, wide_console
 from lightning_tdisent.cli.trainings import describe, fits, open_fleet, role
 from lightning_tdisent.errors import InputError
 
@@ -434,21 +434,25 @@ def _fetch(a: argparse.Namespace) -> None:
 
 def _report(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.claim import refuse_no_repeats
-    from lightning_tdisent.report.seeds import write_page
+    from lightning_tdisent.report.seeds import notes_of, write_page
     from lightning_tdisent.report.study import Study, show
     from lightning_tdisent.report.table import costs, table, tables
 
+    if (len(a.folders) > 1) == (a.out is None):
+        raise InputError("report: --out FILE.html is for several folders, and wanted there")
+    refuse_no_page(a.out, "--out")
     studies = [Study.load(folder) for folder in a.folders]
     refuse_no_repeats(a.folders)
-    if (len(studies) > 1) == (a.out is None):
-        raise InputError("report: --out FILE.html is for several folders, and wanted there")
     if a.out is None:
         print(f"report: {studies[0].write_report()}")
         return
     rows = write_page(studies, a.out)
     for line, alike in tables(rows):
         wide_console().print(show(line, table(alike)), highlight=False)
-    wide_console().print(show("what it cost", costs(rows)), highlight=False)
+    if len(cost := costs(rows)) > 1:
+        wide_console().print(show("what it cost", cost), highlight=False)
+    for line in notes_of({str(study.folder): study.rows for study in studies}, rows):
+        print(f"note: {line}")
     print(f"report: {a.out}")
 
 

@@ -5,6 +5,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_tdisent.errors import InputError
@@ -59,11 +60,18 @@ def use_device(name: str) -> None:
 
 
 def wide_console() -> "Console":
-    """The terminal, or something wide where there is none."""
+    """Return the terminal, or, where there is none, what is as wide as COLUMNS says, else 200 or more."""
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 200))
+    said = os.environ.get("COLUMNS", "").isdigit()
+    return console if console.is_terminal or said else Console(width=max(console.width, 200))
+
+
+def refuse_no_page(path: Path | None, option: str) -> None:
+    """Refuse, before any work, what is no name of a page to write."""
+    if path is not None and (path.suffix.lower() not in (".html", ".htm") or path.is_dir()):
+        raise InputError(f"{option} {path}: a page is written; name a file that ends with .html")
 
 
 def cores(asked: int | None) -> int:

@@ -47,8 +47,8 @@ def open_fleet(where: str, overrides: Sequence[str] = (), scratch: Path | None =
 
     if scratch is not None and not Store(where).remote:
         raise InputError(
-            f"--scratch {scratch}: is for fleets in an object store; {where} is a folder, in which its runs are trained. "
-            "Leave --scratch out"
+            f"--scratch {scratch}: is for fleets in an object store; {where} is a folder, in which its runs are "
+            "trained. Leave --scratch out"
         )
     if Store(where).remote and scratch is None:
         from lightning_tdisent.metrics.weights import cache_folder

@@ -29,6 +29,7 @@ from lightning_tdisent.ranks import gather, place, shared_errors
 from lightning_tdisent.report.bits import Bits
 from lightning_tdisent.report.conditional import Given
 from lightning_tdisent.report.measured import Measured
+from lightning_tdisent.report.provenance import provenance
 from lightning_tdisent.sampling.composite import CompositeDenoiser, find_files, load_model
 from lightning_tdisent.sampling.cost import training_cost, with_prior
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
@@ -48,6 +49,8 @@ from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import Sampler, probe_rows
 from lightning_tdisent.sampling.start import Started, load_started, prior_file
 from lightning_tdisent.streaming.shards import ImageSet
+
+REAL = "real images, held out"  # end of the name of the last row
 
 
 @dataclasses.dataclass
@@ -142,11 +145,13 @@ def evaluate(
         elif model is None:
             found = files[contender.name]
             row, first = _of_files(found, found_quality, keep, advance)
+            row["measured"] = provenance(len(held_out))
         else:
             if own is not None:
                 own.reference(real, pairs)
             row, first = _of_model(contender, model, quality, held_out, common, batch_size, device, keep, advance, own)
             row |= bits[0].measure(model[0].to(device), held_out, bits[1], batch_size) if bits else {}
+            row["measured"] = provenance(len(held_out))
             model[0].cpu()
         if measured is not None:
             measured.put(key, row, first)
@@ -156,7 +161,7 @@ def evaluate(
     perfect = quality.of(held.n, fewer=True)
     name = f"{held.digest}-{perfect.protocol.hash}-{'-'.join(perfect.protocol.metrics)}"
     floor = remembered(name, lambda: _of_files(held, perfect, 0)[0])
-    return [*rows, {"name": f"{len(held_out)} real images, held out", **floor}], images
+    return [*rows, {"name": f"{len(held_out)} {REAL}", **floor}], images
 
 
 def _identity(contender: Contender, files: dict[str, RealImages]) -> dict[str, Any]:

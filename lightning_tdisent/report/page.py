@@ -1,11 +1,7 @@
 """The report: one HTML file with the table, the pictures and how every number was obtained."""
 
 import html
-import json
-import platform
-import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from lightning_tdisent.errors import NotFinite
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.report import figures
 from lightning_tdisent.report.conditional import DRAWS
+from lightning_tdisent.report.provenance import facts, html_facts
 from lightning_tdisent.report.table import costs, table, tables
 from lightning_tdisent.report.table import notes as notes_of
 from lightning_tdisent.sampling.observations import Observations, observed
@@ -42,10 +39,11 @@ HIGH = ("is", "precision", "recall", "density", "coverage", "psnr", "ssim")
 
 def html_table(rows: Sequence[dict[str, Any]]) -> str:
     """The table of `evaluate.table`, best value of every quality column marked."""
-    return _html(table(rows), rows)
+    return html_cells(table(rows), rows)
 
 
-def _html(text: Sequence[tuple[str, ...]], rows: Sequence[dict[str, Any]]) -> str:
+def html_cells(text: Sequence[tuple[str, ...]], rows: Sequence[dict[str, Any]]) -> str:
+    """Return a table of text, with the best values of the models among ``rows`` marked."""
     head, *body = text
     models = body[: sum("source" in r for r in rows)]  # the row of real images is no contender
     best = {}
@@ -110,13 +108,14 @@ def write_report(
     side = real.images.shape[-1]
     zoom = max(1, 34 // side)
     wide = lambda picture: picture.shape[-1] * zoom  # noqa: E731
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{notes}</p>" if notes else ""]
+    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(notes)}</p>" if notes else ""]
     for line, alike in tables(rows):
         parts.append(f"<p>{html.escape(line)}</p>{html_table(alike)}")
     said = [html.escape(line) for line in notes_of(rows)]
     parts.append(f"<ul>{''.join(f'<li>{line}</li>' for line in said)}</ul>" if said else "")
     parts.append(
-        "<p>Distances (fd, kid; lower is better) and shares (is, precision, recall, density, coverage) are taken in "
+        "<p>Distances (fd, kid; lower is better), the Inception Score (is; higher is better) and precision, recall, "
+        "density and coverage (higher is better) are taken in "
         "the features their name says and are comparable under the same protocol alone; eps-MSE is the mean over the "
         "states of the smallest table, without those that have no signal. "
         "The last one scores real images that no model was trained on: what a perfect model would reach with so few. "
@@ -137,7 +136,7 @@ def write_report(
     if models:
         parts.append("<h2>Where the models are right and wrong</h2>" + figures.errors_per_state(models))
         parts.append(figures.diffusion_time(models) + figures.bits(models))
-        parts.append("<h2>What it cost</h2>" + _html(costs(models), []) + figures.cost(models))
+        parts.append("<h2>What it cost</h2>" + html_cells(costs(models), []) + figures.cost(models))
         parts.append(figures.quality_over_compute(models))
     if runs:
         parts.append("<h2>Training</h2>" + figures.training_curves(runs))
@@ -170,21 +169,7 @@ def write_report(
         tiles = grid(both, len(last))
         caption = f"{html.escape(name)}: samples above, the nearest training image of each below."
         parts.append(figures.picture(tiles, wide(tiles), caption))
-    facts = {
-        "protocols": {r["protocol"]: r["protocol_fields"] for r in rows},
-        "models": [
-            {k: r[k] for k in ("name", "sampler", "table", "training_data", "weights_kind", "source")} for r in models
-        ],
-        "machine": {
-            "processor": platform.machine(),
-            "cores": torch.get_num_threads(),
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        },
-        "versions": {"python": platform.python_version()}
-        | {p: version(p) for p in ("torch", "lightning", "diffusers", "torchmetrics", "lightning_tdisent")},
-        "command": " ".join(sys.argv),
-    }
-    parts.append(f"<h2>How these numbers were obtained</h2><pre>{html.escape(json.dumps(facts, indent=1))}</pre>")
+    parts.append(html_facts(facts(rows)))
     write_whole(path, document(title, parts).encode())
     return path
 

@@ -9,9 +9,10 @@ from typing import Any
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.report import figures
-from lightning_tdisent.report.page import document, html_table
+from lightning_tdisent.report.page import document, html_cells, html_table
+from lightning_tdisent.report.provenance import facts, html_facts
 from lightning_tdisent.report.study import Study
-from lightning_tdisent.report.table import tables
+from lightning_tdisent.report.table import costs, mean_eps_mse, notes, tables
 
 # fields of a row that repeats of one study have in common, however they are seeded
 SAME = (
@@ -56,14 +57,17 @@ def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ())
     out = []
     for name in kinds:
         alike = [next(row for row in rows if row["name"] == name) for rows in repeats]
-        row = {k: v for k, v in alike[0].items() if not k.endswith(("_images", "_terms"))}  # of one training
+        own = ("measured", "start_note")
+        row = {k: v for k, v in alike[0].items() if not k.endswith(("_images", "_terms")) and k not in own}
         for key, value in alike[0].items():
             if isinstance(value, float) and all(isinstance(other.get(key), float) for other in alike):
                 values = [other[key] for other in alike]
                 row |= {key: fmean(values), **({f"{key}_sd": stdev(values)} if len(values) > 1 else {})}
             elif key in ("x0_mse", "eps_mse"):
                 row[key] = {state: fmean(other[key][state] for other in alike) for state in value}
-            elif isinstance(value, int) and key.startswith("images_seen"):
+                if key == "eps_mse" and len(alike) > 1:
+                    row["eps_mse_sd"] = stdev(mean_eps_mse(other) for other in alike)
+            elif isinstance(value, int) and all(isinstance(other.get(key), int) for other in alike):
                 row[key] = round(fmean(other[key] for other in alike))
         out.append(row)
     return out
@@ -73,13 +77,25 @@ def write_page(studies: Sequence[Study], path: Path) -> list[dict[str, Any]]:
     """Write the page of repeated studies; returns its rows."""
     if len({study.folder.resolve() for study in studies}) < len(studies):
         raise InputError(f"a folder is named twice: {', '.join(str(study.folder) for study in studies)}")
-    rows = pool([study.rows for study in studies], [str(study.folder) for study in studies])
-    folders = html.escape(", ".join(str(study.folder) for study in studies))
+    kept = {str(study.folder): study.rows for study in studies}
+    rows = pool(list(kept.values()), list(kept))
     title = html.escape(studies[0].title)
-    parts = [f"<h1>{title}</h1><p>Means and standard deviations of {len(studies)} trainings: {folders}.</p>"]
+    parts = [f"<h1>{title}</h1><p>Means and standard deviations of {len(studies)} trainings: "]
+    parts.append(f"{html.escape(', '.join(kept))}.</p>")
     for line, alike in tables(rows):
         parts.append(f"<p>{html.escape(line)}</p>{html_table(alike)}")
+    said = notes_of(kept, rows)
+    parts.append(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in said)}</ul>" if said else "")
     models = [row for row in rows if "networks" in row]
-    parts += [figures.quality_over_compute(models), figures.errors_per_state(models)]
+    if models:
+        parts.append("<h2>What it cost, on average over the trainings</h2>" + html_cells(costs(models), []))
+        parts += [figures.quality_over_compute(models), figures.errors_per_state(models)]
+    parts.append(html_facts({folder: facts(own) for folder, own in kept.items()}))
     write_whole(path, document(studies[0].title, parts).encode())
     return rows
+
+
+def notes_of(kept: dict[str, list[dict[str, Any]]], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what must be known of pooled rows, and, by folder, of rows of repeats that have no numbers."""
+    refused = [(folder, row) for folder, own in kept.items() for row in own if "refused" in row]
+    return notes(rows) + [f"{folder}: {row['name']}: {row['refused']}" for folder, row in refused]

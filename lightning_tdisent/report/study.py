@@ -1,7 +1,6 @@
 """A finished comparison on disk: what was compared, the numbers, the first samples, and the page made of them."""
 
 import functools
-import html
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any, Self
 
 from rich.progress import Progress
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.ranks import place
 from lightning_tdisent.report.bits import ODE_ROWS, Bits
 from lightning_tdisent.report.conditional import DRAWS, refuse_number
-from lightning_tdisent.report.evaluate import Contender, evaluate, start_digest
+from lightning_tdisent.report.evaluate import REAL, Contender, evaluate, start_digest
 from lightning_tdisent.report.measured import FOLDER as MEASURED
 from lightning_tdisent.report.measured import Measured
 from lightning_tdisent.report.page import write_report
@@ -41,7 +41,7 @@ from lightning_tdisent.streaming.npz import is_npz
 from lightning_tdisent.streaming.shards import ImageSet, load
 from lightning_tdisent.streaming.tars import find
 
-FILE = "study.json"
+FILE, RESULTS, SAMPLES = "study.json", "results.json", "samples.safetensors"
 HELD_OUT = 1000  # held-out images that are taken, if a study does not say how many
 BOARDS = "fleets.html"  # where the fleets of a study stood when it ended
 NEAREST = 500_000_000  # bytes of real images among which the report looks for copies
@@ -93,24 +93,32 @@ class Study:
         """
         folder = Path(folder)
         try:
-            kept = json.loads((folder / FILE).read_text())
+            kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
             schema, old = kept.pop("schema", 1), kept.pop("out", "")
             for contender in kept["contenders"]:
                 for key in ("source", "prior"):
                     if contender.get(key) and not contender[key].startswith("cut:"):
                         contender[key] = _here(contender[key], folder, schema, old)
             kept["runs"] = {name: _here(place, folder, schema, old) for name, place in kept.get("runs", {}).items()}
-            return cls(**{**kept, "out": str(folder)})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            study = cls(**{**kept, "out": str(folder)})
+            texts = (study.title, study.notes, study.data, study.split, *(c["name"] for c in study.contenders))
+            if not all(isinstance(text, str) for text in texts) or not all("sampler" in c for c in study.contenders):
+                raise ValueError("values of wrong types")
+            return study
+        except OSError as error:
             raise InputError(
                 f"{folder} keeps no finished study ({error}); run study or evaluate with --out {folder} first"
             ) from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _damaged(folder / FILE, error) from None
 
     def check(self, conditional: bool = False) -> None:
         """Refuse, before anything is trained, what could only fail after it; conditional: models are to be."""
         names = [c["name"] for c in self.contenders]
         if len(set(names)) < len(names):
             raise InputError(f"contenders must have different names, got {names}")
+        if taken := [name for name in names if name.strip().endswith(REAL)]:
+            raise InputError(f"contenders: {taken[0]!r} is the name of the row of the real images; choose another")
         limit = self.n_held_out
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 2):
             raise InputError(f"n_held_out: a whole number from 2 on, got {limit!r}")
@@ -238,17 +246,34 @@ class Study:
         if measured.reused:
             print(f"{measured.reused} of {len(contenders)} contenders had been measured; their numbers are kept")
         (self.folder / FILE).unlink(missing_ok=True)  # until all of it is of this evaluation
+        for line in self._replaced(rows):
+            print(line)
         for row in rows:
             if "source" in row:
                 row["source"] = self._portable(row["source"])
-        write_whole(self.folder / "results.json", json.dumps(rows, indent=1).encode())
+        write_whole(self.folder / RESULTS, json.dumps(rows, indent=1).encode())
         for path in (self.folder / "observations").glob("*.safetensors"):
             path.unlink()
         for name, some in observations.items():
             some.save(self._observations(name))
-        write_whole(self.folder / "samples.safetensors", save({k: v.contiguous() for k, v in images.items()}))
+        write_whole(self.folder / SAMPLES, save({k: v.contiguous() for k, v in images.items()}))
         write_whole(self.folder / FILE, json.dumps(self._content(), indent=1).encode())
         measured.prune()
+
+    def _replaced(self, rows: Sequence[dict[str, Any]]) -> list[str]:
+        """Return a line for each contender that is measured with other weights or images than the last time."""
+        try:
+            before = {row["name"]: row for row in self.rows}
+        except InputError:  # nothing has been measured, or it is measured anew
+            return []
+        keys = ("sha256", "images")
+        changed = [r for r in rows if any(before.get(r["name"], r).get(k, r.get(k)) != r.get(k) for k in keys)]
+        return [
+            f"{row['name']}: {row['source']} holds other weights or images than were measured before; it is measured "
+            "anew under this name"
+            for row in changed
+            if "source" in row
+        ]
 
     def _content(self) -> dict[str, Any]:
         """The study as kept: paths below its folder are relative to it, others absolute."""
@@ -273,7 +298,15 @@ class Study:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The numbers kept."""
-        rows: list[dict[str, Any]] = json.loads((self.folder / "results.json").read_text())
+        file = self.folder / RESULTS
+        try:
+            rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+            if not rows or not all(isinstance(row[key], str) for row in rows for key in ("name", "protocol_line")):
+                raise ValueError("a row has no name or protocol")
+            if not all(isinstance(row["protocol_fields"], dict) and row["protocol"] for row in rows):
+                raise ValueError("a row has no protocol")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise _damaged(file, error) from None
         return rows
 
     def _observations(self, name: str) -> Path:
@@ -287,7 +320,11 @@ class Study:
         return {name: Observations.load(file) for name in names if (file := self._observations(name)).exists()}
 
     def _images(self) -> dict[str, Tensor]:
-        kept = load_file(self.folder / "samples.safetensors")
+        file = self.folder / SAMPLES
+        try:
+            kept = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise _damaged(file, error) from None
         return {c["name"]: kept[c["name"]] for c in self.contenders if c["name"] in kept}
 
     def refuse_gone(self) -> None:
@@ -338,7 +375,7 @@ class Study:
         self.refuse_gone()
         held_out = self._real(self.split, self._held_out(self._conditional))
         gone = [name for name, folder in self.runs.items() if not Path(folder).is_dir()]
-        lost = f" No training curves of {html.escape(', '.join(gone))}: their folders are gone." if gone else ""
+        lost = f" No training curves of {', '.join(gone)}: their folders are gone." if gone else ""
         channels, size = self._size()
         return write_report(
             self.folder / "report.html",
@@ -355,6 +392,12 @@ class Study:
         )
 
 
+def _damaged(file: Path, error: Exception) -> InputError:
+    """Return a refusal of a file of results that cannot be read."""
+    what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    return InputError(f"{file}: damaged or gone ({what}); put it back, or run study or evaluate again")
+
+
 def _here(path: str, folder: Path, schema: int, old: str) -> str:
     """A path as kept, from where the study's folder is by now; before schema 2 it went from the working directory."""
     if schema == 1 and not (old and Path(path).is_relative_to(old)):
@@ -367,7 +410,8 @@ def show(title: str, text: Sequence[Sequence[str]]) -> Table:
     head, *body = text
     out = Table(title=title, title_justify="left")
     for i, name in enumerate(head):
-        out.add_column(name, justify="left" if i == 0 else "right")
+        narrowest = max(len(row[0]) for row in text) if i == 0 else None  # names are never folded
+        out.add_column(name, justify="left" if i == 0 else "right", min_width=narrowest)
     for row in body:
         out.add_row(*row)
     return out

@@ -1,6 +1,7 @@
 """The numbers of an evaluation as text: a table for each protocol, one of costs, and what a reader must know."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
@@ -50,7 +51,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         "states": lambda r: str(r["rows"]),
         "NFE": lambda r: str(r["nfe"]),
         **{m: functools.partial(_number, m) for m in metrics},
-        "eps-MSE": lambda r: f"{sum(r['eps_mse'].values()) / len(r['eps_mse']):.4f}",
+        "eps-MSE": _eps_mse,
     }
     return _text(rows, columns)
 
@@ -62,9 +63,9 @@ def costs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         "weights": lambda r: f"{r['weights']:,}",
         "images seen": lambda r: f"{r['images_seen']:,}",
         "by the longest job": lambda r: f"{r['images_seen_longest']:,}",
-        "training TFLOP": lambda r: f"{r['training_flops'] / 1e12:.2f}",
-        "validation TFLOP": lambda r: f"{r['validation_flops'] / 1e12:.2f}",
-        "total TFLOP": lambda r: f"{r['total_flops'] / 1e12:.2f}",
+        "training TFLOP": lambda r: _three(r["training_flops"] / 1e12),
+        "validation TFLOP": lambda r: _three(r["validation_flops"] / 1e12),
+        "total TFLOP": lambda r: _three(r["total_flops"] / 1e12),
         "training s, total": lambda r: f"{r['training_seconds']:.1f}",
         "validation s, total": lambda r: f"{r['validation_seconds']:.1f}",
         "longest job s": lambda r: f"{r['training_seconds_longest']:.1f}",
@@ -87,13 +88,36 @@ def _text(rows: Sequence[dict[str, Any]], columns: Columns) -> list[tuple[str, .
     return [tuple(row[i] for i in kept) for row in [("model", *columns), *body]]
 
 
+def mean_eps_mse(row: dict[str, Any]) -> float:
+    """Return the mean over the states of a row's squared errors of eps."""
+    return fmean(row["eps_mse"].values())
+
+
+def _eps_mse(row: dict[str, Any]) -> str:
+    mean, deviation = mean_eps_mse(row), row.get("eps_mse_sd")
+    return f"{mean:.4f}" if deviation is None else _spread(mean, deviation)
+
+
+def _spread(mean: float, deviation: float) -> str:
+    """Return a mean and its standard deviation, of two significant digits, with as many decimals each."""
+    if not 0 < deviation < math.inf:
+        return f"{mean:.3f} ± {deviation:g}"
+    decimals = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
+
+
+def _three(number: float) -> str:
+    """Return a number with three significant digits."""
+    return f"{float(f'{number:.3g}'):,g}" if abs(number) < 1e6 else f"{number:.3g}"
+
+
 def _number(name: str, row: dict[str, Any]) -> str:
     low, high = (row.get(name.replace("infinity", f"infinity_{end}")) for end in ("low", "high"))
     text = f"{row[name]:.3f}" if abs(row[name]) >= 0.1 else f"{row[name]:.2g}"
     if name in BITS and f"{name}_sd" not in row:
         return f"{text} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
-    if spread := row.get(f"{name}_sd"):
-        return f"{text} ± {spread:.2g}"
+    if (deviation := row.get(f"{name}_sd")) is not None:
+        return _spread(row[name], deviation)
     return f"{text} [{low:.3f}, {high:.3f}]" if "infinity" in name and low is not None and high is not None else text
 
 
@@ -111,7 +135,9 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         out += _best_start([row for row in rows if row.get("source") == source and "bpd_images" in row])
     for how in dict.fromkeys(row["bpd_how"] for row in rows if "bpd_how" in row):
         ode = "; bpd_ode is an estimate, off by the error of its integration" * any("bpd_ode" in row for row in rows)
-        out.append(f"bpd is an upper bound, with its interval of 95 %: {how}{ode}")
+        pooled = any("bpd_sd" in row for row in rows)
+        interval = "standard deviation over trainings" if pooled else "interval of 95 %"
+        out.append(f"bpd is an upper bound, with its {interval}: {how}{ode}")
     out += [f"{row['name']}: no bits per dimension: {row['bpd_refused']}" for row in rows if "bpd_refused" in row]
     for _, alike in tables(rows):
         measured = [row for row in alike if "refused" not in row]

@@ -156,7 +156,11 @@ def test_rows_are_owned_once_or_every_offender_is_named(owner, spoil):
         ("rows: [2], images: 32", "rows: [2], images: many", "images: expected a whole number from 1 on, got 'many'"),
         ("start: scratch}", "start: shared}", "expert_001 starts from the shared model, of which the plan has none"),
         ("seed: 3, start", "seed: -3, start", "seed: expected a whole number in [0, 2^32), got -3"),
-        ("shared: null", "shared: {configs: [a], images: 8, batch: 8}", "shared: configs: expected a mapping, got ['a']"),
+        (
+            "shared: null",
+            "shared: {configs: [a], images: 8, batch: 8}",
+            "shared: configs: expected a mapping, got ['a']",
+        ),
         ("title: fleet", "title: [1]", "title: expected text, got [1]"),
         ("schema: 1", "schema: 9", "plan of schema 9, this version reads 1"),
         ("schema: 1", "schema: [", "not valid YAML"),

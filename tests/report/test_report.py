@@ -1,11 +1,15 @@
 import dataclasses
 import json
+import math
+import os
 import re
+from statistics import stdev
 
 import pytest
 import torch
 
 from lightning_tdisent.cli import main
+from lightning_tdisent.cli.terminal import wide_console
 from lightning_tdisent.diffusion.schedules import Linear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
@@ -16,8 +20,9 @@ from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.report import evaluate as evaluating
 from lightning_tdisent.report.evaluate import Contender, evaluate
 from lightning_tdisent.report.page import nearest, write_report
+from lightning_tdisent.report.provenance import facts
 from lightning_tdisent.report.seeds import pool
-from lightning_tdisent.report.study import Study
+from lightning_tdisent.report.study import Study, show
 from lightning_tdisent.report.table import costs, notes, table, tables
 from lightning_tdisent.sampling.cost import training_cost
 from lightning_tdisent.sampling.evaluation import real_images, state_errors, x0_errors
@@ -213,6 +218,70 @@ def test_a_study_is_kept_and_shown_again(model, sets, digits, tmp_path):
         Study.load(tmp_path)
 
 
+def test_a_page_says_how_its_numbers_were_measured_not_how_it_was_written(model, sets, digits, tmp_path, monkeypatch):
+    spec = {"class_path": "lightning_tdisent.DDIM", "init_args": {}}
+    contenders = [{"name": "one", "source": str(model("few", S=4)), "sampler": spec}]
+    study = Study(str(tmp_path / "s"), "t", contenders, str(digits), "digits", n=20, notes="a < b & <b>c</b>")
+    monkeypatch.setattr("sys.argv", ["tdisent", "evaluate", "a folder"])
+    study.evaluate()
+    monkeypatch.setattr("sys.argv", ["tdisent", "report"])
+    row, real = study.rows
+    (how,) = facts([row, real])["measured"]
+    assert (how["command"], how["held-out images"], how["rows"]) == ("tdisent evaluate 'a folder'", 297, ["one"])
+    assert how["machine"]["CPU cores"] == len(os.sched_getaffinity(0))
+    assert how["machine"]["threads"] == torch.get_num_threads()
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", how["date"])
+    page = study.write_report().read_text()
+    assert "tdisent evaluate" in page
+    assert "tdisent report" not in page
+    assert "<p>a &lt; b &amp; &lt;b&gt;c&lt;/b&gt;</p>" in page
+    del row["measured"]  # as older versions left it
+    (tmp_path / "s" / "results.json").write_text(json.dumps([row, real]))
+    assert "measured by a version that did not keep the command" in study.write_report().read_text()
+
+
+def test_damaged_results_are_named(model, sets, digits, tmp_path, capsys):
+    spec = {"class_path": "lightning_tdisent.DDIM", "init_args": {}}
+    contenders = [{"name": "one", "source": str(model("few", S=4)), "sampler": spec}]
+    folder = tmp_path / "s"
+    Study(str(folder), "t", contenders, str(digits), "digits", n=20).evaluate()
+    for name, texts in {
+        "results.json": ("", "{}", "[1]", '[{"name": "one"}]', "[]"),
+        "study.json": ("", "[]", "{", '{"title": "t", "contenders": [{}], "data": "d", "protocol": "digits"}'),
+        "samples.safetensors": ("", "xx" * 20),
+    }.items():
+        whole = (folder / name).read_bytes()
+        for text in texts:
+            (folder / name).write_text(text)
+            assert main(["report", str(folder)]) == 2
+            said = capsys.readouterr().err
+            assert said.startswith(f"error: {folder / name}: damaged or gone (")
+            assert said.count("\n") == 1
+        (folder / name).write_bytes(whole)
+    assert main(["report", str(folder)]) == 0
+
+
+def test_the_row_of_real_images_keeps_its_name(digits):
+    part = {"class_path": "lightning_tdisent.DDIM", "init_args": {}}
+    contenders = [{"name": "297 real images, held out", "source": "nowhere", "sampler": part}]
+    with pytest.raises(InputError, match="'297 real images, held out' is the name of the row of the real images"):
+        Study("s", "t", contenders, str(digits), "digits").check()
+
+
+def test_names_are_not_folded_and_small_numbers_have_three_digits(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    name = "a rather long name of a contender, 10 steps"
+    wide_console().print(show("t", [("model", "sampler", "states", "NFE"), (name, "DDIM", "10", "10")]))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(name in line for line in lines)
+    assert max(map(len, lines)) <= 60
+    monkeypatch.setenv("COLUMNS", "")
+    assert wide_console().width >= 200
+    flops = {"training_flops": 1.2345e9, "validation_flops": 98765e12, "total_flops": 0.0}
+    (_, row) = costs([{"name": "x", "networks": 1, **flops}])
+    assert row[2:5] == ("0.00123", "98,800", "0")
+
+
 def test_a_sweep_over_the_cut_is_drawn_and_its_best_start_named(model, sets, digits, tmp_path):
     spec = {"class_path": "lightning_tdisent.DDIM", "init_args": {}}
     source = str(model("few", S=4))
@@ -256,13 +325,27 @@ def test_repeats_of_a_study_are_means_with_their_spread(model, sets, digits, tmp
     folders[2].rename(moved)
     pooled = pool([Study.load(f).rows for f in (*folders[:2], moved)])
     assert (pooled[0]["fd_digits"], pooled[0]["fd_digits_sd"], pooled[0]["images_seen"]) == (5.0, 1.0, 1001)
-    assert table(pooled[:2])[1][4] == "5.000 ± 1"
+    assert table(pooled[:2])[1][4] == "5.0 ± 1.0"
     states = [Study.load(f).rows[0]["eps_mse"] for f in (*folders[:2], moved)]
     assert pooled[0]["eps_mse"] == pytest.approx({k: sum(e[k] for e in states) / 3 for k in states[0]})
     assert main(["report", *map(str, (*folders[:2], moved)), "--out", str(tmp_path / "all.html")]) == 0
     assert "Means and standard deviations of 3 trainings" in (page := (tmp_path / "all.html").read_text())
     assert page.count("data:image/svg") == 2
-    assert "5.000 ± 1" in capsys.readouterr().out
+    assert "5.0 ± 1.0" in (said := capsys.readouterr().out)
+    for text in ("fd_digits of n=20: 64 features", "How these numbers were obtained", "&quot;seeds&quot;: [\n     2\n"):
+        assert text in page
+    assert "note: fd_digits of n=20: 64 features" in said
+    assert page.count("peak memory MB") == page.count("training TFLOP") == 1
+    assert f"&quot;{moved}&quot;: {{" in page
+    eps = [sum(e.values()) / 4 for e in states]
+    assert pooled[0]["eps_mse_sd"] == pytest.approx(stdev(eps))
+    assert table(pooled[:1])[1][-1].endswith(f" ± {stdev(eps):.{1 - math.floor(math.log10(stdev(eps)))}f}")
+    peaks = [Study.load(f).rows[0]["peak_memory_bytes"] for f in (*folders[:2], moved)]
+    assert pooled[0]["peak_memory_bytes"] == round(sum(peaks) / 3)
+    pages = {"x.txt": "name a file that ends with .html", "": "name a file that ends with .html"}
+    for name, line in pages.items():
+        assert main(["report", *map(str, folders[:2]), "--out", str(tmp_path / name)]) == 2
+        assert line in capsys.readouterr().err
     assert main(["report", str(folders[0]), str(moved)]) == 2
     assert "--out FILE.html is for several folders" in capsys.readouterr().err
     rows[1]["name"] = "other"
@@ -360,6 +443,9 @@ def test_an_evaluation_goes_on_with_what_is_missing(model, sets, digits, tmp_pat
     model("few1", seed=7, S=4)  # other weights at the same place
     study(3).evaluate()
     assert seen == ["0", "1", "2", "1"]
+    said = capsys.readouterr().out
+    assert f"1: {tmp_path / 'few1'} holds other weights or images than were measured before; it is measured" in said
+    assert said.count("measured before") == 1
     study(1, n=24).evaluate()
     assert seen[4:] == ["renamed"]
     assert len(list((tmp_path / "s" / "measured").iterdir())) == 1

@@ -1,0 +1,69 @@
+"""How numbers were obtained: what is kept with them when they are measured, and what a page says of it."""
+
+import html
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from lightning_tdisent.ranks import gather
+
+PACKAGES = ("torch", "lightning", "diffusers", "torchmetrics", "lightning_tdisent")
+UNKNOWN = "measured by a version that did not keep the command, the machine and the versions of packages"
+
+
+def provenance(held_out: int) -> dict[str, Any]:
+    """Return when, by which command, on which machine and with which packages a row is measured (collective).
+
+    held_out: number of held-out images. It is that of the first rank, on all ranks.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    mine = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "held-out images": held_out,
+        "machine": {
+            "processor": platform.machine(),
+            "CPU cores": cores,
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        },
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+    }
+    first: dict[str, Any] = gather(mine)[0]
+    return first
+
+
+def facts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return protocols, models with their training seeds, and how the rows of an evaluation were measured.
+
+    Rows that were measured in one way stand together; they are dated by the first and the last of them.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for row in (row for row in rows if "source" in row):
+        how = dict(row.get("measured", {"note": UNKNOWN}))
+        date = how.pop("date", None)
+        group = groups.setdefault(json.dumps(how, sort_keys=True), {"rows": [], "dates": [], **how})
+        group["rows"].append(row["name"])
+        group["dates"] += [date] if date else []
+    for group in groups.values():
+        dates = sorted(group.pop("dates"))
+        group |= {"date": " to ".join(dict.fromkeys((dates[0], dates[-1])))} if dates else {}
+    keys = ("name", "sampler", "table", "training_data", "weights_kind", "seeds", "source")
+    return {
+        "protocols": {row["protocol"]: row["protocol_fields"] for row in rows},
+        "models": [{key: row[key] for key in keys if key in row} for row in rows if "networks" in row],
+        "measured": list(groups.values()),
+    }
+
+
+def html_facts(found: Any) -> str:
+    """Return the last part of a page."""
+    return f"<h2>How these numbers were obtained</h2><pre>{html.escape(json.dumps(found, indent=1))}</pre>"
