@@ -57,6 +57,16 @@ def test_two_ranks_say_what_one_says(model, tmp_path):
     assert (one[0]["ranks"], two[0]["ranks"], one[0]["nfe"]) == (1, 2, 4)
 
 
+def test_results_are_not_written_into_a_run_fleet_or_composite(model, tmp_path, capsys):
+    for name in ("plan.yaml", "plan.json", "config.yaml", "composite.json"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("{}")
+        assert main(words(model, out=tmp_path / name)) == 2
+        assert f"({name}); choose another folder" in capsys.readouterr().err
+    assert main(words(model, out=model)) == 2
+    assert "(model.safetensors); choose another folder" in capsys.readouterr().err
+
+
 def test_metrics_and_reference_can_be_chosen(model, tmp_path, capsys):
     more = ["--metrics", "kid,fd_infinity", "--reference", "test", "--first-seed", 5]
     assert main(words(model, out=tmp_path / "e", n=640, more=more)) == 0

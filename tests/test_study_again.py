@@ -79,3 +79,12 @@ def test_a_study_goes_on_where_it_was_killed_wherever_it_lies(study, tmp_path, m
     config.unlink()
     assert main(["report", str(moved)]) == 0
     assert main(["evaluate", str(moved / "cls"), "--data", "x", "--protocol", "digits", "--out", str(moved)]) == 2
+
+
+def test_a_refusal_of_a_config_names_its_run_and_file(study, tmp_path, capsys):
+    text = (tmp_path / "a.yaml").read_text() if (tmp_path / "a.yaml").exists() else ""
+    (tmp_path / "a.yaml").write_text(text.replace("objective: V", "objectiv: V"))
+    assert main(["study", study(), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'study.yaml'}: runs: cls ({tmp_path / 'a.yaml'}): " in said
+    assert not (tmp_path / "out").exists()

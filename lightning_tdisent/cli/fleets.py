@@ -87,8 +87,16 @@ def _fleet_plan(a: argparse.Namespace) -> None:
     work.fetch_configs()
     fleet = work.fleet
     fleet.refuse_late()
+    work.refuse_fewer()
     facts = fleet.check(describe)
     wide_console().print(_plan_table(fleet, facts), highlight=False)
+    if fleet.budget.rule == "adaptive":
+        first = fleet.shared_cost + sum(e.cost * e.images for e in fleet.experts)
+        print(
+            f"this is the first round: {first:,.0f} of the budget of {fleet.budget.images:,} images (in those of the "
+            f"experts' largest network); the other {fleet.budget.images - first:,.0f} follow the curves of the errors, "
+            f"in {fleet.budget.rounds} more rounds"
+        )
     if simulated:
         pool, given = simulated
         if "speed" not in given:
@@ -119,7 +127,10 @@ def _plan_table(fleet: "Fleet", facts: Sequence["Facts"]) -> Any:
             f"{fact.weights:,}", f"{flop:.3f}",
         )  # fmt: skip
     out.add_section()
-    out.add_row("all", "", "", f"{total[0]:,.0f}", "", "", "", "", f"{total[1]:.3f}")
+    adaptive = fleet.budget.rule == "adaptive"
+    out.add_row(
+        "all, first round" if adaptive else "all", "", "", f"{total[0]:,.0f}", "", "", "", "", f"{total[1]:.3f}"
+    )
     return out
 
 
@@ -143,6 +154,9 @@ def _fleet_run(a: argparse.Namespace) -> None:
     work.store.check()
     names = [name for words in a.only for name in words.split(",")]
     only = [f"expert_{int(name):03d}" if name.isdigit() else name for name in names]
+    if not only:  # else each of many workers would read what all the others do
+        work.fleet.refuse_late()
+    work.refuse_fewer(only)
     if a.engine != "local":
         _launch(a, work, only)
         print(summary(tiles(work)))

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from lightning_tdisent.cli.trainings import describe, fits, open_fleet, role
 from lightning_tdisent.errors import InputError
 
 if TYPE_CHECKING:
+    from lightning_tdisent.fleet.job import Job
+    from lightning_tdisent.fleet.study import Role
     from lightning_tdisent.report.study import Study
     from lightning_tdisent.sampling.observations import Observations
     from lightning_tdisent.sampling.sampler import Sampler
@@ -360,13 +363,15 @@ def _export(a: argparse.Namespace) -> None:
 
 def _evaluate(a: argparse.Namespace) -> None:
     from lightning_tdisent.diffusion.spec import spec
+    from lightning_tdisent.fleet.job import PRIOR, WEIGHTS
     from lightning_tdisent.report.study import Study
-    from lightning_tdisent.sampling.composite import holds_weights
+    from lightning_tdisent.sampling.composite import MANIFEST, holds_weights
 
-    for name in ("study.json", "plan.json", "plan.yaml"):
+    for name in ("study.json", "plan.json", "plan.yaml", "config.yaml", "checkpoints", WEIGHTS, MANIFEST, PRIOR):
         if (a.out / name).exists():
             raise InputError(
-                f"--out {a.out} already keeps results, or a study or fleet ({name}); choose another folder"
+                f"--out {a.out} already keeps results, a study, a fleet, a run, a composite or a prior ({name}); "
+                "choose another folder"
             )
     missing = [str(m) for m in a.models if not m.exists()]
     if missing:
@@ -473,7 +478,7 @@ def _study(a: argparse.Namespace) -> None:
         print(f"{todo.out}: {line}")
     study = Study(**todo.evaluation)
     study.check()
-    roles = {job.name: role(job.argv) for job in todo.jobs}
+    roles = {job.name: _role(job, str(a.config)) for job in todo.jobs}
     todo, begun = todo.claim(), todo.begun
     fleets = {}
     for name, (file, changes) in todo.fleets.items():
@@ -501,6 +506,15 @@ def _study(a: argparse.Namespace) -> None:
         if not (folder / FILE).exists():
             _fit(source, at, part, study.data, "train", None, folder)
     _finish(study)
+
+
+def _role(job: "Job", config: str) -> "Role":
+    """Return what a job of a study trains; a refusal of its configs names the job and them."""
+    try:
+        return role(job.argv)
+    except InputError as error:
+        files = ", ".join(word for option, word in pairwise(job.argv) if option == "--config")
+        raise InputError(f"{config}: runs: {job.name} ({files}): {error}") from None
 
 
 def _finish(study: "Study") -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning_tdisent.diffusion.states import split_rows
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.fleet.budget import Budget
-from lightning_tdisent.fleet.kept import copy_name, edits
+from lightning_tdisent.fleet.kept import CONFIGS, copy_name, edits
 from lightning_tdisent.fleet.keys import ANY, COUNT, SEED, SETTINGS, TEXT, known, read_yaml, refuse_kind
 from lightning_tdisent.fleet.plan import (
     DEVICES,
@@ -69,7 +69,11 @@ def draft(
     def facts_of(names: Sequence[str], settings: dict[str, Any]) -> Facts:
         words = [word for name in names for word in ("--config", str(copies[name][1]))]
         words += [w for key, value in settings.items() for w in (f"--{key}", word_of(value))]
-        return describe(["fit", *words, "--run", f"{store}/nothing"])
+        try:
+            return describe(["fit", *words, "--run", f"{store}/nothing"])
+        except InputError as error:
+            files = ", ".join(str(copies[name][1]) for name in names)
+            raise InputError(f"{file}: configs {files}: {error}") from None
 
     facts = facts_of(list(configs), common)
     if facts.devices not in ("auto", "-1", -1, "1", 1):
@@ -128,6 +132,11 @@ def _claim(fleet: Fleet, copies: dict[str, bytes], begun: bool) -> None:
     fleet.store.check()
     text = fleet.text().encode()
     there = fleet.store.read(FILE)
+    if there is None and (others := _others(fleet.store)):
+        raise InputError(
+            f"{fleet.store} is not empty and holds no plan of a fleet (it has {', '.join(others[:5])}); choose another "
+            "--out"
+        )
     differ = [] if there is None else edits(there, text)
     if differ and (begun or fleet.store.names("leases")):
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
@@ -143,6 +152,13 @@ def _claim(fleet: Fleet, copies: dict[str, bytes], begun: bool) -> None:
     for name, content in copies.items():
         fleet.store.write(name, content)
     fleet.store.write(FILE, text)
+
+
+def _others(store: Store) -> list[str]:
+    """Return what lies where a fleet is to be planned, but for the copies of configs that come before a plan."""
+    if store.remote:
+        return store.names("")
+    return sorted(p.name for p in Path(store.where).iterdir() if p.name != CONFIGS and not p.name.startswith("."))
 
 
 def _blocks(data: dict[str, Any], sizes: Sequence[int], file: str) -> list[list[int]]:

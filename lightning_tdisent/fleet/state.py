@@ -1,6 +1,8 @@
 """Jobs and where their state is kept: a fixed list beside its folders, or the plan of a fleet and its store."""
 
+import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +11,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet import rounds
 from lightning_tdisent.fleet.job import WEIGHTS, Job
 from lightning_tdisent.fleet.mirror import NEWEST, Mirror, step_of
-from lightning_tdisent.fleet.plan import BEGUN, SHARED, Describe, Fleet
+from lightning_tdisent.fleet.plan import BEGUN, FILE, SHARED, Describe, Fleet
 from lightning_tdisent.fleet.store import Store, read_json
 
 
@@ -150,6 +152,26 @@ class FleetWork:
     def saved(self, job: Job) -> int:
         """By the pointer beside it."""
         return step_of(self.store.read(f"{self.fleet.folder(job.name)}/{NEWEST}"))
+
+    def refuse_fewer(self, names: Sequence[str] = ()) -> None:
+        """Refuse images of jobs (all if none are named) that are fewer than these have seen already."""
+        step = {e.name: e.step for e in self.fleet.experts}
+        if shared := self.fleet.shared:
+            step[SHARED] = shared["batch"] * shared.get("parts", 1)
+        wrong = []
+        for job in [job for job in self.jobs() if not names or job.name in names]:
+            seen = self.saved(job) * step[job.name]
+            with contextlib.suppress(InputError):  # foreign or damaged weights fail their own job, and no other
+                said = read_json(self.store, f"done/{job.name}.json") if self.store.remote else None
+                card = None if self.store.remote else job.card
+                seen = max(seen, card.images_seen if card else int((said or {}).get("images_seen", 0)))
+            if seen > (job.images or 0):
+                wrong.append(f"{job.name}: images: {job.images:,} in the plan, {seen:,} seen already")
+        if wrong:
+            raise InputError(
+                f"{self.store}/{FILE}: {'; '.join(wrong)}. Images may be raised, not lowered below what was seen; to "
+                "train with fewer, plan another fleet"
+            )
 
     def round(self) -> int:
         """Of an adaptive budget."""

@@ -63,9 +63,9 @@ def costs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         "weights": lambda r: f"{r['weights']:,}",
         "images seen": lambda r: f"{r['images_seen']:,}",
         "by the longest job": lambda r: f"{r['images_seen_longest']:,}",
-        "training TFLOP": lambda r: _three(r["training_flops"] / 1e12),
-        "validation TFLOP": lambda r: _three(r["validation_flops"] / 1e12),
-        "total TFLOP": lambda r: _three(r["total_flops"] / 1e12),
+        "training TFLOP": lambda r: three_digits(r["training_flops"] / 1e12),
+        "validation TFLOP": lambda r: three_digits(r["validation_flops"] / 1e12),
+        "total TFLOP": lambda r: three_digits(r["total_flops"] / 1e12),
         "training s, total": lambda r: f"{r['training_seconds']:.1f}",
         "validation s, total": lambda r: f"{r['validation_seconds']:.1f}",
         "longest job s": lambda r: f"{r['training_seconds_longest']:.1f}",
@@ -106,7 +106,7 @@ def _spread(mean: float, deviation: float) -> str:
     return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
 
 
-def _three(number: float) -> str:
+def three_digits(number: float) -> str:
     """Return a number with three significant digits."""
     return f"{float(f'{number:.3g}'):,g}" if abs(number) < 1e6 else f"{number:.3g}"
 

@@ -6,7 +6,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_tdisent.cli import describe
+from lightning_tdisent.cli import describe, main
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet.draft import draft
@@ -210,6 +210,7 @@ def test_a_changed_config_or_table_is_refused(planned):
     ("changes", "message"),
     [
         ({"configs": ["exprt.yaml"]}, "exprt.yaml is no file. Did you mean 'expert.yaml'"),
+        ({"set": {"model.lrr": 3}}, "/yaml/expert.yaml: "),
         ({"configs": ["shared.yaml"]}, "an expert is a SingleState"),
         ({"budgt": 3}, "unknown key 'budgt'. Did you mean 'budget'"),
         ({"experts": 5}, "5 owners cannot share 4 rows"),
@@ -295,6 +296,49 @@ def test_a_shared_model_counts_with_its_cost(planned):
     spent = fleet.shared_cost + sum(e.images for e in fleet.experts)
     assert 160 + 64 - 8 < spent <= 160 + 64
     assert Fleet.load(fleet.root).shared_cost == fleet.shared_cost
+
+
+def test_a_fleet_is_planned_in_an_empty_folder(planned, configs, tmp_path, capsys):
+    for name in ("study.json", "plan.json", "config.yaml"):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / name
+        file.write_text("{}")
+        with pytest.raises(InputError, match=rf"is not empty and holds no plan of a fleet \(it has {name}\); choose"):
+            planned(tmp_path / name)
+        assert [p.name for p in file.parent.iterdir()] == [name]
+    (tmp_path / "cut short" / "configs").mkdir(parents=True)
+    planned(tmp_path / "cut short")
+    words = ["fleet", "plan", "--config", str(configs / "fleet.yaml"), "--out", str(tmp_path / "new")]
+    assert main([*words, "--simulate", "workers=0"]) == 2
+    assert "--simulate: workers=0 must be above 0" in capsys.readouterr().err
+    assert main([*words, "--seed", "-1"]) == 2
+    assert "--seed: expected a whole number in [0, 2^32), got -1" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_images_are_not_lowered_below_what_was_seen(planned, capsys):
+    fleet = planned()
+    pointer = fleet.store.path("expert_002/checkpoints/newest.json")
+    pointer.parent.mkdir(parents=True)
+    pointer.write_text('{"step": 4}')
+    FleetWork(fleet, describe).refuse_fewer()
+    edit(fleet, "name: expert_002, rows: [2], images: 32", "name: expert_002, rows: [2], images: 16")
+    for words in (["plan"], ["run"]):
+        assert main(["fleet", *words, str(fleet.root)]) == 2
+        assert "plan.yaml: expert_002: images: 16 in the plan, 32 seen already" in capsys.readouterr().err
+    FleetWork(Fleet.load(fleet.root), describe).refuse_fewer(["expert_001"])
+
+
+def test_a_plan_of_an_adaptive_budget_says_what_is_its_first_round(configs, tmp_path, capsys):
+    (configs / "fleet.yaml").write_text(
+        "configs: [expert.yaml]\nset: {model.decay: constant, trainer.val_check_interval: 2}\n"
+        "budget: {images: 512, rule: adaptive}\n"
+    )
+    assert main(["fleet", "plan", "--config", str(configs / "fleet.yaml"), "--out", str(tmp_path / "f")]) == 0
+    said = capsys.readouterr().out
+    assert "all, first round" in said
+    assert "first round: 256 of the budget of 512 images" in said
+    assert "the other 256 follow" in said
 
 
 def test_an_expert_that_has_begun_may_be_given_more_images_and_nothing_else(planned):
