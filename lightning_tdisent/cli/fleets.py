@@ -111,6 +111,8 @@ def _fleet_plan(a: argparse.Namespace) -> None:
 def _plan_table(fleet: "Fleet", facts: Sequence["Facts"]) -> Any:
     from rich.table import Table
 
+    from lightning_tdisent.report.table import three_digits
+
     out = Table(title=f"{fleet.title}: {fleet.budget.rule} budget, table {fleet.table['fingerprint']}")
     for name in ("job", "rows", "t", "images", "batch", "steps", "start", "weights", "TFLOP"):
         out.add_column(name, justify="left" if name in ("job", "start") else "right")
@@ -124,13 +126,12 @@ def _plan_table(fleet: "Fleet", facts: Sequence["Facts"]) -> Any:
         total = [total[0] + images, total[1] + flop]
         out.add_row(
             job.name, *span, f"{images:,}", batch, f"{fact.max_steps:,}", starts.get(job.name, "scratch"),
-            f"{fact.weights:,}", f"{flop:.3f}",
+            f"{fact.weights:,}", three_digits(flop),
         )  # fmt: skip
     out.add_section()
     adaptive = fleet.budget.rule == "adaptive"
-    out.add_row(
-        "all, first round" if adaptive else "all", "", "", f"{total[0]:,.0f}", "", "", "", "", f"{total[1]:.3f}"
-    )
+    name = "all, first round" if adaptive else "all"
+    out.add_row(name, "", "", f"{total[0]:,.0f}", "", "", "", "", three_digits(total[1]))
     return out
 
 

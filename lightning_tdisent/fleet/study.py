@@ -103,7 +103,7 @@ def plan(
             jobs.append(Job(label, words, place, needs))
     priors: dict[Path, tuple[str, int | float, dict[str, Any]]] = {}
     for name, entry in study["priors"].items():
-        known(entry, PRIOR_KEYS, f"{file}: priors.{name}", required=PRIOR_KEYS)
+        known(entry, PRIOR_KEYS, f"{file}: priors.{name}", required=tuple(PRIOR_KEYS))
         if str(entry["run"]) not in runs:
             raise InputError(f"{file}: priors.{name}.run: no run {entry['run']!r}.{nearest(str(entry['run']), runs)}")
         part, prior = _part(entry["prior"], "Gaussian", Prior, f"{file}: priors.{name}.prior")
