@@ -22,7 +22,7 @@ from lightning_tdisent.streaming.decode import BadSample, Decoder
 from lightning_tdisent.streaming.prepare import caption_count
 from lightning_tdisent.streaming.raw.source import class_table, names_in
 from lightning_tdisent.streaming.shards import Policy, Sample, Shards
-from lightning_tdisent.streaming.tars import SUFFIXES, is_remote
+from lightning_tdisent.streaming.tars import PREPARED, SUFFIXES, is_remote
 
 PICTURES = 72
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -89,7 +89,7 @@ def look(path: str | Path, split: str, n: int = 1000) -> Look:
 
 def _prepared(path: str | Path, split: str) -> dict[str, Any]:
     """Return the record of `data prepare` beside the shards, empty if there is none."""
-    file = Path(path) / f"{split}.prepare.json"
+    file = Path(path) / f"{split}{PREPARED}"
     try:
         record = json.loads(file.read_text(encoding="utf-8")) if not is_remote(str(path)) and file.is_file() else {}
     except (OSError, ValueError):

@@ -4,7 +4,8 @@ The order of the samples, their keys and every byte of every shard are a functio
 whatever the number of processes and however often the work was broken off. Processes convert small runs of samples;
 this one writes them in order, each shard beside its target, which is renamed when it is whole. What was asked for
 stands in ``{split}.prepare.json`` from the start, so that the same command goes on and another one is refused. The
-file is long because a run must survive what happens to runs of hours: bad images, kills, full disks.
+SHA-256 of each finished shard stands in ``{split}.sha256`` and is compared at the end. The file is long because a run
+must survive what happens to runs of hours: bad images, kills, full disks.
 """
 
 import bisect
@@ -26,7 +27,7 @@ import numpy as np
 import webdataset
 
 from lightning_tdisent.errors import Halted, InputError, nearest
-from lightning_tdisent.files import whole
+from lightning_tdisent.files import sha256, whole
 from lightning_tdisent.streaming.decode import LATENT
 from lightning_tdisent.streaming.index import Index, path_of
 from lightning_tdisent.streaming.latents import LatentEncoder
@@ -34,7 +35,7 @@ from lightning_tdisent.streaming.raw import Source
 from lightning_tdisent.streaming.raw.convert import ENCODE, Convert, Made, Samples, Skipped, Task, in_order
 from lightning_tdisent.streaming.scan import build, scan
 from lightning_tdisent.streaming.shards import MOST_SHARED
-from lightning_tdisent.streaming.tars import SUFFIXES
+from lightning_tdisent.streaming.tars import PREPARED, SUFFIXES, planned
 
 FORMAT = "lightning_tdisent.prepare/1"
 CHUNK = 32  # samples that go to a process at once
@@ -114,8 +115,8 @@ def prepare(
         "latents": {**latents.record, "batch_size": options.batch_size} if latents else None,
         "classes": source.classes, "notes": list(source.notes),
     }  # fmt: skip
-    out, count = Path(out), -(-len(source) // options.samples)
-    files = [out / f"{split}-{k:0{4 if count <= 10_000 else 5}d}.tar" for k in range(count)]
+    out = Path(out)
+    files = [out / name for name in planned(split, len(source), options.samples)]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _held(out, split, files, record):
@@ -168,7 +169,7 @@ def _held(out: Path, split: str, files: list[Path], record: dict[str, Any]) -> I
     def shards() -> list[str]:
         return sorted(f.name for f in out.iterdir() if f.name.startswith(f"{split}-") and f.name.endswith(SUFFIXES))
 
-    file = out / f"{split}.prepare.json"
+    file = out / f"{split}{PREPARED}"
     if not file.exists() and (there := shards()):
         raise InputError(f"{out} holds {there[0]}, but no {file.name}: something else wrote it. Name another folder")
     with file.open("a+b", buffering=0) as handle:
@@ -216,9 +217,12 @@ class _Run:
         out, n = files[0].parent, len(source)
         self.split, self.others = split, _other_splits(out, split)
         self.index_file, self.skipped_file = Path(path_of(out, split)), out / f"{split}.skipped.txt"
+        self.digest_file = out / f"{split}.sha256"  # as sha256sum writes and checks it
         self.missing = [k for k, file in enumerate(files) if not file.exists()]
         self.done = n - sum(len(self._numbers(k)) for k in self.missing)
         self.skipped = self._skipped_before()
+        kept = {file.name for file in files} - {files[k].name for k in self.missing}
+        self.digests = {name: digest for name, digest in self._digests_before() if name in kept}
         self.allowed = max(1, int(options.bad * n)) if options.bad else 0
         self.step = options.batch_size if latents else CHUNK
         self.first: Made | None = None  # the first sample that was used
@@ -278,7 +282,12 @@ class _Run:
             if not written:
                 last = f"{self.skipped[-1].name}: {self.skipped[-1].reason}"
                 raise InputError(f"{file.name} would be empty: all of its samples are bad, the last one {last}")
-            self._write_skipped()  # before the shard has its name: a run that goes on from it knows what it lacks
+            # before the shard has its name: a run that goes on from it knows what it lacks, and what it holds
+            self._write_skipped()
+            stream.flush()
+            self.digests[file.name] = sha256(stream.name)
+            with whole(self.digest_file) as text:
+                text.writelines(f"{digest}  {name}\n".encode() for name, digest in sorted(self.digests.items()))
 
     def _stop_if_too_many(self) -> None:
         if len(self.skipped) > self.allowed:
@@ -318,6 +327,13 @@ class _Run:
             raise InputError(f"{self.skipped_file} was changed. Remove it and all shards, and start anew") from None
         return [s for s in found if s.number // self.options.samples not in self.missing]
 
+    def _digests_before(self) -> list[tuple[str, str]]:
+        """Name and SHA-256 of the shards that earlier runs finished."""
+        lines = self.digest_file.read_text(encoding="utf-8").splitlines() if self.digest_file.exists() else []
+        if wrong := [line for line in lines if not re.fullmatch(r"[0-9a-f]{64}  \S+", line)]:
+            raise InputError(f"{self.digest_file} was changed ({wrong[0][:80]}). Remove it and all shards, start anew")
+        return [(line[66:], line[:64]) for line in lines]
+
     def _write_skipped(self) -> None:
         if not self.skipped:
             self.skipped_file.unlink(missing_ok=True)
@@ -332,6 +348,13 @@ class _Run:
             if [(s.name, s.bytes) for s in index.shards] == [(f.name, f.stat().st_size) for f in self.files]:
                 return index
         index = build(self.files, jobs=max(1, jobs))
+        changed = [s.name for s in index.shards if self.digests.get(s.name, s.sha256) != s.sha256]
+        if changed:
+            raise InputError(
+                f"{self.index_file.parent}: {', '.join(changed[:5])} changed after being written: the SHA-256 is not "
+                f"that of {self.digest_file.name}; no index is written. Remove the {len(changed)} changed shards; the "
+                "same command writes them again"
+            )
         for name, other in self.others.items():
             if (shared := index.shared(other)) > MOST_SHARED * min(len(index), len(other)):
                 raise InputError(

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import itertools
+import json
 import os
 import re
 import tarfile
@@ -38,6 +39,7 @@ HIDDEN = re.compile(r"(^|/)(\.(?!/|$)|__MACOSX(/|$))")  # a file, or a folder ab
 BLOCK = 512
 MAX_SHARDS = 10**6
 PREPARE = "data/README.md says how to prepare each data set."
+PREPARED = ".prepare.json"  # behind the name of a split: what `data prepare` was asked for
 
 # first byte, key, and members {extension: (first byte, size)}
 Layout = tuple[int, str, dict[str, tuple[int, int]]]
@@ -161,12 +163,42 @@ def find(path: str | Path, split: str) -> list[str]:
                 f"data.path: {folder} holds no shards {split}-*.tar(.gz), but shards of {has}. Name one of these, "
                 "or a pattern of the shards"
             )
+    refuse_unfinished(folder, names, found, split)
     if not found:
         asked = split if braces or re.search(r"[*?\[.]", split) else f"{split}-*.tar(.gz)"
         raise InputError(
             f"data.path: {folder} holds no shards {asked}; it holds {', '.join(names[:5]) or 'nothing'}. {PREPARE}"
         )
     return [f"{folder}/{name}" for name in found]
+
+
+def planned(split: str, number: int, samples: int) -> list[str]:
+    """Return the names of the shards that `data prepare` makes of ``number`` samples, ``samples`` in each."""
+    count = -(-number // samples)
+    return [f"{split}-{k:0{4 if count <= 10_000 else 5}d}.tar" for k in range(count)]
+
+
+def refuse_unfinished(folder: str, names: Iterable[str], found: Iterable[str], split: str) -> None:
+    """Refuse shards of a `data prepare` that has not made all of its shards.
+
+    names: what the folder holds; found: the shards that were chosen, none if the split has none yet.
+    """
+    there, found = {name.removesuffix(".gz") for name in names}, {name.removesuffix(".gz") for name in found}
+    for file in (f"{folder}/{name}" for name in names if name.endswith(PREPARED)):
+        try:
+            with open_shard(file) as stream:
+                record = json.loads(stream.read())
+            wanted = planned(record["split"], record["number"], record["samples"])
+            missing = [name for name in wanted if name not in there]
+            mine = not found.isdisjoint(wanted) or (not found and record["split"] == split)
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):  # `prepare` itself says what is damaged
+            continue
+        if missing and mine:
+            raise InputError(
+                f"data.path: {folder}: the data prepare of {record['split']} is not finished: "
+                f"{len(wanted) - len(missing)} of its {len(wanted)} shards are there, {missing[0]} is not. Run the same data "
+                f"prepare command again, which goes on; or remove {file} to take these shards for all"
+            )
 
 
 def _names(folder: str) -> list[str]:

@@ -26,6 +26,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lightning_tdisent.cli import main
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.streaming.decode import adm_crop
 from lightning_tdisent.streaming.index import Index
@@ -491,6 +492,64 @@ def test_one_shard_that_is_lost_is_written_again(folder, tmp_path):
     assert (tmp_path / "out" / "train.index.safetensors").stat().st_mtime_ns == written
 
 
+def stopped(folder, out, *jobs):
+    """A run of 5 shards that was broken off after the third."""
+    with full_at(".train-0003.tar.*", 0), pytest.raises(Halted, match=r"cannot be written"):
+        prepare(find_source(folder, "train"), "train", out, Options(samples=6, shuffle=False), jobs=0)
+    return out
+
+
+def test_a_shard_that_changed_since_it_was_written_is_named_before_the_index(folder, tmp_path):
+    out, options = stopped(folder, tmp_path / "out"), Options(samples=6, shuffle=False)
+    lines = (out / "train.sha256").read_text().splitlines()
+    shards = [out / f"train-000{k}.tar" for k in range(3)]
+    assert [line for line in lines if line[66:] < "train-0003"] == [
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" for file in shards
+    ]
+    content = bytearray(shards[1].read_bytes())
+    content[700] ^= 1
+    shards[1].write_bytes(content)
+    source = find_source(folder, "train")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"train-0001.tar changed after being written: .* no index is written"):
+            prepare(source, "train", out, options, jobs=0)
+    assert not (out / "train.index.safetensors").exists()
+    shards[1].unlink()
+    prepare(source, "train", out, options, jobs=0)
+    prepare(source, "train", tmp_path / "unbroken", options, jobs=0)
+    assert fingerprints(out) == fingerprints(tmp_path / "unbroken")
+
+
+def test_shards_of_an_unfinished_prepare_are_read_by_nothing(folder, tmp_path, capsys):
+    out, message = stopped(folder, tmp_path / "out"), "the data prepare of train is not finished: 3 of its 5 shards"
+    with pytest.raises(InputError, match=message):
+        load(out, "train", 3, size=8)
+    with pytest.raises(InputError, match=message):  # the same shards by their names
+        load(out, "train-000{0..2}.tar", 3, size=8)
+    with pytest.raises(InputError, match=message):
+        find_source(out, "train")
+    for command in ("index", "verify", "inspect"):
+        assert main(["data", command, str(out)]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert "train-0003.tar is not. Run the same data prepare command again" in said
+    assert main(["data", "index", out.as_uri()]) == 2
+    assert message in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "train.prepare.json").write_bytes((out / "train.prepare.json").read_bytes())
+    with pytest.raises(InputError, match="not finished: 0 of its 5 shards are there"):
+        load(empty, "train", 3)
+    for file in out.glob("*.tar"):  # finished, zipped and with another split beside them, they are read
+        file.unlink()
+    prepare(find_source(folder, "train"), "train", out, Options(samples=6, shuffle=False), jobs=0)
+    for file in sorted(out.glob("*.tar")):
+        file.with_name(file.name + ".gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    (out / "train.index.safetensors").unlink()
+    assert len(load(out, "train", 3, size=8)) == 30
+
+
 def test_another_run_in_the_same_folder_is_refused_with_all_differences(folder, tmp_path):
     source = find_source(folder, "train")
     prepare(source, "train", tmp_path / "out", Options(samples=7), jobs=0)
@@ -563,11 +622,12 @@ SHARDS = [f"train-000{k}.tar" for k in range(4)]
     [
         ("train.prepare.json", 0, ["train.prepare.json"]),
         (".train.skipped.txt.*", 0, ["train.prepare.json"]),
-        (".train-0000.tar.*", 0, ["train.prepare.json", "train.skipped.txt"]),
-        (".train-0001.tar.*", 0, ["train-0000.tar", "train.prepare.json", "train.skipped.txt"]),
+        (".train.sha256.*", 0, ["train.prepare.json", "train.skipped.txt"]),
+        (".train-0000.tar.*", 0, ["train.prepare.json", "train.sha256", "train.skipped.txt"]),
+        (".train-0001.tar.*", 0, ["train-0000.tar", "train.prepare.json", "train.sha256", "train.skipped.txt"]),
         ("out", 0, ["train.prepare.json", "train.skipped.txt"]),  # of the folder: its names may be lost, not its files
-        ("out", 1, ["train-0000.tar", "train.prepare.json", "train.skipped.txt"]),
-        (".train.index.safetensors.*", 0, [*SHARDS, "train.prepare.json", "train.skipped.txt"]),
+        ("out", 2, ["train-0000.tar", "train.prepare.json", "train.sha256", "train.skipped.txt"]),
+        (".train.index.safetensors.*", 0, [*SHARDS, "train.prepare.json", "train.sha256", "train.skipped.txt"]),
     ],
 )
 def test_a_full_disk_leaves_whole_files(name, time, left, folder, tmp_path):
@@ -579,7 +639,8 @@ def test_a_full_disk_leaves_whole_files(name, time, left, folder, tmp_path):
     assert sorted(f.name for f in out.iterdir()) == left
     prepare(source, "train", tmp_path / "unbroken", options, jobs=0)
     whole = fingerprints(tmp_path / "unbroken")
-    assert all(fingerprints(out)[file] == whole[file] for file in left)
+    begun = set(left) - {"train.sha256"}  # which grows with each shard
+    assert all(fingerprints(out)[file] == whole[file] for file in begun)
     prepare(source, "train", out, options, jobs=0)
     assert fingerprints(out) == whole
 

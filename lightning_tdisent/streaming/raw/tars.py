@@ -13,9 +13,9 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming.decode import IMAGES
 from lightning_tdisent.streaming.index import Index
 from lightning_tdisent.streaming.raw.beside import fields_of
-from lightning_tdisent.streaming.raw.source import Ask, Item, files_of, hashed, some
+from lightning_tdisent.streaming.raw.source import Ask, Item, files_of, hashed, names_in, some
 from lightning_tdisent.streaming.scan import build
-from lightning_tdisent.streaming.tars import SUFFIXES
+from lightning_tdisent.streaming.tars import SUFFIXES, refuse_unfinished
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,11 @@ def _notes(source: Tars) -> list[str]:
 
 def find_tars(path: Path, ask: Ask) -> tuple[list[Path], list[str]] | None:
     """Return the shards of a split, and notes on the others."""
-    return files_of(path, ask, SUFFIXES)
+    found = files_of(path, ask, SUFFIXES)
+    if found and path.is_dir():
+        folder = found[0][0].parent
+        refuse_unfinished(str(folder), names_in(folder), [file.name for file in found[0]], ask.split)
+    return found
 
 
 def open_tars(found: tuple[list[Path], list[str]], ask: Ask) -> Tars:
