@@ -78,8 +78,8 @@ def _prepare(a: argparse.Namespace) -> None:
     source = find_source(
         a.source, a.split, a.kind, skip=a.out, columns=_columns(a.columns), labels=a.labels, links=a.follow_links
     )
-    if a.labels != "auto" and source.kind not in ("folder", "ilsvrc"):
-        raise InputError(f"--labels {a.labels} is for images in folders, {a.source} is {source.kind}")
+    if a.labels != "auto" and source.kind not in ("folder", "ilsvrc", "webdataset"):
+        raise InputError(f"--labels {a.labels} is for images in folders and shards, {a.source} is {source.kind}")
     split = a.split if a.name is None else a.name
     if not is_split(split):
         what = f"--split {split}: name the split that is written" if a.name is None else f"--as {split}: name it"

@@ -8,7 +8,9 @@ row per shard, for a corpus whose samples are too many to list.
 """
 
 import hashlib
+import itertools
 import json
+import posixpath
 import re
 import tempfile
 import zlib
@@ -24,6 +26,7 @@ from safetensors.numpy import save as save_arrays
 
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.files import write_whole
+from lightning_tdisent.streaming.decode import IMAGES
 from lightning_tdisent.streaming.tars import MAX_REGION, file_system, is_remote, store_errors
 
 FORMAT = "lightning_tdisent.index/1"
@@ -102,6 +105,23 @@ class Index:
             total.update(shard.name.encode() + bytes.fromhex(shard.sha256))
         return total.hexdigest()[:16]
 
+    @cached_property
+    def folders(self) -> list[str]:
+        """The folder of each sample within the deepest folder that holds all images; empty if that holds no others.
+
+        It is empty for samples of that folder itself, and for those without an image.
+        """
+        r, kinds = self.regions, [k for k, name in enumerate(self.extensions) if name in IMAGES]
+        if r is None or not (r.keys == ord("/")).any():
+            return []
+        keys = (r.keys[a:b].tobytes().decode() for a, b in itertools.pairwise([0, *r.key_end.tolist()]))
+        shown = np.zeros(len(self), bool)
+        shown[np.repeat(np.arange(len(self)), np.diff(r.first))[np.isin(r.member_kind, kinds)]] = True
+        above = [key.rpartition("/")[0] if image else None for key, image in zip(keys, shown.tolist(), strict=True)]
+        root = posixpath.commonpath(places) if (places := {place for place in above if place is not None}) else ""
+        out = ["" if p is None else p[len(root) :].lstrip("/").partition("/")[0] for p in above]
+        return out if any(out) else []
+
     @property
     def unread(self) -> dict[str, tuple[int, str]]:
         """Files in the shards that are not read, by kind: how many, and the first of them."""
@@ -122,6 +142,10 @@ class Index:
     def notes(self) -> list[str]:
         """What is in the shards, but will not be read, in lines for people."""
         out = [f"not read: {kind} ({n:,}, first {name})" for kind, (n, name) in sorted(self.unread.items())]
+        if names := sorted(set(self.folders) - {""}) if "cls" not in self.extensions else []:
+            more = f", .. ({len(names):,} in all)" if len(names) > 5 else ""
+            said = f"folders in the shards are no classes ({', '.join(names[:5])}{more})"
+            out.append(f"{said}; data prepare can make them classes")
         count, first = self.unusable
         return [*out, f"samples that cannot be used: {count:,} of {len(self):,}, first {first}"] if count else out
 

@@ -196,8 +196,8 @@ def refuse_unfinished(folder: str, names: Iterable[str], found: Iterable[str], s
         if missing and mine:
             raise InputError(
                 f"data.path: {folder}: the data prepare of {record['split']} is not finished: "
-                f"{len(wanted) - len(missing)} of its {len(wanted)} shards are there, {missing[0]} is not. Run the same data "
-                f"prepare command again, which goes on; or remove {file} to take these shards for all"
+                f"{len(wanted) - len(missing)} of its {len(wanted)} shards are there, {missing[0]} is not. Run the "
+                f"same data prepare command again, which goes on; or remove {file} to take these shards for all"
             )
 
 

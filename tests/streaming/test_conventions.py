@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ import webdataset as wds
 from making import image, listing, put, shard
 from PIL import Image
 
+from lightning_tdisent.cli import main
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming.decode import IMAGES
+from lightning_tdisent.streaming.prepare import Options, prepare
 from lightning_tdisent.streaming.raw import class_table, find_source
+from lightning_tdisent.streaming.shards import load
 
 # Splits
 
@@ -489,3 +493,74 @@ def test_json_members_give_class_and_caption(tmp_path):
     with wds.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
         tar.write({"__key__": "0", "png": image(0), "weights.pt": b"x"})
     assert "not read: pickles KEY.weights.pt (1, first a.tar/0.weights.pt)" in find_source(tmp_path, "train").notes
+
+
+def tar_of(file, *names):
+    """A tar of images with these names, in the order of their numbers."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for k, name in enumerate(names):
+            header = tarfile.TarInfo(name)
+            header.size = len(content := image(k))
+            tar.addfile(header, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("above", ["", "./", "set/train/"])
+def test_folders_in_tars_are_classes_with_the_numbers_of_the_training_split(above, tmp_path):
+    tar_of(tmp_path / "train.tar", *(f"{above}{name}/{k}.png" for name in ("dog", "cat", "eel") for k in range(2)))
+    tar_of(tmp_path / "test.tar", *(f"{above}{name}/{k}.png" for name in ("eel", "cat") for k in range(2)))
+    source = find_source(tmp_path, "train")
+    assert (labels_of(source), source.classes) == (["1", "1", "0", "0", "2", "2"], ["cat", "dog", "eel"])
+    assert source.shuffled  # the tar is sorted by class
+    assert "classes in the tars: the sorted names of 3 folders" in source.notes
+    test = find_source(tmp_path, "test")
+    assert (labels_of(test), test.classes) == (["2", "2", "0", "0"], ["cat", "dog", "eel"])
+    assert "classes in the tars: the sorted names of 3 folders of the training split" in test.notes
+    prepare(test, "test", tmp_path / "out", Options(shuffle=False), jobs=0)
+    assert load(tmp_path / "out", "test", 3).labels.tolist() == [2, 2, 0, 0]
+    none = find_source(tmp_path, "train", labels="none")
+    assert (labels_of(none), none.shuffled) == (["none"] * 6, False)
+    tar_of(tmp_path / "test.tar", f"{above}eel/0.png", f"{above}eel/1.png")
+    assert labels_of(find_source(tmp_path, "test")) == ["2", "2"]
+    tar_of(tmp_path / "test.tar", f"{above}eel/0.png", f"{above}fox/0.png")
+    with pytest.raises(InputError, match=r"the class folders fox are not among the 3 of train.tar"):
+        find_source(tmp_path, "test")
+
+
+def test_folders_in_tars_that_are_not_taken_for_classes_are_named(tmp_path, capsys):
+    tar_of(tmp_path / "a.tar", "cat/0.png", "dog/1.png", "2.png")
+    source = find_source(tmp_path, "train")
+    assert labels_of(source) == ["none"] * 3
+    assert "folders in the tars (cat, dog) are no classes: 2 is in none of them" in source.notes
+    with pytest.raises(InputError, match=r"--labels folders, but the images of a.tar are not in folders"):
+        find_source(tmp_path, "train", labels="folders")
+    for command in (["index"], ["inspect", "--out", str(tmp_path / "a.png")]):
+        assert main(["data", *command, str(tmp_path)]) == 0
+        said = " ".join(capsys.readouterr().out.replace("│", "").split())
+        assert "folders in the shards are no classes (cat, dog); data prepare can make them classes" in said
+    (tmp_path / "a.png").unlink()
+    tar_of(tmp_path / "a.tar", "train/cat/0.png", "test/cat/1.png")
+    with pytest.raises(InputError, match=r"a.tar holds folders of the splits test, train .* Unpack it"):
+        find_source(tmp_path, "train")
+    assert labels_of(find_source(tmp_path, "train", labels="folders")) == ["1", "0"]
+    tar_of(tmp_path / "a.tar", "00000/0.png", "00001/1.png")
+    with pytest.raises(InputError, match=r"00000, 00001 look like parts of one set"):
+        find_source(tmp_path, "train")
+    tar_of(tmp_path / "a.tar", "cat/big/0.png", "dog/1.png")
+    line = "classes in the tars: the sorted names of 2 folders; folders in them (cat/big) are no classes"
+    assert line in find_source(tmp_path, "train").notes
+    tar_of(tmp_path / "a.tar", "set/0.png", "set/1.png")
+    assert labels_of(find_source(tmp_path, "train")) == ["none"] * 2
+
+
+def test_classes_of_members_count_before_folders_in_tars(tmp_path):
+    with wds.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
+        for k, name in enumerate(("cat/0", "dog/1")):
+            tar.write({"__key__": name, "png": image(k), "cls": b"%d" % (7 + k)})
+    assert labels_of(find_source(tmp_path, "train")) == ["7", "8"]
+    assert labels_of(find_source(tmp_path, "train", labels="folders")) == ["0", "1"]
+    assert labels_of(find_source(tmp_path, "train", labels="none")) == ["none"] * 2
+    with wds.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
+        for k, name in enumerate(("cat/0", "dog/1")):
+            tar.write({"__key__": name, "png": image(k), "json": b'{"label": %d}' % (7 + k)})
+    assert labels_of(find_source(tmp_path, "train")) == ["7", "8"]

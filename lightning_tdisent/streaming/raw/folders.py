@@ -303,7 +303,7 @@ def _by_names(
     empty = sorted(set(own) - used)
     if wrong := [n for n in empty if any(not is_hidden(f) for *_, files in os.walk(base / n) for f in files)]:
         raise InputError(f"{base}: the class folders {some(wrong)} hold no images, but other files. Move them away")
-    classes, line = _numbered(trained or own, base, ask)
+    classes, line = numbered(trained or own, base, ask)
     if deep := next((n for n in images if n.count("/") > 1), ""):
         line += f"; folders in them ({deep.rpartition('/')[0]}) are no classes"
     number = {name: k for k, name in enumerate(classes) if name}
@@ -315,7 +315,7 @@ def _class_folders(roots: list[Root], ask: Ask) -> list[str]:
     return sorted(name for name, _ in roots) if roots[0][0] else subfolders(roots[0][1], ask)
 
 
-def _numbered(names: list[str], base: Path, ask: Ask) -> tuple[list[str], str]:
+def numbered(names: list[str], base: Path, ask: Ask) -> tuple[list[str], str]:
     """Return names of classes by number: by the number that every name is, or in the order of the names."""
     if not all(n.isascii() and n.isdecimal() for n in names):
         return names, f"the sorted names of {len(names):,} folders"

@@ -1,5 +1,6 @@
 """Existing shards of WebDataset, whose samples go through with all their members."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -10,17 +11,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.streaming import splits
 from lightning_tdisent.streaming.decode import IMAGES
 from lightning_tdisent.streaming.index import Index
 from lightning_tdisent.streaming.raw.beside import fields_of
+from lightning_tdisent.streaming.raw.folders import numbered
 from lightning_tdisent.streaming.raw.source import Ask, Item, files_of, hashed, names_in, some
 from lightning_tdisent.streaming.scan import build
 from lightning_tdisent.streaming.tars import SUFFIXES, refuse_unfinished
 
+Found = tuple[list[Path], list[str], list[Path]]  # shards of the split, notes, shards of the training split
+
 
 @dataclass(frozen=True, eq=False)
 class Tars:
-    """Samples of shards, read where their headers say; gzipped ones in order only, as one is unzipped as it is read."""
+    """Samples of shards, read where their headers say; gzipped ones in order only, as one is unzipped as it is read.
+
+    ``labels``: None for the classes of the members, else the class number of every sample, -1 for none.
+    """
 
     files: list[Path]
     index: Index
@@ -28,6 +36,7 @@ class Tars:
     kind: str = "webdataset"
     classes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    labels: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -45,7 +54,11 @@ class Tars:
         if len(region) != size:
             raise InputError(f"{file} ends within {self.index.name(i)}. Has it changed?")
         name = f"{file.name}/{self.index.key(i)}"
-        return Item(name, _with_json(self.index.members(i, region), name))
+        members = _with_json(self.index.members(i, region), name)
+        if self.labels is not None:
+            members = {extension: content for extension, content in members.items() if extension != "cls"}
+            members |= {"cls": str(self.labels[i]).encode()} if self.labels[i] >= 0 else {}
+        return Item(name, members)
 
     def fingerprint(self) -> str:
         """Hash of the names, sizes and keys of the shards, and of the sizes of all members."""
@@ -111,19 +124,74 @@ def _notes(source: Tars) -> list[str]:
     return [*out, f"not read of KEY.json: {some(others, 12)}"] if others else out
 
 
-def find_tars(path: Path, ask: Ask) -> tuple[list[Path], list[str]] | None:
-    """Return the shards of a split, and notes on the others."""
+def find_tars(path: Path, ask: Ask) -> Found | None:
+    """Return the shards of a split and notes on the others, and the shards of the training split."""
     found = files_of(path, ask, SUFFIXES)
-    if found and path.is_dir():
-        folder = found[0][0].parent
-        refuse_unfinished(str(folder), names_in(folder), [file.name for file in found[0]], ask.split)
-    return found
+    if found is None:
+        return None
+    files, notes = found
+    if path.is_dir():
+        refuse_unfinished(str(files[0].parent), names_in(files[0].parent), [file.name for file in files], ask.split)
+    train = None
+    if not ask.pattern and splits.canonical(ask.split) != "train":
+        with contextlib.suppress(InputError):  # there is none
+            train = files_of(path, replace(ask, split="train"), SUFFIXES)
+    return files, notes, train[0] if train else []
 
 
-def open_tars(found: tuple[list[Path], list[str]], ask: Ask) -> Tars:
+def open_tars(found: Found, ask: Ask) -> Tars:
     """Open shards with an index of their own: it is made of their headers, whatever lies beside them."""
     _unzipped.cache_clear()  # of files that may have been replaced since
-    files, notes = found
+    files, notes, train = found
     shuffled = None if any(file.suffix == ".gz" for file in files) else False
     source = Tars(files, build(files, hashed=False), shuffled)
-    return replace(source, notes=[*notes, *_notes(source)])
+    source = replace(source, notes=[*notes, *_notes(source)])
+    if ask.labels == "none":
+        return replace(source, labels=[-1] * len(source))
+    if ask.labels == "auto" and ("cls" in source.index.extensions or not len(source) or "cls" in source[0].members):
+        return source
+    return _by_folders(source, train, ask)
+
+
+def _by_folders(source: Tars, train: list[Path], ask: Ask) -> Tars:
+    """Take the folders in tars for classes, as of an unpacked set, with the numbers of the training split."""
+    folders, where = source.index.folders, source.files[0].parent
+    trained = sorted(set(build(train, hashed=False).folders) - {""}) if train else []
+    if trained and not folders:  # all images are of one class
+        parts = (source.index.key(number).split("/")[:-1] for number in range(len(source)))
+        folders = [next((part for part in above if part in trained), "") for above in parts]
+    own = sorted(set(folders) - {""})
+    beside = (number for number, folder in enumerate(folders) if not folder and _has_image(source.index, number))
+    flat = next(beside, None)
+    if not own or flat is not None:
+        if ask.labels == "folders":
+            raise InputError(f"{where}: --labels folders, but the images of {source.files[0].name} are not in folders")
+        if flat is None:
+            return source
+        said = f"folders in the tars ({some(own)}) are no classes: {source.index.key(flat)} is in none of them"
+        return replace(source, notes=[*source.notes, said])
+    if len(found := splits.found(own)) > 1 and ask.labels == "auto":
+        raise InputError(
+            f"{where}: {source.files[0].name} holds folders of the splits {some(found)} ({some(own, 3)}), and a tar is "
+            "of one split. Unpack it and name the folder, or say --labels folders if they are classes, or --labels none"
+        )
+    if strange := sorted(set(own).difference(trained or own)):
+        raise InputError(
+            f"{where}: the class folders {some(strange)} are not among the {len(trained)} of {train[0].name}. Sort the "
+            "images into these, or say --labels none"
+        )
+    classes, line = numbered(trained or own, where, ask)
+    number = {name: k for k, name in enumerate(classes) if name}
+    placed = ((source.index.key(k).rpartition("/")[0], folder) for k, folder in enumerate(folders) if folder)
+    if deep := next((place for place, folder in placed if place.rpartition("/")[2] != folder), ""):
+        line += f"; folders in them ({deep}) are no classes"
+    notes = [*source.notes, f"classes in the tars: {line}{' of the training split' * bool(trained)}"]
+    shuffled = None if source.shuffled is None else True  # it is sorted by class
+    labels = [number.get(folder, -1) for folder in folders]
+    return replace(source, classes=classes, labels=labels, notes=notes, shuffled=shuffled)
+
+
+def _has_image(index: Index, sample: int) -> bool:
+    r = index.regions
+    assert r is not None
+    return any(index.extensions[kind] in IMAGES for kind in r.member_kind[r.first[sample] : r.first[sample + 1]])
