@@ -254,6 +254,90 @@ def test_names_in_metadata_have_the_numbers_of_the_training_split(tmp_path):
     assert (labels_of(source), source.classes) == (["2", "1"], ["a", "b", "c"])
 
 
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def test_labels_of_dataset_json_may_be_a_mapping(tmp_path):
+    for k in range(3):
+        put(tmp_path / "sub" / f"{k}.png", image(k))
+    put(tmp_path / "dataset.json", json.dumps({"labels": {f"sub/{k}.png": k + 4 for k in range(3)}}).encode())
+    source = find_source(tmp_path, "train")
+    assert labels_of(source) == ["4", "5", "6"]
+    assert "classes: labels of dataset.json" in source.notes
+
+
+@pytest.mark.parametrize("layout", ["train/{}.png", "images/train/{}.png", "train/sub/{}.png"])
+def test_a_table_above_the_folders_of_splits_is_read_for_each(layout, tmp_path):
+    for split in ("train", "test"):
+        for k in range(3):
+            put(tmp_path / layout.replace("train", split).format(k), image(k))
+    rows = [
+        {"file_name": layout.replace("train", split).format(k), "text": f"{split} {k}", "label": "cba"[(k + n) % 3]}
+        for n, split in enumerate(("train", "test"))
+        for k in range(3)
+    ]
+    put(tmp_path / "metadata.jsonl", lines(*rows))
+    for split, labels in (("train", ["2", "1", "0"]), ("test", ["1", "0", "2"])):
+        source = find_source(tmp_path, split)
+        assert (labels_of(source), source.classes) == (labels, ["a", "b", "c"])
+        assert captions_of(source) == [f"{split} {k}" for k in range(3)]
+        assert not [note for note in source.notes if "not read: metadata" in note]
+    fingerprint = find_source(tmp_path, "train").fingerprint()
+    put(tmp_path / "metadata.jsonl", lines({**rows[0], "text": "new"}, *rows[1:]))
+    assert find_source(tmp_path, "train").fingerprint() != fingerprint
+    put(tmp_path / "metadata.jsonl", lines(*rows[3:]))  # of the other split alone
+    source = find_source(tmp_path, "train")
+    assert captions_of(source) == [None] * 3
+    assert any("3 rows of files that are not here" in note for note in source.notes)
+
+
+def test_a_table_above_splits_within_class_folders_is_read(tmp_path):
+    for name in ("cat/train/0.png", "dog/train/1.png", "cat/test/2.png", "dog/test/3.png"):
+        put(tmp_path / name, image(0))
+    put(tmp_path / "metadata.csv", b"file_name,text\ncat/train/0.png,one\ndog/train/1.png,two\n")
+    source = find_source(tmp_path, "train")
+    assert (captions_of(source), labels_of(source)) == (["one", "two"], ["0", "1"])
+
+
+def test_names_of_a_table_may_differ_in_case_or_be_last_parts(tmp_path):
+    for k, name in enumerate(("0.PNG", "Sub/1.png", "caf\u00e9.png")):
+        put(tmp_path / name, image(k))
+    put(tmp_path / "metadata.csv", "file_name,label\n0.png,5\nsub/1.png,6\ncafe\u0301.png,7\n".encode())
+    source = find_source(tmp_path, "train")
+    assert labels_of(source) == ["5", "6", "7"]
+    assert "metadata.csv: 3 images found by another case (0.png is 0.PNG)" in source.notes
+    put(tmp_path / "metadata.csv", "file_name,label\n/old/0.png,5\n/old/1.png,6\n/old/caf\u00e9.png,7\n".encode())
+    source = find_source(tmp_path, "train")
+    assert labels_of(source) == ["5", "6", "7"]
+    assert "metadata.csv: 3 images found by the last parts of the names (/old/0.png is 0.PNG)" in source.notes
+    put(tmp_path / "0.png", image(1))  # two images that a name may mean
+    put(tmp_path / "metadata.csv", "file_name,label\n0.Png,5\nsub/1.png,6\ncaf\u00e9.png,7\n".encode())
+    with pytest.raises(InputError, match=r"metadata.csv gives 2 of 4 images a label, not 0.PNG"):
+        find_source(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dataset.json", b'{"labels": {"x0.png": 1, "x1.png": 2}}'),
+        ("dataset.json", b'{"labels": [["x0.png", 1], ["x1.png", 2]]}'),
+        ("metadata.csv", b"file_name,label\nx0.png,1\nx1.png,2\n"),
+        ("metadata.jsonl", b'{"file_name": "x0.png", "text": "a"}\n{"file_name": "x1.png", "text": "b"}\n'),
+    ],
+)
+@pytest.mark.parametrize("split", ["", "train"])
+def test_a_table_that_names_no_file_is_refused(name, content, split, tmp_path):
+    for k in range(2):
+        put(tmp_path / split / f"{k}.png", image(k))
+    put(tmp_path / name, content)
+    message = rf"{name}: none of the 2 files that it names \(x0.png, ..\) is there; the images are 0.png, 1.png"
+    with pytest.raises(InputError, match=message):
+        find_source(tmp_path, "train")
+    if b"text" not in content:  # no labels are wanted
+        assert labels_of(find_source(tmp_path, "train", labels="none")) == ["none"] * 2
+
+
 def test_a_table_of_each_image(tmp_path):
     for k in range(3):
         put(tmp_path / f"{k}.png", image(k))

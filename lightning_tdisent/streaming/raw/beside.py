@@ -2,21 +2,25 @@
 
 | file | of | gives |
 |---|---|---|
-| ``dataset.json`` at the top | StyleGAN's and EDM's dataset_tool | ``{"labels": [[name, class], ..]}`` |
+| ``dataset.json`` at the top | StyleGAN's and EDM's dataset_tool | ``{"labels": [[name, class], ..]}``, or a mapping |
 | ``metadata.jsonl``, ``metadata.csv`` in any folder | ``datasets``' imagefolder | a row per ``file_name`` |
 | ``KEY.json`` | img2dataset | caption and label of ``KEY.png`` |
 | ``KEY.cls`` | shards that were unpacked | its class |
 | ``KEY.txt``, ``KEY.caption``, ``KEY.png.txt`` | trainers of text to image | its caption |
 
-Fields are known by the names in `ROLES`. Captions of the last kind are read when the image is.
+A ``dataset.json``, ``metadata.jsonl`` or ``metadata.csv`` may also be in a folder above that of the split, up to the
+source. Fields are known by the names in `ROLES`. Captions of the last kind are read when the image is.
 """
 
 import csv
 import json
+import os
+import posixpath
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from lightning_tdisent.errors import InputError
@@ -45,17 +49,41 @@ class Beside:
     notes: list[str] = field(default_factory=list)
 
 
-def look_beside(root: Path, names: Mapping[str, int], images: list[str], labels: bool = True) -> Beside:
+@dataclass(frozen=True)
+class Table:
+    """A table of labels or captions: its file, and its name as seen from the root of the images.
+
+    Names in it are relative to its folder. ``folder`` is that folder below the root, or ``below`` the root below it.
+    """
+
+    file: Path
+    name: str
+    folder: str = ""
+    below: str = ""
+
+
+def is_table(name: str) -> bool:
+    """Return whether a file of this name may be a table of the images of a folder."""
+    return name == "dataset.json" or name.lower() in ("metadata.jsonl", "metadata.csv")
+
+
+def look_beside(
+    root: Path, names: Mapping[str, int], images: list[str], labels: bool = True, above: Iterable[Path] = ()
+) -> Beside:
     """Return labels, if they are wanted, and captions of the images among the names of files below a folder.
 
-    Raises `InputError` for a table that is damaged, and for labels of some images only.
+    above: tables that are not among the names, in the root or in folders above it. Raises `InputError` for a table that
+    is damaged or names no file that is there, and for labels of some images only.
     """
     out, known = Beside(wanted=labels), set(images)
-    tables = [n for n in names if n.rpartition("/")[2].lower() in ("metadata.jsonl", "metadata.csv")]
-    if "dataset.json" in names:
-        _dataset_json(root, known, out)
-    for name in sorted(tables):
-        _metadata(root, name, known, out)
+    own = ["dataset.json", *sorted(n for n in names if "metadata." in n.lower() and is_table(n.rpartition("/")[2]))]
+    tables = [Table(root / n, n, folder=n.rpartition("/")[0]) for n in own if n in names]
+    for file in above:
+        tables.append(Table(file, os.path.relpath(file, root), below=root.relative_to(file.parent).as_posix()))
+    for table in tables:
+        (_dataset_json if table.file.name == "dataset.json" else _metadata)(table, known, out)
+        if table.name not in names and table.name not in out.used:
+            out.notes.append(f"not read: {table.name}")
     _members(root, names, images, out)
     _caption_files(names, images, out)
     for name, label in out.labels.items():
@@ -75,28 +103,69 @@ def look_beside(root: Path, names: Mapping[str, int], images: list[str], labels:
     return out
 
 
-def _dataset_json(root: Path, known: set[str], out: Beside) -> None:
-    table = read_json(root / "dataset.json")
-    rows = table.get("labels", ()) if isinstance(table, dict) else ()
+def _dataset_json(table: Table, known: set[str], out: Beside) -> None:
+    content, file = read_json(table.file), table.file
+    rows = content.get("labels", ()) if isinstance(content, dict) else ()
+    if isinstance(rows, dict):
+        rows = [[name, value] for name, value in rows.items()]
     if rows == () or not isinstance(rows, list | None):
         return  # another dataset.json, which is named among the files that are not read
-    out.used.add("dataset.json")
+    out.used.add(table.name)
     if rows is None:
         out.no_classes = True
-        out.notes.append("classes: dataset.json says that there are none")
+        out.notes.append(f"classes: {table.name} says that there are none")
         return
-    strange = 0
     for row in rows:
         if not (isinstance(row, list) and len(row) == 2 and isinstance(row[0], str)):
-            raise InputError(f"{root / 'dataset.json'}: labels: {str(row)[:60]} is no pair of a name and a class")
-        name = row[0].replace("\\", "/")
-        strange += name not in known
-        _label(root / "dataset.json", "dataset.json", name, row[1], known, out)
-    others = sorted(set(table) - {"labels"})
-    out.notes += [f"not read of dataset.json: {some(others)}"] if others else []
-    out.notes += (
-        [f"dataset.json: {strange:,} of its {len(rows):,} labels are of files that are not here"] if strange else []
-    )
+            raise InputError(f"{file}: labels: {str(row)[:60]} is no pair of a name and a class")
+    image_of = _matched(table, [name for name, _ in rows], known, out, refuse=out.wanted)
+    for name, value in rows:
+        if name in image_of:
+            _label(file, table.name, image_of[name], value, known, out)
+    strange, others = sum(name not in image_of for name, _ in rows), sorted(set(content) - {"labels"})
+    out.notes += [f"not read of {table.name}: {some(others)}"] if others else []
+    if strange:
+        out.notes.append(f"{table.name}: {strange:,} of its {len(rows):,} labels are of files that are not here")
+
+
+def _matched(table: Table, given: list[str], known: set[str], out: Beside, refuse: bool) -> dict[str, str]:
+    """Return the images that a table names, by the names that it gives them.
+
+    A name that is none but for upper and lower case, or the form of Unicode, is taken if it can mean one image only; if
+    no name is one, so is the last part of a name. refuse: raise `InputError` where the table names no file at all.
+    """
+    paths = {name: posixpath.normpath(posixpath.join(table.folder, name.replace("\\", "/"))) for name in given}
+    there = {posixpath.normpath(posixpath.join(table.below, image)): image for image in known}
+    found = {name: there[path] for name, path in paths.items() if path in there}
+    for said, part in (("another case", False), ("the last parts of the names", True)):
+        if part and (found or table.below):
+            break
+        taken = set(found.values())
+        images = _once((_folded(path, part), image) for path, image in there.items() if image not in taken)
+        names = _once((_folded(path, part), name) for name, path in paths.items() if name not in found)
+        more = {names[key]: images[key] for key in names.keys() & images.keys()}
+        if more:
+            name = min(more)
+            out.notes.append(f"{table.name}: {len(more):,} images found by {said} ({name} is {more[name]})")
+        found |= more
+    if refuse and given and known and not found and not any((table.file.parent / path).exists() for path in given):
+        raise InputError(
+            f"{table.file}: none of the {len(paths):,} files that it names ({given[0]}, ..) is there; the images are "
+            f"{some(sorted(known), 2)}. Mend the names, or move the file away"
+        )
+    return found
+
+
+def _folded(path: str, part: bool) -> str:
+    """Return a path, or its last part, without the differences of upper and lower case and of Unicode's forms."""
+    return unicodedata.normalize("NFC", path.rpartition("/")[2] if part else path).casefold()
+
+
+def _once(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the values of the keys that come once."""
+    pairs = list(pairs)
+    count = Counter(key for key, _ in pairs)
+    return {key: value for key, value in pairs if count[key] == 1}
 
 
 def _label(file: Path, table: str, name: str, value: Any, known: set[str], out: Beside) -> None:
@@ -116,31 +185,35 @@ def _label(file: Path, table: str, name: str, value: Any, known: set[str], out: 
         out.tables.append(table)
 
 
-def _metadata(root: Path, name: str, known: set[str], out: Beside) -> None:
-    file, folder = root / name, PurePosixPath(name).parent
-    given, lost, other = 0, [], set[str]()
-    label = text = None
+def _metadata(table: Table, known: set[str], out: Beside) -> None:
+    file, name, rows = table.file, table.name, []
     for number, row in enumerate(_rows(file)):
         if "file_name" not in row:
             if number:
                 raise InputError(f"{file}: row {number + 1} has no file_name")
             out.notes.append(f"not read: {name} (it has no column file_name, but {some(map(str, row))})")
+            out.used.add(name)
             return
-        label, text = role_of(row, "label"), role_of(row, "text")
-        other |= {str(key) for key in row} - {"file_name", label, text}
-        image = str(folder / str(row["file_name"]).replace("\\", "/"))
-        if image not in known:
-            lost.append(image)
+        rows.append((str(row["file_name"]), row))
+    roles = [(role_of(row, "label"), role_of(row, "text")) for _, row in rows]
+    refuse = any((label and out.wanted) or text for label, text in roles)
+    image_of = _matched(table, [given for given, _ in rows], known, out, refuse)
+    for (given, row), (label, text) in zip(rows, roles, strict=True):
+        if given not in image_of:
             continue
-        given += 1
         if label:
-            _label(file, name, image, row[label], known, out)
+            _label(file, name, image_of[given], row[label], known, out)
         caption = _first(row[text]) if text else None
         if caption is not None:
-            out.texts.setdefault(image, caption)
+            out.texts.setdefault(image_of[given], caption)
     out.used.add(name)
+    lost = [given for given, _ in rows if given not in image_of]
+    label, text = roles[-1] if roles else (None, None)
     read = [f"{role} from {column}" for role, column in (("classes", label), ("captions", text)) if column]
-    out.notes.append(f"{name}: {given:,} rows, {' and '.join(read) or 'no column for a class or a caption'}")
+    what = " and ".join(read) or "no column for a class or a caption"
+    out.notes.append(f"{name}: {len(rows) - len(lost):,} rows, {what}")
+    used = {"file_name", *(column for columns in roles for column in columns)}
+    other = {str(key) for _, row in rows for key in row if key not in used}
     out.notes += [f"not read of {name}: {some(sorted(other), 12)}"] if other else []
     out.notes += [f"{name}: {len(lost):,} rows of files that are not here ({lost[0]})"] if lost else []
 

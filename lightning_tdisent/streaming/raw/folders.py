@@ -14,7 +14,7 @@ import numpy as np
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming import splits
 from lightning_tdisent.streaming.decode import IMAGES, canonical
-from lightning_tdisent.streaming.raw.beside import look_beside
+from lightning_tdisent.streaming.raw.beside import is_table, look_beside
 from lightning_tdisent.streaming.raw.source import Ask, Item, hashed, is_hidden, names_in, some, subfolders, unread
 
 _ENDINGS = tuple(f".{extension}" for extension in IMAGES)
@@ -135,7 +135,7 @@ def _roots(path: Path, ask: Ask) -> tuple[list[Root], list[str]]:
             raise InputError(f"{path} has no folder {ask.split!r}, but has {some(named)}. Name one of these")
         if len(mine) > 1:
             raise InputError(f"{path} has several folders of {ask.split}: {some(mine)}. Name one of them as the split")
-        left = [n for n in names_in(path, ask) if n not in named]
+        left = [n for n in names_in(path, ask) if n not in named and not is_table(n)]
         return [("", path / mine[0])], _seen(ask, mine, named, left)
     if inner and not any(map(_is_image, names_in(path, ask))):
         if len(inner) > 1:
@@ -217,7 +217,12 @@ def _by_folder(kind: str, path: Path, roots: list[Root], train: list[Root], ask:
         prefix = "" if folder == base else f"{folder.relative_to(base).as_posix()}/"
         sizes |= sorted(_walk(folder, bound, ask, prefix))  # whatever order the file system lists them in
     images, seen = _of_split([n for n in sizes if _is_image(n)], ask, base)
-    beside = look_beside(base, sizes, images, ask.labels == "auto")
+    places = [*([base] if roots[0][0] else []), *list(base.parents)[: len(base.relative_to(path).parts)]]
+    above = [place / n for place in reversed(places) for n in names_in(place, ask) if is_table(n)]
+    above = [file for file in above if file.is_file()]
+    for file in above:
+        _refuse_link(file, bound)
+    beside = look_beside(base, sizes, images, ask.labels == "auto", above)
     if beside.labels:
         labels, classes, line = _by_table(beside.labels, images, path, train, ask)
         line = f"classes: labels of {some(beside.tables)}{line}"
