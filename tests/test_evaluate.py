@@ -80,6 +80,16 @@ def test_metrics_and_reference_can_be_chosen(model, tmp_path, capsys):
     assert "peak memory" in said
 
 
+def test_classes_of_a_model_that_no_held_out_image_has_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TDISENT_CACHE", str(tmp_path / "cache"))
+    network = UNet([1, 8, 8], [8, 16], 1, mid_attention=False, groups=4, classes=11)
+    module = ReducedStates(network, LatentStates(S=2))
+    save_expert(tmp_path / "model.safetensors", module.denoiser, module.card("live"))
+    assert main(words(tmp_path / "model.safetensors", out=tmp_path / "out")) == 0
+    said = capsys.readouterr().err
+    assert "is 11, but the 297 held-out images have none of the classes 10; samples of all classes in turn, as" in said
+
+
 def test_a_model_that_cannot_be_measured_is_named_at_the_end(model, tmp_path, capsys):
     broken = tmp_path / "broken"
     module = ReducedStates(UNet([1, 8, 8], [8, 16], 1, mid_attention=False, groups=4), LatentStates(S=4))

@@ -20,7 +20,10 @@ from lightning_tdisent.lit.checkpoints import refuse_to_load
 from lightning_tdisent.lit.shared import Shared
 from lightning_tdisent.streaming.decode import Decoder
 from lightning_tdisent.streaming.orders import Shuffled, Streamed
-from lightning_tdisent.streaming.shards import ImageSet, Policy, Sample, Shards, refuse_shared
+from lightning_tdisent.streaming.shards import ImageSet, Policy, Sample, Shards, note_classes, refuse_shared
+from lightning_tdisent.streaming.tars import is_remote
+
+MAX_LOOKED_AT = 100_000  # samples of a set that is not kept in memory whose classes are read before a training
 
 
 class ResumableLoader:
@@ -273,6 +276,10 @@ class ImageShards(L.LightningDataModule):
         if stage == "fit" and decoder != self.shards.decoder:
             self.shards.decoder = decoder
             vars(self).pop("training", None)  # decoded for another network
+        local = not is_remote(self.path) and (self.resident or len(self.shards) <= MAX_LOOKED_AT)
+        if stage == "fit" and decoder.classes is not None and local:
+            what = f"the {len(self.shards):,} training images of {self.path}"
+            note_classes("model.network.classes", self.shards.classes(), what, decoder.classes)
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of this rank."""

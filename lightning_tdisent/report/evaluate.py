@@ -48,7 +48,7 @@ from lightning_tdisent.sampling.observations import Observations
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import Sampler, probe_rows
 from lightning_tdisent.sampling.start import Started, load_started, prior_file
-from lightning_tdisent.streaming.shards import ImageSet
+from lightning_tdisent.streaming.shards import ImageSet, note_classes
 
 REAL = "real images, held out"  # end of the name of the last row
 
@@ -108,7 +108,7 @@ def evaluate(
             if model[0].shape != shape:
                 raise InputError(f"{contender.source} makes images {model[0].shape}, the real ones are {shape}")
             contender.sampler.check(model[0].states)  # before any work
-            _check_labels(model[0], held_out)
+            _check_labels(contender.name, model[0], held_out)
             if isinstance(model[0], Started):
                 model[0].check_label(None)  # refuses a prior of one class, before any work
             if bits:
@@ -336,9 +336,13 @@ def _peak(device: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _check_labels(model: Denoises, held_out: ImageSet) -> None:
+def _check_labels(name: str, model: Denoises, held_out: ImageSet) -> None:
+    """Refuse labels that a model does not know; print which of its classes a large set of images lacks."""
     if model.classes and not 0 <= int(held_out.labels.min()) <= int(held_out.labels.max()) < model.classes:
         raise InputError(f"the model has {model.classes} classes; the held-out images have other labels, or none")
+    if model.classes and len(held_out) >= 10 * model.classes:  # fewer may lack some by chance
+        where = f"the {len(held_out):,} held-out images"
+        note_classes(f"network.classes of {name}", held_out.labels, where, model.classes)
 
 
 def repr_sampler(sampler: Sampler) -> str:

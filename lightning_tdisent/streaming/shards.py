@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.ranks import place
 from lightning_tdisent.streaming.decode import BadSample, Decoder, Members, parse_class
 from lightning_tdisent.streaming.index import Index, path_of
 from lightning_tdisent.streaming.npz import is_npz, read_npz
@@ -283,7 +284,7 @@ class Shards:
         images, captions = torch.empty(0), list[str]()
         labels, numbers = torch.empty(wanted, dtype=torch.int64), torch.empty(wanted, dtype=torch.int64)
         first: Sample = {}
-        for sample in itertools.islice((s for place in self if (s := self.use(*place))), wanted):
+        for sample in itertools.islice((s for at in self if (s := self.use(*at))), wanted):
             image = sample["latent"] if "latent" in sample else sample["image"]
             if not captions:
                 first = sample
@@ -371,6 +372,21 @@ def refuse_shared(held_out: Shards, training: Shards, what: str, remedy: str) ->
         raise InputError(f"{said} samples of {training.where}, so that nothing would be held out. {remedy}")
     if shared:
         print(f"note: {said} samples of {training.where}", file=sys.stderr)
+
+
+def note_classes(what: str, labels: Tensor, where: str, classes: int) -> None:
+    """Print, on the first rank, which of the classes of a network no image has; nothing if there are none.
+
+    what: the key or the model whose ``classes`` these are, and where: the images, for the message.
+    """
+    lacking = sorted(set(range(classes)).difference(labels.unique().tolist()))
+    if lacking and int(labels.min()) >= 0 and place()[0] == 0:
+        some = ", ".join(map(str, lacking[:5])) + (f", .. ({len(lacking):,} in all)" if len(lacking) > 5 else "")
+        print(
+            f"note: {what} is {classes}, but {where} have none of the classes {some}; samples of all classes in "
+            "turn, as sample and evaluate draw them, are of these, too",
+            file=sys.stderr,
+        )
 
 
 class _Name:

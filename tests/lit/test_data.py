@@ -223,6 +223,15 @@ def test_classes_that_the_network_does_not_know_are_refused(digits, tmp_path, ti
         fit(folder, module, 15, *callbacks, resident=resident)
 
 
+@pytest.mark.parametrize("resident", [True, False])
+def test_classes_that_no_training_image_has_are_named(digits, tmp_path, tiny, resident, capsys):
+    folder = indexed(digits, tmp_path)
+    for classes in (10, 12):
+        fit(folder, ReducedStates(tiny(classes=classes), LatentStates(S=4)), 15, resident=resident)
+        said = f"note: model.network.classes is {classes}, but the 1,500 training images of {folder} have none of"
+        assert (f"{said} the classes 10, 11;" in capsys.readouterr().err) == (classes == 12)
+
+
 def test_a_second_network_that_knows_fewer_classes_refuses_what_the_first_one_took(digits, tmp_path, tiny):
     data = ImageShards(str(indexed(digits, tmp_path)), channels=1, batch_size=100)
     run = {"logger": False, "limit_val_batches": 0, "enable_checkpointing": False, "enable_progress_bar": False}
