@@ -13,36 +13,50 @@ import yaml
 
 from lightning_tdisent.errors import Halted, InputError
 
-_VARIABLE = re.compile(r"(?<![^/])\$([A-Za-z_]\w*)")  # $NAME where a part of a path begins; ${..} is OmegaConf's
-_PREFIX = re.compile(r"(?:-{1,2}[\w.-]+=)?(?:[\w.*-]+=)?(?:shared:)?")  # of a word such as --set data.path=~/d
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")  # $NAME and ${NAME}
+_PREFIX = re.compile(r"(?:-{1,2}[\w.-]+=)?([\w.*-]+=)?(?:shared:)?")  # of a word such as --set data.path=~/d
 PROSE = ("title", "notes")  # keys of YAML files whose text is no path
 PATHS = ("path", "run", "warm_start", "index", "mask", "source", "weights", "file", "folder")  # keys that name files
 
 
-def expand(text: str, where: str = "") -> str:
-    """Return a path with its leading ``~`` and each ``$NAME`` replaced; raise InputError if one of them has no value.
+def expand(text: str, where: str = "", braces: bool = True) -> str:
+    """Return a path with its leading ``~`` and each ``$NAME`` and ``${NAME}`` replaced.
 
-    A URL ``file://PATH`` is the path itself. Any other text is returned as it is, and so is the name of something that
-    exists. where: the option or the file and key, for the message.
+    Raises InputError if one of them has no value. The name of something that exists is returned as it is, and so is
+    the part of a path that exists. A URL ``file://PATH`` is the path itself. where: the option or the file and key, for
+    the message. braces: whether ``${NAME}`` is a variable, and not left to OmegaConf.
     """
     text = text.removeprefix("file://")
     if not (text.startswith("~") or _VARIABLE.search(text)) or os.path.lexists(text):
         return text
-    place = f"{where}: " if where else ""
-    missing = [name for name in _VARIABLE.findall(text) if name not in os.environ]
-    if missing:
-        raise InputError(f"{place}{text}: the environment variable {missing[0]} is not set")
-    found = os.path.expanduser(_VARIABLE.sub(lambda m: os.environ[m[1]], text))
+    place, there = f"{where}: " if where else "", "" if text.startswith("~") else text
+    while there and not os.path.lexists(there):
+        there = there.rpartition("/")[0]
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if match[2] and not braces:
+            return match[0]
+        if name not in os.environ:
+            raise InputError(f"{place}{text}: the environment variable {name} is not set")
+        return os.environ[name]
+
+    found = there + _VARIABLE.sub(value, text[len(there) :])
+    found = found if there else os.path.expanduser(found)
     if found.startswith(("~/", "~\\")) or found == "~" or (found.startswith("~") and "/" in found):
         raise InputError(f"{place}{text}: there is no home folder {found.partition('/')[0]}")
     return found
 
 
-def expand_word(word: str) -> str:
-    """Expand the path in a word of a command line, which may follow ``--option=``, ``key=`` or both."""
+def expand_word(word: str, braces: bool = True) -> str:
+    """Expand the path in a word of a command line, which may follow ``--option=``, ``key=`` or both.
+
+    The ``${..}`` of ``key=`` is OmegaConf's, and so are all unless ``braces``.
+    """
     match = _PREFIX.match(word)
-    prefix = match[0] if match else ""
-    return prefix + expand(word[len(prefix) :], prefix.rstrip("=").rpartition("=")[2] or "")
+    prefix, key = (match[0], match[1]) if match else ("", None)
+    where = prefix.rstrip("=").rpartition("=")[2] or ""
+    return prefix + expand(word[len(prefix) :], where, braces and not key)
 
 
 def expand_all(data: Any, where: str = "", key: str = "") -> Any:

@@ -48,13 +48,31 @@ def test_home_and_variables_are_expanded_in_words(home):
         "--set=data.path=~/y": f"--set=data.path={home}/y", "*.data.path=$SCRATCH": f"*.data.path={up}/scratch",
         "$SCRATCH/v": f"{up}/scratch/v", "/a/$SCRATCH": f"/a/{up}/scratch", "shared:~/y": f"shared:{home}/y",
         "file:///a/b": "/a/b", "--out=file:///a": "--out=/a", "path=file://~/y": f"path={home}/y",
+        "zz_$SCRATCH": f"zz_{up}/scratch", "zz_${SCRATCH}_b/x": f"zz_{up}/scratch_b/x", "--out=a/${SCRATCH}":
+        f"--out=a/{up}/scratch", "n=${SCRATCH}": "n=${SCRATCH}", "--set=n=${NOWHERE}": "--set=n=${NOWHERE}",
     }  # fmt: skip
     assert {word: expand_word(word) for word in known} == known
-    for same in ("a$b", "${data.path}", "a~b", "US$ 5", "", "-n", "memory://~/x", "x.y=1", "~approximately"):
+    for same in (
+        "a$ b",
+        "a$",
+        "$5",
+        "${data.path}",
+        "a~b",
+        "US$ 5",
+        "",
+        "-n",
+        "memory://~/x",
+        "x.y=1",
+        "~approximately",
+    ):
         assert expand_word(same) == same
     Path("~").mkdir()  # what exists by that very name is meant
     assert expand("~") == "~"
-    for bad, said in (("$NOWHERE/x", "NOWHERE is not set"), ("~nobody-of-this-name/x", "no home folder")):
+    Path("o_$NOWHERE").mkdir()  # also of a part
+    assert expand("o_$NOWHERE/x/$SCRATCH") == f"o_$NOWHERE/x/{up}/scratch"
+    assert expand_word("--run=a_${NOWHERE}", braces=False) == "--run=a_${NOWHERE}"  # of OmegaConf, which reads it next
+    unset = ("$NOWHERE/x", "zz_$NOWHERE", "a/zz_${NOWHERE}/x", "s3://a/b$NOWHERE")
+    for bad, said in (*((text, "NOWHERE is not set") for text in unset), ("~nobody-of-this-name/x", "no home folder")):
         with pytest.raises(InputError, match=said):
             expand(bad)
 
@@ -94,6 +112,10 @@ def test_a_run_below_the_home_folder_is_one_run(home, capsys):
     assert "all 4 steps are done" in capsys.readouterr().out
     assert (home / "y" / "model.safetensors").read_bytes() == before
     assert run("fit", *TINY, 4, "--run=$NOWHERE/y") == 2
+    assert run("fit", *TINY, 4, "--run=zz_$NOWHERE") == 2
+    assert run("fit", *TINY, 4, "--run=zz_${NOWHERE}/y") == 2
+    assert run("data", "toy", "zz_${NOWHERE}/y") == 2
+    assert not list(Path().glob("zz*"))
     assert run("sample", home / "y", "--out=~/images", "--seeds", "0:1") == 0
     assert (home / "images" / "000000.png").exists()
 

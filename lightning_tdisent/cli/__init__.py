@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        argv = [expand_word(word) for word in argv]
+        argv = [expand_word(word, braces=argv[0] not in LIGHTNING) for word in argv]
         if argv and argv[0] in LIGHTNING:
             from lightning_tdisent.lit.entry import run
 
