@@ -3,8 +3,8 @@
 python data/digits.py [FOLDER]   writes train-0000.tar (1,500 scans) and test-0000.tar (297), always the same bytes.
 """
 
+import argparse
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,4 +29,6 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "digits")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent / "digits")
+    write(parser.parse_args().folder)

@@ -1,6 +1,9 @@
 import json
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -395,6 +398,18 @@ def test_workers_import_what_their_parent_was_told_to(tmp_path, capsys, monkeypa
         fits([["fit"]], [lambda *_: None])
     assert main(["data", "inspect", "nowhere", "--import", "json"]) == 2
     assert "TDISENT_IMPORT" not in os.environ  # set while the command runs
+
+
+def test_the_script_of_the_digits_takes_a_folder_and_no_option(tmp_path):
+    for words, code in ((["--help"], 0), (["--out"], 2)):
+        done = subprocess.run(
+            [sys.executable, str(Path("data/digits.py").resolve()), *words],
+            cwd=tmp_path,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == code
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("seeds", ["-3:5", "-5:-3", f"0:{2**32 + 1}"])

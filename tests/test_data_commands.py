@@ -246,6 +246,17 @@ def test_prepare_below_its_source_runs_twice(where, tmp_path, capsys):
     assert "is the source itself. Name another folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--range", "-1,1"], ["--range=-1,1"], ["--range", "-.5,1"]])
+def test_a_range_may_begin_below_zero(words, tmp_path, capsys):
+    (tmp_path / "raw").mkdir()
+    low = float(words[-1].rpartition("=")[2].partition(",")[0])
+    values = np.linspace(low, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "raw" / "0.tif")
+    assert main(["data", "prepare", str(tmp_path / "raw"), str(tmp_path / "out"), "--jobs", "1", *words]) == 0
+    images = load(tmp_path / "out", "train", 1).images
+    assert (images.flatten().numpy() == np.rint((values.flatten().astype(np.float64) - low) / (1 - low) * 255)).all()
+
+
 def test_a_range_of_floats_is_asked_for_and_told(tmp_path, capsys):
     (tmp_path / "raw").mkdir()
     for k in range(3):

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -28,9 +27,9 @@ def add_commands(commands: Commands) -> None:
     s.add_argument(
         "--out", type=Path, required=True, help="folder for SEED.png, the grid beside it; must not hold images yet"
     )
-    s._negative_number_matcher = re.compile(r"-\d")  # so that -3:5 is a value of --seeds, which says what is wrong
     s.add_argument("--seeds", default="0:64", help="FIRST:END (default 0:64)")
-    s.add_argument("--label", type=int, help="class, for a class-conditional model")
+    s.add_argument("--label", type=int, help="class of all images, for a class-conditional model "
+                   "(default: all classes in turn, seed modulo their number)")  # fmt: skip
     s.add_argument("--observe", type=Path, help="of a conditional model: an image, a folder of images, shards whose "
                    "test images are observed, or the observations.safetensors of an earlier command")  # fmt: skip
     s.add_argument("--items", help="which of these, FIRST:END, in turn (default: of shards the numbers of the seeds, "
@@ -39,7 +38,8 @@ def add_commands(commands: Commands) -> None:
                    "pixels are known, black ones drawn")  # fmt: skip
     s.add_argument("--put-back", action="store_true", help="of an inpainting model: put the known pixels back at every "
                    "step, so that they are exact in the end")  # fmt: skip
-    s.add_argument("--guidance", type=float, help="scale of classifier-free guidance; needs --label")
+    s.add_argument("--guidance", type=float, help="scale of classifier-free guidance, towards --label, or "
+                   "without one towards each image's class")  # fmt: skip
     _sampler_options(s)
 
     c = command(commands, "compose", _compose, "make one composite folder from the weights of experts")
@@ -139,7 +139,8 @@ def add_commands(commands: Commands) -> None:
 
 
 def _sampler_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--sampler", choices=("ddim", "ancestral", "dpm"), default="ddim")
+    command.add_argument("--sampler", choices=("ddim", "ancestral", "dpm"), default="ddim",
+                         help="ddim (default; that of a run's config is not used), ancestral or dpm")  # fmt: skip
     command.add_argument("--eta", type=float, default=0.0, help="of ddim: 0 deterministic .. 1 ancestral")
     command.add_argument("--steps", type=int, help="network evaluations (default: every row of the model's table)")
     command.add_argument("--batch-size", type=int, default=250)
@@ -159,6 +160,12 @@ def _sampler(a: argparse.Namespace) -> "Sampler":
     if a.sampler == "ddim":
         return DDIM(a.eta, a.steps)
     return {"ancestral": Ancestral, "dpm": DPMSolver}[a.sampler](a.steps)
+
+
+def _sampled_by(a: argparse.Namespace) -> str:
+    """Return a line on the sampler, which is that of the options and not that of a run's config."""
+    eta, steps = f", eta {a.eta:g}" if a.sampler == "ddim" else "", f"{a.steps} steps" if a.steps else "every row"
+    return f"sampler: {a.sampler}{eta}, {steps} (by --sampler, --eta, --steps, whatever the config of a run says)"
 
 
 def _sample(a: argparse.Namespace) -> None:
@@ -190,6 +197,7 @@ def _sample(a: argparse.Namespace) -> None:
     if a.label is not None and (model.classes is None or not 0 <= a.label < model.classes):
         raise InputError(f"--label {a.label}: the model has {model.classes or 'no'} classes")
     label = None if a.label is None else torch.full((len(seeds),), a.label, device=a.device)
+    print(_sampled_by(a))
     seen = _observations(a, model, seeds)
     given = None if seen is None else seen.y
     known = seen.kernel.expand(len(seen), -1, -1, -1) if seen is not None and a.put_back else None
@@ -404,6 +412,8 @@ def _evaluate(a: argparse.Namespace) -> None:
             str(a.out), "Evaluation", contenders, a.data, protocol, a.weights, a.split, device=device, **options
         )
         study.check()
+        if int(os.environ.get("RANK", 0)) == 0 and any(contender["sampler"] for contender in contenders):
+            print(_sampled_by(a))
         _finish(study)
 
 

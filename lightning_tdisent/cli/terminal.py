@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ def command(commands: Commands, name: str, run: Run, text: str) -> argparse.Argu
     """A new command, with the option that all have which may read names of classes."""
     out = commands.add_parser(name, help=text, description=text)
     out.set_defaults(run=run)
+    out._negative_number_matcher = re.compile(r"-[\d.]")  # so that -3:5 and -1,1 are values, and no options
     out.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE",
                      help="import your module first, so that files may name its classes")  # fmt: skip
     return out

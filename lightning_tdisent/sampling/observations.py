@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -18,7 +19,7 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.sampling.sampler import from_uint8
-from lightning_tdisent.streaming.decode import IMAGES, decode_image
+from lightning_tdisent.streaming.decode import IMAGES, decode_image, open_image
 from lightning_tdisent.streaming.shards import load
 
 FILE = "observations.safetensors"
@@ -229,6 +230,14 @@ def _mask(file: Path, shape: Sequence[int]) -> Tensor:
     """Return a mask (1, H, W), 1 where an image file is white, 0 where it is black; refuses anything else."""
     if not file.is_file():
         raise InputError(f"--mask {file}: no such file")
+    image = open_image(file.read_bytes(), file)
+    if image.has_transparency_data:
+        *colours, opacity = np.moveaxis(np.asarray(image.convert("RGBA")), 2, 0)
+        if len(np.unique(opacity)) > 1 and all(len(np.unique(colour)) == 1 for colour in colours):
+            raise InputError(
+                f"--mask {file}: all pixels have one colour, and only their opacity differs ({opacity.min()} to "
+                f"{opacity.max()}), which does not say what is known. Save it as black and white without transparency"
+            )
     grey = _picture(file, [1, *shape[1:]])
     if other := int(((grey != 0) & (grey != 255)).sum()):
         raise InputError(

@@ -212,6 +212,9 @@ def test_what_cannot_be_observed_is_refused_in_one_line(tmp_path, conditional, u
     image, mask = picture(tmp_path / "a.png", torch.zeros(8, 8)), picture(tmp_path / "m.png", torch.eye(8) * 255)
     large, grey = picture(tmp_path / "l.png", torch.zeros(9, 8)), picture(tmp_path / "g.png", torch.eye(8) * 200)
     white, black = picture(tmp_path / "w.png", torch.full((8, 8), 255)), picture(tmp_path / "b.png", torch.zeros(8, 8))
+    holes = np.zeros((8, 8, 4), np.uint8)
+    holes[:4, :, 3] = 255
+    Image.fromarray(holes).save(alpha := tmp_path / "alpha.png")
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     picture(mixed / "a.png", torch.zeros(8, 8))
@@ -222,6 +225,7 @@ def test_what_cannot_be_observed_is_refused_in_one_line(tmp_path, conditional, u
         (hole, ["--observe", image, "--mask", grey], "8 of 64 pixels are neither black .0. nor white"),
         (hole, ["--observe", image, "--mask", white], "all of it is white, nothing is left to draw"),
         (hole, ["--observe", image, "--mask", black], "all of it is black"),
+        (hole, ["--observe", image, "--mask", alpha], "alpha.png: all pixels have one colour, and only their opacity"),
         (hole, ["--observe", image, "--mask", large], "l.png: an image of 8 x 9 pixels"),
         (hole, ["--observe", image, "--mask", tmp_path / "none.png"], "none.png: no such file"),
         (hole, ["--observe", image, "--items", "0:2"], "item 1 is not among the 1 of"),

@@ -17,6 +17,7 @@ from PIL import Image
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming.decode import IMAGES, Decoder, image_type
+from lightning_tdisent.streaming.prepare import Options, prepare
 from lightning_tdisent.streaming.raw import find_source
 
 # Folders
@@ -87,6 +88,22 @@ def test_links_are_followed_inside_the_folder_alone(tmp_path):
     (root / "ant" / "loop").symlink_to(root / "ant")
     with pytest.raises(InputError, match="link to a folder above itself"):
         find_source(root, "train")
+
+
+@pytest.mark.parametrize("target", ["gone.png", "b.png"])
+def test_a_link_to_nothing_is_a_bad_sample(target, tmp_path):
+    root = tmp_path / "set"
+    for k in range(3):
+        put(root / f"{k}.png", image(k))
+    (root / "b.png").symlink_to(target)
+    for links in (False, True):
+        source = find_source(root, "train", links=links)
+        assert source[3].bad == f"is a link to {target}, which is not there"
+        made = prepare(source, "train", tmp_path / f"out{links}", Options(bad=0.3), jobs=0)
+        assert made.samples == 3
+        assert [(s.name, s.reason) for s in made.skipped] == [("b.png", source[3].bad)]
+        with pytest.raises(InputError, match=r"are bad, and bad=0 allows 0 of 4"):
+            prepare(source, "train", tmp_path / "none", Options(bad=0), jobs=0)
 
 
 def test_the_fingerprint_sees_names_sizes_and_classes_but_not_the_place(tmp_path):

@@ -94,6 +94,8 @@ class Convert:
         return out
 
     def _made(self, number: int, name: str, item: Item) -> Made:
+        if item.bad:
+            raise BadSample(f"{name} {item.bad}")
         rest = {extension: content for extension, content in item.members.items() if extension not in IMAGES}
         try:
             content = item.members[picked(item.members)]

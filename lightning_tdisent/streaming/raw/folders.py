@@ -15,7 +15,17 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming import splits
 from lightning_tdisent.streaming.decode import IMAGES, canonical
 from lightning_tdisent.streaming.raw.beside import is_table, look_beside
-from lightning_tdisent.streaming.raw.source import Ask, Item, hashed, is_hidden, names_in, some, subfolders, unread
+from lightning_tdisent.streaming.raw.source import (
+    Ask,
+    Item,
+    hashed,
+    is_folder,
+    is_hidden,
+    names_in,
+    some,
+    subfolders,
+    unread,
+)
 
 _ENDINGS = tuple(f".{extension}" for extension in IMAGES)
 _SOLUTION = "LOC_val_solution.csv"
@@ -48,6 +58,8 @@ class Files:
     def __getitem__(self, i: int) -> Item:
         name, label, caption = os.fsdecode(self.names[i]), self.labels[i], ""
         file = self.root / name
+        if file.is_symlink() and not file.exists():
+            return Item(name, {}, bad=f"is a link to {os.readlink(file)}, which is not there")
         try:
             members = {canonical(file.suffix[1:].lower()): file.read_bytes()}
             if label >= 0:
@@ -82,14 +94,15 @@ def _walk(
     for entry in entries:
         if entry.is_symlink():
             _refuse_link(Path(entry.path), bound)
-        if not entry.is_dir():
-            yield prefix + entry.name, entry.stat().st_size
+        if not is_folder(entry):
+            there = not entry.is_symlink() or os.path.exists(entry.path)  # else it is a bad sample
+            yield prefix + entry.name, entry.stat(follow_symlinks=there).st_size
         elif not ask.skips(Path(entry.path)):
             yield from _walk(Path(entry.path), bound, ask, f"{prefix}{entry.name}/", (*above, real))
 
 
 def _refuse_link(path: Path, bound: Path | None) -> None:
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     if bound is not None and not target.is_relative_to(bound):
         raise InputError(f"{path} is a link that leaves {bound}, to {target}. Say --follow-links to read it")
 

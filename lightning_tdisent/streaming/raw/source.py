@@ -61,12 +61,14 @@ class Ask:
 class Item:
     """One raw sample: where it came from, and its files by extension (``jpg``, ``cls``, ``txt``, ..), undecoded.
 
-    ``caption`` is the name of the file that holds the caption, for messages.
+    ``caption`` is the name of the file that holds the caption, for messages; ``bad`` says why nothing can be
+    decoded.
     """
 
     name: str
     members: dict[str, bytes]
     caption: str = ""
+    bad: str = ""
 
 
 class Source(Protocol):
@@ -133,7 +135,7 @@ def is_hidden(name: str) -> bool:
 
 def subfolders(folder: Path, ask: Ask) -> list[str]:
     """Return the sorted names of the folders in a folder, without hidden ones and the one to skip."""
-    return [e.name for e in _entries(folder, ask) if _is_folder(e)]
+    return [e.name for e in _entries(folder, ask) if is_folder(e)]
 
 
 def _entries(folder: Path, ask: Ask | None) -> list[os.DirEntry[str]]:
@@ -142,10 +144,10 @@ def _entries(folder: Path, ask: Ask | None) -> list[os.DirEntry[str]]:
         entries = sorted((e for e in found if not is_hidden(e.name)), key=lambda e: e.name)
     if ask is None or ask.skip is None:
         return entries
-    return [e for e in entries if not (_is_folder(e) and ask.skips(Path(e.path)))]
+    return [e for e in entries if not (is_folder(e) and ask.skips(Path(e.path)))]
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
     """Return whether an entry is a folder or a link to one; a link that cannot be followed is none."""
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and Path(entry.path).is_dir())
 
