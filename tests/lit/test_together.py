@@ -401,10 +401,10 @@ class Plain(Network):
 
 
 class Mixing(Plain):
-    """Its samples see each other."""
+    """Its samples see each other while it trains, as those of a batch norm do."""
 
     def forward(self, x, index=None, label=None):
-        return super().forward(x - x.mean(0, keepdim=True))
+        return super().forward(x - x.mean(0, keepdim=True) if self.training else x)
 
 
 PLAIN, MIXING = {"net": f"{__name__}.Plain"}, {"net": f"{__name__}.Mixing"}
