@@ -92,7 +92,7 @@ def test_a_machine_whose_steps_are_of_another_size_is_refused(planned):
     ("edit", "message"),
     [
         ({"images": 15, "parts": 2}, "expert_001: 15 images are less than 2 batches of 8, and train nothing"),
-        ({"images": 0}, "images: 0"),
+        ({"images": 0}, "images: expected a whole number from 1 on, got 0"),
         ({"images": 7}, "7 images are less than one batch of 8"),
         ({"parts": 0}, r"parts: 0 \(batches of a step, at least 1\)"),
     ],

@@ -99,8 +99,9 @@ def test_it_evaluates_few_times_and_is_quick(make, fit, monkeypatch):
     monkeypatch.setattr(modules, "preflight", timed)
     monkeypatch.setattr(UNet, "forward", count)
     fit(module, 1, limit_val_batches=0)
-    # the network and its copy, a training step, four rows of a validation, four steps of a sample
-    assert counts[: counts.index(32)] == [2, 2, 2, *[2] * 4, *[2] * 4]
+    # the network and its copy, it from another random state and for one image; a training step, four rows of a
+    # validation, four steps of a sample
+    assert counts[: counts.index(32)] == [2, 2, 2, 1, 2, *[2] * 4, *[2] * 4]
     assert seconds[0] < 2
 
 
