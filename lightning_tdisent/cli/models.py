@@ -463,9 +463,9 @@ def _report(a: argparse.Namespace) -> None:
         return
     rows = write_page(studies, a.out)
     for line, alike in tables(rows):
-        wide_console().print(show(line, table(alike)), highlight=False)
+        wide_console(1000).print(show(line, table(alike)), highlight=False)
     if len(cost := costs(rows)) > 1:
-        wide_console().print(show("what it cost", cost), highlight=False)
+        wide_console(1000).print(show("what it cost", cost), highlight=False)
     for line in notes_of({str(study.folder): study.rows for study in studies}, rows):
         print(f"note: {line}")
     print(f"report: {a.out}")
@@ -534,7 +534,7 @@ def _finish(study: "Study") -> None:
     study.evaluate()
     if place()[0]:
         return
-    console = wide_console()
+    console = wide_console(1000)
     for part in study.lines():
         console.print(part, highlight=False)
     print(f"numbers: {study.folder / 'results.json'}\nreport: {study.write_report()}")

@@ -61,13 +61,12 @@ def use_device(name: str) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 
-def wide_console() -> "Console":
-    """Return the terminal, or, where there is none, what is as wide as COLUMNS says, else 200 or more."""
+def wide_console(least: int = 200) -> "Console":
+    """Return the terminal, or, where there is none, what is at least so wide, whatever COLUMNS says: nothing is cut."""
     from rich.console import Console
 
     console = Console()
-    said = os.environ.get("COLUMNS", "").isdigit()
-    return console if console.is_terminal or said else Console(width=max(console.width, 200))
+    return console if console.is_terminal else Console(width=max(console.width, least))
 
 
 def refuse_no_page(path: Path | None, option: str) -> None:

@@ -329,8 +329,7 @@ def test_images_are_not_lowered_below_what_was_seen(planned, capsys):
     FleetWork(Fleet.load(fleet.root), describe).refuse_fewer(["expert_001"])
 
 
-def test_a_plan_of_an_adaptive_budget_says_what_is_its_first_round(configs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_a_plan_of_an_adaptive_budget_says_what_is_its_first_round(configs, tmp_path, capsys):
     (configs / "fleet.yaml").write_text(
         "configs: [expert.yaml]\nset: {model.decay: constant, trainer.val_check_interval: 2}\n"
         "budget: {images: 512, rule: adaptive}\n"
