@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from lightning_tdisent.errors import Halted, InputError
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")  # $NAME and ${NAME}
@@ -91,6 +89,8 @@ def absolute_paths(data: Any, key: str = "") -> Any:
 
 def repeated_keys(text: str | bytes) -> list[str]:
     """Return the keys that a mapping of YAML has twice, as ``line N: KEY``: a parser takes the last in silence."""
+    import yaml  # not for the help
+
     out, seen = list[tuple[int, str]](), set[int]()
     nodes: list[Any] = [yaml.compose(text)]
     while nodes:
