@@ -28,7 +28,7 @@ $(BIN)/.lint: setup.cfg .ci/constraints.txt | $(BIN)/python
 data/digits/train-0000.tar: data/digits.py
 	$(BIN)/python data/digits.py
 
-# train, compose, sample, evaluate and report on real digit scans; under 4 minutes on 2 cores
+# train, compose, sample, evaluate and report on real digit scans; 5:31 minutes when last measured on 2 cores
 quickstart: $(BIN)/.run
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar
 	$(BIN)/python -m lightning_tdisent study experiments/digits/quickstart.yaml
