@@ -1,4 +1,4 @@
-"""How numbers were obtained: what is kept with them when they are measured, and what a page says of it."""
+"""Keep with each number how it was obtained, and say it on a page."""
 
 import html
 import json

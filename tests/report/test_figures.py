@@ -1,4 +1,4 @@
-"""What a figure shows: every model, under its own name, against the right one."""
+"""Figures show every model, under its own name, against the right one."""
 
 import pytest
 
