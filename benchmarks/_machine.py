@@ -1,5 +1,6 @@
 """What every benchmark prints beside its figures."""
 
+import argparse
 import os
 import platform
 import shlex
@@ -9,19 +10,32 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 import lightning_tdisent
 
+Size = TypeVar("Size")
+
+
+def add_sizes(parser: argparse.ArgumentParser, quick: str) -> None:
+    """Add the options of a smaller measurement; quick: what is said of ``--quick``."""
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--toy", action="store_true", help="for the tests: a few seconds; its numbers say nothing")
+
+
+def of_size(args: argparse.Namespace, toy: Size, quick: Size, full: Size) -> Size:
+    """Return what belongs to the size that was asked for."""
+    return toy if args.toy else quick if args.quick else full
+
 
 def describe(*packages: str, **hardware: str) -> None:
     """Print hardware, versions (torch, those of ``packages`` and ours), commit and command."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+        commit = subprocess.run(git, capture_output=True, encoding="utf-8", check=True).stdout.strip()  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     cpu = next((line.split(":")[1].strip() for line in lines("/proc/cpuinfo") if "model name" in line), "")
@@ -41,7 +55,7 @@ def describe(*packages: str, **hardware: str) -> None:
 def lines(path: str) -> list[str]:
     """Of a file of the system, none where there is no such file."""
     try:
-        return Path(path).read_text().splitlines()
+        return Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
 

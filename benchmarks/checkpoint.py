@@ -31,7 +31,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _machine import describe, lines, quartiles, timed
+from _machine import add_sizes, describe, lines, of_size, quartiles, timed
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_tdisent.lit.checkpoints import DurableIO, load, non_finite, verify
@@ -39,10 +39,10 @@ from lightning_tdisent.lit.checkpoints import DurableIO, load, non_finite, verif
 WEIGHTS, SIZE = 30, 160_000_000
 
 
-def state(step: int) -> dict[str, Any]:
-    """A checkpoint of SIZE bytes, with random values, as a fit with AdamW and an average has it."""
+def state(step: int, size: int) -> dict[str, Any]:
+    """A checkpoint of ``size`` bytes, with random values, as a fit with AdamW and an average has it."""
     torch.manual_seed(0)
-    each = SIZE // 4 // 4 // WEIGHTS // 256
+    each = size // 4 // 4 // WEIGHTS // 256
     names = [f"denoiser.network.blocks.{i}.weight" for i in range(WEIGHTS)]
     weights, first, second, average = ({name: torch.randn(each, 256) for name in names} for _ in range(4))
     moments = {
@@ -93,9 +93,9 @@ def kind(folder: Path) -> str:
     return f"{found[1]} on {found[0]}"
 
 
-def measure(folder: Path, pairs: int) -> dict[str, list[float]]:
+def measure(folder: Path, pairs: int, size: int) -> dict[str, list[float]]:
     """Seconds of every save, load and flush; one save of either beforehand does not count."""
-    checkpoint, tried = state(1000), {"durable": DurableIO(), "lightning": TorchCheckpointIO()}
+    checkpoint, tried = state(1000, size), {"durable": DurableIO(), "lightning": TorchCheckpointIO()}
     seconds: dict[str, list[float]] = {name: [] for name in ("durable", "lightning", "flush", "load", "verify")}
     tempfile.tempdir = str(folder)
     for pair in range(-1, pairs):
@@ -120,9 +120,9 @@ def measure(folder: Path, pairs: int) -> dict[str, list[float]]:
     return seconds
 
 
-def phases() -> dict[str, float]:
+def phases(size: int) -> dict[str, float]:
     """Seconds of the parts of a save, each alone and in memory."""
-    checkpoint, sink = state(1000), io.BytesIO()
+    checkpoint, sink = state(1000, size), io.BytesIO()
     serialise = timed(lambda: torch.save(checkpoint, sink))
     content = sink.getvalue()
     return {
@@ -135,17 +135,18 @@ def phases() -> dict[str, float]:
 def main() -> None:
     """Measure and print the result line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer pairs: under a minute on two cores")
+    add_sizes(parser, "fewer pairs: under a minute on two cores")
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure (default: here)")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     describe("lightning", disk=kind(args.folder))
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=args.folder) as folder:
-        seconds = measure(Path(folder), 20 if args.quick else 100)
+        size = of_size(args, SIZE // 100, SIZE, SIZE)
+        seconds = measure(Path(folder), of_size(args, 2, 20, 100), size)
         tempfile.tempdir = None
     ratios = [a / b for a, b in zip(seconds["durable"], seconds["lightning"], strict=True)]
-    print(f"\n{SIZE / 1e6:.0f} MB in {4 * WEIGHTS} tensors, {len(ratios)} pairs; s, median [quartiles]")
+    print(f"\n{size / 1e6:.1f} MB in {4 * WEIGHTS} tensors, {len(ratios)} pairs; s, median [quartiles]")
     for name, text in (
         ("durable", "save, DurableIO"),
         ("flush", "  of it in fsync"),
@@ -155,7 +156,7 @@ def main() -> None:
     ):
         print(f"  {text:36s} {quartiles(seconds[name])}")
     print(f"  {'ratio of the saves':36s} {quartiles(ratios)}\nphases of a save, each alone, s")
-    for text, value in phases().items():
+    for text, value in phases(size).items():
         print(f"  {text:36s} {value:.3f}")
     print(
         f"\nRESULT save_ratio={median(ratios):.3f} save_s={median(seconds['durable']):.3f} "

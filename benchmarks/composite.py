@@ -14,13 +14,10 @@ in batches of 250, from an idle device to an idle device; the runs of all ways f
 Offloaded and streamed experts are compared with the resident ones, as that is what one chooses between; both go from
 state to state, as `sample` does, and offloaded ones also batch by batch. The files were just written: streaming reads
 them from the system's cache. Memory is what torch allocates at most to load a model and to draw 4 images, few enough
-for the weights to show; and to draw 250.
+for the weights to show; and to draw 250. offload_overhead is of a GPU alone; there this and stream_overhead are ratios
+to the resident composite.
 
     OMP_NUM_THREADS=1 python benchmarks/composite.py [--quick] [--device cuda]
-
-    RESULT resident_overhead=..  stream_overhead=..  medians of the ratios of wall time to that of one model
-    RESULT offload_memory=..     ratio of the peaks
-    RESULT offload_overhead=..   on a GPU alone; there this and stream_overhead are ratios to the resident composite
 """
 
 import argparse
@@ -37,7 +34,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _machine import describe, lines, quartiles, timed
+from _machine import add_sizes, describe, lines, of_size, quartiles, timed
 
 from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.diffusion.states import LatentStates
@@ -48,9 +45,8 @@ from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import Card, load_expert, save_expert
 from lightning_tdisent.sampling.sampler import DDIM, TOGETHER, sample
 
-S = 32
+STATES = 32
 FEW, BY_BATCH = 4, "offload, batch by batch"  # images for which the weights are most of what a GPU holds; a way
-IMAGES = BLOCK * S  # as many blocks as states: a block in all states is a portion, and all blocks in one state, too
 FACTS: dict[str, Any] = {
     "module": "SingleState", "data": "none", "weights": "live", "average": None, "images_seen": 0, "steps": 0,
     "seconds": 0.0, "seed": 0, "version": "0",
@@ -73,10 +69,14 @@ def write(folder: Path, side: int, channels: list[int], experts: int, colours: i
 
 
 class Steps:
-    """Draws in equal portions of 32 network calls, so many blocks together, and keeps the images that come out."""
+    """Draws in portions of as many calls as there are states, so many blocks together, and keeps the images.
+
+    There are as many blocks as states: a block in all states is a portion, and all blocks in one state, too.
+    """
 
     def __init__(self, model: Any, together: int) -> None:
-        walks = [DDIM().walk(model, range(k, k + BLOCK)) for k in range(0, IMAGES, BLOCK)]
+        self.states = S = model.states.S
+        walks = [DDIM().walk(model, range(k, k + BLOCK)) for k in range(0, S * BLOCK, BLOCK)]
         for walk in walks:
             next(walk)  # the noise
         groups = [walks[k : k + together] for k in range(0, len(walks), together)]
@@ -95,7 +95,7 @@ class Steps:
         A call that is held up, because others use the machine, counts as 1.5 times the median one; not so the first,
         where a file is read.
         """
-        first, *rest = [timed(self.step) for _ in range(S)]
+        first, *rest = [timed(self.step) for _ in range(self.states)]
         limit = 1.5 * median(rest)
         return first + sum(min(seconds, limit) for seconds in rest)
 
@@ -104,6 +104,7 @@ class Steps:
 def times(folder: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds of every portion of all ways; prints whether the images are the same."""
     one, resident = load_expert(folder / "model.safetensors")[0], load_model(folder / "composite")[0]
+    S = one.states.S
     models: dict[str, tuple[Any, int]] = {
         "model": (one, 1),
         "resident": (resident, TOGETHER),
@@ -127,9 +128,9 @@ def times(folder: Path, rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def compare(folder: Path, side: int, channels: list[int], rounds: int) -> dict[str, float]:
-    """Medians of the ratios to one model, of 32 experts for images of a side."""
-    print(f"\n{S} experts, {IMAGES} images of {side}x{side}, channels {channels}")
+def compare(folder: Path, side: int, channels: list[int], rounds: int, S: int = STATES) -> dict[str, float]:
+    """Medians of the ratios to one model, of so many experts for images of a side."""
+    print(f"\n{S} experts, {S * BLOCK} images of {side}x{side}, channels {channels}")
     found = times(write(folder, side, channels, S).parent, rounds)
     print(f"  a step of one model: {median(found['model']) / S * 1e3:.2f} ms")
     out = {}
@@ -148,7 +149,7 @@ def kilobytes(key: str) -> int:
 def peak(folder: Path, residency: str) -> float:
     """Megabytes of private memory that loading and drawing take at most, in this process, which must be fresh."""
     small = Denoiser(UNet([1, 8, 8], channels=[8, 16], layers=1, groups=4), V(), LatentStates(S=2)).eval()
-    draw: Callable[[Any], list[torch.Tensor]] = lambda model: list(sample(model, DDIM(steps=2), range(IMAGES)))  # noqa: E731
+    draw: Callable[[Any], list[torch.Tensor]] = lambda model: list(sample(model, DDIM(steps=2), range(STATES * BLOCK)))  # noqa: E731
     draw(small)  # what libraries allocate once
     before, mapped = kilobytes("VmRSS"), kilobytes("RssFile")
     model = (
@@ -156,7 +157,7 @@ def peak(folder: Path, residency: str) -> float:
         if residency == "one"
         else load_model(folder / "composite", "offload")[0]
     )
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of drawing: reading one file maps it, too
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak of drawing: one read maps it too
     draw(model)
     return (kilobytes("VmHWM") - before - (kilobytes("RssFile") - mapped)) / 1024
 
@@ -197,6 +198,7 @@ def measure_gpu(
     folder: Path, device: str, seconds: float, side: int = 32, images: int = 1000, batch: int = 250
 ) -> dict[str, float]:
     """Compare all ways on a GPU for so many seconds, at least 3 rounds; print them, and return the results by name."""
+    S = STATES
     write(folder, side, [48, 96, 192], S, 3)
     size = (folder / "model.safetensors").stat().st_size / 2**20
     print(f"\n{S} experts of {size:.1f} MB, {images} images of 3x{side}x{side} in batches of {batch}, {S} steps")
@@ -237,7 +239,7 @@ def measure_gpu(
 def main() -> None:
     """Measure, and print the result line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one round: under a minute on two cores, or a GPU")
+    add_sizes(parser, "one round: under a minute on two cores, or a GPU")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--peak", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
@@ -249,18 +251,21 @@ def main() -> None:
     if args.device == "cuda":
         describe("safetensors", GPU=torch.cuda.get_device_name())
         with tempfile.TemporaryDirectory() as name:
-            results = measure_gpu(Path(name) / "gpu", "cuda", 15 if args.quick else 120)
+            results = measure_gpu(Path(name) / "gpu", "cuda", of_size(args, 0, 15, 120))
         print("\nRESULT " + " ".join(f"{name}={value:.3f}" for name, value in results.items()))
         return
     describe("safetensors")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ratios = compare(folder / "small", 16, [16, 32], 1 if args.quick else 6)
-        if not args.quick:
+        if args.toy:
+            ratios = compare(folder / "small", 4, [8, 16], 1, 4)
+        else:
+            ratios = compare(folder / "small", 16, [16, 32], of_size(args, 1, 1, 6))
+        if not (args.quick or args.toy):
             compare(folder / "wide", 8, [32, 64], 6)
-        write(folder / "large", 4, [128, 256], 4)
+        write(folder / "large", 4, of_size(args, [16, 32], [128, 256], [128, 256]), 4)
         peaks = {"one": list[float](), "offload": list[float]()}
-        for _ in range(1 if args.quick else 5):
+        for _ in range(of_size(args, 1, 1, 5)):
             for way, values in peaks.items():
                 command = [
                     sys.executable,
@@ -272,7 +277,7 @@ def main() -> None:
                     str(folder / "large"),
                 ]
                 once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: what is freed is given back, or peaks vary by 10 %
-                done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | once)  # noqa: S603
+                done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=os.environ | once)  # noqa: S603
                 values.append(json.loads(done.stdout))
         size = (folder / "large" / "model.safetensors").stat().st_size / 2**20
         memory = median(peaks["offload"]) / median(peaks["one"])

@@ -35,7 +35,7 @@ import numpy as np
 import simplejpeg
 import torch
 import webdataset as wds
-from _machine import describe, lines, quartiles
+from _machine import add_sizes, describe, lines, of_size, quartiles
 from PIL import Image
 from torch.nn.functional import interpolate
 
@@ -52,13 +52,13 @@ from lightning_tdisent.streaming.tars import find
 SIZE, BATCH, PER_SHARD = 256, 20, 50
 
 
-def photographs(folder: Path | None) -> list[bytes]:
-    """The JPEGs of a set, or 200 made-up ones of 500 x 375: smooth shapes and some grain."""
-    if folder is not None and folder.is_dir():
+def photographs(folder: Path, made_up: int = 0) -> list[bytes]:
+    """The JPEGs of a set, or so many made-up ones of 500 x 375 (200 without a set): smooth shapes and some grain."""
+    if folder.is_dir() and not made_up:
         shards = Shards.open(folder, "train", Decoder())
         return [members["jpg"] for _, members in shards if isinstance(members, dict)]
     rng, out = np.random.default_rng(0), []
-    for _ in range(200):
+    for _ in range(made_up or 200):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), 3)
         grain = rng.normal(0, 12, (375, 500, 1))
         pixels = np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)
@@ -66,11 +66,11 @@ def photographs(folder: Path | None) -> list[bytes]:
     return out
 
 
-def write(jpegs: list[bytes], folder: Path) -> None:
-    """Shards of PER_SHARD images, with an index."""
-    for number in range(0, len(jpegs), PER_SHARD):
-        with wds.TarWriter(str(folder / f"train-{number // PER_SHARD:04d}.tar"), mtime=0) as shard:
-            for key, content in enumerate(jpegs[number : number + PER_SHARD], number):
+def write(jpegs: list[bytes], folder: Path, per_shard: int = PER_SHARD) -> None:
+    """Shards of so many images, with an index."""
+    for number in range(0, len(jpegs), per_shard):
+        with wds.TarWriter(str(folder / f"train-{number // per_shard:04d}.tar"), mtime=0) as shard:
+            for key, content in enumerate(jpegs[number : number + per_shard], number):
                 shard.write({"__key__": f"{key:08d}", "jpg": content, "cls": b"0"})
     build(find(folder, "train")).save(path_of(folder, "train"))
 
@@ -144,10 +144,10 @@ def memory(folder: Path) -> tuple[float, float]:
     return early, resident_mb()
 
 
-def in_memory(device: str, steps: int) -> tuple[float, float]:
-    """Seconds of taking a batch of 128 from 50,000 images 32 x 32, and of a training step of a small U-Net on it."""
-    images = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8)
-    data = ImageSet(images, torch.zeros(50_000, dtype=torch.int64), "")
+def in_memory(device: str, steps: int, n: int) -> tuple[float, float]:
+    """Seconds of taking a batch of 128 from n images 32 x 32, and of a training step of a small U-Net on it."""
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
+    data = ImageSet(images, torch.zeros(n, dtype=torch.int64), "")
     stream = iter(Shuffled(data, 128, seed=0, device=torch.device(device)))
     module = ReducedStates(UNet([3, 32, 32], [16, 32], layers=1, mid_attention=False), LatentStates(S=8)).to(device)
     optimizer = torch.optim.AdamW(module.denoiser.parameters())
@@ -198,7 +198,7 @@ def seconds(passes: dict[str, Iterator[None]], rounds: int) -> dict[str, list[fl
 def main() -> None:
     """Measure and print the result line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer passes: under a minute on two cores")
+    add_sizes(parser, "fewer passes: under a minute on two cores")
     parser.add_argument("--images", type=Path, default=Path(os.environ.get("TDISENT_DATA", "data")) / "imagenet-sample")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
@@ -206,11 +206,10 @@ def main() -> None:
     describe(
         "webdataset", "simplejpeg", "pillow", GPU=torch.cuda.get_device_name() if args.device == "cuda" else "none"
     )
-    jpegs = photographs(args.images)
+    jpegs = photographs(args.images, of_size(args, BATCH, 0, 0))
     size = sum(map(len, jpegs)) / len(jpegs) / 1e3
-    print(
-        f"images: {len(jpegs)} from {args.images if args.images.is_dir() else 'a generator'}, {size:.0f} kB on average"
-    )
+    source = args.images if args.images.is_dir() and not args.toy else "a generator"
+    print(f"images: {len(jpegs)} from {source}, {size:.0f} kB on average")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(jpegs, folder)
@@ -221,9 +220,11 @@ def main() -> None:
             "streamed": ours(Streamed, folder, verify=True),
             "webdataset": plain(folder),
         }
-        found = seconds(passes, 50 if args.quick else 600)
+        found = seconds(passes, of_size(args, 2, 50, 600))
         early, late = memory(folder)
-    taken, trained = in_memory(args.device, 2 if args.quick else 20)
+    n = of_size(args, 1_000, 50_000, 50_000)
+    taken, trained = in_memory(args.device, of_size(args, 1, 2, 20), n)
+    off = error(jpegs)
     rate = {name: [BATCH / value for value in values] for name, values in found.items()}
     against_bare = [a / b for a, b in zip(found["bare"], found["loader"], strict=True)]
     cost = [a / b - 1 for a, b in zip(found["loader"], found["unverified"], strict=True)]
@@ -235,15 +236,15 @@ def main() -> None:
         f"loader / bare {quartiles(against_bare)}; in all {total['bare'] / total['loader']:.3f}\n"
         f"streamed / bare {total['bare'] / total['streamed']:.3f}\n"
         f"verification, share of the time {quartiles(cost)}\n"
-        f"crop against Pillow's: {error(jpegs):.3f} grey levels on average\n"
+        f"crop against Pillow's: {off:.3f} grey levels on average\n"
         f"memory: {early:.0f} MB after 2 epochs, {late:.0f} MB after 12\n"
-        f"in memory, 128 of 50,000 images 32 x 32: {taken * 1e3:.3f} ms of a step of {trained * 1e3:.1f} ms"
+        f"in memory, 128 of {n:,} images 32 x 32: {taken * 1e3:.3f} ms of a step of {trained * 1e3:.1f} ms"
     )
     print(
         f"\nRESULT loader_vs_decode={median(against_bare):.3f} "
         f"loader_vs_webdataset={total['webdataset'] / total['loader']:.2f} verify_cost={median(cost):.4f} "
         f"in_memory_share={taken / trained:.4f} "
-        f"resize_error={error(jpegs):.3f}"
+        f"resize_error={off:.3f}"
     )
 
 

@@ -27,7 +27,7 @@ from statistics import median
 
 import lightning.pytorch as L
 import torch
-from _machine import describe, quartiles
+from _machine import add_sizes, describe, of_size, quartiles
 from safetensors.torch import load_file
 
 from lightning_tdisent.lit import together as module
@@ -131,19 +131,20 @@ def distance(one: Path, other: Path, experts: int) -> float:
 def main() -> None:
     """Measure and print the result line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: under a minute on two cores")
+    add_sizes(parser, "fewer rounds: under a minute on two cores")
     parser.add_argument("--rounds", type=int, help="in place of 60, or 8 with --quick")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--experts", type=int, help="in place of 8")
     args = parser.parse_args()
+    args.experts = args.experts or of_size(args, 2, 8, 8)
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     cuda = args.device == "cuda"
     describe("lightning", "diffusers", GPU=torch.cuda.get_device_name() if cuda else "none used")
-    rounds = Rounds(args.rounds or (8 if args.quick else 60), cuda)
+    rounds = Rounds(args.rounds or of_size(args, 1, 8, 60), cuda)
     steps, last = WARM + (rounds.count + 1) * BLOCK, args.experts - 1
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as name:

@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from _machine import describe, quartiles, timed
+from _machine import add_sizes, describe, of_size, quartiles, timed
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -47,23 +47,25 @@ WIDTH = 2048
 class Passed(nn.Module):
     """Features that are given as they are."""
 
-    num_features = WIDTH
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_features = width
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return x
 
 
-def features(n: int, seed: int) -> Tensor:
-    """(n, WIDTH) with eigenvalues falling as 1/k, not negative."""
+def features(n: int, seed: int, width: int) -> Tensor:
+    """(n, width) with eigenvalues falling as 1/k, not negative."""
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(WIDTH, WIDTH, generator=generator) / torch.arange(1, WIDTH + 1).sqrt()[:, None]
-    return (torch.randn(n, WIDTH, generator=generator) @ mixing / 8 + 0.4).relu()
+    mixing = torch.randn(width, width, generator=generator) / torch.arange(1, width + 1).sqrt()[:, None]
+    return (torch.randn(n, width, generator=generator) @ mixing / 8 + 0.4).relu()
 
 
-def distance(n: int, pairs: int, device: str) -> tuple[float, float, float]:
+def distance(n: int, pairs: int, device: str, width: int = WIDTH) -> tuple[float, float, float]:
     """Median ratio theirs / ours of compute, ours in seconds, and the relative difference of the values."""
-    real, fake = features(n, 0).to(device), features(n, 1).to(device)
-    ours, theirs = FrechetDistance(Moments.of(real)).to(device), FrechetInceptionDistance(Passed()).to(device)
+    real, fake = features(n, 0, width).to(device), features(n, 1, width).to(device)
+    ours, theirs = FrechetDistance(Moments.of(real)).to(device), FrechetInceptionDistance(Passed(width)).to(device)
     adding: list[list[float]] = [[], []]
     for part in range(0, n, 500):
         theirs.update(real[part : part + 500], real=True)
@@ -79,13 +81,13 @@ def distance(n: int, pairs: int, device: str) -> tuple[float, float, float]:
             values[which] = float(metric.compute())
             times[which].append(time.perf_counter() - begin)
     ratios = [b / a for a, b in zip(*times, strict=True)]
-    print(f"compute, {n:,} x {WIDTH}: ours {quartiles(times[0])} s, torchmetrics {quartiles(times[1])} s")
+    print(f"compute, {n:,} x {width}: ours {quartiles(times[0])} s, torchmetrics {quartiles(times[1])} s")
     print(f"ratio {quartiles(ratios)}; values {values[0]:.6f} and {values[1]:.6f}")
     print(f"update of 500: ours {quartiles(adding[0])} s, torchmetrics {quartiles(adding[1])} s")
     return median(ratios), median(times[0]), abs(values[0] / values[1] - 1)
 
 
-def training(steps: int, device: str) -> tuple[float, float]:
+def training(steps: int, device: str, n: int = 1000) -> tuple[float, float]:
     """Seconds of SampleQuality in a validation relative to those of the steps between two, and the seconds."""
     spent: list[float] = []
     inner = SampleQuality.on_validation_epoch_end
@@ -99,40 +101,41 @@ def training(steps: int, device: str) -> tuple[float, float]:
         words = (
             f"--trainer.max_steps {steps} --trainer.val_check_interval {steps // 2} --trainer.callbacks+=SampleQuality"
         )
-        words += " --trainer.callbacks.protocol=digits --trainer.callbacks.n=1000"
+        words += f" --trainer.callbacks.protocol=digits --trainer.callbacks.n={n}"
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run(["fit", "--config", "experiments/digits/reduced8.yaml", *words.split(), "--run", f"{folder}/run"])
         model, cards = load_model(f"{folder}/run")
         per_step = cards[0].seconds / steps
         quality = open_quality(
-            Protocol.preset("digits", metrics=("fd", "is", "kid", "prdc")), load_features("digits"),
+            Protocol.preset("digits", n=n, metrics=("fd", "is", "kid", "prdc")), load_features("digits"),
             real_images("data/digits", "train", 1), [1, 8, 8], device,
         )  # fmt: skip
         model.to(device)
-        alone = min(timed(lambda: [images.cpu() for images in sample(model, DPMSolver(), range(1000))]) for _ in "ab")
+        alone = min(timed(lambda: [images.cpu() for images in sample(model, DPMSolver(), range(n))]) for _ in "ab")
         added = [timed(lambda: score(model, DPMSolver(), quality)) / alone for _ in range(3)]
     interval = 800 * per_step  # of the YAML
     share = min(spent[1::2]) / interval
-    print(f"quality of 1,000 digits: {min(spent[1::2]):.2f} s in a validation, {interval:.1f} s of 800 training steps")
-    print(f"score of 1,000 digits: {median(added):.3f} of sampling alone, which takes {alone:.2f} s")
+    print(f"quality of {n:,} digits: {min(spent[1::2]):.2f} s in a validation, {interval:.1f} s of 800 training steps")
+    print(f"score of {n:,} digits: {median(added):.3f} of sampling alone, which takes {alone:.2f} s")
     return share, median(added)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="under 50 s on 2 cores")
+    add_sizes(parser, "under 50 s on 2 cores")
     parser.add_argument(
         "--device", default="cpu", help="of distance and evaluation; trainings take a GPU if there is one"
     )
     arguments = parser.parse_args()
-    quick, device = arguments.quick, arguments.device
+    device = arguments.device
     os.chdir(ROOT)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     describe("torchmetrics", "lightning", "numpy")
-    speedup, seconds, apart = distance(10_000, 3 if quick else 9, device)
-    share, added = training(100 if quick else 1600, device)
+    many, width = of_size(arguments, (500, 64), (10_000, WIDTH), (10_000, WIDTH))
+    speedup, seconds, apart = distance(many, of_size(arguments, 1, 3, 9), device, width)
+    share, added = training(of_size(arguments, 4, 100, 1600), device, of_size(arguments, 128, 1000, 1000))
     print(
         f"RESULT frechet_speedup={speedup:.2f} frechet_s={seconds:.2f} frechet_difference={apart:.1e} "
         f"quality_share={share:.3f} score_ratio={added:.3f}"

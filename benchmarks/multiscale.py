@@ -19,11 +19,6 @@ Published: 4.4 times faster at 128x128 by the clock (abstract), without a progra
 the published networks 7.07 times. Of that, 3.01 is the geometry of equal networks at all four scales.
 
     OMP_NUM_THREADS=1 python benchmarks/multiscale.py [--quick] [--device cuda] [--channels-last]
-
-    RESULT speedup=..        median of the ratios of wall time, uniform over multi-scale
-           flop_speedup=..   ratio of the operations of the networks over a chain
-           weights_ratio=..  multi-scale over uniform
-           haar_share=..     share of a multi-scale chain without its networks: Haar maps, clamp, noise and solver
 """
 
 import argparse
@@ -33,7 +28,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _machine import describe, quartiles, timed
+from _machine import add_sizes, describe, of_size, quartiles, timed
 from torch import Tensor
 
 from lightning_tdisent.diffusion.bases import Haar
@@ -188,12 +183,12 @@ def main() -> None:
     """Measure, and print the result line."""
     began = time.perf_counter()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a step a scale: under 50 s on two cores")
+    add_sizes(parser, "a step a scale: under 50 s on two cores")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, help="of a chain; 8, or 128 with cuda")
     parser.add_argument("--batch", type=int, help="images in it; 1, or 16 with cuda")
-    parser.add_argument("--size", type=int, default=128, help="side of an image")
-    parser.add_argument("--width", type=int, default=128, help="base width; 128 is the published one")
+    parser.add_argument("--size", type=int, help="side of an image, in place of 128")
+    parser.add_argument("--width", type=int, help="base width, in place of the published 128")
     parser.add_argument("--pairs", type=int, help="of chains; 5, or 3 with --quick")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--channels-last", action="store_true", help="memory format of both models")
@@ -202,9 +197,10 @@ def main() -> None:
         parser.error(f"--steps: one at least for each of {LEVELS + 1} scales")
     cuda = args.device == "cuda"
     device = torch.device(args.device)
-    steps = args.steps or (4 if args.quick else 128 if cuda else 8)
+    steps = args.steps or of_size(args, 4, 4, 128 if cuda else 8)
+    args.size, args.width = (value or of_size(args, 32, 128, 128) for value in (args.size, args.width))
     batch = args.batch or (16 if cuda else 1)
-    pairs = args.pairs or (3 if args.quick else 5)
+    pairs = args.pairs or of_size(args, 1, 3, 5)
     torch.set_num_threads(args.threads)
     describe("diffusers", **({"gpu": torch.cuda.get_device_name()} if cuda else {}))
 
