@@ -51,7 +51,7 @@ test-cuda: $(BIN)/.test
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar
 	CUDA=$(CUDA) $(BIN)/python -m pytest tests/cuda || [ $$? = 5 ]
 
-# every fault with all its trials, on fresh processes; under 20 minutes on 2 cores
+# every fault with all its trials, on fresh processes; more than an hour on 2 cores
 faults: $(BIN)/.test
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar
 	FAULTS=full $(BIN)/python -m pytest tests/faults -s

@@ -12,6 +12,8 @@ import webdataset as wds
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from lightning_tdisent.files import whole
+
 
 def write(folder: Path) -> None:
     """Scale 0..16 to 0..255, shuffle with seed 0, split, write."""
@@ -20,7 +22,7 @@ def write(folder: Path) -> None:
     order = np.random.default_rng(0).permutation(len(images))
     folder.mkdir(parents=True, exist_ok=True)
     for split, chosen in {"train": order[:1500], "test": order[1500:]}.items():
-        with wds.TarWriter(str(folder / f"{split}-0000.tar"), mtime=0) as shard:
+        with whole(folder / f"{split}-0000.tar") as stream, wds.TarWriter(stream, mtime=0) as shard:
             for i in chosen:
                 png = io.BytesIO()
                 Image.fromarray(images[i]).save(png, "png")

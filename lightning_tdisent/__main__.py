@@ -3,9 +3,24 @@
 import os
 import sys
 
-from lightning_tdisent.cli import main
+
+def _in_utf8_mode() -> None:
+    """Start this command again in Python's UTF-8 mode, if the locale has another encoding.
+
+    Files and their names are UTF-8, and the libraries that read and name some of them ask the locale. The terminal
+    keeps its encoding.
+    """
+    if sys.getfilesystemencoding() == "utf-8":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606  the very same words
+
 
 if __name__ == "__main__":
+    _in_utf8_mode()
+    from lightning_tdisent.cli import main
+
     code = main()
     if sys.argv[1:2] == ["evaluate"] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # gloo's threads abort about one shutdown of the interpreter in ten, after everything has been written

@@ -1,10 +1,12 @@
-"""The processes that share a work: which one this is, what each has to say, and errors that reach all of them."""
+"""Processes that share a work: rank, gather, errors that reach all ranks, and which items of a set are taken."""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lightning_tdisent.errors import InputError
 
@@ -36,3 +38,8 @@ def gather(mine: Any) -> list[Any]:
     answers = [None] * dist.get_world_size()
     dist.all_gather_object(answers, mine)
     return answers
+
+
+def spaced(n: int, total: int) -> Tensor:
+    """Return n numbers below total, evenly spaced, int64: a set may be sorted by class."""
+    return torch.arange(n) * total // n

@@ -38,7 +38,7 @@ def cli():
 
     def run(*argv: object, timeout: float = 120) -> tuple[int, str, str]:
         command = [sys.executable, "-m", "lightning_tdisent", *map(str, argv)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, timeout=timeout, check=False)
         return done.returncode, done.stdout, done.stderr
 
     return run

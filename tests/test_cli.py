@@ -134,7 +134,7 @@ FILES = {
 def test_a_mistake_in_a_file_names_file_line_key_and_nearest(text, capsys, tmp_path):
     number, *named = FILES[text]
     file = tmp_path / "overlay.yaml"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     line = refusal(capsys, "fit", "--config", BASE, "--config", file, "--run", tmp_path / "run")
     assert line.startswith(f"error: {file}:{number}: ")
     assert all(name in line for name in named), line
@@ -142,22 +142,23 @@ def test_a_mistake_in_a_file_names_file_line_key_and_nearest(text, capsys, tmp_p
 
 def test_broken_yaml_is_named(capsys, tmp_path):
     file = tmp_path / "broken.yaml"
-    file.write_text("model: [\n")
+    file.write_text("model: [\n", encoding="utf-8")
     assert f"{file}: not valid YAML" in refusal(capsys, "fit", "--config", BASE, "--config", file)
     file.write_text(
-        "trainer: {max_steps: 2}\nmodel: {lr: 1.0e-3}\ntrainer: {max_steps: 3, min_steps: 1, max_steps: 4}\n"
+        "trainer: {max_steps: 2}\nmodel: {lr: 1.0e-3}\ntrainer: {max_steps: 3, min_steps: 1, max_steps: 4}\n",
+        encoding="utf-8",
     )
     line = refusal(capsys, "fit", "--config", BASE, "--config", file)
     assert f"{file}: line 3: max_steps; line 3: trainer: a key that this mapping has already" in line
 
 
 def test_a_folder_with_another_run_is_refused(capsys, tmp_path):
-    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "config.yaml").write_text("", encoding="utf-8")
     assert "already holds a run" in refusal(capsys, "fit", "--config", BASE, "--run", tmp_path, "--resume", "never")
 
 
 def test_a_checkpoint_of_another_run_does_not_open_a_folder(capsys, tmp_path):
-    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "config.yaml").write_text("", encoding="utf-8")
     line = refusal(capsys, "fit", "--config", BASE, "--run", tmp_path, "--ckpt_path", "LICENSE")
     assert "already holds a run" in line
 
@@ -219,7 +220,7 @@ def experts(tmp_path):
             module = SingleState(net, states, k, objective=options.get("objective", V()))
             path = tmp_path / folder / f"expert_{k:03d}" / "model.safetensors"
             path.parent.mkdir(parents=True)
-            save_expert(path, module.denoiser, module.card("ema", 0.9))
+            save_expert(path, module.denoiser, module.card("ema", {"decay": 0.9}))
             files.append(path)
         return files
 
@@ -239,7 +240,7 @@ def test_compose_sample_evaluate_report_by_hand(experts, tmp_path, capsys):
     argv = ["evaluate", str(out), "--data", "data/digits", "--protocol", "digits", "-n", "8"]
     assert main([*argv, "--out", str(tmp_path / "e"), "--sampler", "dpm"]) == 0
     assert main(["report", str(tmp_path / "e")]) == 0
-    page = (tmp_path / "e" / "report.html").read_text()
+    page = (tmp_path / "e" / "report.html").read_text(encoding="utf-8")
     assert "fd_digits" in page
     assert "DPMSolver(steps=None, clip=1.0)" in page
     capsys.readouterr()
@@ -272,8 +273,8 @@ def test_a_preview_is_asked_for_and_marked_everywhere(experts, tmp_path, capsys)
     printed = capsys.readouterr().out
     assert "(preview)" in printed
     assert "is a preview, no result" in printed
-    assert "(preview)" in (tmp_path / "e" / "report.html").read_text()
-    assert json.loads((tmp_path / "e" / "results.json").read_text())[0]["preview"]
+    assert "(preview)" in (tmp_path / "e" / "report.html").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "e" / "results.json").read_text(encoding="utf-8"))[0]["preview"]
     line = refusal(capsys, "compose", *files, "--out", tmp_path / "m", "--fill", "nearest", "--merge", 2)
     assert "--merge wants experts that are all there" in line
 
@@ -287,7 +288,7 @@ def test_merge_and_export_by_command(experts, tmp_path, capsys):
     assert main(["compose", *files, "--out", str(tmp_path / "m"), *words]) == 0
     assert "4 experts merged to 2" in capsys.readouterr().out
     assert main(["export", str(tmp_path / "m"), "--out", str(tmp_path / "x")]) == 0
-    assert json.loads((tmp_path / "x" / "config.json").read_text())["S"] == 4
+    assert json.loads((tmp_path / "x" / "config.json").read_text(encoding="utf-8"))["S"] == 4
     assert main(["sample", str(tmp_path / "x"), "--out", str(tmp_path / "i"), "--seeds", "0:1"]) == 0
     assert "is there already" in refusal(capsys, "export", tmp_path / "m", "--out", tmp_path / "x")
 
@@ -370,7 +371,7 @@ def test_a_class_of_ones_own_needs_its_import(tmp_path, capsys, monkeypatch):
         "    def forward(self, x, index=None, label=None):\n"
         "        return self.net(x)\n"
     )
-    (tmp_path / "my_net.py").write_text(source)
+    (tmp_path / "my_net.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     import sys
 
@@ -382,7 +383,7 @@ def test_a_class_of_ones_own_needs_its_import(tmp_path, capsys, monkeypatch):
     assert "--import my_net" in refusal(capsys, *argv)
     assert main([*argv, "--import", "my_net"]) == 0
 
-    (tmp_path / "my_other.py").write_text(source.replace("Mine", "Other"))
+    (tmp_path / "my_other.py").write_text(source.replace("Mine", "Other"), encoding="utf-8")
     words[1] = "Other"  # a short name, known once its module is imported
     fit = ["fit", "--config", BASE, *words, "--trainer.callbacks", "[]", "--run", str(tmp_path / "other")]
     assert "there is no class 'Other'" in refusal(capsys, *fit)
@@ -391,7 +392,7 @@ def test_a_class_of_ones_own_needs_its_import(tmp_path, capsys, monkeypatch):
 
 
 def test_workers_import_what_their_parent_was_told_to(tmp_path, capsys, monkeypatch):
-    (tmp_path / "my_worker.py").write_text("raise ImportError('as a worker would')")
+    (tmp_path / "my_worker.py").write_text("raise ImportError('as a worker would')", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("TDISENT_IMPORT", "my_worker")
     with pytest.raises(InputError, match="--import my_worker: as a worker would"):
@@ -416,3 +417,46 @@ def test_the_script_of_the_digits_takes_a_folder_and_no_option(tmp_path):
 def test_seeds_out_of_range_are_refused_in_one_line_before_anything_is_loaded(seeds, capsys, tmp_path):
     assert main(["sample", str(tmp_path / "nothing"), "--out", str(tmp_path / "images"), "--seeds", seeds]) == 2
     assert capsys.readouterr().err == f"error: --seeds {seeds}: the numbers must lie in [0, 2^32)\n"
+
+
+@pytest.mark.parametrize("printed", ["print", "rich", "at the end"])
+def test_output_that_nobody_reads_any_more_ends_quietly(printed, monkeypatch, capsys):
+    from rich.console import Console
+
+    from lightning_tdisent.cli import data
+
+    def act(_):
+        if printed == "rich":
+            Console().print("x")
+        print("x" * (100_000 if printed == "print" else 10))
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(data, "_toy", act)
+    with open(writer, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["data", "toy", "x"]) == 141
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_network_that_is_away_is_one_line(monkeypatch, capsys):
+    from lightning_tdisent.cli import data
+
+    def act(_):
+        raise TimeoutError(110, "no answer from s3://bucket/fleet in 5 s")
+
+    monkeypatch.setattr(data, "_toy", act)
+    assert main(["data", "toy", "x"]) == 75
+    assert capsys.readouterr().err == "error: [Errno 110] no answer from s3://bucket/fleet in 5 s\n"
+
+
+def test_a_pipe_that_is_not_our_output_is_no_reader_gone(monkeypatch, capsys):
+    from lightning_tdisent.cli import data
+
+    def act(_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(data, "_toy", act)
+    assert main(["data", "toy", "x"]) == 75
+    assert "Broken pipe" in capsys.readouterr().err

@@ -1,7 +1,11 @@
 """The commands `data ..`, as a user types them."""
 
+import gzip
 import json
+import shlex
+import shutil
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +15,11 @@ from PIL import Image
 from lightning_tdisent.cli import main
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.datamodule import ImageShards
+from lightning_tdisent.streaming.decode import Decoder
 from lightning_tdisent.streaming.index import Index, path_of
-from lightning_tdisent.streaming.shards import load
+from lightning_tdisent.streaming.orders import Shuffled
+from lightning_tdisent.streaming.shards import Shards, load
+from lightning_tdisent.streaming.verify import verify
 
 
 @pytest.fixture
@@ -34,7 +41,7 @@ def test_from_a_folder_of_images_to_verified_shards(photographs, tmp_path, capsy
     data = load(out, "train", 3)
     assert data.images.shape == (12, 3, 32, 32)
     assert sorted(data.labels.tolist()) == [0] * 6 + [1] * 6
-    assert json.loads((out / "train.prepare.json").read_text())["classes"] == ["cat", "dog"]
+    assert json.loads((out / "train.prepare.json").read_text(encoding="utf-8"))["classes"] == ["cat", "dog"]
     assert main(command) == 0  # nothing is left to do
     capsys.readouterr()
     assert main(["data", "verify", str(out)]) == 0
@@ -80,6 +87,80 @@ def test_verify_names_what_has_changed(photographs, tmp_path, capsys):
     assert index.name(5) in told.out
     assert "1 samples or shards of 12 are not what they were" in told.err
     assert "Traceback" not in told.err
+
+
+def command_in(message):
+    """The words of the command that a message names, without the program."""
+    return shlex.split(message.strip().splitlines()[-1].partition("python -m lightning_tdisent ")[2])
+
+
+@pytest.mark.parametrize("split", ["train", "test", "te*"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_command_that_a_message_names_is_the_cure(split, elsewhere, digits, tmp_path):
+    shards, indices = tmp_path / "shards of mine", tmp_path / "indices"
+    shutil.copytree(digits, shards)
+    where = str(indices) if elsewhere else None
+    (indices if elsewhere else shards).mkdir(exist_ok=True)
+
+    def opened():
+        return Shards.open(shards, split, Decoder(1), where=where)
+
+    def cured(message):
+        with pytest.raises(InputError, match=message) as refusal:
+            opened() if where or "not there" not in message else verify(shards, split)
+        assert main(command_in(str(refusal.value))) == 0
+        assert opened().index.hashed
+
+    cured("is not there")
+    file = Path(path_of(shards, split, where))
+    file.write_bytes(file.read_bytes()[:-5])
+    cured("is damaged")
+    file.write_bytes(file.read_bytes().replace(b"-0000.tar", b"-0009.tar"))
+    cured("is damaged")
+    (tar,) = shards.glob("te*.tar" if split == "te*" else f"{split}-*.tar")
+    tar.rename(tar.with_name(tar.name.replace("0000", "0001")))
+    cured("is only in the folder|is only in the index")
+    again = Shards.open(shards, split, Decoder(1), where=where).again
+    assert main(command_in(again)) == 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_single_samples_are_read_once_what_is_advised_is_done(packed, digits, tmp_path):
+    content = (digits / "train-0000.tar").read_bytes()
+    file = tmp_path / ("train-0000.tar.gz" if packed else "train-0000.tar")
+    file.write_bytes(gzip.compress(content, 1) if packed else content)
+    if not packed:
+        assert main(["data", "index", str(tmp_path), "--no-samples"]) == 0
+
+    def batches():
+        return next(iter(Shuffled(Shards.open(tmp_path, "train", Decoder(1)), 4, 0)))
+
+    with pytest.raises(InputError, match="unpack the shards" if packed else "make it anew: ") as refusal:
+        batches()
+    if packed:
+        file.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
+        file.unlink()
+    else:
+        assert main(command_in(str(refusal.value))) == 0
+    assert len(batches()["image"]) == 4
+
+
+def test_prepare_goes_on_or_begins_anew_as_it_says(photographs, tmp_path, capsys):
+    words = ["data", "prepare", str(photographs), str(tmp_path / "out"), "--samples", "4", "--no-shuffle"]
+    bad = sorted((photographs / "train" / "dog").iterdir())[-2:]
+    good = [file.read_bytes() for file in bad]
+    for file in bad:
+        file.write_bytes(b"no image")
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "allow more with --bad, and go on, or mend them, and begin anew: remove " in said
+    for file, content in zip(bad, good, strict=True):
+        file.write_bytes(content)
+    assert main(words) == 2
+    assert "was begun otherwise: fingerprint" in capsys.readouterr().err
+    for shard in (tmp_path / "out").glob("train-*.tar"):
+        shard.unlink()
+    assert main(words) == 0
 
 
 def test_shards_without_an_index_get_one(digits, tmp_path, capsys):

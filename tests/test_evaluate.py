@@ -18,8 +18,9 @@ from lightning_tdisent.cli import main
 from lightning_tdisent.diffusion.components import ComponentStates, Condition
 from lightning_tdisent.diffusion.operators import Inpainting
 from lightning_tdisent.diffusion.states import LatentStates
-from lightning_tdisent.lit.modules import ReducedStates
+from lightning_tdisent.lit.modules import ReducedStates, SingleState
 from lightning_tdisent.networks.unet import UNet
+from lightning_tdisent.report import evaluate as evaluating
 from lightning_tdisent.sampling.expert import load_expert, read_card, save_expert
 from lightning_tdisent.streaming.shards import load
 
@@ -43,10 +44,10 @@ def test_two_ranks_say_what_one_says(model, tmp_path):
     assert main(words(model, tmp_path / "images", out=tmp_path / "one")) == 0
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = [*run, "-m", "lightning_tdisent", *words(model, tmp_path / "images", out=tmp_path / "two")]
-    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ, timeout=200, check=False)
+    done = subprocess.run(argv, capture_output=True, encoding="utf-8", env=os.environ, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("what it cost") == 1  # one rank speaks
-    one, two = (json.loads((tmp_path / k / "results.json").read_text()) for k in ("one", "two"))
+    one, two = (json.loads((tmp_path / k / "results.json").read_text(encoding="utf-8")) for k in ("one", "two"))
     assert [r["name"] for r in one] == [r["name"] for r in two]
     for a, b in zip(one, two, strict=True):
         assert a["protocol"] == b["protocol"]
@@ -60,7 +61,7 @@ def test_two_ranks_say_what_one_says(model, tmp_path):
 def test_results_are_not_written_into_a_run_fleet_or_composite(model, tmp_path, capsys):
     for name in ("plan.yaml", "plan.json", "config.yaml", "composite.json"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text("{}")
+        (tmp_path / name / name).write_text("{}", encoding="utf-8")
         assert main(words(model, out=tmp_path / name)) == 2
         assert f"({name}); choose another folder" in capsys.readouterr().err
     assert main(words(model, out=model)) == 2
@@ -70,7 +71,7 @@ def test_results_are_not_written_into_a_run_fleet_or_composite(model, tmp_path, 
 def test_metrics_and_reference_can_be_chosen(model, tmp_path, capsys):
     more = ["--metrics", "kid,fd_infinity", "--reference", "test", "--first-seed", 5]
     assert main(words(model, out=tmp_path / "e", n=640, more=more)) == 0
-    row = json.loads((tmp_path / "e" / "results.json").read_text())[0]
+    row = json.loads((tmp_path / "e" / "results.json").read_text(encoding="utf-8"))[0]
     assert {"kid_digits", "fd_infinity_digits", "fd_infinity_low_digits"} <= set(row)
     assert "fd_digits" not in row
     assert (row["protocol_fields"]["split"], row["protocol_fields"]["first_seed"]) == ("test", 5)
@@ -90,6 +91,28 @@ def test_classes_of_a_model_that_no_held_out_image_has_are_named(tmp_path, monke
     assert "is 11, but the 297 held-out images have none of the classes 10; samples of all classes in turn, as" in said
 
 
+def test_a_single_expert_is_refused_before_other_models_are_measured(model, tmp_path, capsys, monkeypatch):
+    torch.manual_seed(0)
+    part = SingleState(UNet([1, 8, 8], [8, 16], 1, mid_attention=False, groups=4), LatentStates(S=4), 3)
+    save_expert(tmp_path / "part" / "model.safetensors", part.denoiser, part.card("live"))
+    monkeypatch.setattr(evaluating, "score", None)  # which would measure
+    assert main(words(model, tmp_path / "part", out=tmp_path / "e")) == 2
+    assert "part: its network has rows [3] of 1..4, the sampler asks it at row 4" in capsys.readouterr().err
+    words_ = ["sample", str(tmp_path / "part"), "--out", str(tmp_path / "images"), "--seeds", "0:1"]
+    assert main(words_) == 2
+    assert not (tmp_path / "images").exists()
+
+
+def test_weights_in_bfloat16_are_measured_as_they_are_sampled(model, tmp_path):
+    whole, card = load_expert(model / "model.safetensors")
+    save_expert(tmp_path / "half" / "model.safetensors", whole.to(torch.bfloat16), card)
+    assert main(words(model, tmp_path / "half", out=tmp_path / "e")) == 0
+    one, half, _ = json.loads((tmp_path / "e" / "results.json").read_text(encoding="utf-8"))
+    for row in one["x0_mse"]:
+        assert half["x0_mse"][row] == pytest.approx(one["x0_mse"][row], rel=0.02)
+    assert half["x0_mse"] != one["x0_mse"]
+
+
 def test_a_model_that_cannot_be_measured_is_named_at_the_end(model, tmp_path, capsys):
     broken = tmp_path / "broken"
     module = ReducedStates(UNet([1, 8, 8], [8, 16], 1, mid_attention=False, groups=4), LatentStates(S=4))
@@ -103,7 +126,7 @@ def test_a_model_that_cannot_be_measured_is_named_at_the_end(model, tmp_path, ca
     )
     assert said.err.count("\n") == 1
     assert "report: " in said.out
-    assert "x0_hat at row 4 is not finite" in (tmp_path / "e/report.html").read_text()
+    assert "x0_hat at row 4 is not finite" in (tmp_path / "e/report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +196,7 @@ def test_three_pictures_and_the_others_are_refused_before_the_model_is_sampled(m
     for k in range(3):
         save_png(torch.full((1, 8, 8), 80 * k, dtype=torch.uint8), tmp_path / "few" / f"{k}.png")
     assert main(words(model, tmp_path / "few", out=tmp_path / "e")) == 2
-    assert "neighbours: 1 to below the number of images, 3, got 5" in capsys.readouterr().err
+    assert "(3 images): neighbours: 1 to below the number of images, 3, got 5" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_decoded_costs_its_row_alone(model, tmp_path, capsys):
@@ -182,7 +205,7 @@ def test_a_picture_that_cannot_be_decoded_costs_its_row_alone(model, tmp_path, c
     assert main(words(tmp_path / "images", model, out=tmp_path / "e")) == 2
     said = capsys.readouterr()
     assert "000007.png cannot be decoded" in said.err.strip().splitlines()[-1]
-    files, made, _ = json.loads((tmp_path / "e" / "results.json").read_text())
+    files, made, _ = json.loads((tmp_path / "e" / "results.json").read_text(encoding="utf-8"))
     assert "000007.png" in files["refused"]
     assert made["fd_digits"] > 0
     assert len(made["sha256"][0]) == 64
@@ -226,7 +249,7 @@ def test_images_that_are_no_squares_are_measured_as_they_are(tmp_path, monkeypat
     save_expert(tmp_path / "m" / "model.safetensors", module.denoiser, module.card("live"))
     fixed = ["evaluate", tmp_path / "m", "--data", data, "--protocol", "random", "-n", 32, "--out", tmp_path / "e"]
     assert main([str(word) for word in fixed]) == 0, capsys.readouterr().err
-    row = json.loads((tmp_path / "e" / "results.json").read_text())[0]
+    row = json.loads((tmp_path / "e" / "results.json").read_text(encoding="utf-8"))[0]
     assert row["protocol_fields"]["shape"] == [3, 24, 16]
     fitted = ["prior", tmp_path / "m", "--at", 2, "--data", data, "--out", tmp_path / "p"]
     assert main([str(word) for word in fitted]) == 0, capsys.readouterr().err

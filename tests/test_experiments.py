@@ -10,9 +10,9 @@ from lightning_tdisent.lit.entry import parse
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 ALL = sorted(f for f in FOLDER.rglob("*.yaml"))
-STUDIES = [f for f in ALL if "runs" in yaml.safe_load(f.read_text())]
+STUDIES = [f for f in ALL if "runs" in yaml.safe_load(f.read_text(encoding="utf-8"))]
 OVERLAYS = sorted((FOLDER / "ablate").glob("*.yaml"))
-FLEETS = [f for f in ALL if "budget" in yaml.safe_load(f.read_text())]
+FLEETS = [f for f in ALL if "budget" in yaml.safe_load(f.read_text(encoding="utf-8"))]
 RUNS = [f for f in ALL if f not in STUDIES and f not in OVERLAYS and f not in FLEETS]
 
 
@@ -68,7 +68,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("file", OVERLAYS, ids=lambda f: f.stem)
 def test_every_overlay_is_short_changes_what_it_says_and_trains(file, tmp_path):
-    lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     assert 1 <= len(lines) <= 3
     base = FOLDER / "digits" / ("experts8.yaml" if file.stem == "conditioned" else "reduced8.yaml")
     configs = [base, file, FOLDER / "ablate" / "smoke.yaml"]

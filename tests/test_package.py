@@ -16,7 +16,7 @@ HEAVY = ("torch", "lightning", "diffusers", "torchmetrics", "webdataset", "matpl
 
 def modules_after(code: str) -> set[str]:
     program = f"import sys\ntry:\n    {code}\nexcept SystemExit: pass\nprint('LOADED', *sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True, cwd=ROOT)
     return set(done.stdout.rpartition("LOADED")[2].split())
 
 
@@ -55,7 +55,9 @@ def test_constraints_fit_the_ranges_of_setup_cfg():
     config.read(ROOT / "setup.cfg")
     from packaging.requirements import Requirement
 
-    pins = dict(line.split("==") for line in (ROOT / ".ci/constraints.txt").read_text().split() if "==" in line)
+    pins = dict(
+        line.split("==") for line in (ROOT / ".ci/constraints.txt").read_text(encoding="utf-8").split() if "==" in line
+    )
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     wanted = [config["options"]["install_requires"], *config["options.extras_require"].values()]
     lines = [line for text in wanted for line in text.splitlines() if line and not line.startswith("#")]
@@ -74,10 +76,10 @@ UNSAFE += r"|(?<![\w.])eval\(|extractall|shell=True"
 
 def test_no_unsafe_calls_in_the_package():
     for file in (ROOT / "lightning_tdisent").rglob("*.py"):
-        found = [line for line in file.read_text().splitlines() if re.search(UNSAFE, line)]
+        found = [line for line in file.read_text(encoding="utf-8").splitlines() if re.search(UNSAFE, line)]
         if file.name == "arrays.py":  # CIFAR-10 comes as pickles; it has an Unpickler that finds no class
             found.remove("import pickle")
-            assert "class _BytesOnly(pickle.Unpickler)" in file.read_text()
+            assert "class _BytesOnly(pickle.Unpickler)" in file.read_text(encoding="utf-8")
         assert not found, f"{file}: {found}"
     assert re.search(UNSAFE, "x = eval(text)")
     assert not re.search(UNSAFE, "model.eval()")

@@ -1,6 +1,7 @@
 """Paths have one meaning: in words, in files, in moved folders, from another directory."""
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 
@@ -8,12 +9,23 @@ import pytest
 import torch
 import yaml
 
+from lightning_tdisent import ImageShards, LatentStates, ReducedStates, UNet, compose, load_model
 from lightning_tdisent.cli import main
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.files import absolute_paths, expand, expand_all, expand_word
+from lightning_tdisent.files import absolute_paths, expand, expand_all, expand_word, output_path, write_whole
 from lightning_tdisent.fleet.keys import read_yaml
 from lightning_tdisent.lit import entry
+from lightning_tdisent.report.study import Study
+from lightning_tdisent.runs import RunFolder
+from lightning_tdisent.sampling.averages import reconstruct
 from lightning_tdisent.sampling.expert import load_expert
+from lightning_tdisent.sampling.export import export
+from lightning_tdisent.sampling.merge import merge
+from lightning_tdisent.sampling.pictures import save_png
+from lightning_tdisent.streaming.decode import Decoder
+from lightning_tdisent.streaming.prepare import prepare
+from lightning_tdisent.streaming.shards import Shards
+from lightning_tdisent.streaming.toy import Toy
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -82,12 +94,12 @@ def test_home_and_variables_are_expanded_in_files(home):
     assert vars(expand_all(namespace).model) == {"mask": f"{home.parent}/scratch/m.png", "lr": 1e-3}
     assert namespace.run == f"{home}/y"
     text = "title: ~/is prose\nout: ~/out\nruns: {a: {configs: [$SCRATCH/a.yaml], set: {n: 3}}}\n"
-    Path("study.yaml").write_text(text)
+    Path("study.yaml").write_text(text, encoding="utf-8")
     assert read_yaml(Path("study.yaml")) == {
         "title": "~/is prose", "out": f"{home}/out",
         "runs": {"a": {"configs": [f"{home.parent}/scratch/a.yaml"], "set": {"n": 3}}},
     }  # fmt: skip
-    Path("bad.yaml").write_text("runs: {a: {configs: [$NOWHERE/a.yaml]}}\n")
+    Path("bad.yaml").write_text("runs: {a: {configs: [$NOWHERE/a.yaml]}}\n", encoding="utf-8")
     said = r"^bad.yaml: runs.a.configs: \$NOWHERE/a.yaml: the environment variable NOWHERE"
     with pytest.raises(InputError, match=said):
         read_yaml(Path("bad.yaml"))
@@ -107,7 +119,7 @@ def test_a_run_below_the_home_folder_is_one_run(home, capsys):
     assert run("fit", *TINY, 4, "--run", "~/y", "--resume", "never") == 2
     assert run("fit", *TINY, 4, "--run=~/y", "--model.objective", "Eps") == 2
     assert "holds a run of another config" in capsys.readouterr().err
-    Path("here.yaml").write_text("run: ~/y\n")
+    Path("here.yaml").write_text("run: ~/y\n", encoding="utf-8")
     assert run("fit", *TINY, 4, "--config", "here.yaml") == 0
     assert "all 4 steps are done" in capsys.readouterr().out
     assert (home / "y" / "model.safetensors").read_bytes() == before
@@ -134,7 +146,7 @@ def test_a_run_that_moved_goes_on_where_it_lies(home, capsys, monkeypatch):
     assert not list(Path().iterdir())
     here, there = (load_expert(f"../{name}/model.safetensors")[0].state_dict() for name in ("new", "unbroken"))
     assert all(torch.equal(here[k], there[k]) for k in there)
-    kept = yaml.safe_load(Path("../new/config.yaml").read_text())
+    kept = yaml.safe_load(Path("../new/config.yaml").read_text(encoding="utf-8"))
     assert "run" not in kept
     assert kept["data"]["init_args"]["path"] == str(home.parent / "digits")
     # an overlay and the command line still say where another run goes
@@ -183,3 +195,113 @@ def test_options_count_before_a_config_as_after_it(home):
 def test_another_root_folder_than_that_of_the_run_is_refused(home, capsys):
     assert run("fit", *TINY, 4, "--trainer.default_root_dir", "x", "--run", "y") == 2
     assert "give the folder as --run" in capsys.readouterr().err
+
+
+URL = "s3://bucket/x"
+REFUSED = rf"{URL}: this output is written to a disk of this machine, not to a URL\. Name a local folder or file"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("data", "prepare", "pictures", URL),
+        ("data", "toy", URL),
+        ("data", "inspect", "data/digits", "--out", f"{URL}.png"),
+        ("sample", "model", "--out", URL),
+        ("compose", "model", "--out", URL),
+        ("compose", "model", "--out", f"{URL}.zip"),
+        ("compose", "a", "b", "--merge", "1", "--out", URL),
+        ("export", "model", "--out", URL),
+        ("average", "run", "--sigma-rel", "0.1", "--out", f"{URL}.safetensors"),
+        ("evaluate", "model", "--data", "data/digits", "--protocol", "digits", "--out", URL),
+        ("prior", "model", "--at", "1", "--data", "data/digits", "--out", URL),
+        ("report", "a", "b", "--out", f"{URL}.html"),
+        ("study", "experiments/digits/quickstart.yaml", "--out", URL),
+        ("fleet", "status", "fleet", "--html", f"{URL}.html"),
+        ("fleet", "run", URL, "--scratch", URL),
+        ("fit", "--config", "experiments/digits/experts8.yaml", "--run", URL),
+        ("validate", "--config", "experiments/digits/experts8.yaml", "--run", URL),
+        ("data", "toy", "gs://bucket/x"),
+        ("data", "toy", "memory://x"),
+        ("data", "toy", "simplecache::s3://bucket/x"),
+    ],
+)  # fmt: skip
+def test_an_output_that_is_a_url_is_refused_before_any_work(argv, tmp_path, capsys, monkeypatch):
+    for name in ("experiments", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    assert main(list(argv)) == 2
+    said = capsys.readouterr()
+    assert "not to a URL" in said.err
+    assert len(said.err.splitlines()) == 1
+    assert said.out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "experiments"]
+
+
+def test_a_study_whose_yaml_names_a_url_is_refused(tmp_path, capsys):
+    file = tmp_path / "study.yaml"
+    text = (ROOT / "experiments/digits/quickstart.yaml").read_text(encoding="utf-8")
+    file.write_text(re.sub(r"(?m)^out:.*\n", "", text) + f"\nout: {URL}\n", encoding="utf-8")
+    assert main(["study", str(file)]) == 2
+    assert re.match(rf"error: {re.escape(str(file))}: out: {REFUSED}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda out: prepare(Toy(4, 8), "train", out),
+        lambda out: compose([], out),
+        lambda out: merge([], out, 1),
+        lambda out: export("nothing", out),
+        lambda out: reconstruct(Path("nothing"), 0.1, out),
+        lambda out: save_png(torch.zeros(3, 4, 4, dtype=torch.uint8), Path(out)),
+        lambda out: write_whole(out, b""),
+        lambda out: RunFolder(out),
+        lambda out: Study(out, "", [], "data/digits", "digits").folder,
+    ],
+)
+@pytest.mark.parametrize("form", [str, Path])
+def test_python_refuses_an_output_that_is_a_url_too(write, form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=REFUSED):
+        write(form(URL))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a:b", "s3:", "x/s3:/y", "C:/x", "a::b/c", "été/ü", "./s3:/x"])
+def test_names_with_colons_are_no_urls(name):
+    path = name if name != "a::b/c" else "./a::b/c"
+    assert output_path(path) == Path(path)
+    assert output_path(f"file:///{name}") == Path(f"/{name}")
+
+
+def test_paths_have_this_meaning_in_a_script_too(home, digits, monkeypatch):
+    shutil.copytree(digits, home / "digits")
+    monkeypatch.setenv("SCRATCH", str(home))
+    names = ["~/digits", "$SCRATCH/digits", "${SCRATCH}/digits", f"file://{home}/digits"]
+    for name in names:
+        assert ImageShards(name, channels=1).path == str(home / "digits")
+        assert len(Shards.open(name, "train", Decoder(1))) == 1500
+    with pytest.raises(InputError, match=r"data\.path: \$NOWHERE/x: the environment variable NOWHERE is not set"):
+        ImageShards("$NOWHERE/x")
+    network = UNet(shape=[1, 8, 8], channels=[8, 16], layers=1, groups=4)
+    ReducedStates(network, LatentStates(S=4)).export(home / "run" / "model.safetensors")
+    for name in [name.replace("digits", "run") for name in names]:
+        assert load_model(name)[1][0].rows == [1, 2, 3, 4]
+    compose(["~/run"], "~/both")
+    assert load_model("~/both")[0].shape == [1, 8, 8]
+    with pytest.raises(InputError, match=r"^s3://bucket/run: weights are read from local files"):
+        load_model("s3://bucket/run")
+
+
+def test_a_mistake_in_a_config_that_is_named_by_a_relative_path_is_explained(tmp_path, monkeypatch, capsys):
+    """The parser goes to the folder of a config while it reads it."""
+    text = (ROOT / "experiments/digits/reduced8.yaml").read_text(encoding="utf-8")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "bad.yaml").write_text(text.replace("lr: 2.0e-3", "lr: abc"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name in ("sub/bad.yaml", "./sub/../sub/bad.yaml"):
+        assert main(["fit", "--config", name, "--run", "run"]) == 2
+        said = capsys.readouterr().err
+        assert re.search(r"bad.yaml:\d+: model.lr: expected float or null, got 'abc'", said)
+        assert "Traceback" not in said

@@ -1,17 +1,21 @@
 """The commands: wiring only. Nothing heavy is imported before a command needs it, so that help is instant."""
 
 import argparse
+import contextlib
+import io
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from lightning_tdisent import __version__
 from lightning_tdisent.cli import data, fleets, models
-from lightning_tdisent.cli.terminal import IMPORTED, import_modules
+from lightning_tdisent.cli.terminal import IMPORTED, import_modules, keep_caches
 from lightning_tdisent.cli.trainings import describe, fits
 from lightning_tdisent.errors import NAMED, Crashed, InputError, nearest
-from lightning_tdisent.files import expand_word
+from lightning_tdisent.files import expand_word, input_path, output_path
 
 __all__ = ["describe", "fits", "main", "parser"]
 
@@ -40,11 +44,18 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its status: 0 done, 1 halted and 2 refused (one message, no traceback), 130 interrupted,
-    143 preempted; 70 for an error that nobody foresaw, with its traceback, 75 for one of a disk or a network.
+    141 if nobody reads the output any more (``| head``), 143 preempted; 70 for an error that nobody foresaw, with its
+    traceback, 75 for one of a disk or a network.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal does not have ends nothing
+            stream.reconfigure(errors="backslashreplace")
     try:
         argv = [expand_word(word, braces=argv[0] not in LIGHTNING) for word in argv]
+        if odd := [word for word in argv if any("\ud800" <= c <= "\udfff" for c in word)]:
+            raise InputError(f"{odd[0]!a}: is not UTF-8. Rename what it names")
+        keep_caches()  # before anything is imported that asks for its place
         if argv and argv[0] in LIGHTNING:
             from lightning_tdisent.lit.entry import run
 
@@ -53,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found, argv = options.parse_known_args(argv)
             import_modules(found.imports)
             run(argv)
+            sys.stdout.flush()
             return 0
         if argv and not argv[0].startswith("-"):
             known = list(parser().get_default("commands"))
@@ -61,8 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"there is no command {argv[0]!r}.{nearest(argv[0], known)} Commands: {', '.join(known)}"
                 )
         arguments = parser().parse_args(argv)
+        for name, value in vars(arguments).items():
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, Path):  # of this machine; those that may be URLs are text
+                    (output_path if name in ("out", "html", "scratch") else input_path)(path, name)
         import_modules(arguments.imports)
         arguments.run(arguments)
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
@@ -72,8 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NAMED as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # which rich turns into 1
+            return 141
+        raise
     except OSError as error:
-        traceback.print_exc()
+        if isinstance(error, BrokenPipeError) and _unread():
+            return 141
+        if not (isinstance(error, TimeoutError) and str(error)):  # of a network that is away the line says all
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 75
     except Exception:
@@ -82,3 +106,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         os.environ.pop(IMPORTED, None)
     return 0
+
+
+def _unread() -> bool:
+    """Return whether the reader of our output has gone; what is still to be written goes nowhere then."""
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a stream of no file
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                gone = True
+    return gone

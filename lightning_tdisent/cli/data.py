@@ -1,10 +1,12 @@
 """Commands on data: prepare, toy, index, verify, inspect."""
 
 import argparse
+import io
 from pathlib import Path
 
-from lightning_tdisent.cli.terminal import Commands, Run, bar, command, cores
+from lightning_tdisent.cli.terminal import Commands, Run, bar, command, cores, wide_console
 from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.files import write_whole
 
 TEXT = "make, prepare, index, verify or inspect shards of images"
 
@@ -15,10 +17,12 @@ def add_commands(commands: Commands) -> None:
         dest="data_command", metavar="COMMAND", required=True
     )
 
-    def add(name: str, run: Run, text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Run, text: str, jobs: bool = True, made: bool = False) -> argparse.ArgumentParser:
         out = command(commands, name, run, text)
-        out.add_argument("--split", default="train", help="which one (default train), or a pattern of its shards")
-        out.add_argument("--jobs", type=int, help="processes (default: one per core)")
+        which = "which one is made (default train)" if made else "which one (default train), or a pattern of its shards"
+        out.add_argument("--split", default="train", help=which)
+        if jobs:
+            out.add_argument("--jobs", type=int, help="processes (default: one per core)")
         return out
 
     p = add("prepare", _prepare, "make shards and their index from a raw data set; the same command goes on")
@@ -35,7 +39,7 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--seed", type=int, default=0, help="of the order")
     p.add_argument("--vae", type=Path, help="folder of a diffusers AutoencoderKL: store latents instead of images")
     p.add_argument("--device", default="cpu", help="of the autoencoder")
-    p.add_argument("--batch-size", type=int, default=32, help="of the autoencoder")
+    p.add_argument("--batch-size", type=int, default=32, help="of the autoencoder (default 32)")
     p.add_argument("--bad", type=float, default=0.001, help="share of the samples that may be left out (default 0.001)")
     p.add_argument("--as", dest="name", metavar="NAME", help="split to write, if --split is a pattern")
     p.add_argument("--range", help="LOW,HIGH: black and white of images of floats, 32 or 16 bits (16 bits: 0,65535)")
@@ -43,7 +47,7 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--columns", help="of parquet files: image=NAME,text=NAME,label=NAME; an empty NAME leaves one out")
     p.add_argument("--follow-links", action="store_true", help="read what links point to outside of the source, too")
 
-    t = add("toy", _toy, "shards of made-up pictures with classes and captions: no download, no network")
+    t = add("toy", _toy, "shards of made-up pictures with classes and captions: no download, no network", made=True)
     t.add_argument("out", type=Path, help="folder for the shards")
     t.add_argument("-n", type=int, default=2000, help="pictures (default 2000), in 4 shards")
     t.add_argument("--size", type=int, default=32, help="of a side in pixels (default 32)")
@@ -59,7 +63,7 @@ def add_commands(commands: Commands) -> None:
     v.add_argument("folder", help="of the shards, or its URL")
     v.add_argument("--index", help="the index, or its folder, where it is not that of the shards")
 
-    n = add("inspect", _inspect, "contact sheet, histogram and classes, as PNG and in the terminal")
+    n = add("inspect", _inspect, "contact sheet, histogram and classes, as PNG and in the terminal", jobs=False)
     n.add_argument("folder", help="of the shards, or its URL")
     n.add_argument("-n", type=int, default=1000, help="samples looked at (default 1000)")
     n.add_argument("--out", type=Path, help="the PNG (default inspect-SPLIT.png, here)")
@@ -170,14 +174,14 @@ def _verify(a: argparse.Namespace) -> None:
 
 
 def _inspect(a: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from lightning_tdisent.report.dataset import draw, look, table
 
     out = a.out or Path(f"inspect-{a.split}.png")
     if a.n < 1 or out.suffix != ".png" or not out.parent.is_dir():
         raise InputError(f"-n {a.n} --out {out}: at least one sample, and a .png in a folder that is there")
     found = look(a.folder, a.split, a.n)
-    Console().print(table(found))
-    draw(found).savefig(out, dpi=110)
+    wide_console().print(table(found))
+    picture = io.BytesIO()
+    draw(found).savefig(picture, dpi=110, format="png")
+    write_whole(out, picture.getvalue())
     print(f"picture: {out}")

@@ -30,7 +30,7 @@ def add_commands(commands: Commands) -> None:
         commands, "plan", _fleet_plan, "expand a fleet's YAML into a plan, one training per expert; or check one"
     )
     p.add_argument("folder", nargs="?", help="of a fleet that is planned already: check its plan, as edited")
-    p.add_argument("--config", type=Path, help="the YAML, e.g. experiments/digits/fleet.yaml")
+    p.add_argument("--config", type=Path, help="the YAML, e.g. experiments/digits/fleet8.yaml")
     p.add_argument("--out", help="folder or URL of the fleet (default: that of the YAML)")
     p.add_argument("--seed", type=int, help="of all trainings (default: that of the YAML)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -65,7 +65,9 @@ def add_commands(commands: Commands) -> None:
     r.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                    help="what is different on this machine, e.g. data.path=/data/digits")  # fmt: skip
     r.add_argument("--scratch", type=Path, help="folder for runs of a fleet in an object store (default: the cache)")
-    r.add_argument("--ttl", type=float, default=60.0, help="seconds of silence after which a worker is taken for dead")
+    r.add_argument(
+        "--ttl", type=float, default=60.0, help="seconds of silence after which a worker is taken for dead (default 60)"
+    )
 
     s = command(commands, "status", _fleet_status, "where every expert stands")
     s.add_argument("folder", help="of the fleet, or its URL")
@@ -82,13 +84,21 @@ def _fleet_plan(a: argparse.Namespace) -> None:
     if a.folder and (a.out or a.seed is not None or a.overrides):
         raise InputError("--out, --seed and --set are for --config; edit plan.yaml of a fleet that is planned")
     simulated = Pool.of(a.simulate) if a.simulate else None
-    where = str(draft(a.config, describe, a.out, a.seed, a.overrides).store) if a.config else a.folder
+    facts: list[Facts] = []
+
+    def check(fleet: "Fleet") -> None:
+        if not fleet.store.remote:  # the configs of one in a store are brought here first
+            facts[:] = fleet.check(describe)
+
+    where = a.folder
+    if a.config:
+        where = str(draft(a.config, describe, a.out, a.seed, a.overrides, check=check).store)
     work = open_fleet(where)
     work.fetch_configs()
     fleet = work.fleet
     fleet.refuse_late()
     work.refuse_fewer()
-    facts = fleet.check(describe)
+    facts = facts or fleet.check(describe)
     wide_console().print(_plan_table(fleet, facts), highlight=False)
     if fleet.budget.rule == "adaptive":
         first = fleet.shared_cost + sum(e.cost * e.images for e in fleet.experts)
@@ -105,17 +115,15 @@ def _fleet_plan(a: argparse.Namespace) -> None:
             pool = replace(found, **{"workers": pool.workers, **kept})
         for name, text in lines(fleet, facts, pool):
             print(f"{name}: {text}")
-    print(f"plan: {fleet.store}/plan.yaml\nrun it: python -m lightning_tdisent fleet run {fleet.store}")
+    from lightning_tdisent.files import typed
+
+    print(f"plan: {fleet.store}/plan.yaml\nrun it: {typed('fleet', 'run', str(fleet.store))}")
 
 
 def _plan_table(fleet: "Fleet", facts: Sequence["Facts"]) -> Any:
-    from rich.table import Table
+    from lightning_tdisent.report.table import WideTable, three_digits
 
-    from lightning_tdisent.report.table import three_digits
-
-    out = Table(title=f"{fleet.title}: {fleet.budget.rule} budget, table {fleet.table['fingerprint']}")
-    for name in ("job", "rows", "t", "images", "batch", "steps", "start", "weights", "TFLOP"):
-        out.add_column(name, justify="left" if name in ("job", "start") else "right")
+    out: list[Sequence[str]] = [("job", "rows", "t", "images", "batch", "steps", "start", "weights", "TFLOP")]
     total = [0.0, 0.0]
     starts = {e.name: e.start for e in fleet.experts}
     for job, fact in zip(fleet.jobs(), facts, strict=True):
@@ -124,15 +132,15 @@ def _plan_table(fleet: "Fleet", facts: Sequence["Facts"]) -> Any:
         batch = f"{fact.batch} x {fact.parts}" if fact.parts > 1 else str(fact.batch)
         images, flop = job.images or 0, 3e-12 * fact.flops * (job.images or 0)
         total = [total[0] + images, total[1] + flop]
-        out.add_row(
+        out.append((
             job.name, *span, f"{images:,}", batch, f"{fact.max_steps:,}", starts.get(job.name, "scratch"),
             f"{fact.weights:,}", three_digits(flop),
-        )  # fmt: skip
-    out.add_section()
+        ))  # fmt: skip
     adaptive = fleet.budget.rule == "adaptive"
     name = "all, first round" if adaptive else "all"
-    out.add_row(name, "", "", f"{total[0]:,.0f}", "", "", "", "", three_digits(total[1]))
-    return out
+    out.append((name, "", "", f"{total[0]:,.0f}", "", "", "", "", three_digits(total[1])))
+    title = f"{fleet.title}: {fleet.budget.rule} budget, table {fleet.table['fingerprint']}"
+    return WideTable(title, out, left=("job", "start"))
 
 
 def _fleet_run(a: argparse.Namespace) -> None:
@@ -155,8 +163,7 @@ def _fleet_run(a: argparse.Namespace) -> None:
     work.store.check()
     names = [name for words in a.only for name in words.split(",")]
     only = [f"expert_{int(name):03d}" if name.isdigit() else name for name in names]
-    if not only:  # else each of many workers would read what all the others do
-        work.fleet.refuse_late()
+    work.fleet.refuse_late(only)  # one of many workers does not read what all the others do
     work.refuse_fewer(only)
     if a.engine != "local":
         _launch(a, work, only)
@@ -249,17 +256,17 @@ def _fleet_status(a: argparse.Namespace) -> None:
     from rich.live import Live
 
     from lightning_tdisent.files import write_whole
-    from lightning_tdisent.fleet.status import board, page, tiles
+    from lightning_tdisent.fleet.status import LiveBoard, board, page, tiles
 
     refuse_no_page(a.html, "--html")
     work, console = open_fleet(a.folder), wide_console()
     found, title = tiles(work), work.fleet.title
     if a.watch:
-        with Live(board(found, title), console=console) as live:
+        with Live(LiveBoard(found, title), console=console) as live:
             while any(tile.state not in ("done", "failed") for tile in found):
                 time.sleep(1)
                 found = tiles(work)
-                live.update(board(found, title))
+                live.update(LiveBoard(found, title))
     else:
         console.print(board(found, title), highlight=False)
     if a.html:

@@ -67,7 +67,8 @@ def add_commands(commands: Commands) -> None:
     )
     x.add_argument("model", type=Path, help="as for sample")
     x.add_argument("--out", type=Path, required=True, help="the folder to write")
-    x.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
+    x.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors",
+                   help="of this project (default), or a pipeline of diffusers")  # fmt: skip
 
     w = command(
         commands,
@@ -100,10 +101,15 @@ def add_commands(commands: Commands) -> None:
                    help="of bits per dimension: grey levels (default), uniform dequantisation, or none")  # fmt: skip
     e.add_argument("--weights", help="file or folder of the feature network, where the protocol's is not shipped")
     e.add_argument("-n", type=int, help="images generated per model (default: the protocol's, e.g. 1000 or 50000)")
-    e.add_argument("--first-seed", type=int)
+    e.add_argument("--first-seed", type=int, help="of the images generated (default: the protocol's, 0)")
     e.add_argument("--held-out", type=int, help="images of --split that are taken, at most (default: 1000; for a "
                    "conditional model as many as its draws need)")  # fmt: skip
-    e.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="folder for results.json and report.html")
+    e.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/evaluate"),
+        help="folder for results.json and report.html (default runs/evaluate)",
+    )
     _sampler_options(e)
 
     q = command(commands, "prior", _prior, "fit a density at a row of a model's table, where sampling may start")
@@ -133,7 +139,7 @@ def add_commands(commands: Commands) -> None:
     f.add_argument("config", type=Path, help="e.g. experiments/digits/quickstart.yaml")
     f.add_argument("--out", type=Path, help="folder (default: that of the YAML)")
     f.add_argument("--seed", type=int, help="seed of all trainings (default: that of the YAML)")
-    f.add_argument("--workers", type=int, default=0, help="processes at a time (default: one per core)")
+    f.add_argument("--workers", type=int, default=0, help="processes at a time (default: one per GPU, or core)")
     f.add_argument("--set", action="append", default=[], metavar="RUN.KEY=VALUE", dest="overrides",
                    help="override for a run's fit, e.g. experts.model.objective=Eps; * is every run")  # fmt: skip
 
@@ -143,7 +149,7 @@ def _sampler_options(command: argparse.ArgumentParser) -> None:
                          help="ddim (default; that of a run's config is not used), ancestral or dpm")  # fmt: skip
     command.add_argument("--eta", type=float, default=0.0, help="of ddim: 0 deterministic .. 1 ancestral")
     command.add_argument("--steps", type=int, help="network evaluations (default: every row of the model's table)")
-    command.add_argument("--batch-size", type=int, default=250)
+    command.add_argument("--batch-size", type=int, default=250, help="images at a time (default 250)")
     command.add_argument("--residency", choices=("resident", "offload", "stream"), default="resident",
                          help="of a composite's experts: on the device, in host memory, or on disk")  # fmt: skip
     command.add_argument("--fill", help="a preview where experts are missing: nearest, or shared:PATH")
@@ -172,15 +178,17 @@ def _sample(a: argparse.Namespace) -> None:
     import torch
 
     from lightning_tdisent.sampling.composite import holds_weights, load_model
-    from lightning_tdisent.sampling.denoiser import Guided
+    from lightning_tdisent.sampling.denoiser import Guided, extras
     from lightning_tdisent.sampling.observations import FILE as OBSERVATIONS
     from lightning_tdisent.sampling.pictures import grid, save_png
-    from lightning_tdisent.sampling.sampler import sample
-    from lightning_tdisent.sampling.start import load_started
+    from lightning_tdisent.sampling.sampler import refuse_unowned, sample
+    from lightning_tdisent.sampling.start import load_started, signal_note
 
-    seeds = _range(a.seeds, "--seeds")
+    seeds, tiles = _range(a.seeds, "--seeds"), a.out.with_name(f"{a.out.name}.png")
     if a.out.exists() and any(a.out.glob("*.png")):
         raise InputError(f"--out {a.out} already holds images; choose another folder")
+    if tiles.exists():
+        raise InputError(f"--out {a.out}: {tiles}, for the first images, is there already; choose another folder")
     if (a.out / "config.yaml").exists() or holds_weights(a.out):
         raise InputError(f"--out {a.out} is the folder of a run or of weights; choose another for the images")
     use_device(a.device)
@@ -188,11 +196,19 @@ def _sample(a: argparse.Namespace) -> None:
         load_started(a.model, a.prior, a.residency, a.fill) if a.prior else load_model(a.model, a.residency, a.fill)
     )
     model: Any = loaded[0].to(a.device)
-    if filled := getattr(model, "filled", None):
+    if filled := extras(model).filled:
         print("a preview: " + ", ".join(f"row {s} is filled by {what}" for s, what in filled.items()))
     if a.prior and (note := model.check_label(a.label)):
         print(f"note: {note}")
+    refuse_unowned(str(a.model), model, _sampler(a))
+    if note := signal_note(model):
+        print(f"note: {note}")
     if a.guidance is not None:
+        if a.guidance != 1 and any(card.label_drop == 0 and not card.warm_from for card in loaded[1]):
+            raise InputError(
+                f"--guidance {a.guidance:g}: {a.model} was trained with label_drop 0, so that the null label, against "
+                "which guidance goes, was never trained"
+            )
         model = Guided(model, a.guidance)
     if a.label is not None and (model.classes is None or not 0 <= a.label < model.classes):
         raise InputError(f"--label {a.label}: the model has {model.classes or 'no'} classes")
@@ -201,14 +217,16 @@ def _sample(a: argparse.Namespace) -> None:
     seen = _observations(a, model, seeds)
     given = None if seen is None else seen.y
     known = seen.kernel.expand(len(seen), -1, -1, -1) if seen is not None and a.put_back else None
-    images = torch.cat(list(sample(model, _sampler(a), seeds, a.batch_size, label, given=given, known=known))).cpu()
-    if seen is not None:
-        seen.save(a.out / OBSERVATIONS)
-    for seed, image in zip(seeds, images, strict=True):
-        save_png(image, a.out / f"{seed:06d}.png")
-    tiles = a.out.with_name(f"{a.out.name}.png")
-    save_png(grid(images[:256]), tiles)
-    print(f"{len(images)} images in {a.out}, the first of them in {tiles}")
+    left, first = iter(seeds), list[torch.Tensor]()
+    for batch in sample(model, _sampler(a), seeds, a.batch_size, label, given=given, known=known):
+        if seen is not None and not first:
+            seen.save(a.out / OBSERVATIONS)
+        for image in batch.cpu():  # each as it is made: what is cut short has them
+            save_png(image, a.out / f"{next(left):06d}.png")
+            if len(first) < 256:
+                first.append(image)
+    save_png(grid(torch.stack(first)), tiles)
+    print(f"{len(seeds)} images in {a.out}, the first of them in {tiles}")
 
 
 def _observations(a: argparse.Namespace, model: Any, seeds: range) -> "Observations | None":
@@ -249,10 +267,13 @@ def _range(text: str, option: str) -> range:
 def _prior(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.plan import settings
     from lightning_tdisent.fleet.study import row_or_share
+    from lightning_tdisent.sampling.composite import holds_weights
     from lightning_tdisent.sampling.start import FILE
 
     if (a.out / FILE).exists():
         raise InputError(f"--out {a.out} already holds a prior; choose another folder")
+    if (a.out / "config.yaml").exists() or holds_weights(a.out):
+        raise InputError(f"--out {a.out} is the folder of a run or of weights; choose another for the prior")
     at = row_or_share(a.at, "--at")
     path = a.kind if "." in a.kind else f"lightning_tdisent.{a.kind}"
     part = {"class_path": path, "init_args": dict(settings(a.settings))}
@@ -317,7 +338,9 @@ def _sources(names: Sequence[str]) -> Iterator[list[Path]]:
 
 
 def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
+    from lightning_tdisent.files import typed
     from lightning_tdisent.sampling.composite import compose
+    from lightning_tdisent.sampling.expert import read_card
 
     if not files:
         raise InputError(f"{', '.join(a.experts)}: no finished expert to compose")
@@ -330,9 +353,12 @@ def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
     if odd := [name for name, given in {**chosen, "--merge-data": a.merge_data}.items() if given]:
         raise InputError(f"{', '.join(odd)}: belong to --merge K, which is not given")
     out = compose(files, a.out, a.fill, a.allow_mismatch)
-    how = f" --fill {a.fill}" if a.fill is not None else ""
+    how = ["--fill", a.fill] if a.fill is not None else []
+    how += [word for name in a.imports for word in ("--import", name)]
+    how += ["--observe", "DATA"] if read_card(files[0]).states["init_args"].get("condition") else []
     images = out.with_name(f"{out.stem}_images")
-    print(f"{len(files)} experts composed in {out}: python -m lightning_tdisent sample {out} --out {images}{how}")
+    experts = f"{len(files)} expert{'s' if len(files) > 1 else ''}"
+    print(f"{experts} composed in {out}: {typed('sample', out, '--out', images, *how)}")
     if a.fill is not None:
         print("it is a preview, and loads with --fill alone: rows of missing experts are filled")
 
@@ -347,7 +373,9 @@ def _merge(a: argparse.Namespace, files: list[Path]) -> None:
         raise InputError(f"-n {a.n}: at least 1 image")
     use_device(a.device)
     shape = read_card(files[0]).shape
-    data = load(a.merge_data, a.merge_split, shape[0], a.n, side_of(shape)) if a.merge_data else None
+    data = None
+    if a.merge_data:
+        data = load(a.merge_data, a.merge_split, shape[0], a.n, side_of(shape), spread=True)
     weights, blocks = _numbers(a.merge_weights, float), _numbers(a.merge_blocks, int)
     for one in merge(files, a.out, a.merge, weights, blocks, data, a.device):
         cost = f", error of its steps {one.errors[0]:.4g} -> {one.errors[1]:.4g}" if one.errors else ""
@@ -373,7 +401,7 @@ def _evaluate(a: argparse.Namespace) -> None:
     from lightning_tdisent.diffusion.spec import spec
     from lightning_tdisent.fleet.job import PRIOR, WEIGHTS
     from lightning_tdisent.report.study import Study
-    from lightning_tdisent.sampling.composite import MANIFEST, holds_weights
+    from lightning_tdisent.sampling.composite import MANIFEST, holds_weights, refuse_damaged
 
     for name in ("study.json", "plan.json", "plan.yaml", "config.yaml", "checkpoints", WEIGHTS, MANIFEST, PRIOR):
         if (a.out / name).exists():
@@ -411,6 +439,7 @@ def _evaluate(a: argparse.Namespace) -> None:
         study = Study(
             str(a.out), "Evaluation", contenders, a.data, protocol, a.weights, a.split, device=device, **options
         )
+        refuse_damaged([c["source"] for c in contenders if c["sampler"]])
         study.check()
         if int(os.environ.get("RANK", 0)) == 0 and any(contender["sampler"] for contender in contenders):
             print(_sampled_by(a))
@@ -450,8 +479,8 @@ def _fetch(a: argparse.Namespace) -> None:
 def _report(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.claim import refuse_no_repeats
     from lightning_tdisent.report.seeds import notes_of, write_page
-    from lightning_tdisent.report.study import Study, show
-    from lightning_tdisent.report.table import costs, table, tables
+    from lightning_tdisent.report.study import Study
+    from lightning_tdisent.report.table import WideTable, costs, table, tables
 
     if (len(a.folders) > 1) == (a.out is None):
         raise InputError("report: --out FILE.html is for several folders, and wanted there")
@@ -463,9 +492,9 @@ def _report(a: argparse.Namespace) -> None:
         return
     rows = write_page(studies, a.out)
     for line, alike in tables(rows):
-        wide_console(1000).print(show(line, table(alike)), highlight=False)
+        wide_console(1000).print(WideTable(line, table(alike)), highlight=False)
     if len(cost := costs(rows)) > 1:
-        wide_console(1000).print(show("what it cost", cost), highlight=False)
+        wide_console(1000).print(WideTable("what it cost", cost), highlight=False)
     for line in notes_of({str(study.folder): study.rows for study in studies}, rows):
         print(f"note: {line}")
     print(f"report: {a.out}")
@@ -480,20 +509,32 @@ def _study(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.store import Store
     from lightning_tdisent.fleet.study import plan, refuse_cuts, refuse_roles, refuse_samplers
     from lightning_tdisent.report.study import BOARDS, Study
-    from lightning_tdisent.sampling.composite import find_files, recompose
+    from lightning_tdisent.sampling.composite import (
+        discard_damaged,
+        find_files,
+        holds_weights,
+        recompose,
+        refuse_damaged,
+    )
     from lightning_tdisent.sampling.start import FILE
 
     todo = plan(a.config, a.out, a.seed, a.overrides)
     for line in todo.compare():
         print(f"{todo.out}: {line}")
+    refuse_damaged([place for name in todo.runs if holds_weights(place := todo.out / name)])
+    for folder in todo.composites.values():
+        if discard_damaged(folder):
+            print(f"{folder}: a file of it is damaged; it is composed anew of its experts")
     study = Study(**todo.evaluation)
     study.check()
     roles = {job.name: _role(job, str(a.config)) for job in todo.jobs}
     todo, begun = todo.claim(), todo.begun
     fleets = {}
     for name, (file, changes) in todo.fleets.items():
-        fleet = draft(file, describe, todo.out / name, todo.seed, changes=changes, begun=begun)
-        fleet.check(describe)
+        fleet = draft(
+            file, describe, todo.out / name, todo.seed, changes=changes, begun=begun,
+            check=lambda fleet: fleet.check(describe),
+        )  # fmt: skip
         fleets[name] = FleetWork(fleet, describe)
         study.runs |= {f"{name}/{job}": str(todo.out / name / fleet.folder(job)) for job in fleet.names}
     runs = {name: roles[labels[0]] for name, labels in todo.members.items() if labels}

@@ -1,9 +1,12 @@
 """What several commands share: the terminal, the device, and options that many have."""
 
 import argparse
+import atexit
 import importlib
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 Run = Callable[[argparse.Namespace], None]
 Commands = argparse._SubParsersAction
 IMPORTED = "TDISENT_IMPORT"  # environment variable
+CACHES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # what matplotlib and torch write below ~
 
 
 def command(commands: Commands, name: str, run: Run, text: str) -> argparse.ArgumentParser:
@@ -43,6 +47,25 @@ def import_modules(names: Sequence[str]) -> None:
 def imported_by_parent() -> list[str]:
     """Return the modules that the parent of this process was told to import."""
     return [name for name in os.environ.get(IMPORTED, "").split(",") if name]
+
+
+def keep_caches() -> None:
+    """Give libraries a folder for their caches where there is no home folder that can be written.
+
+    It is a temporary one ($TMPDIR), for this process and its children, and goes with it. Variables that are set count.
+    """
+    home = os.path.expanduser("~")
+    missing = [name for name in CACHES if name not in os.environ]
+    if not missing or (os.path.isdir(home) and os.access(home, os.W_OK)):
+        return
+    folder = tempfile.mkdtemp(prefix="lightning_tdisent-")
+    atexit.register(_remove_caches, folder, os.getpid())
+    os.environ.update(dict.fromkeys(missing, folder))
+
+
+def _remove_caches(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # and not a process that it forked
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def use_device(name: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.errors import InputError
 
@@ -39,34 +39,36 @@ def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool 
 
 def open_fleet(where: str, overrides: Sequence[str] = (), scratch: Path | None = None) -> "FleetWork":
     """The fleet of a folder or URL; one of a store trains in a folder of the cache if not told where."""
-    import hashlib
+    from dataclasses import replace
 
+    from lightning_tdisent.fleet.mirror import scratch_of
     from lightning_tdisent.fleet.plan import Fleet, words
     from lightning_tdisent.fleet.state import FleetWork
-    from lightning_tdisent.fleet.store import Store
+    from lightning_tdisent.metrics.weights import cache_folder
 
-    if scratch is not None and not Store(where).remote:
+    fleet = Fleet.load(where, words(overrides))
+    if fleet.store.remote:
+        fleet = replace(fleet, scratch=scratch_of(fleet.store, fleet.identity(), scratch, cache_folder))
+    elif scratch is not None:
         raise InputError(
             f"--scratch {scratch}: is for fleets in an object store; {where} is a folder, in which its runs are "
             "trained. Leave --scratch out"
         )
-    if Store(where).remote and scratch is None:
-        from lightning_tdisent.metrics.weights import cache_folder
-
-        scratch = cache_folder() / "fleets" / hashlib.sha256(where.encode()).hexdigest()[:16]
-    return FleetWork(Fleet.load(where, words(overrides), scratch), describe)
+    return FleetWork(fleet, describe)
 
 
 def role(argv: list[str]) -> "Role":
     """Return what a command line of `fit` trains; nothing is read but its configs."""
     from lightning_tdisent.fleet.study import Role
     from lightning_tdisent.lit.entry import parse
+    from lightning_tdisent.lit.modules import Diffusion
     from lightning_tdisent.lit.prior import PriorModule
 
     module = parse(argv).model
-    kind = "prior" if isinstance(module, PriorModule) else "model" if hasattr(module, "network") else ""
-    states = module.denoiser.states if kind == "prior" else getattr(module, "states", None)
-    return Role(kind, type(module).__name__, states)
+    if isinstance(module, PriorModule):
+        return Role("prior", type(module).__name__, module.denoiser.states)
+    is_model = isinstance(module, Diffusion)
+    return Role("model" if is_model else "", type(module).__name__, module.states if is_model else None)
 
 
 def describe(argv: list[str]) -> "Facts":
@@ -86,10 +88,11 @@ def describe(argv: list[str]) -> "Facts":
     cli = parse(argv)
     if not isinstance(cli.model, Diffusion) or isinstance(cli.model, PriorModule):
         raise InputError(f"the config makes a {type(cli.model).__name__}, which is no model of images")
-    module, states, trainer = cli.model, cli.model.states, cli.trainer
+    module, states = cli.model, cli.model.states
+    trainer: Any = cli.trainer
     every = trainer.val_check_interval if trainer.check_val_every_n_epoch is None else None
     accumulate = trainer.accumulate_grad_batches
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in getattr(trainer, "callbacks", [])):
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
         raise InputError(
             "trainer.callbacks: GradientAccumulationScheduler changes the images of a step while it trains, so a fleet "
             "cannot count them; set trainer.accumulate_grad_batches"

@@ -77,8 +77,8 @@ class Haar(Basis):
     """
 
     def __init__(self, levels: int, scales: list[float] | None = None) -> None:
-        if levels < 1:
-            raise InputError(f"Haar: at least one level, got {levels}")
+        if not 1 <= levels <= 16:
+            raise InputError(f"Haar: at least one level, and at most 16, got {levels}")
         self.levels, self.scales, self.K = levels, scales, levels + 1
         if scales is not None and (len(scales) != self.K or not all(0 < s < math.inf for s in scales)):
             raise InputError(

@@ -22,8 +22,8 @@ from lightning_tdisent.diffusion.operators import Operator
 from lightning_tdisent.diffusion.process import grown, noise, posterior, scale
 from lightning_tdisent.diffusion.schedules import Geometric, LogLinear, NoiseSchedule
 from lightning_tdisent.diffusion.spec import Part, identity, spec
-from lightning_tdisent.diffusion.states import LatentStates
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.diffusion.states import CONDITION, TERMINAL_BOUND, LatentStates
+from lightning_tdisent.errors import InputError, check_shape
 
 
 class Condition(Part):
@@ -86,11 +86,10 @@ class ComponentStates(LatentStates):
         S: int | None = None,
         intervals: list[int] | None = None,
         indices: list[int] | None = None,
-        terminal_bound: float = 0.01,
+        terminal_bound: float = TERMINAL_BOUND,
     ) -> None:
         nn.Module.__init__(self)
-        if len(shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in shape):
-            raise InputError(f"states.shape must be [channels, height, width] of an image, got {shape}")
+        check_shape("states.shape", shape)
         self.shape, self.schedule, self.basis = list(shape), schedule or LogLinear(), basis or Pixels()
         self.ends, self.curves, self.condition = ends, curves, condition
         self.intervals, self.indices, self.terminal_bound = intervals, indices, terminal_bound
@@ -228,7 +227,7 @@ class ComponentStates(LatentStates):
     @classmethod
     def of_table(
         cls, log_snr: Tensor, index: Tensor, schedule: NoiseSchedule, shape: list[int], basis: Basis,
-        condition: Condition | None = None, terminal_bound: float = 0.01,
+        condition: Condition | None = None, terminal_bound: float = TERMINAL_BOUND,
     ) -> "ComponentStates":  # fmt: skip
         """Return the states of explicit columns (S+1, K) of an image's components, which no file can describe."""
         states = cls.__new__(cls)
@@ -261,8 +260,16 @@ class ComponentStates(LatentStates):
     @property
     def layout(self) -> str:
         """What the columns are, for the fingerprint."""
-        seen = "" if self.condition is None else f" | {identity(spec(self.condition))}"
-        return f"{identity(spec(self.basis))}{seen}" if self.K > 1 else ""
+        return self._columns(self.condition)
+
+    @property
+    def made_of(self) -> str:
+        """Return what a state consists of: its components and its observation, without options of training."""
+        return self._columns(self.condition and self.condition.operator)
+
+    def _columns(self, observed: Part | None) -> str:
+        parts = [str(identity(spec(part))) for part in (self.basis, observed) if part is not None]
+        return CONDITION.join(parts) if self.K > 1 else ""
 
     @property
     def image_shape(self) -> list[int] | None:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_tdisent.diffusion.spec import Part
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, check_number
+
+LONGEST = 200_000  # levels of a chain
 
 
 class NoiseSchedule(Part, ABC):
@@ -24,8 +26,7 @@ class NoiseSchedule(Part, ABC):
     """
 
     def __init__(self, T: int = 1000, zero_terminal: bool = False) -> None:
-        if T < 1:
-            raise InputError(f"T: a chain has at least one level, got {T}")
+        check_number("T", T, 1, LONGEST, whole=True)
         self.T, self.zero_terminal = T, zero_terminal
 
     @abstractmethod
@@ -70,9 +71,11 @@ class _Betas(NoiseSchedule):
         bad = ((beta <= 0) | (beta >= 1)).nonzero()
         if len(bad):
             t = int(bad[0])
+            start, end = f"beta_start (now {self.beta_start:g})", f"beta_end (now {self.beta_end:g})"
+            cure = f"a larger {start}" if beta[t] <= 0 else f"a larger T, or a smaller {end}"
             raise InputError(
-                f"beta at t={t + 1} of {self.T} is {float(beta[t]):.4g}, outside (0, 1). Use more states, "
-                f"a smaller beta_end (now {self.beta_end:g}), or kind: mapped, which never recomputes betas."
+                f"beta at t={t + 1} of {self.T} is {float(beta[t]):.4g}, outside (0, 1). Use {cure}; of a table that "
+                "is not kind: mapped, T is its number of states"
             )
         return torch.cat([beta.new_zeros(1), torch.log1p(-beta).cumsum(0)])
 

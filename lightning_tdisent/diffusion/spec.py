@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from lightning_tdisent.errors import InputError, nearest
 
 _PLAIN = (str, int, float, bool, type(None))
+_DIGESTS = "_Part__digests"  # attribute of a part, with the name that Python gives to a private one of `Part`
 
 
 class Part:
@@ -92,11 +93,11 @@ def _built(value: Any) -> Any:
 
 def _files(part: Part, init_args: dict[str, Any]) -> dict[str, str]:
     """Digests of the files that arguments name, each taken once in the life of a part: it has read them by then."""
-    known = vars(part).get("_digests", {})
+    known = vars(part).get(_DIGESTS, {})
     for text in _strings(init_args):
         named = bool(Path(text).suffix) or os.sep in text
         if text not in known and named and len(text) < 4096 and "\0" not in text and Path(text).is_file():
-            known = vars(part).setdefault("_digests", {})
+            known = vars(part).setdefault(_DIGESTS, {})
             known[text] = _sha256(text)
     return dict(known)
 
@@ -133,14 +134,53 @@ def _sha256(path: str) -> str:
 
 def arguments(cls: type) -> list[str]:
     """Names of the constructor's arguments, followed through ``**kwargs`` to the base classes."""
-    names: dict[str, None] = {}
+    return list(_defaults(cls))
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """Names of the constructor's arguments and their defaults, followed through ``**kwargs`` to the base classes.
+
+    The default of an argument that must be given is `inspect.Parameter.empty`.
+    """
+    found: dict[str, Any] = {}
     for base in cls.__mro__:
         if "__init__" in vars(base):
             parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-            names |= {p.name: None for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+            named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            found |= {p.name: p.default for p in named if p.name not in found}
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
-    return list(names)
+    return found
+
+
+# What an argument means in files that were written before it existed, where its default is another one by now:
+# {"class path.argument": value}. A default that is changed gets its old value here; no default has changed so far.
+THEN: dict[str, Any] = {}
+
+
+def defaults_of_then(cls: type) -> dict[str, Any]:
+    """Return what the arguments of a constructor mean where a file lacks them; not of those that must be given."""
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    given = {k: v for k, v in _defaults(cls).items() if v is not inspect.Parameter.empty}
+    return {k: THEN.get(f"{path}.{k}", list(v) if isinstance(v, tuple) else v) for k, v in given.items()}
+
+
+def filled(data: Any) -> Any:
+    """Return a `spec`, or a config with parts in it, with the arguments that an older file lacks, as of then.
+
+    Parts whose class is not loaded stay as they are.
+    """
+    if isinstance(data, list):
+        return [filled(value) for value in data]
+    if not isinstance(data, dict):
+        return data
+    data = {key: filled(value) for key, value in data.items()}
+    if isinstance(path := data.get("class_path"), str) and isinstance(data.get("init_args", {}), dict):
+        module, _, name = path.rpartition(".")
+        if inspect.isclass(cls := getattr(sys.modules.get(module), name, None)):
+            then = {k: spec(v) if isinstance(v, Part) else v for k, v in defaults_of_then(cls).items()}
+            data["init_args"] = {**then, **data.get("init_args", {})}
+    return data
 
 
 def _plain(value: object, where: str) -> Any:
@@ -171,11 +211,13 @@ def rebuild(part: SomePart, make: Callable[[dict[str, Any]], Any] | None = None)
     except (OSError, MemoryError):
         raise
     except InputError as error:
-        raise InputError(f"a {cls.__name__} cannot be built again from what a file would say of it: {error}") from error
+        raise InputError(
+            f"a {cls.__name__} cannot be built again from what a file would say of it: {error}"
+            + (_KEYWORDS if isinstance(error.__cause__, Exception) else "")
+        ) from error
     except Exception as error:  # a constructor that is not ours
         raise InputError(
-            f"{cls.__name__} cannot be built again from its arguments {mine['init_args']}: {said(error)}. Arguments "
-            "that come through **kwargs, or positional-only ones, are in no file: name them in __init__"
+            f"{cls.__name__} cannot be built again from its arguments {mine['init_args']}: {said(error)}{_KEYWORDS}"
         ) from error
     before, after = mine["init_args"], spec(other)["init_args"]
     if changed := [k for k in before if before[k] != after[k]]:
@@ -188,6 +230,12 @@ def rebuild(part: SomePart, make: Callable[[dict[str, Any]], Any] | None = None)
             f"(self.{changed[0]} = {changed[0]}), and what is made of it under another name"
         )
     return other
+
+
+_KEYWORDS = ". Arguments that come through **kwargs, or positional-only ones, are in no file: name them in __init__"
+
+
+SCRIPT = "__main__"  # the module of what a script, or a notebook, defines
 
 
 def said(error: BaseException) -> str:
@@ -205,14 +253,14 @@ def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
     A class is taken from this package or from a module that is already imported: reading a file never imports code
     that its reader did not name, and no class that is not marked as a `Part` is ever called.
     """
-    path, arguments = data.get("class_path"), data.get("init_args")
-    if not isinstance(path, str) or not isinstance(arguments, dict):
-        raise InputError(f"{data} is no class_path with init_args")
+    path, arguments = (data.get("class_path"), data.get("init_args")) if isinstance(data, dict) else (None, None)
+    if not isinstance(path, str) or not isinstance(arguments, dict) or not isinstance(data.get("files", {}), dict):
+        raise InputError(f"{data!r:.300} is no class_path with init_args")
     module_name, _, name = path.rpartition(".")
     if module_name.split(".")[0] == __package__.split(".")[0]:
         try:
             importlib.import_module(module_name)
-        except ModuleNotFoundError:
+        except (ModuleNotFoundError, ValueError):
             raise InputError(f"this version has no class {path}") from None
     if module_name not in sys.modules:
         raise InputError(
@@ -220,6 +268,11 @@ def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
             f"(--import {module_name} on the command line)."
         )
     cls = getattr(sys.modules[module_name], name, None)
+    if cls is None and module_name == SCRIPT:
+        raise InputError(
+            f"the file names the class {path}, which was defined in a script: no other program finds it. Put {name} "
+            "into a module, import it in the script, and train again"
+        )
     if not (inspect.isclass(cls) and issubclass(cls, base)):
         names = [n for n, c in vars(sys.modules[module_name]).items() if inspect.isclass(c) and issubclass(c, base)]
         raise InputError(f"{path} is no {base.__name__}.{nearest(name, names)}")
@@ -227,5 +280,9 @@ def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
         raise InputError("; ".join(lines))
     try:
         return cls(**{name: _built(value) for name, value in arguments.items()})
+    except (InputError, OSError, MemoryError):
+        raise
     except TypeError as error:
-        raise InputError(f"{path} cannot be built from {arguments}: {error}") from error
+        raise InputError(f"{path} cannot be built from {arguments!r:.300}: {error!s:.300}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path} cannot be built from {arguments!r:.300}: {said(error):.300}") from error

@@ -21,6 +21,10 @@ from lightning_tdisent.errors import InputError
 Coefficient = float | Tensor
 
 
+TERMINAL_BOUND = 0.01  # of the signal at a last row from which sampling starts as from pure noise
+CONDITION = " | "  # in a layout, before what a condition adds
+
+
 class LatentStates(Part, nn.Module):
     """S latent states chosen from the T rows of a schedule (2508.14413).
 
@@ -50,7 +54,7 @@ class LatentStates(Part, nn.Module):
         spacing: Literal["even", "leading", "trailing", "log_snr"] = "even",
         indices: list[int] | None = None,
         kind: Literal["mapped", "native", "rescaled"] = "mapped",
-        terminal_bound: float = 0.01,
+        terminal_bound: float = TERMINAL_BOUND,
         cut: int | float | None = None,
     ) -> None:
         super().__init__()
@@ -100,7 +104,12 @@ class LatentStates(Part, nn.Module):
     def _check_end(self) -> None:
         end = float(self.a[-1].max())
         if end > self.terminal_bound:
-            fix = "kind: mapped" if self.kind != "mapped" else "spacing: trailing, or a schedule with more noise"
+            fix = "a schedule with more noise"
+            if self.kind != "mapped":
+                fix = "kind: mapped"
+            elif self.index[-1] < self.schedule.T:
+                end_at = "spacing: trailing, which ends" if self.indices is None else "indices that end"
+                fix = f"{end_at} at T, or {fix}"
             raise InputError(
                 f"signal left at the last state is {end:.4g}, above terminal_bound {self.terminal_bound:g} "
                 f"(S={self.S}, {self.schedule!r}, {self.kind}, index {int(self.index[-1])} of {self.schedule.T}). "
@@ -156,6 +165,11 @@ class LatentStates(Part, nn.Module):
     @property
     def layout(self) -> str:
         """What the columns are, for the fingerprint."""
+        return ""
+
+    @property
+    def made_of(self) -> str:
+        """Return what a state consists of: its components and its observation, without options of training."""
         return ""
 
     def spread(self, values: Tensor, shape: Sequence[int]) -> Tensor:
@@ -245,7 +259,7 @@ class LatentStates(Part, nn.Module):
 
     @classmethod
     def from_table(
-        cls, log_snr: Tensor, index: Tensor, schedule: NoiseSchedule, terminal_bound: float = 0.01
+        cls, log_snr: Tensor, index: Tensor, schedule: NoiseSchedule, terminal_bound: float = TERMINAL_BOUND
     ) -> "LatentStates":
         """Return the states of an explicit table (S+1, K) of log-SNRs with these original indices (S+1,)."""
         states = cls.__new__(cls)

@@ -8,10 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lightning_tdisent.artifacts import check_schema, differences, parse_json
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.fleet.job import Job
-from lightning_tdisent.fleet.kept import CONFIGS, differences, edits, write_copies
+from lightning_tdisent.fleet.kept import CONFIGS, edits, write_copies
 from lightning_tdisent.fleet.plan import digest_of
 from lightning_tdisent.fleet.sweep import overrides_of, unrolled
 
@@ -103,13 +104,16 @@ class Plan:
 def kept(folder: Path) -> dict[str, Any] | None:
     """Return what a study's folder keeps of its plan, None if there is none."""
     try:
-        content = json.loads((folder / FILE).read_text())
+        content = parse_json((folder / FILE).read_bytes())
+        check_schema(content, str(folder / FILE), SCHEMA, oldest=1, absent=1)
         if isinstance(content["study"]["runs"], dict) and isinstance(content["configs"], dict):
             configs = {os.path.normpath(key): entry for key, entry in content["configs"].items()}
             return {"seed": 0, "overrides": [], **content, "configs": configs}
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise InputError(f"{folder / FILE}: damaged: not the plan of a study. Choose another --out, or remove {folder}")
 
@@ -123,7 +127,8 @@ def trained_otherwise(theirs: dict[str, Any], mine: dict[str, Any], seed: bool =
     lines = differences({"seed": theirs["seed"]}, {"seed": mine["seed"]}) if seed else []
     lines += differences({"runs": a}, {"runs": {k: v for k, v in b.items() if k in a}})
     both = there.keys() & now.keys()
-    return lines + differences(*({"priors": {k: v for k, v in p.items() if k in both}} for p in (there, now)))
+    then, here = ({"priors": {k: v for k, v in p.items() if k in both}} for p in (there, now))
+    return lines + differences(then, here)
 
 
 def _trained(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

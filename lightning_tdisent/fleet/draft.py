@@ -1,18 +1,22 @@
 """A fleet's YAML expanded into its plan: one training per expert."""
 
+import contextlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_tdisent.diffusion.states import split_rows
 from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.files import typed
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.kept import CONFIGS, copy_name, edits
 from lightning_tdisent.fleet.keys import ANY, COUNT, SEED, SETTINGS, TEXT, known, read_yaml, refuse_kind
 from lightning_tdisent.fleet.plan import (
     DEVICES,
     FILE,
+    IDENTITY,
     SHARED,
     SHARED_KEYS,
     Describe,
@@ -28,6 +32,7 @@ from lightning_tdisent.fleet.plan import (
     word_of,
 )
 from lightning_tdisent.fleet.store import Store
+from lightning_tdisent.runs import new_identity
 
 PREVIOUS = "plan.previous.yaml"  # a plan that another has replaced before it began
 KEYS = {"title": TEXT, "out": TEXT, "seed": SEED, "configs": ANY, "set": SETTINGS, "experts": ANY, "rows": ANY,
@@ -39,11 +44,13 @@ Copies = dict[str, tuple[bytes, Path]]  # contents of configs by the names of th
 def draft(
     config: str | Path, describe: Describe, out: str | Path | None = None, seed: int | None = None,
     overrides: Sequence[str] = (), changes: dict[str, Any] | None = None, begun: bool = False,
+    check: Callable[[Fleet], Any] | None = None,
 ) -> Fleet:  # fmt: skip
     """Expand a fleet's YAML into a plan, and write it with copies of all configs; refuses a folder that has another.
 
     overrides: KEY=VALUE of all trainings' configs; changes: keys of the YAML itself; what it has under ``set`` stays.
-    begun: whether work that the plan belongs to has begun; if not, and no expert has, another plan is replaced.
+    begun: whether work that the plan belongs to has begun; if not, and no expert has, another plan is replaced. check:
+    called with the plan as written; if it refuses it, what was there before is put back.
     """
     file = Path(config)
     data = read_yaml(file)
@@ -51,6 +58,8 @@ def draft(
         data |= {**changes, "set": {**(data.get("set") or {}), **(changes.get("set") or {})}}
     data = known(data, KEYS, str(file), required=("configs", "budget"))
     store = Store(out or data.get("out") or f"runs/{file.stem}")
+    if store.remote:
+        store.check()
     seed = data.get("seed", 0) if seed is None else seed
     refuse_kind(seed, SEED, "--seed")
     for where, found in (("set", data.get("set")), *((f"for_rows.{k}", v) for k, v in _items(data.get("for_rows")))):
@@ -123,7 +132,21 @@ def draft(
         common, shared, experts,
     )  # fmt: skip
     refuse_unfit(experts, facts.S, shared is not None, str(file))
+    before = {name: store.read(name) for name in (FILE, PREVIOUS, IDENTITY, *copies)}
     _claim(fleet, {name: content for name, (content, _) in copies.items()}, begun)
+    try:
+        if check is not None:
+            check(fleet)
+    except InputError:
+        for name, content in before.items():
+            if content is None:
+                store.remove(name)
+            elif store.read(name) != content:
+                store.write(name, content)
+        for folder in () if store.remote else (store.path(CONFIGS), store.path("")):
+            with contextlib.suppress(OSError):  # unless there was something in it
+                folder.rmdir()
+        raise
     return fleet
 
 
@@ -141,16 +164,19 @@ def _claim(fleet: Fleet, copies: dict[str, bytes], begun: bool) -> None:
     if differ and (begun or fleet.store.names("leases")):
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise InputError(
-            f"{fleet.store} holds another plan, which has begun ({'; '.join(differ[:5])}{more}). Look at it with fleet "
-            f"plan {fleet.store}, edit {FILE} there, or choose another --out"
+            f"{fleet.store} holds another plan, which has begun ({'; '.join(differ[:5])}{more}). Look at it with "
+            f"{typed('fleet', 'plan', str(fleet.store))}, edit {FILE} there, or choose another --out"
         )
     if there is not None and not differ and all(fleet.store.read(name) == content for name, content in copies.items()):
         return
     if differ and there is not None:
         fleet.store.write(PREVIOUS, there)
-        print(f"{fleet.store}: nothing of the plan that was there has begun; it is replaced, and kept as {PREVIOUS}")
+        print(f"{fleet.store}: nothing of the plan that was there has begun; it is replaced, and kept as {PREVIOUS}:")
+        print("\n".join(f"  - {line}" for line in differ))
     for name, content in copies.items():
         fleet.store.write(name, content)
+    if fleet.store.remote:
+        fleet.store.create(IDENTITY, json.dumps({"schema": 1, "id": new_identity()}).encode())
     fleet.store.write(FILE, text)
 
 

@@ -41,14 +41,17 @@ class Job:
         """Card of the weights there; refuses those of another training."""
         if not self.weights.exists():
             return None
-        from lightning_tdisent.sampling.expert import read_card  # and torch, which a watcher of others does without
+        # and torch, which a watcher of others does without
+        from lightning_tdisent.sampling.expert import read_card, refuse_foreign
 
         card = read_card(self.weights)
+        refuse_foreign(self.weights, card)
         wrong = [f"{k} {getattr(card, k)}, not {v}" for k, v in self.expect.items() if getattr(card, k) != v]
         if wrong:
+            run = any((self.folder / name).exists() for name in ("config.yaml", "checkpoints"))
             raise InputError(
-                f"{self.name}: {self.weights} is of another training: it has {', '.join(wrong)}. Put it elsewhere, and "
-                "run the fleet again"
+                f"{self.weights} is of another training: it has {', '.join(wrong)}. Put {self.folder if run else 'it'} "
+                "elsewhere, and run the fleet again"
             )
         return card
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_tdisent.errors import InputError, nearest
-from lightning_tdisent.files import expand_all
+from lightning_tdisent.files import compose_yaml, expand_all
 
 ANY, TEXT, LIST, MAPPING = "", "text", "a list", "a mapping"
 SETTINGS, WHOLE, COUNT = "a mapping of config keys", "a whole number", "a whole number from 1 on"
@@ -60,10 +60,26 @@ def known(data: Any, keys: Mapping[str, str], where: str, required: Sequence[str
     return {key: value for key, value in data.items() if value is not None or key in required}
 
 
-def read_yaml(file: Path) -> Any:
-    """Return the content of a YAML file with its ``${...}``, ``~`` and ``$NAME`` replaced."""
+def _kept(resolved: Any, given: Any, keep: bool) -> Any:
+    """Return resolved data with the values that name variables of the environment as they were given, where kept."""
+    if isinstance(given, str):
+        return given if keep and "${oc.env" in given else resolved
+    if isinstance(given, dict):
+        return {k: _kept(v, given[k], keep or k in ("set", "for_rows")) for k, v in resolved.items()}
+    return [_kept(*pair, keep) for pair in zip(resolved, given, strict=True)] if isinstance(given, list) else resolved
+
+
+def read_yaml(file: Path, secrets: bool = True) -> Any:
+    """Return the content of a YAML file with its ``${...}``, ``~`` and ``$NAME`` replaced.
+
+    Settings of trainings (below ``set`` and ``for_rows``) keep ``${oc.env:NAME}``, which `fit` replaces; with
+    ``secrets`` false all values that name a variable keep it, for what is written to files.
+    """
     try:
-        return expand_all(OmegaConf.to_container(OmegaConf.load(file), resolve=True), str(file))
+        compose_yaml(file.read_bytes())
+        loaded = OmegaConf.load(file)
+        given = OmegaConf.to_container(loaded)
+        return expand_all(_kept(OmegaConf.to_container(loaded, resolve=True), given, not secrets), str(file))
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:

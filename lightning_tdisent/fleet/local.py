@@ -16,7 +16,7 @@ from rich.live import Live
 from lightning_tdisent.errors import Crashed, Halted, InputError
 from lightning_tdisent.fleet.job import Train
 from lightning_tdisent.fleet.state import Work
-from lightning_tdisent.fleet.status import board, tiles
+from lightning_tdisent.fleet.status import LiveBoard, tiles
 from lightning_tdisent.fleet.work import Session, failures, work_through
 
 
@@ -64,7 +64,7 @@ def run(
                 wait([p.sentinel for p in running], timeout=1.0)
                 with contextlib.suppress(OSError, InputError):  # it is to be looked at, no more
                     if show:
-                        live.update(board(tiles(work), title))
+                        live.update(LiveBoard(tiles(work), title))
                 for k, process in enumerate(pool):
                     if process.exitcode:
                         starts += 1
@@ -149,12 +149,14 @@ def _leave_with(parent: int) -> None:
 
 @contextmanager
 def told_to_go() -> Iterator[None]:
-    """Turn SIGTERM and SIGUSR1 into an exit with 143, so that the workers are told as well."""
+    """Turn SIGTERM, SIGUSR1 and SIGHUP into an exit with 143, so that the workers are told as well."""
 
     def leave(*_: object) -> None:
         raise SystemExit(143)
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1) if threading.current_thread() is threading.main_thread() else ()
+    numbers = [signal.SIGTERM, signal.SIGUSR1] if threading.current_thread() is threading.main_thread() else []
+    if numbers and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup asks for
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield

@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
+from lightning_tdisent.artifacts import check_schema, parse_json
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.files import repeated_keys
+from lightning_tdisent.files import load_yaml, repeated_keys, typed
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.kept import CONFIGS
@@ -27,7 +28,10 @@ FILE = "plan.yaml"
 SHARED = "shared"
 DEVICES = "trainer.devices"  # one, unless the plan sets another number, however many a machine has
 BEGUN = "begun"
-FOLDERS = (SHARED, FILE, BEGUN, CONFIGS, "scratch", "done", "failed", "leases", "logs", "rounds", "start")  # no experts
+FIRST = ("name", "rows", "images", "batch", "seed")  # keys that every line has had from the first version on
+IDENTITY = "fleet.json"  # of a fleet in an object store, whose runs lie elsewhere
+# what lies in a fleet's folder, and is the name of no expert
+FOLDERS = (SHARED, FILE, IDENTITY, BEGUN, CONFIGS, "scratch", "done", "failed", "leases", "logs", "rounds", "start")
 RESERVED = {
     "run": "--out",
     "seed_everything": "seed",
@@ -43,8 +47,8 @@ PLAN_KEYS = {"schema": ANY, "title": TEXT, "seed": SEED, "table": MAPPING, "budg
 TABLE_KEYS = {"fingerprint": ANY, "S": COUNT, "index": LIST, "log_snr": LIST}
 EXPERT_KEYS = dict.fromkeys(("name", "rows", "images", "batch", "seed", "start", "set", "cost", "parts"), ANY)
 HEADER = """\
-# The plan of a fleet: every line below `experts` is one training. Edit rows, images, batch, seed, start or set of an
-# expert as long as it has not begun; `python -m lightning_tdisent fleet plan FOLDER` checks the whole.
+# The plan of a fleet: every line below `experts` is one training. Edit rows, batch, seed, start or set of an expert as
+# long as it has not begun, and images of any; `python -m lightning_tdisent fleet plan FOLDER` checks the whole.
 # start: scratch, shared (the run above), the name of another expert, or a file or run folder with weights.
 """
 
@@ -149,6 +153,14 @@ class Fleet:
         """Names of all jobs."""
         return [*([SHARED] if self.shared else []), *(e.name for e in self.experts)]
 
+    def identity(self) -> str:
+        """Return what tells this fleet from another one that was planned at its URL before; empty for early plans."""
+        try:
+            found = parse_json(self.store.read(IDENTITY) or b"{}")
+            return str(found.get("id", ""))
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"{self.store}/{IDENTITY}: cannot be read: {error}") from None
+
     def folder(self, name: str) -> str:
         """Run folder of a job, relative to the fleet's; that of the shared model is not among the experts'."""
         return f"start/{name}" if name == SHARED else name
@@ -207,11 +219,11 @@ class Fleet:
             elif isinstance(value, dict):
                 lines.append(f"{key}: {flow(value)}\n")
             else:
-                lines.append(yaml.safe_dump({key: value}, sort_keys=False))
+                lines.append(yaml.safe_dump({key: value}, sort_keys=False, width=10**6))
         return "".join(lines)
 
     @classmethod
-    def load(cls, where: str | Path, extra: Sequence[str] = (), scratch: Path | None = None) -> "Fleet":
+    def load(cls, where: str | Path, extra: Sequence[str] = ()) -> "Fleet":
         """Read the plan of a folder or URL, as it was written or edited; every mistake in it is named."""
         store = Store(where)
         file = f"{store}/{FILE}"
@@ -220,16 +232,14 @@ class Fleet:
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {error}") from None
         if text is None:
-            raise InputError(f"{file}: there is no plan here; write one with fleet plan --config FILE --out {where}")
-        try:
-            data = yaml.safe_load(text)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+            make = typed("fleet", "plan", "--config", "FILE", "--out", where)
+            raise InputError(f"{file}: there is no plan here; write one with {make}")
+        data = load_yaml(text, file)
         if twice := repeated_keys(text):
             raise InputError(f"{file}: {'; '.join(twice)}: a key that this mapping has already")
+        if isinstance(data, dict):
+            check_schema(data, file, SCHEMA)
         data = known(data, PLAN_KEYS, file, required=[k for k in PLAN_KEYS if k not in ("set", "shared", "title")])
-        if data["schema"] != SCHEMA:
-            raise InputError(f"{file}: plan of schema {data['schema']}, this version reads {SCHEMA}")
         entries = data["experts"]
         if not isinstance(entries, list) or not entries:
             raise InputError(f"{file}: experts: expected a list of experts, got {entries!r}")
@@ -246,7 +256,7 @@ class Fleet:
         problems = []
         fleet = cls(
             store, str(data.get("title", "")), data["seed"], data["table"], budget, data["configs"],
-            data.get("set") or {}, data.get("shared"), experts, tuple(extra), scratch,
+            data.get("set") or {}, data.get("shared"), experts, tuple(extra),
         )  # fmt: skip
         for name, digest in fleet.config_files.items():
             if (found := store.read(name)) is None or digest_of(found) != digest:
@@ -328,17 +338,22 @@ class Fleet:
         line = next((vars(e) for e in self.experts if e.name == name), dict(self.shared or {}))
         return {k: v for k, v in line.items() if k != "images"} | {"common": self.set}
 
-    def refuse_late(self) -> None:
-        """Refuse edits of experts that have begun."""
+    def refuse_late(self, names: Sequence[str] = ()) -> None:
+        """Refuse edits of experts that have begun; names: of these alone, of all if empty."""
         late = []
         for file in self.store.names(BEGUN):
             name = file.removesuffix(".json")
+            if names and name not in names:
+                continue
             if name not in self.names:
                 late.append(f"{name}: is gone from the plan")
                 continue
-            then, now = read_json(self.store, f"{BEGUN}/{file}") or {}, json.loads(json.dumps(self.begun(name)))
+            absent = {k: v for k, v in vars(Planned("", [], 0, 0, 0)).items() if k not in FIRST}  # in older lines
+            then = absent | (read_json(self.store, f"{BEGUN}/{file}") or {})
+            now = absent | json.loads(json.dumps(self.begun(name)))
             differ = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
-            late += [f"{name}: {k} was {then.get(k)} when it began, and is {now.get(k)}" for k in differ]
+            said = {"common": "set (of all)"}
+            late += [f"{name}: {said.get(k, k)} was {then.get(k)} when it began, and is {now.get(k)}" for k in differ]
         if late:
             raise InputError(
                 f"{self.store}/{FILE}: experts that have begun stay as they are, but for images:\n"

@@ -1,12 +1,11 @@
 """Adaptive budgets: after every round of training, who goes on for how long, decided from the curves of all."""
 
-import json
 import math
 from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet.budget import effects, fit_curve, grant, value
-from lightning_tdisent.fleet.store import read_json
+from lightning_tdisent.fleet.store import dump_json, read_json
 
 if TYPE_CHECKING:
     from lightning_tdisent.fleet.plan import Fleet
@@ -64,7 +63,7 @@ def advance(fleet: "Fleet", number: int) -> bool:
         if len({n for n, _ in points}) < 2:
             raise InputError(
                 f"{e.name}: its curve has {len(points)} points, a fit needs two at least: validate more often (set: "
-                "{trainer.val_check_interval: ..})"
+                "{trainer.val_check_interval: ..}) in a new fleet"
             )
         fits[e.name], curve_of[e.name] = fit_curve(points), points
     part = left if number == fleet.budget.rounds - 1 else left / (fleet.budget.rounds - number)
@@ -79,7 +78,7 @@ def advance(fleet: "Fleet", number: int) -> bool:
         "predicted": {n: value(fits[n], new[n]) for n in names},
         "curves": curve_of,
     }
-    fleet.store.create(f"{FOLDER}/{number + 1:04d}.json", json.dumps(content, indent=1).encode())
+    fleet.store.create(f"{FOLDER}/{number + 1:04d}.json", dump_json(content, indent=1))
     return True
 
 

@@ -213,7 +213,7 @@ def rehearse(fleet: "Fleet", train: Train, workers: int, accumulate: int = 1) ->
         seconds = dict.fromkeys(plans, 0.0)
         start = 0.0
         for job in jobs:
-            begin, end = (float(word) for word in (job.folder / "times.txt").read_text().split())
+            begin, end = (float(word) for word in (job.folder / "times.txt").read_text(encoding="utf-8").split())
             what = job.name.rpartition("_")[0]
             seconds[what] += (end - begin) / workers
             if what == "first":
@@ -234,7 +234,7 @@ class _Timed:
         begin = time.time()
         ends = self.train(argvs, reports)
         folder = Path(argvs[0][argvs[0].index("--run") + 1])
-        (folder / "times.txt").write_text(f"{begin} {time.time()}")
+        (folder / "times.txt").write_text(f"{begin} {time.time()}", encoding="utf-8")
         return ends
 
 

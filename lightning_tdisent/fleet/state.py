@@ -1,18 +1,19 @@
 """Jobs and where their state is kept: a fixed list beside its folders, or the plan of a fleet and its store."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import ask_guards
 from lightning_tdisent.fleet import rounds
 from lightning_tdisent.fleet.job import WEIGHTS, Job
 from lightning_tdisent.fleet.mirror import NEWEST, Mirror, step_of
 from lightning_tdisent.fleet.plan import BEGUN, FILE, SHARED, Describe, Fleet
-from lightning_tdisent.fleet.store import Store, read_json
+from lightning_tdisent.fleet.store import Store, dump_json, read_json
 
 
 class Work(Protocol):
@@ -133,14 +134,14 @@ class FleetWork:
         if self.store.remote:
             for name in job.needs:
                 weights = f"{self.fleet.folder(name)}/{WEIGHTS}"
-                content = self.store.read(weights)
+                content = self.store.read(weights, large=True, check=partial(ask_guards, job.weights))
                 if content is None:
                     raise InputError(f"{job.name} starts from {name}, whose {self.store}/{weights} is gone")
                 Store(self.fleet.root).write(weights, content)
             mirror = Mirror(self.store, self.fleet.folder(job.name), job.folder)
             mirror.pull()
         self.fleet.check(self.describe, [job.name])
-        self.store.create(f"{BEGUN}/{job.name}.json", json.dumps(self.fleet.begun(job.name)).encode())
+        self.store.create(f"{BEGUN}/{job.name}.json", dump_json(self.fleet.begun(job.name)))
         return mirror
 
     def fetch_configs(self) -> None:
@@ -193,7 +194,7 @@ class FleetWork:
                 continue
             if self.store.remote:
                 job = replace(job, folder=place / job.name)
-                if content := self.store.read(f"{self.fleet.folder(job.name)}/{WEIGHTS}"):
+                if content := self.store.read(f"{self.fleet.folder(job.name)}/{WEIGHTS}", large=True):
                     Store(job.folder).write(WEIGHTS, content)
             card, images = job.card, job.images or 0
             if card is not None:

@@ -121,6 +121,29 @@ def board(found: Sequence[Tile], title: str = "") -> RenderableType:
     return Group(Text(" ".join(filter(None, [title, summary(found)]))), Columns(panels))
 
 
+class LiveBoard:
+    """The board if the terminal is high enough, else one line per job, failed and running jobs first."""
+
+    def __init__(self, found: Sequence[Tile], title: str = "") -> None:
+        self.found, self.title = found, title
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        """Yield the board or the lines."""
+        whole = board(self.found, self.title)
+        if not console.is_terminal or len(console.render_lines(whole, options)) < console.height:
+            yield whole
+            return
+        order = ("failed", "silent", "training", "waiting", "done")
+        sorted_ = sorted(self.found, key=lambda tile: order.index(tile.state))
+        room = max(1, console.height - 4)
+        yield Text(" ".join(filter(None, [self.title, summary(self.found)])))
+        for tile in sorted_[:room]:
+            line = f"{tile.name}: {', '.join(tile.lines())}"
+            yield Text(line, style=COLOURS[tile.state], overflow="ellipsis", no_wrap=True)
+        if len(sorted_) > room:
+            yield Text(f"and {len(sorted_) - room} more")
+
+
 def summary(found: Sequence[Tile]) -> str:
     """How many are in which state, and the images seen."""
     count = Counter(tile.state for tile in found)

@@ -4,34 +4,56 @@ Three properties are all that leases and checkpoints need of it: a file is seen 
 create one name only one succeeds, and who lists sees what was written before.
 """
 
+import asyncio
 import contextlib
-import inspect
+import errno
 import json
 import os
-import socket
+import time
 import uuid
+from concurrent.futures import wait
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
-from lightning_tdisent.errors import Halted, InputError
-from lightning_tdisent.files import expand, whole
-from lightning_tdisent.streaming.tars import store_errors
+from lightning_tdisent.artifacts import check_schema, parse_json
+from lightning_tdisent.errors import Halted, InputError, Lost
+from lightning_tdisent.files import URL, Guard, expand, temporary, whole
+from lightning_tdisent.streaming.remote import file_system, store_errors
+
+SCHEMA = 1  # of the files of JSON in a store: leases, failed, done, begun, rounds, curves
+PATIENCE = 10.0  # seconds for an answer: a sixth of the usual ttl of a lease, so that a silent network is noticed
+SHORTEST, LONGEST = 2.0, 30.0  # limits of it: to open a connection takes a while; nobody waits longer for an answer
+SLOWEST = 2**18  # bytes per second; a slower transfer is given up
+CARELESS = (
+    "this store cannot create a file only if it is not there (a conditional put, If-None-Match), so two workers could "
+    "train one expert; use a shared folder, or a store that can, such as s3:// of AWS, gs:// or az://"
+)
 
 
 class Store:
     """Files under one folder or URL, named by relative paths with slashes.
 
-    Raises OSError for what may pass (a network that is down, a full disk); InputError for a URL that cannot be opened
-    or a store that cannot create a file exclusively.
+    Raises OSError for what may pass (a network that is down or silent, a full disk); Lost for a folder that has gone
+    since it was first used, which is not made again; InputError for a URL that cannot be opened. ``patience``: seconds
+    that an object store may take to answer; see `wait_for`.
     """
 
     def __init__(self, where: str | Path) -> None:
         where = expand(str(where))
         self.where, self.remote = where.rstrip("/"), "://" in where
+        if not self.remote and URL.match(where):
+            raise InputError(f"{where}: not a URL: it has lost a slash, as in a pathlib.Path. Give it as text")
+        self.patience = PATIENCE
         self._fs: Any = None
+        self._seen = False  # whether the folder has been there: then it is not made again
+
+    def wait_for(self, seconds: float) -> None:
+        """Set the time that an object store may take to answer, within `SHORTEST` and `LONGEST`."""
+        self.patience = min(max(seconds, SHORTEST), LONGEST)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_fs": None}  # a connection belongs to one process
@@ -43,61 +65,82 @@ class Store:
     def fs(self) -> Any:
         """The fsspec file system of a URL, opened when first needed."""
         if self._fs is None:
-            try:
-                self._fs, _ = fsspec.core.url_to_fs(self.where)
-            except (ValueError, ImportError) as error:
-                raise InputError(f"{self.where}: cannot be opened: {error}") from None
-            put = self._fs._pipe_file if isinstance(self._fs, AsyncFileSystem) else type(self._fs).pipe_file
-            if put is fsspec.AbstractFileSystem.pipe_file or "mode" not in inspect.signature(put).parameters:
-                self._fs = None
-                raise InputError(
-                    f"{self.where}: this kind of store cannot create a file only if it is not there, so two workers "
-                    "could train one expert; use a shared folder, or a store such as s3:// or gs://"
-                )
+            self._fs, _ = file_system(self.where, key="")
         return self._fs
+
+    def _ask(self, method: str, *args: Any, size: int = 0, check: Guard | None = None, **options: Any) -> Any:
+        """Call a method of the file system; raises TimeoutError if a store does not answer in time.
+
+        size: bytes that are transferred, which may take longer. check: asked every second meanwhile; what it raises
+        ends the request. File systems that are not asynchronous have the time limits of their own clients.
+        """
+        with store_errors():
+            if not isinstance(self.fs, AsyncFileSystem):
+                return getattr(self.fs, method)(*args, **options)
+            limit = self.patience + size / SLOWEST
+            end = time.monotonic() + limit
+            request = asyncio.run_coroutine_threadsafe(getattr(self.fs, f"_{method}")(*args, **options), self.fs.loop)
+            try:
+                while not wait([request], max(0.0, min(1.0, end - time.monotonic()))).done:
+                    if check is not None:
+                        check(True)
+                    if time.monotonic() > end:
+                        raise TimeoutError(errno.ETIMEDOUT, f"no answer from {self.where} in {limit:.0f} s")
+                return request.result()
+            finally:
+                request.cancel()
 
     def path(self, name: str) -> Path:
         """The file of a name, where the store is a folder."""
+        self._seen = self._seen or Path(self.where).is_dir()
         return Path(self.where) / name
+
+    def _target(self, name: str) -> Path:
+        """The file of a name, in a folder that is made if need be; raises Lost if the store's own folder has gone."""
+        target = self.path(name)
+        if self._seen and not Path(self.where).is_dir():
+            raise Lost(f"{self.where}: is gone: it was removed or moved while it was in use")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._seen = True
+        return target
 
     def _url(self, name: str) -> str:
         return f"{self.where}/{name}" if name else self.where
 
-    def read(self, name: str) -> bytes | None:
-        """Content of a file, None where there is none."""
+    def read(self, name: str, large: bool = False, check: Guard | None = None) -> bytes | None:
+        """Content of a file, None where there is none.
+
+        large: its size decides how long that may take; check: asked meanwhile, and ends that with what it raises.
+        """
         try:
             if self.remote:
-                with store_errors():
-                    content: bytes = self.fs.cat_file(self._url(name))
+                size = self._ask("info", self._url(name))["size"] if large else 0
+                content: bytes = self._ask("cat_file", self._url(name), size=size, check=check)
                 return content
             return self.path(name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file, whole."""
+    def write(self, name: str, content: bytes, check: Guard | None = None) -> None:
+        """Write a file, whole; check: asked while it is sent to a store, and ends that with what it raises."""
         if self.remote:
-            with store_errors():
-                self.fs.pipe_file(self._url(name), content)
+            self._ask("pipe_file", self._url(name), content, size=len(content), check=check)
             return
-        self.path(name).parent.mkdir(parents=True, exist_ok=True)
-        with whole(self.path(name)) as stream:
+        with whole(self._target(name)) as stream:
             stream.write(content)
 
     def create(self, name: str, content: bytes) -> bool:
         """Write a file that is not there yet; False if somebody has been first."""
         if self.remote:
             try:
-                with store_errors():
-                    self.fs.pipe_file(self._url(name), content, mode="create")
+                self._ask("pipe_file", self._url(name), content, mode="create")
             except FileExistsError:
                 return False
             return True
-        target = self.path(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.{socket.gethostname()}.{uuid.uuid4().hex}.tmp")
+        target = self._target(name)
+        beside = temporary(target)
         try:
-            with beside.open("wb") as stream:
+            with beside.open("xb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -111,8 +154,8 @@ class Store:
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         if self.remote:
-            with contextlib.suppress(FileNotFoundError), store_errors():
-                self.fs.rm_file(self._url(name))
+            with contextlib.suppress(FileNotFoundError):
+                self._ask("rm_file", self._url(name))
         else:
             self.path(name).unlink(missing_ok=True)
 
@@ -121,26 +164,48 @@ class Store:
         if self.remote:
             self.fs.invalidate_cache()
             try:
-                with store_errors():
-                    found = [entry for entry in self.fs.ls(self._url(folder), detail=True) if entry["type"] == "file"]
+                entries = self._ask("ls", self._url(folder), detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-            return sorted(PurePosixPath(entry["name"]).name for entry in found)
+            return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file")
         try:
             return sorted(p.name for p in self.path(folder).iterdir() if p.is_file() and not p.name.startswith("."))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def check(self) -> None:
-        """Refuse a place that cannot be written, before any work."""
-        name = f".writable-{uuid.uuid4().hex}"
+        """Refuse, before any work, a place that cannot be written, or where two could create one file.
+
+        A file is created twice, and the second time must be refused: some stores ignore the condition.
+        """
+        if self.remote:
+            self._refuse_private()
+        name, first, second = f".writable-{uuid.uuid4().hex}", uuid.uuid4().bytes, uuid.uuid4().bytes
         try:
-            created = self.create(name, b"")
+            created = self.create(name, first) or self.read(name) == first  # a put that its client had to repeat
+            again = created and self.create(name, second)
+            content = self.read(name)
             self.remove(name)
         except OSError as error:
             raise Halted(f"{self.where}: cannot be written: {error.strerror or error}") from None
         if not created:
             raise Halted(f"{self.where}: says of a new name that it is taken")
+        if again or content != first:
+            raise InputError(f"{self.where}: {CARELESS}")
+
+    def _refuse_private(self) -> None:
+        """Refuse what other processes do not see, or what is known to look for a name and then to write it."""
+        if "::" in self.where:
+            raise InputError(
+                f"{self.where}: others would not see what is cached here; name the store alone, without ::"
+            )
+        if isinstance(self.fs, MemoryFileSystem):
+            raise InputError(
+                f"{self.where}: is the memory of one process, which its workers do not see; use a shared folder, or a "
+                "store such as s3:// or gs://"
+            )
+        if not isinstance(self.fs, AsyncFileSystem) and type(self.fs).pipe_file is fsspec.AbstractFileSystem.pipe_file:
+            raise InputError(f"{self.where}: {CARELESS}")
 
 
 def read_json(store: Store, name: str) -> dict[str, Any] | None:
@@ -149,9 +214,15 @@ def read_json(store: Store, name: str) -> dict[str, Any] | None:
     if content is None:
         return None
     try:
-        data = json.loads(content)
+        data = parse_json(content)
     except ValueError:
         data = None
     if not isinstance(data, dict):
         raise InputError(f"{store}/{name}: damaged: not an object of JSON. Remove it, and run the fleet again")
-    return data
+    check_schema(data, f"{store}/{name}", SCHEMA, absent=1)  # the first versions wrote none
+    return {key: value for key, value in data.items() if key != "schema"}
+
+
+def dump_json(data: dict[str, Any], indent: int | None = None) -> bytes:
+    """Return the content of a file of JSON that `read_json` reads."""
+    return json.dumps({"schema": SCHEMA, **data}, indent=indent).encode()

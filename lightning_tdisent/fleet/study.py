@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from lightning_tdisent.diffusion.spec import SomePart, build
 from lightning_tdisent.diffusion.states import LatentStates, row_of
 from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.files import output_path
 from lightning_tdisent.fleet.claim import FILE, SCHEMA, Plan, kept
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.kept import CONFIGS, copy_name
@@ -48,13 +49,14 @@ def plan(
 ) -> Plan:
     """Read a study's YAML; every config it names must exist, every key must be known, every name must be one."""
     file = Path(config)
-    written = known(read_yaml(file), KEYS, str(file), required=("runs", "data", "protocol"))
-    if not written["runs"]:
+    study = known(read_yaml(file), KEYS, str(file), required=("runs", "data", "protocol"))
+    written = {key: value for key, value in read_yaml(file, secrets=False).items() if value is not None}
+    if not study["runs"]:
         raise InputError(f"{file}: runs: name at least one")
-    study = unrolled(written, str(file))
+    study = unrolled(study, str(file))
     if not study["contenders"]:
         raise InputError(f"{file}: contenders, or diffusion_time, is missing")
-    folder = Path(out or study.get("out") or f"runs/{file.stem}")
+    folder = output_path(out or study.get("out") or f"runs/{file.stem}", "--out" if out else f"{file}: out")
     seed = study.get("seed", 0) if seed is None else seed
     refuse_kind(seed, SEED, "--seed")
     _refuse_names(study, str(file))

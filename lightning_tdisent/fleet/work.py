@@ -5,9 +5,6 @@ Workers know nothing of each other; they meet in the files of the fleet alone.
 
 import contextlib
 import io
-import json
-import os
-import signal
 import sys
 import threading
 import time
@@ -19,13 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning_tdisent.errors import NAMED, Halted, InputError
+from lightning_tdisent.errors import NAMED, Busy, Halted, InputError, Lost, Newer
+from lightning_tdisent.files import guarded, open_own
 from lightning_tdisent.fleet import lease
 from lightning_tdisent.fleet.job import Job, Train
 from lightning_tdisent.fleet.lease import TTL, Lease, Watch
 from lightning_tdisent.fleet.mirror import Mirror
 from lightning_tdisent.fleet.state import Work
-from lightning_tdisent.fleet.store import read_json
+from lightning_tdisent.fleet.store import dump_json, read_json
+from lightning_tdisent.processes import me
+from lightning_tdisent.runs import busy
 
 FAILED = "failed"
 POLL = 1.0
@@ -53,10 +53,13 @@ def failures(work: Work) -> dict[str, dict[str, Any]]:
     """What kept jobs from being done, the last time somebody tried."""
     out = {}
     for name in work.store.names(FAILED):
-        with contextlib.suppress(InputError):  # half-written, by another version or a full disk: as if there were none
+        try:
             content = read_json(work.store, f"{FAILED}/{name}")
-            if content is None or not isinstance(content.get("sessions"), list):
-                continue
+        except Newer:
+            raise
+        except InputError:  # half-written on a full disk: as if there were none
+            continue
+        if content is not None and isinstance(content.get("sessions"), list):
             out[name.removesuffix(".json")] = content
     return out
 
@@ -68,6 +71,7 @@ def work_through(work: Work, train: Train, session: Session) -> dict[str, str]:
     fails for as long as a lease lives: what passes sooner (a network, a full disk) is waited for.
     """
     watch, since = Watch(), None
+    work.store.wait_for(session.ttl / lease.BEATS)
     while True:
         try:
             if (left := _turn(work, train, session, watch)) is not None:
@@ -105,7 +109,11 @@ def _turn(work: Work, train: Train, session: Session, watch: Watch) -> dict[str,
     ready = [jobs[n] for n in free if not any(need in undone for need in jobs[n].needs)]
     chosen: list[_Held] = []
     for job in sorted(ready, key=lambda job: -(job.images or 0)):
-        if held := lease.take(work.store, job.name, watch, _go, session.ttl, work.saved(job)):
+        if holder := busy(job.folder):  # nothing has failed: it is waited for, and its lease is left alone
+            if not _in_hand(work, job.name, session.ttl):
+                said = f"{job.name}: {job.folder} is in use by {holder}, whose end is waited for"
+                _say_once(f"{job.name} in use", said)
+        elif held := lease.take(work.store, job.name, watch, session.ttl, work.saved(job)):
             chosen.append(_Held(job, held))
         if len(chosen) == session.together:
             break
@@ -134,30 +142,35 @@ def _fail(work: Work, job: Job, reason: str, crashed: bool, session: Session) ->
     with contextlib.suppress(OSError):  # a full disk: it has been said
         before = failures(work).get(job.name, {"sessions": []})["sessions"]
         content = {"reason": reason, "sessions": [*before, session.name], "crashed": crashed, "when": time.time()}
-        content |= lease.me()
-        work.store.write(f"{FAILED}/{job.name}.json", json.dumps(content).encode())
+        content |= me()
+        work.store.write(f"{FAILED}/{job.name}.json", dump_json(content))
 
 
 _told: set[str] = set()
 
 
+def _in_hand(work: Work, name: str, ttl: float) -> bool:
+    """Return whether a worker of this fleet has a job, and was heard of: then its folder is in use, as it should be."""
+    _, content = lease.current(work.store, name)
+    return content is not None and not content.get("released") and time.time() - content.get("written", 0) < ttl
+
+
 def _say_who(work: Work, name: str, session: Session) -> None:
     """Say once who holds the only job that was asked for, and how long a silent one is waited for."""
     _, content = lease.current(work.store, name)
-    if content and name not in _told:
-        _told.add(name)
+    if content:
         ago = time.time() - content.get("written", 0)
-        print(
+        _say_once(
+            name,
             f"{name} is held by process {content.get('pid')} on {str(content.get('host')).partition('/')[0]}, heard of "
             f"{max(0, ago):.0f} s ago; waiting for its end, or for {session.ttl:.0f} s of silence",
-            file=sys.stderr,
         )
 
 
-def _go(why: str) -> None:
-    """Tell this process to save and go: its lease was lost."""
-    print(f"{why}; this worker lets go of it", file=sys.stderr)
-    os.kill(os.getpid(), signal.SIGTERM)
+def _say_once(name: str, text: str) -> None:
+    if name not in _told:
+        _told.add(name)
+        print(text, file=sys.stderr)
 
 
 @dataclass
@@ -184,10 +197,13 @@ def _train(work: Work, chosen: Sequence[_Held], train: Train, session: Session) 
             letting_go.callback(held.lease.release)
         ready = []
         for held in chosen:
+            letting_go.enter_context(guarded(held.job.folder, held.lease.check))
             error = _caught(partial(_begin, work, held, session))
             if isinstance(error, OSError) and not isinstance(error, NAMED):  # of the place, not of the job
                 raise error
-            if error is not None:
+            if isinstance(error, Lost):
+                print(f"{error}", file=sys.stderr)
+            elif error is not None:
                 _fail(work, held.job, *_reason(error, held), session)
             elif not work.done(held.job):  # by whoever held it before
                 ready.append(held)
@@ -196,8 +212,8 @@ def _train(work: Work, chosen: Sequence[_Held], train: Train, session: Session) 
         with contextlib.ExitStack() as around:
             around.enter_context(_log(ready[0], session.quiet))
             for held in ready[1:]:
-                with held.log.open("a") as log:
-                    log.write(f"trained beside {ready[0].job.name}: see {ready[0].log}\n")
+                with open_own(held.log) as log:
+                    log.write(f"trained beside {ready[0].job.name}: see {ready[0].log}\n".encode(errors="replace"))
             for held in ready:
                 around.enter_context(_copying(held.mirror, held.lease))
             ends = train([held.job.argv for held in ready], [held.report for held in ready])
@@ -206,7 +222,9 @@ def _train(work: Work, chosen: Sequence[_Held], train: Train, session: Session) 
             ended = _caught(partial(_conclude, work, held)) if end is None else None
             if isinstance(ended, OSError):  # it is trained, and will be done as soon as that can be said
                 lost = ended
-            elif reason := end or ended:
+            elif isinstance(reason := end or ended, (Busy, Lost)):  # the next turn sees whether somebody trains it
+                print(f"{held.job.name}: {reason}", file=sys.stderr)
+            elif reason:
                 _fail(work, held.job, *_reason(reason, held), session)
         if lost is not None:
             raise lost
@@ -227,17 +245,21 @@ def _begin(work: Work, held: _Held, session: Session) -> None:
             f"its process died {held.lease.deaths} times in a row without saving anything beyond step "
             f"{work.saved(job)} (see {held.log})"
         )
+    held.lease.check()  # so that a fleet that has been moved is not begun again where it was
     job.folder.mkdir(parents=True, exist_ok=True)
+    if session.quiet:
+        open_own(held.log).close()  # refuses a link, before any work
     held.mirror = work.begin(job)
 
 
 def _conclude(work: Work, held: _Held) -> None:
     """Say in a store what was done; refuses a training that ended before its time."""
     if held.mirror is not None:
-        held.mirror.push()
+        held.mirror.push(held.lease.check)
+    held.lease.check()
     if held.mirror is not None and (card := held.job.card):
         content = {"images_seen": card.images_seen, "rows": card.rows, "fingerprint": card.fingerprint}
-        work.store.write(f"done/{held.job.name}.json", json.dumps(content).encode())
+        work.store.write(f"done/{held.job.name}.json", dump_json(content))
     if not work.done(held.job):
         raise InputError(f"its training ended before its images were seen (see {held.log})")
     work.store.remove(f"{FAILED}/{held.job.name}.json")
@@ -249,8 +271,8 @@ def _reason(error: BaseException, held: _Held) -> tuple[str, bool]:
         return str(error), False
     if isinstance(error, SystemExit):
         return f"ended with status {error.code} (see {held.log})", False
-    with contextlib.suppress(OSError), held.log.open("a") as log:
-        traceback.print_exception(error, file=log)
+    with contextlib.suppress(OSError, InputError), open_own(held.log) as log:
+        log.write("".join(traceback.format_exception(error)).encode(errors="replace"))
     return f"{type(error).__name__}: {error} (see {held.log})", True
 
 
@@ -264,8 +286,8 @@ def _copying(mirror: Mirror | None, held: Lease) -> Iterator[None]:
 
     def copy() -> None:
         while not end.wait(held.ttl / lease.BEATS):
-            with contextlib.suppress(OSError):  # comes with the next one
-                mirror.push()
+            with contextlib.suppress(OSError, Lost):  # comes with the next one
+                mirror.push(held.check)
 
     thread = threading.Thread(target=copy, name=f"copy of {held.job}", daemon=True)
     thread.start()
@@ -275,8 +297,9 @@ def _copying(mirror: Mirror | None, held: Lease) -> Iterator[None]:
         end.set()
         thread.join()
         try:
-            if held.held:  # else the copy is another worker's by now
-                mirror.push()
+            mirror.push(held.check)
+        except Lost:  # the copy is another worker's by now
+            pass
         except OSError as error:
             print(f"{held.job}: its copy in {mirror.store} is behind: {error}", file=sys.stderr)
 
@@ -294,7 +317,7 @@ class _Log(io.TextIOBase):
     """A file to print to; what a full disk does not take is lost, and ends nothing."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._file = open_own(path)
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):

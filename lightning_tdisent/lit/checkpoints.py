@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lightning_tdisent.errors import Halted, InputError
-from lightning_tdisent.files import sync_folder, write_whole
+from lightning_tdisent.errors import Halted, InputError, Lost
+from lightning_tdisent.files import ask_guards, sync_folder, temporary, write_whole
+from lightning_tdisent.files import remove_orphans as remove_orphans
 from lightning_tdisent.sampling.checkpoint import (
     SCHEMA,
     TEMPORARY,
@@ -35,6 +36,8 @@ from lightning_tdisent.sampling.checkpoint import (
 )
 
 POINTER = "newest.json"
+PIECE = 2**26  # bytes that are written, and read back, at a time; a read gives 2 GB at most
+FACTS = ("images_seen", "fingerprint", "rows", "module", "data", "version")  # of the card, repeated in the manifest
 
 
 class DurableIO(TorchCheckpointIO):
@@ -44,7 +47,12 @@ class DurableIO(TorchCheckpointIO):
     (sha256, bytes, schema, step, images seen, table fingerprint, rows) and ``newest.json`` of the folder, in the same
     way. What is not finite is not saved. Raises Halted when nothing could be written, and InputError for a checkpoint
     that is remote, damaged, not finite, or more than data.
+
+    newest: path of a checkpoint that was chosen as the newest of its folder; if it is removed before it is read, since
+    its training goes on, the newest of then is read.
     """
+
+    newest: Path | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write the checkpoint with its manifest; those at other paths survive a failure."""
@@ -57,8 +65,11 @@ class DurableIO(TorchCheckpointIO):
                 "finite. The checkpoint before it is untouched."
             )
         try:
+            ask_guards(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(checkpoint, path)
+        except Lost:
+            raise
         except (OSError, RuntimeError, Halted) as error:
             told = error if isinstance(error, OSError) else error.__context__  # torch's writer hides what stopped it
             if not isinstance(told, OSError):
@@ -70,7 +81,15 @@ class DurableIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
         """Return the content, verified; ``weights_only`` is always true."""
-        content = load(path, map_location)
+        while True:
+            try:
+                content = load(path, map_location)
+                break
+            except InputError:
+                if Path(path) != self.newest or Path(path).exists() or (found := newest(self.newest.parent)[0]) is None:
+                    raise
+                print(f"weights: {found}, since {path} was removed meanwhile")
+                path = self.newest = found
         if Path(path).name == TEMPORARY:
             return content
         if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
@@ -80,6 +99,7 @@ class DurableIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove the manifest, then the file."""
         path = local(path)
+        ask_guards(path)
         manifest_of(path).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 
@@ -94,14 +114,20 @@ refuse_to_load: Any = classmethod(_refuse_to_load)
 
 
 def newest(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
-    """Newest good checkpoint of a folder with its manifest, and why each newer one is not good."""
-    bad: list[str] = []
-    for path in reversed(steps(folder)):
-        try:
-            return path, verify(path), bad
-        except InputError as error:
-            bad.append(str(error))
-    return None, {}, bad
+    """Newest good checkpoint of a folder with its manifest, and why each newer one is not good.
+
+    A training that goes on meanwhile may remove what has just been listed: then its newer ones are taken.
+    """
+    while True:
+        bad, gone = list[str](), False
+        for path in reversed(steps(folder)):
+            try:
+                return path, verify(path), bad
+            except InputError as error:
+                gone |= not path.exists()
+                bad.append(str(error))
+        if not gone:
+            return None, {}, bad
 
 
 def resolve(path: str) -> Path:
@@ -136,16 +162,11 @@ def refuse_other_run(trainer: L.Trainer, files: Sequence[Path]) -> None:
         return
     if resumed is None or not Path(resumed).resolve().is_relative_to(folder.resolve()):
         raise InputError(
-            f"{folder}: holds {files[-1].relative_to(folder)} ({len(files)} such files) of another run, which this one "
-            f"would remove: it begins from {resumed or 'step 0'}. Resume that run (trainer.fit with ckpt_path: a "
-            "checkpoint of this folder), choose another default_root_dir, or remove the files"
+            f"{folder}: holds {files[-1].relative_to(folder)} ({len(files)} such files) of an earlier training, which "
+            f"this one would remove: it begins from {resumed or 'step 0'}. Resume that run (ckpt_path: a "
+            "checkpoint of this folder), choose another folder (--run, or default_root_dir in Python), or remove "
+            "the files"
         )
-
-
-def remove_orphans(folder: Path) -> None:
-    """Remove what processes that died left half-written."""
-    for orphan in folder.glob(".*.tmp"):
-        orphan.unlink(missing_ok=True)
 
 
 class _VerifiedFile:
@@ -156,7 +177,7 @@ class _VerifiedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file, self._pieces = path.open("w+b", buffering=0), SimpleQueue[tuple[int, int]]()
+        self._file, self._pieces = path.open("x+b", buffering=0), SimpleQueue[tuple[int, int]]()
 
     def __enter__(self) -> Self:
         self._other = ThreadPoolExecutor(1)
@@ -170,12 +191,13 @@ class _VerifiedFile:
 
     def write(self, data: Any) -> int:
         data = memoryview(data)
-        left = size = len(data)
-        while left:
-            left -= self._file.write(data[size - left :])
-        if size:
-            self._pieces.put((size, _sum(data)))
-        return size
+        for at in range(0, len(data), PIECE):
+            piece = data[at : at + PIECE]
+            left = size = len(piece)
+            while left:
+                left -= self._file.write(piece[size - left :])
+            self._pieces.put((size, _sum(piece)))
+        return len(data)
 
     def flush(self) -> None:
         pass
@@ -204,28 +226,33 @@ def _sum(data: Any) -> int:
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = temporary(path)
+    card = checkpoint.get("card", {})
     try:
         with _VerifiedFile(beside) as file:
             torch.save(checkpoint, file)  # type: ignore[arg-type]  # all that torch asks of a file is write
             digest = file.finish()
+        manifest = {
+            "schema": SCHEMA,
+            "sha256": digest,
+            "bytes": beside.stat().st_size,
+            "step": checkpoint.get("global_step", 0),
+            "epoch": checkpoint.get("epoch", 0),
+            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **{k: card[k] for k in ("run", *FACTS) if k in card},
+        }
+        ask_guards(path)
         manifest_of(path).unlink(missing_ok=True)  # an old one never stands beside new bytes
         beside.replace(path)
         sync_folder(path.parent)
+        try:
+            _write_json(manifest_of(path), {**manifest, "check": check_of(manifest)})
+        except Halted:  # it counts for nothing without
+            path.unlink(missing_ok=True)
+            raise
     finally:
         beside.unlink(missing_ok=True)
-    card = checkpoint.get("card", {})
-    manifest = {
-        "schema": SCHEMA,
-        "sha256": digest,
-        "bytes": path.stat().st_size,
-        "step": checkpoint.get("global_step", 0),
-        "epoch": checkpoint.get("epoch", 0),
-        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **{k: card[k] for k in ("images_seen", "fingerprint", "rows", "module", "data", "version") if k in card},
-    }
-    _write_json(manifest_of(path), {**manifest, "check": check_of(manifest)})
-    _write_json(path.parent / POINTER, {"file": path.name, "step": manifest["step"], "sha256": digest})
+    _write_json(path.parent / POINTER, {"schema": 1, "file": path.name, "step": manifest["step"], "sha256": digest})
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ The file is long because what is read, where a run stands in it and who shares i
 """
 
 import itertools
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -16,12 +17,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_tdisent.errors import InputError, check_number
+from lightning_tdisent.files import expand
 from lightning_tdisent.lit.checkpoints import refuse_to_load
 from lightning_tdisent.lit.shared import Shared
 from lightning_tdisent.streaming.decode import Decoder
 from lightning_tdisent.streaming.orders import Shuffled, Streamed
+from lightning_tdisent.streaming.remote import is_remote
 from lightning_tdisent.streaming.shards import ImageSet, Policy, Sample, Shards, note_classes, refuse_shared
-from lightning_tdisent.streaming.tars import is_remote
 
 MAX_LOOKED_AT = 100_000  # samples of a set that is not kept in memory whose classes are read before a training
 
@@ -93,19 +95,26 @@ class ResumableLoader:
         return self._workers
 
     def state_dict(self) -> dict[str, int]:
-        """Batches handed out, and images in each over all ranks."""
-        return {"batches": self.done, **self.source.state()}
+        """Batches handed out, images in each over all ranks, and what their order depends on."""
+        return {"batches": self.done, "seed": self.source.seed, "flip": self.source.flip, **self.source.state()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind them; refuses batches of another size."""
+        """Go on behind them; refuses batches of another size or order."""
         mine = self.state_dict()
+        if (seed := state.get("seed", mine["seed"])) != mine["seed"]:
+            raise InputError(
+                f"data.seed: the checkpoint's images come in the order of seed {seed}, this run's in that of "
+                f"{mine['seed']}. Give data.seed {seed}; where that is left out, seed_everything {seed}"
+            )
+        if (flip := state.get("flip", mine["flip"])) != mine["flip"]:
+            raise InputError(f"data.flip: the checkpoint was trained with {flip}, this run has {mine['flip']}")
         if state["images"] != mine["images"]:
             raise InputError(
                 f"data.batch_size: the checkpoint was trained with {state['images']} images a step over all ranks, "
                 f"this run has {mine['images']}; change data.batch_size or trainer.devices so that they agree"
             )
-        order = {k: v for k, v in state.items() if k not in ("batches", "images")}
-        here = {k: v for k, v in mine.items() if k not in ("batches", "images")}
+        known = ("batches", "images", "seed", "flip")
+        order, here = ({k: v for k, v in data.items() if k not in known} for data in (state, mine))
         if order and order != here:
             raise InputError(
                 f"data: the checkpoint was trained in the order of {order}, this run has that of {here}; give it the "
@@ -154,15 +163,16 @@ class ImageShards(L.LightningDataModule):
     to end, shuffled through a ``buffer`` of samples (sequential, for .tar.gz and for an index without samples).
 
     verify: compare every sample with the index when it is first read. on_bad_shard: stop at what is damaged, or skip
-    up to a share of ``bad_ceiling`` of the samples. seed: of the order, that of the run if not given. index: the folder
-    of the index files, where it is not that of the shards (``data index --out``).
+    up to a share of ``bad_ceiling`` of the samples. seed: of the order, that of the run if not given (a run that is
+    resumed has the seed it began with). index: the folder of the index files, where it is not that of the shards
+    (``data index --out``).
     """
 
     load_from_checkpoint = refuse_to_load
 
     def __init__(
         self,
-        path: str,
+        path: str | os.PathLike[str],
         channels: int = 3,
         size: int | None = None,
         batch_size: int = 64,
@@ -183,20 +193,31 @@ class ImageShards(L.LightningDataModule):
         super().__init__()
         if channels not in (1, 3):
             raise InputError(f"data.channels: images have 1 or 3 channels, got {channels}")
-        least = {"batch_size": (batch_size, 1), "buffer": (buffer, 1), "size": (size, 1), "val_limit": (val_limit, 1)}
-        for name, (value, low) in {**least, "workers": (workers, 0)}.items():
-            if value is not None:
-                check_number(f"data.{name}", value, low, whole=True)
+        for name, value, low in (("batch_size", batch_size, 1), ("buffer", buffer, 1), ("workers", workers, 0)):
+            check_number(f"data.{name}", value, low, whole=True)
+        for name, limit in (("size", size), ("val_limit", val_limit)):
+            if limit is not None:
+                check_number(f"data.{name}", limit, 1, whole=True)
+        for name, text in (("path", path), ("train", train), ("val", val)):
+            if not isinstance(text, str | os.PathLike) or not str(text):
+                raise InputError(f"data.{name}: a text, got {text!r}")
+        for name, flag in (("verify", verify), ("flip", flip)):
+            if not isinstance(flag, bool):
+                raise InputError(f"data.{name}: true or false, got {flag!r}")
         if resident not in (True, False, "device"):
             raise InputError(f"data.resident: true, false or device, got {resident}")
         if access not in ("auto", "random", "sequential"):
             raise InputError(f"data.access: auto, random or sequential, got {access}")
-        self.path, self.batch_size, self.train, self.val = path, batch_size, train, val
+        self.path, self.batch_size, self.train, self.val = expand(str(path), "data.path"), batch_size, train, val
         self.val_limit, self.resident, self.buffer, self.access = val_limit, resident, buffer, access
-        self.workers, self.seed, self.flip, self.index = workers, seed, flip, index
+        self.workers, self.seed, self.flip = workers, seed, flip
+        self.index = index and expand(index, "data.index")
         if index is not None and index.endswith(".safetensors"):
-            raise InputError(f"data.index: {index} is a file; name its folder, which has the index of each split")
+            raise InputError(
+                f"data.index: {index} is a file; name its folder (data index --out), which has that of each split"
+            )
         self.decoder, self.policy = Decoder(channels, size), Policy(on_bad_shard, bad_ceiling, verify)
+        self.run_seed: int | None = None  # that of the module in training, which sets it
         self._loader: ResumableLoader | None = None
         self._shared: Shared | None = None
 
@@ -267,12 +288,15 @@ class ImageShards(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Refuse held-out images that are trained on; let samples have no other classes than the network knows."""
+        self.run_seed = None
         if stage == "fit" and not (self.trainer and self.trainer.overfit_batches):
             what = f"data.train {self.train}, data.val {self.val}"
             held_out = Shards.open(self.path, self.val, self.decoder, self.policy, self.index)
             refuse_shared(held_out, self.shards, what, "Name other splits, or their shards by patterns")
+        from lightning_tdisent.lit.inference import DenoiserModule  # which imports this module
+
         module = self.trainer.lightning_module if self.trainer else None
-        decoder = replace(self.decoder, classes=getattr(module, "classes", None))
+        decoder = replace(self.decoder, classes=module.classes if isinstance(module, DenoiserModule) else None)
         if stage == "fit" and decoder != self.shards.decoder:
             self.shards.decoder = decoder
             vars(self).pop("training", None)  # decoded for another network
@@ -283,7 +307,7 @@ class ImageShards(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of this rank."""
-        seed = self.seed
+        seed = self.run_seed if self.seed is None else self.seed
         if seed is None:
             seed = torch.initial_seed() & 0xFFFFFFFF
             seed = self.trainer.strategy.broadcast(seed) if self.trainer else seed

@@ -6,7 +6,9 @@ message whose last line names file, key and the nearest allowed word.
 
 import contextlib
 import logging
+import os
 import re
+import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -29,7 +31,17 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_tdisent.diffusion import bases, components, objectives, operators, schedules  # noqa: F401
 from lightning_tdisent.diffusion.spec import said
 from lightning_tdisent.errors import InputError, check_number, nearest
-from lightning_tdisent.files import absolute_paths, expand_all, repeated_keys, write_whole
+from lightning_tdisent.files import (
+    absolute_paths,
+    ask_guards,
+    check_name,
+    check_utf8_mode,
+    expand_all,
+    output_path,
+    refuse_link,
+    repeated_keys,
+    write_whole,
+)
 from lightning_tdisent.lit import datamodule, inference, modules, prior  # noqa: F401
 from lightning_tdisent.lit.callbacks import pictures, quality  # noqa: F401
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
@@ -38,10 +50,19 @@ from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.checkpoints import DurableIO, resolve, steps
-from lightning_tdisent.lit.explain import explain, explain_interpolation
-from lightning_tdisent.lit.resume import check_config, find_checkpoint, lock
+from lightning_tdisent.lit.explain import HERE, explain, explain_interpolation
+from lightning_tdisent.lit.resume import (
+    check_config,
+    check_header,
+    find_checkpoint,
+    header,
+    refuse_other_data,
+    refuse_other_runs,
+    what_is_trained,
+)
 from lightning_tdisent.networks import dit, unet  # noqa: F401
 from lightning_tdisent.priors import flow, gaussian, mixture  # noqa: F401
+from lightning_tdisent.runs import RunFolder, held, new_identity
 from lightning_tdisent.sampling import sampler, start  # noqa: F401
 from lightning_tdisent.sampling.checkpoint import facts
 from lightning_tdisent.sampling.expert import read_card
@@ -51,6 +72,7 @@ COMMANDS = ("fit", "validate", "test", "predict")
 # of the command that runs, in each thread its own: its words with their config files, and what it holds until it ends
 LINE: ContextVar[tuple[Sequence[str], Sequence[Path]]] = ContextVar("LINE", default=((), ()))
 LOCKS: ContextVar[contextlib.ExitStack] = ContextVar("LOCKS")
+UNRESOLVED: ContextVar[str] = ContextVar("UNRESOLVED", default="")  # its config with ${oc.env:..} as it was given
 
 
 class Parser(LightningArgumentParser):
@@ -71,6 +93,13 @@ class Parser(LightningArgumentParser):
             args = [self._as_typed(word) if "None" in word else word for word in args]
         return super().parse_args(args, *rest, **options)
 
+    def dump(self, *args: Any, **options: Any) -> Any:
+        """Dump; remember the config in which jsonargparse is about to replace ``${..}``, where it names variables."""
+        text = super().dump(*args, **options)
+        if options.get("skip_link_targets") is False and "oc.env" in text:
+            UNRESOLVED.set(text)
+        return text
+
     def _as_typed(self, word: str) -> str:
         """Return ``--key=value`` with the value as the command line has it, if it is the same one."""
         key, _, value = word.partition("=")
@@ -90,6 +119,9 @@ class CLI(LightningCLI):
         parser.add_argument("--run", type=str, default="runs/unnamed", help="folder of this run: everything goes there")
         parser.add_argument(
             "--resume", type=Literal["auto", "never"], default="auto", help="fit: go on with the run in that folder"
+        )
+        parser.add_argument(
+            "--id", type=str | None, help="of the run, kept in its config.yaml; a new run has a new one"
         )
         parser.add_argument("--round", type=int, default=0, help="of an adaptive fleet's budget, which sets it")
         for name, callback in (("ema", EMA), ("losses", LossPerState), ("guard", Guard), ("checkpoint", Checkpoint)):
@@ -120,7 +152,9 @@ class CLI(LightningCLI):
             config.ckpt_path = str(resolve(config.ckpt_path))
         if self.subcommand == "fit":
             self._enter(config)
-        elif (Path(config.run) / "config.yaml").exists():  # what is not a training writes nothing among its files
+        elif (
+            output_path(config.run, "--run") / "config.yaml"
+        ).exists():  # what is not a training writes nothing among its files
             self.trained = config.run
             config.run = str(Path(config.run) / str(self.subcommand))
 
@@ -136,13 +170,17 @@ class CLI(LightningCLI):
             path = find_checkpoint(folder)[0]
             if path is None:
                 exported = folder / self.model.file
-                instead = f"; of {exported}: --model Composite --model.path {folder}" if exported.exists() else ""
+                words = shlex.join(["--model", "Composite", "--model.path", str(folder)])
+                usable = exported.exists() and self.model.file == modules.Diffusion.file
+                instead = f"; of {exported}: {words}" if usable else ""
                 raise InputError(
                     f"{subcommand}: {folder} holds no checkpoint, and an untrained network says nothing. Give its "
                     f"weights: --ckpt_path CHECKPOINT or RUN FOLDER{instead}"
                 )
             print(f"weights: {path}")
             out["ckpt_path"] = str(path)
+            if isinstance(io := self.trainer.strategy.checkpoint_io, DurableIO):
+                io.newest = path
         return out
 
     def _parse_ckpt_path(self) -> None:
@@ -152,29 +190,38 @@ class CLI(LightningCLI):
     ended: int | None = None  # step at which a run that goes on had ended
 
     def _enter(self, config: Any) -> None:
-        folder, asked = Path(config.run), config.ckpt_path and Path(config.ckpt_path)
+        folder, asked = output_path(config.run, "--run"), config.ckpt_path and Path(config.ckpt_path)
         if config.trainer.fast_dev_run:  # a rehearsal, which neither reads nor writes
             return
-        if rank_zero_only.rank == 0:
-            LOCKS.get().enter_context(lock(folder))
+        if any(word == "--id" or word.startswith("--id=") for word in LINE.get()[0]):
+            raise InputError("--id: is made when a run begins, and kept in its config.yaml")
+        place = LOCKS.get().enter_context(RunFolder(folder, tidy=True)) if rank_zero_only.rank == 0 else None
         if not (folder / "config.yaml").exists():
             if there := steps(folder / "checkpoints"):
                 raise InputError(
                     f"run: {folder} has {len(there)} checkpoints but no config.yaml to say of what. Put it back, "
-                    f"remove {folder / 'checkpoints'}, or choose another --run"
+                    f"remove {what_is_trained(folder)}, or choose another --run"
                 )
+            if place is not None:
+                place.name(new_identity())
             return
         if config.resume == "never":
             raise InputError(f"run: {folder} already holds a run. Choose another folder with --run, or remove it")
         if asked and not asked.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"--ckpt_path {asked} is not of {folder}, which already holds a run; choose another --run")
         mine = absolute_paths(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False)))
+        mine = without_secrets(mine)
         theirs = check_config(folder, mine)
+        run = str(theirs.get("id") or new_identity())  # those of older versions have none
+        refuse_other_runs(folder, run)
+        if place is not None:
+            place.name(run)
         path, manifest, bad = (asked, facts(asked), list[str]()) if asked else find_checkpoint(folder)
         step, limit = manifest.get("step", 0), config.trainer.max_steps
-        if path is not None and _exported(folder) == step:
+        if path is not None and _exported(folder, run) == step:
             self.ended = step
             if why := _why_ended(step, mine["trainer"], theirs["trainer"]):
+                refuse_other_data(folder, manifest, theirs, mine)
                 if rank_zero_only.rank == 0:
                     print(f"{folder}: {why} to go on")
                 raise SystemExit(0)
@@ -212,7 +259,10 @@ class CLI(LightningCLI):
         """Point logger and checkpoints to the run folder."""
         run, options = self._get(self.config_init, "run"), self._get(self.config_init, "trainer")
         if options["logger"] in (None, True):
-            logger = TensorBoardLogger(run, "", "", default_hp_metric=False, purge_step=self.purge_step)
+            place = held(run)
+            suffix = f".{place.run}" if place and place.run else ""
+            logger = _Logger(run, "", "", default_hp_metric=False, purge_step=self.purge_step, filename_suffix=suffix)
+            refuse_link(Path(run) / logger.NAME_HPARAMS_FILE)  # which the logger would follow
             kwargs.setdefault("logger", logger)
         if not options["profiler"]:
             kwargs.setdefault("profiler", Unprofiled())
@@ -253,11 +303,20 @@ def _why_ended(step: int, mine: dict[str, Any], theirs: dict[str, Any]) -> str |
     return None
 
 
-def _exported(folder: Path) -> int | None:
+def _exported(folder: Path, run: str) -> int | None:
     """Steps behind the weights that a finished training left in its folder, None if there are none."""
-    if (model := folder / modules.Diffusion.file).exists():
-        return read_card(model).steps
-    return start.read_prior_card(folder).steps if (folder / start.FILE).exists() else None
+    card: Any
+    if (file := folder / modules.Diffusion.file).exists():
+        card = read_card(file)
+    elif (file := folder / start.FILE).exists():
+        card = start.read_prior_card(folder)
+    else:
+        return None
+    if card.run not in ("", run):  # of an older version, or this one
+        raise InputError(
+            f"run: {folder} is the folder of run {run}, and {file.name} in it of run {card.run}. Move it away"
+        )
+    return int(card.steps)
 
 
 class Parsed(CLI):
@@ -281,29 +340,80 @@ class Unprofiled(PassThroughProfiler):
         return self._nothing
 
 
+class _Logger(TensorBoardLogger):
+    """Make no folder where a run folder was that this process no longer holds."""
+
+    @property
+    def experiment(self) -> Any:
+        """Return the writer of events."""
+        ask_guards(Path(self.log_dir) / "events", quick=True)
+        return super().experiment
+
+
 class SaveConfig(SaveConfigCallback):
     """The resolved config as ``config.yaml`` of the run folder, on rank 0, for `fit` alone."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse values that a file cannot hold; nothing is written yet: a refused run must not claim its folder."""
-        if stage == "fit" and not trainer.fast_dev_run and (lost := _unserializable(self._kept())):
+        if stage == "fit" and not trainer.fast_dev_run and (lost := _unserializable(self._kept(trainer))):
             raise InputError(
                 f"{', '.join(lost)}: a value that config.yaml cannot hold, so that the run could not be resumed. Give "
                 "each as a number, a text or a class_path, or leave the part out"
             )
 
-    def _kept(self) -> dict[str, Any]:
+    def _kept(self, trainer: L.Trainer) -> dict[str, Any]:
         config = self.config.clone()
         config.ckpt_path = None  # the run goes on from its newest, not from where it went on this time
         kept: dict[str, Any] = absolute_paths(yaml.safe_load(self.parser.dump(config, skip_none=False)))
+        kept = without_secrets(kept)
         del kept["run"]  # it is where the file lies
+        place = held(trainer.default_root_dir)
+        kept["id"] = place.run if place else None
         return kept
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write before the first step."""
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            text = yaml.safe_dump(self._kept(), sort_keys=False, allow_unicode=True)
-            write_whole(Path(trainer.default_root_dir) / "config.yaml", text.encode())
+            kept = self._kept(trainer)
+            # the width lets each key have a line of its own
+            text = yaml.dump(kept, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+            write_whole(Path(trainer.default_root_dir) / "config.yaml", (header() + text).encode())
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the parser of configs would take for a number, and PyYAML would not: 1e5."""
+
+
+_NUMBER = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
+
+
+def without_secrets(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config for a file: values that come from the environment (``${oc.env:NAME}``) are as they were given.
+
+    So is a value that another ``${..}`` takes from there. The default of a variable that is not set is no secret.
+    """
+    text = UNRESOLVED.get()
+    given = yaml.safe_load(text) if text else {}
+    given = next((given[command] for command in COMMANDS if command in given), given)
+
+    def read(text: str) -> set[str]:
+        names = re.findall(r"oc\.env:\s*([^\s,}]+)", text)
+        return {os.environ[name] for name in names if os.environ.get(name)}
+
+    values = read(text)
+
+    def kept(mine: Any, theirs: Any) -> Any:
+        if isinstance(theirs, str) and "${" in theirs:
+            return theirs if read(theirs) or any(value in str(mine) for value in values) else mine
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            return {key: kept(value, theirs.get(key)) for key, value in mine.items()}
+        if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+            return [kept(*pair) for pair in zip(mine, theirs, strict=True)]
+        return mine
+
+    out: dict[str, Any] = kept(config, given)
+    return out
 
 
 def _unserializable(value: Any, key: str = "") -> list[str]:
@@ -328,7 +438,9 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
     for file in files:
         _check_yaml(file)
     argv = _configs_first(argv)
+    HERE.set(Path.cwd())
     LINE.set((argv, files))
+    UNRESOLVED.set("")
     always: list[L.Callback] = [Export(), *(callbacks or [StepProgress()])]
     if argv[0] == "predict":
         always.append(pictures.WriteImages())
@@ -436,15 +548,23 @@ def _configs_first(argv: Sequence[str]) -> list[str]:
         joined = argv[i].startswith("--config=")
         file = Path(argv[i].partition("=")[2] if joined else argv[i + 1])
         configs += [f"--config={file}"]
-        if file.name == "config.yaml" and any((file.parent / name).exists() for name in _MARKS):
+        run = re.search(r"(?m)^id: \S+", file.read_text(encoding="utf-8"))
+        if file.name == "config.yaml" and (run or any((file.parent / name).exists() for name in _MARKS)):
             configs += [f"--run={file.parent}"]
+        elif run and not any(re.fullmatch("--run(=.*)?", word) for word in argv):
+            raise InputError(f"--config {file}: is the config of a run ({run[0]}); say with --run which folder to use")
         taken |= {i} if joined else {i, i + 1}
     return [*argv[:1], *configs, *(word for i, word in enumerate(argv) if i not in taken)]
 
 
 def _check_yaml(file: Path) -> None:
+    check_name(file, "--config")
     try:
-        twice = repeated_keys(file.read_text())
+        text = file.read_bytes()
+        if not text.isascii():
+            check_utf8_mode(f"--config {file}: holds letters beyond ASCII")  # jsonargparse reads it as the locale says
+        check_header(text, file)
+        twice = repeated_keys(text)
     except FileNotFoundError:
         near = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
         raise InputError(f"--config {file}: no such file.{nearest(str(file), near)}") from None

@@ -3,21 +3,27 @@
 import inspect
 import re
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import jsonargparse
+import lightning.pytorch as L
 import yaml
 
 from lightning_tdisent.diffusion.spec import Part, arguments
 from lightning_tdisent.errors import nearest
+from lightning_tdisent.files import compose_yaml
+
+HERE: ContextVar[Path] = ContextVar("HERE", default=Path())  # what configs are named from; the parser goes elsewhere
 
 
 def explain(message: str, argv: Sequence[str], files: Sequence[Path], parser: jsonargparse.ArgumentParser) -> str:
     """Return one line for a parser's message; the message itself where its form is not known."""
     if match := re.search(r"unrecognized arguments: (.*)", message):
         word = match[1].split()[0]
-        return f"command line: {word}: no such option.{nearest(word, _options(parser))}"
+        return f"command line: {word}: no such option.{_meant(word, argv, _options(parser))}"
     if match := re.search(r"Subcommand '(\w+)' does not accept option '([^']+)'", message):
         sub = {option.lstrip("-") for option in _options(parser)}
         return f"{place(match[2], argv, files)}: {match[1]} has no option {match[2]!r}.{nearest(match[2], sub)}"
@@ -50,11 +56,26 @@ def explain_interpolation(message: str, files: Sequence[Path]) -> str:
     name = re.search(r"'([^']+)' not found|\$\{([^}]+)\}", message)
     wanted = next((g for g in name.groups() if g), "").lstrip(".") if name else ""
     for file in files:
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             if f"${{{wanted}" in line:
                 key = line.partition(":")[0].strip(" -")
                 return f"{file}:{number}: {key}: ${{{wanted}}} names no option of this run"
     return message.splitlines()[0]
+
+
+def _meant(word: str, argv: Sequence[str], options: set[str]) -> str:
+    """Return the option that a word leaves a part of its name out of, such as --model.lr for --lr, or the nearest."""
+    first, dot, rest = word.partition("=")[0].lstrip("-").partition(".")
+    every = options.union(
+        *({f"--model.{key}" for key in arguments(cls)} for cls in _classes(L.LightningModule)),
+        *({f"--data.{key}" for key in arguments(cls)} for cls in _classes(L.LightningDataModule)),
+    )
+    close = get_close_matches(first, {option.rpartition(".")[2] for option in every}, 1, 0.85)
+    given = {one.partition("=")[0] for one in argv}
+    found = [option for option in every if option.endswith(f".{close[0]}")] if close else []
+    found = [option for option in found if option + dot + rest not in given]
+    found.sort(key=lambda option: (not option.startswith(("--model.", "--data.")), option))
+    return f" Did you mean {found[0] + dot + rest!r}?" if found else nearest(word, every, 0.75)
 
 
 def _innermost(expected: list[str]) -> list[str]:
@@ -116,8 +137,6 @@ def _base(before: str) -> type | None:
 
 def _classes(base: type | None) -> Iterator[type]:
     """Yield the public subclasses of a class, or of all that a config may name."""
-    import lightning.pytorch as L
-
     waiting: list[type] = [base] if base else [Part, L.LightningModule, L.LightningDataModule, L.Callback]
     while waiting:
         cls = waiting.pop()
@@ -136,7 +155,7 @@ def place(key: str, argv: Sequence[str], files: Sequence[Path]) -> str:
     if key in flat or any(w.startswith(f"{key}.") for w in flat):
         return f"command line: --{key}"
     for file in reversed(files):
-        line = _line(yaml.compose(file.read_text()), key.split("."))
+        line = _line(compose_yaml((HERE.get() / file).read_bytes()), key.split("."))
         if line is not None:
             return f"{file}:{line}: {key}"
     return key

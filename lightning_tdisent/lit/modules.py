@@ -7,6 +7,7 @@ are what is validated and exported.
 import dataclasses
 import itertools
 import math
+import sys
 import time
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 import lightning_tdisent
 from lightning_tdisent.diffusion.objectives import Objective, V
 from lightning_tdisent.diffusion.rng import draw_rows, key
-from lightning_tdisent.diffusion.spec import Part, build, changed, identity, spec
+from lightning_tdisent.diffusion.spec import SCRIPT, Part, build, changed, filled, identity, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.lit.checkpoints import load
@@ -34,12 +35,17 @@ from lightning_tdisent.lit.preflight import (
     refuse_trainer,
     refuse_unweighted,
 )
+from lightning_tdisent.lit.resume import options_of, refuse_changes, seed_of
 from lightning_tdisent.networks.network import Network
+from lightning_tdisent.networks.rebuild import draws
 from lightning_tdisent.ranks import gather
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import Card, rebuilt, save_expert
+from lightning_tdisent.sampling.expert import Card, rebuilt, save_expert, weights_digest
 from lightning_tdisent.sampling.sampler import DDIM, Sampler
+from lightning_tdisent.sampling.start import signal_note
 from lightning_tdisent.sampling.warm import start_warm
+
+FUSED = (torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # those that may be
 
 
 class Diffusion(Part, DenoiserModule):
@@ -82,6 +88,11 @@ class Diffusion(Part, DenoiserModule):
             network = network.of_shape(shape)
         if len(rows) == 1 and network.conditioning is None:
             network = network.time_agnostic()
+        if network.classes and states.condition is not None:
+            raise InputError(
+                f"network.classes: {network.classes}, states.condition: a model is given a class or an observation, "
+                "not both: its images would be drawn for another class than that of what they observe. Leave one out"
+            )
         self.sampler, self.warm_start = sampler or DDIM(), warm_start
         self.draw, self.label_drop = draw, label_drop
         self._train(Denoiser(network, objective or V(), states, rows), lr, warmup, decay, weight_decay, clip_norm)
@@ -108,9 +119,11 @@ class Diffusion(Part, DenoiserModule):
         self.register_buffer("row_choices", torch.tensor(denoiser.rows), persistent=False)
         self.generator, self.skipped, self.gradient_norm = torch.Generator(), torch.zeros(()), torch.zeros(())
         self.images_seen, self.seconds, self.seed = 0, 0.0, 0
+        self.initial = ""  # digest of the weights it began with, if these were random
         self.validation = {"passes": 0, "seconds": 0.0}
         # of an adaptive budget: the number of the round, and what each past round ended with
         self.round, self.rounds = 0, dict[str, dict[str, float]]()
+        self.run = ""  # identity of the run, once its folder is known
         self.parents: list[dict[str, Any]] = []
         self.before = 0  # steps of the average that a warm start continues, 0 from scratch
         self.measured: tuple[int, dict[int, float]] = (-1, {})  # images seen, errors of x0_hat by probe row
@@ -122,8 +135,10 @@ class Diffusion(Part, DenoiserModule):
     denoiser: Denoiser
     row_choices: Tensor
     _hook: Any = None
+    _seeded = False  # whether the seed is that of a training, and not yet to be taken
     _first = True  # whether no batch has been looked at, which a GPU has to be waited for
     _counted: tuple[int, dict[str, float]] = (-1, {})  # images seen at the last validation, what was counted before it
+    _again: dict[str, float] = {}  # counted by a validation that is done again if the training goes on
 
     def owned(self, states: LatentStates) -> list[int]:
         """Rows of the table that this module owns."""
@@ -134,10 +149,29 @@ class Diffusion(Part, DenoiserModule):
         super().setup(stage)
         if stage != "fit":
             return
+        seed = self.trainer.strategy.broadcast(torch.initial_seed() & 0xFFFFFFFF)
+        again = self._seeded and self.trainer.global_step > 0  # by the same trainer
+        self._take_seed(seed_of(self.seed, seed) if again else seed)
         refuse_trainer(self.trainer)
         refuse_monitors(self.trainer, self)
+        parameters = list(self.denoiser.parameters())
+        if not any(p.requires_grad for p in parameters):
+            raise InputError(
+                f"model.network: none of its {len(parameters)} weights is trained: requires_grad is False of all, "
+                "or there are none. Let some be trained: module.network.requires_grad_(True)"
+            )
         if isinstance(self.denoiser, Denoiser):
             refuse_unweighted(self.denoiser)
+            if (cls := type(self.denoiser.network)).__module__ == SCRIPT and self.trainer.is_global_zero:
+                print(
+                    f"note: the class {cls.__name__} is defined in the script that runs, so that no command or other "
+                    "program can read its weights; put it into a module, and import it here",
+                    file=sys.stderr,
+                )
+            if self.whole and (note := signal_note(self.denoiser)) and self.trainer.is_global_zero:
+                print(f"note: {note}", file=sys.stderr)
+        if not (self.warm_start or self.trainer.ckpt_path or self.trainer.global_step):
+            self.initial = weights_digest(self.denoiser)
         if self.warm_start and not self.trainer.ckpt_path:
             self.parents = start_warm(self.denoiser, self.warm_start)
             of_start = self.parents[-1]  # which has seen these rows in a share of its steps
@@ -158,8 +192,13 @@ class Diffusion(Part, DenoiserModule):
         """Put the generator of the training noise on the device, and try all that the run will need."""
         self.generator = torch.Generator(self.device)
         self.skipped = torch.zeros((), device=self.device)
-        self.seed = self.trainer.strategy.broadcast(torch.initial_seed() & 0xFFFFFFFF)
         preflight(self.trainer, self)
+
+    def _take_seed(self, seed: int) -> None:
+        """Let the noise and the order of the data come from this seed."""
+        self.seed, self._seeded = seed, True
+        if self.shards is not None:
+            self.shards.run_seed = seed
 
     def rebuilt(self) -> Denoiser:
         """The denoiser that a file of this one would give back; refuses one that computes another function."""
@@ -172,6 +211,9 @@ class Diffusion(Part, DenoiserModule):
         of an optimizer that a subclass configures are left alone.
         """
         self._since, self._first = time.perf_counter(), True
+        for name, counted in self._again.items():
+            self.validation[name] -= counted
+        self._again = {}
         self._refuse_equal_noise()
         if type(self).configure_optimizers is not Diffusion.configure_optimizers:
             return
@@ -195,8 +237,8 @@ class Diffusion(Part, DenoiserModule):
         """Stop the clock of training, and count what validation costs."""
         self._tick(running=False)
         self._begun, self._passed = time.perf_counter(), 0
-        if isinstance(network := getattr(self.denoiser, "network", None), nn.Module):
-            self._hook = network.register_forward_pre_hook(self._count)
+        if isinstance(self.denoiser, Denoiser):  # not of a prior
+            self._hook = self.denoiser.network.register_forward_pre_hook(self._count)
 
     def _count(self, network: nn.Module, args: tuple[Any, ...]) -> None:
         self._passed += len(args[0])
@@ -269,6 +311,10 @@ class Diffusion(Part, DenoiserModule):
 
     def on_train_end(self) -> None:
         """Stop the clock."""
+        self.stop_clock()
+
+    def stop_clock(self) -> None:
+        """Count no more seconds of training until it goes on."""
         self._tick(running=False)
 
     def _tick(self, running: bool) -> None:
@@ -286,10 +332,9 @@ class Diffusion(Part, DenoiserModule):
 
     @cached_property
     def network_is_random(self) -> bool:
-        """True if the network draws from the global generator: dropout, by its argument or in any of its layers."""
-        layers = self.denoiser.network.modules()
-        named = bool(getattr(self.denoiser.network, "dropout", 0.0))
-        return named or any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in layers)
+        """True if the network draws from the global generator: by a layer of dropout, or when it is tried."""
+        network = self.denoiser.network
+        return any(isinstance(m, _DropoutNd) and m.p > 0 for m in network.modules()) or draws(network)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Noise the batch to rows owned, and take the loss of each image."""
@@ -355,7 +400,7 @@ class Diffusion(Part, DenoiserModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.gradient_norm = clip_grad_norm_(parameters, math.inf if self.clip_norm is None else self.clip_norm)
         self.skipped = (~self.gradient_norm.isfinite()).float()
-        if optimizer.defaults.get("fused"):
+        if isinstance(optimizer, FUSED) and optimizer.defaults["fused"]:
             optimizer.found_inf = self.skipped  # what a GradScaler sets: the kernel itself leaves the weights alone
         elif self.skipped:
             self.zero_grad()  # AdamW passes over weights without a gradient
@@ -377,6 +422,9 @@ class Diffusion(Part, DenoiserModule):
             version=lightning_tdisent.__version__,
             validation=self.validation | {"seconds": round(self.validation["seconds"], 3)},
             rounds=self._rounds(),
+            run=self.run,
+            initial=self.initial,
+            label_drop=self.label_drop if self.denoiser.classes else None,
         )
 
     def _rounds(self) -> dict[str, dict[str, float]]:
@@ -396,10 +444,11 @@ class Diffusion(Part, DenoiserModule):
         """Make the checkpoint say what it holds, in plain data that loads with weights_only."""
         checkpoint["module"] = spec(self)
         checkpoint["card"] = dataclasses.asdict(self.card("live"))
-        if (
-            self._counted[0] == self.images_seen
-        ):  # a validation that is due at this step is done again by whoever goes on
+        checkpoint["training"] = {"seed": self.seed, **options_of(self.trainer)}
+        if self._counted[0] == self.images_seen:  # a validation at this step is done again by whoever goes on
             checkpoint["validation"] = self._counted[1]
+        if self.measured[0] == self.images_seen:
+            checkpoint["measured"] = list(self.measured)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the counts, refusing a checkpoint of another table, rows, network, objective or data."""
@@ -408,7 +457,9 @@ class Diffusion(Part, DenoiserModule):
         mine, theirs = dataclasses.asdict(self.card("live")), checkpoint["card"]
         theirs = dict.fromkeys(self.same) | theirs  # None: it is of something else
         wrong = [
-            k for k in self.same if identity(mine[k]) != identity(theirs[k]) and "unknown" not in (mine[k], theirs[k])
+            k
+            for k in self.same
+            if identity(filled(mine[k])) != identity(filled(theirs[k])) and "unknown" not in (mine[k], theirs[k])
         ]
         if wrong:
             raise InputError(
@@ -418,14 +469,38 @@ class Diffusion(Part, DenoiserModule):
                     + [f"  - {line}" for line in changed([theirs.get(k) for k in ("states", "network", "objective")])]
                 )
             )
+        if self.trainer.state.fn == "fit" and self.trainer.ckpt_path:
+            self._go_on(checkpoint)
         self.images_seen, self.seconds = theirs["images_seen"], theirs["seconds"]
-        self.parents = theirs.get("parents", [])
-        self.validation |= checkpoint.get("validation", theirs.get("validation") or {})
+        self.parents, self.run = theirs.get("parents", []), theirs.get("run", "")
+        self.initial = theirs.get("initial", "")
+        self.validation |= theirs.get("validation") or {}
+        self._again = {k: self.validation[k] - v for k, v in checkpoint.get("validation", {}).items()}
+        if "measured" in checkpoint:
+            self.measured = checkpoint["measured"][0], dict(checkpoint["measured"][1])
         if theirs.get("rounds") or self.round:
             self.rounds = theirs.get("rounds") or {"0": {"images_seen": self.images_seen, "seconds": self.seconds}}
         if self.trainer.state.fn != "fit" and "ema" in checkpoint:  # what is evaluated are the averaged weights
             average = {f"denoiser.{name}": weight for name, weight in checkpoint["ema"]["weights"].items()}
             checkpoint["state_dict"] = {**checkpoint["state_dict"], **average}
+
+    def _go_on(self, checkpoint: dict[str, Any]) -> None:
+        """Take the seed of a training that is resumed; refuse other options than it was begun with."""
+        then = dict(checkpoint.get("training", {}))  # older checkpoints have none
+        begun = then.pop("seed", checkpoint["card"].get("seed"))
+        if not self.trainer.fast_dev_run:
+            refuse_changes({"model": checkpoint["module"], **then}, {"model": spec(self), **options_of(self.trainer)})
+        from lightning_tdisent.lit.callbacks.weights import EMA  # which imports this module
+
+        if "ema" in checkpoint and not any(isinstance(c, EMA) for c in self.trainer.callbacks):
+            raise InputError(
+                f"ema: the checkpoint has averages {checkpoint['ema']['kinds']}, this trainer no EMA callback, so that "
+                "they would be lost. Add lightning_tdisent.lit.callbacks.weights.EMA of these to its callbacks"
+            )
+        if begun is not None and (seed := seed_of(begun, self.seed)) != self.seed:
+            self._take_seed(seed)
+            if self.trainer.is_global_zero:
+                print(f"seed: none was set by seed_everything, so it is {seed}, with which the training was begun")
 
     @classmethod
     def load_from_checkpoint(

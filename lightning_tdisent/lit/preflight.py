@@ -5,7 +5,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
 import torch
@@ -30,7 +30,6 @@ from lightning_tdisent.ranks import shared_errors
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.observations import observed
 from lightning_tdisent.sampling.sampler import Sampler, to_uint8
-from lightning_tdisent.streaming.shards import ImageSet
 
 if TYPE_CHECKING:
     from lightning_tdisent.lit.modules import Diffusion
@@ -49,6 +48,14 @@ class Rehearsed(L.Callback):
 
         Nothing may be logged or written, and no rank may wait for another.
         """
+        raise NotImplementedError
+
+
+class Logs(L.Callback):
+    """A callback that says, before training, what it will log."""
+
+    def logged_by(self, trainer: L.Trainer, module: Any) -> list[str]:
+        """Return the names, or patterns of them."""
         raise NotImplementedError
 
 
@@ -103,9 +110,9 @@ def _try_all(trainer: L.Trainer, module: "Diffusion", batch: dict[str, Any] | No
 
 
 def _batch(trainer: L.Trainer, module: "Diffusion") -> dict[str, Any] | None:
-    """Held-out images of the data module, or noise where it has none; None for a module that has batches of its own."""
-    held_out = getattr(trainer.datamodule, "held_out", None)
-    if isinstance(held_out, ImageSet):
+    """Held-out images of `ImageShards`, noise beside other data; None for a module that has batches of its own."""
+    if module.shards is not None:
+        held_out = module.shards.held_out
         batch: dict[str, Any] = held_out.batch(torch.arange(min(N, len(held_out))))
     else:
         own = (type(module).training_step, type(module).validation_step)
@@ -204,16 +211,9 @@ def refuse_callbacks(trainer: L.Trainer) -> None:
             name = type(trainer.lightning_module).__name__
             raise InputError(f"trainer.callbacks: BackboneFinetuning needs a module with a backbone; {name} has none")
         for cls, why in REFUSED.items():
-            if isinstance(callback, cls) and not getattr(callback, "_early_exit", False):  # a `Tuner` searches alone
+            alone = isinstance(callback, BatchSizeFinder | LearningRateFinder) and callback._early_exit  # of a `Tuner`
+            if isinstance(callback, cls) and not alone:
                 raise InputError(f"trainer.callbacks: {type(callback).__name__} {why}")
-
-
-@runtime_checkable
-class Logs(Protocol):
-    """A callback that says, before training, what it will log."""
-
-    def logged_by(self, trainer: L.Trainer, module: Any) -> list[str]:
-        """Return the names, or patterns of them."""
 
 
 def refuse_monitors(trainer: L.Trainer, module: "Diffusion") -> None:
@@ -230,7 +230,9 @@ def refuse_monitors(trainer: L.Trainer, module: "Diffusion") -> None:
     for callback in callbacks:
         names += callback.logged_by(trainer, module) if isinstance(callback, Logs) else []
     for callback in callbacks:
-        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or not getattr(callback, "strict", True):
+        if not isinstance(callback, EarlyStopping | ModelCheckpoint):
+            continue
+        if isinstance(callback, EarlyStopping) and not callback.strict:
             continue
         asked = callback.monitor
         if asked is not None and not any(fnmatchcase(asked, name) for name in names):

@@ -153,6 +153,7 @@ class PriorModule(Diffusion):
             steps=self._trainer.global_step if self._trainer else 0,
             seconds=round(self.seconds, 3),
             notes=[f"weights: {weights}{kind}"],
+            run=self.run,
         )
 
     def export(

@@ -1,18 +1,25 @@
 """Going on with a run: the same command, from the newest good checkpoint of its folder, or a refusal that says why."""
 
 import contextlib
+import math
 import os
-import shutil
-import socket
-from collections.abc import Iterator
+import re
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+import lightning.pytorch as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_tdisent.artifacts import check_schema
+from lightning_tdisent.diffusion.spec import defaults_of_then, filled, identity
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.files import absolute_paths
-from lightning_tdisent.lit.checkpoints import Manifest, newest
+from lightning_tdisent.files import absolute_paths, load_yaml
+from lightning_tdisent.lit.checkpoints import Manifest, newest, steps
+from lightning_tdisent.sampling.checkpoint import manifest_of, read_manifest
+from lightning_tdisent.streaming.index import Index, index_command, path_of
 
 # what a run is: a change here makes another run. The rest (limits, logging, devices, paths) may change on the way;
 # the data's digest, the table and the images in a step are compared with those of the checkpoint when it is loaded
@@ -24,77 +31,201 @@ FREE = (
     *(f"data.init_args.{name}" for name in ("path", "index", "workers", "val", "val_limit", "batch_size")),
     *(f"data.init_args.{name}" for name in ("verify", "on_bad_shard", "bad_ceiling")),
 )
+# of these, what a training that goes on elsewhere from a checkpoint chooses anew: the rate, its course, the decay
+BRANCH = tuple(f"model.init_args.{name}" for name in ("lr", "warmup", "decay", "weight_decay"))
+# what the card of a checkpoint says, which is compared in itself
+CARD = ("model.class_path", *(f"model.init_args.{name}" for name in
+        ("network", "states", "objective", "expert", "experts", "rows", "prior", "at")))  # fmt: skip
+
+
+def options_of(trainer: L.Trainer) -> dict[str, Any]:
+    """Return the trainer's options that a run keeps, by their keys in a config."""
+    return {key: getattr(trainer, key.removeprefix("trainer.")) for key in FIXED if key.startswith("trainer.")}
+
+
+def refuse_changes(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to continue a checkpoint with other options of training than it was made with, by their keys in a config.
+
+    Those of `BRANCH` may be others, which is printed. Compared is what both know: an older checkpoint does not say
+    everything.
+    """
+    mine, theirs = _flat(identity(now)), _flat(identity(then))
+    both = sorted(mine.keys() & theirs.keys())
+    for k in both if rank_zero_only.rank == 0 else ():
+        if _under(k, BRANCH) and mine[k] != theirs[k]:
+            named = k.replace(".init_args", "")
+            print(
+                f"note: from here on {named} is {mine[k]}; the checkpoint was trained with {theirs[k]}", file=sys.stderr
+            )
+    kept = [k for k in both if _fixed(k) and not _under(k, (*BRANCH, *CARD))]
+    if differ := [k for k in kept if mine[k] != theirs[k]]:
+        lines = "".join(
+            f"\n  - {k.replace('.init_args', '')}: the checkpoint has {theirs[k]}, this run {mine[k]}" for k in differ
+        )
+        raise InputError(
+            f"this checkpoint was trained with other options:{lines}\nGive those of the checkpoint; or begin a "
+            "training of its own from its weights: load_from_checkpoint in Python, --model.warm_start and another --run"
+        )
+
+
+def seed_of(then: int, now: int) -> int:
+    """Return the seed of a training that is continued: the one it began with.
+
+    then: the seed it began with; now: the seed of torch's generator. Refuses another one that was set by
+    ``seed_everything``. Where none was, ``now`` is random, and nobody's choice.
+    """
+    said = os.environ.get("PL_GLOBAL_SEED")
+    if said is not None and str(then) not in (said, str(now)):
+        raise InputError(
+            f"seed_everything: the training was begun with seed {then}, this process has {said}: the data would come "
+            f"in another order, with other noise. Give seed_everything {then}"
+        )
+    return then
+
+
+SCHEMA = 1  # of config.yaml
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """Return the config that a run folder keeps; refuses one that cannot be read."""
+    file = folder / "config.yaml"
+    try:
+        text = file.read_bytes()
+        check_header(text, file)
+        content = load_yaml(text, str(file))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: holds no config. Put it back, or choose another --run")
+    return content
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Config of the run in a folder; refuses a config that differs from it in what makes a run what it is."""
-    try:
-        old = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{folder / 'config.yaml'}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(old, dict):
-        raise InputError(f"{folder / 'config.yaml'}: holds no config. Put it back, or choose another --run")
-    mine, theirs = _flat(absolute_paths(config)), _flat(absolute_paths(old))
+    """Return the config of the run in a folder; refuse one that differs from it in what makes a run what it is.
+
+    An option that the older config lacks has the default of then, which is printed (see `filled`).
+    """
+    old = absolute_paths(config_of(folder))
+    there, old = _flat(old), filled(_completed(old))
+    mine, theirs = _flat(absolute_paths(config)), _flat(old)
     differ = [k for k in sorted(mine.keys() | theirs.keys()) if _fixed(k) and mine.get(k) != theirs.get(k)]
+    if rank_zero_only.rank == 0 and not differ:
+        added = [k for k in mine if _fixed(k) and k not in there and mine[k] is not None]
+        print("".join(f"{k}: not in the config of then, taken as its default {mine[k]}\n" for k in added), end="")
+        gone = [k for k in there if _fixed(k) and k not in mine]
+        print("".join(f"{k}: in the config of then, no option of this version\n" for k in gone), end="")
     if differ:
         lines = "\n".join(f"  - {k}: {theirs.get(k)} there, {mine.get(k)} now" for k in differ)
         raise InputError(
             f"run: {folder} holds a run of another config:\n{lines}\nGive the config of old, or choose another folder "
-            f"with --run; --ckpt_path {folder} beside that begins there with this one's weights and optimizer"
+            f"with --run{_branch(folder, differ, mine)}"
         )
     return old
+
+
+def _branch(folder: Path, differ: Sequence[str], config: dict[str, Any]) -> str:
+    """Return what lets another folder begin with what this one's training has learned, empty if nothing does."""
+    if all(_under(key, BRANCH) for key in differ):
+        words, kept = ["--ckpt_path", str(folder)], "weights and optimizer"
+    elif "model.init_args.warm_start" in config and not any(_under(key, CARD) for key in differ):
+        there = [folder] if (folder / "model.safetensors").exists() else steps(folder / "checkpoints")
+        if not there:
+            return ""
+        words, kept = ["--model.warm_start", str(there[-1])], "weights alone"
+    else:
+        return ""
+    return f"; {shlex.join(words)} beside that begins there with this one's {kept}"
+
+
+def header() -> str:
+    """Return the first line of a run's config, which says its schema: a comment, as options have no other place."""
+    return f"# config of lightning_tdisent, schema {SCHEMA}\n"
+
+
+def check_header(text: bytes, file: Path) -> None:
+    """Refuse a config whose first line says that a newer version wrote it; without that line it is of schema 1."""
+    if match := re.match(rb"# config of lightning_tdisent, schema (\d{1,9})\s", text):
+        check_schema({"schema": int(match[1])}, str(file), SCHEMA)
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config whose groups of options have those that it lacks, as of then."""
+    from lightning_tdisent.lit.callbacks.weights import EMA  # which imports what imports this module
+
+    groups: dict[str, type] = {"ema": EMA, "trainer": L.Trainer}  # options that belong to no class path
+    return config | {name: {**defaults_of_then(cls), **(config.get(name) or {})} for name, cls in groups.items()}
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
     """Newest good checkpoint of a run folder, None if none was written yet, and why newer ones were passed over.
 
-    Raises InputError if all its checkpoints are bad.
+    Raises InputError if all its checkpoints are damaged, or if one is of another run. One without a manifest was cut
+    short before it counted.
     """
+    if (folder / "config.yaml").exists():
+        refuse_other_runs(folder, str(config_of(folder).get("id") or ""))
     path, manifest, bad = newest(folder / "checkpoints")
-    if bad and path is None:
+    if path is None and any(manifest_of(p).exists() for p in steps(folder / "checkpoints")):
         raise InputError(
             f"run: {folder} cannot go on, no checkpoint is good:\n"
             + "\n".join(f"  - {why}" for why in bad)
-            + f"\nRemove {folder / 'checkpoints'} to begin anew, or choose another folder with --run"
+            + f"\nRemove {what_is_trained(folder)} to begin anew, or choose another folder with --run"
         )
     return path, manifest, bad
 
 
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keep other processes from the run folder; refuses one that another process holds."""
-    file, empty = folder / ".lock", not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = file.open("a+b", buffering=0)
-    except OSError as error:
-        raise InputError(f"run: {folder} cannot be written: {error.strerror}. Choose another --run") from None
-    with handle:
-        try:
-            import fcntl
+def what_is_trained(folder: Path) -> str:
+    """Return what of a run folder a training that begins anew would not overwrite, for messages."""
+    there = [folder / "checkpoints", *sorted(folder.glob("*.safetensors")), folder / "averages"]
+    return " and ".join(str(path) for path in there if path.exists())
 
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.register_at_fork(after_in_child=handle.close)  # a worker of the loader must not hold it, too
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read().decode(errors="replace").strip() or "another process"
-            raise InputError(f"run: {folder} is in use by {holder}. Wait for it, or choose another --run") from None
-        except (ImportError, OSError):  # not every system, nor every file system, has locks
-            pass
-        try:
-            if (free := shutil.disk_usage(folder).free) < 1_000_000:
-                raise InputError(f"run: {folder} has {free:,} bytes free. Make room, or choose another --run")
-            yield
-        finally:
-            if empty and not (folder / "config.yaml").exists():  # refused before it began
-                for litter in (file, folder / "hparams.yaml", *folder.glob("events.out.tfevents.*")):
-                    litter.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # unless something else is in there
-                    (folder / "checkpoints").rmdir()
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+
+def refuse_other_runs(folder: Path, run: str) -> None:
+    """Refuse checkpoints of another run than the one of the folder; those of older versions do not say of which."""
+    others = {}
+    for path in steps(folder / "checkpoints"):
+        with contextlib.suppress(InputError):
+            if (theirs := read_manifest(path).get("run")) and run and theirs != run:
+                others[path] = theirs
+    if others:
+        lines = "\n".join(f"  - {path}: of run {theirs}" for path, theirs in others.items())
+        raise InputError(
+            f"run: {folder} is the folder of run {run} (id in its config.yaml), with checkpoints of another run:\n"
+            f"{lines}\nMove them to a folder of their own, or put back the config.yaml that belongs to them"
+        )
+
+
+def refuse_other_data(folder: Path, manifest: Manifest, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse a config of other data, or other batches, than a finished run was trained with.
+
+    A training that goes on compares both when it loads its checkpoint; of one that has ended nothing is loaded.
+    """
+    data, lines = now.get("data", {}).get("init_args", {}), list[str]()
+    theirs, mine = (_factors(config) for config in (then, now))
+    known = [(a, b) for a, b in zip(theirs, mine, strict=True) if isinstance(a, int) and isinstance(b, int)]
+    same = all(a == b for a, b in zip(theirs, mine, strict=True) if (a, b) not in known)
+    before, after = (math.prod(values) for values in zip(*known, strict=True)) if known else (1, 1)
+    if same and before > 0 and before != after and "images_seen" in manifest:
+        each = manifest["images_seen"] / manifest["step"]
+        lines.append(f"data.batch_size: {each:g} images a step there, {each * after / before:g} now")
+    if now.get("data", {}).get("class_path", "").endswith(".ImageShards"):
+        with contextlib.suppress(FileNotFoundError):
+            where = (data["path"], data["train"], data.get("index"))
+            index = Index.load(path_of(*where), index_command(*where))
+            if index.hashed and (trained := manifest.get("data")) not in (None, "unknown", index.digest):
+                lines.append(f"data: training images {trained} there, {index.digest} now")
+    if lines:
+        listed = "".join(f"\n  - {line}" for line in lines)
+        raise InputError(
+            f"run: {folder} has ended, and was trained otherwise:{listed}\nChoose another folder with --run"
+        )
+
+
+def _factors(config: dict[str, Any]) -> list[Any]:
+    """Return what the images of a step are the product of; `auto` devices are no number."""
+    trainer, data = config["trainer"], config.get("data", {}).get("init_args", {})
+    keys = ("devices", "num_nodes", "accumulate_grad_batches")
+    return [data.get("batch_size"), *(trainer.get(key) for key in keys)]
 
 
 def _fixed(key: str) -> bool:

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from lightning_tdisent.diffusion.spec import spec
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
-from lightning_tdisent.lit.callbacks.checkpoint import STATUS, Checkpoint, Preempted
+from lightning_tdisent.lit.callbacks.checkpoint import STATUS, Checkpoint, Preempted, heeded
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.entry import run
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.lit.shared import Shared
-from lightning_tdisent.networks.stacked import stack
+from lightning_tdisent.networks.stacked import obstacle, stack
 from lightning_tdisent.sampling.denoiser import Denoiser
 
 RECORD = "stacked.json"
@@ -158,7 +158,7 @@ class Group:
             self.told = signum
 
         if threading.current_thread() is threading.main_thread():
-            before = {number: signal.signal(number, tell) for number in STATUS}
+            before = {number: signal.signal(number, tell) for number in heeded()}
         try:
             yield
         finally:
@@ -244,6 +244,10 @@ class Member(L.Callback):
             return f"its denoiser is a {type(module.denoiser).__name__}"
         if module.network_is_random:
             return "its network draws random numbers (dropout)"
+        if type(module).training_step is not Diffusion.training_step:
+            return f"{type(module).__name__} has a training_step of its own"
+        if why := obstacle(module.denoiser.network):
+            return why
         if trainer.precision not in ("32-true", "bf16-mixed"):
             return f"trainer.precision is {trainer.precision}, not 32-true or bf16-mixed"
         if (condition := module.states.condition) is not None and condition.anneal:

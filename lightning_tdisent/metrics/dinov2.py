@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tdisent.errors import InputError, Unavailable, nearest
+from lightning_tdisent.files import expand
 from lightning_tdisent.metrics.inception import AT_ONCE, pil_bicubic
 from lightning_tdisent.metrics.network import Extracted, FeatureNetwork
 
@@ -23,7 +24,7 @@ _VITL14 = (1024, 24, 14)
 _GET = (
     "take config.json and model.safetensors of facebook/dinov2-large from the Hugging Face hub (on a machine with a "
     "network: hf download facebook/dinov2-large config.json model.safetensors --local-dir FOLDER) and name the folder "
-    "with --weights FOLDER"
+    "with --weights FOLDER (weights of a study or of SampleQuality)"
 )
 
 
@@ -60,7 +61,7 @@ class DINOv2(FeatureNetwork):
         self.packages = ("transformers", "pillow") if resize == "pil_bicubic_uint8" else ("transformers",)
         if weights is None:
             raise Unavailable(f"dinov2: no weights are named; {_GET}")
-        folder = Path(weights).expanduser()
+        folder = Path(expand(str(weights)))
         patch = _check(folder)
         with (folder / "model.safetensors").open("rb") as file:
             self.weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -99,7 +100,7 @@ def _check(folder: Path) -> int:
         if not (folder / name).is_file():
             raise Unavailable(f"dinov2: {folder} has no {name}; {_GET}")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"dinov2: {folder}/config.json is no JSON: {error}") from None
     kind = config.get("model_type") if isinstance(config, dict) else None

@@ -104,19 +104,23 @@ def _factor(c: Tensor) -> Tensor:
     return vectors[:, kept] * values[kept].sqrt()
 
 
+HALVES = 2020  # seed of their permutation; RandomState, as numpy promises that its numbers never change
+
+
 def frechet_infinity(real: Moments, features: Tensor) -> tuple[float, float]:
     """Frechet distance extrapolated to infinitely many generated images, with its standard error (1911.07023).
 
     The bias of n images is close to b/n: the line over 1/n through the distance of all images and the mean of those of
-    their halves meets 0 at the estimate. The error is that of the distance itself to first order, the deviation of
-    its influence function over sqrt(n). features (n, d); with n < 10 d, where the bias is not yet b/n, refused. The
-    bias of a finite reference stays.
+    their halves meets 0 at the estimate. The halves are of a fixed permutation, since images may come class by class.
+    The error is that of the distance itself to first order, the deviation of its influence function over sqrt(n).
+    features (n, d); with n < 10 d, where the bias is not yet b/n, refused. The bias of a finite reference stays.
     """
     n, d = features.shape
     if n < 10 * d:
         raise InputError(f"fd_infinity: {d} features need {10 * d:,} images at least, got {n:,}")
     f = features.double()
-    fake, halves = Moments.of(f), [Moments.of(f[i::2]) for i in range(2)]
+    order = torch.from_numpy(np.random.RandomState(HALVES).permutation(n)).to(f.device)
+    fake, halves = Moments.of(f), [Moments.of(f[order[i::2]]) for i in range(2)]
     whole, half = frechet(real, fake), sum(frechet(real, part) for part in halves) / 2
     x, x_half = 1 / n, sum(1 / part.n for part in halves) / 2
     # d F / d C = 1 - A, A the optimal map of the one Gaussian to the other: A C A = C_real

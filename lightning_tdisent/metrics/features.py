@@ -10,11 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from lightning_tdisent.artifacts import check_metadata, parse_json
 from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.metrics.network import Extracted, FeatureNetwork
 
+SCHEMA = 1  # of a classifier's file; the first versions wrote none
 SHIPPED = Path(__file__).parent / "shipped"
 
 
@@ -138,7 +140,9 @@ class Random(FeatureNetwork):
 def load_classifier(path: Path) -> FeatureNetwork:
     """Load a feature network that `save_classifier` wrote, frozen and in float32."""
     with safe_open(path, "pt") as file, torch.device("meta"):  # where nothing is drawn
-        network = build(json.loads(file.metadata()["spec"]), FeatureNetwork)
+        about = file.metadata()
+        check_metadata(about, str(path), SCHEMA)
+        network = build(parse_json(about["spec"]), FeatureNetwork)
     state = {k: v.float() if v.is_floating_point() else v.clone() for k, v in load_file(path).items()}
     network.load_state_dict(state, assign=True)
     network.name, network.weights_sha256 = path.stem, hashlib.sha256(path.read_bytes()).hexdigest()
@@ -149,7 +153,7 @@ def save_classifier(path: Path, network: FeatureNetwork, dtype: torch.dtype = to
     """Write a feature network with its description; float16 halves the file, and is what is then measured."""
     state = network.state_dict().items()
     tensors = {k: (v.to(dtype) if v.is_floating_point() else v).detach().contiguous() for k, v in state}
-    write_whole(path, save(tensors, {"spec": json.dumps(spec(network))}))
+    write_whole(path, save(tensors, {"schema": str(SCHEMA), "spec": json.dumps(spec(network))}))
 
 
 def load_features(

@@ -14,6 +14,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lightning_tdisent.diffusion.operators import Operator
 from lightning_tdisent.errors import InputError, Unavailable
+from lightning_tdisent.files import expand
 from lightning_tdisent.metrics.distances import frechet
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.quality import named
@@ -268,7 +269,7 @@ def load_lpips(weights: str | Path | None = None, net: str = "alex") -> nn.Modul
             f"lpips: cannot be imported ({error}): pip install lpips, which brings torchvision, that must fit torch"
         ) from None
     name = BACKBONES[net][0]
-    path = Path(weights).expanduser() if weights else Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = Path(expand(str(weights))) if weights else Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         raise Unavailable(f"lpips: no file {path}. Get https://download.pytorch.org/models/{name} and name it")
     with path.open("rb") as file:

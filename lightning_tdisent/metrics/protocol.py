@@ -161,7 +161,7 @@ class Protocol:
     @property
     def hash(self) -> str:
         """Eight hex digits; numbers with different hashes must not share a table or a curve."""
-        return _hash({k: v for k, v in self.fields.items() if k != "metrics"})
+        return _hash({k: v for k, v in self.fields.items() if k not in ("metrics", "halves")})
 
     @property
     def reference(self) -> str:
@@ -172,7 +172,8 @@ class Protocol:
     @property
     def fields(self) -> dict[str, Any]:
         """All of it as plain data."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        out = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return out | ({"halves": "of a permutation"} if "fd_infinity" in self.metrics else {})
 
     @property
     def line(self) -> str:

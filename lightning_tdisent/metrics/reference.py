@@ -14,17 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.artifacts import check_metadata, check_schema, parse_json
+from lightning_tdisent.errors import InputError, Newer
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.metrics.distances import Moments
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.scores import FeatureList, FeatureMoments
 from lightning_tdisent.metrics.weights import cache_folder
-from lightning_tdisent.ranks import gather, place, shared_errors
+from lightning_tdisent.ranks import gather, place, shared_errors, spaced
 
 BATCH = 256
-_KEY = "check"
+_KEY, SCHEMA = "check", 1  # the first versions wrote no schema
 
 
 class Reference(NamedTuple):
@@ -47,19 +48,22 @@ def reference(
     take: numbers, int64 (B,), to uint8 images (B, C, H, W); each rank takes its share, and all get the same. A file
     whose bytes have changed is refused with a warning, and made anew.
     """
-    path = cache_folder() / "reference" / f"{protocol.real}-{protocol.reference}.safetensors"
-    try:
-        found = _read(path, protocol.reference)
-    except FileNotFoundError:
-        found = None
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        warnings.warn(f"{path}: refused ({error}); its statistics are computed anew", stacklevel=2)
-        found = None
+    path = _in_cache("reference", f"{protocol.real}-{protocol.reference}.safetensors")
+    with shared_errors():
+        try:
+            found = _read(path, protocol.reference) if path else None
+        except Newer as error:
+            raise InputError(f"{error}, or name another folder with TDISENT_CACHE") from None
+        except FileNotFoundError:
+            found = None
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            warnings.warn(f"{path}: refused ({error}); its statistics are computed anew", stacklevel=2)
+            found = None
     complete = all(gather(found is not None))
     if found is not None and complete:
         return found
     found = measure(protocol, network, take, device)
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one of each machine, which may have a cache of its own
+    if path and os.environ.get("LOCAL_RANK", "0") == "0":  # one of each machine, which may have a cache of its own
         try:
             _write(path, found, protocol)
         except InputError as error:
@@ -97,36 +101,44 @@ def measure(
 
 def remembered(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Plain data that a name stands for, measured if it is not kept; a file that has changed is measured anew."""
-    path = cache_folder() / "numbers" / f"{name}.json"
-    try:
-        found = json.loads(path.read_text())
-        found = found["values"] if found["check"] == _hash(found["values"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        found = None
+    path = _in_cache("numbers", f"{name}.json")
+    with shared_errors():
+        try:
+            found = parse_json(path.read_bytes() if path else b"null")
+            check_schema(found, str(path), SCHEMA, absent=1)
+            found = found["values"] if found["check"] == _hash(found["values"]) else None
+        except Newer as error:
+            raise InputError(f"{error}, or name another folder with TDISENT_CACHE") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            found = None
     everywhere = all(gather(found is not None))
     values: dict[str, Any] = found if everywhere else measure()
     if everywhere:
         return values
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if path and os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(InputError):  # what cannot be kept is measured again
-            write_whole(path, json.dumps({"values": values, "check": _hash(values)}).encode())
+            write_whole(path, json.dumps({"schema": SCHEMA, "values": values, "check": _hash(values)}).encode())
     return values
+
+
+def _in_cache(*parts: str) -> Path | None:
+    """Return the path of a file of the cache, None if there is no folder for one."""
+    try:
+        return cache_folder().joinpath(*parts)
+    except InputError:
+        return None
 
 
 def _hash(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def spaced(n: int, total: int) -> Tensor:
-    """n numbers below total, evenly spaced: shards may be sorted by class."""
-    return torch.arange(n) * total // n
-
-
 def _write(path: Path, found: Reference, protocol: Protocol) -> None:
     tensors = {"mean": found.moments.mean, "covariance": found.moments.covariance, "kept": found.kept.contiguous()}
     if found.spatial is not None:
         tensors |= {"spatial_mean": found.spatial.mean, "spatial_covariance": found.spatial.covariance}
-    about = {"n": str(found.moments.n), "key": found.key, "protocol": json.dumps(protocol.fields)}
+    about = {"schema": str(SCHEMA), "n": str(found.moments.n), "key": found.key}
+    about["protocol"] = json.dumps(protocol.fields)
     write_whole(path, save(tensors, about | {_KEY: _check(tensors, about)}))
 
 
@@ -134,6 +146,7 @@ def _read(path: Path, key: str) -> Reference:
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
         about = dict(file.metadata() or {})
+    check_metadata(about, str(path), SCHEMA)
     said = about.pop(_KEY)
     if (now := _check(tensors, about)) != said:
         raise ValueError(f"its sha256 is {now[:12]}.., it was written with {said[:12]}..")

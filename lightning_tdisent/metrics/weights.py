@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_tdisent.errors import Halted, InputError, Unavailable, nearest
-from lightning_tdisent.files import whole
+from lightning_tdisent.files import expand, whole
 
 _COMMAND = "python -m lightning_tdisent fetch"
 _CHUNK = 1 << 20
@@ -49,9 +49,19 @@ KNOWN = {
 
 
 def cache_folder() -> Path:
-    """The folder of fetched weights: $TDISENT_CACHE, else ~/.cache/lightning_tdisent; it need not exist."""
-    named = os.environ.get("TDISENT_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "lightning_tdisent"
+    """Return the folder of fetched weights: $TDISENT_CACHE, else ~/.cache/lightning_tdisent; it need not exist.
+
+    Raises InputError without $TDISENT_CACHE for a user who has no home folder.
+    """
+    if named := os.environ.get("TDISENT_CACHE"):
+        named = expand(named, "TDISENT_CACHE")
+        if "://" in named:
+            raise InputError(f"TDISENT_CACHE: {named}: name a folder of this machine, and not a URL")
+        return Path(named)
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home):
+        raise InputError("there is no home folder for the cache. Set TDISENT_CACHE in the environment to a folder")
+    return Path(home) / ".cache" / "lightning_tdisent"
 
 
 def locate(name: str, path: str | Path | None = None, sha256: str | None = None) -> Path:
@@ -126,11 +136,15 @@ def _known(name: str) -> Known:
 
 def _where(name: str, path: str | Path | None) -> Path:
     known = KNOWN[name]
-    file = Path(path).expanduser() if path else cache_folder() / known.file
+    file = Path(expand(str(path))) if path else cache_folder() / known.file
     if not file.is_file():
+        if path:
+            raise Unavailable(
+                f"{name}: no weights at {file}. Name another file, or none for the one of {_COMMAND} {name}"
+            )
         raise Unavailable(
             f"{name}: no weights at {file}. Get them ({known.megabytes} MB) with: {_COMMAND} {name}; or name a file "
-            "that you have with --weights FILE"
+            "that you have with --weights FILE (weights of a study or of SampleQuality)"
         )
     return file
 
@@ -151,7 +165,7 @@ def _chunks(name: str, source: str, progress: Progress | None = None) -> Iterato
             length = stream.headers.get("Content-Length")
             total = int(length) if length and length.isdigit() else None
         else:
-            path = Path(source).expanduser()
+            path = Path(expand(source))
             stream, total = path.open("rb"), path.stat().st_size
     except (OSError, HTTPException, ValueError) as error:
         raise InputError(_unreadable(name, source, error)) from None

@@ -5,7 +5,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor
 from torch.nn.functional import silu
 
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.networks.network import Bias, Conditioning, Network, Zero
 
 
@@ -29,6 +29,7 @@ class DiT(Network):
         conditioning: Conditioning | None = None,
     ) -> None:
         super().__init__(shape, classes, conditioning)
+        check_number("dropout", dropout, 0, 1)
         self.patch, self.depth, self.heads, self.head, self.dropout = patch, depth, heads, head, dropout
         channels, height, width = shape
         if height != width or height % patch:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tdisent.diffusion.spec import Part, build, spec
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, check_shape
 
 Conditioning = Literal["state", "none"]
 
@@ -28,10 +28,9 @@ class Network(Part, nn.Module):
 
     def __init__(self, shape: list[int], classes: int | None, conditioning: Conditioning | None) -> None:
         super().__init__()
-        if len(shape) != 3 or min(shape) < 1:
-            raise InputError(f"shape must be [channels, height, width], got {shape}")
-        if classes is not None and classes < 1:
-            raise InputError(f"classes must be at least 1 or null, got {classes}")
+        check_shape("shape", shape)
+        if classes is not None and (not isinstance(classes, int) or isinstance(classes, bool) or classes < 1):
+            raise InputError(f"classes must be at least 1 or null, got {classes!r}")
         if conditioning not in (None, "state", "none"):
             raise InputError(f"conditioning must be state or none, got {conditioning!r}")
         self.shape, self.classes, self.conditioning = list(shape), classes, conditioning

@@ -2,8 +2,9 @@
 
 import contextlib
 import inspect
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_tdisent.diffusion.bounds import Bounded
 from lightning_tdisent.diffusion.spec import build, rebuild, said, spec
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.network import Network, evaluating
@@ -29,6 +31,29 @@ def without_weights(data: dict[str, Any]) -> Network:
         if not any(_holds_tensors(module) for module in network.modules()):
             return network
     return build(data, Network)
+
+
+def of_file(data: dict[str, Any], shapes: Mapping[str, Sequence[int]], where: str) -> Network:
+    """Build the network of a file from its `spec`, as `without_weights` does, within the bounds of the file's tensors.
+
+    shapes: of the file's tensors by name, each with the prefix ``network.``. Raises InputError, before it takes memory,
+    for a network that has other tensors.
+    """
+    with Bounded(where, max(map(math.prod, shapes.values()), default=0), len(shapes)):
+        try:
+            with torch.device("meta"):
+                network = build(data, Network)
+        except InputError as error:
+            if "meta" not in str(error.__cause__):  # a constructor that reads a tensor
+                raise
+            network = build(data, Network)
+    mine = {f"network.{name}": list(tensor.shape) for name, tensor in network.state_dict().items()}
+    theirs = {name: list(shape) for name, shape in shapes.items()}
+    if odd := sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)):
+        raise InputError(f"{where}: weights do not fit the network named in the file: {', '.join(odd[:8])}")
+    if any(_holds_tensors(module) for module in network.modules()):
+        return build(data, Network)
+    return network
 
 
 def _holds_tensors(module: nn.Module) -> bool:
@@ -121,6 +146,26 @@ def faithful(network: Network) -> Network:
             "function of its seed. Take statistics over each image alone (dimensions 1 and up)"
         )
     return other
+
+
+@torch.no_grad()
+def draws(network: Network) -> bool:
+    """Return whether a call in training mode draws from torch's global generator; it calls a copy, and moves nothing.
+
+    The copy is built from the `spec` of the network.
+    """
+    x, index, label = network.example(2)
+    with _own_randomness(0):
+        other = rebuild(network, without_weights)
+        other.load_state_dict({k: v.clone() for k, v in network.state_dict().items()}, assign=True)
+        other.to(x.device).train()
+        before = _states(x.device)
+        other(x, index, label)
+        return any(not torch.equal(a, b) for a, b in zip(before, _states(x.device), strict=True))
+
+
+def _states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _arguments(network: Network) -> str:

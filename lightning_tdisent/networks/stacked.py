@@ -47,6 +47,37 @@ def stack(networks: Sequence[Network]) -> tuple[Network, dict[str, Tensor]]:
     return network, weights
 
 
+def obstacle(network: Network) -> str:
+    """Return why a network cannot be stacked with others, or an empty string.
+
+    Runs one batch in training mode with perturbed weights, since a layer that starts at 0 hides what comes before it.
+    Leaves weights and buffers unchanged.
+    """
+    weights = dict(network.named_parameters())
+    if frozen := next((name for name, w in weights.items() if not w.requires_grad), None):
+        return f"{frozen} is frozen"
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    leaves = {name: (w.detach() + 0.02 * noise(w)).requires_grad_() for name, w in weights.items()}
+    zeros, index, label = network.example(4)
+    x = noise(zeros)
+    other = torch.cat([x[:2], noise(x[2:])])
+    before = dict(network.named_buffers())
+    buffers = {name: buffer.clone() for name, buffer in before.items()}
+    out, again = (functional_call(network, {**leaves, **buffers}, (one, index, label)) for one in (x, other))
+    if moved := next((name for name, buffer in buffers.items() if not torch.equal(buffer, before[name])), None):
+        return f"{moved} is a buffer that training changes"
+    if not torch.allclose(out[:2], again[:2], rtol=1e-3, atol=1e-4 * float(out.detach().abs().max())):
+        return "its output for one sample depends on the others in training"
+    gradients = torch.autograd.grad(out.square().sum(), list(leaves.values()), allow_unused=True)
+    if unused := next((name for name, g in zip(leaves, gradients, strict=True) if g is None), None):
+        return f"{unused} is not used"
+    return ""
+
+
 def _convolution(module: Any, weights: dict[str, Tensor], S: int) -> Forward:
     if module.padding_mode != "zeros":
         return _any(module, weights, S)

@@ -6,7 +6,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.networks.network import Conditioning, Network, Nothing, Zero
 
 
@@ -32,6 +32,8 @@ class UNet(Network):
         conditioning: Conditioning | None = None,
     ) -> None:
         super().__init__(shape, classes, conditioning)
+        check_number("groups", groups, 1, whole=True)
+        check_number("dropout", dropout, 0, 1)
         self.channels, self.layers, self.attention = list(channels), layers, list(attention or [])
         self.mid_attention, self.head, self.groups, self.dropout = mid_attention, head, groups, dropout
         _, height, width = shape

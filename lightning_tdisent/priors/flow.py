@@ -27,9 +27,9 @@ class Flow(Prior):
     def __init__(self, shape: Sequence[int] | None = None, levels: int = 2, blocks: int = 4, hidden: int = 64) -> None:
         super().__init__(shape)
         self.levels, self.blocks, self.hidden = levels, blocks, hidden
-        if levels < 0 or min(blocks, hidden) < 1:
+        if not 0 <= levels <= 16 or min(blocks, hidden) < 1:
             raise InputError(
-                f"prior Flow: levels {levels} is 0 at least, blocks {blocks} and hidden {hidden} 1 at least"
+                f"prior Flow: levels {levels} is from 0 to 16, blocks {blocks} and hidden {hidden} 1 at least"
             )
         self.flow: Any = None
         if shape is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import Part
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, check_shape
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -26,6 +26,8 @@ class Prior(Part, nn.Module, ABC):
 
     def __init__(self, shape: Sequence[int] | None = None) -> None:
         super().__init__()
+        if shape is not None:
+            check_shape("prior.shape", shape)
         self.shape = None if shape is None else list(shape)
 
     def fit(self, x0: Tensor, a: float, b: float, eps: Tensor | None = None) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.ranks import gather, place, shared_errors
-from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.denoiser import Denoises, extras
 from lightning_tdisent.sampling.evaluation import held_out_errors
 from lightning_tdisent.sampling.likelihood import Decoder, Terms, concatenate, ode_likelihood, variational_bound
 from lightning_tdisent.streaming.shards import ImageSet
@@ -57,7 +57,7 @@ class Bits:
         held_out, training, S = _first(held_out, self.n), _first(training, self.n), model.states.S
         how = f"{self.decoder} decoder, {len(held_out)} held-out images, variances by {len(training)} training images"
         out: dict[str, Any] = {"bpd_how": how + (f", {self.probes} probes of the ODE's trace" if self.ode else "")}
-        prior = getattr(model, "prior", None)
+        prior = extras(model).prior
         if prior is not None and not prior.has_density:
             return out | {"bpd_refused": f"{type(prior).__name__} has no density"}
         errors = torch.zeros(S + 1, dtype=torch.float64)

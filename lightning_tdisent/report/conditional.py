@@ -12,7 +12,7 @@ from lightning_tdisent.diffusion.spec import spec
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.paired import PairedQuality
 from lightning_tdisent.metrics.quality import Quality
-from lightning_tdisent.ranks import place
+from lightning_tdisent.ranks import place, spaced
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.evaluation import RealImages
 from lightning_tdisent.sampling.observations import Observations
@@ -30,7 +30,7 @@ def refuse_number(n: int, held_out: int, draws: int = DRAWS) -> None:
     if n // draws > held_out:
         raise InputError(
             f"n={n}: {draws} draws of {n // draws} held-out images; there are {held_out}. Lower n to "
-            f"{draws * held_out}, or let more images be held out (n_held_out of a study, --held-out)"
+            f"{draws * held_out}, or hold out more images, if the split has more (n_held_out of a study, --held-out)"
         )
 
 
@@ -63,7 +63,7 @@ class Given:
         if name in known:
             self.paired.metrics["real"] = known[name]
             return
-        for numbers in (torch.arange(n) * real.n // n)[rank::world].split(batch_size):
+        for numbers in spaced(n, real.n)[rank::world].split(batch_size):
             images = real.take(numbers)
             self.paired.reference(images, self.operator.observe(from_uint8(images), numbers))
         known[name] = self.paired.metrics["real"]

@@ -21,8 +21,9 @@ from lightning_tdisent.streaming import splits
 from lightning_tdisent.streaming.decode import BadSample, Decoder
 from lightning_tdisent.streaming.prepare import caption_count
 from lightning_tdisent.streaming.raw.source import class_table, names_in
+from lightning_tdisent.streaming.remote import is_remote
 from lightning_tdisent.streaming.shards import Policy, Sample, Shards
-from lightning_tdisent.streaming.tars import PREPARED, SUFFIXES, is_remote
+from lightning_tdisent.streaming.tars import PREPARED, SUFFIXES
 
 PICTURES = 72
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -101,6 +102,8 @@ def table(look: Look) -> Table:
     """For the terminal."""
     index = look.shards.index
     out = Table(title=f"{look.shards.where} ({look.split})", show_header=False, title_justify="left")
+    out.add_column(no_wrap=True)
+    out.add_column(overflow="fold")
     size = sum(shard.bytes for shard in index.shards)
     out.add_row("samples", f"{len(index):,} in {len(index.shards)} shards, {size / 1e6:,.1f} MB")
     out.add_row("members", ", ".join(index.extensions))

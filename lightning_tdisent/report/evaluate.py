@@ -19,7 +19,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_tdisent.diffusion.spec import spec
-from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.states import CONDITION, LatentStates
 from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
@@ -32,7 +32,7 @@ from lightning_tdisent.report.measured import Measured
 from lightning_tdisent.report.provenance import provenance
 from lightning_tdisent.sampling.composite import CompositeDenoiser, find_files, load_model
 from lightning_tdisent.sampling.cost import training_cost, with_prior
-from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
+from lightning_tdisent.sampling.denoiser import Denoiser, Denoises, extras
 from lightning_tdisent.sampling.evaluation import (
     RealImages,
     compute,
@@ -46,8 +46,8 @@ from lightning_tdisent.sampling.expert import Card, sha256
 from lightning_tdisent.sampling.likelihood import refuse_components
 from lightning_tdisent.sampling.observations import Observations
 from lightning_tdisent.sampling.residency import Residency
-from lightning_tdisent.sampling.sampler import Sampler, probe_rows
-from lightning_tdisent.sampling.start import Started, load_started, prior_file
+from lightning_tdisent.sampling.sampler import Sampler, probe_rows, refuse_unowned
+from lightning_tdisent.sampling.start import Implicit, Started, load_started, prior_file, signal_note
 from lightning_tdisent.streaming.shards import ImageSet, note_classes
 
 REAL = "real images, held out"  # end of the name of the last row
@@ -108,6 +108,7 @@ def evaluate(
             if model[0].shape != shape:
                 raise InputError(f"{contender.source} makes images {model[0].shape}, the real ones are {shape}")
             contender.sampler.check(model[0].states)  # before any work
+            refuse_unowned(contender.name, model[0], contender.sampler)
             _check_labels(contender.name, model[0], held_out)
             if isinstance(model[0], Started):
                 model[0].check_label(None)  # refuses a prior of one class, before any work
@@ -115,7 +116,12 @@ def evaluate(
                 refuse_components(model[0].states, str(contender.source))
     files = {c.name: image_files(c.source, c.split, shape) for c in contenders if c.sampler is None}
     quality = open_quality(protocol, network, real, shape, device)
-    qualities = {name: quality.of(found.n) for name, found in files.items()}  # refuses too few, before any work, too
+    qualities = {}
+    for name, found in files.items():  # before any work, too
+        try:
+            qualities[name] = quality.of(found.n)
+        except InputError as error:
+            raise InputError(f"{name} ({found.n:,} images): {error}") from None
     models = [model[0] for model in loaded if model is not None]
     common = _Common.of([m.states for m in models if not isinstance(m, Started)] or [m.states for m in models])
     given = {
@@ -188,6 +194,7 @@ class _Common:
 
     indices: list[int]
     log_snr: Tensor
+    layout: str = ""
 
     @classmethod
     def of(cls, tables: Sequence[LatentStates]) -> "_Common":
@@ -195,7 +202,8 @@ class _Common:
             return cls([], torch.empty(0))
         few = min(tables, key=lambda states: states.S)
         rows = probe_rows(few.rows, 32)
-        return cls([int(few.index[s]) for s in rows], few.log_snr[rows, : few.own].clone())  # a model's moves with it
+        log_snr = few.log_snr[rows, : few.own].clone()  # a model's moves with it
+        return cls([int(few.index[s]) for s in rows], log_snr, _units(few))
 
     def rows(self, states: LatentStates) -> list[int]:
         """Those rows of a table, none if it has not all of them at the same values."""
@@ -203,7 +211,12 @@ class _Common:
         at = [here[t] for t in self.indices if t in here]
         here_too = states.log_snr[at, : states.own].cpu()
         same = here_too.shape == self.log_snr.shape and torch.allclose(here_too, self.log_snr)
-        return at if same else []
+        return at if same and _units(states) == self.layout else []
+
+
+def _units(states: LatentStates) -> str:
+    """Return what the image's own columns are: errors of others are in other units."""
+    return states.made_of.partition(CONDITION)[0] if states.own > 1 else ""
 
 
 def _of_model(
@@ -238,11 +251,13 @@ def _of_model(
             bad = ", ".join(name for name, e in zip(names, x0.tolist(), strict=True) if not math.isfinite(e))
             scored = scored._replace(values=NotFinite(f"held-out errors are not finite at index {bad}"))
         errors = errors if x0.isfinite().all() else {}
+    implicit = model.prior if isinstance(model, Started) and isinstance(model.prior, Implicit) else None
+    more = implicit.evaluations if implicit else 0  # those of the start
     row = {
         "networks": len(cards),
         "weights": sum(p.numel() for p in model.parameters()),
         "rows": model.states.S,
-        "nfe": len(sampler.rows(model.states)),
+        "nfe": len(sampler.rows(model.states)) + more,
         **_numbers(scored.values, quality),
         **(given.numbers() if given and not isinstance(scored.values, NotFinite) else {}),
         **errors,
@@ -258,15 +273,20 @@ def _of_model(
         "sampler": repr_sampler(sampler),
         "sha256": [sha256(file) for file in find_files(contender.source)],
         "recipe": _recipe(cards),
+        "images_a_step": sorted({round(card.images_seen / card.steps) for card in cards if card.steps}),
         "seeds": sorted({card.seed for card in cards}),
         **({"prior": type(model.prior).__name__, "cut": model.states.S} if isinstance(model, Started) else {}),
-        **({"start_note": note} if isinstance(model, Started) and (note := model.check_label(None)) else {}),
+        **({"start_note": note} if (note := _start_note(model)) else {}),
         **({"prior_sha256": start_digest(contender.prior)} if isinstance(model, Started) else {}),
-        **({"preview": model.filled} if getattr(model, "filled", None) else {}),
-        **({"differs": model.differs} if getattr(model, "differs", None) else {}),
+        **({"preview": extras(model).filled} if extras(model).filled else {}),
+        **({"differs": extras(model).differs} if extras(model).differs else {}),
     }
     model.cpu()  # the next one's peak memory is its own
     return row, images[order]
+
+
+def _start_note(model: Any) -> str:
+    return model.check_label(None) if isinstance(model, Started) else signal_note(model)
 
 
 def _recipe(cards: Sequence[Card]) -> list[dict[str, Any]]:
@@ -280,7 +300,8 @@ def _recipe(cards: Sequence[Card]) -> list[dict[str, Any]]:
 
 
 def _cost(model: Any, cards: Sequence[Card]) -> dict[str, float]:
-    cost = training_cost(cards)
+    source = model.prior.cards if isinstance(model, Started) and isinstance(model.prior, Implicit) else []
+    cost = training_cost([*cards, *(card for card in source if card not in cards)])
     if isinstance(model, Started) and model.card is not None:
         return with_prior(cost, model.prior, model.card.images_seen, model.card.seconds)
     return cost
@@ -322,7 +343,7 @@ def _reset_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError):  # only Linux knows
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _peak(device: str) -> int:
@@ -330,7 +351,7 @@ def _peak(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -5,7 +5,9 @@ import html
 import io
 import logging
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from cycler import cycler
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+
+from lightning_tdisent.runs import identity_of
 
 COLOURS = ["#3b6fb6", "#d1495b", "#2e9e6b", "#b07aa1", "#e0a030", "#66656f", "#17a2b8", "#8c564b"]
 STYLE: Any = {
@@ -208,14 +212,33 @@ def diffusion_time(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Scalars of a run's event files by tag, as (images seen, value)."""
+    """Scalars of a run's event files by tag, as (images seen, value).
+
+    Where a folder has event files of several runs, those whose names end with the id of its ``config.yaml``.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every resumed run
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    with _own_events(folder) as place:
+        events = EventAccumulator(str(place), size_guidance={"scalars": 0})
+        events.Reload()
+        tags = events.Tags()["scalars"]
+        return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+
+
+@contextmanager
+def _own_events(folder: Path) -> Iterator[Path]:
+    """Yield a folder without the event files of other runs; those of early versions say of no run."""
+    files, run = sorted(folder.glob("events.out.tfevents.*")), identity_of(folder)
+    named = [re.search(r"\.([0-9a-f]{16})$", file.name) for file in files]
+    own = [file for file, match in zip(files, named, strict=True) if not run or match is None or match[1] == run]
+    if len(own) == len(files):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        for file in own:
+            (Path(place) / file.name).symlink_to(file.resolve())
+        yield Path(place)
 
 
 def training_curves(folders: dict[str, Path]) -> str:

@@ -10,10 +10,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lightning_tdisent.artifacts import check_schema, parse_json
+from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
-from lightning_tdisent.ranks import gather, place
+from lightning_tdisent.ranks import gather, place, shared_errors
 
-FOLDER = "measured"
+FOLDER, SCHEMA = "measured", 1  # the first versions wrote no schema
 
 
 class Measured:
@@ -35,13 +37,20 @@ class Measured:
     def get(self, key: dict[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
         """Return a row and its images on all ranks, None if they are not kept or cannot be read."""
         path, found = self._file(key), None
+        newer: InputError | None = None
         if place()[0] == 0:
             try:
                 with safe_open(path, "pt") as file:
-                    about = json.loads(file.metadata()["row"])
+                    about = parse_json(file.metadata()["row"])
+                    check_schema(about, str(path), SCHEMA, absent=1)
                     found = (about["row"], file.get_tensor("images")) if about["key"] == key else None
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            except InputError as error:
+                newer = error
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
                 found = None
+        with shared_errors():
+            if newer is not None:
+                raise newer
         out: tuple[dict[str, Any], Tensor] | None = gather(found)[0]
         self.reused += out is not None
         return out
@@ -49,7 +58,7 @@ class Measured:
     def put(self, key: dict[str, Any], row: dict[str, Any], images: Tensor) -> None:
         """Keep a row that has numbers."""
         if place()[0] == 0 and "refused" not in row:
-            content = json.dumps({"key": key, "row": row})
+            content = json.dumps({"schema": SCHEMA, "key": key, "row": row})
             images = images if len(images) else torch.empty(0, dtype=torch.uint8)
             write_whole(self._file(key), save({"images": images.cpu().contiguous()}, {"row": content}))
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.progress import Progress
-from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from lightning_tdisent.artifacts import check_schema, parse_json
 from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.files import write_whole
+from lightning_tdisent.files import output_path, write_whole
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.paired import load_lpips
@@ -29,7 +29,7 @@ from lightning_tdisent.report.evaluate import REAL, Contender, evaluate, start_d
 from lightning_tdisent.report.measured import FOLDER as MEASURED
 from lightning_tdisent.report.measured import Measured
 from lightning_tdisent.report.page import write_report
-from lightning_tdisent.report.table import costs, notes, table, tables
+from lightning_tdisent.report.table import WideTable, costs, notes, refuse_texts, table, tables
 from lightning_tdisent.sampling.composite import find_files, holds_weights
 from lightning_tdisent.sampling.evaluation import real_images, refuse_trained
 from lightning_tdisent.sampling.expert import Card, read_card, sha256
@@ -42,6 +42,7 @@ from lightning_tdisent.streaming.shards import ImageSet, load
 from lightning_tdisent.streaming.tars import find
 
 FILE, RESULTS, SAMPLES = "study.json", "results.json", "samples.safetensors"
+SCHEMA = 2  # of `FILE`, which speaks for the two beside it
 HELD_OUT = 1000  # held-out images that are taken, if a study does not say how many
 BOARDS = "fleets.html"  # where the fleets of a study stood when it ended
 NEAREST = 500_000_000  # bytes of real images among which the report looks for copies
@@ -83,7 +84,7 @@ class Study:
     @property
     def folder(self) -> Path:
         """Where everything is kept."""
-        return Path(self.out)
+        return output_path(self.out)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -93,8 +94,10 @@ class Study:
         """
         folder = Path(folder)
         try:
-            kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            schema, old = kept.pop("schema", 1), kept.pop("out", "")
+            kept = parse_json((folder / FILE).read_bytes())
+            schema = check_schema(kept, str(folder / FILE), SCHEMA, oldest=1, absent=1)
+            old = kept.pop("out", "")
+            kept.pop("schema", None)
             for contender in kept["contenders"]:
                 for key in ("source", "prior"):
                     if contender.get(key) and not contender[key].startswith("cut:"):
@@ -109,6 +112,8 @@ class Study:
             raise InputError(
                 f"{folder} keeps no finished study ({error}); run study or evaluate with --out {folder} first"
             ) from None
+        except InputError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise _damaged(folder / FILE, error) from None
 
@@ -288,7 +293,7 @@ class Study:
                 kept[key] = os.path.abspath(kept[key])
         if (kept["fill"] or "").startswith("shared:"):
             kept["fill"] = f"shared:{os.path.abspath(kept['fill'].removeprefix('shared:'))}"
-        return {"schema": 2, **kept}
+        return {"schema": SCHEMA, **kept}
 
     def _portable(self, path: str) -> str:
         place = os.path.abspath(path)
@@ -300,12 +305,13 @@ class Study:
         """The numbers kept."""
         file = self.folder / RESULTS
         try:
-            rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+            rows: list[dict[str, Any]] = parse_json(file.read_bytes())
             if not rows or not all(isinstance(row[key], str) for row in rows for key in ("name", "protocol_line")):
                 raise ValueError("a row has no name or protocol")
             if not all(isinstance(row["protocol_fields"], dict) and row["protocol"] for row in rows):
                 raise ValueError("a row has no protocol")
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            refuse_texts(rows)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise _damaged(file, error) from None
         return rows
 
@@ -345,12 +351,12 @@ class Study:
             raise InputError(
                 f"{self.folder}: its report cannot be written anew:\n"
                 + "\n".join(f"  - {line}" for line in problems)
-                + "\nPut these back where they were, or evaluate again"
+                + "\nPut these back where they were, give study again, or evaluate into another folder"
             )
 
-    def lines(self) -> list[Table | str]:
+    def lines(self) -> list[WideTable | str]:
         """For the terminal: a table per protocol, what the models cost, and what must be known of the numbers."""
-        out: list[Table | str] = [show(line, table(rows)) for line, rows in tables(self.rows)]
+        out: list[WideTable | str] = [WideTable(line, table(rows)) for line, rows in tables(self.rows)]
         cost = costs(self.rows)
         said = notes(self.rows)
         path, reference = self._reference
@@ -367,7 +373,7 @@ class Study:
             ]
         if (there := self._n_held_out_there) > (taken := self.n_held_out or HELD_OUT):
             said.append(f"held-out images: the first {taken:,} of the {there:,} of {self.split} (n_held_out)")
-        costly = [show("what it cost", cost)] if len(cost) > 1 else []
+        costly = [WideTable("what it cost", cost)] if len(cost) > 1 else []
         return [self.title, *out, *costly, *(f"note: {line}" for line in said)]
 
     def write_report(self) -> Path:
@@ -388,14 +394,16 @@ class Study:
             {name: Path(folder) for name, folder in self.runs.items() if name not in gone},
             self.notes + lost,
             observations=self._given(),
-            boards=boards.read_text() if (boards := self.folder / BOARDS).exists() else "",
+            boards=boards.read_text(encoding="utf-8") if (boards := self.folder / BOARDS).exists() else "",
         )
 
 
 def _damaged(file: Path, error: Exception) -> InputError:
     """Return a refusal of a file of results that cannot be read."""
     what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-    return InputError(f"{file}: damaged or gone ({what}); put it back, or run study or evaluate again")
+    return InputError(
+        f"{file}: damaged or gone ({what}); put it back, give study again, or evaluate into another folder"
+    )
 
 
 def _here(path: str, folder: Path, schema: int, old: str) -> str:
@@ -403,15 +411,3 @@ def _here(path: str, folder: Path, schema: int, old: str) -> str:
     if schema == 1 and not (old and Path(path).is_relative_to(old)):
         return path
     return str(folder / (Path(path).relative_to(old) if schema == 1 else path))
-
-
-def show(title: str, text: Sequence[Sequence[str]]) -> Table:
-    """Head and rows of text as a table for the terminal."""
-    head, *body = text
-    out = Table(title=title, title_justify="left")
-    for i, name in enumerate(head):
-        narrowest = max(len(row[0]) for row in text) if i == 0 else None  # names are never folded
-        out.add_column(name, justify="left" if i == 0 else "right", min_width=narrowest)
-    for row in body:
-        out.add_row(*row)
-    return out

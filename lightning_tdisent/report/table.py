@@ -56,6 +56,23 @@ def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     return _text(rows, columns)
 
 
+NUMBERS = (
+    "networks", "weights", "nfe", "images_seen", "images_seen_longest", "training_flops", "validation_flops",
+    "total_flops", "training_seconds", "validation_seconds", "training_seconds_longest", "sampling_seconds_per_image",
+    "peak_memory_bytes",
+)  # fmt: skip
+
+
+def refuse_texts(rows: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError for rows that say something else than a number where the pages need one."""
+    for row in rows:
+        values = {key: row.get(key) for key in NUMBERS}
+        values |= {f"{key}[{k}]": v for key in ("x0_mse", "eps_mse") for k, v in (row.get(key) or {}).items()}
+        for key, value in values.items():
+            if value is not None and not (isinstance(value, (int, float)) and not isinstance(value, bool)):
+                raise ValueError(f"{row['name']}: {key}: expected a number, got {value!r:.60}")
+
+
 def costs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Head and rows of text: what the models cost; total compute always stands beside wall clock."""
     columns: Columns = {
@@ -73,6 +90,42 @@ def costs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         "peak memory MB": lambda r: f"{r['peak_memory_bytes'] / 1e6:,.0f}",
     }
     return _text([r for r in rows if "networks" in r], columns)
+
+
+class WideTable:
+    """A table for the terminal that is split into several tables where it is too wide, each with the first column.
+
+    text: head and rows; left: columns beside the first that are not aligned to the right. No cell is cut: a number
+    without its last digits is another number. A name in the first column that leaves no room is folded.
+    """
+
+    def __init__(self, title: str, text: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
+        self.title, self.text, self.left = title, text, left
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        """Yield the title and the pieces."""
+        from rich.cells import cell_len
+        from rich.table import Table
+        from rich.text import Text
+
+        if self.title:
+            yield Text(self.title, style="italic")
+        widths = [max(cell_len(row[i]) for row in self.text) + 3 for i in range(len(self.text[0]))]
+        pieces: list[list[int]] = [[]]
+        for i in range(1, len(widths)):
+            if pieces[-1] and 1 + widths[0] + widths[i] + sum(widths[k] for k in pieces[-1]) > options.max_width:
+                pieces.append([])
+            pieces[-1].append(i)
+        head, *body = self.text
+        for piece in pieces:
+            out = Table()
+            for i in (0, *piece):
+                side: Any = "left" if i == 0 or head[i] in self.left else "right"
+                least = None if i == 0 else widths[i] - 3
+                out.add_column(head[i], justify=side, no_wrap=i > 0, overflow="fold", min_width=least)
+            for row in body:
+                out.add_row(*(row[i] for i in (0, *piece)))
+            yield out
 
 
 def _text(rows: Sequence[dict[str, Any]], columns: Columns) -> list[tuple[str, ...]]:
@@ -131,6 +184,7 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         values = "; ".join(f"{field}: {', '.join(values)}" for field, values in row["differs"].items())
         out.append(f"{row['name']} has experts that differ, as --allow-mismatch let them: {values}")
     out += [f"{row['name']}: {row['start_note']}" for row in rows if "start_note" in row]
+    out += [f"{row['name']}: {row['not_pooled']}" for row in rows if "not_pooled" in row]
     for source in dict.fromkeys(row["source"] for row in rows if "cut" in row):
         out += _best_start([row for row in rows if row.get("source") == source and "bpd_images" in row])
     for how in dict.fromkeys(row["bpd_how"] for row in rows if "bpd_how" in row):
@@ -144,18 +198,20 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         names = metrics_of(measured[0]) if measured else []
         for name in (k for k in names if k == "fid" or (k.startswith("fd_") and "infinity" not in k)):
             n, d = measured[0]["n"], measured[0]["num_features"]
+            under = f"(protocol {measured[0]['protocol']})"
             bias = measured[0]["fid_bias" if name == "fid" else name.replace("fd_", "fd_bias_")]
             own = [row["name"] for row in measured if row[name] < 1e-6 * bias]
             much = [row["name"] for row in measured if bias > 0.05 * row[name] and row["name"] not in own]
             out += [f"{who}: {name} is 0, these are the images of the reference itself" for who in own]
             if n <= d:
                 out.append(
-                    f"{name} of n={n:,}: {d:,} features' covariance has no full rank; its bias is about {bias:.3f}"
+                    f"{name} of n={n:,}: {d:,} features' covariance has no full rank; its bias is about {bias:.3f} "
+                    f"{under}"
                 )
             elif much:
                 out.append(
                     f"{name} of n={n:,}: about {bias:.3f} of it is the bias of so few images, more than a twentieth "
-                    f"for {', '.join(much)}; compare it with nothing of another n"
+                    f"for {', '.join(much)}; compare it with nothing of another n {under}"
                 )
     return out
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import output_path
 from lightning_tdisent.sampling.expert import Card, load_expert, read_card, save_expert
 
 FOLDER = "averages"
@@ -42,7 +43,8 @@ def overlap(t: np.ndarray, g: np.ndarray, u: np.ndarray, h: np.ndarray) -> np.nd
 def coefficients(snapshots: Sequence[tuple[int, float]], step: int, exponent: float) -> tuple[np.ndarray, float]:
     """Weights x of snapshots (step, gamma) so that sum_i x_i p_i is nearest to the profile p of (step, exponent).
 
-    Least squares: A x = b with A_ij = <p_i, p_j>, b_i = <p_i, p> (2312.02696, appendix C). Returns x (float64) and the
+    Least squares with A_ij = <p_i, p_j>, b_i = <p_i, p> (2312.02696, appendix C), subject to
+    sum_i x_i = 1, so that the average of weights that never change is these weights. Returns x (float64) and the
     relative error |sum_i x_i p_i - p| / |p| of the profile.
     """
     t, g = (np.array(column, dtype=np.float64) for column in zip(*snapshots, strict=True))
@@ -50,7 +52,9 @@ def coefficients(snapshots: Sequence[tuple[int, float]], step: int, exponent: fl
     goal_t, goal_g = np.array(step, dtype=np.float64), np.array(exponent, dtype=np.float64)
     b, norm = overlap(t, g, goal_t, goal_g), float(overlap(goal_t, goal_g, goal_t, goal_g))
     scale = a.diagonal() ** -0.5  # every profile of norm 1: early ones are tall and narrow
-    x = scale * np.linalg.lstsq(a * scale[:, None] * scale, b * scale, rcond=None)[0]
+    sides = np.stack([b * scale, scale], 1)
+    free, shift = scale * np.linalg.lstsq(a * scale[:, None] * scale, sides, rcond=None)[0].T
+    x = free + shift * (1 - free.sum()) / shift.sum()  # the unconstrained solution, moved along A^-1 1 to sum 1
     return x, max(0.0, 1 + (x @ a @ x - 2 * x @ b) / norm) ** 0.5
 
 
@@ -59,7 +63,7 @@ def reconstruct(run: Path, sigma_rel: float, out: Path, step: int | None = None)
 
     Returns the relative error of its profile. Raises InputError if there are no snapshots, or none at that step.
     """
-    files = sorted((run / FOLDER).glob("step-*.safetensors"))
+    out, files = output_path(out), sorted((run / FOLDER).glob("step-*.safetensors"))
     if not files:
         raise InputError(f"{run / FOLDER} holds no snapshots: they are written by fit with --ema.lengths '[0.05, 0.1]'")
     cards = [read_card(file) for file in files]

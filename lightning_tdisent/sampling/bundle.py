@@ -4,12 +4,13 @@ import atexit
 import functools
 import re
 import shutil
+import struct
 import tempfile
 import zipfile
 from pathlib import Path
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.files import whole
+from lightning_tdisent.files import expand, whole
 
 NAMES = re.compile(r"composite\.json|rows_[\d-]+\.safetensors")
 
@@ -25,9 +26,13 @@ def pack(folder: Path, out: Path) -> None:
 def unpacked(source: str | Path) -> Path:
     """The folder that a .zip of `pack` holds, on a disk for as long as this process lives; anything else as it is.
 
-    Raises InputError for a .zip with anything but a composite in it; whether that is whole, its manifest tells.
+    ``~``, variables and ``file://`` are expanded (`files.expand`). Raises InputError for a .zip with anything but a
+    composite in it; whether that is whole, its manifest tells. So it does for the URL of a store.
     """
-    source = Path(source)
+    text = expand(str(source))
+    if "://" in text:
+        raise InputError(f"{text}: weights are read from local files; copy them here, and name the file or folder")
+    source = Path(text)
     if source.suffix != ".zip" or not source.is_file():
         return source
     return _unpack(source.resolve(), source.stat().st_mtime_ns)
@@ -46,9 +51,22 @@ def _unpack(path: Path, stamp: int) -> Path:
             for entry in bundle.infolist():  # what expands or is encrypted is not of `pack`
                 if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
                     raise InputError(f"{path}: not a composite in one file: {entry.filename} is not stored plainly")
+            size = sum(entry.file_size for entry in bundle.infolist())
+            if size > path.stat().st_size:  # members that overlap, or lie about their sizes
+                raise InputError(f"{path}: not a composite in one file: it has fewer than the {size:,} bytes it lists")
             for name in bundle.namelist():
                 with bundle.open(name) as source, (Path(place.name) / name).open("wb") as copy:
                     shutil.copyfileobj(source, copy, 1 << 20)
-    except (OSError, zipfile.BadZipFile) as error:
+    except InputError:
+        raise
+    except (
+        OSError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+        struct.error,
+        zipfile.BadZipFile,
+    ) as error:
         raise InputError(f"{path}: not a composite in one file ({error})") from None
     return Path(place.name)

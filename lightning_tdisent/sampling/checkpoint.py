@@ -7,13 +7,16 @@ import functools
 import hashlib
 import json
 import re
+import struct
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_tdisent import finite
+from lightning_tdisent.artifacts import check_schema, is_count, is_text, parse_json
 from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.files import sha256
 from lightning_tdisent.ranks import place
@@ -36,6 +39,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> Any:
         verify(path)
     elif path.name != TEMPORARY:
         _note_unverified(path)
+    _refuse_lies(path)
     try:
         content = torch.load(path, map_location, weights_only=True)
     except Exception as error:  # torch.load documents none
@@ -43,9 +47,23 @@ def load(path: str | Path, map_location: Any = "cpu") -> Any:
         said = str(error).split("\n")[0] or type(error).__name__
         why = f"it asks for {asked[1]}, and is more than data" if asked else said
         raise InputError(f"{path}: not loaded: {why}") from None
+    for name, tensor in finite.tensors(content):
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise InputError(f"{path}: not loaded: {name} of shape {list(tensor.shape)} has more values than the file")
     if isinstance(content, dict) and (bad := non_finite(content)):
         raise NotFinite(f"{path}: not loaded: {', '.join(bad[:3])} ({len(bad)} in all) hold values that are not finite")
     return content
+
+
+def _refuse_lies(path: Path) -> None:
+    """Refuse what is no archive of torch, or whose members would take more memory than the file has bytes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members, size = archive.infolist(), path.stat().st_size
+    except (OSError, EOFError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not loaded: no checkpoint that torch has written ({error})") from None
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+        raise InputError(f"{path}: not loaded: its members are compressed, or lie about their sizes")
 
 
 def non_finite(checkpoint: dict[str, Any]) -> list[str]:
@@ -53,19 +71,27 @@ def non_finite(checkpoint: dict[str, Any]) -> list[str]:
     return finite.non_finite({k: v for k, v in checkpoint.items() if k != "callbacks"})
 
 
-def verify(path: Path) -> Manifest:
-    """Manifest of a checkpoint whose bytes agree with it; refuses any other, saying what differs."""
+def read_manifest(path: Path) -> Manifest:
+    """Return the manifest of a checkpoint; refuses a missing or damaged one."""
     try:
-        manifest = json.loads(manifest_of(path).read_bytes())
+        manifest = parse_json(manifest_of(path).read_bytes())
         check = manifest.pop("check")
     except FileNotFoundError:
         raise InputError(f"{path}: has no manifest: it was cut short, or copied without it") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its manifest cannot be read ({type(error).__name__}: {error})") from None
+    check_schema(manifest, str(manifest_of(path)), SCHEMA)  # first: a newer one may guard itself otherwise
     if check != check_of(manifest):
         raise InputError(f"{path}: its manifest is damaged")
-    if manifest["schema"] != SCHEMA:
-        raise InputError(f"{path}: manifest of schema {manifest['schema']}, this version reads {SCHEMA}")
+    kinds = {"sha256": is_text, "bytes": is_count, "step": is_count}
+    if wrong := [key for key, fits in kinds.items() if not fits(manifest.get(key))]:
+        raise InputError(f"{path}: its manifest is damaged: {wrong[0]}: {manifest.get(wrong[0])!r:.80}")
+    return dict(manifest)
+
+
+def verify(path: Path) -> Manifest:
+    """Return the manifest of a checkpoint whose bytes agree with it; refuses any other, saying what differs."""
+    manifest = read_manifest(path)
     try:
         size = path.stat().st_size
         if size != manifest["bytes"]:
@@ -75,7 +101,7 @@ def verify(path: Path) -> Manifest:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if digest != manifest["sha256"]:
         raise InputError(f"{path}: damaged: sha256 {digest[:12]}.., its manifest says {manifest['sha256'][:12]}..")
-    return dict(manifest)
+    return manifest
 
 
 def facts(path: Path) -> Manifest:

@@ -15,21 +15,31 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_tdisent.artifacts import check_schema, parse_json
 from lightning_tdisent.diffusion.process import scale
 from lightning_tdisent.diffusion.spec import build, changed
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.files import write_whole
+from lightning_tdisent.files import expand, output_path, remove_orphans, typed, whole, write_whole
 from lightning_tdisent.sampling.bundle import pack, unpacked
-from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import Card, check_finite, fitting_pieces, load_expert, read_card, sha256
+from lightning_tdisent.sampling.denoiser import Denoiser, Extras
+from lightning_tdisent.sampling.expert import (
+    Card,
+    check_finite,
+    fitting_pieces,
+    load_expert,
+    read_card,
+    refuse_foreign,
+    sha256,
+    shapes_in,
+)
 from lightning_tdisent.sampling.residency import Member, PassingExpert, Residency, passing
 
-MANIFEST = "composite.json"
+MANIFEST, SCHEMA = "composite.json", 1
 ALLOWED = ("training data", "weights", "parametrisation")  # what experts may differ in and still be one sampler
 
 
-class CompositeDenoiser(nn.Module):
+class CompositeDenoiser(Extras, nn.Module):
     """Routes every row to the expert that owns it: composite(x, s) = experts[owner(s)](x, s).
 
     Refuses experts that do not own every row exactly once, or whose tables, shapes or classes differ. With ``fill``
@@ -75,7 +85,7 @@ class CompositeDenoiser(nn.Module):
         self._then: dict[int, PassingExpert | None] = {}
 
     @property
-    def residency(self) -> Residency:
+    def residency(self) -> Residency:  # type: ignore[override]
         """Where its experts are: all on the device, or one of them."""
         return self._slot.residency if self._slot else "resident"
 
@@ -163,7 +173,7 @@ def _card_facts(card: Card) -> dict[str, Any]:
     states = card.states["init_args"]
     return {
         "rows": card.rows,
-        "S": states["S"],
+        "S": states.get("S"),
         "table": f"{card.fingerprint} ({_brief(states)})",
         "parametrisation": card.objective["class_path"].rpartition(".")[2],
         "image range": card.image_range,
@@ -174,10 +184,10 @@ def _card_facts(card: Card) -> dict[str, Any]:
 
 
 def _brief(states: dict[str, Any]) -> str:
-    schedule = states["schedule"]
+    schedule = states.get("schedule") or {"class_path": "another schedule", "init_args": {}}
     arguments = ", ".join(f"{k}={v}" for k, v in schedule["init_args"].items())
     kind = states.get("kind", "components")
-    return f"S={states['S']} {kind} of {schedule['class_path'].rpartition('.')[2]}({arguments})"
+    return f"S={states.get('S')} {kind} of {schedule['class_path'].rpartition('.')[2]}({arguments})"
 
 
 def differing(facts: Sequence[dict[str, Any]], allow: Sequence[str]) -> dict[str, list[str]]:
@@ -204,7 +214,9 @@ def refuse_unfit(
         if field == "rows" or field in allow:
             continue
         common = Counter(json.dumps(f[field]) for f in facts).most_common(1)[0][0]
-        may = f" (--allow-mismatch {field!r} composes them all the same, and says so)" if field in ALLOWED else ""
+        may = (
+            f" (compose --allow-mismatch {field!r} composes them all the same, and says so)" if field in ALLOWED else ""
+        )
         for name, fact in zip(names, facts, strict=True):
             if json.dumps(fact[field]) != common:
                 problems.append(f"{name}: {field} is {json.dumps(fact[field])}, the others have {common}{may}")
@@ -217,7 +229,8 @@ def refuse_unfit(
     if missing and not preview:
         problems.append(
             f"no expert owns row{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of 1..{S}; "
-            "--fill nearest gives a preview without them, --fill shared:PATH one with a shared model in their place"
+            "compose and sample give a preview without them with --fill nearest, and one with a shared model in their "
+            "place with --fill shared:PATH"
         )
     problems += [f"row {s} is owned by {' and '.join(who)}" for s, who in owners.items() if len(who) > 1]
     if problems:
@@ -250,17 +263,33 @@ def _find_filler(fill: str, first: Card, rows: list[int]) -> Member | None:
     fields = ("image range", "network input", "training data", "weights")
     problems = [f"{k} is {theirs[k]}, the experts have {mine[k]}" for k in fields if mine[k] != theirs[k]]
     here, there = build(first.states, LatentStates), build(card.states, LatentStates)
+    if here.made_of != there.made_of or here.K != there.K:
+        layouts = [states.made_of or "x_0" for states in (there, here)]
+        problems.append(f"its states are made of [{layouts[0]}], those of the experts of [{layouts[1]}]")
     owned = {int(there.index[s]): there.log_snr[s] for s in card.rows}
     if none := [t for s in rows if (t := int(here.index[s])) not in owned]:
         problems.append(f"it owns no states of the original indices {', '.join(map(str, none))}")
     problems += [
         f"log-SNR at index {t} is {owned[t].tolist()}, the experts have {here.log_snr[s].tolist()}"
         for s in rows
-        if (t := int(here.index[s])) in owned and not torch.allclose(owned[t], here.log_snr[s])
+        if (t := int(here.index[s])) in owned
+        and not (owned[t].shape == here.log_snr[s].shape and torch.allclose(owned[t], here.log_snr[s]))
     ]
     if problems:
         raise InputError(f"{files[0]} cannot fill rows {rows}:\n" + "\n".join(f"  - {p}" for p in problems))
     return Member(files[0], card, rows)
+
+
+def refuse_taken(out: Path) -> None:
+    """Refuse a folder that holds more than what a compose that was killed has left."""
+    if (out / MANIFEST).exists() or (out.suffix == ".zip" and out.exists()):
+        raise InputError(f"{out} already holds a composite; remove it or choose another name")
+    remove_orphans(out, "rows_*")
+    if others := [p.name for p in sorted(out.glob("*")) if not p.match("rows_*.safetensors")]:
+        raise InputError(
+            f"{out} holds other files ({', '.join(others[:3])}{', ..' * (len(others) > 3)}), and would be a composite "
+            "afterwards; choose a new folder"
+        )
 
 
 def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = None, allow: Sequence[str] = ()) -> Path:
@@ -271,9 +300,15 @@ def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = Non
     names of `ALLOWED` in which experts may differ, which the manifest keeps, and all numbers of the composite tell.
     An ``out`` that ends with .zip is one file, with the same bytes in it; a folder must hold nothing else.
     """
-    if Path(out).suffix == ".zip":
-        return _in_one_file(paths, Path(out), fill, allow)
-    files = sorted((f for p in paths for f in (find_files(p) if Path(p).is_dir() else [Path(p)])), key=str)
+    out = output_path(expand(str(out), "out"))
+    if out.suffix == ".zip":
+        return _in_one_file(paths, out, fill, allow)
+    files = sorted((f for p in map(unpacked, paths) for f in (find_files(p) if p.is_dir() else [p])), key=str)
+    if begun := [str(file) for file in files if file.suffix == ".ckpt"]:
+        raise InputError(
+            f"{', '.join(begun)}: checkpoints are not composed; finish these trainings, or export each first: "
+            f"{typed('export', begun[0], '--out', 'FOLDER')}"
+        )
     cards = _read_cards(files)
     facts = [_card_facts(c) for c in cards]
     missing = refuse_unfit([str(p) for p in files], facts, fill is not None, allow)
@@ -282,14 +317,7 @@ def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = Non
     _refuse_unloadable(files, cards)
     for file in files:
         check_finite(file)
-    out = Path(out)
-    if (out / MANIFEST).exists():
-        raise InputError(f"{out} already holds a composite; remove it or choose another folder")
-    if others := [p.name for p in sorted(out.glob("*")) if not p.match("rows_*.safetensors")]:  # of a killed compose
-        raise InputError(
-            f"{out} holds other files ({', '.join(others[:3])}{', ..' * (len(others) > 3)}), and would be a composite "
-            "afterwards; choose a new folder"
-        )
+    refuse_taken(out)
     out.mkdir(parents=True, exist_ok=True)
     members = []
     for path, card in sorted(zip(files, cards, strict=True), key=lambda pair: pair[1].rows):
@@ -297,11 +325,12 @@ def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = Non
         if not (out / name).exists() or not (out / name).samefile(path):
             (out / name).unlink(missing_ok=True)
             try:
-                os.link(path, out / name)
+                os.link(os.path.realpath(path), out / name)  # a link to the file, and not to a link
             except OSError:
-                shutil.copyfile(path, out / name)
+                with whole(out / name) as copy, Path(path).open("rb") as source:
+                    shutil.copyfileobj(source, copy, 1 << 20)
         members.append({"rows": card.rows, "file": name, "sha256": sha256(out / name)})
-    manifest: dict[str, Any] = {"schema": 1, "fingerprint": cards[0].fingerprint, "experts": members}
+    manifest: dict[str, Any] = {"schema": SCHEMA, "fingerprint": cards[0].fingerprint, "experts": members}
     if differs := differing(facts, allow):
         manifest["differs"] = differs
     if missing:
@@ -330,6 +359,37 @@ def recompose(paths: Sequence[str | Path], out: Path) -> bool:
     return stale
 
 
+def discard_damaged(out: Path) -> bool:
+    """Give up a composite folder whose files are damaged, so that `recompose` writes it; returns whether it was."""
+    if not (out / MANIFEST).exists():
+        return False
+    try:
+        composite_files(out)
+    except InputError:
+        (out / MANIFEST).unlink(missing_ok=True)
+        return True
+    return False
+
+
+def refuse_damaged(sources: Sequence[str | Path]) -> None:
+    """Refuse weights whose bytes are not those written, all files at once; sources: names as `find_files` takes."""
+    problems: dict[str, None] = {}
+    for source in sources:
+        try:
+            files = find_files(source)
+        except InputError as error:
+            problems[str(error)] = None
+            continue
+        # those of a composite have been compared; a checkpoint is, whenever it is read
+        for file in () if (Path(source) / MANIFEST).exists() else [f for f in files if f.suffix == ".safetensors"]:
+            try:
+                read_card(file, verify=True)
+            except InputError as error:
+                problems[str(error)] = None
+    if problems:
+        raise InputError("\n".join(problems))
+
+
 def _refuse_unloadable(files: Sequence[Path], cards: Sequence[Card]) -> None:
     """Refuse files whose weights do not fit the networks of their cards, all at once; no weights are read."""
     kinds: dict[str, Denoiser] = {}
@@ -338,7 +398,7 @@ def _refuse_unloadable(files: Sequence[Path], cards: Sequence[Card]) -> None:
         try:
             kind = json.dumps(card.network)
             if kind not in kinds:
-                kinds[kind] = card.build(str(path))
+                kinds[kind] = card.build(str(path), shapes_in(path))
             fitting_pieces(path, kinds[kind])
         except InputError as error:
             problems.append(str(error))
@@ -372,29 +432,76 @@ def _read_cards(files: Sequence[Path], verify: bool = False) -> list[Card]:
 
 
 def composite_files(folder: str | Path) -> list[Path]:
-    """Files of a composite folder, after checking each against the manifest's digest."""
+    """Files of a composite folder, after comparing the bytes and the card of each with what the manifest says."""
     folder = Path(folder)
-    try:
-        listed = _manifest(folder)["experts"]
-        if odd := [m["file"] for m in listed if Path(m["file"]).name != m["file"]]:
-            raise InputError(f"{folder / MANIFEST}: {odd[0]!r} is not a file of this folder")
-        members = [(folder / m["file"], m["sha256"]) for m in listed]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / MANIFEST}: not a composite ({type(error).__name__}: {error})") from None
+    content = _manifest(folder)
+    members = [(folder / m["file"], m) for m in content["experts"]]
     problems = [f"{path}: missing" for path, _ in members if not path.is_file()]
     problems += [
-        f"{path}: sha256 is {found}, the manifest has {digest}"
-        for path, digest in members
-        if path.is_file() and (found := sha256(path)) != digest
+        f"{path}: sha256 is {found}, the manifest has {m['sha256']}"
+        for path, m in members
+        if path.is_file() and (found := sha256(path)) != m["sha256"]
     ]
+    if not problems:
+        cards = [(path, m, read_card(path)) for path, m in members]
+        problems += [
+            f"{path}: {key.replace('_', ' ')} {found}, the manifest has {said}"
+            for path, m, card in cards
+            for key, found, said in (
+                ("rows", card.rows, m["rows"]),
+                ("fingerprint", card.fingerprint, content["fingerprint"]),
+            )
+            if found != said
+        ]
+        facts = [_card_facts(card) for _, _, card in cards]
+        if (differ := differing(facts, list(content["differs"]))) != content["differs"]:
+            problems.append(f"{folder / MANIFEST}: differs is {content['differs']}, its experts differ in {differ}")
+        owned = {s for _, _, card in cards for s in card.rows}
+        missing = [s for s in range(1, (facts[0]["S"] or 0) + 1) if s not in owned]
+        if missing != content["missing"]:
+            problems.append(f"{folder / MANIFEST}: says rows {content['missing']} are missing, these are: {missing}")
     if problems:
-        raise InputError("this composite is damaged:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise InputError(
+            "this composite is damaged:\n"
+            + "\n".join(f"  - {p}" for p in problems)
+            + f"\nCopy it anew; or remove {folder}, and compose it again from its experts"
+        )
     return [path for path, _ in members]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    return content
+    """Read the manifest of a composite: ``experts``, ``fingerprint``, ``differs`` and ``missing`` rows.
+
+    Raises InputError for another schema, and for what `compose` does not write.
+    """
+    path = folder / MANIFEST
+    try:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a composite ({type(error).__name__}: {error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a composite: a {type(content).__name__}, not an object")
+    check_schema(content, str(path), SCHEMA)
+    members, differs = content.get("experts"), content.get("differs", {})
+    if not isinstance(members, list) or not members:
+        raise InputError(f"{path}: damaged: experts: expected a list of experts, got {members!r:.100}")
+    for i, member in enumerate(members):
+        kinds = {"rows": list, "file": str, "sha256": str}
+        if not isinstance(member, dict) or any(not isinstance(member.get(k), kind) for k, kind in kinds.items()):
+            raise InputError(f"{path}: damaged: experts[{i}]: expected rows, file and sha256, got {member!r:.200}")
+        if Path(member["file"]).name != member["file"] or "\0" in member["file"]:
+            raise InputError(f"{path}: {member['file']!r:.100} is not a file of this folder")
+    if len({member["file"] for member in members}) < len(members):
+        raise InputError(f"{path}: damaged: experts: the same file stands there twice")
+    if not isinstance(content.get("fingerprint"), str):
+        raise InputError(f"{path}: damaged: fingerprint: {content.get('fingerprint')!r:.100}")
+    if not isinstance(differs, dict) or not set(differs) <= set(ALLOWED):
+        raise InputError(f"{path}: damaged: differs: {differs!r:.100}; experts may differ in {', '.join(ALLOWED)}")
+    preview = content.get("preview", {"missing": []})
+    missing = preview.get("missing") if isinstance(preview, dict) else None
+    if not isinstance(missing, list):
+        raise InputError(f"{path}: damaged: preview: {preview!r:.100}")
+    return {**{k: content[k] for k in ("fingerprint", "experts")}, "differs": differs, "missing": missing}
 
 
 def find_files(source: str | Path) -> list[Path]:
@@ -404,9 +511,10 @@ def find_files(source: str | Path) -> list[Path]:
         return [source]
     if (source / MANIFEST).exists():
         return composite_files(source)
-    if (source / "model.safetensors").exists():
-        return [source / "model.safetensors"]
-    found = sorted(source.glob("*/model.safetensors"))
+    found = [source / "model.safetensors"]
+    found = found if found[0].exists() else sorted(source.glob("*/model.safetensors"))
+    for file in found:
+        refuse_foreign(file)
     if not found:
         checkpoints = sorted([*source.glob("*.ckpt"), *source.glob("checkpoints/*.ckpt")])
         raise InputError(
@@ -443,7 +551,7 @@ def load_model(
     if len(files) == 1 and (fill is None or len(cards[0].rows) == _card_facts(cards[0])["S"]):
         return load_expert(files[0])[0], cards
     checked = (source / MANIFEST).exists()  # by `find_files`
-    allow = list(_manifest(source).get("differs", {})) if checked else []
+    allow = list(_manifest(source)["differs"]) if checked else []
     facts = [_card_facts(c) for c in cards]
     last = build(cards[0].states, LatentStates).truncate(upto).S if upto is not None else None
     missing = refuse_unfit([str(f) for f in files], facts, fill is not None, allow, last)

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_tdisent.diffusion.bounds import Bounded
 from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.expert import Card
@@ -19,7 +21,8 @@ TRAINING = ("network", "images_seen", "seconds")
 
 def flops(network: Network) -> int:
     """Floating point operations of a forward pass of one image."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # the counter does not know the attention that a CPU is given otherwise
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         network(*network.example())
     return int(counter.get_total_flops())
 
@@ -37,7 +40,10 @@ def training_cost(cards: Sequence[Card]) -> dict[str, float]:
     own = [dataclasses.asdict(card) for card in cards]  # a shared model that fills rows may be a start as well
     runs = [*parents.values(), *(run for run in own if [run[k] for k in TRAINING] not in known)]
     of_network = {json.dumps(run["network"], sort_keys=True): 0.0 for run in runs}
-    of_network = {text: float(flops(build(json.loads(text), Network).eval())) for text in of_network}
+    for text in of_network:
+        with Bounded("a start of these weights", 1 << 24, 1000):  # the network of a parent, which no file bounds
+            network = build(json.loads(text), Network)
+        of_network[text] = float(flops(network.eval()))
     each = [of_network[json.dumps(run["network"], sort_keys=True)] for run in runs]
     trained = sum(3 * one * run["images_seen"] for one, run in zip(each, runs, strict=True))
     validated = sum(one * _validation(run, "passes") for one, run in zip(each, runs, strict=True))
@@ -57,7 +63,7 @@ def with_prior(cost: dict[str, float], prior: nn.Module, images_seen: int, secon
     """The same with a prior that was trained beside, on so many images."""
     if not images_seen:
         return cost
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         prior.log_prob(torch.zeros(1, *prior.shape))  # type: ignore[operator, misc]
     trained = 3.0 * counter.get_total_flops() * images_seen
     more = {"images_seen": images_seen, "training_flops": trained, "training_seconds": seconds, "total_flops": trained}

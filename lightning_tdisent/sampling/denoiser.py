@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.network import Network, evaluating
+from lightning_tdisent.priors.prior import Prior
 
 
 class Denoises(Protocol):
@@ -89,12 +90,14 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
         """x0_hat at row s, which must be owned, for the whole batch of states; the network is in eval mode for it."""
         self.at(s)
+        dtype = next(iter(self.network.parameters()), x).dtype
+        seen = x.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x
         a, b = self.states.coefficients(s, x)
         index = None
         if self.network.sees_state:
             index = torch.full((len(x),), self._index[s], device=x.device)
         with evaluating(self.network) if self.network.training else contextlib.nullcontext():
-            raw = self._raw(x, index, label)
+            raw = self._raw(seen, index, label).to(x.dtype)
         return self.objective.x0(raw, x, a, b)
 
     def _raw(self, x: Tensor, index: Tensor | None, label: Tensor | None) -> Tensor:
@@ -163,6 +166,35 @@ class Guided:
         return uncond + self.scale * (cond - uncond)
 
 
-def unguided(denoise: Denoises) -> Denoises:
-    """Return the model that guidance was put around, or the model itself."""
-    return denoise.denoiser if isinstance(denoise, Guided) else denoise
+class Extras:
+    """Base class of models that offer more than `Denoises`, with the values of one that does not.
+
+    Only subclasses are asked for these: a model of another class may use the same names for anything (see `extras`).
+
+    residency: where the experts of a composite are, None for one network; prior: where the chain starts, None for
+    N(0, I); filled: rows of a preview that nobody owns, and what answers there; differs: values of the fields in which
+    experts differ.
+    """
+
+    residency: str | None = None
+    prior: Prior | None = None
+    filled: dict[int, str] = {}  # assigned anew, never changed in place
+    differs: dict[str, list[str]] = {}
+
+    def expect(self, rows: Sequence[int]) -> None:
+        """Prepare for the rows that will be asked for, in this order."""
+
+    def start(self, seeds: Sequence[int], label: Tensor | None = None) -> Tensor | None:
+        """Return x at the last row for these seeds, None for that of the table."""
+        return None
+
+    def check_label(self, label: int | Tensor | None) -> str:
+        """Refuse a label that the start does not fit; return what must be said of the start, or an empty string."""
+        return ""
+
+
+def extras(denoise: Denoises) -> Extras:
+    """Return the extras of a model, or of the one that guidance was put around."""
+    while isinstance(denoise, Guided):
+        denoise = denoise.denoiser
+    return denoise if isinstance(denoise, Extras) else Extras()

@@ -1,6 +1,7 @@
 """Numbers of any denoiser, and the real images they are compared with: during training and in the commands after it."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -134,7 +135,7 @@ def refuse_trained(held_out: tuple[str, str], reference: tuple[str, str], traine
         return
     shards = Shards.open(path, split, Decoder())
     if canonical(split) != canonical(reference[1]) and not is_npz(reference[0]):
-        remedy = "Name other splits with --split and --reference, or their shards by patterns"
+        remedy = "Name other splits with --split and --reference (also keys of a study), or their shards by patterns"
         refuse_shared(shards, Shards.open(*reference, Decoder()), f"{split}, {reference[1]}", remedy)
     mine = [name for name, digest in trained.items() if digest == shards.digest]
     if mine and canonical(split) != "train":
@@ -157,7 +158,14 @@ def image_files(path: str | Path, split: str, shape: Sequence[int]) -> RealImage
         if found.n < 2 or size != list(shape):
             raise InputError(f"{path} has {found.n} images of {size}, expected two or more of {list(shape)}")
         return found
-    source, decoder = find_source(path, split, labels="none"), Decoder(shape[0])
+    try:
+        source, decoder = find_source(path, split, labels="none"), Decoder(shape[0])
+    except InputError as error:
+        if not re.search(r" --[a-z]", str(error)):
+            raise
+        raise InputError(
+            f"{error} (an option of data prepare; here name the folder of the images alone, or prepare them first)"
+        ) from None
     if len(source) < 2:
         raise InputError(f"{path}: two images at least make a distribution, it has {len(source)}")
 
@@ -229,6 +237,8 @@ def score(
     """
     (rank, world), n, first = place(), quality.protocol.n, quality.protocol.first_seed
     assert first is not None
+    if given is not None and n < world:
+        raise InputError(f"n={n}: fewer images than the {world} ranks that are to draw them")
     device = next(iter(denoise.parameters())).device
     numbers = torch.arange(n)[rank::world]
     there = numbers.to(device)  # once: copying them batch by batch would make the host wait

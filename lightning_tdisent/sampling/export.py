@@ -21,13 +21,14 @@ import lightning_tdisent
 from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.files import write_whole
+from lightning_tdisent.files import output_path, typed, write_whole
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.composite import CompositeDenoiser, compose, find_files, load_model
 from lightning_tdisent.sampling.cost import training_cost
-from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.denoiser import Denoiser, extras
 from lightning_tdisent.sampling.expert import Card, save_expert, sha256
+from lightning_tdisent.sampling.start import signal_note
 
 PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
@@ -38,7 +39,7 @@ def export(source: str | Path, out: str | Path, form: Literal["safetensors", "di
     safetensors: model.safetensors, or one file per expert with their composite.json; `load_model` reads it again, bit
     for bit. diffusers: a DDIMPipeline, for unconditional models of images that own every row of their table.
     """
-    out = Path(out)
+    out = output_path(out)
     if form not in ("safetensors", "diffusers"):
         raise InputError(f"--format {form}: safetensors or diffusers")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -56,11 +57,20 @@ def export(source: str | Path, out: str | Path, form: Literal["safetensors", "di
         for file in out.rglob("*.safetensors"):
             file.chmod(mode)
     else:
-        loading = _SAFETENSORS
+        whole = not isinstance(model, Denoiser) or list(model.rows) == list(model.states.rows)
+        loading = _SAFETENSORS.format(
+            imports="".join(f"    import {name}  # has the network's class\n" for name in _modules(cards)),
+            drawn=_DRAWN if whole and model.states.condition is None else "",
+            command=_command(model, cards)
+            if whole
+            else "Compose it with the experts of the other rows to draw images.",
+        )
         if isinstance(model, Denoiser):
             save_expert(out / "model.safetensors", model, cards[0])
         else:
             compose(find_files(source), out, allow=list(model.differs))
+    if note := signal_note(model):
+        loading += f"\nNote: {note}.\n"
     config["files"] = {file.relative_to(out).as_posix(): sha256(file) for file in sorted(out.rglob("*.safetensors"))}
     write_whole(out / "config.json", json.dumps(config, indent=1, allow_nan=False).encode())
     write_whole(out / "README.md", _readme(config, form, loading).encode())
@@ -70,14 +80,18 @@ def export(source: str | Path, out: str | Path, form: Literal["safetensors", "di
 _SAFETENSORS = """
 Without Lightning, with the package:
 
-    from lightning_tdisent.sampling.composite import load_model
-    from lightning_tdisent.sampling.sampler import DDIM, sample
+{imports}    from lightning_tdisent.sampling.composite import load_model
 
     model, cards = load_model("FOLDER")  # checks the table, the rows and every byte
-    images = next(sample(model, DDIM(), seeds=range(16)))  # uint8
-
-or `python -m lightning_tdisent sample FOLDER --out images`. Without the package: the tensors are plain safetensors with
+{drawn}
+{command} Without the package: the tensors are plain safetensors with
 the names of `network`'s modules in config.json, and the table there holds all that a sampler needs.
+"""
+
+_DRAWN = """
+    from lightning_tdisent.sampling.sampler import DDIM, sample
+
+    images = next(sample(model, DDIM(), seeds=range(16)))  # uint8
 """
 
 _DIFFUSERS = """
@@ -113,6 +127,19 @@ diffusers does not check its images: where float16 overflows it draws black ones
 float32 or bfloat16, or look at the output of `output_type="np"` for NaN.
 """
 _IMPORT = "import lightning_tdisent.sampling.export  # routes rows to networks; diffusers imports nothing itself\n    "
+
+
+def _modules(cards: Sequence[Card]) -> list[str]:
+    """Return the modules outside this package that define the networks."""
+    names = {card.network["class_path"].rpartition(".")[0] for card in cards}
+    return sorted(name for name in names if name.split(".")[0] != lightning_tdisent.__name__)
+
+
+def _command(model: Denoiser | CompositeDenoiser, cards: Sequence[Card]) -> str:
+    """Return a sentence with the command that draws images."""
+    words = [word for name in _modules(cards) for word in ("--import", name)]
+    words += [] if model.states.condition is None else ["--observe", "DATA"]
+    return f"Draw images with `{typed('sample', 'FOLDER', '--out', 'images', *words)}`."
 
 
 def describe(model: Denoiser | CompositeDenoiser, cards: Sequence[Card]) -> dict[str, Any]:
@@ -156,7 +183,7 @@ def pipeline(model: Denoiser | CompositeDenoiser) -> DDIMPipeline:
     One U-Net becomes a `UNet2DModel` that says the same bit for bit, anything else `Experts`. Refuses, all reasons at
     once, what that pipeline cannot draw.
     """
-    states, filled = model.states, list(getattr(model, "filled", {}))
+    states, filled = model.states, list(extras(model).filled)
     rows = model.rows if isinstance(model, Denoiser) else states.rows
     why = {
         "it has classes, and DDIMPipeline gives no labels": model.classes is not None,
@@ -164,7 +191,7 @@ def pipeline(model: Denoiser | CompositeDenoiser) -> DDIMPipeline:
         f"it owns rows {rows} of 1..{states.S} only": rows != states.rows,
         f"it is a preview without rows {filled}": bool(filled),
         f"its table has {states.K} columns, a scheduler of diffusers one": states.K > 1,
-        "its experts predict different things": "parametrisation" in getattr(model, "differs", {}),
+        "its experts predict different things": "parametrisation" in extras(model).differs,
     }
     if any(why.values()):
         raise InputError("no pipeline of diffusers: " + "; ".join(k for k, v in why.items() if v))

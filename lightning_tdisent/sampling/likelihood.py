@@ -26,7 +26,7 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.priors.prior import LOG_2PI, Prior, StandardNormal
-from lightning_tdisent.sampling.denoiser import Denoises, unguided
+from lightning_tdisent.sampling.denoiser import Denoises, extras
 from lightning_tdisent.sampling.sampler import from_uint8
 
 Decoder = Literal["discrete", "uniform", "density"]
@@ -222,10 +222,8 @@ def _flow(
 
 def _prior(model: Denoises, label: Tensor | None) -> Prior:
     """Return what the model starts from; refuse what has no density, or is of another class than the images."""
-    model = unguided(model)
-    prior = getattr(model, "prior", None) or StandardNormal(model.shape)
-    if check := getattr(model, "check_label", None):
-        check(label)
+    prior = extras(model).prior or StandardNormal(model.shape)
+    extras(model).check_label(label)
     if not prior.has_density:
         raise InputError(f"{type(prior).__name__} has no density: no likelihood can be computed with it")
     return prior

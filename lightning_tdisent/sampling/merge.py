@@ -18,9 +18,11 @@ from torch.func import functional_call
 import lightning_tdisent
 from lightning_tdisent.diffusion.process import noise, transition
 from lightning_tdisent.diffusion.rng import seed_noise
+from lightning_tdisent.diffusion.spec import filled
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.sampling.composite import MANIFEST, compose, refuse_unfit
+from lightning_tdisent.files import output_path
+from lightning_tdisent.sampling.composite import compose, refuse_taken, refuse_unfit
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import HELD_OUT, x0_errors
 from lightning_tdisent.sampling.expert import PARENT, Card, load_expert, read_card, save_expert, sha256
@@ -178,18 +180,20 @@ def merge(
     `step_error` on ``data`` (averaged with the weights asked for, equal ones where these are to be found). Refuses
     experts of other networks or other initial weights than the rest, on their cards, before anything is read.
     """
-    out, files = Path(out), sorted(map(Path, experts), key=lambda file: read_card(file).rows)
+    out, files = output_path(out), sorted(map(Path, experts), key=lambda file: read_card(file).rows)
     cards = [read_card(file) for file in files]
     if "shape" in cards[0].states["init_args"]:
         raise InputError("experts of components are not merged: their errors count in no one unit")
-    refuse_unfit([str(file) for file in files], [_facts(card) for card in cards])
-    if (out / MANIFEST).exists() or (out.suffix == ".zip" and out.exists()):
-        raise InputError(f"{out} already holds a composite; remove it or choose another name")
+    known = all(card.initial or card.warm_from for card in cards)  # older files know the seed alone
+    refuse_unfit([str(file) for file in files], [_facts(card, known) for card in cards])
+    refuse_taken(out)
     given = _given(weights, cards)
     if not 1 <= k <= min(len(files) - 1, sum(w > 0 for w in given)):
         raise InputError(f"--merge {k}: fewer networks than {len(files)} experts, each with an expert of weight > 0")
     if data is None and "search" in (weights, blocks):
         raise InputError("what is to be searched needs images: give --merge-data")
+    for file in files:  # before any search
+        read_card(file, verify=True)
     images = None if data is None else _images(data, cards[0], device)
     sizes, passed, start = _sizes(blocks, len(files), k), 0, time.perf_counter()
     if blocks == "search" and images:
@@ -221,9 +225,9 @@ def merge(
     return merged
 
 
-def _facts(card: Card) -> dict[str, Any]:
-    """What experts to be merged must have in common."""
-    started = [p["sha256"] for p in card.parents if "weight" not in p]
+def _facts(card: Card, known: bool) -> dict[str, Any]:
+    """Return what experts to be merged must have in common; known: compare hashes of random weights, not seeds."""
+    random = f"random, of hash {card.initial}" if known else f"random, of seed {card.seed}"
     return {
         "rows": card.rows,
         "S": card.states["init_args"]["S"],
@@ -232,8 +236,8 @@ def _facts(card: Card) -> dict[str, Any]:
         "image range": card.image_range,
         "training data": card.data,
         "weights": card.kind,
-        "network": card.network,
-        "its initial weights": f"those of {started[-1]}" if started else f"random, of seed {card.seed}",
+        "network": filled(card.network),
+        "its initial weights": f"those of {card.warm_from}" if card.warm_from else random,
     }
 
 
@@ -303,6 +307,7 @@ def _card(
         steps=0,
         seconds=seconds,
         seed=cards[0].seed,
+        label_drop=min((card.label_drop for card in cards if card.label_drop is not None), default=None),
         version=lightning_tdisent.__version__,
         parents=list(parents.values()),
     )

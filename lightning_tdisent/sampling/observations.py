@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from lightning_tdisent.artifacts import check_metadata, parse_json
 from lightning_tdisent.diffusion.operators import GREY_LEVEL, Operator, masks
 from lightning_tdisent.diffusion.spec import identity, spec
 from lightning_tdisent.diffusion.states import LatentStates
@@ -22,7 +23,7 @@ from lightning_tdisent.sampling.sampler import from_uint8
 from lightning_tdisent.streaming.decode import IMAGES, decode_image, open_image
 from lightning_tdisent.streaming.shards import load
 
-FILE = "observations.safetensors"
+FILE, SCHEMA = "observations.safetensors", 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class Observations:
     def save(self, path: str | Path) -> None:
         """Write them to a .safetensors file; never half-written."""
         tensors = {k: getattr(self, k).cpu().contiguous() for k in ("y", "item", "original", "kernel")}
-        metadata = {"operator": json.dumps(self.operator)} | ({"mask": "own"} if self.own_mask else {})
+        metadata = {"schema": str(SCHEMA), "operator": json.dumps(self.operator)}
+        metadata |= {"mask": "own"} if self.own_mask else {}
         write_whole(path, save(tensors, metadata))
 
     @classmethod
@@ -113,10 +115,13 @@ class Observations:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                operator = json.loads(metadata["operator"])
+                check_metadata(metadata, str(path), SCHEMA)
+                operator = parse_json(metadata["operator"])
             tensors = load_file(path)
             return cls(**{k: tensors[k] for k in ("y", "item", "original", "kernel")}, operator=operator,
                        own_mask=metadata.get("mask") == "own")  # fmt: skip
+        except InputError:
+            raise
         except FileNotFoundError:
             raise InputError(f"{path}: no such file") from None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -174,7 +179,12 @@ def observe(
     else:
         c, height, width = shape
         asked = items or seeds
-        images = load(source, "test", c, max(asked) + 1, height if height == width else None).images
+        try:
+            images = load(source, "test", c, max(asked) + 1, height if height == width else None).images
+        except InputError as error:
+            raise InputError(
+                f"--observe {source}: of shards the split test is observed; or name an image or their folder: {error}"
+            ) from None
         if list(images.shape[1:]) != shape:
             raise InputError(f"--observe {source}: its images are {list(images.shape[1:])}, the model makes {shape}")
         chosen = _in_turn(items or [seed % len(images) for seed in seeds], len(images), len(seeds), source)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.rng import seed_noise
+from lightning_tdisent.files import output_path, whole
 from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.evaluation import HELD_OUT
@@ -66,7 +67,9 @@ def grid(images: Tensor, columns: int = 16, gap: int = 1) -> Tensor:
 
 
 def save_png(picture: Tensor, path: Path) -> None:
-    """Write a uint8 picture (C, H, W)."""
+    """Write a uint8 picture (C, H, W) as PNG; it takes the name ``path`` when it is whole."""
+    path = output_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     array = picture.permute(1, 2, 0).numpy()
-    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(path)
+    with whole(path, sync=False) as stream:
+        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(stream, "png")

@@ -20,7 +20,7 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import Card, Piece, check_finite, fitting_pieces
+from lightning_tdisent.sampling.expert import Card, Piece, check_finite, fitting_pieces, shapes_in
 
 Residency = Literal["resident", "offload", "stream"]
 ALIGN = 512  # bytes, that of the allocators or more: a kernel may sum in another order elsewhere
@@ -317,11 +317,11 @@ class Lanes:
 def passing(members: Sequence[Member], residency: Literal["offload", "stream"]) -> list[PassingExpert]:
     """Return experts that share one slot; raises InputError for files that do not fit their cards or are not finite."""
     slot, networks, experts = Slot(residency), dict[str, Network](), list[PassingExpert]()
-    states = build(members[0].card.states, LatentStates)
+    states = members[0].card.table(str(members[0].path))
     for member in members:
         architecture = json.dumps(member.card.network)
         if architecture not in networks:
-            networks[architecture] = member.card.build(str(member.path)).network
+            networks[architecture] = member.card.build(str(member.path), shapes_in(member.path)).network
         check_finite(member.path)
         objective = build(member.card.objective, Objective)
         expert = PassingExpert(networks[architecture], objective, member, states)

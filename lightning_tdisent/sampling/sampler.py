@@ -20,7 +20,7 @@ from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
 from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.metrics.network import BLOCK
-from lightning_tdisent.sampling.denoiser import Denoises, unguided
+from lightning_tdisent.sampling.denoiser import Denoises, extras
 
 IN_FLIGHT = 1 << 32  # bytes of unfinished images that `sample` takes from state to state at once
 TOGETHER = 8  # blocks that do so with all experts in memory: the caches of a CPU hold one of them, not all
@@ -96,8 +96,8 @@ class Sampler(Part, ABC):
         label = check_label(denoise, label, len(seeds))
         states, shape = denoise.states, denoise.shape
         path = [*(rows or self.rows(states)), 0]
-        if expect := getattr(unguided(denoise), "expect", None):
-            expect(path[:-1])
+        more = extras(denoise)
+        more.expect(path[:-1])
         parameter = next(iter(denoise.parameters()))
         label = None if label is None else label.to(parameter.device)
         index = states.index.tolist()
@@ -109,9 +109,8 @@ class Sampler(Part, ABC):
         given = None if given is None else given.to(parameter.device, parameter.dtype)
         known = check_known(states, known, given)
         if start is None:
-            begin = getattr(unguided(denoise), "start", None)
-            start = begin(seeds, label) if begin else states.begin(draw(path[0]), given)
-        x = start
+            start = more.start(seeds, label)
+        x = states.begin(draw(path[0]), given) if start is None else start
         x = x.to(parameter.device, parameter.dtype)
         if known is not None:
             x = _put_back(states, x, path[0], draw(path[0]), given, known)
@@ -219,6 +218,16 @@ def check_given(states: LatentStates, given: Tensor | None, n: int) -> Tensor | 
     if not -1.001 <= low <= high <= 1.001:
         raise InputError(f"observations lie in [-1, 1], these run from {low:.4g} to {high:.4g}")
     return given
+
+
+def refuse_unowned(name: str, denoise: Any, sampler: Sampler) -> None:
+    """Refuse, before any work, a model that lacks rows which a sampler visits."""
+    owned = getattr(denoise, "rows", None)  # of one network; a composite has all rows or is a preview
+    if owned is not None and (lost := sorted(set(sampler.rows(denoise.states)) - set(owned))):
+        raise InputError(
+            f"{name}: its network has rows {owned} of 1..{denoise.states.S}, the sampler asks it at row {lost[-1]}; "
+            "compose it with the experts of the other rows"
+        )
 
 
 def check_known(states: LatentStates, known: Tensor | None, given: Tensor | None) -> Tensor | None:
@@ -352,8 +361,10 @@ def sample(
     label = check_label(denoise, label, len(seeds))
     given = check_given(denoise.states, given, len(seeds))
     if label is None and denoise.classes:
+        if given is not None:
+            raise InputError("a model with classes is given observations: say of which class each is (--label)")
         label = torch.tensor([seed % denoise.classes for seed in seeds])
-    residency = getattr(unguided(denoise), "residency", None)  # of a composite
+    residency = extras(denoise).residency
     parameter = next(iter(denoise.parameters()))
     on_cpu = parameter.device.type == "cpu"
     size = BLOCK if on_cpu else batch_size

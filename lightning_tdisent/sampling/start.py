@@ -3,34 +3,54 @@
 import dataclasses
 import hashlib
 import json
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lightning_tdisent
+from lightning_tdisent.artifacts import (
+    Kinds,
+    check_fields,
+    check_schema,
+    is_count,
+    is_number,
+    is_part,
+    is_text,
+)
+from lightning_tdisent.diffusion.bounds import Bounded
 from lightning_tdisent.diffusion.process import scale
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import build, rebuild, spec
-from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.states import TERMINAL_BOUND, LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.priors.prior import Prior, StandardNormal
 from lightning_tdisent.sampling.composite import find_files, holds_weights, load_model
-from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
-from lightning_tdisent.sampling.expert import Card, read_card, sha256
+from lightning_tdisent.sampling.denoiser import Denoiser, Denoises, Extras, extras
+from lightning_tdisent.sampling.expert import Card, read_card, sealed, sha256, unsealed
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import DDIM, from_uint8
 from lightning_tdisent.streaming.decode import Decoder, side_of
 from lightning_tdisent.streaming.shards import Shards
 
-FILE = "prior.safetensors"
+FILE, SCHEMA = "prior.safetensors", 1
 FITTING = 3 << 20  # streams of the noise that priors are fitted with
+_KINDS: Kinds = {
+    "prior": is_part,
+    **dict.fromkeys(("fingerprint", "data", "version", "run"), is_text),
+    **dict.fromkeys(("row", "index", "n", "images_seen", "steps"), is_count),
+    "log_snr": lambda value: isinstance(value, list) and all(isinstance(v, (int, float)) for v in value),
+    "seconds": is_number,
+    "notes": lambda value: isinstance(value, list) and all(map(is_text, value)),
+    "label": lambda value: value is None or is_count(value),
+}  # what the fields of a card may be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +59,8 @@ class PriorCard:
 
     prior: class path with arguments; fingerprint: of the table cut off at the row; row, index, log_snr: where; data:
     digest of the images, n of them; label: the class that all of these have, None for all classes; images_seen, steps,
-    seconds: cost of a training, 0 where none was needed; notes: what had to be said of the fit.
+    seconds: cost of a training, 0 where none was needed; notes: what had to be said of the fit;
+    run: identity of the training, if there was one.
     """
 
     prior: dict[str, Any]
@@ -54,21 +75,20 @@ class PriorCard:
     seconds: float = 0.0
     notes: list[str] = dataclasses.field(default_factory=list)
     label: int | None = None
+    run: str = ""
     version: str = lightning_tdisent.__version__
-    schema: int = 1
+    schema: int = SCHEMA
 
     @classmethod
     def from_json(cls, data: Any, where: str) -> "PriorCard":
-        """Card from its JSON; refuses another schema, missing fields, and what is of another kind."""
-        names = {f.name: f for f in dataclasses.fields(cls)}
-        if isinstance(data, dict):
-            data = {"label": None} | data  # which older files do not have
-        if not isinstance(data, dict) or data.get("schema") != 1 or set(data) != set(names):
-            odd = sorted(set(data) ^ set(names)) if isinstance(data, dict) else data
-            raise InputError(f"{where}: not a prior written by this project, or of another version; odd: {odd}")
-        kinds = {"prior": dict, "row": int, "index": int, "n": int, "steps": int, "images_seen": int, "notes": list}
-        if wrong := [name for name, kind in kinds.items() if not isinstance(data[name], kind)]:
-            raise InputError(f"{where}: its card says {wrong[0]} {data[wrong[0]]!r}")
+        """Card from its JSON; a field with a default may be absent, as older files lack it, and has its default then.
+
+        Raises InputError for another schema, fields that are missing or unknown, and values of another kind.
+        """
+        if not isinstance(data, dict):
+            raise InputError(f"{where}: not a prior written by this project: its card is a {type(data).__name__}")
+        check_schema(data, where, SCHEMA)
+        check_fields(cls, data, where, _KINDS)
         return cls(**data)
 
     @classmethod
@@ -120,11 +140,13 @@ def fit_to(
     row = states.truncate(at).S
     shards = Shards.open(data, split, Decoder(shape[0], side_of(shape)))
     refuse_other_data(f"{data}, split {split}: its images are the data", shards.digest, str(model), cards)
-    found = shards.decoded(n if label is None else None)
-    images = found.images if label is None else found.images[found.labels == label][:n]
-    if not len(images):
+    found = shards.decoded(n if label is None else None, spread=True)
+    chosen = torch.arange(len(found)) if label is None else (found.labels == label).nonzero().flatten()[:n]
+    if not len(chosen):
         raise InputError(f"{data}, split {split}: holds no image of class {label}")
-    if list(images.shape[1:]) != shape and not images.is_floating_point():
+    batch = found.batch(chosen)
+    images = batch["image"] if "image" in batch else batch["latent"][:, 0].float()  # of latents their means
+    if list(images.shape[1:]) != shape:
         raise InputError(f"{data} has images of {list(images.shape[1:])}, {model} makes {shape}")
     fitted = fit_prior(prior, states, row, images, found.digest, label)
     if classes and label is None and fitted.n > 1 and type(prior) is not StandardNormal:
@@ -150,7 +172,7 @@ def save_prior(path: str | Path, prior: Prior, card: PriorCard) -> None:
     """Write a prior and its card to a .safetensors file; never half-written."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in prior.state_dict().items()}
     refuse_non_finite(str(path), tensors)
-    write_whole(path, save(tensors, {"prior": json.dumps(dataclasses.asdict(card))}))
+    write_whole(path, sealed(tensors, "prior", dataclasses.asdict(card)))
 
 
 def prior_file(source: str | Path) -> Path:
@@ -158,29 +180,33 @@ def prior_file(source: str | Path) -> Path:
     return Path(source) / FILE if Path(source).is_dir() else Path(source)
 
 
-def read_prior_card(source: str | Path) -> PriorCard:
-    """Card of a prior in a file or in the folder it is in."""
+def read_prior_card(source: str | Path, verify: bool = False) -> PriorCard:
+    """Card of a prior in a file or in the folder it is in; with ``verify`` hash the rest too, and refuse damage."""
     path = prior_file(source)
     try:
-        with safe_open(path, "pt") as file:
-            return PriorCard.from_json(json.loads((file.metadata() or {})["prior"]), str(path))
+        return PriorCard.from_json(unsealed(path, "prior", verify, "fit it again"), str(path))
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; fit a prior with the command prior, or with PriorModule") from None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a prior written by this project ({type(error).__name__}: {error})") from None
 
 
 def load_prior(source: str | Path) -> tuple[Prior, PriorCard]:
     """Prior of a file or of the folder it is in, with its card; see `spec.build` for classes."""
-    path, card = prior_file(source), read_prior_card(source)
+    path, card = prior_file(source), read_prior_card(source, verify=True)
     try:
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # not the file's own pages
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: damaged: {error}") from None
     refuse_non_finite(str(path), tensors)
-    prior = build(card.prior, Prior)
+    with Bounded(str(path), max((tensor.numel() for tensor in tensors.values()), default=0), len(tensors)):
+        prior = build(card.prior, Prior)
     _fill(prior, tensors, str(path))
     try:
+        if prior.shape is None:
+            raise InputError(f"{path}: its prior has no shape")
         if prior.has_density and not prior.log_prob(torch.zeros(1, *(prior.shape or []))).isfinite().all():
             raise InputError(f"{path}: its density is not finite")
     except (RuntimeError, IndexError) as error:
@@ -220,7 +246,7 @@ def rebuilt_prior(prior: Prior) -> Prior:
     return other.requires_grad_(prior.learned)
 
 
-class Started(nn.Module):
+class Started(Extras, nn.Module):
     """A model whose reverse chain starts at a row of its table, from a prior; it is a denoiser on the rows below.
 
     Experts of the rows above are never asked. Refuses a prior that was fitted at another row, table or to other images.
@@ -244,9 +270,17 @@ class Started(nn.Module):
         self._prior = (prior,)  # no submodule: it draws on the CPU wherever the networks are
 
     @property
-    def prior(self) -> Prior:
+    def prior(self) -> Prior:  # type: ignore[override]
         """What it starts from."""
         return self._prior[0]
+
+    residency = property(lambda self: extras(self.denoiser).residency)
+    filled = property(lambda self: extras(self.denoiser).filled)
+    differs = property(lambda self: extras(self.denoiser).differs)
+
+    def expect(self, rows: Sequence[int]) -> None:
+        """Let the model prepare for these rows."""
+        extras(self.denoiser).expect(rows)
 
     def check_label(self, label: int | Tensor | None) -> str:
         """Refuse another class than the prior's; return what must be said of a start, or an empty string.
@@ -259,8 +293,8 @@ class Started(nn.Module):
         if self.card.label is not None and (odd := [k for k in labels if k != self.card.label]):
             asked = "all classes are drawn in turn" if odd[0] is None else f"class {odd[0]} is asked for"
             raise InputError(
-                f"the prior was fitted to class {self.card.label} alone, {asked}: give label {self.card.label} to all "
-                "images, or a prior of all classes"
+                f"the prior was fitted to class {self.card.label} alone, {asked}: sample with label {self.card.label} "
+                "for all images, or give a prior of all classes, which is what evaluate and study want"
             )
         own = self.card.label is not None or isinstance(self.prior, StandardNormal)
         return "" if own else f"the prior was {_ALL_CLASSES}"
@@ -285,7 +319,7 @@ class Started(nn.Module):
         return self.denoiser.at(s)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("residency", "expect", "filled", "differs", "rows", "objective", "network"):  # as the model has it
+        if name in ("rows", "objective", "network"):  # as the model has it
             return getattr(self.denoiser, name)
         return super().__getattr__(name)
 
@@ -312,22 +346,34 @@ def load_started(
     return Started(model, prior, card.row, card).eval(), cards
 
 
+def signal_note(model: Any) -> str:
+    """Return a note if sampling starts from pure noise at a row that still has signal, else an empty string."""
+    states = model.states
+    end = float(states.a[-1, : states.own].max())
+    if isinstance(model, Started) or end <= TERMINAL_BOUND:
+        return ""
+    cure = "; fit a prior at that row (the command prior)" if states.K == 1 else ""
+    return f"its table ends at row {states.S} with {end:.2g} of the signal, but samples start from N(0, I){cure}"
+
+
 class Implicit(Prior):
     """Samples of another model, noised to the row: a start without a density (2205.12524, 2202.09671).
 
     source: a run, a file of weights or a composite, whose chain is walked in ``steps`` steps of DDIM; or the folder of
-    a diffusers AutoencoderKL, whose latents are drawn from N(0, I). sha256: of the source's weights, taken at the fit;
-    a prior that is read again refuses a source of other weights.
+    a diffusers AutoencoderKL, whose latents are drawn from N(0, I). clip: bound of its estimates of x_0, null for none,
+    which latents want. sha256: of the source's weights, taken at the fit; a prior that is read again refuses a source
+    of other weights.
     """
 
     has_density = False
     levels: Tensor
 
     def __init__(
-        self, source: str, steps: int | None = None, shape: Sequence[int] | None = None, sha256: str | None = None
-    ) -> None:
+        self, source: str, steps: int | None = None, shape: Sequence[int] | None = None, sha256: str | None = None,
+        clip: float | None = 1.0,
+    ) -> None:  # fmt: skip
         super().__init__(shape)
-        self.source, self.steps, self.sha256 = source, steps, sha256
+        self.source, self.steps, self.sha256, self.clip = source, steps, sha256, clip
         self.register_buffer("levels", torch.zeros(2, dtype=torch.float64))
         self._source: tuple[Any, ...] = ()  # no submodule: its weights are in their own files
 
@@ -340,8 +386,14 @@ class Implicit(Prior):
         if self.sha256 not in (None, found):
             raise InputError(f"prior Implicit: sha256 {self.sha256} was given, {self.source} has {found}; leave it out")
         self.sha256 = found
-        if getattr(self._source[0], "classes", None):
-            raise InputError(f"prior Implicit: {self.source} wants classes, which a start has none of")
+        model, latent = self._source
+        if latent is None and (model.classes or model.states.condition is not None):  # an autoencoder takes none
+            what = "classes" if model.classes else "an observation"
+            raise InputError(f"prior Implicit: {self.source} wants {what}, which a start has none of")
+        if self.clip is not None and (most := float(x0.abs().max())) > self.clip:
+            raise InputError(
+                f"prior Implicit: the data go up to {most:.3g}, clip is {self.clip:g}; give clip: null for latents"
+            )
         made = list(self._images(range(2)).shape[1:])
         if made != self.shape:
             raise InputError(f"prior Implicit: {self.source} makes {made}, the data is {self.shape}")
@@ -369,20 +421,36 @@ class Implicit(Prior):
         model, latent = self._source
         each = []
         for seed in seeds:  # one at a time: in a batch the last bits would change with the company
-            noise = seed_noise([seed], FITTING, latent or model.shape)  # not that of the row, which is added
+            shape = latent or model.states.shape_at(model.states.S, model.shape)
+            noise = seed_noise([seed], FITTING, shape)  # not that of the row, which is added
             if latent is None:
-                *_, (_, x, _) = DDIM(steps=self.steps).walk(model, [seed], start=noise)
-                each.append(x.float().cpu())
+                *_, (_, x, _) = DDIM(steps=self.steps, clip=self.clip).walk(model, [seed], start=noise)
+                each.append(model.states.picture(x.float()).cpu())
                 continue
             z = noise / model.config.scaling_factor + (getattr(model.config, "shift_factor", None) or 0.0)
             each.append(model.decode(z).sample.clamp(-1, 1))
         return torch.cat(each)
 
+    @property
+    def cards(self) -> list[Card]:
+        """Return the cards of the source; an autoencoder has none, so its cost is unknown."""
+        return [] if _autoencoder(self.source) else [read_card(file) for file in find_files(self.source)]
+
+    @property
+    def evaluations(self) -> int:
+        """Return the number of network evaluations for one image."""
+        self._source = self._source or _open_source(self.source)
+        model, latent = self._source
+        return 1 if latent is not None else len(DDIM(steps=self.steps).rows(model.states))
+
+
+def _autoencoder(source: str) -> bool:
+    return (Path(source) / "config.json").is_file() and not holds_weights(Path(source))
+
 
 def _digest(source: str) -> str:
     """SHA-256 of the weights behind a source: of the one file, or of the digests of several."""
-    autoencoder = (Path(source) / "config.json").is_file() and not holds_weights(Path(source))
-    files = sorted(Path(source).glob("*.safetensors")) if autoencoder else find_files(source)
+    files = sorted(Path(source).glob("*.safetensors")) if _autoencoder(source) else find_files(source)
     digests = [sha256(file) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
@@ -390,7 +458,7 @@ def _digest(source: str) -> str:
 def _open_source(source: str) -> tuple[Any, list[int] | None]:
     """A denoiser, or an autoencoder of diffusers with the shape of its latents."""
     config = Path(source) / "config.json"
-    if config.is_file() and json.loads(config.read_text()).get("_class_name") == "AutoencoderKL":
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderKL":
         from diffusers import AutoencoderKL
 
         autoencoder = AutoencoderKL.from_pretrained(source, local_files_only=True, use_safetensors=True).eval()

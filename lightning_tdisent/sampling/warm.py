@@ -10,7 +10,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.composite import find_files, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import PARENT, read_card, sha256
+from lightning_tdisent.sampling.expert import PARENT, read_card, sha256, shapes_in
 
 
 def start_warm(denoiser: Denoiser, source: str) -> list[dict[str, Any]]:
@@ -42,7 +42,7 @@ def refuse_start(denoiser: Denoiser, source: str) -> None:
     files = find_files(source)
     if len(files) > 1 or Path(files[0]).suffix != ".safetensors":
         return
-    shared = read_card(files[0]).build(str(files[0]))
+    shared = read_card(files[0]).build(str(files[0]), shapes_in(files[0]))
     _refuse_states(denoiser, shared, source)
     if not (shared.network.sees_state and not denoiser.network.sees_state):
         _refuse_network(denoiser, shared.network, source)
@@ -57,6 +57,11 @@ def _refuse_states(denoiser: Denoiser, shared: Denoiser, source: str) -> None:
     indices = {s: int(here.index[s]) for s in denoiser.rows}
     if [t for t in indices.values() if t not in row_there]:
         raise InputError(f"warm_start: {source} must be one network that has indices {list(indices.values())}")
+    if here.made_of != there.made_of or here.K != there.K:
+        raise InputError(
+            f"warm_start: the states of {source} are made of [{there.made_of or 'x_0'}], this table's of "
+            f"[{here.made_of or 'x_0'}]"
+        )
     if not all(torch.allclose(here.log_snr[s], there.log_snr[row_there[t]]) for s, t in indices.items()):
         raise InputError(
             f"warm_start: {source} was trained with other noise levels at indices {list(indices.values())}"

@@ -24,12 +24,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from lightning_tdisent.artifacts import check_format, parse_json
 from lightning_tdisent.errors import Halted, InputError
-from lightning_tdisent.files import write_whole
+from lightning_tdisent.files import typed, write_whole
 from lightning_tdisent.streaming.decode import IMAGES
-from lightning_tdisent.streaming.tars import MAX_REGION, file_system, is_remote, store_errors
+from lightning_tdisent.streaming.remote import file_system, is_remote, store_errors
+from lightning_tdisent.streaming.tars import MAX_REGION
 
-FORMAT = "lightning_tdisent.index/1"
+FORMAT = "lightning_tdisent.index/2"  # 1 had weaker keys of images, under the name content
 
 Array = np.ndarray[Any, Any]
 
@@ -64,8 +66,8 @@ class Regions:
     member_kind: Array  # (M,) uint8, number of the extension
     key_end: Array  # (N,) int64, in keys
     keys: Array  # (..,) uint8, all keys in UTF-8, one after the other
-    # (N,) uint64, size (upper half) and CRC-32 of the image or latent; (0,) if not read, or in an index of before
-    content: Array = field(default_factory=lambda: np.zeros(0, np.uint64))
+    # (N,) uint64, `image_key` of each image or latent; (0,) if not read, or in an index of an earlier version
+    images: Array = field(default_factory=lambda: np.zeros(0, np.uint64))
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ class Index:
     def hashed(self) -> bool:
         """Whether the bytes were read when the index was made."""
         return all(shard.sha256 for shard in self.shards)
+
+    @property
+    def keyed(self) -> bool:
+        """Return whether it has keys of images: it lists samples, and no earlier version made it."""
+        return self.regions is not None and len(self.regions.images) == len(self)
 
     @property
     def captions(self) -> tuple[int, int]:
@@ -150,19 +157,16 @@ class Index:
         return [*out, f"samples that cannot be used: {count:,} of {len(self):,}, first {first}"] if count else out
 
     def shared(self, other: "Index") -> int:
-        """Return how many samples have an image (of an index of before: all bytes) that is in the other index, too.
+        """Return how many samples have an image that is in the other index, too, byte for byte.
 
-        Where one does not list its samples, those in shards that are in both, byte for byte. Samples without an image,
-        whose content is 0, are not counted.
+        Where one has no keys of images (see ``keyed``), those in shards that are in both. Samples without an image,
+        whose key is 0, are not counted.
         """
         mine, theirs = self.regions, other.regions
-        if mine is None or theirs is None or not (len(mine.crc) and len(theirs.crc)):
+        if mine is None or theirs is None or not (self.keyed and other.keyed):
             there = {shard.sha256 for shard in other.shards} - {""}
             return sum(shard.samples for shard in self.shards if shard.sha256 in there)
-        if len(mine.content) and len(theirs.content):
-            one, two = (r.content[r.content != 0] for r in (mine, theirs))
-        else:
-            one, two = ((r.size.astype(np.uint64) << np.uint64(32)) | r.crc for r in (mine, theirs))
+        one, two = (r.images[r.images != 0] for r in (mine, theirs))
         if not (len(one) and len(two)):
             return 0
         ordered = np.unique(one)  # the smaller one: `other` may be of any length
@@ -189,7 +193,7 @@ class Index:
             member_kind=r.member_kind[members],
             key_end=ends,
             keys=r.keys[before : before + (int(ends[-1]) if len(ends) else 0)],
-            content=r.content[chosen],
+            images=r.images[chosen],
         )
         return type(self)(row, self.extensions, regions)
 
@@ -246,13 +250,16 @@ class Index:
                 with store_errors():
                     system.pipe_file(inside, content)
             except OSError as error:
-                raise Halted(f"{path}: cannot be written: {error.strerror or error}") from None
+                raise Halted(f"{path}: cannot be written: {error.strerror or error}; {ELSEWHERE}") from None
         else:
             write_whole(path, content)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read the file; raises FileNotFoundError, or `InputError` if it is damaged or of another format."""
+    def load(cls, path: str | Path, again: str = "") -> Self:
+        """Read the file; raises FileNotFoundError, or `InputError` if it is damaged or of another format.
+
+        again: the command that makes it anew, if that is not the one for shards beside it.
+        """
         try:
             if is_remote(str(path)):
                 system, inside = file_system(str(path))
@@ -261,12 +268,12 @@ class Index:
             else:
                 content = Path(path).read_bytes()
             size = int.from_bytes(content[:8], "little")
-            metadata = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["index"])
-            if metadata["format"] != FORMAT:
-                raise InputError(f"{path} has the format {metadata['format']}, expected {FORMAT}: make it anew")
-            arrays, table = load_arrays(content), json.loads(metadata["table"])
+            metadata = parse_json(parse_json(content[8 : 8 + size])["__metadata__"]["index"])
+            check_format(metadata["format"], FORMAT, str(path), oldest=1)
+            arrays, table = load_arrays(content), parse_json(metadata["table"])
             if _hash(metadata["table"], arrays) != metadata["sha256"]:
                 raise ValueError("its hash is another")
+            arrays.pop("content", None)
             shards = tuple(Shard(**row) for row in table["shards"])
             index = cls(shards, tuple(table["extensions"]), None if "none" in arrays else Regions(**arrays))
             if wrong := _misfit(index):
@@ -283,14 +290,18 @@ class Index:
         ) as error:
             if isinstance(error, InputError):
                 raise
-            folder = str(path).rpartition("/")[0]
-            raise InputError(
-                f"{path} is damaged ({error}); make it anew: python -m lightning_tdisent data index {folder}"
-            ) from None
+            folder, _, name = str(path).rpartition("/")
+            again = again or index_command(folder, name.removesuffix(".index.safetensors"))
+            raise InputError(f"{path} is damaged ({error}); make it anew: {again}") from None
         except FileNotFoundError:
             raise
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def image_key(image: bytes | memoryview) -> int:
+    """Return 64 bits of BLAKE2b of an image's bytes, never 0. A CRC-32 sees little of PNGs, which hold their own."""
+    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little") or 1
 
 
 def _misfit(index: Index) -> str:
@@ -305,7 +316,7 @@ def _misfit(index: Index) -> str:
         return ""
     kinds = {name: np.uint8 if name in ("member_kind", "keys") else np.int64 for name in asdict(r)} | {
         "crc": np.uint32,
-        "content": np.uint64,
+        "images": np.uint64,
     }
     if bad := [k for k, kind in kinds.items() if getattr(r, k).dtype != kind or getattr(r, k).ndim != 1]:
         return f"the type of {bad[0]}"
@@ -315,8 +326,8 @@ def _misfit(index: Index) -> str:
         return f"the length of {bad[0]}"
     if len(r.crc) not in (0, n) or (index.hashed and len(r.crc) != n):
         return "the length of crc"
-    if len(r.content) not in (0, n):
-        return "the length of content"
+    if len(r.images) not in (0, n):
+        return "the length of images"
     owner = np.repeat(np.arange(n), np.diff(r.first)) if (np.diff(r.first) >= 0).all() else np.zeros(0)
     fits = len(owner) == m and r.first[0] == 0 and (np.diff(r.key_end, prepend=0) >= 0).all()
     fits = fits and (r.key_end[-1] if n else 0) == len(r.keys) and (r.member_kind < len(index.extensions)).all()
@@ -348,10 +359,18 @@ def refuse_unwritable(file: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written to ({error.strerror or error}): write the index elsewhere with --out FOLDER, "
-            "and tell fit of it by data.index, verify by --index"
-        ) from None
+        raise InputError(f"{folder} cannot be written to ({error.strerror or error}): {ELSEWHERE}") from None
+
+
+ELSEWHERE = (
+    "write the index elsewhere with --out FOLDER, and tell fit of it by data.index, verify by --index; other commands "
+    "want it beside the shards"
+)
+
+
+def index_command(folder: str | Path, split: str, index: str | Path | None = None) -> str:
+    """Return the command that makes the index of a split, for messages; arguments as of `path_of`."""
+    return typed("data", "index", folder, "--split", split, *([] if index is None else ["--out", index]))
 
 
 def path_of(folder: str | Path, split: str, index: str | Path | None = None) -> str:

@@ -32,7 +32,7 @@ class LatentEncoder:
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device: {device!r} cannot be used: {str(error).splitlines()[0]}") from None
         try:
-            kind = json.loads((folder / "config.json").read_text())["_class_name"]
+            kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
             if kind != "AutoencoderKL":
                 raise TypeError(f"it holds the model {kind}")
             vae = AutoencoderKL.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)

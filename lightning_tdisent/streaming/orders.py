@@ -6,7 +6,6 @@ incomplete one is left out, so that every rank takes the same number of steps. W
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -77,14 +76,29 @@ class Shuffled(Batches):
     ) -> None:  # fmt: skip
         super().__init__(len(source), batch_size, seed, rank, world, flip)
         if isinstance(source, Shards) and not source.random_access:
+            packed = any(url.endswith(".gz") for url in source.urls)
+            cure = (
+                "unpack the shards (gunzip), and make their index anew" if packed else f"make it anew: {source.again}"
+            )
+            what = ".tar.gz shards" if packed else "shards whose index has no samples"
             raise InputError(
-                f"{source.where}: single samples of .tar.gz shards, or of an index without samples, cannot be read; "
-                "use data.access sequential, or unpack them: python -m lightning_tdisent data prepare"
+                f"{source.where}: single samples of {what} cannot be read; use data.access sequential, or {cure}"
             )
         self.source = source.to(device) if isinstance(source, ImageSet) and device is not None else source
         self.device = device
 
     def __iter__(self) -> Iterator[Sample]:
+        source = self.source
+        if isinstance(source, ImageSet):
+            yield from itertools.starmap(source.batch, self._chosen())
+            return
+        one, other = itertools.tee((numbers.tolist(), flip) for numbers, flip in self._chosen())
+        read = source.read_ahead(numbers for numbers, _ in one)
+        for (numbers, flip), raw in zip(other, read, strict=True):
+            yield source.collate(numbers, raw, flip)
+
+    def _chosen(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Numbers of the samples of this worker's batches, and which of them are mirrored."""
         part, parts = self._worker()
         number, epoch = self.first + part, -1
         order, flips = torch.empty(0), None
@@ -96,9 +110,7 @@ class Shuffled(Batches):
                 flips = flips.to(self.device) if flips is not None else None
             begin = (number % len(self) * self.world + self.rank) * self.batch_size
             chosen = order[begin : begin + self.batch_size]
-            flip = None if flips is None else flips[chosen]
-            source: Any = self.source
-            yield source.batch(chosen if isinstance(source, ImageSet) else chosen.tolist(), flip)
+            yield chosen, None if flips is None else flips[chosen]
             number += parts
 
 
@@ -199,6 +211,4 @@ class Streamed(Batches):
         ends = np.cumsum(counts)
         at = int(np.searchsorted(ends, position, "right"))
         start = position - int(ends[at] - counts[at]) if at < len(order) else 0
-        for shard in order[at:].tolist():
-            yield from self.source.stream(shard, start)
-            start = 0
+        yield from self.source.stream_shards(order[at:].tolist(), start)

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 import webdataset
 
+from lightning_tdisent.artifacts import check_format, parse_json
 from lightning_tdisent.errors import Halted, InputError, nearest
-from lightning_tdisent.files import sha256, whole
+from lightning_tdisent.files import is_plain, open_own, output_path, remove_orphans, sha256, whole
 from lightning_tdisent.streaming.decode import LATENT
 from lightning_tdisent.streaming.index import Index, path_of
 from lightning_tdisent.streaming.latents import LatentEncoder
@@ -105,6 +106,7 @@ def prepare(
     `InputError` for options that cannot be met, for a folder that holds something else, and for more bad samples than
     ``options.bad``; `Halted` if the disk is full or a process dies.
     """
+    out = output_path(out)
     _check(source, options, split, jobs)
     options = replace(options, shuffle=bool(source.shuffled if options.shuffle is None else options.shuffle))
     latents = LatentEncoder(Path(options.vae), options.device) if options.vae else None
@@ -115,7 +117,6 @@ def prepare(
         "latents": {**latents.record, "batch_size": options.batch_size} if latents else None,
         "classes": source.classes, "notes": list(source.notes),
     }  # fmt: skip
-    out = Path(out)
     files = [out / name for name in planned(split, len(source), options.samples)]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -139,6 +140,7 @@ def is_split(name: str) -> bool:
 
 def _check(source: Source, options: Options, split: str, jobs: int) -> None:
     """Refuse what cannot be met, all of it at once."""
+    odd = [ascii(name) for name in source.classes if not is_plain(name)]
     formats, latents = ("keep", *ENCODE), options.vae is not None
     unknown = f"{options.encode!r} is not one of {', '.join(formats)}.{nearest(options.encode, formats)}"
     wrong = {
@@ -157,6 +159,8 @@ def _check(source: Source, options: Options, split: str, jobs: int) -> None:
         is not None
         and not -math.inf < options.range[0] < options.range[1] < math.inf,
         f"jobs: {jobs} is not at least 0": jobs < 0,
+        f"classes {', '.join(odd[:3])} ({len(odd)} in all): a name of a class is UTF-8 without control characters such "
+        "as a line break; rename its folder": bool(odd),
     }
     if said := [message for message, is_wrong in wrong.items() if is_wrong]:
         raise InputError("; ".join(said))
@@ -172,7 +176,7 @@ def _held(out: Path, split: str, files: list[Path], record: dict[str, Any]) -> I
     file = out / f"{split}{PREPARED}"
     if not file.exists() and (there := shards()):
         raise InputError(f"{out} holds {there[0]}, but no {file.name}: something else wrote it. Name another folder")
-    with file.open("a+b", buffering=0) as handle:
+    with open_own(file) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -188,17 +192,19 @@ def _held(out: Path, split: str, files: list[Path], record: dict[str, Any]) -> I
             os.fsync(handle.fileno())
         if strange := sorted(set(there) - {f.name for f in files}):
             raise InputError(f"{out} holds {strange[0]}, which {file.name} does not ask for. Remove it")
-        for litter in out.glob(f".{split}[-.]*.tmp"):
-            litter.unlink()
+        remove_orphans(out, f"{split}[-.]*")
         yield
 
 
 def _same(file: Path, content: bytes, record: dict[str, Any]) -> None:
     """Refuse to go on with something else than what the shards were begun with; all differences are named."""
     try:
-        begun, asked = json.loads(content), json.loads(json.dumps(record))
+        begun, asked = parse_json(content), json.loads(json.dumps(record))
+        check_format(begun["format"], FORMAT, str(file))
         differ = [key for key in {**begun, **asked} if key != "notes" and begun.get(key) != asked.get(key)]
-    except (ValueError, AttributeError, TypeError):
+    except InputError:
+        raise
+    except (ValueError, AttributeError, KeyError, TypeError):
         raise InputError(f"{file} is damaged. Remove it and the shards, or name another folder") from None
     if differ:
         values = ((key, json.dumps(begun.get(key)), json.dumps(asked.get(key))) for key in differ)
@@ -229,6 +235,12 @@ class _Run:
         self.depths: Counter[str] = Counter()
         # RandomState, and not a Generator: numpy promises that its numbers never change
         self.order = np.random.RandomState(options.seed).permutation(n) if options.shuffle else np.arange(n)
+
+    @property
+    def _anew(self) -> str:
+        """Return what to do after the source or the options have changed, for messages."""
+        there = any(file.exists() for file in self.files)
+        return f"begin anew: remove {self.files[0].parent}/{self.split}-*.tar" if there else "give this command again"
 
     def _numbers(self, shard: int) -> range:
         first = shard * self.options.samples
@@ -296,7 +308,8 @@ class _Run:
             raise InputError(
                 f"{len(self.skipped)} of the first {self.skipped[-1].number + 1:,} samples are bad, and "
                 f"bad={self.options.bad:g} allows {self.allowed} of {len(self.source):,}. The first is {first.name}: "
-                f"{first.reason}. {self.skipped_file} lists them; mend them, or allow more, and go on"
+                f"{first.reason}. {self.skipped_file} lists them; allow more with --bad, and go on, or mend them, and "
+                f"{self._anew}"
             )
 
     def _stop_if_another_split(self, file: Path) -> None:
@@ -307,7 +320,8 @@ class _Run:
                 file.unlink()
                 raise InputError(
                     f"{file.parent}: {shared:,} of the first {len(index):,} images of {self.split} are images of "
-                    f"{name}, too, so that nothing is held out. Name another split of the source, or another source"
+                    f"{name}, too, so that nothing is held out. Name another split of the source, or another source "
+                    "(of data toy, another --seed)"
                 )
 
     def _stop_if_unlike(self, sample: Made) -> None:
@@ -315,7 +329,10 @@ class _Run:
         self.first = self.first or sample
         if ("cls" in sample.members) != ("cls" in self.first.members):
             with_it, without = (sample, self.first) if "cls" in sample.members else (self.first, sample)
-            raise InputError(f"{with_it.name} has a class, but {without.name} has none. Give all of them one, or none")
+            raise InputError(
+                f"{with_it.name} has a class, but {without.name} has none. Give all of them one, or none, "
+                f"and {self._anew}"
+            )
 
     def _skipped_before(self) -> list[Skipped]:
         """What the shards that are there lack."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming.decode import class_of, picked
-from lightning_tdisent.streaming.index import Array, Index, Regions, Shard
+from lightning_tdisent.streaming.index import Array, Index, Regions, Shard, image_key
 from lightning_tdisent.streaming.tars import Layout, Span, Unread, hash_file, layout, note, open_tar, size_of
 
 MAX_EXTENSIONS = 256
@@ -71,28 +71,27 @@ def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
             member_kind=np.array([kinds[m[2]] for m in members], np.uint8),
             key_end=np.cumsum([len(key) for key in encoded], dtype=np.int64),
             keys=np.frombuffer(b"".join(encoded), np.uint8),
-            content=np.array([content for _, content, _ in read], np.uint64),
+            images=np.array([image for _, image, _ in read], np.uint64),
         ),
     )
 
 
 def _read(stream: IO[bytes], found: Sequence[Layout], places: Sequence[Span]) -> Iterator[tuple[int, int, str]]:
-    """Yield each sample's CRC-32, size and CRC-32 of its image as one number, and what is wrong with its class."""
+    """Yield each sample's CRC-32, the key of its image (0: it has none), and what is wrong with its class."""
     stream.seek(0)
     for (_, _, members), (begin, end) in zip(found, places, strict=True):
         region = memoryview(stream.read(end - begin))
         if len(region) < end - begin:
             raise EOFError("it ends early")
         part = {kind: region[at - begin : at - begin + size] for kind, (at, size) in members.items()}
-        content, wrong = 0, ""
+        image, wrong = 0, ""
         with suppress(ValueError):  # no image: `_unusable` says so
-            image = part[picked(part)]
-            content = len(image) << 32 | zlib.crc32(image)
+            image = image_key(part[picked(part)])
         try:
             class_of(bytes(part.get("cls", b"-1")))
         except ValueError as error:
             wrong = str(error)
-        yield zlib.crc32(region), content, wrong
+        yield zlib.crc32(region), image, wrong
 
 
 def _unusable(name: str, found: Sequence[Layout], wrong: Sequence[str], unread: Unread) -> list[Any]:
@@ -142,7 +141,7 @@ def join(parts: Sequence[Index]) -> Index:
             before = int(out[-1][-1]) if len(out[-1]) else before
         return np.concatenate(out)
 
-    plain = ("begin", "size", "crc", "member_begin", "member_size", "member_kind", "keys", "content")
+    plain = ("begin", "size", "crc", "member_begin", "member_size", "member_kind", "keys", "images")
     regions = Regions(**{k: chained(k) for k in plain}, first=summed("first", True), key_end=summed("key_end", False))
     return Index(shards, extensions, regions)
 

@@ -10,7 +10,7 @@ import os
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import itemgetter
@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_tdisent.errors import InputError
-from lightning_tdisent.ranks import place
+from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.files import expand
+from lightning_tdisent.ranks import place, spaced
 from lightning_tdisent.streaming.decode import BadSample, Decoder, Members, parse_class
-from lightning_tdisent.streaming.index import Index, path_of
+from lightning_tdisent.streaming.index import Index, index_command, path_of
 from lightning_tdisent.streaming.npz import is_npz, read_npz
+from lightning_tdisent.streaming.remote import BYTES_AHEAD, PAUSES, Fetch, Range, fetched, is_remote, may_pass
 from lightning_tdisent.streaming.scan import build
 from lightning_tdisent.streaming.tars import (
-    file_system,
     find,
     hash_file,
-    is_remote,
     is_sample,
     open_shard,
     open_tar,
@@ -42,6 +42,7 @@ from lightning_tdisent.streaming.verify import differences, matched
 
 Sample = dict[str, Any]
 READ, BAD = 1, 2  # what is known of a sample
+PART = 2**20  # bytes of neighbours that are fetched from an object store at a time
 MOST_SHARED = 0.01  # of the held-out samples; real sets have a few duplicates
 
 
@@ -71,8 +72,11 @@ class Shards:
     verified. What is known of each sample is shared with the worker processes of a loader.
     """
 
-    def __init__(self, urls: Sequence[str], index: Index, decoder: Decoder, policy: Policy = Policy()) -> None:
+    def __init__(
+        self, urls: Sequence[str], index: Index, decoder: Decoder, policy: Policy = Policy(), again: str = ""
+    ) -> None:
         self.urls, self.index, self.decoder, self.policy = urls, index, decoder, policy
+        self.again = again  # the command that makes the index anew, for messages
         self.known = torch.zeros(len(index), dtype=torch.uint8).share_memory_()
         self.checked = policy.verify and index.hashed
         self._verified: set[int] = set()
@@ -90,26 +94,24 @@ class Shards:
 
         where: the folder of the index, if it is not that of the shards; the index has to be there.
         """
-        urls, file = find(path, split), path_of(path, split, where)
+        path = expand(str(path), "data.path")
+        urls, file, again = find(path, split), path_of(path, split, where), index_command(path, split, where)
         _opened.cache_clear()  # of files that may have been replaced since
         try:
-            index = Index.load(file)
+            index = Index.load(file, again)
         except FileNotFoundError:
             if is_remote(urls[0]) or where is not None:
-                out = "" if where is None else f" --split {split} --out {where}"
                 why = "as data.index says" if where else "and shards in an object store are not read without it"
-                raise InputError(
-                    f"data.path: {file} is not there, {why}: python -m lightning_tdisent data index {path}{out}"
-                ) from None
+                raise InputError(f"data.path: {file} is not there, {why}: {again}") from None
             index = build(urls, hashed=False)
             if len(index) > 10_000:
-                said = "takes long, and that nothing is verified; make one: python -m lightning_tdisent data index"
-                print(f"{file} is not there, so that the start {said} {path}", file=sys.stderr)
+                said = f"takes long, and that nothing is verified; make one: {again}"
+                print(f"{file} is not there, so that the start {said}", file=sys.stderr)
         else:
-            urls = matched(urls, index, file, sizes=policy.on_bad == "stop")
+            urls = matched(urls, index, file, again, sizes=policy.on_bad == "stop")
         if not len(index):
             raise InputError("; ".join([f"the shards {split}-* of {path} are empty", *index.notes]))
-        return cls(urls, index, decoder, policy)
+        return cls(urls, index, decoder, policy, again)
 
     @property
     def where(self) -> str:
@@ -124,8 +126,8 @@ class Shards:
         return len(self.index)
 
     def __iter__(self) -> Iterator[tuple[int, Members | BadSample]]:
-        """Number and members of all samples, as `stream` gives them."""
-        return itertools.chain.from_iterable(map(self.stream, range(len(self.urls))))
+        """Number and members of all samples."""
+        return self.stream_shards(range(len(self.urls)))
 
     @cached_property
     def digest(self) -> str:
@@ -169,7 +171,7 @@ class Shards:
             "label": torch.tensor([sample["label"] for sample in samples]),
             "id": torch.tensor([sample["id"] for sample in samples]),
         }
-        if any("caption" in sample for sample in samples):
+        if "txt" in self.index.extensions:  # and not in these samples: the parts that workers make are alike
             out["caption"] = [sample.get("caption", "") for sample in samples]
         return out
 
@@ -222,21 +224,33 @@ class Shards:
 
     def read(self, numbers: Sequence[int]) -> list[Members | BadSample]:
         """Members of these samples, each by one read (of object stores, all at the same time)."""
-        r = self.index.regions
+        ranges = self._ranges(numbers)
+        if is_remote(self.urls[0]):
+            return self._found(numbers, Fetch(ranges).result())
+        return self._found(numbers, [_pread(*place) for place in ranges])
+
+    def read_ahead(
+        self, groups: Iterable[Sequence[int]], most: int = BYTES_AHEAD
+    ) -> Iterator[list[Members | BadSample]]:
+        """Yield what `read` returns of groups of samples; of object stores, the next ones are fetched meanwhile."""
+        if not is_remote(self.urls[0]):
+            yield from map(self.read, groups)
+            return
+        one, other = itertools.tee(groups)
+        for numbers, found in zip(one, fetched(map(self._ranges, other), most), strict=True):
+            yield self._found(numbers, found)
+
+    def _ranges(self, numbers: Sequence[int]) -> list[Range]:
+        r, chosen = self.index.regions, np.asarray(numbers)
         assert r is not None
-        chosen = np.asarray(numbers)
         urls = [self.urls[i] for i in (np.searchsorted(self.index.starts, chosen, "right") - 1).tolist()]
-        ranges = list(zip(r.begin[chosen].tolist(), r.size[chosen].tolist(), strict=True))
-        found: list[bytes | Exception]
-        if is_remote(urls[0]):
-            system, _ = file_system(urls[0])
-            paths = [file_system(url)[1] for url in urls]
-            try:
-                found = system.cat_ranges(paths, [b for b, _ in ranges], [b + n for b, n in ranges], on_error="return")
-            except Exception as error:  # the request as a whole; clients have errors of their own
-                found = [error] * len(paths)
-        else:
-            found = [_pread(url, *place) for url, place in zip(urls, ranges, strict=True)]
+        return list(zip(urls, r.begin[chosen].tolist(), r.size[chosen].tolist(), strict=True))
+
+    def _found(self, numbers: Sequence[int], found: Sequence[bytes | Exception]) -> list[Members | BadSample]:
+        if self.policy.on_bad == "skip" and is_remote(self.urls[0]):  # a network that is down says nothing of samples
+            for number, region in zip(numbers, found, strict=True):
+                if isinstance(region, Exception) and may_pass(region):
+                    raise Halted(f"{self.name(number)} cannot be read, asked {len(PAUSES) + 1} times: {region}")
         return [
             BadSample(f"{self.name(number)} cannot be read: {type(region).__name__}: {' '.join(str(region).split())}")
             if isinstance(region, Exception)
@@ -259,6 +273,28 @@ class Shards:
             found = [_pread(self.urls[self.index.place(n)[0]], b, size) for n, b, size in places]
         return torch.tensor([parse_class(content) if isinstance(content, bytes) else -1 for content in found])
 
+    def stream_shards(self, shards: Iterable[int], start: int = 0) -> Iterator[tuple[int, Members | BadSample]]:
+        """Number and members of the samples of shards, one after the other, from the start-th of the first on."""
+        if self.random_access and is_remote(self.urls[0]):
+            one, other = itertools.tee(self._parts(shards, start))
+            for part, members in zip(one, self.read_ahead(other, PART), strict=True):
+                yield from zip(part, members, strict=True)
+            return
+        for shard in shards:
+            yield from self.stream(shard, start)
+            start = 0
+
+    def _parts(self, shards: Iterable[int], start: int) -> Iterator[range]:
+        """Numbers of the samples of shards, as neighbours of about `PART` bytes."""
+        r = self.index.regions
+        assert r is not None
+        for shard in shards:
+            first, end = int(self.index.starts[shard]) + start, int(self.index.starts[shard + 1])
+            ends = np.cumsum(r.size[first:end])
+            cuts = np.flatnonzero(np.diff(ends // PART, prepend=-1))  # where a new part begins
+            yield from itertools.starmap(range, itertools.pairwise([*(first + cuts).tolist(), end]))
+            start = 0
+
     def stream(self, shard: int, start: int = 0) -> Iterator[tuple[int, Members | BadSample]]:
         """Number and members of the samples of a shard from its start-th on, one after the other: all of them.
 
@@ -278,13 +314,18 @@ class Shards:
         for lost in range(number, end):
             yield lost, BadSample(f"{self.name(lost)} cannot be read: {reason}")
 
-    def decoded(self, limit: int | None = None) -> "ImageSet":
-        """All of it in memory, or the first ``limit`` samples; those that are skipped are left out."""
+    def decoded(self, limit: int | None = None, spread: bool = False) -> "ImageSet":
+        """All in memory, or ``limit`` samples, the first or evenly ``spread``; those that are skipped are left out.
+
+        Shards may be sorted by class, of which the first samples know one alone.
+        """
         wanted = len(self) if limit is None else min(limit, len(self))
+        spread = spread and wanted < len(self)
+        members = self._some(spaced(wanted, len(self)).tolist()) if spread else iter(self)
         images, captions = torch.empty(0), list[str]()
         labels, numbers = torch.empty(wanted, dtype=torch.int64), torch.empty(wanted, dtype=torch.int64)
         first: Sample = {}
-        for sample in itertools.islice((s for at in self if (s := self.use(*at))), wanted):
+        for sample in itertools.islice((s for at in members if (s := self.use(*at))), wanted):
             image = sample["latent"] if "latent" in sample else sample["image"]
             if not captions:
                 first = sample
@@ -296,14 +337,25 @@ class Shards:
             labels[len(captions)], numbers[len(captions)] = sample["label"], sample["id"]
             captions.append(sample.get("caption", ""))
         kept = len(captions)
-        named = tuple(captions) if any(captions) else None
-        return ImageSet(images[:kept], labels[:kept], self.digest, named, numbers[:kept] if self.lost else None)
+        named = tuple(captions) if "txt" in self.index.extensions else None
+        known = numbers[:kept] if self.lost or spread else None
+        return ImageSet(images[:kept], labels[:kept], self.digest, named, known)
+
+    def _some(self, chosen: Sequence[int]) -> Iterator[tuple[int, Members | BadSample]]:
+        """Yield numbers and members of some samples, ascending; read all where single ones cannot be read."""
+        if not self.random_access:
+            wanted = set(chosen)
+            yield from (at for at in self if at[0] in wanted)
+            return
+        groups = [chosen[i : i + 16] for i in range(0, len(chosen), 16)]
+        for numbers, found in zip(groups, self.read_ahead(groups), strict=True):
+            yield from zip(numbers, found, strict=True)
 
     def _unequal(self, one: Sample, other: Sample) -> InputError:
         shapes = [list((s["latent"] if "latent" in s else s["image"]).shape) for s in (one, other)]
         return InputError(
             f"the images differ in size: {self.name(one['id'])} has {shapes[0]}, {self.name(other['id'])} has "
-            f"{shapes[1]}; give data.size, or prepare all at one size"
+            f"{shapes[1]}; prepare all at one size (data prepare --size), or give fit data.size"
         )
 
     def _check_room(self, n: int, image: Tensor) -> None:
@@ -313,7 +365,8 @@ class Shards:
         if need > there:
             raise InputError(
                 f"data.resident: {n:,} images of {list(image.shape)} need {need / 1e9:,.0f} GB, the machine has "
-                f"{there / 1e9:,.0f}; set data.resident false"
+                f"{there / 1e9:,.0f}; set data.resident false, or, where they are held out, hold out fewer "
+                "(data.val_limit, --held-out)"
             )
 
     def _regions(self, shard: int, start: int) -> Iterator[Members | BadSample]:
@@ -366,6 +419,13 @@ def refuse_shared(held_out: Shards, training: Shards, what: str, remedy: str) ->
 
     what: their splits, and remedy: what else to name, for messages. Images are compared by the bytes of their files.
     """
+    for one in (held_out, training):
+        if one.hashed_index.regions is not None and not one.hashed_index.keyed:
+            print(
+                f"note: the index of {one.where} is of an earlier version, by which images of {what} that are in both "
+                f"are not found; make it anew: {one.again}",
+                file=sys.stderr,
+            )
     shared, n = held_out.hashed_index.shared(training.hashed_index), len(held_out)
     said = f"{what}: {shared:,} of {n:,} held-out samples of {held_out.where} are among the {len(training):,} training"
     if shared > MOST_SHARED * n:
@@ -461,11 +521,18 @@ class ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device), self.digest, self.captions, numbers)
 
 
-def load(path: str | Path, split: str, channels: int, limit: int | None = None, size: int | None = None) -> ImageSet:
-    """Decode a whole split, or its first ``limit`` samples, into memory; of an .npz, whatever the split, its images."""
+def load(
+    path: str | Path, split: str, channels: int, limit: int | None = None, size: int | None = None, spread: bool = False
+) -> ImageSet:
+    """Decode a split, or ``limit`` samples of it, into memory; of an .npz, whatever the split, its images.
+
+    spread: take samples that are evenly spaced, not the first.
+    """
     if is_npz(path):
         images, labels, digest = read_npz(path)
         if images.shape[1] != channels:
             raise InputError(f"{path} has images of {images.shape[1]} channels, expected {channels}")
-        return ImageSet(images[:limit], labels[:limit], digest)
-    return Shards.open(path, split, Decoder(channels, size)).decoded(limit)
+        n = len(images) if limit is None else min(limit, len(images))
+        chosen = spaced(n, len(images)) if spread else torch.arange(n)
+        return ImageSet(images[chosen], labels[chosen], digest, numbers=chosen if spread else None)
+    return Shards.open(path, split, Decoder(channels, size)).decoded(limit, spread)

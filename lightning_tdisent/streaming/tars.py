@@ -18,13 +18,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import braceexpand
-import fsspec
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import check_name, is_plain
 from lightning_tdisent.streaming import splits
+from lightning_tdisent.streaming.remote import file_system, is_remote, open_remote
 
 SUFFIXES = (".tar", ".tar.gz")
 MAX_MEMBER = 64 * 2**20
@@ -47,70 +48,11 @@ Span = tuple[int, int]  # begin and end
 Unread = dict[str, list[Any]]  # by kind of file: how many were not read, and the first of them
 
 
-def is_remote(url: str) -> bool:
-    """Whether a folder or file is to be opened by fsspec."""
-    return "://" in url or "::" in url
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path in it; fsspec keeps one of each kind per process."""
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"data.path: {url} cannot be opened: {error}") from None
-
-
-@contextmanager
-def store_errors() -> Iterator[None]:
-    """Turn whatever the client of an object store raises into an OSError."""
-    try:
-        yield
-    except (OSError, InputError):
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
-
-
-class _Remote(io.RawIOBase):
-    """A file of an object store, whose errors are OSErrors."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        with store_errors():
-            return self.file.read(size)
-
-    def readinto(self, buffer: Any) -> int:
-        content = self.read(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
-
-    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
-        with store_errors():
-            return self.file.seek(place, whence)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
-
 def open_shard(url: str) -> IO[bytes]:
     """Its bytes as they lie there; raises OSError."""
     if not is_remote(url):
         return open(url, "rb")
-    system, path = file_system(url)
-    with store_errors():
-        return cast(IO[bytes], _Remote(system.open(path, "rb")))
+    return open_remote(url)
 
 
 @contextmanager
@@ -136,6 +78,7 @@ def find(path: str | Path, split: str) -> list[str]:
         raise InputError(
             f"data.path: {folder} {split}: pipe: runs a command; name a folder, or a URL that fsspec opens"
         )
+    check_name(folder, "data.path")
     braces = re.search(r"\{[^{}]*(\.\.|,)[^{}]*\}", split)
     names = [name for name in _names(folder) if not name.startswith(".")]
     shards = [name for name in names if name.endswith(SUFFIXES)]
@@ -266,7 +209,7 @@ def walk(tar: tarfile.TarFile, where: str, unread: Unread) -> Iterator[tuple[str
                 f"{place} is a link, a device or the like; a shard holds plain files. tar stores links as files with "
                 "--dereference --hard-dereference"
             )
-        if not member.name.isprintable():  # also what is no UTF-8
+        if not is_plain(member.name):
             raise InputError(f"{where}: the member at byte {member.offset} has the name {member.name!a}")
         if member.name.startswith("/") or ".." in member.name.split("/"):
             raise InputError(f"{place} has an absolute name, or one with '..'")

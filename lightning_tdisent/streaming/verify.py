@@ -5,14 +5,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.streaming.index import Index, path_of
+from lightning_tdisent.streaming.index import Index, index_command, path_of
+from lightning_tdisent.streaming.remote import is_remote
 from lightning_tdisent.streaming.scan import Progress, scan, spread
-from lightning_tdisent.streaming.tars import find, hash_file, is_remote, open_tar, size_of
+from lightning_tdisent.streaming.tars import find, hash_file, open_tar, size_of
 
 
-def matched(urls: Sequence[str], index: Index, file: str, sizes: bool) -> list[str]:
-    """The shards in the order of their index; refuses others, and, by name, those of another length."""
-    again = f"make the index anew: python -m lightning_tdisent data index {urls[0].rpartition('/')[0]}"
+def matched(urls: Sequence[str], index: Index, file: str, again: str, sizes: bool) -> list[str]:
+    """The shards in the order of their index; refuses others, and, by name, those of another length.
+
+    again: the command that makes the index anew, for messages.
+    """
+    again = f"make the index anew: {again}"
     there, listed = {url.rpartition("/")[2]: url for url in urls}, {shard.name for shard in index.shards}
     if listed != there.keys():
         other = min(listed ^ there.keys())
@@ -71,14 +75,13 @@ def verify(
     path: str | Path, split: str, jobs: int = 1, progress: Progress | None = None, where: str | Path | None = None
 ) -> tuple[Index, list[str]]:
     """Read every byte of a split; its index (in the folder ``where``), and what is wrong by shard and sample."""
-    urls, file = find(path, split), path_of(path, split, where)
+    urls, file, again = find(path, split), path_of(path, split, where), index_command(path, split, where)
     try:
-        index = Index.load(file)
+        index = Index.load(file, again)
     except FileNotFoundError:
         raise InputError(
-            f"{file} is not there, so that nothing says what the shards were. If they are good, make it: "
-            f"python -m lightning_tdisent data index {path} --split {split}"
+            f"{file} is not there, so that nothing says what the shards were. If they are good, make it: {again}"
         ) from None
-    urls = matched(urls, index, file, sizes=False)
+    urls = matched(urls, index, file, again, sizes=False)
     parts = (index.part(number) for number in range(len(urls)))
     return index, [line for lines in spread(differences, urls, parts, jobs=jobs, progress=progress) for line in lines]

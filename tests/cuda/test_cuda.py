@@ -236,8 +236,10 @@ def test_a_fleet_is_trained_composed_and_sampled_on_a_gpu(cli, digits, tmp_path)
                "check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "log_every_n_steps": 2}  # fmt: skip
     config = {"seed_everything": 3, "trainer": trainer, "model": {"class_path": "SingleState", "init_args": model},
               "data": {"class_path": "ImageShards", "init_args": data}}  # fmt: skip
-    (tmp_path / "expert.yaml").write_text(json.dumps(config))
-    (tmp_path / "fleet.yaml").write_text(json.dumps({"configs": ["expert.yaml"], "budget": 3 * 32, "seed": 3}))
+    (tmp_path / "expert.yaml").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "fleet.yaml").write_text(
+        json.dumps({"configs": ["expert.yaml"], "budget": 3 * 32, "seed": 3}), encoding="utf-8"
+    )
     fleet, composite, out = tmp_path / "fleet", tmp_path / "composite", tmp_path / "images"
     go("fleet", "plan", "--config", tmp_path / "fleet.yaml", "--out", fleet)
     go("fleet", "run", fleet, "--gpus", "0")

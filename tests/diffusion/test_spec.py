@@ -105,7 +105,7 @@ def path(class_path: str, **init_args: object) -> dict[str, object]:
 
 
 def test_a_class_outside_the_package_is_refused_without_importing_it(tmp_path, monkeypatch):
-    (tmp_path / "never_imported_part.py").write_text("raise SystemExit('imported')\n")
+    (tmp_path / "never_imported_part.py").write_text("raise SystemExit('imported')\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     for base, data in (
         (Part, path("never_imported_part.Thing")),

@@ -313,7 +313,8 @@ def test_log_snr_spacing_of_an_infinite_range_is_refused():
     [
         (Linear(), {"S": 32, "kind": "native"}, "kind: mapped"),
         (Linear(), {"S": 8, "spacing": "leading"}, "spacing: trailing"),
-        (Linear(), {"indices": [31, 496]}, "spacing: trailing"),
+        (Linear(), {"indices": [31, 496]}, "indices that end at T"),
+        (Linear(T=100), {"S": 10}, "a schedule with more noise"),
         (ScaledLinear(beta_start=0.00085, beta_end=0.012), {}, "a schedule with more noise"),
     ],
 )

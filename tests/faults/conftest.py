@@ -29,8 +29,8 @@ def figures():
         if folder := os.environ.get("FAULTS_OUT"):
             Path(folder).mkdir(parents=True, exist_ok=True)
             file = Path(folder) / "faults.json"
-            kept = json.loads(file.read_text()) if file.exists() else {}
-            file.write_text(json.dumps(kept | {name: values}, indent=1) + "\n")
+            kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            file.write_text(json.dumps(kept | {name: values}, indent=1) + "\n", encoding="utf-8")
 
     return add
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Record(L.Callback):
             "losses": [loss.hex() for loss in outputs["losses"].tolist()],
         }
         rank = trainer.global_rank
-        with Path(f"{self.file}.{rank}" if rank else self.file).open("a") as file:
+        with Path(f"{self.file}.{rank}" if rank else self.file).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -82,6 +83,17 @@ class Signal(L.Callback):
         if trainer.global_step == self.step:
             for _ in range(self.times):
                 os.kill(os.getpid(), self.number)
+
+
+class Full(L.Callback):
+    """Let no file of rank 0 become larger than this, once training has begun."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 
 class Slow(L.Callback):
@@ -112,3 +124,24 @@ class Poison(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step >= self.step:
             batch["x0"] = torch.full(batch["image"].shape, float("nan"))
+
+
+def train_in(folder):
+    """Train from Python, with a trainer of one's own, in a folder; print what becomes of it."""
+    from lightning_tdisent.diffusion.states import LatentStates
+    from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
+    from lightning_tdisent.lit.datamodule import ImageShards
+    from lightning_tdisent.lit.modules import SingleState
+    from lightning_tdisent.networks.unet import UNet
+
+    network = UNet([3, 8, 8], channels=[8, 16], groups=4)
+    module = SingleState(network, LatentStates(S=8), expert=1)
+    trainer = L.Trainer(
+        default_root_dir=folder, max_steps=2, accelerator="cpu", logger=False, callbacks=[Checkpoint()],
+        plugins=[DurableIO()],
+    )  # fmt: skip
+    try:
+        trainer.fit(module, ImageShards("data/digits", batch_size=8))
+        print("trained")
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")

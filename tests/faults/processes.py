@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from lightning_tdisent.lit.checkpoints import newest
+
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 FULL = os.environ.get("FAULTS") == "full"
 CONFIG = "experiments/digits/experts8.yaml"
@@ -24,7 +26,11 @@ class Zygote:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, HERE / "zygote.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, HERE / "zygote.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            cwd=ROOT,
         )
 
     def ask(self, **request):
@@ -72,17 +78,19 @@ class Process:
 
     @property
     def text(self):
-        return "".join(f.read_text(errors="replace") if f.exists() else "" for f in (self.out, self.err))
+        return "".join(
+            f.read_text(errors="replace", encoding="utf-8") if f.exists() else "" for f in (self.out, self.err)
+        )
 
     @property
     def stderr(self):
-        return self.err.read_text()
+        return self.err.read_text(encoding="utf-8")
 
 
 def alive(pid):
     """Whether a process is there, and no zombie."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
@@ -95,3 +103,34 @@ def until(condition, process=None, seconds=60.0):
         assert process is None or alive(process.pid), process.text
         time.sleep(0.002)
     return result
+
+
+def parts(name, **options):
+    """Words of a command line that add a callback of ``faulty``."""
+    return [f"--trainer.callbacks+=faulty.{name}", *(f"--trainer.callbacks.{k}={v}" for k, v in options.items())]
+
+
+def name_of(step):
+    return f"step-{step:09d}.ckpt"
+
+
+def good(run):
+    """Newest checkpoint of a run, its step, and why newer ones are not good."""
+    path, manifest, bad = newest(run / "checkpoints")
+    return path, manifest.get("step", 0), bad
+
+
+def begun(run):
+    """A function that tells whether training has begun since now."""
+    file = run / "config.yaml"
+    before = file.stat().st_mtime_ns if file.exists() else 0
+    return lambda: file.exists() and file.stat().st_mtime_ns != before
+
+
+def one_line(process):
+    """The one line in which a command says why it stopped."""
+    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, process.text
+    assert process.stderr.endswith(lines[0] + "\n")
+    assert "Traceback" not in process.text
+    return lines[0]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import CONFIG, FULL, TINY, Process, alive, until
+from processes import CONFIG, FULL, TINY, Process, alive, begun, good, name_of, one_line, parts, until
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -24,12 +24,7 @@ from lightning_tdisent.lit.checkpoints import load, newest, non_finite, steps
 
 LENGTH, VALIDATE, EVERY = 50, 20, 10  # an epoch has 46 steps
 OFTEN = [f"--trainer.val_check_interval={VALIDATE}", f"--checkpoint.every={EVERY}"]
-SIGNALS = [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
-
-
-def parts(name, **options):
-    """Words of a command line that add a callback of ``faulty``."""
-    return [f"--trainer.callbacks+=faulty.{name}", *(f"--trainer.callbacks.{k}={v}" for k, v in options.items())]
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
 
 
 def children(pid):
@@ -37,26 +32,9 @@ def children(pid):
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+            if int(stat.read_text(encoding="utf-8").rpartition(")")[2].split()[1]) == pid:
                 found.append(int(stat.parent.name))
     return found
-
-
-def name_of(step):
-    return f"step-{step:09d}.ckpt"
-
-
-def good(run):
-    """Newest checkpoint of a run, its step, and why newer ones are not good."""
-    path, manifest, bad = newest(run / "checkpoints")
-    return path, manifest.get("step", 0), bad
-
-
-def begun(run):
-    """A function that tells whether training has begun since now."""
-    file = run / "config.yaml"
-    before = file.stat().st_mtime_ns if file.exists() else 0
-    return lambda: file.exists() and file.stat().st_mtime_ns != before
 
 
 def flat(data, name=""):
@@ -69,7 +47,13 @@ def flat(data, name=""):
 
 
 # the time it took, and a count that Lightning keeps for the x-axis of its own logging, which nothing here uses
-LEFT_OUT = (".card.seconds", ".card.validation.seconds", ".loops.fit_loop.epoch_loop.state_dict._batches_that_stepped")
+LEFT_OUT = (
+    ".card.seconds",
+    ".card.run",
+    ".card.validation.seconds",
+    ".validation.seconds",
+    ".loops.fit_loop.epoch_loop.state_dict._batches_that_stepped",
+)
 
 
 def trained(run):
@@ -101,7 +85,7 @@ def same_end(run, other):
 
 
 def recorded(*files):
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -113,15 +97,6 @@ def unbroken(tmp_path_factory, zygote):
     process = Process(zygote, folder, FULL, argv=argv)
     assert process.wait() == 0, process.text
     return folder / "run", recorded(folder / "steps")
-
-
-def one_line(process):
-    """The one line in which a command says why it stopped."""
-    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, process.text
-    assert process.stderr.endswith(lines[0] + "\n")
-    assert "Traceback" not in process.text
-    return lines[0]
 
 
 # 8. and 9. resumes
@@ -191,7 +166,7 @@ def test_a_killed_run_goes_on_at_once_though_the_workers_of_its_loader_linger(fi
 
 def test_a_signal_in_training_saves_that_step_and_the_same_command_goes_on(fit, unbroken, size, figures, tmp_path):
     rng, run, files = np.random.default_rng(7), tmp_path / "run", []
-    for number, code in (SIGNALS * 2)[: size(6, 1)]:
+    for number, code in (SIGNALS * 2)[: size(8, 1)]:
         files.append(tmp_path / f"steps-{len(files)}")
         process = fit(run, LENGTH, *OFTEN, *parts("Record", file=files[-1]), *parts("Slow", step=0.02))
         until(lambda file=files[-1]: file.exists(), process)
@@ -328,8 +303,8 @@ def test_no_rank_outlives_one_that_is_killed(rank, pair, tmp_path, figures):
 
 
 def test_no_rank_outlives_one_whose_disk_is_full(pair, unbroken, tmp_path, figures):
-    size = good(unbroken[0])[0].stat().st_size  # of which the one tried before the first step, without moments, is half
-    process, both, _ = pair(LENGTH, fsize=int(0.8 * size))
+    size = good(unbroken[0])[0].stat().st_size
+    process, both, _ = pair(LENGTH, *parts("Full", size=int(0.8 * size)))
     code, took = gone(process, both, 60)
     figures("rank0_disk_full", seconds=took, code=code)
     assert code == 1, process.text
@@ -361,7 +336,7 @@ def test_a_real_full_disk_stops_the_command_with_one_line_and_loses_nothing(left
     if disk := small_disk(8_000_000):
         place, holder, seen = disk
         process = fit(place / "run", LENGTH, *OFTEN, *parts("Slow", step=0.05), enter=holder)
-        until(lambda: good(seen / "run")[0], process)
+        until(lambda: (seen / "run" / "checkpoints" / "newest.json").exists(), process)  # which is written last
         with contextlib.suppress(OSError), (seen / "filler").open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
@@ -381,7 +356,7 @@ def test_a_real_full_disk_stops_the_command_with_one_line_and_loses_nothing(left
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused_before_training(fit, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     process = fit(tmp_path / "file" / "run", LENGTH, fresh=False)
     assert process.wait() == 2, process.text
     assert re.fullmatch(r"error: run: \S+/file/run cannot be written: Not a directory\. .*", one_line(process))
@@ -506,7 +481,8 @@ def test_names_of_code_in_a_checkpoint_do_nothing(stopped, fit, validate, tmp_pa
     marker, path = tmp_path / "marker", tmp_path / "step-1.ckpt"
     (tmp_path / "payload.py").write_text(
         f"import os\nimport lightning.pytorch as L\nos.makedirs({str(marker)!r}, exist_ok=True)\n"
-        "def run(*_): pass\nclass Module(L.LightningModule): pass\n"
+        "def run(*_): pass\nclass Module(L.LightningModule): pass\n",
+        encoding="utf-8",
     )
     content = load(good(stopped)[0])
     for i, payload in enumerate(HYPER):
@@ -539,7 +515,7 @@ def test_a_checkpoint_without_a_manifest_is_passed_over_and_can_be_named(stopped
 
 def test_odd_paths_homes_languages_and_clocks_make_no_difference(fit, unbroken, tmp_path):
     run = tmp_path / "ein Lauf, größer – 実験"
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     odd = {"HOME": str(tmp_path / "file" / "home"), "LANG": "C", "LC_ALL": "C", "TZ": "Asia/Kathmandu"}
     process = fit(run, LENGTH, *OFTEN, *parts("Signal", step=37), env=odd)
     assert process.wait() == 143, process.text

@@ -33,6 +33,8 @@ def become(ask):
         resource.setrlimit(resource.RLIMIT_FSIZE, (ask["fsize"], ask["fsize"]))
     if ask.get("drop"):
         drop_rights()
+    if ask.get("nobody"):
+        become_nobody()
     if "call" in ask:
         function = globals().get(ask["call"]) or getattr(importlib.import_module("faulty"), ask["call"])
         function(*ask["args"])
@@ -48,14 +50,37 @@ def drop_rights():
     check(ctypes.CDLL(None, use_errno=True).capset(header, none))
 
 
+def become_nobody():
+    """Be a user without an entry in the system's list and without variables, as in many a container."""
+    user, group, libc = os.getuid(), os.getgid(), ctypes.CDLL(None, use_errno=True)
+    check(libc.unshare(0x10000000))  # users
+    Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
+    Path("/proc/self/uid_map").write_text(f"12345 {user} 1", encoding="utf-8")
+    Path("/proc/self/gid_map").write_text(f"12345 {group} 1", encoding="utf-8")
+    for name in set(os.environ) - {"PATH", "PYTHONPATH", "TMPDIR", "OMP_NUM_THREADS"}:
+        del os.environ[name]
+
+
+def commands(*lines):
+    """Run commands one after the other, and print the code of each."""
+    from lightning_tdisent.cli import main
+
+    for words in lines:
+        try:
+            code = main(words)
+        except SystemExit as end:
+            code = end.code or 0
+        print(f"CODE {' '.join(words[:2])}: {code}", flush=True)
+
+
 def small_disk(place, size):
     """Mount an empty disk of so many bytes for this process and those that `enter`, and wait to be killed."""
     libc, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
     check(libc.unshare(0x20000 if user == 0 else 0x10020000))  # mounts, and users for those who are not root
     if user:
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+        Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1", encoding="utf-8")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1", encoding="utf-8")
     check(libc.mount(None, b"/", None, 0x44000, None))  # nobody else sees what follows
     check(libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", 0, f"size={size}".encode()))
     print("mounted", flush=True)
@@ -103,8 +128,8 @@ def serve():
     for module in ("faulty", "lightning_tdisent.lit.entry", "torch.utils.tensorboard"):
         importlib.import_module(module)
     gc.freeze()
-    replies = os.fdopen(os.dup(1), "w")
-    with os.fdopen(os.dup(0)) as requests:
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    with os.fdopen(os.dup(0), encoding="utf-8") as requests:
         for line in requests:
             ask = json.loads(line)
             if "wait" in ask:

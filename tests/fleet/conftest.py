@@ -24,7 +24,7 @@ def configs(tmp_path, digits):
         model = {"class_path": cls, "init_args": {"network": NETWORK, "states": {"S": 4}, "lr": 0.01, "warmup": 2}}
         data = {"class_path": "ImageShards", "init_args": {"path": str(digits), "channels": 1, "batch_size": 8}}
         content = {"seed_everything": 3, "trainer": TRAINER, "model": model, "data": data}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     return folder
 
 
@@ -35,7 +35,7 @@ def planned(configs, tmp_path):
     def make(out: object = None, **settings: object):
         content = {"configs": ["expert.yaml"], "budget": 4 * 32, "seed": 3, **settings}
         file = configs / "fleet.yaml"
-        file.write_text(json.dumps(content))
+        file.write_text(json.dumps(content), encoding="utf-8")
         return draft(file, describe, out or tmp_path / f"fleet{len(list(tmp_path.glob('fleet*')))}")
 
     return make

@@ -5,6 +5,7 @@ touches nothing but its folder. By hand: ``python tests/fleet/slurm_cluster.py``
 """
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+
+from lightning_tdisent.fleet.engines import tied
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "sinfo")
 CONF = """
@@ -62,6 +65,11 @@ NodeName=node[1-2] Name=gpu File=/dev/zero
 """
 
 
+def end_with_parent():
+    """Have this process told to go (SIGTERM) when the tests end, however they do."""
+    ctypes.CDLL(None).prctl(tied.PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class CannotStart(Exception):
     """Why there is no cluster here."""
 
@@ -79,14 +87,20 @@ class Slurm:
             self.daemons[name].wait()
         with (self.folder / f"{name}.out").open("ab") as out:
             self.daemons[name] = subprocess.Popen(
-                words, env=self.env, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
+                words,
+                env=self.env,
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
             )
 
     def start_node(self, name):
         self.start(name, "slurmd", "-D", "-N", name)
 
     def ask(self, *words):
-        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(words, env=self.env, capture_output=True, encoding="utf-8", timeout=60, check=False)
         return done.stdout if done.returncode == 0 else ""
 
     @property
@@ -100,7 +114,9 @@ class Slurm:
             dead = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
             if dead or time.monotonic() > end:
                 logs = [self.folder / f"{dead[0] if dead else 'slurmctld'}{end}" for end in (".out", ".log")]
-                said = [line for log in logs if log.exists() for line in log.read_text().splitlines()][-5:]
+                said = [line for log in logs if log.exists() for line in log.read_text(encoding="utf-8").splitlines()][
+                    -5:
+                ]
                 raise CannotStart(f"{what}: {', '.join(dead)} ended: {said}" if dead else f"{what}: {said}")
             time.sleep(0.1)
 
@@ -142,8 +158,8 @@ def running():
     slurm = Slurm(folder)
     slurm.env["PATH"] = path
     controller, node1, node2 = free_ports(3)
-    slurm.conf.write_text(CONF.format(folder=folder, controller=controller, node1=node1, node2=node2))
-    (folder / "gres.conf").write_text(GRES)
+    slurm.conf.write_text(CONF.format(folder=folder, controller=controller, node1=node1, node2=node2), encoding="utf-8")
+    (folder / "gres.conf").write_text(GRES, encoding="utf-8")
     (folder / "state").mkdir()
     (folder / "spool").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(128))

@@ -17,10 +17,10 @@ EVERY = 5
 def main(folder, steps, seconds, *fates):
     folder.mkdir(parents=True, exist_ok=True)
     starts = folder / "starts"
-    with starts.open("a") as file:
+    with starts.open("a", encoding="utf-8") as file:
         file.write(f"{os.getpid()}\n")
-    fate = dict(enumerate(fates, 1)).get(len(starts.read_text().splitlines()), "go")
-    lock = (folder / "lock").open("w")
+    fate = dict(enumerate(fates, 1)).get(len(starts.read_text(encoding="utf-8").splitlines()), "go")
+    lock = (folder / "lock").open("w", encoding="utf-8")
     fcntl.flock(lock, fcntl.LOCK_EX)  # in the place of the lease: who comes while another is there waits
     told = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -30,19 +30,19 @@ def main(folder, steps, seconds, *fates):
         print("error: lr 1e9 is no rate", file=sys.stderr)
         return 2
     kept = folder / "kept"
-    step = int(kept.read_text()) if kept.exists() else 0
+    step = int(kept.read_text(encoding="utf-8")) if kept.exists() else 0
     while step < steps and not told:
         time.sleep(seconds)
         step += 1
-        with (folder / "steps").open("a") as file:
+        with (folder / "steps").open("a", encoding="utf-8") as file:
             file.write(f"{step} {os.getpid()}\n")
         if fate == f"die {step}":
             os.kill(os.getpid(), signal.SIGKILL)
         if step % EVERY == 0 or told or step == steps:
-            kept.with_name("new").write_text(str(step))
+            kept.with_name("new").write_text(str(step), encoding="utf-8")
             kept.with_name("new").replace(kept)
     status = 143 if step < steps else 0
-    with (folder / "ends").open("a") as file:
+    with (folder / "ends").open("a", encoding="utf-8") as file:
         file.write(f"{status} {step}\n")
     return status
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -34,10 +36,10 @@ def test_an_exit_status_says_whether_to_try_again():
 
 def test_the_reason_is_the_last_line_of_this_try(tmp_path):
     log = tmp_path / "a.log"
-    log.write_text("== first\nerror: old\n")
+    log.write_text("== first\nerror: old\n", encoding="utf-8")
     since = log.stat().st_size
     assert engines.last_line(log, since) == ""
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         file.write("== second\nmuch\nerror: no such data\n\n")
     assert engines.last_line(log, since) == "error: no such data"
     assert engines.reason(2, log, "error: no such data") == f"no such data (see {log})"
@@ -64,7 +66,7 @@ def test_resources_that_cannot_be_meant_are_all_named():
 def test_the_command_s_environment_hides_srun_from_lightning(monkeypatch, tmp_path):
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
-    (tmp_path / "srun").write_text("")
+    (tmp_path / "srun").write_text("", encoding="utf-8")
     (tmp_path / "srun").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for name in ("SLURM_NTASKS", "SLURM_JOB_ID"):
@@ -130,7 +132,7 @@ def test_a_tied_command_that_does_not_go_is_killed_with_all_its_processes(tmp_pa
     script = "trap '' TERM; sleep 600 & echo $! $$ >begun.new; mv begun.new begun; wait"
     process = tie(tmp_path, "bash", "-c", script, seconds=0.2)
     until((tmp_path / "begun").exists)
-    children = [int(word) for word in (tmp_path / "begun").read_text().split()]
+    children = [int(word) for word in (tmp_path / "begun").read_text(encoding="utf-8").split()]
     began = time.monotonic()
     process.communicate()
     assert 0.2 <= time.monotonic() - began < 5
@@ -143,7 +145,7 @@ def test_a_tied_command_s_status_is_its_own(tmp_path):
         process = tie(tmp_path, "bash", "-c", script)
         assert process.wait(20) == status
         process.communicate()
-    left = int((tmp_path / "left").read_text())
+    left = int((tmp_path / "left").read_text(encoding="utf-8"))
     until(lambda: not alive(left))
     process = tie(tmp_path, "/no/such/program")
     assert b"/no/such/program cannot be started" in process.communicate()[1]
@@ -160,7 +162,7 @@ def batch(tmp_path):
     bin_folder.mkdir()
     logs.mkdir()
     for name, line in (("squeue", 'echo "$STATE"'), ("scontrol", f'echo "$@" >>{tmp_path}/asked')):
-        (bin_folder / name).write_text(f"#!/bin/bash\n{line}\n")
+        (bin_folder / name).write_text(f"#!/bin/bash\n{line}\n", encoding="utf-8")
         (bin_folder / name).chmod(0o755)
 
     def run(command, jobs, k, state="RUNNING", retries=2, act=None):
@@ -192,14 +194,18 @@ def test_a_task_that_is_told_to_go_is_requeued_unless_slurm_has_decided(number, 
     assert t.lines("b", "ends") == [(143, t.lines("b", "steps")[-1][0])]
     assert batch.asked.exists() == requeued
     if requeued:
-        assert batch.asked.read_text() == "requeue 40_1\n"
+        assert batch.asked.read_text(encoding="utf-8") == "requeue 40_1\n"
     assert not (batch.logs / "b.ended").exists()
 
 
 def test_a_task_tries_again_what_died_and_leaves_its_status(batch, tmp_path):
     t = Trainings(tmp_path, 4, 0.0, a=["die 2"] * 3, b=["refuse"], c=["die 2", "die 3"])
     assert [batch(t.command, JOBS, k) for k in range(3)] == [137, 2, 0]
-    assert [(batch.logs / f"{name}.ended").read_text() for name in "abc"] == ["40 137 3\n", "40 2 1\n", "40 0 3\n"]
+    assert [(batch.logs / f"{name}.ended").read_text(encoding="utf-8") for name in "abc"] == [
+        "40 137 3\n",
+        "40 2 1\n",
+        "40 0 3\n",
+    ]
     assert slurm._ended(batch.logs / "a.ended", "40") == (137, 3)
     assert slurm._ended(batch.logs / "a.ended", "41") == (None, 0)
     assert engines.last_line(batch.logs / "b.log") == "error: lr 1e9 is no rate"
@@ -215,3 +221,43 @@ def test_words_of_a_command_reach_it_through_the_script_as_they_are(tmp_path_fac
     assert subprocess.run(["bash", "-c", script], env=env, check=False).returncode == 0
     said = (logs / "a.log").read_bytes().split(b"\n", 1)[1].decode()
     assert said == "".join(f"<{word}>\n" for word in ("{first} `id` \\", *words))
+
+
+MISSING = "/usr/bin/python3: No module named lightning_tdisent"
+
+
+@pytest.mark.parametrize("status", [1, 137, engines.LOST])
+def test_a_package_that_a_node_lacks_is_named_with_what_to_do(status, tmp_path):
+    said = engines.reason(status, tmp_path / "a.log", MISSING, 4)
+    assert "No module named lightning_tdisent. lightning_tdisent, and what --import names, must be importable" in said
+    assert "status 25" not in said
+
+
+class Wrong(Exception):
+    """As Ray's."""
+
+
+class Failed(Wrong):
+    """As Ray's, of a task that raised, or could not begin."""
+
+
+TRACEBACK = (
+    "\x1b[36mray::_work()\x1b[39m (pid=7, ip=10.0.0.7)\nRuntimeError: The remote function failed to import on the "
+    "worker.\n\nTraceback (most recent call last):\nModuleNotFoundError: No module named 'lightning_tdisent'\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Failed(TRACEBACK), "ModuleNotFoundError: No module named 'lightning_tdisent'"),
+        (Failed("\x1b[36mray::_work()\x1b[39m (pid=7)\nPermissionError: logs"), "PermissionError: logs"),
+        (Wrong("The node is dead. Node IP: 10. To see more, do this."), "Wrong: The node is dead. Node IP: 10"),
+        (Wrong(""), "Wrong: no more is known"),
+    ],
+)  # fmt: skip
+def test_what_ray_lost_says_its_cause(error, said):
+    future = Future()
+    future.set_exception(error)
+    module = SimpleNamespace(exceptions=SimpleNamespace(RayError=Wrong, RayTaskError=Failed))
+    assert ray._result(module, future) == (engines.LOST, said, "a worker of Ray")

@@ -1,5 +1,6 @@
 """Whole fleets of real trainings, small ones; the same in other processes is in tests/faults."""
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -7,7 +8,9 @@ from dataclasses import replace
 import fsspec
 import pytest
 import torch
-from fsspec.implementations.local import LocalFileSystem
+from places import Careless, Shared
+from rich.console import Console
+from rich.live import Live
 from safetensors.torch import load_file
 
 from lightning_tdisent.cli import describe, fits, main
@@ -18,7 +21,7 @@ from lightning_tdisent.fleet.mirror import Mirror
 from lightning_tdisent.fleet.plan import Fleet
 from lightning_tdisent.fleet.rounds import advance
 from lightning_tdisent.fleet.state import FleetWork
-from lightning_tdisent.fleet.status import board, page, summary, tiles
+from lightning_tdisent.fleet.status import LiveBoard, Tile, board, page, summary, tiles
 from lightning_tdisent.fleet.store import Store
 from lightning_tdisent.fleet.work import Session, work_through
 from lightning_tdisent.sampling.expert import read_card, sha256
@@ -57,7 +60,7 @@ def test_a_worker_may_train_several_at_a_time(planned, same_weights):
     assert main(["fleet", "run", str(beside.root), "--workers", "1", "--together", "3"]) == 0
     for e in alone.experts:
         same_weights(alone.root / e.name, beside.root / e.name)
-    assert "trained beside expert_001" in (beside.root / "expert_003" / "log.txt").read_text()
+    assert "trained beside expert_001" in (beside.root / "expert_003" / "log.txt").read_text(encoding="utf-8")
 
 
 def test_one_expert_of_all_rows_is_the_reduced_model(planned, configs, tmp_path, same_weights):
@@ -124,36 +127,13 @@ def test_an_adaptive_budget_is_spent_by_rounds_that_anybody_would_decide_alike(p
     assert {name: card.images_seen for name, card in cards.items()} == images
 
 
-class Careless(LocalFileSystem):
-    """A store that looks whether a name is taken, and then takes it."""
-
-    protocol = "careless"
-
-    def __init__(self, **_: object) -> None:
-        super().__init__(auto_mkdir=True)
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + path.partition("://")[2].strip("/") if "://" in path else path
-
-
-class Shared(Careless):
-    """An object store, as far as a fleet asks: somewhere else, and a name is created once."""
-
-    protocol = "shared"
-
-    def pipe_file(self, path, value, mode="overwrite", **_):
-        with self.open(path, "xb" if mode == "create" else "wb") as file:
-            file.write(value)
-
-
 def test_a_fleet_in_an_object_store_goes_on_on_another_machine(planned, configs, tmp_path, same_weights):
     fsspec.register_implementation("shared", Shared, clobber=True)
     where = f"shared:/{tmp_path}/store"
     fleet = planned(where, experts=2, start={"shared": {"configs": ["shared.yaml"], "images": 16}}, budget=16 + 64)
 
-    def on(machine, **changes):
-        return Fleet.load(where, [], tmp_path / machine)
+    def on(machine):
+        return replace(Fleet.load(where), scratch=tmp_path / machine)
 
     train(on("one"), "shared")
 
@@ -197,17 +177,17 @@ class Failing(Store):
             self.failed += 1
             raise TimeoutError(110, "Connection timed out", name)
 
-    def read(self, name):
+    def read(self, name, *options, **more):
         self._away("read", name)
-        return super().read(name)
+        return super().read(name, *options, **more)
 
     def names(self, folder):
         self._away("names", folder)
         return super().names(folder)
 
-    def write(self, name, content):
+    def write(self, name, content, *options):
         self._away("write", name)
-        super().write(name, content)
+        super().write(name, content, *options)
 
     def create(self, name, content):
         self._away("create", name)
@@ -244,7 +224,7 @@ def test_what_was_trained_while_the_store_went_away_is_said_when_it_is_back(plan
 
 def test_what_is_wrong_with_one_expert_s_folder_stops_no_other(planned):
     fleet = planned()
-    (fleet.root / "expert_001").write_text("a file where a folder should be")
+    (fleet.root / "expert_001").write_text("a file where a folder should be", encoding="utf-8")
     with pytest.raises(InputError, match=r"(?s)1 of 4 jobs are not done:.*expert_001: FileExistsError"):
         train(fleet)
     assert [tile.state for tile in tiles(FleetWork(fleet, describe))] == ["failed", "done", "done", "done"]
@@ -384,14 +364,17 @@ def test_what_fails_for_one_session_is_not_tried_by_it_again_because_of_another(
 
 def test_a_copy_that_did_not_succeed_is_made_up_for(tmp_path):
     store, here = Store(tmp_path / "store"), tmp_path / "here"
-    for name, content in (("checkpoints/newest.json", b'{"step": 9}'), ("model.safetensors", b"mine")):
+    pointer = b'{"step": 9, "file": "step-9.ckpt"}'
+    for name in ("checkpoints/step-9.ckpt", "checkpoints/step-9.ckpt.json"):
+        Store(here).write(name, b"9")
+    for name, content in (("checkpoints/newest.json", pointer), ("model.safetensors", b"mine")):
         Store(here).write(name, content)
         store.write(f"e/{name}", b'{"step": 4}' if name.endswith("json") else b"old")
     mirror = Mirror(store, "e", here)
     mirror.pull()
     assert (here / "model.safetensors").read_bytes() == b"mine"
-    mirror.push()
-    assert (store.read("e/model.safetensors"), store.read("e/checkpoints/newest.json")) == (b"mine", b'{"step": 9}')
+    mirror.push(lambda quick: None)
+    assert (store.read("e/model.safetensors"), store.read("e/checkpoints/newest.json")) == (b"mine", pointer)
     behind = tmp_path / "behind"
     Store(behind).write("model.safetensors", b"older")
     Mirror(store, "e", behind).pull()
@@ -401,6 +384,21 @@ def test_a_copy_that_did_not_succeed_is_made_up_for(tmp_path):
 def test_unknown_experts_are_refused(planned):
     with pytest.raises(InputError, match="--only expert_009: no such expert; there are expert_001"):
         train(planned(), "expert_009")
+
+
+def test_a_board_higher_than_the_terminal_has_a_line_a_job_and_names_what_failed():
+    states = ["done"] * 40 + ["training", "failed", "silent", "waiting"]
+    found = [Tile(f"expert_{k:03d}", state, [k], 5, 10) for k, state in enumerate(states)]
+    for height, whole in ((500, True), (24, False)):
+        stream = io.StringIO()
+        console = Console(file=stream, width=80, height=height, force_terminal=True, color_system=None)
+        with Live(LiveBoard(found, "t"), console=console, auto_refresh=False):
+            pass
+        text = stream.getvalue()
+        assert ("expert_039" in text) == whole
+        assert all(f"expert_{k:03d}" in text for k in range(40, 44))
+        assert ("and 24 more" in text) != whole
+        assert "44 jobs: 40 done, 1 training, 1 silent, 1 waiting, 1 failed" in text
 
 
 def test_the_board_tells_training_silent_waiting_and_dead_apart(planned):

@@ -42,7 +42,7 @@ def test_accumulated_batches_are_counted_by_everybody(planned, accumulate, steps
     for e in fleet.experts:
         card = read_card(fleet.root / e.name / "model.safetensors")
         assert (card.images_seen, card.steps) == (images, steps)
-        assert json.loads((fleet.root / e.name / "curve.json").read_text())["points"][-1][0] <= images
+        assert json.loads((fleet.root / e.name / "curve.json").read_text(encoding="utf-8"))["points"][-1][0] <= images
 
 
 def test_a_shared_model_and_an_adaptive_budget_accumulate_as_well(planned):
@@ -99,27 +99,27 @@ def test_a_machine_whose_steps_are_of_another_size_is_refused(planned):
 )
 def test_a_line_that_trains_nothing_is_refused(planned, edit, message):
     fleet = planned()
-    content = yaml.safe_load((fleet.root / "plan.yaml").read_text())
+    content = yaml.safe_load((fleet.root / "plan.yaml").read_text(encoding="utf-8"))
     content["experts"][0] |= edit
-    (fleet.root / "plan.yaml").write_text(yaml.safe_dump(content))
+    (fleet.root / "plan.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     with pytest.raises(InputError, match=message):
         Fleet.load(fleet.root)
 
 
 def test_a_shared_model_that_trains_nothing_is_refused(planned):
     fleet = planned(start={"shared": {"configs": ["shared.yaml"], "images": 32}}, budget=32 + 4 * 16)
-    content = yaml.safe_load((fleet.root / "plan.yaml").read_text())
+    content = yaml.safe_load((fleet.root / "plan.yaml").read_text(encoding="utf-8"))
     content["shared"]["images"] = 0
-    (fleet.root / "plan.yaml").write_text(yaml.safe_dump(content))
+    (fleet.root / "plan.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     with pytest.raises(InputError, match=r"shared\.images: at least one batch of 8 images, got 0"):
         Fleet.load(fleet.root)
 
 
 def test_images_that_are_no_whole_steps_are_counted_as_they_are_trained(planned):
     fleet = planned()
-    content = yaml.safe_load((fleet.root / "plan.yaml").read_text())
+    content = yaml.safe_load((fleet.root / "plan.yaml").read_text(encoding="utf-8"))
     content["experts"][0]["images"] = 39
-    (fleet.root / "plan.yaml").write_text(yaml.safe_dump(content))
+    (fleet.root / "plan.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     fleet = Fleet.load(fleet.root)
     assert targets(fleet)[1]["expert_001"] == fleet.jobs()[0].images == 32
 

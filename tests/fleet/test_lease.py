@@ -8,8 +8,10 @@ import time
 
 import pytest
 
+from lightning_tdisent import processes
+from lightning_tdisent.errors import Lost
 from lightning_tdisent.fleet import lease
-from lightning_tdisent.fleet.lease import Watch, current, gone, me, take
+from lightning_tdisent.fleet.lease import Lease, Watch, current, gone, me, take
 from lightning_tdisent.fleet.store import Store
 
 
@@ -67,7 +69,7 @@ def test_of_many_processes_exactly_one_gets_each_job(tmp_path):
 
 def test_a_dead_process_of_this_machine_is_known_at_once(store):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    began = lease._began(child.pid)
+    began = processes.began(child.pid)
     write(store, "a", 3, **{**me(), "pid": child.pid, "began": began}, beat=5, saved=7, deaths=1, ttl=60)
     assert take(store, "a", Watch(), saved=7) is None
     child.communicate(b"\n")
@@ -118,8 +120,7 @@ def test_a_spoiled_lease_dies_of_age(spoiled, store):
 
 
 def test_a_holder_beats_with_its_progress_and_learns_that_it_was_replaced(store):
-    said = []
-    held = take(store, "a", Watch(), said.append, ttl=0.12)
+    held = take(store, "a", Watch(), ttl=0.12)
     assert held is not None
     held.progress.update(step=3, loss=0.5)
     deadline = time.monotonic() + 10
@@ -127,18 +128,18 @@ def test_a_holder_beats_with_its_progress_and_learns_that_it_was_replaced(store)
         assert time.monotonic() < deadline
         time.sleep(0.01)
     write(store, "a", held.number + 1, host="elsewhere/1", pid=1, beat=0)
-    while not said:
+    while not held.lost:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert said == ["a: another worker holds its lease by now"]
+    with pytest.raises(Lost, match="a: another worker holds its lease by now"):
+        held.check(quick=True)
     held.release()
     assert content_of(store, "a")["host"] == "elsewhere/1"  # letting go does not touch the new holder's
     assert not content_of(store, "a").get("released")
 
 
 def test_a_holder_whose_store_is_gone_lets_go_after_the_life_of_its_lease(tmp_path):
-    folder, said = tmp_path / "shared", []
-    held = take(Store(folder), "a", Watch(), said.append, ttl=0.2)
+    held = take(Store(tmp_path / "shared"), "a", Watch(), ttl=0.2)
     assert held is not None
 
     def fail(*_):
@@ -146,10 +147,98 @@ def test_a_holder_whose_store_is_gone_lets_go_after_the_life_of_its_lease(tmp_pa
 
     held.store.names = fail
     deadline = time.monotonic() + 10
-    while not said:
+    while not held.lost:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert "cannot be reached for 0 s: network is unreachable" in said[0]
+    assert "has not been reached for 0 s (network is unreachable)" in held.lost
+    held.release()
+
+
+def test_a_holder_that_was_asleep_asks_before_it_writes(store):
+    now = 0.0
+    write(store, "a", 1, **me(), beat=0)
+    held = Lease(store, "a", 1, {**me(), "beat": 0, "deaths": 0}, ttl=600, clock=lambda: now)
+    held.check(quick=True)
+    now = 601.0  # nobody has come meanwhile
+    held.check(quick=True)
+    write(store, "a", 2, host="elsewhere/1", pid=1, beat=0)
+    with pytest.raises(Lost, match="another worker"):
+        held.check(quick=True)
+    held.release()
+    assert not content_of(store, "a").get("released")
+
+
+def test_a_holder_that_is_awake_and_asks_learns_at_once(store):
+    held = take(store, "a", Watch(), ttl=600)
+    held.check()
+    write(store, "a", held.number + 1, host="elsewhere/1", pid=1, beat=0)
+    held.check(quick=True)  # it has beaten a moment ago: who believes it gone has not waited a ttl
+    with pytest.raises(Lost, match="another worker"):
+        held.check()
+    with pytest.raises(Lost, match="another worker"):
+        held.check(quick=True)
+    held.release()
+
+
+def test_a_lease_of_the_same_number_with_another_token_is_another_worker_s(store):
+    held = take(store, "a", Watch(), ttl=600)
+    write(store, "a", held.number, **me(), beat=0, token="f" * 16)
+    with pytest.raises(Lost, match="another worker"):
+        held.check()
+    held.release()
+
+
+def test_a_folder_of_a_store_that_has_gone_is_not_made_again(tmp_path):
+    place = Store(tmp_path / "fleet")
+    place.write("plan", b"1")
+    (tmp_path / "fleet").rename(tmp_path / "moved")
+    for act in (place.write, place.create):
+        with pytest.raises(Lost, match="fleet: is gone: it was removed or moved"):
+            act("leases/a", b"2")
+    assert not (tmp_path / "fleet").exists()
+    assert place.read("plan") is None
+
+
+def test_a_store_that_does_not_answer_is_believed_as_long_as_the_lease_lives(store):
+    now = 0.0
+    held = Lease(store, "a", 1, {**me(), "beat": 0, "deaths": 0}, ttl=600, clock=lambda: now)
+
+    def fail(*_):
+        raise OSError("timed out")
+
+    store.names = fail
+    held.check()
+    now = 601.0
+    with pytest.raises(Lost, match=r"not been reached for 600 s \(timed out"):
+        held.check()
+    held.release()
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_worker_cut_off_while_it_takes_a_lease_does_not_wait_for_itself(arrived, store, monkeypatch):
+    watch, create = Watch(), store.create
+
+    def cut(name, content):
+        if arrived:
+            create(name, content)
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(store, "create", cut)
+    with pytest.raises(OSError, match="reset"):
+        take(store, "a", watch)
+    monkeypatch.setattr(store, "create", create)
+    held = take(store, "a", watch)
+    assert held is not None
+    assert held.number == 1
+    assert take(store, "a", watch) is None
+    held.release()
+
+
+def test_a_put_that_the_client_repeated_is_no_other_worker_s(store, monkeypatch):
+    create = store.create
+    monkeypatch.setattr(store, "create", lambda *args: create(*args) and create(*args))
+    held = take(store, "a", Watch())
+    assert held is not None
     held.release()
 
 

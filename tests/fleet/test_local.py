@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lightning_tdisent.fleet.local import run
 from lightning_tdisent.fleet.state import Jobs
 from lightning_tdisent.fleet.store import Store
 from lightning_tdisent.fleet.work import Session
+from lightning_tdisent.runs import RunFolder
 
 
 def works(argvs, reports):
@@ -35,7 +37,7 @@ def work(argv, report):
     if what == "raise":
         raise RuntimeError("a bug")
     if what == "die":
-        with (Path(folder) / "deaths").open("a") as file:
+        with (Path(folder) / "deaths").open("a", encoding="utf-8") as file:
             file.write("x")
         os._exit(9)
     if what == "die once" and not (Path(folder) / "deaths").exists():
@@ -43,8 +45,11 @@ def work(argv, report):
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "sleep":
         time.sleep(0.5)
+    if what == "hold":  # as a training does
+        with RunFolder(folder):
+            time.sleep(3)
     seen = {need: (Path(need) / "model.safetensors").exists() for need in needs}
-    (Path(folder) / "model.safetensors").write_text(json.dumps({"seen": seen, "pid": os.getpid()}))
+    (Path(folder) / "model.safetensors").write_text(json.dumps({"seen": seen, "pid": os.getpid()}), encoding="utf-8")
     report(2, 2, {})
 
 
@@ -61,19 +66,42 @@ def go(jobs, workers=1, **options):
 def test_jobs_run_after_what_they_need_in_several_processes(tmp_path):
     jobs = [job(tmp_path, "late", needs=("a", "b")), job(tmp_path, "a", "sleep"), job(tmp_path, "b", "sleep")]
     go(jobs, 2)
-    results = {j.name: json.loads((j.folder / "model.safetensors").read_text()) for j in jobs}
+    results = {j.name: json.loads((j.folder / "model.safetensors").read_text(encoding="utf-8")) for j in jobs}
     assert all(results["late"]["seen"].values())
     assert len(results["late"]["seen"]) == 2
     assert results["a"]["pid"] != results["b"]["pid"]
     assert os.getpid() not in {r["pid"] for r in results.values()}
 
 
+def test_jobs_in_the_hands_of_other_workers_are_no_news(tmp_path, capfd):
+    jobs = [job(tmp_path, name, "hold") for name in ("a", "b")]
+    go(jobs, 2)
+    assert all(one.weights.exists() for one in jobs)
+    assert "in use" not in capfd.readouterr().err
+
+
+def test_a_job_in_use_by_somebody_else_is_said_once_and_waited_for(tmp_path, capfd):
+    jobs = [job(tmp_path, "a")]
+    with RunFolder(jobs[0].folder):
+        waiting = threading.Thread(target=go, args=(jobs,))
+        waiting.start()
+        said, end = "", time.monotonic() + 120
+        while "in use by" not in said and time.monotonic() < end:  # its workers have to start
+            time.sleep(0.1)
+            said += capfd.readouterr().err
+        time.sleep(3)
+        assert not jobs[0].weights.exists()
+    waiting.join(120)
+    assert jobs[0].weights.exists()
+    assert (said + capfd.readouterr().err).count("in use by") == 1
+
+
 def test_done_jobs_are_not_done_again(tmp_path):
     done = job(tmp_path, "a", "raise")
     done.folder.mkdir()
-    (done.folder / "model.safetensors").write_text("kept")
+    (done.folder / "model.safetensors").write_text("kept", encoding="utf-8")
     go([done, job(tmp_path, "b", needs=("a",))])
-    assert (done.folder / "model.safetensors").read_text() == "kept"
+    assert (done.folder / "model.safetensors").read_text(encoding="utf-8") == "kept"
 
 
 def test_failures_are_all_named_and_the_rest_is_finished(tmp_path):
@@ -91,10 +119,10 @@ def test_failures_are_all_named_and_the_rest_is_finished(tmp_path):
     assert "refused: this cannot be trained" in text
     assert "bug: RuntimeError: a bug" in text
     assert "dead: its process died 2 times in a row without saving anything beyond step 0" in text
-    assert (tmp_path / "dead" / "deaths").read_text() == "xx"
+    assert (tmp_path / "dead" / "deaths").read_text(encoding="utf-8") == "xx"
     assert "after: not started, it needs bug" in text
     assert jobs[3].done
-    assert "Traceback" in (tmp_path / "bug" / "log.txt").read_text()
+    assert "Traceback" in (tmp_path / "bug" / "log.txt").read_text(encoding="utf-8")
 
 
 def test_what_a_dead_process_had_is_taken_up_by_another(tmp_path):
@@ -128,8 +156,8 @@ def test_an_interrupted_run_ends_with_all_its_processes(number, code, tmp_path):
         "        reports[0](1, 2, {})\n"
         "        time.sleep(0.1)\n"
     )
-    (tmp_path / "interrupted.py").write_text(work)
-    (tmp_path / "main.py").write_text(program)
+    (tmp_path / "interrupted.py").write_text(work, encoding="utf-8")
+    (tmp_path / "main.py").write_text(program, encoding="utf-8")
     parent = subprocess.Popen([sys.executable, tmp_path / "main.py", tmp_path], start_new_session=True)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("pid_*"))) < 2:

@@ -20,15 +20,15 @@ BY_EPOCH = {"trainer.val_check_interval": 0.5, "trainer.check_val_every_n_epoch"
 
 def edit(fleet, old, new):
     file = fleet.store.path("plan.yaml")
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     assert old in text
-    file.write_text(text.replace(old, new))
+    file.write_text(text.replace(old, new), encoding="utf-8")
     return file
 
 
 def test_a_plan_has_a_line_for_each_expert_and_reads_back_as_it_was(planned):
     fleet = planned(title="four")
-    text = fleet.store.path("plan.yaml").read_text()
+    text = fleet.store.path("plan.yaml").read_text(encoding="utf-8")
     assert len([line for line in text.splitlines() if line.startswith("- {name: expert_")]) == 4
     assert Fleet.load(fleet.store.where).content() == fleet.content()
     assert fleet.table["fingerprint"] == LatentStates(S=4).fingerprint
@@ -46,7 +46,9 @@ def test_the_same_yaml_plans_the_same_and_another_is_refused(planned, tmp_path, 
     edited = fleet.store.read("plan.yaml")
     other = planned(tmp_path / "fleet", seed=4)  # nothing has begun
     assert Fleet.load(other.store.where).seed == 4
-    assert "it is replaced, and kept as plan.previous.yaml" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert "it is replaced, and kept as plan.previous.yaml" in said[0]
+    assert said[1:3] == ["  - seed: 3 there, 4 now", "  - experts[0].seed: 3 there, 4 now"]
     assert fleet.store.read("plan.previous.yaml") == edited  # with what may have been written into it by hand
     take(other.store, "expert_001", Watch()).release()
     with pytest.raises(InputError, match="holds another plan, which has begun"):
@@ -56,11 +58,11 @@ def test_the_same_yaml_plans_the_same_and_another_is_refused(planned, tmp_path, 
 def test_a_fleet_that_moved_is_the_same_plan_and_an_edit_names_its_keys(planned, tmp_path):
     fleet = planned(tmp_path / "fleet")
     take(fleet.store, "expert_001", Watch()).release()
-    text = fleet.store.path("plan.yaml").read_text()
+    text = fleet.store.path("plan.yaml").read_text(encoding="utf-8")
     assert str(tmp_path) not in text
     (tmp_path / "fleet").rename(tmp_path / "moved")
     moved = planned(tmp_path / "moved")
-    assert moved.store.path("plan.yaml").read_text() == text
+    assert moved.store.path("plan.yaml").read_text(encoding="utf-8") == text
     assert all(str(tmp_path / "moved") in " ".join(job.argv) for job in moved.jobs())
     assert not any(f"{tmp_path / 'fleet'}/" in " ".join(job.argv) for job in moved.jobs())
     edit(moved, "images: 32", "images: 64")
@@ -162,7 +164,7 @@ def test_rows_are_owned_once_or_every_offender_is_named(owner, spoil):
             "shared: configs: expected a mapping, got ['a']",
         ),
         ("title: fleet", "title: [1]", "title: expected text, got [1]"),
-        ("schema: 1", "schema: 9", "plan of schema 9, this version reads 1"),
+        ("schema: 1", "schema: 9", "schema 9, made by a newer version; this one (0.1.0) reads 1"),
         ("schema: 1", "schema: [", "not valid YAML"),
         ("schema: 1", "schema: 2\nschema: 1", "schema: a key that this mapping has already"),
         ("seed: 3, start: scratch}", "seed: 3, start: scratch, set: {seed_everything: 1}}", "says it itself, by seed"),
@@ -196,7 +198,7 @@ def test_a_changed_config_or_table_is_refused(planned):
     edit(fleet, "set: {}", "set: {model.lrr: 1}")
     with pytest.raises(InputError, match=r"expert_001: .*lrr"):
         Fleet.load(fleet.store.where).check(describe)
-    fleet.store.path("configs/yaml_expert.yaml").write_text("{}")
+    fleet.store.path("configs/yaml_expert.yaml").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match=r"configs/yaml_expert.yaml has been changed. Configs of a fleet stay"):
         Fleet.load(fleet.store.where)
     fleet.store.path("configs/yaml_expert.yaml").unlink()
@@ -254,10 +256,40 @@ def test_a_wrong_yaml_is_refused(changes, message, planned):
 def test_configs_of_one_name_are_kept_apart(planned, configs):
     for folder in ("a", "b"):
         (configs / folder / "x").mkdir(parents=True)
-        (configs / folder / "x" / "c.yaml").write_text(f"model: {{lr: {0.1 if folder == 'a' else 0.2}}}")
+        (configs / folder / "x" / "c.yaml").write_text(
+            f"model: {{lr: {0.1 if folder == 'a' else 0.2}}}", encoding="utf-8"
+        )
     fleet = planned(configs=["expert.yaml", "a/x/c.yaml", "b/x/c.yaml"])
     assert len(fleet.configs) == 3
     assert len({fleet.store.read(name) for name in fleet.configs}) == 3
+
+
+def test_an_edit_by_hand_that_is_planned_over_is_printed(planned, tmp_path, capsys):
+    fleet = planned(tmp_path / "fleet")
+    edited = edit(fleet, "name: expert_003, rows: [3], images: 32", "name: expert_003, rows: [3], images: 64")
+    edited = edited.read_bytes()
+    planned(tmp_path / "fleet")
+    assert capsys.readouterr().out.splitlines()[1:] == ["  - experts[2].images: 64 there, 32 now"]
+    assert fleet.store.read("plan.previous.yaml") == edited
+
+
+def test_a_plan_that_is_refused_leaves_the_folder_as_it_was(configs, tmp_path, capsys):
+    out, file = tmp_path / "out", configs / "fleet.yaml"
+    shared = {"configs": ["shared.yaml"], "images": 32, "set": {"model.objective": "Eps"}}
+    words = ["fleet", "plan", "--config", str(file), "--out", str(out)]
+
+    def plan(**changes):
+        content = yaml.safe_dump({"configs": ["expert.yaml"], "budget": 160, "seed": 3, **changes})
+        file.write_text(content, encoding="utf-8")
+        return main(words)
+
+    assert plan(start={"shared": shared}) == 2
+    assert "starts from shared" in capsys.readouterr().err
+    assert not out.exists()
+    assert plan() == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert plan(start={"shared": shared}) == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_a_start_that_is_not_here_is_named(planned):
@@ -270,7 +302,7 @@ def test_a_start_that_is_not_here_is_named(planned):
 def test_rows_may_be_shared_out_in_any_way(planned, configs):
     fleet = planned(rows=[[1, 3], [2, 4]])
     assert [e.rows for e in fleet.experts] == [[1, 3], [2, 4]]
-    assert yaml.safe_load(fleet.store.path("plan.yaml").read_text())["experts"][0]["rows"] == [1, 3]
+    assert yaml.safe_load(fleet.store.path("plan.yaml").read_text(encoding="utf-8"))["experts"][0]["rows"] == [1, 3]
     with pytest.raises(InputError, match="cannot be read"):
         draft(configs / "none.yaml", describe)
 
@@ -302,7 +334,7 @@ def test_a_fleet_is_planned_in_an_empty_folder(planned, configs, tmp_path, capsy
     for name in ("study.json", "plan.json", "config.yaml"):
         (tmp_path / name).mkdir()
         file = tmp_path / name / name
-        file.write_text("{}")
+        file.write_text("{}", encoding="utf-8")
         with pytest.raises(InputError, match=rf"is not empty and holds no plan of a fleet \(it has {name}\); choose"):
             planned(tmp_path / name)
         assert [p.name for p in file.parent.iterdir()] == [name]
@@ -320,7 +352,7 @@ def test_images_are_not_lowered_below_what_was_seen(planned, capsys):
     fleet = planned()
     pointer = fleet.store.path("expert_002/checkpoints/newest.json")
     pointer.parent.mkdir(parents=True)
-    pointer.write_text('{"step": 4}')
+    pointer.write_text('{"step": 4}', encoding="utf-8")
     FleetWork(fleet, describe).refuse_fewer()
     edit(fleet, "name: expert_002, rows: [2], images: 32", "name: expert_002, rows: [2], images: 16")
     for words in (["plan"], ["run"]):
@@ -332,7 +364,8 @@ def test_images_are_not_lowered_below_what_was_seen(planned, capsys):
 def test_a_plan_of_an_adaptive_budget_says_what_is_its_first_round(configs, tmp_path, capsys):
     (configs / "fleet.yaml").write_text(
         "configs: [expert.yaml]\nset: {model.decay: constant, trainer.val_check_interval: 2}\n"
-        "budget: {images: 512, rule: adaptive}\n"
+        "budget: {images: 512, rule: adaptive}\n",
+        encoding="utf-8",
     )
     assert main(["fleet", "plan", "--config", str(configs / "fleet.yaml"), "--out", str(tmp_path / "f")]) == 0
     said = capsys.readouterr().out
@@ -349,6 +382,9 @@ def test_an_expert_that_has_begun_may_be_given_more_images_and_nothing_else(plan
     edit(fleet, "rows: [2], images: 64, batch: 8, seed: 3", "rows: [2], images: 64, batch: 4, seed: 5")
     with pytest.raises(InputError) as refusal:
         Fleet.load(fleet.root).refuse_late()
+    Fleet.load(fleet.root).refuse_late(["expert_001"])
+    with pytest.raises(InputError, match="expert_002: batch was 8"):
+        Fleet.load(fleet.root).refuse_late(["expert_002"])
     for text in ("expert_002: batch was 8 when it began, and is 4", "seed was 3", "plan.yaml", "Put the lines back"):
         assert text in str(refusal.value)
     edit(fleet, "rows: [2], images: 64, batch: 4, seed: 5", "rows: [2], images: 64, batch: 8, seed: 3")

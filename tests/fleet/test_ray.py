@@ -38,7 +38,7 @@ class Trainings(trainings.Trainings):
         return engine.launch(jobs, self.command, self.folder / "logs", say=self.said.append, **options)
 
     def nodes(self, name):
-        return re.findall(r"Ray's node (\w+)", (self.folder / "logs" / f"{name}.log").read_text())
+        return re.findall(r"Ray's node (\w+)", (self.folder / "logs" / f"{name}.log").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,8 @@ def test_deaths_are_retried_refusals_are_not_and_needs_are_met(cluster, tmp_path
     begun = (tmp_path / "late" / "starts").stat().st_ctime_ns
     assert all(begun > (tmp_path / name / "ends").stat().st_mtime_ns for name in ("dies", "fine"))
     assert sum("is started again" in line for line in t.said) == 4
-    assert any(line.startswith("dies: died on ") and line.endswith("1 of 2") for line in t.said)
+    again = [line for line in t.said if line.startswith("dies: died on ")]
+    assert re.fullmatch(r"dies: died on .* with signal 9 \(Killed\): .+; is started again, 1 of 2", again[0])
 
 
 def test_jobs_are_placed_where_the_resource_is(cluster, tmp_path):
@@ -102,7 +103,10 @@ def test_as_many_at_once_as_there_is_room_and_each_with_its_threads(cluster, tmp
     jobs = [Job(f"j{k}") for k in range(5)]
     command = [sys.executable, "-c", program, str(room)]
     assert engine.launch(jobs, lambda job: command, tmp_path / "logs", cpus=2) == {}
-    said = [(tmp_path / "logs" / f"{job.name}.log").read_text().split("\n")[1].split(maxsplit=1) for job in jobs]
+    said = [
+        (tmp_path / "logs" / f"{job.name}.log").read_text(encoding="utf-8").split("\n")[1].split(maxsplit=1)
+        for job in jobs
+    ]
     assert max(int(together) for together, _ in said) == 2  # nodes of two cores each
     assert {rest for _, rest in said} == {f"2 ['', None] {Path.cwd()}"}
 
@@ -134,6 +138,58 @@ def test_a_lost_node_s_jobs_go_on_elsewhere_from_their_checkpoints(cluster, tmp_
         assert not any(alive(process) for process, _, _ in starts)
 
 
+LOST_NODE = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from lightning_tdisent.fleet.engines import ray as engine
+
+if __name__ == "__main__":
+    engine._ray([])  # before anything of it is imported, as `fleet run` does
+    from ray.cluster_utils import Cluster
+    from trainings import Job, Trainings, until
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes.add_node(num_cpus=1)
+    doomed = nodes.add_node(num_cpus=1)
+    t = Trainings(Path(sys.argv[2]), 60, 0.03)
+
+    def kill():
+        until(lambda: all(len(t.lines(name, "steps")) > 20 for name in "ab"))
+        nodes.remove_node(doomed, allow_graceful=False)
+
+    threading.Thread(target=kill).start()
+    said = []
+    jobs = [Job("a"), Job("b")]
+    failed = engine.launch(jobs, t.command, t.folder / "logs", address=nodes.address, say=said.append)
+    nodes.shutdown()
+    assert failed == {}, failed
+    assert [line for line in said if "NodeDiedError" in line and line.endswith("; is started again, 1 of 3")], said
+"""
+
+
+def test_of_a_lost_node_nothing_is_printed_but_that(tmp_path):
+    script = tmp_path / "launch.py"
+    script.write_text(LOST_NODE, encoding="utf-8")
+    words = [sys.executable, script, Path(__file__).parent, tmp_path]
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "raylet" not in done.stdout + done.stderr
+
+
+def test_a_node_that_lacks_the_package_says_so(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine._work, "__module__", "not_on_any_node")
+    monkeypatch.setitem(sys.modules, "not_on_any_node", engine)
+    t = Trainings(tmp_path)
+    failed = t.launch([Job("a")], retries=1)
+    assert re.match(
+        r"died 2 times, now with no exit status: ModuleNotFoundError: No module named 'not_on_any_node'\. "
+        r"lightning_tdisent, and what --import names, must be importable on every node",
+        failed["a"],
+    )
+    assert "a worker of Ray with no exit status: ModuleNotFoundError" in t.said[0]
+
+
 def test_a_real_fleet_that_loses_a_node_ends_as_the_unbroken_one(cluster, planned, same_weights, tmp_path):
     nodes, _ = cluster
     whole, broken = planned(**REAL), planned(**REAL)
@@ -145,7 +201,7 @@ def test_a_real_fleet_that_loses_a_node_ends_as_the_unbroken_one(cluster, planne
     def kill():
         until(lambda: all(saved_step(broken, name) >= 10 for name in ("expert_001", "expert_002")))
         for name in ("expert_001", "expert_002"):
-            if doomed.node_id in (tmp_path / "logs" / f"{name}.log").read_text():
+            if doomed.node_id in (tmp_path / "logs" / f"{name}.log").read_text(encoding="utf-8"):
                 lost.append(name)
         nodes.remove_node(doomed, allow_graceful=False)
 
@@ -157,7 +213,7 @@ def test_a_real_fleet_that_loses_a_node_ends_as_the_unbroken_one(cluster, planne
     ray.cancel(hold, force=True)
     assert failed == {}
     assert len(lost) == 1
-    assert "going on with" in (tmp_path / "logs" / f"{lost[0]}.log").read_text()
+    assert "going on with" in (tmp_path / "logs" / f"{lost[0]}.log").read_text(encoding="utf-8")
     for unbroken, job in zip(whole.jobs(), jobs, strict=True):
         same_weights(unbroken.folder, job.folder)
 
@@ -217,7 +273,7 @@ def test_an_interrupted_launch_ends_with_all_its_commands_which_save(where, numb
     for name in ran:
         ((status, saved),) = t.lines(name, "ends")
         assert status == 143
-        assert t.lines(name, "steps")[-1][0] == saved == int((tmp_path / name / "kept").read_text())
+        assert t.lines(name, "steps")[-1][0] == saved == int((tmp_path / name / "kept").read_text(encoding="utf-8"))
         ((process,),) = t.lines(name, "starts")
         until(lambda process=process: not alive(process))
 

@@ -5,7 +5,7 @@ import json
 
 import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
+from places import Shared
 
 from lightning_tdisent.cli import describe, fits
 from lightning_tdisent.diffusion.states import LatentStates
@@ -94,7 +94,7 @@ def test_cards_curves_and_board_of_an_adaptive_fleet_agree(planned, digits):
         assert found.images_seen == ends[2]
         for k in (1, 2):
             longest[k] = max(longest[k], ends[k] - ends[k - 1])
-        points = json.loads((fleet.root / name / "curve.json").read_text())["points"]
+        points = json.loads((fleet.root / name / "curve.json").read_text(encoding="utf-8"))["points"]
         assert points[0][0] == 0
         assert points[-1][0] == ends[2]
         assert sum(points[0][1]) / 2 == pytest.approx(found.errors["start"], rel=1e-12)
@@ -108,10 +108,10 @@ def test_cards_curves_and_board_of_an_adaptive_fleet_agree(planned, digits):
     assert cost["images_seen"] == 64 + sum(rounds[2].values()) <= 320
 
 
-def test_the_board_of_an_object_store_shows_the_shared_model_s_error(planned):
-    fsspec.register_implementation("memory", MemoryFileSystem, clobber=True)
+def test_the_board_of_an_object_store_shows_the_shared_model_s_error(planned, tmp_path):
+    fsspec.register_implementation("shared", Shared, clobber=True)
     shared = {"shared": {"configs": ["shared.yaml"], "images": 32}}
-    fleet = planned("memory://board", start=shared, budget=32 + 128)
+    fleet = planned(f"shared:/{tmp_path}/board", start=shared, budget=32 + 128)
     for name, error in (("shared", 0.5), ("expert_001", 0.25)):
         curve = {"points": [[0, [1.0]], [32, [error]]], "variances": [1.0]}
         fleet.store.write(f"{fleet.folder(name)}/curve.json", json.dumps(curve).encode())
@@ -135,6 +135,8 @@ def test_warm_experts_are_what_they_are_alone_when_trained_together(planned, sam
             other.average,
             other.validation["passes"],
         )
-        curves = [json.loads((fleet.root / e.name / "curve.json").read_text()) for fleet in (alone, beside)]
+        curves = [
+            json.loads((fleet.root / e.name / "curve.json").read_text(encoding="utf-8")) for fleet in (alone, beside)
+        ]
         assert curves[0] == curves[1]
         assert curves[0]["points"][0][0] == 0

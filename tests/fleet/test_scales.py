@@ -73,7 +73,7 @@ def test_single_states_of_a_multi_scale_table(planned, tmp_path):
     """An expert a row, time-agnostic, in step and stacked within a scale."""
     fleet = planned(for_rows=SMALL, set={"model.states": SCALES}, budget=4 * 16)
     assert main(["fleet", "run", str(fleet.root), "--workers", "1", "--together", "4", "--stacked"]) == 0
-    stacked = [json.loads((fleet.root / e.name / "stacked.json").read_text()) for e in fleet.experts]
+    stacked = [json.loads((fleet.root / e.name / "stacked.json").read_text(encoding="utf-8")) for e in fleet.experts]
     assert [len(s["experts"]) for s in stacked] == [2] * 4  # those of a scale
     assert max(s["relative_difference"] for s in stacked) < 1e-4
     model, cards = load_model(fleet.root)
@@ -143,14 +143,14 @@ def test_a_conditional_model_is_sampled_and_measured(inpainting, tmp_path, capsy
     out = tmp_path / "evaluation"
     argv = ["evaluate", str(inpainting), "--data", "data/digits", "--protocol", "digits", "-n", "48", "--out", str(out)]
     assert main([*argv, "--sampler", "ancestral", "--metrics", "fd"]) == 0
-    row = json.loads((out / "results.json").read_text())[0]
+    row = json.loads((out / "results.json").read_text(encoding="utf-8"))[0]
     assert {"psnr", "ssim", "consistency", "diversity", "jfd_digits", "fd_digits"} <= row.keys()
     assert (row["draws"], row["given"]) == (4, "Inpainting(share=0.25, seed=0)")
     modes = {name: (out / name).stat().st_mode for name in ("results.json", "samples.safetensors", "report.html")}
     assert len(set(modes.values())) == 1, modes  # all as the umask says
     said = capsys.readouterr().out
     assert "psnr" in said
-    page = (out / "report.html").read_text()
+    page = (out / "report.html").read_text(encoding="utf-8")
     assert "the original, what was given, and draws from it" in page
     (file,) = (out / "observations").glob("*.safetensors")
     assert len(Observations.load(file)) == 12
@@ -161,9 +161,9 @@ def test_two_ranks_measure_a_conditional_model_as_one_does(inpainting, tmp_path)
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [*run, "-m", "lightning_tdisent", *argv, "--out", str(tmp_path / "two")]
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ, timeout=200, check=False)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", env=os.environ, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    one, two = (json.loads((tmp_path / k / "results.json").read_text())[0] for k in ("one", "two"))
+    one, two = (json.loads((tmp_path / k / "results.json").read_text(encoding="utf-8"))[0] for k in ("one", "two"))
     names = ("psnr", "ssim", "consistency", "diversity", "jfd_digits", "fd_digits")
     assert [one[k] for k in names] == pytest.approx([two[k] for k in names], rel=1e-9)
 
@@ -234,7 +234,7 @@ class Stencil(Operator):
     """A mask in a file."""
 
     def __init__(self, file: str) -> None:
-        self.file, self.values = file, torch.tensor(json.loads(Path(file).read_text()))
+        self.file, self.values = file, torch.tensor(json.loads(Path(file).read_text(encoding="utf-8")))
 
     def kernel(self, shape, item):
         return self.values[None, None]
@@ -246,7 +246,7 @@ class Stencil(Operator):
 def test_a_run_does_not_go_on_with_another_file_under_the_name(configs, tmp_path, capsys):
     """The mask of an operator is part of what a run is, by its content."""
     mask = tmp_path / "mask.json"
-    mask.write_text(json.dumps(torch.eye(8).tolist()))
+    mask.write_text(json.dumps(torch.eye(8).tolist()), encoding="utf-8")
     stencil = {"class_path": f"{__name__}.Stencil", "init_args": {"file": str(mask)}}
     states = conditional()
     states["init_args"]["condition"]["operator"] = stencil
@@ -255,13 +255,13 @@ def test_a_run_does_not_go_on_with_another_file_under_the_name(configs, tmp_path
     card = read_card(tmp_path / "run" / "model.safetensors")
     (digest,) = card.states["init_args"]["condition"]["init_args"]["operator"]["files"].values()
     assert digest == hashlib.sha256(mask.read_bytes()).hexdigest()
-    before = mask.read_text()
-    mask.write_text(json.dumps((1 - torch.eye(8)).tolist()))
+    before = mask.read_text(encoding="utf-8")
+    mask.write_text(json.dumps((1 - torch.eye(8)).tolist()), encoding="utf-8")
     argv = ["fit", "--config", str(configs / "shared.yaml"), "--run", str(tmp_path / "run"), *words, "4"]
     assert main([str(word) for word in argv]) == 2
     said = capsys.readouterr().err
     assert "this checkpoint belongs to another model" in said
     assert "mask.json" in said
-    mask.write_text(before)
+    mask.write_text(before, encoding="utf-8")
     by_hand(configs, tmp_path / "run", *words, 4, config="shared")
     assert read_card(tmp_path / "run" / "model.safetensors").steps == 4

@@ -24,6 +24,12 @@ if not os.environ.get("CLUSTER"):
     pytest.skip("starts a SLURM: make test-slurm", allow_module_level=True)
 
 
+def submitted(logs):
+    """Names of the tasks of each job array."""
+    record = json.loads((logs / "slurm.json").read_text(encoding="utf-8"))
+    return {array: names for array, names in record.items() if array != "schema"}
+
+
 class Trainings(trainings.Trainings):
     @property
     def logs(self):
@@ -39,12 +45,12 @@ class Trainings(trainings.Trainings):
         return engine.watch(submission, jobs, every=0.3, lag=5, say=self.said.append)
 
     def starts(self, name):
-        log = (self.logs / f"{name}.log").read_text()
+        log = (self.logs / f"{name}.log").read_text(encoding="utf-8")
         return [line.split("Z ")[1] for line in log.splitlines() if line.startswith("== ")]
 
     def task(self, name):
         """Number of the job's task, as scontrol wants it."""
-        arrays = json.loads((self.logs / "slurm.json").read_text())
+        arrays = submitted(self.logs)
         return next(f"{array}_{names.index(name)}" for array, names in arrays.items() if name in names)
 
     def train_to(self, step, *names):
@@ -132,7 +138,7 @@ def test_near_its_time_limit_a_task_saves_and_comes_back(slurm, at):
     assert len(starts) >= 2
     assert all(again == saved + 1 for (_, _, saved), (_, again, _) in pairwise(starts))
     assert [s.split(", ")[2] for s in t.starts("long")] == [f"restart {k}" for k in range(len(starts))]
-    assert "TIME LIMIT" not in "".join(log.read_text() for log in t.logs.glob("slurm_*.log"))
+    assert "TIME LIMIT" not in "".join(log.read_text(encoding="utf-8") for log in t.logs.glob("slurm_*.log"))
 
 
 @pytest.mark.parametrize("partition", ["main", "graceful"])
@@ -189,11 +195,11 @@ def test_a_real_fleet_requeued_and_killed_ends_as_the_unbroken_one(slurm, planne
 
     def disturb():
         until(lambda: all(saved_step(broken, name) >= 10 for name in ("expert_001", "expert_002")))
-        arrays = json.loads((tmp_path / "logs" / "slurm.json").read_text())
+        arrays = submitted(tmp_path / "logs")
         array = next(array for array, names in arrays.items() if "expert_001" in names)
         assert slurm.ask("scontrol", "requeue", f"{array}_0") == ""
         lease = max((broken.root / "leases").glob("expert_002.*.json"))
-        os.kill(json.loads(lease.read_text())["pid"], signal.SIGKILL)
+        os.kill(json.loads(lease.read_text(encoding="utf-8"))["pid"], signal.SIGKILL)
 
     disturbing = threading.Thread(target=disturb)
     disturbing.start()
@@ -202,7 +208,7 @@ def test_a_real_fleet_requeued_and_killed_ends_as_the_unbroken_one(slurm, planne
     assert failed == {}
     for unbroken, job in zip(whole.jobs(), jobs, strict=True):
         same_weights(unbroken.folder, job.folder)
-        log = (tmp_path / "logs" / f"{job.name}.log").read_text()
+        log = (tmp_path / "logs" / f"{job.name}.log").read_text(encoding="utf-8")
         assert log.count("going on with") == (job.name != "shared")
         assert "srun" not in log
 
@@ -280,11 +286,11 @@ def test_the_command_has_its_cores_and_gpu_and_is_not_taken_for_srun_s(slurm, tm
     jobs = [Job("a"), Job("it's $HOME")]
     options = {"every": 0.3, "say": print, "memory": "64M", "sbatch": {"nodelist": "node1"}}
     assert engine.launch(jobs, lambda job: command, logs, gpus=1, **options) == {}
-    said = [(logs / f"{job.name}.log").read_text().splitlines()[1:] for job in jobs]
+    said = [(logs / f"{job.name}.log").read_text(encoding="utf-8").splitlines()[1:] for job in jobs]
     assert len(list(logs.glob("slurm_*_[01].log"))) == 2
     assert sorted(said) == [["False 1 0"], ["False 1 1"]]
     assert engine.launch(jobs[:1], lambda job: command, logs, cpus=2, **options) == {}
-    assert (logs / "a.log").read_text().splitlines()[-1] == "False 2 None"
+    assert (logs / "a.log").read_text(encoding="utf-8").splitlines()[-1] == "False 2 None"
 
 
 def test_what_sbatch_refuses_leaves_nothing_in_the_queue(slurm, at):
@@ -301,8 +307,8 @@ def test_what_sbatch_refuses_leaves_nothing_in_the_queue(slurm, at):
 
 
 def test_a_controller_that_does_not_answer_is_refused_in_time(at, tmp_path, monkeypatch, slurm):
-    conf = slurm.conf.read_text().replace("SlurmctldPort=", "SlurmctldPort=1\n#")
-    (tmp_path / "slurm.conf").write_text(conf)
+    conf = slurm.conf.read_text(encoding="utf-8").replace("SlurmctldPort=", "SlurmctldPort=1\n#")
+    (tmp_path / "slurm.conf").write_text(conf, encoding="utf-8")
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     began = time.monotonic()
     with pytest.raises(InputError, match=r"sbatch refused a, b: .*Unable to contact slurm controller"):

@@ -27,9 +27,9 @@ STUDY = {
 def study(tmp_path):
     def write(**changes):
         for name in ("a.yaml", "b.yaml"):
-            (tmp_path / name).write_text("{}")
+            (tmp_path / name).write_text("{}", encoding="utf-8")
         file = tmp_path / "study.yaml"
-        file.write_text(json.dumps({**STUDY, **changes}))
+        file.write_text(json.dumps({**STUDY, **changes}), encoding="utf-8")
         return file
 
     return write
@@ -90,16 +90,16 @@ def test_a_folder_keeps_one_plan(study, tmp_path):
     first = plan(file, out)
     first.claim()
     first.jobs[0].folder.mkdir()
-    (first.jobs[0].folder / "half").write_text("")
+    (first.jobs[0].folder / "half").write_text("", encoding="utf-8")
     plan(file, out).claim()  # the same plan goes on, and keeps what its jobs go on from
     assert (first.jobs[0].folder / "half").exists()
     with pytest.raises(InputError, match=r"another study \(seed: 0 there, 3 now\)"):
         plan(file, out, 3).claim()
-    (tmp_path / "a.yaml").write_text("{x: 1}")
+    (tmp_path / "a.yaml").write_text("{x: 1}", encoding="utf-8")
     with pytest.raises(InputError, match=r"another study \(.*a.yaml: x: nothing there, 1 now\)"):
         plan(file, out).claim()
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").write_text("")
+    (tmp_path / "full" / "thesis.txt").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match="is not empty and holds no study"):
         plan(file, tmp_path / "full").claim()
 
@@ -194,7 +194,8 @@ def test_numbers_are_no_names_and_contenders_follow_the_rule(tmp_path, study):
     study()
     (tmp_path / "s.yaml").write_text(
         "runs: {1: {configs: [a.yaml]}, yes: {configs: [a.yaml]}}\n"
-        "contenders: {a/b: {run: 1}, C: {run: 1}, c: {run: 1}, __metadata__: {run: 1}}\ndata: d\nprotocol: digits\n"
+        "contenders: {a/b: {run: 1}, C: {run: 1}, c: {run: 1}, __metadata__: {run: 1}}\ndata: d\nprotocol: digits\n",
+        encoding="utf-8",
     )
     with pytest.raises(InputError) as refusal:
         plan(tmp_path / "s.yaml")
@@ -260,22 +261,22 @@ def begin(todo):
 
 def test_jobs_read_copies_and_an_edit_is_refused_with_key_and_values(study, tmp_path):
     file, out = study(), tmp_path / "out"
-    (tmp_path / "a.yaml").write_text("model: {objective: V, lr: 0.1}\n")
+    (tmp_path / "a.yaml").write_text("model: {objective: V, lr: 0.1}\n", encoding="utf-8")
     first = plan(file, out).claim()
     words = [word for job in first.jobs for option, word in pairwise(job.argv) if option == "--config"]
     assert {Path(word) for word in words} == {out / "configs" / "a.yaml", out / "configs" / "b.yaml"}
-    (tmp_path / "a.yaml").write_text("model: {objective: X0, lr: 0.1}\n")
-    assert (out / "configs" / "a.yaml").read_text() == "model: {objective: V, lr: 0.1}\n"
+    (tmp_path / "a.yaml").write_text("model: {objective: X0, lr: 0.1}\n", encoding="utf-8")
+    assert (out / "configs" / "a.yaml").read_text(encoding="utf-8") == "model: {objective: V, lr: 0.1}\n"
     assert any("planned anew" in line for line in plan(file, out).compare())  # nothing has begun
     first.jobs[0].folder.mkdir()
     with pytest.raises(InputError, match=r"another study \(.*a.yaml: model.objective: 'V' there, 'X0' now\)"):
         plan(file, out).compare()
-    (tmp_path / "a.yaml").write_text("# as it was\nmodel: {lr: 0.1, objective: V}\n")
+    (tmp_path / "a.yaml").write_text("# as it was\nmodel: {lr: 0.1, objective: V}\n", encoding="utf-8")
     again = plan(file, out)
     assert again.compare() == []
     assert [job.argv for job in again.claim().jobs] == [job.argv for job in first.jobs]
-    assert (out / "configs" / "a.yaml").read_text() == "model: {objective: V, lr: 0.1}\n"
-    (out / "configs" / "a.yaml").write_text("model: {objective: Eps}\n")
+    assert (out / "configs" / "a.yaml").read_text(encoding="utf-8") == "model: {objective: V, lr: 0.1}\n"
+    (out / "configs" / "a.yaml").write_text("model: {objective: Eps}\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"configs/a.yaml: has been changed since it was copied"):
         plan(file, out).compare()
 
@@ -285,12 +286,12 @@ def test_an_edited_config_of_a_fleet_is_refused(study, tmp_path):
     file, out = study(runs=runs, contenders=contenders), tmp_path / "out"
     (tmp_path / "sub").mkdir()
     fleet = {"configs": ["../b.yaml"], "start": {"shared": {"configs": ["c.yaml"], "images": 8}}, "budget": 99}
-    (tmp_path / "sub" / "fleet.yaml").write_text(json.dumps(fleet))
-    (tmp_path / "sub" / "c.yaml").write_text("x: 1\n")
+    (tmp_path / "sub" / "fleet.yaml").write_text(json.dumps(fleet), encoding="utf-8")
+    (tmp_path / "sub" / "c.yaml").write_text("x: 1\n", encoding="utf-8")
     todo = plan(file, out).claim()
     assert set(todo.configs) == {"sub/fleet.yaml", "b.yaml", "sub/c.yaml"}
     (out / "f" / "leases").mkdir(parents=True)
-    (tmp_path / "sub" / "c.yaml").write_text("x: 2\n")
+    (tmp_path / "sub" / "c.yaml").write_text("x: 2\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"c.yaml: x: 1 there, 2 now"):
         plan(file, out).compare()
 
@@ -325,17 +326,17 @@ def test_a_study_killed_while_it_takes_its_folder_begins_anew(study, tmp_path):
 def test_a_plan_of_an_older_version_goes_on(study, tmp_path):
     out = tmp_path / "out"
     begin(plan(study(), out))
-    content = json.loads((out / "plan.json").read_text())
+    content = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     content = {k: v for k, v in content.items() if k != "schema"}
     content["configs"] = {key: entry["sha256"] for key, entry in content["configs"].items()}
-    (out / "plan.json").write_text(json.dumps(content))
+    (out / "plan.json").write_text(json.dumps(content), encoding="utf-8")
     for copy in (out / "configs").iterdir():
         copy.unlink()
     todo = plan(study(), out)
     assert todo.compare() == []
     assert (out / "configs" / "a.yaml") in map(Path, todo.claim().jobs[0].argv)
     assert (out / "configs" / "a.yaml").exists()
-    (out / "plan.json").write_text("{}")
+    (out / "plan.json").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match=r"plan.json: damaged: not the plan of a study"):
         plan(study(), out)
 
@@ -351,7 +352,7 @@ def test_studies_are_pooled_if_they_differ_in_the_seed_alone(study, tmp_path):
     with pytest.raises(InputError, match=r"other: runs.shared.--set.trainer.max_steps: nothing there, '9' now"):
         refuse_no_repeats([tmp_path / "s0", tmp_path / "other"])
     file = study()
-    (tmp_path / "b.yaml").write_text("model: {objective: X0}")
+    (tmp_path / "b.yaml").write_text("model: {objective: X0}", encoding="utf-8")
     plan(file, tmp_path / "edited", 3).claim()
     with pytest.raises(InputError, match=r"edited: b.yaml: model.objective: nothing there, 'X0' now"):
         refuse_no_repeats([tmp_path / "s0", tmp_path / "edited"])

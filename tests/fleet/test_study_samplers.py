@@ -16,7 +16,7 @@ data: {class_path: ImageShards, init_args: {path: %s, channels: 1}}
 
 
 def test_contenders_that_cannot_be_sampled_are_refused_all_at_once(tmp_path, digits, capsys):
-    (tmp_path / "run.yaml").write_text(RUN % digits)
+    (tmp_path / "run.yaml").write_text(RUN % digits, encoding="utf-8")
     steps = {"class_path": "DDIM", "init_args": {"steps": 3}}
     study = {
         "out": str(tmp_path / "out"),
@@ -32,7 +32,7 @@ def test_contenders_that_cannot_be_sampled_are_refused_all_at_once(tmp_path, dig
         "protocol": "digits",
         "n": 70,
     }
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     assert main(["study", str(tmp_path / "study.yaml")]) == 2
     said = capsys.readouterr().err
     for name in ("wrong", "cut", "started"):

@@ -26,7 +26,7 @@ def real_command(fleet):
 def saved_step(fleet, name):
     """Step of the newest checkpoint, 0 if there is none."""
     pointer = fleet.root / name / "checkpoints" / "newest.json"
-    return json.loads(pointer.read_text())["step"] if pointer.exists() else 0
+    return json.loads(pointer.read_text(encoding="utf-8"))["step"] if pointer.exists() else 0
 
 
 REAL = {  # of 80 steps each, after a shared model
@@ -49,7 +49,11 @@ class Trainings:
 
     def lines(self, name, file):
         path = self.folder / name / file
-        return [tuple(map(int, line.split())) for line in path.read_text().splitlines()] if path.exists() else []
+        return (
+            [tuple(map(int, line.split())) for line in path.read_text(encoding="utf-8").splitlines()]
+            if path.exists()
+            else []
+        )
 
     def done_steps(self, name):
         """All steps in order; fails if one was left out, or if two processes were at it at once."""
@@ -67,7 +71,7 @@ class Trainings:
         return starts
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=180):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it has not come to that"
@@ -76,9 +80,9 @@ def until(condition, seconds=60):
 
 def alive(process):
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
     return False
 
 
 def parent(process):
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])

@@ -1,7 +1,11 @@
 """When checkpoints are made, which stay, and what is looked at before the first."""
 
+import errno
 import json
+import os
+import pty
 import shutil
+import sys
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -12,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.lit import checkpoints
 from lightning_tdisent.lit.callbacks import checkpoint as module
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
 from lightning_tdisent.lit.callbacks.weights import EMA
@@ -65,7 +70,8 @@ def test_a_checkpoint_says_what_it_is_and_the_pointer_names_the_newest(fit, tmp_
     folder = tmp_path / "checkpoints"
     path, manifest, bad = newest(folder)
     assert (path.name, bad) == ("step-000000005.ckpt", [])
-    assert json.loads((folder / "newest.json").read_text()) == {
+    assert json.loads((folder / "newest.json").read_text(encoding="utf-8")) == {
+        "schema": 1,
         "file": path.name,
         "step": 5,
         "sha256": manifest["sha256"],
@@ -117,7 +123,7 @@ def test_averages_count_as_room(tiny, data, monkeypatch, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(fit, tmp_path):
-    (tmp_path / "checkpoints").write_text("a file")
+    (tmp_path / "checkpoints").write_text("a file", encoding="utf-8")
     with pytest.raises(InputError, match=r"checkpoints cannot be written: File exists. Choose another --run"):
         fit(1, Checkpoint())
 
@@ -158,3 +164,40 @@ def test_the_bytes_are_a_function_of_the_content(tmp_path):
     assert a["sha256"] == b["sha256"]
     back = load(tmp_path / "a" / "step-000000003.ckpt")
     assert all(torch.equal(back["state_dict"][k], w) for k, w in state["state_dict"].items())
+
+
+def test_a_tensor_larger_than_one_read_gives_is_saved(tmp_path, monkeypatch):
+    """The kernel's pread gives 2 GB at most; here 1 MB, for a tensor of 8."""
+    pread, most = os.pread, 2**20
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, most), at))
+    monkeypatch.setattr(checkpoints, "PIECE", most)
+    weights = torch.arange(2**21, dtype=torch.float32)
+    path = tmp_path / "step-1.ckpt"
+    DurableIO().save_checkpoint({"global_step": 1, "weights": weights}, path)
+    assert torch.equal(load(path)["weights"], weights)
+    assert verify(path)["bytes"] > 2**23
+
+
+def test_a_terminal_that_is_gone_before_its_signal_is_heeded_ends_no_training(fit, monkeypatch):
+    """Between the end of a terminal and the handler of SIGHUP, what is written there fails."""
+    master, slave = pty.openpty()
+    stream = os.fdopen(slave, "w", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+
+    class Talk(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2:
+                os.close(master)
+            print("step", trainer.global_step, flush=True)
+
+    with stream:
+        assert fit(4, Checkpoint(every=2), Talk()) == [2, 4]
+        assert sys.stdout is stream
+
+
+def test_other_errors_of_a_terminal_are_errors():
+    def full(text):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    with pytest.raises(OSError, match="No space"):
+        module._Terminal(SimpleNamespace(write=full)).write("x")

@@ -305,7 +305,7 @@ def test_an_object_store_that_fails_is_answered_in_a_line(digits, tmp_path, monk
     with pytest.raises(InputError, match=r"train.index.safetensors cannot be read: ClientError: .*SlowDown"):
         ImageShards("failing://set", 1, seed=0).train_dataloader()
     index = Index.load(path_of(indexed(digits, tmp_path), "train"))
-    monkeypatch.setattr(Index, "load", lambda _: index)
+    monkeypatch.setattr(Index, "load", lambda *_: index)
     for access in ("random", "sequential"):
         data = ImageShards("failing://set", 1, resident=False, access=access, seed=0)
         with pytest.raises(InputError, match=r"train-0000.tar: sample .* cannot be read: ClientError: .*SlowDown"):

@@ -3,8 +3,11 @@
 import copy
 import csv
 import hashlib
+import importlib
 import pickle
+import runpy
 import threading
+from pathlib import Path
 
 import lightning.pytorch as L
 import numpy as np
@@ -29,8 +32,10 @@ from lightning_tdisent.lit.entry import LINE
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.evaluation import x0_errors
-from lightning_tdisent.sampling.expert import read_card
+from lightning_tdisent.sampling.expert import read_card, weights_digest
 from lightning_tdisent.sampling.sampler import DDIM, sample
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -49,6 +54,28 @@ def plain(tmp_path):
     return make
 
 
+def test_the_card_knows_the_weights_it_began_with_and_the_share_of_null_labels(tiny, data, plain, tmp_path):
+    digests = []
+    for k in range(3):
+        if k < 2:
+            torch.manual_seed(5)
+        module = ReducedStates(tiny(classes=10), LatentStates(S=4), label_drop=0.0 if k else 0.1)
+        trainer = plain(folder=tmp_path / str(k), max_steps=2)
+        trainer.fit(module, data())
+        trainer.save_checkpoint(tmp_path / f"{k}.ckpt")
+        card = module.card("live")
+        assert card.label_drop == module.label_drop
+        assert card.initial != weights_digest(module.denoiser)
+        digests.append(card.initial)
+    assert digests[0] == digests[1] != digests[2]
+    again = ReducedStates(tiny(classes=10), LatentStates(S=4), label_drop=0.0)
+    plain(folder=tmp_path / "2", max_steps=3).fit(again, data(), ckpt_path=tmp_path / "2.ckpt")
+    assert again.card("live").initial == digests[2]
+    words = ["sample", str(tmp_path / "2.ckpt"), "--out", str(tmp_path / "images"), "--guidance", "2", "--seeds", "0:1"]
+    assert main(words) == 2
+    assert main([word.replace("2.ckpt", "0.ckpt") for word in words]) == 0
+
+
 def test_validate_and_test_return_the_metrics_and_log_them_once(make, data, plain, tmp_path):
     module, shards = make(), data(val_limit=64)
     trainer = plain(logger=CSVLogger(tmp_path, "", ""))
@@ -60,7 +87,7 @@ def test_validate_and_test_return_the_metrics_and_log_them_once(make, data, plai
         assert metrics[f"{stage}/x0_mse"] == pytest.approx(float(errors.mean()), rel=1e-6)
         assert [metrics[f"{stage}_x0_mse/t{t:04d}"] for t in (250, 500, 750, 1000)] == pytest.approx(errors.tolist())
         assert metrics == {name: float(value) for name, value in trainer.callback_metrics.items()}
-    with (tmp_path / "metrics.csv").open() as file:
+    with (tmp_path / "metrics.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["123", "123"]  # images seen, one row for each stage
     assert [bool(row["val/x0_mse"]) for row in rows] == [True, False]
@@ -170,7 +197,8 @@ def test_losses_that_are_not_finite_are_reported_without_a_guard_of_ones_own(cls
 
 
 def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*.*"))}
+    files = [path for path in sorted(folder.rglob("*.*")) if path.name != ".lock"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize("own", [lambda: Checkpoint(every=2), lambda: EMA(lengths=[0.1], snapshot_every=2)])
@@ -180,7 +208,9 @@ def test_a_second_run_does_not_remove_the_first_ones_files(own, make, data, plai
     before = digests(tmp_path)
     assert len(before) >= 2
     for again in (make(), make(lr=1e-3)):
-        with pytest.raises(InputError, match=rf"^{tmp_path}: holds \w+/step-.* of another run.*default_root_dir"):
+        with pytest.raises(
+            InputError, match=rf"^{tmp_path}: holds \w+/step-.* of an earlier training.*default_root_dir"
+        ):
             plain(own(), **options, max_steps=1).fit(again, datamodule=data(val_limit=64))
         assert digests(tmp_path) == before
     plain(own(), **options, fast_dev_run=True).fit(make(), datamodule=data(val_limit=64))  # writes nothing
@@ -225,7 +255,7 @@ def test_a_stock_checkpoint_is_read_by_every_reader_and_called_unverified(make, 
     for read in (load_model, ReducedStates.load_from_checkpoint):
         with pytest.raises(InputError, match=r"best.ckpt: not a checkpoint of this project: it has no card"):
             read(path)
-    path.with_name("best.ckpt.json").write_text("{}")
+    path.with_name("best.ckpt.json").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match=r"best.ckpt: its manifest cannot be read"):
         load_model(path)
 
@@ -416,6 +446,45 @@ def test_a_warm_start_with_plain_loaders_is_measured_before_its_first_step(make,
 def test_the_weights_of_another_run_are_not_written_over(make, data, plain, tmp_path):
     plain(EMA(), Export()).fit(make(), datamodule=data(val_limit=64))
     before = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(InputError, match=r"holds model.safetensors .* of another run"):
+    with pytest.raises(InputError, match=r"holds model.safetensors .* of an earlier training"):
         plain(EMA(), Export()).fit(make(lr=0.1), datamodule=data(val_limit=64))
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_a_second_ema_a_second_checkpoint_and_a_network_without_weights_to_train_are_refused(make, data, plain):
+    with pytest.raises(InputError, match=r"2 EMA callbacks, of .*0\.1.* and .*0\.9999.*: only one would be validated"):
+        plain(EMA(0.1), EMA(0.9999)).fit(make(), datamodule=data(val_limit=64))
+    with pytest.raises(InputError, match=r"2 Checkpoint callbacks, which would remove each other's files. Keep one"):
+        plain(Checkpoint(), Checkpoint(every=5), enable_checkpointing=True).fit(make(), datamodule=data(val_limit=64))
+    module = make()
+    module.requires_grad_(False)
+    with pytest.raises(InputError, match=r"model\.network: none of its \d+ weights is trained"):
+        plain().fit(module, datamodule=data(val_limit=64))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_script_of_the_readme_trains_what_load_model_reads(digits, tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = text.partition("```python\n")[2].partition("```")[0]
+    for word, value in (("data/digits", str(digits)), ("runs/script", str(tmp_path / "run")), ("2000", "2")):
+        assert word in script
+        script = script.replace(word, value)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "readme_script.py").write_text(script, encoding="utf-8")
+    importlib.import_module("readme_script")
+    model, (card,) = load_model(tmp_path / "run")
+    assert (card.steps, card.weights, model.rows) == (2, "ema", [*range(1, 9)])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_class_of_the_script_that_runs_is_said_to_be_found_by_nobody_else(digits, tmp_path, capsys):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = text.partition("```python\n")[2].partition("```")[0]
+    script = (
+        script.replace("data/digits", str(digits)).replace("runs/script", str(tmp_path / "run")).replace("2000", "2")
+    )
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    runpy.run_path(str(tmp_path / "script.py"), run_name="__main__")
+    assert "note: the class MyNet is defined in the script that runs" in capsys.readouterr().err
+    assert main(["sample", str(tmp_path / "run"), "--out", str(tmp_path / "images")]) == 2
+    assert "MyNet, which was defined in a script: no other program finds it" in capsys.readouterr().err

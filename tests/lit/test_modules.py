@@ -368,3 +368,26 @@ def test_dropout_is_found_in_any_layer(tiny):
         network.regulariser = torch.nn.Sequential(torch.nn.Dropout2d(p))
         assert ReducedStates(network, LatentStates(S=4)).network_is_random is random
     assert ReducedStates(tiny(dropout=0.1), LatentStates(S=4)).network_is_random
+
+
+class Noisy(Network):
+    """Draws while it trains, if ``noise`` is not 0; counts its calls, and keeps statistics of the batches."""
+
+    def __init__(self, shape: list[int], noise: float, conditioning: str | None = None) -> None:
+        super().__init__(shape, None, conditioning)
+        self.noise, self.calls, self.norm, self.dropout = noise, 0, torch.nn.BatchNorm2d(shape[0]), torch.ones(3)
+
+    def forward(self, x, index=None, label=None):
+        self.calls += 1
+        return self.norm(x + self.noise * torch.randn_like(x) if self.training and self.noise else x)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_network_that_draws_is_found_by_trying_a_copy(noise):
+    module = ReducedStates(network := Noisy([1, 8, 8], noise), LatentStates(S=4))
+    network.train()
+    before, state = {k: v.clone() for k, v in network.state_dict().items()}, torch.get_rng_state()
+    assert module.network_is_random is (noise > 0)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert (network.calls, network.training) == (0, True)

@@ -23,15 +23,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import Busy, InputError
 from lightning_tdisent.lit.callbacks.checkpoint import STATUS, Preempted
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.checkpoints import load, newest
 from lightning_tdisent.lit.entry import run
-from lightning_tdisent.lit.resume import lock
+from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.lit.shared import WINDOW, Shared
-from lightning_tdisent.lit.together import RECORD, Member, together
+from lightning_tdisent.lit.together import RECORD, Group, Member, together
 from lightning_tdisent.networks.network import Network
+from lightning_tdisent.runs import RunFolder
 from lightning_tdisent.sampling.expert import load_expert
 from lightning_tdisent.sampling.sampler import from_uint8
 from lightning_tdisent.streaming.decode import Decoder
@@ -116,7 +118,9 @@ def contents(folder):
         "steps": manifest["step"],
         "checkpoint": load(path),
         "weights": load_expert(folder / "model.safetensors")[0].state_dict(),
-        "card": {k: v for k, v in vars(load_expert(folder / "model.safetensors")[1]).items() if k != "seconds"},
+        "card": {
+            k: v for k, v in vars(load_expert(folder / "model.safetensors")[1]).items() if k not in ("seconds", "run")
+        },
         "curves": {tag: [(e.step, e.value) for e in curves.Scalars(tag)] for tag in curves.Tags()["scalars"]},
         "pictures": {p.name: p.read_bytes() for p in sorted((folder / "pictures").glob("*"))},
     }
@@ -130,7 +134,7 @@ def same(a, b, where="", near=None):
         assert close, where
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), (where, a.keys() ^ b.keys())
-        for key in a.keys() - {"seconds", "_batches_that_stepped"}:
+        for key in a.keys() - {"seconds", "run", "_batches_that_stepped"}:
             same(a[key], b[key], f"{where}.{key}", near)
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), where
@@ -218,7 +222,7 @@ def test_a_fit_that_fails_leaves_the_others_alone(argv, tmp_path):
         [quiet(), quiet(), quiet(), quiet(Fails()), quiet(), quiet()],
         stacked=True,
     )
-    assert [type(end) for end in ends] == [InputError, type(None), InputError, RuntimeError, type(None), InputError]
+    assert [type(end) for end in ends] == [InputError, type(None), Busy, RuntimeError, type(None), InputError]
     assert "model.expert: 9 is not among" in str(ends[0])
     assert "in use by process" in str(ends[2])
     assert [newest(tmp_path / k / "checkpoints")[1]["step"] for k in "13"] == [4, 3]
@@ -243,7 +247,7 @@ def test_ctrl_c_given_twice_ends_all_at_once(argv, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         together([argv(tmp_path, k, 50) for k in (1, 2)], [quiet(), quiet(Twice(2, signal.SIGINT, validating=False))])
     for _ in range(1000):
-        with suppress(InputError), lock(tmp_path / "1"):
+        with suppress(InputError), RunFolder(tmp_path / "1"):
             break
         time.sleep(0.01)
     assert not newest(tmp_path / "1" / "checkpoints")[0]  # it was not its turn, nor is it given one more
@@ -426,7 +430,7 @@ def test_stacked_fits_are_those_alone_up_to_rounding_and_go_on_alone(argv, tmp_p
     )
     assert "stacked: 3 experts in one call, gradients within" in capsys.readouterr().out
     for k in budgets:
-        record = json.loads((tmp_path / "group" / str(k) / RECORD).read_text())
+        record = json.loads((tmp_path / "group" / str(k) / RECORD).read_text(encoding="utf-8"))
         assert len(record["experts"]) == (3 if k == 2 else 2)  # when 2 had ended, the others made a stack of their own
         assert 0 < record["relative_difference"] < 1e-5
         assert not (tmp_path / "alone" / str(k) / RECORD).exists()
@@ -451,7 +455,7 @@ def test_experts_are_stacked_by_make_and_the_others_run_as_alone(argv, tmp_path,
     assert said.count("not stacked, its network draws random numbers (dropout)") == 2
     assert said.count("not stacked, trainer.precision is 64-true, not 32-true or bf16-mixed") == 1
     for k in "124":
-        experts = json.loads((tmp_path / "a" / k / RECORD).read_text())["experts"]
+        experts = json.loads((tmp_path / "a" / k / RECORD).read_text(encoding="utf-8"))["experts"]
         assert {e[-3:] for e in experts} == ({"a/2", "b/2"} if k == "2" else {"a/1", "b/1", "a/4", "b/4"})
     for k, more, kind, way in fits[::2]:
         run(argv(tmp_path / "alone" / way, k, 3, *more, **PLAIN, **kind), quiet())
@@ -474,10 +478,18 @@ def test_networks_whose_samples_see_each_other_are_not_stacked(spoils, argv, tmp
     run(argv(tmp_path / "alone", 2, 3, **MIXING), quiet())
     fits = [argv(tmp_path, k, 3, **MIXING) for k in (1, 2)]
     assert together(fits, [quiet(*spoils), quiet()], stacked=True) == [None] * 2
-    said = "each expert computes its own gradients: computed in one call they come out"
-    assert capsys.readouterr().err.count(said) == 1
+    assert capsys.readouterr().err.count("not stacked, its output for one sample depends on the others") == 2
     near(contents(tmp_path / "2"), contents(tmp_path / "alone" / "2"), "")
     assert not (tmp_path / "2" / RECORD).exists()
+
+
+def test_a_training_step_of_ones_own_is_not_stacked(tiny):
+    class Weighted(ReducedStates):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx)
+
+    member = Member(Group(1, stacked=True), 0)
+    assert "Weighted has a training_step of its own" in member._obstacle(None, Weighted(tiny(), LatentStates(S=4)))
 
 
 def test_a_loss_that_is_not_finite_is_skipped_by_its_own_expert_only(argv, tmp_path, capsys):

@@ -48,7 +48,7 @@ def held_out(path, data):
 
 
 def points(folder):
-    return json.loads((folder / "curve.json").read_text())["points"]
+    return json.loads((folder / "curve.json").read_text(encoding="utf-8"))["points"]
 
 
 @pytest.mark.parametrize("lr", [1e-4, 0.003, 0.05])

@@ -138,9 +138,12 @@ def test_a_resumed_run_goes_on_with_its_averages(make, fit, tmp_path, options):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_averages_begun_in_the_middle_of_a_run_move_once_a_step(make, fit, trainer, data, tmp_path, accumulate):
-    run = trainer(4)
+    every = {"accumulate_grad_batches": accumulate, "val_check_interval": 4 * accumulate}
+    run = trainer(4, **every)
     run.callbacks = [c for c in run.callbacks if not isinstance(c, EMA)]
-    run.fit(make(), datamodule=data())
+    module = make()
+    L.seed_everything(0, verbose=False)
+    run.fit(module, datamodule=data())
     run.save_checkpoint(tmp_path / "x.ckpt")
     watch, ema = Watch(), EMA(0.8)
     fit(make(), 7, watch, ema=ema, ckpt_path=tmp_path / "x.ckpt", accumulate_grad_batches=accumulate)

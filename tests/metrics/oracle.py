@@ -228,7 +228,7 @@ def main() -> None:
         said["images"] = {"torch_fidelity": _end_to_end(Path(folder))}
     stream = io.StringIO()
     json.dump(said, stream, indent=1)
-    RECORDED.write_text(stream.getvalue() + "\n")
+    RECORDED.write_text(stream.getvalue() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def copy(folder, tmp_path_factory):
     def copied(**config):
         path = tmp_path_factory.mktemp("copy")
         shutil.copytree(folder, path, dirs_exist_ok=True)
-        said = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps(said | config))
+        said = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        (path / "config.json").write_text(json.dumps(said | config), encoding="utf-8")
         return path
 
     return copied
@@ -172,7 +172,7 @@ def test_what_it_refuses(network, folder, copy, few, tmp_path):
     with pytest.raises(InputError, match="1 or 3 channels, got 2"):
         network(few[:, :2])
     broken = copy()
-    (broken / "config.json").write_text("{")
+    (broken / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match="is no JSON"):
         DINOv2(str(broken))
 
@@ -199,7 +199,9 @@ def test_weights_that_are_not_all_there_are_refused(copy, capfd):
 
 
 def run(program: str) -> str:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

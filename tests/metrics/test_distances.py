@@ -21,7 +21,7 @@ from lightning_tdisent.metrics.distances import (
 )
 from lightning_tdisent.metrics.scores import FeatureMoments, FrechetDistance
 
-SAID = json.loads(RECORDED.read_text())["features"]
+SAID = json.loads(RECORDED.read_text(encoding="utf-8"))["features"]
 
 
 def normal(n, d, seed=0, dtype=torch.float64):
@@ -266,6 +266,20 @@ def test_the_extrapolated_distance_has_no_bias_and_an_honest_error(shift):
     assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.2)
     inside = (abs(values - truth) < 1.96 * errors).double().mean()
     assert inside > 0.88
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7, 10])
+def test_the_extrapolated_distance_does_not_depend_on_classes_that_come_in_turn(classes):
+    """Labels are seed modulo classes: every other image would be of half of the classes alone."""
+    d, n = 8, 2000
+    means = 2 * normal(classes, d, 5)
+    real = gaussian(means.mean(0), torch.eye(d) + (means - means.mean(0)).T @ (means - means.mean(0)) / classes)
+    sets = [normal(n, d, i) + means[torch.arange(n) % classes] for i in range(30)]
+    values = torch.tensor([frechet_infinity(real, f)[0] for f in sets])
+    plain = torch.tensor([frechet(real, Moments.of(f)) for f in sets])
+    # classes of equal shares have less bias than draws of them, by the spread of their means over n
+    assert abs(values.mean()) < plain.mean() + 3 * values.std() / 30**0.5
+    assert abs(values.mean()) < 0.1
 
 
 @pytest.mark.parametrize(

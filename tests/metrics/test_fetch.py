@@ -76,9 +76,16 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     assert cache_folder() == tmp_path / ".cache" / "lightning_tdisent"
 
 
+def test_a_url_is_no_cache(monkeypatch):
+    monkeypatch.setenv("TDISENT_CACHE", "s3://bucket/cache")
+    with pytest.raises(InputError, match="TDISENT_CACHE: s3://bucket/cache: name a folder of this machine"):
+        weights.cache_folder()
+
+
 def test_what_is_not_there_is_asked_for_with_the_command_that_brings_it(cache):
-    for path in (None, cache / "mine.pth"):
-        with pytest.raises(InputError, match=r"fetch inception; or .* --weights FILE") as caught:
+    said = r"fetch inception; or .* --weights FILE", r"Name another file, or none for the one of .* fetch inception"
+    for path, words in zip((None, cache / "mine.pth"), said, strict=True):
+        with pytest.raises(InputError, match=words) as caught:
             locate("inception", path)
         assert str(path or cache / FILE) in str(caught.value)
     with pytest.raises(InputError, match=r"'incepton'.*Did you mean 'inception'"):
@@ -184,7 +191,7 @@ def test_without_a_network_it_says_what_to_do(monkeypatch, cache):
 
 
 def test_a_cache_that_cannot_be_written_is_named(file, content, cache):
-    cache.write_text("a file where the folder should be")
+    cache.write_text("a file where the folder should be", encoding="utf-8")
     with pytest.raises(Halted, match="cannot be written: File exists"):
         fetch("inception", file, digest(content))
 

@@ -159,7 +159,7 @@ def test_batches_are_cut_and_joined(made, few, monkeypatch):
 
 
 def test_end_to_end_is_what_torch_fidelity_recorded(made):
-    recorded = json.loads(RECORDED.read_text())["images"]["torch_fidelity"]
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))["images"]["torch_fidelity"]
     generated, real = (made()(x) for x in images())
     assert generated.features[0, :8].tolist() == pytest.approx(recorded["first_features"], rel=1e-4, abs=1e-4)
     assert generated.logits[0, :8].tolist() == pytest.approx(recorded["first_logits"], rel=1e-4, abs=1e-3)
@@ -198,7 +198,9 @@ def test_what_it_refuses(made, file, few, tmp_path, monkeypatch):
 
 
 def run(program: str) -> str:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -218,7 +220,7 @@ def test_where_torchvision_is_there_torch_fidelity_is_the_real_one(tmp_path):
     stand_in = tmp_path / "torchvision"
     for module in ("", "transforms", "transforms/functional", "datasets"):
         (stand_in / module).mkdir(parents=True)
-        (stand_in / module / "__init__.py").write_text("CIFAR10 = CIFAR100 = STL10 = object\n")
+        (stand_in / module / "__init__.py").write_text("CIFAR10 = CIFAR100 = STL10 = object\n", encoding="utf-8")
     before = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import lightning_tdisent, torch_fidelity; "
     ours = "from lightning_tdisent.metrics.inception import empty; empty(); "
     assert run(before + ours + "print(torch_fidelity.calculate_metrics.__name__)") == "calculate_metrics"

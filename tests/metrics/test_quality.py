@@ -18,11 +18,11 @@ from lightning_tdisent.metrics.features import SHIPPED, SmallClassifier, load_cl
 from lightning_tdisent.metrics.network import Extracted, FeatureNetwork
 from lightning_tdisent.metrics.protocol import PRESETS, Protocol
 from lightning_tdisent.metrics.quality import Quality, named
-from lightning_tdisent.metrics.reference import cache_folder, measure, reference
+from lightning_tdisent.metrics.reference import cache_folder, measure, reference, remembered
 from lightning_tdisent.metrics.scores import InceptionScore
 from lightning_tdisent.streaming.shards import load
 
-SAID = json.loads(RECORDED.read_text())["features"]
+SAID = json.loads(RECORDED.read_text(encoding="utf-8"))["features"]
 
 
 class Flat(FeatureNetwork):
@@ -412,6 +412,36 @@ def test_a_changed_byte_is_refused_and_measured_anew(cache, place):
     cached(lambda i: 1 / 0)  # and it has been mended
 
 
+def kept_reference(real):
+    """Measure images, and return the file, tensors and metadata of the cache."""
+    cached(lambda i: real[i])
+    (file,) = cache_folder().rglob("*.safetensors")
+    with safe_open(file, "pt") as old:
+        return file, {k: old.get_tensor(k) for k in old.keys()}, old.metadata()  # noqa: SIM118
+
+
+def test_a_reference_of_a_newer_version_is_refused_and_left_alone(cache):
+    file, tensors, about = kept_reference(real := drawn(40))
+    save_file(tensors, file, about | {"schema": "2"})
+    content = file.read_bytes()
+    with pytest.raises(InputError, match=r"safetensors: schema 2, made by a newer version.*TDISENT_CACHE"):
+        cached(lambda i: real[i])
+    assert file.read_bytes() == content
+
+
+def test_remembered_numbers_of_a_newer_version_are_refused_and_left_alone(cache):
+    assert remembered("x", lambda: {"x": 1}) == {"x": 1}
+    assert remembered("x", lambda: {"x": 2}) == {"x": 1}
+    (file,) = cache_folder().rglob("x.json")
+    file.write_text(file.read_text(encoding="utf-8").replace('"x": 1', '"x": 3'), encoding="utf-8")
+    assert remembered("x", lambda: {"x": 2}) == {"x": 2}  # changed by another
+    content = file.read_text(encoding="utf-8").replace('"schema": 1', '"schema": 2')
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=r"x.json: schema 2, made by a newer version.*TDISENT_CACHE"):
+        remembered("x", lambda: {"x": 4})
+    assert file.read_text(encoding="utf-8") == content
+
+
 def test_a_reference_under_another_name_is_refused(cache):
     real = drawn(40)
     protocol = cached(lambda i: real[i])[0]
@@ -423,11 +453,7 @@ def test_a_reference_under_another_name_is_refused(cache):
 
 
 def test_a_forged_file_is_refused(cache):
-    real = drawn(40)
-    cached(lambda i: real[i])
-    (file,) = cache_folder().rglob("*.safetensors")
-    with safe_open(file, "pt") as old:
-        tensors, about = {k: old.get_tensor(k) for k in old.keys()}, old.metadata()  # noqa: SIM118
+    file, tensors, about = kept_reference(real := drawn(40))
     tensors["mean"] = tensors["mean"] + 1
     save_file(tensors, file, about)
     with pytest.warns(UserWarning, match="its sha256 is .*it was written with"):

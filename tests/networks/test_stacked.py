@@ -7,7 +7,7 @@ from torch import nn
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.dit import DiT
 from lightning_tdisent.networks.network import Network
-from lightning_tdisent.networks.stacked import stack
+from lightning_tdisent.networks.stacked import obstacle, stack
 from lightning_tdisent.networks.unet import UNet
 
 U = {"shape": [1, 4, 4], "channels": [4, 8], "layers": 1, "groups": 2, "head": 4}
@@ -73,6 +73,62 @@ def test_outputs_and_gradients_are_those_of_each_alone(make):
         own.backward(cotangent[:, k])
         for name, p in network.named_parameters():
             torch.testing.assert_close(found[name][k], p.grad, rtol=1e-9, atol=1e-9, msg=f"{k} {name}")
+
+
+class Kept(Network):
+    """Starts at zero, so that what its middle does is not seen before the first step."""
+
+    def __init__(self, shape, classes=None, conditioning="none"):
+        super().__init__(shape, classes, conditioning)
+        self.first, self.last = nn.Conv2d(shape[0], 4, 3, padding=1), nn.Conv2d(4, shape[0], 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        self.middle, self.unused = nn.Identity(), None
+
+    def forward(self, x, index=None, label=None):
+        return self.last(self.middle(self.first(x)))
+
+
+def with_middle(layer):
+    return lambda net: setattr(net, "middle", layer)
+
+
+def with_unused(net):
+    net.unused = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda net: None, ""),
+        (
+            lambda net: setattr(net, "middle", nn.BatchNorm2d(4, affine=False, track_running_stats=False)),
+            "depends on the",
+        ),
+        (
+            lambda net: setattr(net, "middle", nn.BatchNorm2d(4, affine=False)),
+            "middle.running_mean is a buffer that training changes",
+        ),
+        (
+            lambda net: setattr(net, "middle", nn.InstanceNorm2d(4, track_running_stats=True)),
+            "middle.running_mean is a buffer",
+        ),
+        (with_unused, "unused.weight is not used"),
+        (lambda net: net.first.requires_grad_(False), "first.weight is frozen"),
+    ],
+)
+def test_what_stands_against_stacking_is_seen_before_the_first_step(change, said):
+    net = Kept([1, 4, 4])
+    change(net)
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    found = obstacle(net)
+    assert said in found
+    assert bool(said) == bool(found)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [lambda: UNet(**U, classes=3), lambda: DiT(**D, classes=3), lambda: Odd([2, 4, 4])])
+def test_nothing_stands_against_these(make):
+    assert obstacle(make()) == ""
 
 
 def test_other_makes_are_refused_and_the_networks_left_as_they_were():

@@ -1,6 +1,7 @@
 """Figures show every model, under its own name, against the right one."""
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_tdisent.report import figures
 
@@ -66,3 +67,23 @@ def test_training_curves_have_a_colour_and_a_label_for_each_run_of_a_study(monke
     assert [line.get_ydata()[0] for line in left.lines] == [len(name) for name in names]
     assert colours[1] == colours[2] and colours[3] == colours[4]  # noqa: PT018
     assert len(set(colours)) == 4
+
+
+def test_curves_of_another_run_in_the_folder_are_left_out(tmp_path):
+    def write(run, values, folder=tmp_path):
+        writer = SummaryWriter(str(folder), filename_suffix=f".{run}")
+        for step, value in enumerate(values):
+            writer.add_scalar("train/loss", value, step)
+        writer.close()
+
+    write("aaaa000011112222", [1.0, 2.0])
+    write("bbbb000011112222", [5.0, 6.0, 7.0])
+    whole = figures.read_curves(tmp_path)["train/loss"]
+    assert len(whole) >= 3  # nobody says whose the folder is
+    (tmp_path / "config.yaml").write_text("id: aaaa000011112222\n", encoding="utf-8")
+    assert figures.read_curves(tmp_path) == {"train/loss": [(0, 1.0), (1, 2.0)]}
+    write("early", [4.0])  # before runs had identities
+    assert 4.0 in [value for _, value in figures.read_curves(tmp_path)["train/loss"]]
+    write("aaaa000011112222", [3.0])  # a run that went on has several files
+    assert len(figures.read_curves(tmp_path)["train/loss"]) >= 1
+    assert all(value < 5 for _, value in figures.read_curves(tmp_path)["train/loss"])

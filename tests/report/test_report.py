@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import math
 import os
@@ -11,6 +12,9 @@ from rich.console import Console
 
 from lightning_tdisent.cli import main
 from lightning_tdisent.cli.terminal import wide_console
+from lightning_tdisent.diffusion.bases import Haar
+from lightning_tdisent.diffusion.components import ComponentStates, Condition
+from lightning_tdisent.diffusion.operators import Inpainting, SuperResolution
 from lightning_tdisent.diffusion.schedules import Linear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
@@ -19,12 +23,12 @@ from lightning_tdisent.metrics.features import SmallClassifier, load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.report import evaluate as evaluating
-from lightning_tdisent.report.evaluate import Contender, evaluate
+from lightning_tdisent.report.evaluate import Contender, _Common, evaluate
 from lightning_tdisent.report.page import nearest, write_report
 from lightning_tdisent.report.provenance import facts
 from lightning_tdisent.report.seeds import pool
-from lightning_tdisent.report.study import Study, show
-from lightning_tdisent.report.table import costs, notes, table, tables
+from lightning_tdisent.report.study import Study
+from lightning_tdisent.report.table import WideTable, costs, notes, table, tables
 from lightning_tdisent.sampling.cost import training_cost
 from lightning_tdisent.sampling.evaluation import real_images, state_errors, x0_errors
 from lightning_tdisent.sampling.expert import load_expert, save_expert
@@ -41,7 +45,7 @@ def model(tmp_path):
         module = ReducedStates(net, LatentStates(**states))
         module.images_seen, module.seconds = 1000, 2.0
         path = tmp_path / name / "model.safetensors"
-        save_expert(path, module.denoiser, module.card("ema", 0.9))
+        save_expert(path, module.denoiser, module.card("ema", {"decay": 0.9}))
         return path.parent
 
     return make
@@ -99,9 +103,11 @@ def test_rows_say_what_was_measured(model, sets):
     assert text[0][:4] == ("model", "sampler", "states", "NFE")
     assert text[1][4] == f"{first['fd_digits']:.3f}"
     assert costs(rows)[1][3] == "1,000"
-    few, enough = notes(rows)
+    (start,), (few, enough) = ([n for n in notes(rows) if ("of the signal" in n) == k] for k in (True, False))
+    assert start.startswith("native: its table ends at row 4 with 0.98 of the signal, but samples start from N(0, I)")
     assert "fd_digits of n=20: 64 features' covariance has no full rank; its bias is about" in few
     assert "fd_digits of n=297: about 2.4" in enough
+    assert (f"(protocol {first['protocol']})" in few, f"(protocol {real['protocol']})" in enough) == (True, True)
     assert "for 297 real images, held out" in enough
     assert notes([{**real, "fd_digits": 1000.0}]) == []
     with pytest.raises(InputError, match="must not mix protocols"):
@@ -136,7 +142,7 @@ def test_a_second_evaluation_passes_no_real_image_through_the_network(model, set
     assert sum(seen) == 32  # 20 generated ones in two blocks
     assert again[1] == first[1]
     (file,) = (tmp_path / "cache" / "numbers").iterdir()
-    file.write_text(file.read_text().replace('"n": 297', '"n": 298'))
+    file.write_text(file.read_text(encoding="utf-8").replace('"n": 297', '"n": 298'), encoding="utf-8")
     assert measured(contenders, sets)[0][1] == first[1]
     assert sum(seen) == 32 + 32 + 304
 
@@ -146,7 +152,7 @@ def test_one_that_cannot_be_measured_costs_no_other(model, sets, tmp_path):
     module = ReducedStates(UNet([1, 8, 8], [8, 16], 1, mid_attention=False, groups=4), LatentStates(S=4))
     for p in module.denoiser.parameters():
         p.data.fill_(1e20)  # finite, but not what the network makes of it
-    save_expert(tmp_path / "broken" / "model.safetensors", module.denoiser, module.card("ema", 0.9))
+    save_expert(tmp_path / "broken" / "model.safetensors", module.denoiser, module.card("ema", {"decay": 0.9}))
     contenders = [Contender("broken", tmp_path / "broken", DDIM()), Contender("good", model("few", S=4), DDIM())]
     (broken, good, _), _ = measured(contenders, sets)
     assert "x0_hat at row 4 is not finite" in broken["refused"]
@@ -186,7 +192,7 @@ def test_the_wrong_features_and_steps_are_refused_before_any_work(model, sets):
 def test_a_page_of_files_alone_has_a_table_per_protocol(sets, tmp_path, digits):
     contenders = [Contender("a", digits, None, "train")]
     rows, images = measured(contenders, sets)
-    page = write_report(tmp_path / "r.html", "t", rows, images, contenders, sets[1]).read_text()
+    page = write_report(tmp_path / "r.html", "t", rows, images, contenders, sets[1]).read_text(encoding="utf-8")
     assert page.count("<table>") == 2
     assert all(row["protocol"] in page for row in rows)
     assert "a: fd_digits is 0, these are the images of the reference itself" in notes(rows)
@@ -209,9 +215,9 @@ def test_a_study_is_kept_and_shown_again(model, sets, digits, tmp_path):
     contenders = [{"name": "few & <fair>", "source": str(folder), "sampler": spec}]
     study = Study(str(tmp_path / "s"), "A title", contenders, str(digits), "digits", n=20)
     study.evaluate()
-    page = Study.load(tmp_path / "s").write_report().read_text()
+    page = Study.load(tmp_path / "s").write_report().read_text(encoding="utf-8")
     assert "few &amp; &lt;fair&gt;" in page
-    results = json.loads((tmp_path / "s" / "results.json").read_text())
+    results = json.loads((tmp_path / "s" / "results.json").read_text(encoding="utf-8"))
     assert f"{results[0]['fd_digits']:.3f}" in page
     assert results[0]["protocol"] in page
     assert not re.search(r'(src|href)="(?!data:)', page)  # one file that needs no other
@@ -232,13 +238,13 @@ def test_a_page_says_how_its_numbers_were_measured_not_how_it_was_written(model,
     assert how["machine"]["CPU cores"] == len(os.sched_getaffinity(0))
     assert how["machine"]["threads"] == torch.get_num_threads()
     assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", how["date"])
-    page = study.write_report().read_text()
+    page = study.write_report().read_text(encoding="utf-8")
     assert "tdisent evaluate" in page
     assert "tdisent report" not in page
     assert "<p>a &lt; b &amp; &lt;b&gt;c&lt;/b&gt;</p>" in page
     del row["measured"]  # as older versions left it
-    (tmp_path / "s" / "results.json").write_text(json.dumps([row, real]))
-    assert "measured by a version that did not keep the command" in study.write_report().read_text()
+    (tmp_path / "s" / "results.json").write_text(json.dumps([row, real]), encoding="utf-8")
+    assert "measured by a version that did not keep the command" in study.write_report().read_text(encoding="utf-8")
 
 
 def test_damaged_results_are_named(model, sets, digits, tmp_path, capsys):
@@ -253,12 +259,19 @@ def test_damaged_results_are_named(model, sets, digits, tmp_path, capsys):
     }.items():
         whole = (folder / name).read_bytes()
         for text in texts:
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, encoding="utf-8")
             assert main(["report", str(folder)]) == 2
             said = capsys.readouterr().err
             assert said.startswith(f"error: {folder / name}: damaged or gone (")
             assert said.count("\n") == 1
         (folder / name).write_bytes(whole)
+    rows = json.loads((folder / "results.json").read_bytes())
+    for change, said in (({"training_flops": "1e12"}, "training_flops: expected a number, got '1e12'"),
+                         ({"x0_mse": {"250": "0.1"}}, "x0_mse[250]: expected a number, got '0.1'")):  # fmt: skip
+        (folder / "results.json").write_text(json.dumps([rows[0] | change, *rows[1:]]), encoding="utf-8")
+        assert main(["report", str(folder)]) == 2
+        assert f"one: {said}" in capsys.readouterr().err
+    (folder / "results.json").write_text(json.dumps(rows), encoding="utf-8")
     assert main(["report", str(folder)]) == 0
 
 
@@ -269,14 +282,50 @@ def test_the_row_of_real_images_keeps_its_name(digits):
         Study("s", "t", contenders, str(digits), "digits").check()
 
 
+def test_errors_in_other_units_are_not_put_together():
+    tables = [ComponentStates([1, 8, 8], basis=Haar(1, scales), S=4) for scales in ([2.0, 0.25], [1.0, 1.0])]
+    assert torch.equal(tables[0].log_snr, tables[1].log_snr)
+    assert [len(_Common.of(tables[:1]).rows(table)) for table in tables] == [4, 0]
+    conditional = ComponentStates([1, 8, 8], condition=Condition(Inpainting(0.25)), S=4)
+    other = ComponentStates([1, 8, 8], condition=Condition(SuperResolution(4)), S=4)
+    assert len(_Common.of([conditional]).rows(other)) == 4  # of the image alone, which is the same
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 400])
+def test_no_number_of_a_table_is_cut_in_a_narrow_terminal(width):
+    names = ("model", *(f"metric_{k}" for k in range(14)))
+    rows = [(name, *(f"{k}.{k:05d}" for k in range(14))) for name in ("a model, 10 steps", "b")]
+    stream = io.StringIO()
+    Console(file=stream, width=width, force_terminal=True, color_system=None).print(WideTable("title", [names, *rows]))
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in stream.getvalue()
+    assert all(f" {k}.{k:05d} " in stream.getvalue() for k in range(14))
+    pieces = sum("a model, 10 steps" in line for line in lines)
+    assert (pieces == 1) == (width == 400)
+
+
+def test_a_name_that_leaves_no_room_is_folded_and_its_numbers_are_not():
+    stream, name = io.StringIO(), "/a/very/long/folder/" * 6
+    table = [("model", "fd", "名"), (name, "1234.567", "8.9")]
+    Console(file=stream, width=60, force_terminal=True, color_system=None).print(WideTable("", table))
+    assert " 1234.567 " in stream.getvalue()
+    assert " 8.9 " in stream.getvalue()
+    assert "…" not in stream.getvalue()
+    assert max(map(len, stream.getvalue().splitlines())) <= 60
+
+
 def test_names_are_not_folded_and_small_numbers_have_three_digits(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
     assert wide_console().width == 200  # no number is cut where there is no terminal
     name = "a rather long name of a contender, 10 steps"
-    Console(width=60).print(show("t", [("model", "sampler", "states", "NFE"), (name, "DDIM", "10", "10")]))
+    Console(width=60).print(WideTable("t", [("model", "sampler", "states", "NFE"), (name, "DDIM", "10", "10")]))
     lines = capsys.readouterr().out.splitlines()
     assert any(name in line for line in lines)
     assert max(map(len, lines)) <= 60
+    title = "protocol 08fe7f29: digits features, n=16 (files) against 1500 of train (88f25eaa6d04)"
+    wide_console().print(WideTable(title, [("model", "fd"), ("a", "1")]))
+    assert capsys.readouterr().out.splitlines()[0].rstrip() == title
     flops = {"training_flops": 1.2345e9, "validation_flops": 98765e12, "total_flops": 0.0}
     (_, row) = costs([{"name": "x", "networks": 1, **flops}])
     assert row[2:5] == ("0.00123", "98,800", "0")
@@ -304,7 +353,7 @@ def test_a_sweep_over_the_cut_is_drawn_and_its_best_start_named(model, sets, dig
     assert any(
         line.startswith(f"fewest bits per dimension: {best['name']}, {best['bpd']:.4f}") for line in notes(study.rows)
     )
-    page = study.write_report().read_text()
+    page = study.write_report().read_text(encoding="utf-8")
     for text in ("How much diffusion time is enough", "which part of the chain pays for it", f"{best['bpd']:.3f} ["):
         assert text in page
 
@@ -316,11 +365,11 @@ def test_repeats_of_a_study_are_means_with_their_spread(model, sets, digits, tmp
         source = str(model(f"few{k}", seed=k, S=4))
         contenders = [{"name": n, "source": source, "sampler": spec} for n in ("a", "a, more")]
         Study(str(folder), "A study", contenders, str(digits), "digits", n=20).evaluate()
-        rows = json.loads((folder / "results.json").read_text())
+        rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         rows[0] |= {"fd_digits": 4.0 + k, "images_seen": 1000 + k, "seeds": [k]}
         rows[1] |= {"seeds": [k]}
         rows[1]["training_flops"] = 3 * rows[0]["training_flops"]
-        (folder / "results.json").write_text(json.dumps(rows))
+        (folder / "results.json").write_text(json.dumps(rows), encoding="utf-8")
     moved = tmp_path / "moved"
     folders[2].rename(moved)
     pooled = pool([Study.load(f).rows for f in (*folders[:2], moved)])
@@ -329,7 +378,9 @@ def test_repeats_of_a_study_are_means_with_their_spread(model, sets, digits, tmp
     states = [Study.load(f).rows[0]["eps_mse"] for f in (*folders[:2], moved)]
     assert pooled[0]["eps_mse"] == pytest.approx({k: sum(e[k] for e in states) / 3 for k in states[0]})
     assert main(["report", *map(str, (*folders[:2], moved)), "--out", str(tmp_path / "all.html")]) == 0
-    assert "Means and standard deviations of 3 trainings" in (page := (tmp_path / "all.html").read_text())
+    assert "Means and standard deviations of 3 trainings" in (
+        page := (tmp_path / "all.html").read_text(encoding="utf-8")
+    )
     assert page.count("data:image/svg") == 2
     assert "5.0 ± 1.0" in (said := capsys.readouterr().out)
     for text in ("fd_digits of n=20: 64 features", "How these numbers were obtained", "&quot;seeds&quot;: [\n     2\n"):
@@ -349,7 +400,7 @@ def test_repeats_of_a_study_are_means_with_their_spread(model, sets, digits, tmp
     assert main(["report", str(folders[0]), str(moved)]) == 2
     assert "--out FILE.html is for several folders" in capsys.readouterr().err
     rows[1]["name"] = "other"
-    (moved / "results.json").write_text(json.dumps(rows))
+    (moved / "results.json").write_text(json.dumps(rows), encoding="utf-8")
     with pytest.raises(InputError, match=r"(?s)not one study with other seeds:.*repeat 2 has 'other' besides"):
         pool([Study.load(f).rows for f in (folders[0], moved)])
 
@@ -360,25 +411,59 @@ def test_what_are_no_repeats_is_refused_with_all_that_differs(model, sets, digit
         source = str(model(f"m{name}", seed=seed, S=4))
         contenders = [{"name": "a", "source": source, "sampler": part}]
         Study(str(tmp_path / name), "A study", contenders, str(digits), "digits", n=20).evaluate()
-        rows = json.loads((tmp_path / name / "results.json").read_text())
+        rows = json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8"))
         rows[0]["seeds"] = [seed]
-        (tmp_path / name / "results.json").write_text(json.dumps(rows))
+        (tmp_path / name / "results.json").write_text(json.dumps(rows), encoding="utf-8")
         return rows
+
+    def changed(recipe, key, value):
+        return [recipe[0] | {key: value}, *recipe[1:]]
 
     first, again = evaluated("s0", 0), evaluated("s1", 1)
     assert pool([first, again])[0]["fd_digits_sd"] > 0
+    # of an adaptive fleet: each training decides for itself how long an expert is averaged, and which keep their start
+    kinds = [{"sigma_rel": 0.1, "steps": n, "before": 75} for n in (3, 9)]
+    recipes = [[again[0]["recipe"][0] | {"average": kind} for kind in some] for some in (kinds, kinds[1:])]
+    one = [{**first[0], "recipe": recipes[0], "weights_kind": "ema, start"}, first[1]]
+    assert pool([one, [{**again[0], "recipe": recipes[1], "weights_kind": "ema"}, again[1]]])[0]["fd_digits_sd"] > 0
+    with pytest.raises(InputError, match=r"recipe\[0\].average.sigma_rel: 0.1 in repeat 1, 0.2 in repeat 2"):
+        pool([one, [{**again[0], "recipe": changed(recipes[1], "average", {"sigma_rel": 0.2})}, again[1]]])
     for other, lines in (
-        (evaluated("other", 2, "DPMSolver", {"steps": 2}), ["a: sampler: DDIM(", "a: nfe: 4 in repeat 1, 2 in"]),
-        ([{**again[0], "table": "ab"}, again[1]], [f"a: table: {first[0]['table']} in repeat 1, ab in repeat 2"]),
+        (evaluated("other", 2, "DPMSolver", {"steps": 2}), ["a: sampler: 'DDIM(", "a: nfe: 4 in repeat 1, 2 in"]),
+        ([{**again[0], "table": "ab"}, again[1]], [f"a: table: '{first[0]['table']}' in repeat 1, 'ab' in repeat 2"]),
         ([{**again[0], "sha256": first[0]["sha256"]}, again[1]], ["a: the same weights in repeat 1 and repeat 2"]),
         ([{**again[0], "sha256": ["x"], "seeds": [0]}, again[1]], ["a: the same seed in repeat 1 and repeat 2"]),
         ([{**again[0], "images_seen": 2000}, again[1]], ["a: images_seen: 1000 in repeat 1, 2000 in repeat 2"]),
-        ([{**again[0], "prior": "Gaussian"}, again[1]], ["a: prior: None in repeat 1, Gaussian in repeat 2"]),
+        ([{**again[0], "prior": "Gaussian"}, again[1]], ["a: prior: None in repeat 1, 'Gaussian' in repeat 2"]),
         ([again[0], {**again[1], "images": "ab"}], ["297 real images, held out: images: "]),
+        (
+            [{**again[0], "recipe": changed(again[0]["recipe"], "network", {"class_path": "x"})}, again[1]],
+            ["a: recipe[0].network.class_path: 'lightning_tdisent.networks.unet.UNet' in repeat 1, 'x' in repeat 2"],
+        ),
+        ([{**again[0], "weights_kind": "live"}, again[1]], ["a: weights_kind: 'ema' in repeat 1, 'live' in repeat 2"]),
     ):
         with pytest.raises(InputError) as refusal:
             pool([first, other])
         assert all(line in str(refusal.value) for line in lines), str(refusal.value)
+    batches = [[{**rows[0], "images_a_step": [n]}, rows[1]] for rows, n in ((first, 64), (again, 128))]
+    with pytest.raises(InputError, match=r"a: images_a_step: \[64\] in repeat 1, \[128\] in repeat 2"):
+        pool(batches)
+    bits = {"bpd": 3.0, "bpd_low": 2.9, "bpd_high": 3.1, "bpd_how": "how"}
+    third = [{**again[0], "sha256": ["x"], "seeds": [2], "bpd_refused": "not finite"}, again[1]]
+    pooled = pool([[first[0] | bits, first[1]], [again[0] | bits | {"bpd": 4.0}, again[1]], third])[0]
+    assert not [key for key in pooled if key.startswith("bpd")]
+    assert "bpd, bpd_high, bpd_how, bpd_low" in pooled["not_pooled"]
+    assert "repeat 3: not finite" in pooled["not_pooled"]
+    half = {"kid_digits": 0.5}
+    for some in ([first, [again[0] | half, again[1]]], [[first[0] | half, first[1]], again]):
+        without = [[{k: v for k, v in row.items() if k != "kid_digits" or v == 0.5} for row in rows] for rows in some]
+        pooled = pool(without)[0]
+        assert "kid_digits" not in pooled
+        assert "kid_digits left out" in pooled["not_pooled"]
+    lone = {k: v for k, v in again[0].items() if k not in ("x0_mse", "eps_mse")}
+    pooled = pool([first, [lone, again[1]]])[0]
+    assert not {"x0_mse", "eps_mse", "eps_mse_sd"} & pooled.keys()
+    assert any("eps_mse" in line for line in notes([pooled]))
     folders = [str(tmp_path / name) for name in ("s0", "other")]
     assert main(["report", *folders, "--out", str(tmp_path / "all.html")]) == 2
     assert f"nfe: 4 in {folders[0]}, 2 in {folders[1]}" in capsys.readouterr().err
@@ -393,7 +478,7 @@ def test_a_moved_study_reads_its_own_parts_alone(model, sets, digits, tmp_path, 
     contenders = [{"name": n, "source": str(p), "sampler": spec} for n, p in (("in", inside), ("out", outside))]
     study = Study("here/s", "A title", contenders, str(digits), "digits", n=20, runs={"in": str(inside)})
     study.evaluate()
-    kept = json.loads((folder / "study.json").read_text())
+    kept = json.loads((folder / "study.json").read_text(encoding="utf-8"))
     assert [c["source"] for c in kept["contenders"]] == ["run", str(outside)]
     assert kept["runs"] == {"in": "run"}
     assert [row.get("source") for row in study.rows] == ["run", str(outside), None]
@@ -404,10 +489,10 @@ def test_a_moved_study_reads_its_own_parts_alone(model, sets, digits, tmp_path, 
     found = Study.load(moved)
     assert [str(c.source) for c in found._contenders()] == [str(moved / "run"), str(outside)]
     assert found.runs == {"in": str(moved / "run")}
-    page = found.write_report().read_text()
+    page = found.write_report().read_text(encoding="utf-8")
     old = {**kept, "out": str(folder), "runs": {"in": str(folder / "run")}}  # as versions before kept it
     old["contenders"] = [{**c, "source": str(folder / c["source"])} for c in kept["contenders"]]
-    (moved / "study.json").write_text(json.dumps({k: v for k, v in old.items() if k != "schema"}))
+    (moved / "study.json").write_text(json.dumps({k: v for k, v in old.items() if k != "schema"}), encoding="utf-8")
     assert [str(c.source) for c in Study.load(moved)._contenders()] == [str(moved / "run"), str(outside)]
     model("outside", seed=6, S=4)
     (moved / "run").rename(tmp_path / "elsewhere")
@@ -415,7 +500,7 @@ def test_a_moved_study_reads_its_own_parts_alone(model, sets, digits, tmp_path, 
         Study.load(moved).write_report()
     assert f"in: {moved / 'run'} is gone" in str(refusal.value)
     assert f"out: {outside} holds other weights than were measured" in str(refusal.value)
-    assert (moved / "report.html").read_text() == page
+    assert (moved / "report.html").read_text(encoding="utf-8") == page
 
 
 def test_an_evaluation_goes_on_with_what_is_missing(model, sets, digits, tmp_path, monkeypatch, capsys):
@@ -499,7 +584,7 @@ def test_a_page_of_few_held_out_images_is_written(model, sets, digits, tmp_path,
     contenders = [{"name": "a", "source": str(model("few", S=4)), "sampler": part}]
     study = Study(str(tmp_path / "s"), "t", contenders, str(digits), "digits", n=20, n_held_out=n)
     study.evaluate()
-    assert "Forward: x_0" in study.write_report().read_text()
+    assert "Forward: x_0" in study.write_report().read_text(encoding="utf-8")
 
 
 def test_grid_and_nearest_are_what_they_say():

@@ -152,11 +152,22 @@ def test_the_error_reported_is_that_of_the_best_profile_on_a_fine_grid(sigma_rel
     snapshots = plan(1000, every)
     x, error = coefficients(snapshots, 1000, gamma(sigma_rel))
     columns, goal = sampled(snapshots, 1000, gamma(sigma_rel))
-    best = np.linalg.lstsq(columns, goal, rcond=None)[0]
+    # the last one takes what is left to a sum of 1
+    rest = columns[:, :-1] - columns[:, -1:]
+    best = np.linalg.lstsq(rest, goal - columns[:, -1], rcond=None)[0]
+    best = np.append(best, 1 - best.sum())
+    assert x.sum() == pytest.approx(1, abs=1e-9)
     norm = np.linalg.norm(goal)
     assert norm**2 == pytest.approx(float(overlap(*map(np.array, (1000.0, gamma(sigma_rel)) * 2))), rel=1e-9)
     assert np.linalg.norm(columns @ x - goal) / norm == pytest.approx(error, abs=1e-6)
     assert np.linalg.norm(columns @ best - goal) / norm == pytest.approx(error, abs=1e-6)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.03, 0.075, 0.15, 0.2, LONGEST])
+@pytest.mark.parametrize("snapshots", [plan(1000, 125), [(1000, gamma(0.05)), (1000, gamma(0.1))]])
+def test_weights_that_stand_still_are_their_own_average(snapshots, sigma_rel):
+    x, _ = coefficients(snapshots, 1000, gamma(sigma_rel))
+    assert x @ np.full(len(x), 3.7) == pytest.approx(3.7, abs=1e-9)
 
 
 @settings(deadline=None)

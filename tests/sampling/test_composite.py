@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_tdisent.diffusion.bases import Haar
+from lightning_tdisent.diffusion.components import ComponentStates, Condition
 from lightning_tdisent.diffusion.objectives import X0, Eps, V
+from lightning_tdisent.diffusion.operators import Inpainting, SuperResolution
 from lightning_tdisent.diffusion.schedules import Cosine, Linear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.composite import (
     CompositeDenoiser,
@@ -23,9 +27,9 @@ from lightning_tdisent.sampling.composite import (
     recompose,
 )
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import sha256
+from lightning_tdisent.sampling.expert import load_expert, sha256
 from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
-from lightning_tdisent.sampling.warm import start_warm
+from lightning_tdisent.sampling.warm import refuse_start, start_warm
 
 
 def refusal(call, *args: object) -> str:
@@ -130,7 +134,7 @@ def test_a_composite_outlives_the_files_it_came_from(files, folder):
 
 
 def test_the_manifest(experts, folder):
-    manifest = json.loads((folder / "composite.json").read_text())
+    manifest = json.loads((folder / "composite.json").read_text(encoding="utf-8"))
     assert manifest["fingerprint"] == experts[0].states.fingerprint
     assert [e["rows"] for e in manifest["experts"]] == [[1], [2], [3], [4]]
     assert [e["file"] for e in manifest["experts"]] == [f"rows_000{s}.safetensors" for s in (1, 2, 3, 4)]
@@ -228,7 +232,7 @@ def test_one_expert_of_many_makes_no_images(files, tmp_path):
 def test_files_that_are_no_experts_are_all_named(files, tmp_path):
     empty, text = tmp_path / "empty.safetensors", tmp_path / "text.safetensors"
     empty.touch()
-    text.write_text("no weights")
+    text.write_text("no weights", encoding="utf-8")
     message = refusal(compose, [*files, empty, text, tmp_path / "gone.safetensors"], tmp_path / "out")
     for word in (f"{empty}: not an expert", f"{text}: not an expert", "gone.safetensors: no such file"):
         assert word in message
@@ -245,7 +249,7 @@ def test_one_flipped_bit_in_a_member_is_refused(folder, at):
     text = refusal(load_model, folder)
     assert f"{member}: sha256 is " in text
     assert "rows_0001" not in text
-    manifest = json.loads((folder / "composite.json").read_text())
+    manifest = json.loads((folder / "composite.json").read_text(encoding="utf-8"))
     assert manifest["experts"][2]["sha256"] in text
 
 
@@ -273,8 +277,8 @@ def test_members_of_two_composites_cannot_be_swapped(folder):
     "manifest", ["", "{", "{}", "[]", '{"experts": [{}]}', '{"experts": 3}', "null", '{"experts": ["a"]}']
 )
 def test_a_manifest_that_is_none_is_refused(tmp_path, manifest):
-    (tmp_path / "composite.json").write_text(manifest)
-    assert "composite.json: not a composite" in refusal(load_model, tmp_path)
+    (tmp_path / "composite.json").write_text(manifest, encoding="utf-8")
+    assert re.search(r"composite.json: (not a composite|damaged: its schema is none)", refusal(load_model, tmp_path))
 
 
 def test_a_composite_is_not_written_over(files, folder):
@@ -287,7 +291,7 @@ def test_a_folder_of_something_else_does_not_become_a_composite(files, folder, t
     run = tmp_path / "run"
     run.mkdir()
     (run / "model.safetensors").write_bytes(files[0].read_bytes())
-    (run / "config.yaml").write_text("")
+    (run / "config.yaml").write_text("", encoding="utf-8")
     before = sorted(p.name for p in run.iterdir())
     assert "holds other files (config.yaml, model.safetensors)" in refusal(compose, files, run)
     assert sorted(p.name for p in run.iterdir()) == before
@@ -429,7 +433,7 @@ def test_a_preview_with_a_shared_model_asks_it_where_experts_are_missing(model, 
     fill = f"shared:{write('shared', Denoiser(shared.network, X0(), big))}"
     files = [write(f"{e.rows[0]}", e) for e in experts]
     folder = compose(files, tmp_path / "preview", fill)
-    preview = json.loads((folder / "composite.json").read_text())["preview"]
+    preview = json.loads((folder / "composite.json").read_text(encoding="utf-8"))["preview"]
     assert preview == {"missing": [2, 4], "fill": fill, "sha256": sha256(fill[7:])}
     expected = DDIM()(composite, [1, 2])
     for residency in ("resident", "offload", "stream"):
@@ -439,10 +443,53 @@ def test_a_preview_with_a_shared_model_asks_it_where_experts_are_missing(model, 
         assert torch.equal(DDIM()(loaded, [1, 2]), expected)
 
 
+@pytest.mark.parametrize(
+    "tables",
+    [
+        [ComponentStates([1, 8, 8], basis=Haar(1, scales), S=4) for scales in ([2.0, 0.25], [1.0, 1.0])],
+        [ComponentStates([1, 8, 8], condition=Condition(op), S=4) for op in (Inpainting(0.25), SuperResolution(4))],
+        [LatentStates(S=4), ComponentStates([1, 8, 8], basis=Haar(1), S=4)],
+    ],
+)
+def test_states_that_are_made_otherwise_neither_fill_nor_start_each_other(tables, unet, write, tmp_path):
+    (mine, theirs), net = tables, lambda t, s: unet(0, t.shape_at(s, [1, 8, 8]))
+    for s in (1, 3, 4):
+        write(f"experts/{s}/model", Denoiser(net(mine, s), V(), mine, [s]))
+    rows = theirs.blocks_of_rows[0] if theirs.K > 1 and theirs.condition is None else theirs.rows
+    shared = write("shared", Denoiser(net(theirs, 1), V(), theirs, rows))
+    assert "its states are made of [" in refusal(compose, [tmp_path / "experts"], tmp_path / "out", f"shared:{shared}")
+    begun = Denoiser(net(mine, 1), V(), mine, [1])
+    for call in (start_warm, refuse_start):
+        with pytest.raises(InputError, match=r"are made of \[|network"):
+            call(begun, str(shared))
+
+
+def test_a_start_may_differ_in_how_its_observation_was_trained(unet, write):
+    table, other = (
+        ComponentStates([1, 8, 8], condition=Condition(Inpainting(0.25), weight=weight), S=4) for weight in (1.0, 0.0)
+    )
+    shared = write("shared", Denoiser(unet(0, table.state_shape()), V(), table))
+    begun = Denoiser(unet(1, table.state_shape()), V(), other)
+    start_warm(begun, str(shared))
+    theirs = load_expert(shared)[0].network.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in begun.network.state_dict().items())
+
+
+def test_classes_beside_an_observation_are_not_trained_and_their_labels_must_be_given(unet):
+    table = ComponentStates([1, 8, 8], condition=Condition(Inpainting(0.25)), S=2)
+    with pytest.raises(InputError, match="a model is given a class or an observation, not both"):
+        ReducedStates(unet(0, table.state_shape(), classes=3), table)
+    old = Denoiser(unet(0, table.state_shape(), classes=3), V(), table).eval()
+    given = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(InputError, match="say of which class each is"):
+        next(sample(old, DDIM(), [0], given=given))
+    assert next(sample(old, DDIM(), [0], label=torch.tensor([1]), given=given)).shape == (1, 1, 8, 8)
+
+
 @pytest.mark.parametrize("residency", ["resident", "offload", "stream"])
 def test_a_preview_is_refused_unless_it_is_asked_for(experts, files, tmp_path, residency):
     some = [files[0], files[2]]
-    words = "no expert owns rows 2, 4 of 1..4; --fill nearest"
+    words = "no expert owns rows 2, 4 of 1..4; compose and sample give a preview without them with --fill nearest"
     assert words in refusal(compose, some, tmp_path / "preview")
     folder = compose(some, tmp_path / "preview", "nearest")
     assert words in refusal(load_model, folder, residency)
@@ -451,7 +498,7 @@ def test_a_preview_is_refused_unless_it_is_asked_for(experts, files, tmp_path, r
     assert len(cards) == 2
     made = CompositeDenoiser([experts[0], experts[2]], "nearest")
     assert torch.equal(DPMSolver()(loaded, [5]), DPMSolver()(made, [5]))
-    manifest = json.loads((folder / "composite.json").read_text())
+    manifest = json.loads((folder / "composite.json").read_text(encoding="utf-8"))
     assert manifest["preview"] == {"missing": [2, 4], "fill": "nearest", "sha256": None}
     one, _ = load_model(files[1], residency, "nearest")
     assert one.filled == {1: "row 2", 3: "row 2", 4: "row 2"}
@@ -461,7 +508,7 @@ def test_experts_that_differ_in_what_they_may_are_composed_when_it_is_allowed_an
     experts = [model(rows=[s], seed=s, objective=Eps() if s == 1 else V()) for s in (1, 2, 3, 4)]
     files = [write(f"e{e.rows[0]}", e, **({"data": "other"} if e.rows == [2] else {})) for e in experts]
     said = refusal(compose, files, tmp_path / "out")
-    assert """: parametrisation is "Eps", the others have "V" (--allow-mismatch 'param""" in said
+    assert """: parametrisation is "Eps", the others have "V" (compose --allow-mismatch 'param""" in said
     assert """: training data is "other", the others have""" in said
     assert "training data" in refusal(compose, files, tmp_path / "out", None, ["parametrisation"])
     assert "experts may differ in training data, weights, param" in refusal(compose, files, tmp_path, None, ["table"])

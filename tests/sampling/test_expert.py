@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from lightning_tdisent.diffusion.schedules import Cosine
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.files import write_whole
+from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.networks.dit import DiT
+from lightning_tdisent.sampling.composite import find_files
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import Card, load_expert, read_card, save_expert, sha256
 from lightning_tdisent.sampling.sampler import DDIM
@@ -197,7 +200,7 @@ def test_a_card_that_does_not_fit_is_refused(model, forge, change, words):
 
 
 def test_a_class_outside_the_package_is_refused_without_importing_it(model, forge, tmp_path, monkeypatch):
-    (tmp_path / "somebodys_network.py").write_text("raise SystemExit('imported')\n")
+    (tmp_path / "somebodys_network.py").write_text("raise SystemExit('imported')\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     for place in ("network", "objective", "states"):
         path = forge(model(), lambda c, place=place: c[place].update(class_path="somebodys_network.Net"))
@@ -297,3 +300,17 @@ def _trained(tmp_path, digits):
     config = ["--config", "experiments/digits/reduced8.yaml", "--data.path", str(digits)]
     assert main(["fit", *config, *words, "--run", str(tmp_path / "run")]) == 0
     return tmp_path / "run" / "model.safetensors"
+
+
+def test_weights_of_another_run_in_a_run_folder_are_refused(model, card_of, tmp_path):
+    one, other = tmp_path / "runs" / "r1", tmp_path / "runs" / "r2"
+    for seed, (folder, run) in enumerate(((one, "a" * 16), (other, "b" * 16))):
+        denoiser = model(seed=seed)
+        save_expert(folder / "model.safetensors", denoiser, card_of(denoiser, run=run))
+        (folder / "config.yaml").write_text(f"model: 1\nid: {run}\n", encoding="utf-8")
+    assert find_files(one) == [one / "model.safetensors"]
+    assert Job("one", [], one).card.run == "a" * 16
+    shutil.copy(other / "model.safetensors", one)
+    for look in (lambda: find_files(one), lambda: find_files(tmp_path / "runs"), lambda: Job("one", [], one).card):
+        with pytest.raises(InputError, match=r"model.safetensors is of run b{16}, .*r1 is the folder of run a{16}"):
+            look()

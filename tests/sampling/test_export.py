@@ -46,6 +46,16 @@ def refusal(call, *args, **options) -> str:
 # safetensors and JSON
 
 
+def test_the_page_of_some_rows_says_to_compose_them(model, write, tmp_path):
+    whole = (export(write("all", model(seed=3)), tmp_path / "a") / "README.md").read_text(encoding="utf-8")
+    assert "images = next(sample(model, DDIM(), seeds=range(16)))" in whole
+    assert "`python -m lightning_tdisent sample FOLDER --out images`" in whole
+    one = (export(write("one", model(rows=[2])), tmp_path / "b") / "README.md").read_text(encoding="utf-8")
+    assert "Compose it with the experts of the other rows" in one
+    assert "sample FOLDER" not in one
+    assert "next(sample(" not in one
+
+
 def test_one_network_is_exported_bit_for_bit(model, write, tmp_path):
     source = write("one", model(seed=3))
     for given, name in ((source, "a"), (tmp_path / "a", "b")):
@@ -56,7 +66,9 @@ def test_one_network_is_exported_bit_for_bit(model, write, tmp_path):
     assert cards == [read_card(source)]
     assert torch.equal(DDIM()(loaded, [1, 2]), DDIM()(model(seed=3), [1, 2]))
     assert all(name.startswith("network.net.") for name in loaded.state_dict())
-    assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "b" / "config.json").read_text()
+    assert (tmp_path / "a" / "config.json").read_text(encoding="utf-8") == (tmp_path / "b" / "config.json").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_composite_is_exported_bit_for_bit(experts, composite, tmp_path):
@@ -66,7 +78,7 @@ def test_a_composite_is_exported_bit_for_bit(experts, composite, tmp_path):
     shutil.rmtree(composite)
     loaded, _ = load_model(out)
     assert torch.equal(DDIM()(loaded, [5]), DDIM()(CompositeDenoiser(experts), [5]))
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert config["files"] == {name: sha256(out / name) for name in files}
     assert [e["rows"] for e in config["experts"]] == [[1], [2], [3], [4]]
 
@@ -89,7 +101,7 @@ def test_the_table_in_the_json_is_that_of_the_formula(unet, write, tmp_path):
     root = [(a - root[T]) * root[1] / (root[1] - root[T]) for a in root]
     states = LatentStates(Linear(zero_terminal=True), S=S)
     out = export(write("zero", Denoiser(unet(), V(), states, [2])), tmp_path / "out")
-    config = strict((out / "config.json").read_text())
+    config = strict((out / "config.json").read_text(encoding="utf-8"))
     assert [(r["row"], r["index"]) for r in config["table"]] == [(k, 200 * k) for k in range(1, S + 1)]
     for row in config["table"]:
         a = root[row["index"]]
@@ -103,7 +115,7 @@ def test_the_table_in_the_json_is_that_of_the_formula(unet, write, tmp_path):
 
 def test_the_readme_says_what_it_is_and_what_it_cost(composite, tmp_path):
     merge(sorted(composite.glob("*.safetensors")), tmp_path / "merged", 2)
-    text = (export(tmp_path / "merged", tmp_path / "out") / "README.md").read_text()
+    text = (export(tmp_path / "merged", tmp_path / "out") / "README.md").read_text(encoding="utf-8")
     head, body = text.split("---\n")[1:3]
     assert "library_name: lightning_tdisent\npipeline_tag: unconditional-image-generation\n" in head
     for words in (
@@ -151,9 +163,22 @@ def test_a_network_is_called_with_all_that_it_sees_and_nothing_else(classes, con
 
     network = Strict([1, 2, 2])
     assert flops(network) == 2 * 2 * 2 * 2
+
     x, index, label = network.example(3)
     assert (x.shape, None if label is None else label.tolist()) == ((3, 1, 2, 2), [0, 0, 3] if classes else None)
     assert index is None or index.tolist() == [1, 1, 1]
+
+
+def test_attention_is_counted():
+    class Attends(Network):
+        def __init__(self, shape, classes=None, conditioning="none"):
+            super().__init__(shape, classes, conditioning)
+
+        def forward(self, x, index=None, label=None):
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    n, d = 8, 16
+    assert flops(Attends([2, n, d])) == 2 * (2 * n * n * d + 2 * n * n * d)  # heads: of Q K^T, and of that with V
 
 
 def test_the_cost_of_averages_counts_every_training_once(card_of, model):
@@ -274,11 +299,11 @@ def test_the_scheduler_has_the_table(schedule, S, unet):
 
 def test_a_pipeline_folder_is_whole_and_describes_itself(composite, tmp_path):
     out = export(composite, tmp_path / "out", "diffusers")
-    config = strict((out / "config.json").read_text())
+    config = strict((out / "config.json").read_text(encoding="utf-8"))
     assert config["files"] == {
         "unet/diffusion_pytorch_model.safetensors": sha256(out / "unet/diffusion_pytorch_model.safetensors")
     }
-    text = (out / "README.md").read_text()
+    text = (out / "README.md").read_text(encoding="utf-8")
     assert "library_name: diffusers" in text
     assert "import lightning_tdisent.sampling.export" in text
     assert "num_inference_steps=4, use_clipped_model_output=True" in text
@@ -288,7 +313,7 @@ def test_a_pipeline_folder_is_whole_and_describes_itself(composite, tmp_path):
 def test_a_folder_that_was_changed_is_refused(composite, tmp_path):
     out = export(composite, tmp_path / "out", "diffusers")
     file = out / "unet" / "config.json"
-    good = file.read_text()
+    good = file.read_text(encoding="utf-8")
     for change, words in (
         (lambda c: c["owner"].append(0), "4 networks cannot own 4 rows as [0, 1, 2, 3, 0]"),
         (lambda c: c["owner"].__setitem__(1, 0), "4 networks cannot own 4 rows as [0, 0, 2, 3]"),
@@ -296,7 +321,7 @@ def test_a_folder_that_was_changed_is_refused(composite, tmp_path):
     ):
         config = json.loads(good)
         change(config)
-        file.write_text(json.dumps(config))
+        file.write_text(json.dumps(config), encoding="utf-8")
         assert words in refusal(DiffusionPipeline.from_pretrained, out)
 
 
@@ -371,7 +396,7 @@ def test_dpm_solver_of_diffusers_is_the_own_one_without_its_clip(model):
 @pytest.mark.parametrize("kind", ["one", "many"])
 def test_schedulers_that_do_not_work_are_named(model, experts, tmp_path, write, composite, kind):
     out = export(composite if kind == "many" else write("one", model()), tmp_path / "out", "diffusers")
-    text = (out / "README.md").read_text()
+    text = (out / "README.md").read_text(encoding="utf-8")
     pipe = DiffusionPipeline.from_pretrained(out)
     for name in ("Euler", "EulerAncestral", "Heun", "LMS", "KDPM2"):
         assert f"`{name}DiscreteScheduler`" in text

@@ -72,9 +72,9 @@ def test_a_composite_names_the_expert_that_is_not_finite(model, forge, write, re
     load_model(folder, residency)
     (folder / "rows_0003.safetensors").unlink()
     (folder / "rows_0003.safetensors").write_bytes(bad.read_bytes())
-    manifest = json.loads((folder / "composite.json").read_text())
+    manifest = json.loads((folder / "composite.json").read_text(encoding="utf-8"))
     manifest["experts"][2]["sha256"] = sha256(bad)
-    (folder / "composite.json").write_text(json.dumps(manifest))
+    (folder / "composite.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(NotFinite, match=rf"rows_0003.safetensors: {NAME}"):
         load_model(folder, residency)
 

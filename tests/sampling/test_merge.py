@@ -346,7 +346,7 @@ def refusal(*args, **options) -> str:
 
 
 def test_experts_that_began_elsewhere_are_refused_all_at_once(model, write, files, spoil, tmp_path, states):
-    warm = [{"sha256": "a" * 64, "network": {}, "images_seen": 1, "seconds": 1.0}]
+    warm = [{"sha256": "a" * 64, "network": {"class_path": "a.B", "init_args": {}}, "images_seen": 1, "seconds": 1.0}]
     other = LatentStates(Cosine(), S=4)
     odd = {
         "its initial weights": (write("odd1", model(rows=[2], conditioning="none"), seed=7), "seed 7", "seed 0"),
@@ -377,7 +377,8 @@ def test_experts_that_began_elsewhere_are_refused_all_at_once(model, write, file
 
 def test_experts_that_started_warm_from_one_file_merge_whatever_their_seed(model, write, tmp_path):
     def expert(s, source, seed):
-        parents = [{"sha256": source * 64, "network": {}, "images_seen": 1, "seconds": 1.0}]
+        network = {"class_path": "a.B", "init_args": {}}
+        parents = [{"sha256": source * 64, "network": network, "images_seen": 1, "seconds": 1.0}]
         return write(f"w{s}{source}", model(rows=[s], seed=s, conditioning="none"), parents=parents, seed=seed)
 
     files = [expert(s, "a", s) for s in (1, 2, 3, 4)]
@@ -420,15 +421,36 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(files, images
 def test_missing_rows_and_a_folder_in_use_are_refused(files, tmp_path):
     assert "no expert owns row 4" in refusal(files[:3], tmp_path / "m", 2)
     merge(files, tmp_path / "m", 2)
-    before = json.loads((tmp_path / "m" / "composite.json").read_text())
+    before = json.loads((tmp_path / "m" / "composite.json").read_text(encoding="utf-8"))
     assert "already holds a composite" in refusal(files, tmp_path / "m", 3)
-    assert json.loads((tmp_path / "m" / "composite.json").read_text()) == before
+    assert json.loads((tmp_path / "m" / "composite.json").read_text(encoding="utf-8")) == before
 
 
 def test_a_damaged_expert_is_refused_and_leaves_nothing(files, spoil, tmp_path):
     spoil(files[3])
     assert "e4.safetensors: damaged" in refusal(files, tmp_path / "out" / "m", 2)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_random_weights_are_compared_and_not_the_seed_alone(model, write, tmp_path):
+    rows = [1, 2, 3, 4]
+    same = [write(f"same{s}", model(rows=[s], conditioning="none"), seed=s, initial="a" * 64) for s in rows]
+    merge(same, tmp_path / "m", 2)
+    other = write("other", model(rows=[4], conditioning="none"), seed=4, initial="b" * 64)
+    assert f"random, of hash {'b' * 64}" in refusal([*same[:3], other], tmp_path / "n", 2)
+    older = write("older", model(rows=[4], conditioning="none"), seed=7)  # of which nothing but the seed is known
+    equal = [write(f"equal{s}", model(rows=[s], conditioning="none"), seed=7, initial="a" * 64) for s in rows[:3]]
+    merge([*equal, older], tmp_path / "o", 2)
+    bare = [write(f"bare{s}", model(rows=[s], conditioning="none"), initial="a" * 64, label_drop=0.0) for s in rows]
+    merge(bare, tmp_path / "p", 2)
+    assert [(card.label_drop, card.warm_from) for card in load_model(tmp_path / "p")[1]] == [(0.0, "")] * 2
+
+
+def test_a_folder_with_other_files_is_refused_before_the_search(gains, images, tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "notes.txt").write_text("x", encoding="utf-8")
+    monkeypatch.setattr("lightning_tdisent.sampling.merge.search_weights", None)
+    assert "holds other files (notes.txt)" in refusal(gains, tmp_path / "m", 2, weights="search", data=images)
 
 
 def test_images_that_cannot_be_searched_on_are_refused_before_the_work(pixels, write, tmp_path, states):

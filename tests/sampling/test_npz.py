@@ -96,7 +96,7 @@ def test_an_npz_is_scored_as_its_images_are(digits, tmp_path, monkeypatch, capsy
     def rows(out, *words):
         argv = ["evaluate", *words, "--protocol", "digits", "-n", "297", "--out", str(tmp_path / out)]
         assert main([str(word) for word in argv]) == 0, capsys.readouterr().err
-        return json.loads((tmp_path / out / "results.json").read_text())
+        return json.loads((tmp_path / out / "results.json").read_text(encoding="utf-8"))
 
     of_shards = rows("a", digits, "--data", digits)
     of_files = rows("b", tmp_path / "test.npz", "--data", digits, "--reference", tmp_path / "train.npz")

@@ -80,7 +80,7 @@ def test_a_file_is_part_of_the_part_that_reads_it(own, tmp_path):
 
 def test_a_word_is_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "fresh").write_text("no")
+    (tmp_path / "fresh").write_text("no", encoding="utf-8")
     assert "files" not in str(spec(Condition(Inpainting(), draw="fresh")))
 
 
@@ -181,7 +181,7 @@ def test_a_folder_of_pictures_is_observed_in_turn(tmp_path, conditional, write, 
     folder.mkdir()
     for k, name in enumerate(("b.png", "a.png", "c.PNG")):
         picture(folder / name, torch.full((8, 8), 40 * k))
-    (folder / "notes.md").write_text("mine")
+    (folder / "notes.md").write_text("mine", encoding="utf-8")
     out, said = drawn(weights, "--seeds", "0:5", "--observe", folder)
     assert "items 0, 1, 2, in turn" in said
     seen = Observations.load(out / "observations.safetensors")

@@ -331,7 +331,7 @@ def test_tensors_are_where_the_header_says(model, write, tmp_path):
     ):
         text = json.dumps(header).encode()
         (tmp_path / "odd").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
-        with pytest.raises(InputError, match="w does not lie in the file as its header says"):
+        with pytest.raises(InputError, match=r"as its header says|its header says it ends at byte"):
             pieces(tmp_path / "odd")
     for content in (b"", b"12345678", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b'{"w": {}}'):
         (tmp_path / "odd").write_bytes(content)

@@ -1,13 +1,22 @@
 """Chains that start from a prior: what they draw, and what is refused."""
 
 import dataclasses
+import io
 import json
+import random
+import tarfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_tdisent.cli import main
+from lightning_tdisent.diffusion.bases import Haar
+from lightning_tdisent.diffusion.components import ComponentStates
+from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Linear, ScaledLinear
 from lightning_tdisent.diffusion.spec import build, spec
@@ -17,7 +26,8 @@ from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.priors.mixture import Mixture
 from lightning_tdisent.priors.prior import StandardNormal
 from lightning_tdisent.sampling.composite import compose, load_model
-from lightning_tdisent.sampling.denoiser import Guided
+from lightning_tdisent.sampling.denoiser import Denoiser, Guided
+from lightning_tdisent.sampling.export import export
 from lightning_tdisent.sampling.likelihood import variational_bound
 from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
 from lightning_tdisent.sampling.start import (
@@ -26,10 +36,14 @@ from lightning_tdisent.sampling.start import (
     PriorCard,
     Started,
     fit_prior,
+    fit_to,
     load_prior,
     load_started,
     save_prior,
+    signal_note,
 )
+from lightning_tdisent.streaming.decode import Decoder
+from lightning_tdisent.streaming.shards import Shards
 
 
 class Exact:
@@ -232,6 +246,81 @@ def test_an_implicit_start_is_another_model_s_image_noised_to_the_row(model, wri
         of_a_folder.sample(range(2), 750)
 
 
+def test_a_source_of_several_scales_starts_in_its_own_shape_and_ends_as_an_image(unet, write, tmp_path):
+    table = ComponentStates([1, 8, 8], basis=Haar(1, [2.0, 0.25]), S=4)
+    for k, rows in enumerate(table.blocks_of_rows):
+        net = unet(k, table.shape_at(rows[0], [1, 8, 8]))
+        write(f"parts/{k}/model", Denoiser(net, V(), table, rows), data="data")
+    source = compose([tmp_path / "parts" / str(k) for k in range(2)], tmp_path / "source")
+    prior = Implicit(str(source))
+    fit_prior(prior, LatentStates(S=4), 3, torch.zeros(2, 1, 8, 8), "data")
+    model, _ = load_model(source)
+    with torch.inference_mode():
+        noise = seed_noise([5], FITTING, table.shape_at(4, [1, 8, 8]))
+        image = table.picture([*DDIM().walk(model, [5], start=noise)][-1][1])
+        assert torch.equal(prior._images([5]), image)
+    assert prior.evaluations == 4
+    assert sum(card.images_seen for card in prior.cards) == sum(card.images_seen for card in load_model(source)[1])
+
+
+def test_what_the_source_of_a_start_costs_is_counted(model, write, digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("TDISENT_CACHE", str(tmp_path / "cache"))
+    data = Shards.open(digits, "train", Decoder(1)).digest
+    source = write("source", model(rows=[1, 2, 3, 4], seed=7), data=data, images_seen=1000)
+    write("run/model", model(rows=[1, 2, 3, 4]), data=data, images_seen=500)
+    for name, path, extra in (("other", source, 1000), ("itself", tmp_path / "run", 0)):
+        fit = ["prior", str(tmp_path / "run"), "--at", "3", "--kind", "Implicit", "--set", f"source={path}"]
+        fit += ["--set", "steps=2", "--data", str(digits), "-n", "8", "--out", str(tmp_path / name)]
+        assert main(fit) == 0
+        words = ["evaluate", str(tmp_path / "run"), "--prior", str(tmp_path / name), "--data", str(digits), "-n", "16"]
+        out = tmp_path / f"{name}_measured"
+        assert main([*words, "--protocol", "digits", "--held-out", "40", "--out", str(out)]) == 0
+        row = json.loads((out / "results.json").read_text(encoding="utf-8"))[0]
+        assert (row["images_seen"], row["nfe"]) == (500 + extra, 3 + 2)
+
+
+def test_latents_are_not_clipped_and_say_so_if_they_would_be(model, write, tmp_path):
+    source = write("source", model(rows=[1, 2, 3, 4], seed=7), data="data")
+    with pytest.raises(InputError, match="the data go up to 3, clip is 1; give clip: null for latents"):
+        fit_prior(Implicit(str(source)), LatentStates(S=4), 3, torch.full((2, 1, 8, 8), 3.0), "data")
+    prior = Implicit(str(source), clip=None)
+    fit_prior(prior, LatentStates(S=4), 3, torch.full((2, 1, 8, 8), 3.0), "data")
+    with torch.inference_mode():
+        noise = seed_noise([5], FITTING, [1, 8, 8])
+        free = [*DDIM(clip=None).walk(load_model(source)[0], [5], start=noise)][-1][1]
+    assert torch.equal(prior._images([5]), free)
+    assert float(free.abs().max()) > 1
+
+
+def test_a_table_that_keeps_signal_at_its_end_says_where_its_samples_start(unet, write, tmp_path, capsys):
+    cut = LatentStates(S=4, cut=2)
+    table = LatentStates(S=4)
+    for name, states, said in (("cut", cut, True), ("whole", table, False)):
+        write(f"{name}/model", Denoiser(unet(), V(), states), data="unknown")
+        assert bool(signal_note(load_model(tmp_path / name)[0])) == said
+        words = ["sample", str(tmp_path / name), "--out", str(tmp_path / f"{name}_images"), "--seeds", "0:2"]
+        assert main(words) == 0
+        assert ("its table ends at row 2 with 0.28 of the signal" in capsys.readouterr().out) == said
+        page = (export(tmp_path / name, tmp_path / f"{name}_exported") / "README.md").read_text(encoding="utf-8")
+        assert ("Note: its table ends at row 2" in page) == said
+
+
+def test_a_prior_of_few_images_sees_shards_that_lie_class_by_class_from_end_to_end(model, write, tmp_path):
+    levels = [10 + 20 * k for k in range(10)]
+    with tarfile.open(tmp_path / "train-0000.tar", "w") as tar:
+        for i, level in enumerate(np.repeat(levels, 20)):
+            stream = io.BytesIO()
+            Image.fromarray(np.full((8, 8), level + i % 2, dtype=np.uint8)).save(stream, "png")
+            info = tarfile.TarInfo(f"{i:04d}.png")
+            info.size = stream.tell()
+            tar.addfile(info, io.BytesIO(stream.getvalue()))
+    source = write("run/model", model(rows=[1, 2, 3, 4]), data="unknown")
+    prior, card = fit_to(source, 2, {"class_path": "lightning_tdisent.Gaussian", "init_args": {}}, tmp_path, n=20)
+    a, _ = LatentStates(S=4).coefficients(2)
+    assert card.n == 20
+    assert float((prior.mean.mean() / a + 1) * 127.5) == pytest.approx(np.mean(levels), abs=1)
+
+
 def test_an_autoencoder_may_be_the_start(tmp_path):
     from diffusers import AutoencoderKL
 
@@ -286,7 +375,7 @@ def test_the_command_fits_prints_and_is_used_by_sample_and_evaluate(
     assert main([*ask, "fd,bpd,bpd_ode"]) == 2
     assert "wants 100 of them; no model here has as many" in capsys.readouterr().err
     assert main([*ask, "fd,bpd"]) == 0
-    row = json.loads((tmp_path / "eval" / "results.json").read_text())[0]
+    row = json.loads((tmp_path / "eval" / "results.json").read_text(encoding="utf-8"))[0]
     assert (row["cut"], row["prior"], row["nfe"]) == (3, "Mixture", 3)
     terms = row["bpd_terms"]
     assert row["bpd"] == pytest.approx(terms["decoder"] + terms["prior"] + sum(terms["rows"].values()))
@@ -320,6 +409,17 @@ def test_a_prior_of_data_that_the_model_has_not_seen_is_refused_when_it_is_fitte
     assert main(fitting(other, tmp_path / "p")) == 2
     unknown = write("unknown", model(rows=[1, 2, 3, 4]), data="unknown")
     assert main(fitting(unknown, tmp_path / "p")) == 0
+
+
+def test_a_prior_is_not_written_into_the_folder_of_a_run(model, write, digest, tmp_path, capsys):
+    path = write("model", model(rows=[1, 2, 3, 4]), data=digest["train"])
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("id: aaaa000011112222", encoding="utf-8")
+    for out in (run, path.parent):
+        assert main(fitting(path, out)) == 2
+        assert "is the folder of a run or of weights; choose another for the prior" in capsys.readouterr().err
+    assert sorted(p.name for p in run.iterdir()) == ["config.yaml"]
 
 
 def test_a_prior_of_few_images_says_its_rank(model, write, digest, tmp_path, capsys):
@@ -383,3 +483,25 @@ def test_priors_written_before_classes_were_kept_are_read(fitted):
     _, card = load_prior(fitted())
     content = {k: v for k, v in dataclasses.asdict(card).items() if k != "label"}
     assert PriorCard.from_json(content, "old") == card
+
+
+def test_every_flipped_bit_of_a_prior_is_found(fitted):
+    file = fitted() / "prior.safetensors"
+    content = file.read_bytes()
+    rng = random.Random(0)  # noqa: S311
+    for _ in range(200):
+        at = rng.randrange(len(content))
+        file.write_bytes(content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :])
+        with pytest.raises(InputError):
+            load_prior(file)
+    file.write_bytes(content)
+    load_prior(file)
+    card = json.loads(read_metadata(file)["prior"])
+    assert len(card.pop("sha256")) == 64
+    save_file(load_file(file), file, {"prior": json.dumps(card)})  # as the first versions wrote it
+    load_prior(file)
+
+
+def read_metadata(file):
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()

@@ -677,7 +677,7 @@ def test_images_of_two_sizes_in_a_batch_are_refused(shards):
     write(shards / "train-0003.tar", [("9999.png", png(0, 5)), ("9999.cls", b"1")])
     with pytest.raises(
         InputError,
-        match=r"differ in size: .*sample 0000 .* has \[1, 4, 4\], .*sample 9999 .* has \[1, 5, 5\]; give data.size",
+        match=r"differ in size: .*sample 0000 .* has \[1, 4, 4\], .*sample 9999 .* has \[1, 5, 5\]; prepare all",
     ):
         opened(shards).batch([0, 30])
     assert Shards.open(shards, "train", Decoder(1, 4)).batch([0, 30])["image"].shape == (2, 1, 4, 4)

@@ -35,7 +35,7 @@ def downloaded(tmp_path):
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
         (tmp_path / f"{shard:05d}.parquet").write_bytes(b"PAR1")
-        (tmp_path / f"{shard:05d}_stats.json").write_text(json.dumps({"count": 5, "successes": 4}))
+        (tmp_path / f"{shard:05d}_stats.json").write_text(json.dumps({"count": 5, "successes": 4}), encoding="utf-8")
     return tmp_path
 
 

@@ -69,6 +69,15 @@ def source(kind, folder):
     return dataset
 
 
+class Chained:
+    """A source that reads shards one after the other, as `Shards` does those of a folder."""
+
+    def stream_shards(self, shards, start):
+        for shard in shards:
+            yield from self.stream(shard, start)
+            start = 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_order_is_a_function_of_seed_and_epoch_alone(kind, tilted_shards):
     make = source(kind, tilted_shards)
@@ -127,7 +136,7 @@ def test_one_shard_on_four_ranks(kind, tilted_shards):
 def test_lanes_cut_any_shards_into_any_batches(counts, batch, world, buffer, first, workers):
     """The parts of all ranks and workers, put together, are those of one process; an epoch repeats nothing."""
 
-    class Source:
+    class Source(Chained):
         urls = [str(i) for i in range(len(counts))]
         index = Index(tuple(Shard(str(i), 0, "", n, "") for i, n in enumerate(counts)), (), None)
 
@@ -195,7 +204,7 @@ def test_each_byte_is_read_once_unless_ranks_share_a_lane(ranks, times, tilted_s
     assert sum(read) == pytest.approx(times * size, rel=0 if times in (1, 2) else 0.1)
 
 
-class Numbers:
+class Numbers(Chained):
     """A source of equal shards whose samples are their numbers."""
 
     def __init__(self, shards, each):
@@ -247,7 +256,7 @@ def test_shards_follow_each_other_in_another_order_every_epoch():
     class Noted(Numbers):
         def stream(self, shard, start):
             self.asked.append(shard)
-            return super().stream(shard, start)
+            return super().stream(shard, start)  # which `stream_shards` asks for each
 
     source, rings = Noted(8, 20), []
     run = Streamed(source, 1, 0)
@@ -331,7 +340,7 @@ def test_a_pattern_names_shards(shards):
             find(path, "train")
 
 
-class Counted:
+class Counted(Chained):
     """64 shards of 32 samples, each of which is the number of its shard."""
 
     urls = range(64)

@@ -118,7 +118,7 @@ def test_bytes_are_kept_and_every_image_has_its_label(folder, tmp_path):
     index = Index.load(tmp_path / "out" / "train.index.safetensors")
     assert [s.samples for s in index.shards] == [12, 12, 6]
     assert [index.key(i) for i in range(30)] == list(samples)
-    record = json.loads((tmp_path / "out" / "train.prepare.json").read_text())
+    record = json.loads((tmp_path / "out" / "train.prepare.json").read_text(encoding="utf-8"))
     assert record["classes"] == ["c0", "c1"]
     assert record["fingerprint"] == source.fingerprint()
 
@@ -230,7 +230,7 @@ def test_values_of_a_set_are_scaled_by_one_range(kind, form, tmp_path):
     source = Listed(*contents)
     made = prepare(source, "train", tmp_path / "a", Options(range=(0, 102)), jobs=0)
     assert [int(pixels(m["png"]).max()) for m in read(tmp_path / "a").values()] == [0, 2, 250]  # 2.5 is rounded to even
-    assert json.loads((tmp_path / "a" / "train.prepare.json").read_text())["range"] == [0, 102]
+    assert json.loads((tmp_path / "a" / "train.prepare.json").read_text(encoding="utf-8"))["range"] == [0, 102]
     name = {"u": "16 bits", "i": "integers of 32 bits", "f": "floats"}[np.dtype(kind).kind]
     assert made.depths == {name: 3}
     with pytest.raises(InputError, match=r"range: \[0, 102\] there, \[0, 255\] asked for"):
@@ -346,7 +346,7 @@ def test_bad_samples_are_left_out_and_named(tmp_path):
     parts = "no bytes", "", "not an image", "truncated", "has 0 images", "has 2 images", "UTF-8", "no number"
     for reason, part in zip(reasons, (*parts, "12000 x 12000", "bomb"), strict=True):
         assert part in reason
-    lines = (tmp_path / "train.skipped.txt").read_text().splitlines()
+    lines = (tmp_path / "train.skipped.txt").read_text(encoding="utf-8").splitlines()
     assert lines == [f"{s.number:08d}\t{s.name}\t{s.reason}" for s in summary.skipped]
     assert list(read(tmp_path)) == [f"{i:08d}_{i}" for i in range(15) if i not in contents]
     again = prepare(source, "train", tmp_path, Options(bad=0.9, samples=4, encode="png", size=128), jobs=0)
@@ -368,7 +368,9 @@ def test_more_bad_samples_than_allowed_stop_it(bad, n, allowed, tmp_path):
             InputError, match=rf"bad={bad:g} allows {allowed} of 40\. The first is at/{39 - allowed}\.x"
         ):
             written(allowed + 1)
-        assert (tmp_path / str(allowed + 1) / "train.skipped.txt").read_text().count("\n") == allowed + 1
+        assert (tmp_path / str(allowed + 1) / "train.skipped.txt").read_text(encoding="utf-8").count(
+            "\n"
+        ) == allowed + 1
         assert not list((tmp_path / str(allowed + 1)).glob("*.tar"))
 
 
@@ -431,9 +433,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(jobs, folder, tmp_path):
     (folder / "c0" / "bad.png").write_bytes(b"bad")
     source, options = find_source(folder, "train"), Options(samples=5, encode="png", size=128)
     script, out = tmp_path / "slow.py", tmp_path / "killed"
-    script.write_text(SLOW)
+    script.write_text(SLOW, encoding="utf-8")
     command = [sys.executable, str(script), str(folder), str(out), str(jobs)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True) as process:
         for line in process.stdout:
             if int(line) >= 15:
                 break
@@ -446,7 +448,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(jobs, folder, tmp_path):
     for file in shards:
         with tarfile.open(file) as tar:
             assert len(tar.getnames()) >= 8  # whole
-    (out / ".train-0003.tar.1.tmp").write_bytes(b"litter")
+    (out / ".train-0003.tar.tmp").write_bytes(b"litter")
+    os.utime(out / ".train-0003.tar.tmp", (1, 1))  # of no process that can be asked, but old
     wait_for(lambda: not any(map(alive, children)))
     summary = prepare(source, "train", out, options, jobs=0)
     assert summary == prepare(source, "train", tmp_path / "unbroken", options, jobs=0)
@@ -457,7 +460,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(jobs, folder, tmp_path):
 def descendants(pid):
     """Processes that a process started, and those that these did."""
     found = []
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="utf-8") as file:
         for child in map(int, file.read().split()):
             found += [child, *descendants(child)]
     return found
@@ -465,7 +468,7 @@ def descendants(pid):
 
 def alive(pid):
     try:
-        with open(f"/proc/{pid}/stat") as file:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
@@ -501,7 +504,7 @@ def stopped(folder, out, *jobs):
 
 def test_a_shard_that_changed_since_it_was_written_is_named_before_the_index(folder, tmp_path):
     out, options = stopped(folder, tmp_path / "out"), Options(samples=6, shuffle=False)
-    lines = (out / "train.sha256").read_text().splitlines()
+    lines = (out / "train.sha256").read_text(encoding="utf-8").splitlines()
     shards = [out / f"train-000{k}.tar" for k in range(3)]
     assert [line for line in lines if line[66:] < "train-0003"] == [
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" for file in shards
@@ -584,7 +587,7 @@ def test_shards_of_something_else_are_not_touched(folder, tmp_path):
     with pytest.raises(InputError, match=r"holds train-0007.tar, which train.prepare.json does not ask for"):
         prepare(source, "train", tmp_path, jobs=0)
     strange.unlink()
-    (tmp_path / "train.prepare.json").write_text('{"format"')
+    (tmp_path / "train.prepare.json").write_text('{"format"', encoding="utf-8")
     with pytest.raises(InputError, match=r"train\.prepare\.json is damaged"):
         prepare(source, "train", tmp_path, jobs=0)
 
@@ -651,7 +654,7 @@ def test_what_was_left_out_is_known_whatever_happens(tmp_path):
     options = Options(samples=10, bad=0.1)
     with full_at(".train.skipped.txt.*", 1), pytest.raises(Halted, match="No space left"):
         prepare(source, "train", tmp_path / "a", options, jobs=0)
-    assert (tmp_path / "a" / "train.skipped.txt").read_text().startswith("00000003\t")
+    assert (tmp_path / "a" / "train.skipped.txt").read_text(encoding="utf-8").startswith("00000003\t")
     assert [s.number for s in prepare(source, "train", tmp_path / "a", options, jobs=0).skipped] == [3, 15]
     prepare(source, "train", tmp_path / "b", options, jobs=0)
     assert fingerprints(tmp_path / "a") == fingerprints(tmp_path / "b")
@@ -710,7 +713,7 @@ def test_another_split_of_the_same_images_is_refused(folder, tmp_path):
 @pytest.mark.parametrize(("again", "refused"), [(1, False), (2, True), (60, True)])
 def test_more_than_a_hundredth_of_images_of_two_splits_is_refused_at_the_end(again, refused, tmp_path):
     train = [coded(Image.new("L", (2, 2), k)) for k in range(100)]
-    test = [coded(Image.new("L", (2, 3), k)) for k in range(100 - again)] + train[:again]
+    test = [coded(Image.new("L", (2, 2), 100 + k)) for k in range(100 - again)] + train[:again]
     prepare(Listed(*train), "train", tmp_path, jobs=0)
     if not refused:
         assert prepare(Listed(*test), "test", tmp_path, Options(samples=20), jobs=0).shared == {"train": again}
@@ -760,7 +763,7 @@ def test_latents_are_those_of_a_direct_encode(vae, tmp_path):
             for half, full in zip(entry, scaled, strict=True):
                 np.testing.assert_allclose(half.astype(np.float32), full[0].numpy(), rtol=2e-3, atol=4e-4)
         assert np.abs(latent[0].astype(np.float32) - latent[1]).max() > 0.01  # else the flip would prove nothing
-    record = json.loads((tmp_path / "train.prepare.json").read_text())["latents"]
+    record = json.loads((tmp_path / "train.prepare.json").read_text(encoding="utf-8"))["latents"]
     assert record["scaling_factor"] == 0.18215
     assert record["shift_factor"] == 0.25
     assert (record["channels"], record["factor"], record["batch_size"]) == (3, 2, 2)
@@ -801,7 +804,7 @@ def test_what_an_autoencoder_cannot_take_is_refused(vae, tmp_path):
         prepare(source, "train", tmp_path / "a", Options(vae=folder, device="abacus"), jobs=0)
     with pytest.raises(InputError, match="is no folder of an AutoencoderKL"):
         prepare(source, "train", tmp_path / "a", Options(vae=tmp_path), jobs=0)
-    (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
+    (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}', encoding="utf-8")
     with pytest.raises(InputError, match="holds the model VQModel"):
         prepare(source, "train", tmp_path / "a", Options(vae=tmp_path), jobs=0)
     assert not list((tmp_path / "a").glob("*.tar"))
@@ -816,3 +819,14 @@ def test_digits_prepared_from_shards_are_the_same_images(digits, tmp_path):
     before, after = load(digits, "test", 1), load(tmp_path, "test", 1)
     assert torch.equal(after.images, before.images)
     assert torch.equal(after.labels, before.labels)
+
+
+def test_one_stopped_before_its_first_shard_begins_as_it_is_told_now(tmp_path):
+    source = Listed(coded(noise(16, 16)))
+    prepare(source, "train", tmp_path / "whole", Options(encode="png"), jobs=0)
+    prepare(source, "train", tmp_path / "out", Options(encode="webp"), jobs=0)
+    for path in (tmp_path / "out").iterdir():
+        if path.name != "train.prepare.json":
+            path.unlink()
+    prepare(source, "train", tmp_path / "out", Options(encode="png"), jobs=0)
+    assert fingerprints(tmp_path / "out") == fingerprints(tmp_path / "whole")

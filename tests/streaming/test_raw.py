@@ -137,6 +137,13 @@ SOLUTION = "ImageId,PredictionString\n" + "".join(
 )
 
 
+def test_ilsvrc_beside_another_set_is_refused_and_not_taken_for_it(ilsvrc):
+    with (ilsvrc / "train-images-idx3-ubyte.gz").open("wb") as stream:
+        stream.write(b"")
+    with pytest.raises(InputError, match=r"can be read as .*(mnist and ilsvrc|ilsvrc and mnist)"):
+        find_source(ilsvrc, "train")
+
+
 @pytest.mark.parametrize("at", [".", "ILSVRC"])
 def test_ilsvrc_is_numbered_by_sorted_wnids_in_both_splits(at, ilsvrc):
     train = find_source(ilsvrc / at, "train")

@@ -30,6 +30,11 @@ Fate = Literal["done", "refused", "told", "died"]
 SRUN = ("SLURM_NTASKS", "SLURM_PROCID")
 # and where srun is installed it warns whoever does not use it
 NO_SRUN_WARNING = "ignore:The `srun` command is available on your system but is not used"
+IMPORTABLE = (
+    "lightning_tdisent, and what --import names, must be importable on every node, by the Python that runs its jobs: "
+    "install it there"
+)
+LOST = 256  # in place of an exit status, where whoever ran the command was lost before it could tell one
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -55,6 +60,8 @@ def fate(status: int) -> Fate:
 
 def words(status: int) -> str:
     """An exit status as one says it."""
+    if status == LOST:
+        return "no exit status"
     number = -status if status < 0 else status - 128
     name = signal.strsignal(number) if 0 < number < signal.NSIG else None
     return f"signal {number} ({name})" if name else f"status {status}"
@@ -64,9 +71,18 @@ def reason(status: int, log: Path, last: str, tries: int = 1) -> str:
     """One line on a job that is not done: the last one of its log, and where to read more."""
     if fate(status) == "refused":
         said = re.sub(r"^(error|- [\w.-]+): ", "", last)
-        return f"{said or f'ended with {words(status)}'} (see {log})"
-    said = f": {last}" if last else ""
-    return f"died {tries} times, now with {words(status)}{said} (see {log}); launched again, it goes on from there"
+        return f"{said or f'ended with {words(status)}'}{_remedy(last)} (see {log})"
+    again = "; launched again, it goes on from there"
+    return f"died {tries} times, now with {words(status)}{cause(last)} (see {log}){again}"
+
+
+def cause(last: str) -> str:
+    """Return what follows the words for an end: the last line that was said, and the remedy where one is known."""
+    return f": {last}{_remedy(last)}" if last else ""
+
+
+def _remedy(last: str) -> str:
+    return f". {IMPORTABLE}" if "No module named" in last else ""
 
 
 def last_line(log: Path, since: int = 0) -> str:

@@ -6,6 +6,7 @@ or the launcher dies, or the launch is interrupted, it saves and ends. What died
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tdisent.errors import InputError, Unavailable
+from lightning_tdisent.files import open_own
 from lightning_tdisent.fleet import engines
 from lightning_tdisent.fleet.engines import Command, Job, tied
 
 Result = tuple[int, str, str]  # status, last line of the log, host
 TOLERANCE = 10.0  # seconds for Ray's own part of ending a task
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
 PROBE = """
 import sys
 import ray
@@ -87,7 +90,8 @@ def launch(
                         tries[job.name] -= 1
                         waiting.append(job)
                     elif fate == "died" and tries[job.name] <= retries:
-                        say(f"{job.name}: died on {host} with {said}, is started again, {tries[job.name]} of {retries}")
+                        said += engines.cause(last)
+                        say(f"{job.name}: died on {host} with {said}; is started again, {tries[job.name]} of {retries}")
                         waiting.append(job)
                     else:
                         failed[job.name] = engines.reason(status, logs / f"{job.name}.log", last, tries[job.name])
@@ -110,7 +114,11 @@ def _work(
     missing = [place for place in (folder, logs) if not Path(place).is_dir()]
     if missing:
         return 2, f"{host} has no folder {missing[0]}: all nodes must share it under one name", host
-    with log.open("ab") as stream:
+    try:
+        stream = open_own(log)
+    except InputError as error:
+        return error.code, str(error), host
+    with stream:
         start, node = stream.tell(), f"Ray's node {ray.get_runtime_context().get_node_id()}"
         stream.write(f"== {datetime.now(UTC):%Y-%m-%d %H:%M:%S}Z {name} on {host}, {node}\n".encode())
         stream.flush()
@@ -135,25 +143,52 @@ def _work(
 
 
 def _result(ray: Any, future: Future[Result]) -> Result:
-    """What a task returned; if its worker or node was lost, a death with Ray's words for it."""
+    """Return the result of a task; if it failed, or its worker or node was lost, a death with the cause in Ray's words.
+
+    The error of a task that failed, also before it began, is a traceback, whose last line is the cause; the others
+    begin with it.
+    """
     try:
         return future.result()
     except ray.exceptions.RayError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return 255, f"{type(error).__name__}: {lines[0] if lines else 'no more is known'}", "a worker of Ray"
+        lines = [line.strip() for line in COLOUR.sub("", str(error)).splitlines() if line.strip()]
+        if lines and isinstance(error, ray.exceptions.RayTaskError):
+            said = lines[-1]
+        else:
+            first = ". ".join(lines[0].split(". ")[:2]) if lines else "no more is known"  # then come its remedies
+            said = f"{type(error).__name__}: {first}"
+        return engines.LOST, said, "a worker of Ray"
 
 
 def _ray(jobs: Sequence[Job]) -> Any:
-    """The module, which is a large download that only this engine needs."""
+    """The module, which is a large download that only this engine needs.
+
+    It is told to print nothing of its own: of a lost node it would print the end of that node's log (20 lines), which
+    `log_to_driver` does not change (2.60). What was lost is said by `launch`.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        import ray
+        with _variable("RAY_DEDUP_LOGS_SKIP_REGEX", "."):  # read on import: no line that matches is printed
+            import ray
     except ImportError:
         raise Unavailable(
             f'engine ray: Ray is not installed; pip install "lightning_tdisent[ray]", or take another engine for '
             f"{engines.named(jobs)}"
         ) from None
     return ray
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable that has no value yet."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 @contextlib.contextmanager
@@ -193,7 +228,12 @@ def _reach(address: str, jobs: Sequence[Job], patience: float) -> None:
     if why is None:
         try:
             probe = subprocess.run(  # noqa: S603
-                [sys.executable, "-c", PROBE, address], capture_output=True, text=True, timeout=patience, check=False
+                [sys.executable, "-c", PROBE, address],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=patience,
+                check=False,
             )
             lines = [line for line in probe.stderr.splitlines() if line.strip()]
             why = (lines[-1] if lines else f"status {probe.returncode}") if probe.returncode else None

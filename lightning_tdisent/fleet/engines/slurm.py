@@ -6,7 +6,6 @@ again in its place. The script leaves the exit status in a file beside the logs,
 launch may be left and taken up again: tasks that are in the queue are watched, not submitted twice.
 """
 
-import json
 import re
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from lightning_tdisent.errors import InputError, Unavailable
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.fleet import engines
 from lightning_tdisent.fleet.engines import Command, Job
+from lightning_tdisent.fleet.store import Store, dump_json, read_json
 
 LARGEST = 1000  # jobs of an array, by SLURM's default of MaxArraySize
 OURS = "array dependency error job-name kill-on-invalid-dep no-requeue open-mode output parsable requeue signal wrap"
@@ -118,7 +118,7 @@ def submit(
     record = logs / "slurm.json"
     out, states = Submission(logs), dict[tuple[str, int], tuple[str, str]]()
     known: dict[str, list[str]]
-    known = json.loads(record.read_text()) if record.exists() else {}
+    known = read_json(Store(logs), record.name) or {}
     if known:
         states = _queue(list(known), jobs)
     known = {array: names for array, names in known.items() if any((array, k) in states for k in range(len(names)))}
@@ -148,7 +148,7 @@ def submit(
             out.added.append(array)
             out.tasks |= {job.name: (array, k) for k, job in enumerate(group)}
             known[array] = [job.name for job in group]
-            write_whole(record, json.dumps(known, indent=1).encode())
+            write_whole(record, dump_json(known, indent=1))
     except BaseException:
         cancel(out)
         raise
@@ -214,8 +214,10 @@ def watch(
             if status is not None and engines.fate(status) != "done":
                 failed[name] = engines.reason(status, log, engines.last_line(log), tries)
             elif status is None and state != "COMPLETED":
+                own = submission.logs / f"slurm_{array}_{k}.log"  # of the batch script itself
                 how = f"left the queue as {state or 'an unknown one'}" + f" ({why})" * (why not in ("None", ""))
-                failed[name] = f"{how} before it was done (see {log}); launched again, it goes on from its checkpoint"
+                how += f" before it was done{engines.cause(engines.last_line(own))}"
+                failed[name] = f"{how} (see {log} and {own}); launched again, it goes on from its checkpoint"
         now = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
         if now and now != text:
             say(f"slurm: {now}")
@@ -250,7 +252,7 @@ def launch(
 def _ended(file: Path, array: str) -> tuple[int | None, int]:
     """Status and tries that a task of the array has left; None if there is none, or one of an older array."""
     try:
-        mine, status, tries = file.read_text().split()
+        mine, status, tries = file.read_text(encoding="utf-8").split()
     except (OSError, ValueError):
         return None, 0
     return (int(status), int(tries)) if mine == array else (None, 0)
@@ -276,7 +278,9 @@ def _ask(words: list[str], jobs: Sequence[Job], script: str | None = None) -> st
             "cluster, or with another engine"
         )
     try:
-        done = subprocess.run(words, input=script, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            words, input=script, capture_output=True, encoding="utf-8", errors="replace", timeout=120, check=False
+        )
     except subprocess.TimeoutExpired:
         raise InputError(f"engine slurm: {words[0]} does not answer in 120 s ({engines.named(jobs)})") from None
     if done.returncode:

@@ -1,10 +1,16 @@
 """When a checkpoint is made: every so often, before the end, and at once when the process is told to go."""
 
+import contextlib
+import ctypes
+import errno
+import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,13 +21,17 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
 from lightning_tdisent.errors import InputError, check_number
+from lightning_tdisent.files import ask_guards, check_writable, temporary
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.checkpoints import refuse_other_run, remove_orphans, steps
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.lit.preflight import trying
 from lightning_tdisent.ranks import shared_errors
+from lightning_tdisent.runs import RunFolder, held, new_identity
+from lightning_tdisent.sampling.checkpoint import manifest_of
 
-STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+FILES = 4  # a checkpoint, its manifest, and the two beside them that become these
+STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 143, signal.SIGINT: 130}
 SAVE, TERMINATE, INTERRUPT = 1, 2, 3
 
 
@@ -29,13 +39,48 @@ class Preempted(SystemExit):
     """Training was told to go, and went: its code is that of a process ended by SIGTERM (143), or Ctrl-C (130)."""
 
 
+class _Terminal:
+    """A terminal to write to, which may go before the signal that says so is heeded: then nothing is written."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, unless the terminal has gone."""
+        self._do(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, unless the terminal has gone."""
+        self._do(self.stream.flush)
+
+    def _do(self, what: Callable[[], Any]) -> None:
+        try:
+            what()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            _silence(self.stream.fileno())
+
+
+def _silence(descriptor: int) -> None:
+    """Let what is written there go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
 class Checkpoint(LightningCheckpoint):
     """Save ``checkpoints/step-N.ckpt`` of the run folder, and let no signal lose work.
 
     every: steps between two checkpoints, null for none by count; minutes: longest time between two; keep: how many
-    stay. One is also made at the end. SIGTERM, SIGUSR1 and Ctrl-C on any rank end the step in hand (on a single rank
-    also a validation), save on all ranks at the same step, and exit with 143 (130 for Ctrl-C, which given twice stops
-    at once). Use it with the `DurableIO` plugin, which verifies a new checkpoint before an old one goes.
+    stay. One is also made at the end. SIGTERM, SIGUSR1, SIGHUP (a lost terminal) and Ctrl-C on any rank end the step in
+    hand (on a single rank also a validation), save on all ranks at the same step, and exit with 143 (130 for Ctrl-C,
+    which given twice stops at once). Use it with the `DurableIO` plugin, which verifies a new checkpoint before an old
+    one goes. A training that no longer holds its folder (`runs.RunFolder`) raises Lost instead of saving.
     Raises InputError before training if the folder cannot be written, has no room for keep + 1 of them, or holds
     checkpoints of a run that this one does not continue: they would be removed.
     """
@@ -50,17 +95,21 @@ class Checkpoint(LightningCheckpoint):
         self._stop, self._request = 0, torch.zeros((), dtype=torch.int64)
         self._group: Any = None
         self._epoch_counted: bool | None = None
+        self._own: RunFolder | None = None  # where no command line holds the folder
 
     def _preflight(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Make sure that checkpoints can be written, before anything is spent."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_orphans(self.folder)
-            (self.folder / ".writable").write_bytes(b"")
-            (self.folder / ".writable").unlink()
+            check_writable(self.folder)
         except OSError as error:
             raise InputError(f"run: {self.folder} cannot be written: {error.strerror}. Choose another --run") from None
-        refuse_other_run(trainer, steps(self.folder))
+        found = steps(self.folder)
+        if self._own is None:  # the command line has compared the run of the folder; one cut short is none of it
+            found = [path for path in found if manifest_of(path).exists()]
+        refuse_other_run(trainer, found)
+        self._found = {path.name: _mark(path) for path in steps(self.folder)}
         averages = [len(c.kinds) + bool(c.start) for c in trainer.callbacks if isinstance(c, EMA)]
         copies = 3 + sum(averages)  # the weights and AdamW's two
         size = copies * sum(p.numel() * p.element_size() for p in pl_module.denoiser.parameters())
@@ -72,15 +121,52 @@ class Checkpoint(LightningCheckpoint):
                 f"{size / 1e6:,.0f} MB need {need / 1e6:,.0f} MB more. Make room, choose another --run, or lower "
                 "checkpoint.keep"
             )
+        if (files := os.statvfs(self.folder)).f_files and files.f_favail < FILES * (self.keep + 1):
+            raise InputError(
+                f"run: {self.folder}: its file system has room for {files.f_favail} more files (df -i), "
+                f"{self.keep + 1} checkpoints need {FILES * (self.keep + 1)}. Remove some, or choose another --run"
+            )
+        try:
+            _reserve(self.folder, [size] * max(0, -(-need // max(size, 1))))
+        except OSError as error:
+            raise InputError(
+                f"run: {self.folder} does not take {self.keep + 1} checkpoints of {size / 1e6:,.0f} MB: "
+                f"{error.strerror}. Make room, ask for a larger quota, choose another --run, or lower checkpoint.keep"
+            ) from None
+
+    def _enter(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Hold the run folder, unless the command line does, and agree with it on the identity of the run."""
+        root = Path(trainer.default_root_dir)
+        place = held(root)
+        if place is None:
+            place = self._own = RunFolder(root).__enter__()
+        if not place.run:
+            resumed = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().is_relative_to(root.resolve())
+            place.name((pl_module.run if resumed or trainer.global_step else "") or new_identity())
+        pl_module.run = place.run
+
+    def _leave(self) -> None:
+        if self._own is not None:
+            self._own.__exit__()
+            self._own = None
 
     def setup(self, trainer: L.Trainer, pl_module: Diffusion, stage: str) -> None:
-        """Listen to signals from here on: there is much to do before the first step."""
+        """Listen to signals from here on: there is much to do before the first step. Refuse a second `Checkpoint`."""
+        if (n := sum(isinstance(callback, Checkpoint) for callback in trainer.callbacks)) > 1:
+            raise InputError(
+                f"trainer.callbacks: {n} Checkpoint callbacks, which would remove each other's files. Keep one: "
+                "checkpoint.every, minutes and keep set it"
+            )
         if stage == "fit" and threading.current_thread() is threading.main_thread():
-            self._before: dict[int, Any] = {number: signal.getsignal(number) for number in STATUS}
+            self._before: dict[int, Any] = {number: signal.getsignal(number) for number in heeded()}
             self._listen(trainer)
 
     def _listen(self, trainer: L.Trainer) -> None:
-        for number in STATUS:
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
+        for name in ("stdout", "stderr"):
+            if (stream := getattr(sys, name)) is not None and not isinstance(stream, _Terminal) and stream.isatty():
+                setattr(sys, name, _Terminal(stream))
+        for number in self._before:
             signal.signal(number, lambda n, frame: self._on_signal(trainer, n, frame))
 
     def teardown(self, trainer: L.Trainer, pl_module: Diffusion, stage: str) -> None:
@@ -88,6 +174,11 @@ class Checkpoint(LightningCheckpoint):
         if stage == "fit" and threading.current_thread() is threading.main_thread():
             for number, handler in self._before.items():
                 signal.signal(number, handler)
+            for name in ("stdout", "stderr"):
+                if isinstance(stream := getattr(sys, name), _Terminal):
+                    setattr(sys, name, stream.stream)
+        if stage == "fit":
+            self._leave()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Look at the folder before the run claims it."""
@@ -96,6 +187,7 @@ class Checkpoint(LightningCheckpoint):
             return
         with shared_errors():
             if trainer.is_global_zero:
+                self._enter(trainer, pl_module)
                 self._preflight(trainer, pl_module)
             with trying("a checkpoint"):
                 self._rehearse(trainer)
@@ -105,7 +197,7 @@ class Checkpoint(LightningCheckpoint):
         content = trainer._checkpoint_connector.dump_checkpoint(False)
         if not trainer.is_global_zero:
             return
-        folder = self.folder / ".preflight"
+        folder = temporary(self.folder / "preflight")
         try:
             trainer.strategy.checkpoint_io.save_checkpoint(content, folder / _name(0))
             trainer.strategy.checkpoint_io.load_checkpoint(folder / _name(0))
@@ -131,6 +223,9 @@ class Checkpoint(LightningCheckpoint):
     def _on_signal(self, trainer: L.Trainer, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._stop == INTERRUPT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:  # writing to a terminal that is gone would raise
+            for terminal in self._terminals:
+                _silence(terminal)
         if trainer.state.status != "running" and not self._stop:  # training has ended by an exception
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
@@ -152,7 +247,9 @@ class Checkpoint(LightningCheckpoint):
         return self._stop or (SAVE if time.monotonic() - self._clock > 60 * self.minutes else 0)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
-        """Ask all ranks, while the step computes, whether one of them wants a checkpoint."""
+        """Look whether the folder is there, and ask all ranks, while the step computes, who wants a checkpoint."""
+        if trainer.is_global_zero:
+            ask_guards(self.folder / "step", quick=True)
         if self._group is not None:
             self._request.fill_(self._wanted())
             self._vote = dist.all_reduce(self._request, dist.ReduceOp.MAX, group=self._group, async_op=True)
@@ -186,9 +283,10 @@ class Checkpoint(LightningCheckpoint):
         self._clock = time.monotonic()
         if trainer.global_step == self.saved or trainer.fast_dev_run:
             return
+        name = _name(trainer.global_step)
+        ask_guards(self.folder / name)
         for logger in trainer.loggers:  # the curves up to here must not be younger than the weights
             logger.save()
-        name = _name(trainer.global_step)
         self._epoch_counted = ended
         try:
             trainer.save_checkpoint(self.folder / name)
@@ -196,14 +294,23 @@ class Checkpoint(LightningCheckpoint):
             self._epoch_counted = None
         self.saved = trainer.global_step
         if trainer.is_global_zero:
+            self._found.pop(name, None)
             self._mine.append(name)
-            there = steps(self.folder)
-            left = [p for p in there if p.name > self._first and p.name not in self._mine]  # bad, or of a past undone
-            for path in left + [p for p in there if p not in left][: -self.keep]:
+            # bad, or of a past undone; without a manifest it is for a user to say what it is
+            undone = [self.folder / n for n, mark in self._found.items() if n > self._first and mark and mark[2]]
+            there = [p for p in steps(self.folder) if p.name <= name and p not in undone]
+            known = [p for p in undone + there[: -self.keep] if p.name in self._mine or self._seen_at_start(p)]
+            for path in known:
                 trainer.strategy.checkpoint_io.remove_checkpoint(path)
 
+    def _seen_at_start(self, path: Path) -> bool:
+        """Return whether a checkpoint is the file that this training found at its start; it removes no other."""
+        found = self._found.get(path.name)
+        return found is not None and found == _mark(path)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Save the end."""
+        """Save the end, with all seconds that an export of this training will ever name."""
+        pl_module.stop_clock()
         self.save(trainer, ended=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Diffusion, exception: BaseException) -> None:
@@ -212,9 +319,11 @@ class Checkpoint(LightningCheckpoint):
             if trainer.world_size == 1:
                 self.save(trainer)
             if trainer.is_global_zero:
-                print(f"\ntold to go after step {trainer.global_step}; the same command goes on", file=sys.stderr)
+                with contextlib.suppress(OSError):  # nobody may be there to be told
+                    print(f"\ntold to go after step {trainer.global_step}; the same command goes on", file=sys.stderr)
         elif trainer.world_size > 1 and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)  # ranks that this one started would wait for it
+        self._leave()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
         """Describe the checkpoint as made right after its optimizer step, wherever in the loop it was made.
@@ -238,3 +347,37 @@ class Checkpoint(LightningCheckpoint):
 
 def _name(step: int) -> str:
     return f"step-{step:09d}.ckpt"
+
+
+def heeded() -> list[int]:
+    """Return the signals that end a training with a checkpoint; one started by nohup does not heed a lost terminal."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STATUS if number != signal.SIGHUP or not ignored]
+
+
+def _mark(path: Path) -> tuple[int, int, int] | None:
+    """Return what tells a checkpoint from others of its name, None if it is gone; the last is 0 without a manifest."""
+    try:
+        file, manifest = path.stat(), manifest_of(path)
+        return file.st_ino, file.st_mtime_ns, manifest.stat().st_mtime_ns if manifest.exists() else 0
+    except OSError:
+        return None
+
+
+def _reserve(folder: Path, sizes: Sequence[int]) -> None:
+    """Ask the file system for files of these sizes, and give them back: a quota is in no other number.
+
+    Raises OSError where it refuses; does nothing where it cannot say without writing them.
+    """
+    try:
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    except (OSError, AttributeError):
+        return
+    with contextlib.ExitStack() as files:
+        for size in sizes:
+            file = files.enter_context(tempfile.TemporaryFile(dir=folder))
+            if fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+                number = ctypes.get_errno()
+                if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise OSError(number, os.strerror(number))
+                return

@@ -56,7 +56,7 @@ class Curve(L.Callback):
         if not self.variances:
             self.variances = _variances(pl_module.needed_shards("Curve").held_out.images)
         if trainer.is_global_zero:
-            content = {"points": self.points, "variances": self.variances}
+            content = {"schema": 1, "points": self.points, "variances": self.variances}
             write_whole(Path(trainer.default_root_dir) / "curve.json", json.dumps(content).encode())
 
     def state_dict(self) -> dict[str, Any]:

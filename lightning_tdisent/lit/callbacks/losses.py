@@ -10,10 +10,11 @@ from torch import Tensor
 
 from lightning_tdisent.errors import check_number
 from lightning_tdisent.lit.modules import Diffusion
+from lightning_tdisent.lit.preflight import Logs
 from lightning_tdisent.sampling.sampler import probe_rows
 
 
-class LossPerState(L.Callback):
+class LossPerState(Logs):
     """Log ``train/loss``, its mean per state (per bin of states above ``bins``), and the norm of the gradient.
 
     Between two log points nothing is copied from the device; ``self.log`` and its half millisecond a step are not

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_tdisent.errors import InputError, Unavailable, check_number
 from lightning_tdisent.lit.inference import DenoiserModule
-from lightning_tdisent.lit.preflight import Rehearsed
+from lightning_tdisent.lit.preflight import Logs, Rehearsed
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
@@ -19,7 +19,7 @@ from lightning_tdisent.sampling.evaluation import open_quality, real_images, sco
 from lightning_tdisent.sampling.observations import observed
 
 
-class SampleQuality(Rehearsed):
+class SampleQuality(Rehearsed, Logs):
     """Sample from fixed seeds at each validation and compare with real images, by the code of ``evaluate``.
 
     protocol: a preset (``digits``, ``cifar10``, ``adm``, ..) or a mapping of ``preset`` and the fields of `Protocol`

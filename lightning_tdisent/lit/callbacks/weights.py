@@ -14,6 +14,7 @@ from lightning_tdisent.lit.checkpoints import refuse_other_run
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.ranks import shared_errors
 from lightning_tdisent.sampling.averages import FOLDER, gamma
+from lightning_tdisent.sampling.expert import read_card
 
 
 class EMA(L.Callback):
@@ -73,7 +74,13 @@ class EMA(L.Callback):
         return self._trained is not None and torch.equal(self._whole(module).cpu(), self._trained)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse callbacks that change the weights at the end of a run or an epoch, behind the averages."""
+        """Refuse a second EMA, and callbacks that change the weights at the end of a run or an epoch, behind it."""
+        every = [c.kinds for c in trainer.callbacks if isinstance(c, EMA)]
+        if len(every) > 1:
+            raise InputError(
+                f"trainer.callbacks: {len(every)} EMA callbacks, of {' and '.join(map(str, every))}: only one would be "
+                "validated and exported. Keep one; for several averages give it lengths: EMA(lengths=[0.05, 0.1])"
+            )
         changing = (ModelPruning, StochasticWeightAveraging, WeightAveraging)
         if stage == "fit" and (wrong := [type(c).__name__ for c in trainer.callbacks if isinstance(c, changing)]):
             raise InputError(
@@ -102,7 +109,7 @@ class EMA(L.Callback):
             self.start_error = fmean(errors)
         if trainer.is_global_zero:
             for file in (Path(trainer.default_root_dir) / FOLDER).glob("step-*_*.safetensors"):
-                if int(file.name[5:14]) > self.updates:
+                if int(file.name[5:14]) > self.updates and read_card(file).run in ("", pl_module.run):
                     file.unlink()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
@@ -198,7 +205,12 @@ class EMA(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
         """Keep the stored averages until the fit starts; refuses averages of another kind."""
         stored = checkpoint.get("ema")
-        if stored is None or trainer.state.fn != "fit":
+        if trainer.state.fn != "fit":
+            return
+        if stored is None:
+            if trainer.is_global_zero and trainer.ckpt_path:
+                step = checkpoint["global_step"]
+                print(f"ema: the checkpoint has no averages; they begin with its weights, at step {step:,}")
             return
         if stored["kinds"] != self.kinds:
             raise InputError(f"ema: the checkpoint has averages {stored['kinds']}, the config {self.kinds}")

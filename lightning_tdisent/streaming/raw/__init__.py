@@ -63,7 +63,7 @@ def find_source(path: str | Path, split: str, kind: str = "auto", **more: Any) -
             raise InputError(f"{path} is an archive that is not opened here: unpack it, and name the folder")
         found = {name: files for name, k in kinds.items() if (files := k.find(path, ask))}
         if "ilsvrc" in found:  # its images are in folders, too
-            found = {"ilsvrc": found["ilsvrc"]}
+            found.pop("folder", None)
         if not found:
             what = "data set that is known here" if kind == "auto" else f"{kind} data set"
             looked = "; ".join(f"{name}: {k.looks_for}" for name, k in kinds.items())

@@ -79,11 +79,17 @@ def open_mnist(folder: Path, ask: Ask) -> Arrays:
     return Arrays("mnist", images, labels, [f"{split}/{i:05d}" for i in range(len(images))], [])
 
 
+LARGEST = 1 << 30  # bytes of an IDX file, unpacked: 1.3 million images of 28 x 28
+
+
 def _read_idx(file: Path, dimensions: int) -> Array:
     try:
-        content = file.read_bytes() if file.suffix != ".gz" else gzip.decompress(file.read_bytes())
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            content = stream.read(LARGEST + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{file} is damaged: {error}") from None
+    if len(content) > LARGEST:
+        raise InputError(f"{file} has more than {LARGEST:,} bytes, which no set of digits has")
     magic = struct.pack(">I", 0x800 + dimensions)  # unsigned bytes, so many dimensions
     if content[:4] != magic:
         raise InputError(f"{file} begins with {content[:4].hex() or 'nothing'}, not with the IDX {magic.hex()}")
@@ -113,7 +119,7 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-class _BytesOnly(pickle.Unpickler):
+class _BytesOnly(pickle.Unpickler):  # noqa: S301  see below
     """Unpickles strings, numbers, lists, dicts and stubs of arrays. No name of a pickle is ever imported."""
 
     known = {

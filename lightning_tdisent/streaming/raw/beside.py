@@ -270,7 +270,7 @@ def _members(root: Path, names: Mapping[str, int], images: list[str], out: Besid
     for image in images:
         stem = image.rpartition(".")[0]
         if f"{stem}.cls" in names:
-            content = (root / f"{stem}.cls").read_text(errors="replace")
+            content = (root / f"{stem}.cls").read_text(errors="replace", encoding="utf-8")
             _label(root / f"{stem}.cls", "KEY.cls", image, content, known, out)
             out.used.add(f"{stem}.cls")
         if f"{stem}.json" not in names or (stem not in parsed and f"{stem}.json" in out.used):
