@@ -52,7 +52,13 @@ class Globals(L.Callback):
         self.drawn = []
 
     def on_train_batch_end(self, *_):
-        self.drawn.append((float(torch.rand(())), random.random(), float(np.random.rand())))  # noqa: NPY002, S311
+        self.drawn.append((float(torch.rand(())), float(np.random.rand())))  # noqa: NPY002
+
+
+def generators():
+    """Return the states of the global generators."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return torch.get_rng_state().tolist(), random.getstate(), (kind, keys.tolist(), *rest)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
@@ -64,8 +70,9 @@ def test_it_moves_nothing(make, fit, tmp_path, monkeypatch, resumed):
     tried = modules.preflight
 
     def counted(*args):
-        tries.append(args)
-        return tried(*args)
+        before = generators()
+        tried(*args)
+        tries.append([one == other for one, other in zip(before, generators(), strict=True)])
 
     found = []
     for preflight in (counted, lambda *_: None):
@@ -76,7 +83,7 @@ def test_it_moves_nothing(make, fit, tmp_path, monkeypatch, resumed):
         metrics = {k: torch.as_tensor(v) for k, v in trainer.callback_metrics.items()}
         found.append([watch.live, watch.adam, watch.averages, watch.losses, watch.batches, watch.rows])
         found[-1] += [module.state_dict(), metrics, torch.tensor(drawn.drawn), torch.tensor(module.images_seen)]
-    assert len(tries) == 1
+    assert tries == [[True] * 3]
     assert len(found[0][3]) == (2 if resumed else 4)
     for one, other in zip(*found, strict=True):
         assert same(one, other)
