@@ -40,6 +40,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.streaming.decode import Decoder, adm_crop, decode_image
@@ -163,7 +164,7 @@ def in_memory(device: str, steps: int, n: int) -> tuple[float, float]:
         begin = now()
         batches = list(itertools.islice(stream, 20))
         taken.append((now() - begin) / 20)
-        x0 = batches[0]["image"].float() / 127.5 - 1
+        x0 = from_uint8(batches[0]["image"])
         begin = now()
         s = torch.randint(1, 9, (len(x0),), device=device)
         module.denoiser.loss(x0, s, torch.randn_like(x0), None).mean().backward()

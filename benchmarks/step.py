@@ -52,6 +52,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_tdisent.diffusion.rng import draw_rows, key
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
 from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.losses import LossPerState
@@ -63,7 +64,6 @@ from lightning_tdisent.lit.entry import Unprofiled
 from lightning_tdisent.lit.modules import Diffusion, ReducedStates
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.sampling.sampler import from_uint8
 from lightning_tdisent.streaming.orders import Shuffled
 
 BATCH, BLOCK, LOG, SEED, DECAY = 64, 25, 50, 0, 0.999  # a block of steps is an epoch

@@ -177,10 +177,11 @@ def _sampled_by(a: argparse.Namespace) -> str:
 def _sample(a: argparse.Namespace) -> None:
     import torch
 
+    from lightning_tdisent.images import grid
     from lightning_tdisent.sampling.composite import holds_weights, load_model
     from lightning_tdisent.sampling.denoiser import Guided, extras
     from lightning_tdisent.sampling.observations import FILE as OBSERVATIONS
-    from lightning_tdisent.sampling.pictures import grid, save_png
+    from lightning_tdisent.sampling.pictures import save_png
     from lightning_tdisent.sampling.sampler import refuse_unowned, sample
     from lightning_tdisent.sampling.start import load_started, signal_note
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from lightning_tdisent.diffusion.rng import key
 from lightning_tdisent.diffusion.spec import Part, spec
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.images import LEVEL
 
-GREY_LEVEL = 1 / 127.5 + 1e-3  # how far an observation that was kept as uint8 may be off
+GREY_LEVEL = LEVEL + 1e-3  # how far an observation that was kept as uint8 may be off
 
 
 class Operator(Part, ABC):

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.checkpoints import refuse_to_load
 from lightning_tdisent.lit.datamodule import ImageShards
 from lightning_tdisent.sampling.composite import CompositeDenoiser, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import has_signal, state_errors
-from lightning_tdisent.sampling.sampler import DDIM, Sampler, from_uint8, probe_rows, sample
+from lightning_tdisent.sampling.sampler import DDIM, Sampler, probe_rows, sample
 
 
 def clean(batch: dict[str, Any], generator: torch.Generator | None = None, look: bool = True) -> Tensor:

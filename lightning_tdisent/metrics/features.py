@@ -14,6 +14,7 @@ from lightning_tdisent.artifacts import check_metadata, parse_json
 from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.files import write_whole
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.metrics.network import Extracted, FeatureNetwork
 
 SCHEMA = 1  # of a classifier's file; the first versions wrote none
@@ -51,7 +52,7 @@ class SmallClassifier(FeatureNetwork):
 
     def extract(self, images: Tensor) -> Extracted:
         """The 64 activations and the logits."""
-        features = self.body(images.float() / 127.5 - 1)
+        features = self.body(from_uint8(images))
         return Extracted(features, self.head(features))
 
 
@@ -76,7 +77,7 @@ class WhitenedClassifier(FeatureNetwork):
     @torch.no_grad()
     def whiten(self, images: Tensor) -> None:
         """Make the first convolution the eigenvectors of the images' 2 x 2 patches over their deviation, both signs."""
-        x = (images.float() / 127.5 - 1).unfold(2, 2, 1).unfold(3, 2, 1)
+        x = from_uint8(images).unfold(2, 2, 1).unfold(3, 2, 1)
         patches = x.permute(0, 2, 3, 1, 4, 5).reshape(-1, 4 * images.shape[1]).double()
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         filters = (vectors / (values + 5e-4).sqrt()).T.float().view(-1, *self.whitening.weight.shape[1:])
@@ -84,7 +85,7 @@ class WhitenedClassifier(FeatureNetwork):
 
     def once(self, images: Tensor) -> Extracted:
         """Pooled activations and logits of images as they are, to train on."""
-        features = self.body(self.whitening(images.float() / 127.5 - 1))
+        features = self.body(self.whitening(from_uint8(images)))
         return Extracted(features, self.head(features) / 9)
 
     def extract(self, images: Tensor) -> Extracted:
@@ -131,7 +132,7 @@ class Random(FeatureNetwork):
 
     def extract(self, images: Tensor) -> Extracted:
         """Mean and deviation of the last activations."""
-        x = images.float() / 127.5 - 1
+        x = from_uint8(images)
         for i, weight in enumerate(self.weights):
             x = nn.functional.conv2d(x, weight, padding=1, stride=1 if i == 0 else 2).relu()
         return Extracted(torch.cat([x.mean((2, 3)), x.std((2, 3), correction=0)], 1))

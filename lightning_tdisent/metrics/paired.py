@@ -15,6 +15,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from lightning_tdisent.diffusion.operators import Operator
 from lightning_tdisent.errors import InputError, Unavailable
 from lightning_tdisent.files import expand
+from lightning_tdisent.images import GREY_LEVELS, from_uint8, to_uint8
 from lightning_tdisent.metrics.distances import frechet
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.quality import named
@@ -96,14 +97,15 @@ class PairedQuality:
             return
         images, originals, item, draw = (part.to(self.device) for part in (images, originals, item, draw))
         x, x0, y = images.double(), originals.double(), observations.to(self.device).double()
-        self.operator.refuse_others(x0 / 127.5 - 1, y, item, "observations")
+        self.operator.refuse_others(from_uint8(originals, torch.float64), y, item, "observations")
+        observed = self.operator.observe(from_uint8(images, torch.float64), item)
         found = [
             torch.ones(len(x), dtype=torch.float64, device=self.device),
             (10 * torch.log10(255**2 / (x - x0).square().flatten(1).mean(1))).clamp_max(PERFECT),
             structural_similarity_index_measure(
                 x, x0, sigma=ssim_sigma(min(x.shape[2:])), reduction="none", data_range=255.0
             ),
-            (127.5 * (self.operator.observe(x / 127.5 - 1, item) - y)).square().flatten(1).mean(1),
+            (GREY_LEVELS * (observed - y)).square().flatten(1).mean(1),
         ]
         if self.lpips is not None:
             found.append(self.lpips(images, originals).double().flatten())
@@ -186,8 +188,7 @@ class PairedQuality:
         y = observations.double()
         if y.shape[1] != images.shape[1]:
             y = y.mean(1, keepdim=True).expand(-1, images.shape[1], -1, -1)
-        y = ((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return torch.cat([self.network(y).features, self.network(images).features], 1)
+        return torch.cat([self.network(to_uint8(y)).features, self.network(images).features], 1)
 
 
 class _RowSums(Metric):
@@ -247,7 +248,7 @@ class _LPIPS(nn.Module):
         least, found = BACKBONES[self.net][1], tuple(images.shape[1:])
         if found[0] not in (1, 3) or min(found[1:]) < least:
             raise InputError(f"lpips: {self.net} takes 1 or 3 channels and {least} pixels a side at least, got {found}")
-        pair = (x.float().div(127.5).sub(1).expand(-1, 3, -1, -1) for x in (images, originals))
+        pair = (from_uint8(x).expand(-1, 3, -1, -1) for x in (images, originals))
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):  # float32 is float32
             distances: Tensor = self.module(*pair)
         return distances.flatten()

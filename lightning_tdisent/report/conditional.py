@@ -10,13 +10,13 @@ from torchmetrics import Metric
 from lightning_tdisent.diffusion.operators import Operator
 from lightning_tdisent.diffusion.spec import spec
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.metrics.paired import PairedQuality
 from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.ranks import place, spaced
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.evaluation import RealImages
 from lightning_tdisent.sampling.observations import Observations
-from lightning_tdisent.sampling.sampler import from_uint8
 from lightning_tdisent.streaming.shards import ImageSet
 
 DRAWS = 4

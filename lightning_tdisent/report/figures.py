@@ -15,10 +15,10 @@ from typing import Any
 import matplotlib as mpl
 from cycler import cycler
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from lightning_tdisent.runs import identity_of
+from lightning_tdisent.sampling.pictures import png
 
 COLOURS = ["#3b6fb6", "#d1495b", "#2e9e6b", "#b07aa1", "#e0a030", "#66656f", "#17a2b8", "#8c564b"]
 STYLE: Any = {
@@ -35,10 +35,7 @@ STYLE: Any = {
 
 def picture(image: Tensor, width: int, caption: str = "") -> str:
     """HTML of a uint8 picture (C, H, W), ``width`` CSS pixels wide with hard pixels."""
-    array = image.permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "png")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(png(image)).decode()
     return (
         f'<figure><img class="pixels" style="width:{width}px" alt="{html.escape(caption)}" '
         f'src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'

@@ -17,13 +17,14 @@ from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError, NotFinite
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.metrics.reference import reference
 from lightning_tdisent.ranks import gather, place
 from lightning_tdisent.sampling.denoiser import Denoises
-from lightning_tdisent.sampling.sampler import Sampler, from_uint8, sample
+from lightning_tdisent.sampling.sampler import Sampler, sample
 from lightning_tdisent.streaming.decode import Decoder
 from lightning_tdisent.streaming.npz import is_npz, read_npz
 from lightning_tdisent.streaming.raw import Item, find_source

@@ -25,13 +25,12 @@ from lightning_tdisent.diffusion.process import noise, scale
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.images import LEVEL, from_uint8
 from lightning_tdisent.priors.prior import LOG_2PI, Prior, StandardNormal
 from lightning_tdisent.sampling.denoiser import Denoises, extras
-from lightning_tdisent.sampling.sampler import from_uint8
 
 Decoder = Literal["discrete", "uniform", "density"]
 BOUND = 5 << 20  # streams of noise by row; of the dequantisation, and of probes, further up
-LEVEL = 1 / 127.5  # between two grey levels
 
 
 @dataclass(frozen=True)

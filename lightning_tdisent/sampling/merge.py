@@ -22,11 +22,11 @@ from lightning_tdisent.diffusion.spec import filled
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import output_path
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.sampling.composite import compose, refuse_taken, refuse_unfit
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import HELD_OUT, x0_errors
 from lightning_tdisent.sampling.expert import PARENT, Card, load_expert, read_card, save_expert, sha256
-from lightning_tdisent.sampling.sampler import from_uint8
 from lightning_tdisent.streaming.shards import ImageSet
 
 Weights = dict[str, Tensor]

@@ -19,7 +19,7 @@ from lightning_tdisent.diffusion.spec import identity, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
-from lightning_tdisent.sampling.sampler import from_uint8
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.streaming.decode import IMAGES, decode_image, open_image
 from lightning_tdisent.streaming.shards import load
 

@@ -1,5 +1,6 @@
 """Pictures of any denoiser, for TensorBoard, the report and files."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.files import output_path, whole
 from lightning_tdisent.finite import refuse_non_finite
+from lightning_tdisent.images import from_uint8, to_uint8
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.evaluation import HELD_OUT
-from lightning_tdisent.sampling.sampler import Sampler, from_uint8, probe_rows, to_uint8
+from lightning_tdisent.sampling.sampler import Sampler, probe_rows
 
 
 @torch.no_grad()
@@ -55,21 +57,16 @@ def reverse_strip(
     return torch.stack([x for _, x in shown], 1), [s for s, _ in shown]
 
 
-def grid(images: Tensor, columns: int = 16, gap: int = 1) -> Tensor:
-    """Tile uint8 images (B, C, H, W) into one (C, rows (H+gap) + gap, columns (W+gap) + gap) on mid-grey."""
-    n, c, h, w = images.shape
-    columns = min(columns, n)
-    out = torch.full((c, -(-n // columns) * (h + gap) + gap, columns * (w + gap) + gap), 128, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        top, finished = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
-        out[:, top : top + h, finished : finished + w] = image
-    return out
+def png(picture: Tensor) -> bytes:
+    """Return a uint8 picture (C, H, W) of one or three channels as a PNG file."""
+    array, buffer = picture.permute(1, 2, 0).numpy(), io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def save_png(picture: Tensor, path: Path) -> None:
-    """Write a uint8 picture (C, H, W) as PNG; it takes the name ``path`` when it is whole."""
+    """Write a uint8 picture (C, H, W) as a PNG file; it takes the name ``path`` when it is whole."""
     path = output_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    array = picture.permute(1, 2, 0).numpy()
     with whole(path, sync=False) as stream:
-        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(stream, "png")
+        stream.write(png(picture))

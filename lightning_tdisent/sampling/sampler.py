@@ -19,6 +19,7 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
 from lightning_tdisent.errors import InputError, NotFinite
+from lightning_tdisent.images import to_uint8
 from lightning_tdisent.metrics.network import BLOCK
 from lightning_tdisent.sampling.denoiser import Denoises, extras
 
@@ -314,16 +315,6 @@ class DPMSolver(Sampler):
             first, second, third = (float(c) if states.K == 1 else torch.nan_to_num(c, 0.0, 0.0, 0.0) for c in terms)
             out.append((first, second, third, 0.0))
         return out
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8 0..255, rounded to nearest after clamping."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def from_uint8(image: Tensor) -> Tensor:
-    """Images in uint8 0..255 to float32 [-1, 1], the inverse of `to_uint8`."""
-    return image.float() / 127.5 - 1
 
 
 def sample(

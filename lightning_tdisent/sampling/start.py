@@ -31,12 +31,13 @@ from lightning_tdisent.diffusion.states import TERMINAL_BOUND, LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.finite import refuse_non_finite
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.priors.prior import Prior, StandardNormal
 from lightning_tdisent.sampling.composite import find_files, holds_weights, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises, Extras, extras
 from lightning_tdisent.sampling.expert import Card, read_card, sealed, sha256, unsealed
 from lightning_tdisent.sampling.residency import Residency
-from lightning_tdisent.sampling.sampler import DDIM, from_uint8
+from lightning_tdisent.sampling.sampler import DDIM
 from lightning_tdisent.streaming.decode import Decoder, side_of
 from lightning_tdisent.streaming.shards import Shards
 

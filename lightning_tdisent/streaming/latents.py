@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.streaming.decode import MODES
 
 
@@ -73,7 +74,7 @@ class LatentEncoder:
             if height % self.factor or width % self.factor:
                 raise InputError(f"{what}, which the autoencoder cannot divide by {self.factor}")
         pixels = torch.from_numpy(np.stack([image.reshape(*image.shape[:2], -1) for image in images])).to(self.device)
-        pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = from_uint8(pixels.permute(0, 3, 1, 2))
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         with torch.inference_mode(), exact:
             found = [self.vae.encode(x.contiguous()).latent_dist for x in (pixels, pixels.flip(-1))]

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA
@@ -25,7 +26,7 @@ from lightning_tdisent.sampling.composite import compose, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import Card, read_card, save_expert
 from lightning_tdisent.sampling.residency import Slot
-from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, from_uint8, sample
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
 
 if not torch.cuda.is_available():
     WHY = "needs a GPU: torch.cuda.is_available() is false (make test-cuda)"

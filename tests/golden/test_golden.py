@@ -23,6 +23,7 @@ from lightning_tdisent.diffusion.objectives import P2, X0, Eps, Likelihood, MinS
 from lightning_tdisent.diffusion.operators import Inpainting, SuperResolution
 from lightning_tdisent.diffusion.schedules import Cosine, Geometric, Linear, LogLinear, ScaledLinear, Sigmoid
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.datamodule import ImageShards
 from lightning_tdisent.lit.modules import Baseline, ReducedStates, SingleState
@@ -235,7 +236,7 @@ def test_observations(golden, operator, digits):
     model = Denoiser(net(shape=[2, 8, 8]), V(), states).eval()
     images = ImageShards(path=str(digits), channels=1)
     images.setup("validate")
-    y = operator.observe(images.held_out.images[:8].float() / 127.5 - 1, torch.arange(8))
+    y = operator.observe(from_uint8(images.held_out.images[:8]), torch.arange(8))
     for name in ("DDIM", "ancestral"):
         found = torch.cat([*sample(model, SAMPLERS[name], SEEDS, given=y)])
         golden.check(f"images: {type(operator).__name__}, {name}", found)

@@ -11,9 +11,9 @@ from watching import Memory, Poison, Unfused, Watch, same, vector
 
 from lightning_tdisent.diffusion.rng import draw_rows, key
 from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.modules import ReducedStates
-from lightning_tdisent.sampling.sampler import from_uint8
 
 
 def reports(text):

@@ -14,6 +14,7 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Linear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint, Preempted
 from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.losses import LossPerState
@@ -27,7 +28,7 @@ from lightning_tdisent.lit.prior import PriorAt, PriorModule
 from lightning_tdisent.priors.flow import Flow
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.sampling.evaluation import HELD_OUT
-from lightning_tdisent.sampling.sampler import DDIM, from_uint8, sample
+from lightning_tdisent.sampling.sampler import DDIM, sample
 from lightning_tdisent.sampling.start import Started, load_prior
 
 pytest.importorskip("normflows")

@@ -25,6 +25,7 @@ from torch import nn
 
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import Busy, InputError
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.callbacks.checkpoint import STATUS, Preempted
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.checkpoints import load, newest
@@ -35,7 +36,6 @@ from lightning_tdisent.lit.together import RECORD, Group, Member, together
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.runs import RunFolder
 from lightning_tdisent.sampling.expert import load_expert
-from lightning_tdisent.sampling.sampler import from_uint8
 from lightning_tdisent.streaming.decode import Decoder
 
 TRAIN, TEST = 24, 6

@@ -7,9 +7,9 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.loggers import Logger
 
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.modules import ReducedStates
-from lightning_tdisent.sampling.sampler import from_uint8
 
 
 def vector(tensors):

@@ -18,6 +18,7 @@ from lightning_tdisent.diffusion.operators import Inpainting, SuperResolution
 from lightning_tdisent.diffusion.schedules import Linear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.images import grid
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.metrics.features import SmallClassifier, load_features
 from lightning_tdisent.metrics.protocol import Protocol
@@ -32,7 +33,7 @@ from lightning_tdisent.report.table import WideTable, costs, notes, table, table
 from lightning_tdisent.sampling.cost import training_cost
 from lightning_tdisent.sampling.evaluation import real_images, state_errors, x0_errors
 from lightning_tdisent.sampling.expert import load_expert, save_expert
-from lightning_tdisent.sampling.pictures import grid, save_png
+from lightning_tdisent.sampling.pictures import save_png
 from lightning_tdisent.sampling.sampler import DDIM, sample
 from lightning_tdisent.streaming.shards import load
 

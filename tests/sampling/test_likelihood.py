@@ -251,8 +251,8 @@ class _Sampled(Gaussian):
 
 
 def test_the_masses_of_all_grey_levels_are_one():
+    from lightning_tdisent.images import from_uint8
     from lightning_tdisent.sampling.likelihood import _decode
-    from lightning_tdisent.sampling.sampler import from_uint8
 
     states = LatentStates(S=4)
     levels = from_uint8(torch.arange(256, dtype=torch.uint8)[:, None, None, None])

@@ -15,6 +15,7 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Cosine
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.composite import CompositeDenoiser, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
@@ -30,7 +31,7 @@ from lightning_tdisent.sampling.merge import (
     step_error,
     step_weights,
 )
-from lightning_tdisent.sampling.sampler import DDIM, from_uint8
+from lightning_tdisent.sampling.sampler import DDIM
 from lightning_tdisent.streaming.shards import ImageSet
 
 SHAPE = [1, 2, 2]

@@ -19,10 +19,11 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Geometric
 from lightning_tdisent.diffusion.spec import build, changed, identity, spec
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import read_card
 from lightning_tdisent.sampling.observations import Observations
-from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, from_uint8, sample
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
 from lightning_tdisent.streaming.shards import load
 
 

@@ -13,18 +13,10 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Cosine, Linear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.images import from_uint8, to_uint8
 from lightning_tdisent.sampling.composite import CompositeDenoiser
 from lightning_tdisent.sampling.denoiser import Denoiser, Guided
-from lightning_tdisent.sampling.sampler import (
-    DDIM,
-    Ancestral,
-    DPMSolver,
-    Sampler,
-    from_uint8,
-    probe_rows,
-    sample,
-    to_uint8,
-)
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, Sampler, probe_rows, sample
 
 PREDICTION = {"epsilon": Eps, "sample": X0, "v_prediction": V}
 SAMPLERS = {

@@ -8,10 +8,10 @@ import lightning.pytorch as L
 import torch
 
 from lightning_tdisent.files import write_whole
+from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.sampler import from_uint8
 
 
 class Curve(L.Callback):
