@@ -250,6 +250,26 @@ def shard_of(file, values):
             tar.write({"__key__": f"{value:04d}", "png": png.getvalue(), "seg.png": b"x"})
 
 
+def test_a_name_of_a_class_may_have_a_tab_and_no_line_break(tmp_path, capsys):
+    for name, code in (("tab\there", 0), ("line\nbreak", 2)):
+        raw = tmp_path / f"raw{code}"
+        for k, folder in enumerate((name, "plain")):
+            picture(raw / folder / "0.png", k)
+        assert main(["data", "prepare", str(raw), str(tmp_path / f"out{code}"), "--jobs", "1"]) == code
+    said = capsys.readouterr().err
+    assert "control characters such as a line break; rename it in the folder" in said
+
+
+def test_what_cannot_be_used_at_all_ends_inspect_with_2(tmp_path, capsys):
+    with wds.TarWriter(str(tmp_path / "train-0000.tar"), mtime=0) as shard:
+        shard.write({"__key__": "a", "png": b"no picture"})
+    assert main(["data", "inspect", str(tmp_path), "--out", str(tmp_path / "look.png")]) == 2
+    told = capsys.readouterr()
+    assert "none of the 1 samples looked at can be used" in told.err
+    assert "cannot be decoded" in told.out
+    assert not (tmp_path / "look.png").exists()
+
+
 def test_prepare_and_inspect_print_what_was_taken_for_what(tmp_path, capsys):
     raw, out = tmp_path / "raw", tmp_path / "out"
     for k in range(3):
@@ -395,6 +415,17 @@ def test_large_classes_are_counted_in_little_memory(tmp_path, capsys):
             tar.write({"__key__": f"{k}", "png": png.getvalue(), "cls": str(label).encode()})
     assert main(["data", "inspect", str(tmp_path), "--out", str(tmp_path / "look.png")]) == 0
     assert "2 of 2,147,483,648, with 1 to 1 (class 5) samples each" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_pictures_are_read(tmp_path, capsys, monkeypatch):
+    picture(tmp_path / "raw" / "0.png", 0)
+
+    def read_only(dir):
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    assert main(["data", "prepare", str(tmp_path / "raw"), str(tmp_path / "out"), "--jobs", "1"]) == 2
+    assert f"{tmp_path / 'out'} cannot be written to (Permission denied): choose another" in capsys.readouterr().err
 
 
 def test_an_index_of_a_folder_that_cannot_be_written_to_is_kept_elsewhere(digits, tmp_path, capsys, monkeypatch):

@@ -142,12 +142,14 @@ def _toy(a: argparse.Namespace) -> None:
 
 
 def _index(a: argparse.Namespace) -> None:
-    from lightning_tdisent.streaming.index import path_of, refuse_unwritable
+    from lightning_tdisent.streaming.index import ELSEWHERE, path_of, refuse_unwritable
+    from lightning_tdisent.streaming.remote import is_remote
     from lightning_tdisent.streaming.scan import build
     from lightning_tdisent.streaming.tars import find
 
     files, file = find(a.folder, a.split), path_of(a.folder, a.split, a.out)
-    refuse_unwritable(file)
+    if not is_remote(file):
+        refuse_unwritable(Path(file).parent, ELSEWHERE)
     with bar("shards") as progress:
         index = build(files, cores(a.jobs), progress, regions=not a.no_samples)
     if index.unusable[0] == len(index) and index.notes:  # the last note is of unusable samples, if there are some
@@ -181,6 +183,8 @@ def _inspect(a: argparse.Namespace) -> None:
         raise InputError(f"-n {a.n} --out {out}: at least one sample, and a .png in a folder that is there")
     found = look(a.folder, a.split, a.n)
     wide_console().print(table(found))
+    if not found.looked:
+        raise InputError(f"{a.folder} ({a.split}): none of the {len(found.bad):,} samples looked at can be used")
     picture = io.BytesIO()
     draw(found).savefig(picture, dpi=110, format="png")
     write_whole(out, picture.getvalue())

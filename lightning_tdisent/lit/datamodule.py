@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
@@ -293,6 +294,9 @@ class ImageShards(L.LightningDataModule):
             what = f"data.train {self.train}, data.val {self.val}"
             held_out = Shards.open(self.path, self.val, self.decoder, self.policy, self.index)
             refuse_shared(held_out, self.shards, what, "Name other splits, or their shards by patterns")
+            for split, shards in ((self.train, self.shards), (self.val, held_out)):
+                if not shards.index.hashed and self._place()[0] == 0:  # whoever made an index has been told
+                    print("".join(f"note: {split}: {line}\n" for line in shards.index.notes), end="", file=sys.stderr)
         from lightning_tdisent.lit.inference import DenoiserModule  # which imports this module
 
         module = self.trainer.lightning_module if self.trainer else None

@@ -140,6 +140,8 @@ class DenoiserModule(L.LightningModule):
                 raise InputError(
                     f"model.network.classes is {self.denoiser.classes}, but labels of {data.path} run from {low} to "
                     f"{high} (-1: none)"
+                    + ". Samples without KEY.cls have no class; `data prepare` takes classes from folders, "
+                    "dataset.json, KEY.json and tables" * (low < 0)
                 )
 
     def known(self, batch: Any, training: bool = False, look: bool = True) -> dict[str, Any]:

@@ -215,6 +215,7 @@ class Diffusion(Part, DenoiserModule):
             self.validation[name] -= counted
         self._again = {}
         self._refuse_equal_noise()
+        self._note_validation()
         if type(self).configure_optimizers is not Diffusion.configure_optimizers:
             return
         for config in self.trainer.lr_scheduler_configs:
@@ -232,6 +233,20 @@ class Diffusion(Part, DenoiserModule):
         same = [r for r, draw in enumerate(draws) if draws.count(draw) > 1]
         if same:
             raise InputError(f"ranks {same} draw the same training noise: each must have a rank number of its own")
+
+    def _note_validation(self) -> None:
+        """Say that a training will end before its first validation."""
+        trainer = self.trainer
+        if not trainer.enable_validation or trainer.max_steps < 0 or not trainer.is_global_zero:
+            return
+        epochs = (trainer.check_val_every_n_epoch or 1) - 1  # that pass before the one that validates
+        first = (epochs * trainer.num_training_batches + trainer.val_check_batch) / trainer.accumulate_grad_batches
+        if first > trainer.max_steps:
+            print(
+                f"note: the first validation would be after {first:,g} steps (trainer.val_check_interval), and this "
+                f"training ends after {trainer.max_steps:,}: nothing is validated or drawn",
+                file=sys.stderr,
+            )
 
     def on_validation_start(self) -> None:
         """Stop the clock of training, and count what validation costs."""

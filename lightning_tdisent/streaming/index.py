@@ -349,17 +349,14 @@ def _hash(table: str, arrays: dict[str, Array]) -> str:
     return total.hexdigest()
 
 
-def refuse_unwritable(file: str) -> None:
-    """Refuse, before the shards are read, an index file in a folder that cannot be written to."""
-    if is_remote(file):
-        return
-    folder = Path(file).parent
+def refuse_unwritable(folder: Path, remedy: str) -> None:
+    """Raise InputError, before any work, for a folder that cannot be made or written to; remedy: what to do."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{folder} cannot be written to ({error.strerror or error}): {ELSEWHERE}") from None
+        raise InputError(f"{folder} cannot be written to ({error.strerror or error}): {remedy}") from None
 
 
 ELSEWHERE = (

@@ -30,7 +30,7 @@ from lightning_tdisent.artifacts import check_format, parse_json
 from lightning_tdisent.errors import Halted, InputError, nearest
 from lightning_tdisent.files import is_plain, open_own, output_path, remove_orphans, sha256, whole
 from lightning_tdisent.streaming.decode import LATENT
-from lightning_tdisent.streaming.index import Index, path_of
+from lightning_tdisent.streaming.index import Index, path_of, refuse_unwritable
 from lightning_tdisent.streaming.latents import LatentEncoder
 from lightning_tdisent.streaming.raw import Source
 from lightning_tdisent.streaming.raw.convert import ENCODE, Convert, Made, Samples, Skipped, Task, in_order
@@ -118,8 +118,8 @@ def prepare(
         "classes": source.classes, "notes": list(source.notes),
     }  # fmt: skip
     files = [out / name for name in planned(split, len(source), options.samples)]
+    refuse_unwritable(out, "choose another folder for the shards")
     try:
-        out.mkdir(parents=True, exist_ok=True)
         with _held(out, split, files, record):
             return _Run(source, split, files, options, latents, progress).run(jobs)
     except OSError as error:
@@ -140,7 +140,7 @@ def is_split(name: str) -> bool:
 
 def _check(source: Source, options: Options, split: str, jobs: int) -> None:
     """Refuse what cannot be met, all of it at once."""
-    odd = [ascii(name) for name in source.classes if not is_plain(name)]
+    odd = [ascii(name) for name in source.classes if not is_plain(name.replace("\t", " "))]
     formats, latents = ("keep", *ENCODE), options.vae is not None
     unknown = f"{options.encode!r} is not one of {', '.join(formats)}.{nearest(options.encode, formats)}"
     wrong = {
@@ -160,7 +160,7 @@ def _check(source: Source, options: Options, split: str, jobs: int) -> None:
         and not -math.inf < options.range[0] < options.range[1] < math.inf,
         f"jobs: {jobs} is not at least 0": jobs < 0,
         f"classes {', '.join(odd[:3])} ({len(odd)} in all): a name of a class is UTF-8 without control characters such "
-        "as a line break; rename its folder": bool(odd),
+        f"as a line break; rename it in the {source.kind}": bool(odd),
     }
     if said := [message for message, is_wrong in wrong.items() if is_wrong]:
         raise InputError("; ".join(said))

@@ -6,6 +6,8 @@ import hashlib
 import importlib
 import pickle
 import runpy
+import shutil
+import tarfile
 import threading
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.checkpoints import steps
-from lightning_tdisent.lit.datamodule import Seeds
+from lightning_tdisent.lit.datamodule import ImageShards, Seeds
 from lightning_tdisent.lit.entry import LINE
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.sampling.composite import load_model
@@ -98,6 +100,37 @@ class Plateau(ReducedStates):
         optimizer = torch.optim.RMSprop(self.parameters(), self.lr)  # one that knows nothing of ``fused``
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1e3)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/x0_mse"}}
+
+
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({"val_check_interval": 5, "check_val_every_n_epoch": None, "max_epochs": -1}, 5),
+        (
+            {"val_check_interval": 9, "check_val_every_n_epoch": None, "max_epochs": -1, "accumulate_grad_batches": 2},
+            4.5,
+        ),
+        ({"limit_train_batches": 3, "check_val_every_n_epoch": 2, "max_epochs": -1}, 6),
+        ({"val_check_interval": 4, "check_val_every_n_epoch": None, "max_epochs": -1}, 0),
+        ({"limit_train_batches": 2, "check_val_every_n_epoch": 2, "max_epochs": -1}, 0),
+        ({"limit_val_batches": 0}, 0),
+    ],
+)
+def test_a_training_that_ends_before_its_first_validation_says_so(make, data, plain, capsys, options, first):
+    plain(**options).fit(make(), datamodule=data(val_limit=64))
+    said = f"note: the first validation would be after {first:g} steps (trainer.val_check_interval), and this training"
+    assert (said in capsys.readouterr().err) == bool(first)
+
+
+def test_what_is_not_read_of_shards_without_an_index_is_said_by_fit(make, plain, digits, tmp_path, capsys):
+    for split in ("train", "test"):
+        shutil.copy(digits / f"{split}-0000.tar", tmp_path)
+        with tarfile.open(tmp_path / f"{split}-0000.tar", "a") as tar:
+            tar.addfile(tarfile.TarInfo("README.md"))
+    plain().fit(make(), datamodule=ImageShards(str(tmp_path), channels=1, batch_size=32, val_limit=64))
+    said = capsys.readouterr().err
+    for split in ("train", "test"):
+        assert f"note: {split}: not read: files of no sample (1, first {split}-0000.tar/README.md)\n" in said
 
 
 def test_lightnings_callbacks_find_the_metrics(make, data, plain, tmp_path):

@@ -312,7 +312,7 @@ def test_what_is_not_read_is_left_out_counted_and_named(packed, regions, tmp_pat
         ("__MACOSX/set/._0.png", b"x"), ("volume", ord("V")),
         ("set/1.png", png(1)), ("set/1.cls", b"4"), ("set/1.x.pickle", b"x"), ("set/1.256.png", b"x"),
         ("set/1.json", b"{}"),
-        (".cache/2.png", b"x"), ("Thumbs.db", b"x"),
+        (".cache/2.png", b"x"), ("Thumbs.db", b"x"), ("classes.txt", b"ant\nbee\n"),
     ]  # fmt: skip
     file = write(tmp_path / "train-0.tar", members)
     if packed:
@@ -322,7 +322,7 @@ def test_what_is_not_read_is_left_out_counted_and_named(packed, regions, tmp_pat
     expected = {
         "hidden files": (5, f"{name}/._set"),
         "files without an extension": (1, f"{name}/LICENSE"),
-        "files of no sample": (2, f"{name}/README.md"),
+        "files of no sample": (3, f"{name}/README.md"),
         "pickles KEY.pyd": (1, f"{name}/set/0.PYD"),
         "pickles KEY.x.pickle": (1, f"{name}/set/1.x.pickle"),
         "members KEY.json": (2, f"{name}/set/0.json"),
@@ -694,7 +694,7 @@ def test_reading_on_keeps_one_sample_in_memory(packed, tmp_path):
         folder = tmp_path / f"{count}"
         folder.mkdir()
         blob = np.random.default_rng(0).bytes(size)
-        file = write(folder / "train-0.tar", [(f"{n}.txt", blob) for n in range(count)], tarfile.USTAR_FORMAT)
+        file = write(folder / "train-0.tar", [(f"{n}.bin", blob) for n in range(count)], tarfile.USTAR_FORMAT)
         if packed:
             (folder / "train-0.tar.gz").write_bytes(gzip.compress(file.read_bytes(), 1))
             file.unlink()
@@ -702,7 +702,7 @@ def test_reading_on_keeps_one_sample_in_memory(packed, tmp_path):
         shards = opened(folder)
         tracemalloc.start()
         try:
-            assert sum(len(members["txt"]) == size for _, members in shards.stream(0)) == count
+            assert sum(len(members["bin"]) == size for _, members in shards.stream(0)) == count
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()

@@ -90,7 +90,7 @@ def test_regions_tile_the_tar_and_hold_what_webdataset_reads(contents, form, pac
             Path(url).write_bytes(gzip.compress(raw, 1))
         index, r = (one := scan(url)), one.regions
         parts.append(index)
-        read = by_webdataset(file)
+        read = [sample for sample in by_webdataset(file) if sample[1].keys() != {"txt"}]  # a text alone is no sample
         expected += [(url.rpartition("/")[2], key, content) for key, content in read]
 
         stored = Path(url).read_bytes()
