@@ -236,11 +236,11 @@ class Diffusion(Part, DenoiserModule):
 
     def _note_validation(self) -> None:
         """Say that a training will end before its first validation."""
-        trainer = self.trainer
-        if not trainer.enable_validation or trainer.max_steps < 0 or not trainer.is_global_zero:
+        trainer, every = self.trainer, self.trainer.val_check_batch  # None: validated by the clock
+        if not trainer.enable_validation or trainer.max_steps < 0 or every is None or not trainer.is_global_zero:
             return
         epochs = (trainer.check_val_every_n_epoch or 1) - 1  # that pass before the one that validates
-        first = (epochs * trainer.num_training_batches + trainer.val_check_batch) / trainer.accumulate_grad_batches
+        first = (epochs * trainer.num_training_batches + every) / trainer.accumulate_grad_batches
         if first > trainer.max_steps:
             print(
                 f"note: the first validation would be after {first:,g} steps (trainer.val_check_interval), and this "
