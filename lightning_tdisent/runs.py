@@ -20,7 +20,10 @@ try:
 except ImportError:  # not on every system
     fcntl = None  # type: ignore[assignment]
 
-LOCK = ".lock"
+# names in a run folder
+CONFIG, WEIGHTS, PRIOR, CURVE = "config.yaml", "model.safetensors", "prior.safetensors", "curve.json"
+CHECKPOINTS, AVERAGES, PICTURES, LOG, LOCK = "checkpoints", "averages", "pictures", "log.txt", ".lock"
+NEWEST = "newest.json"  # in the folder of the checkpoints: which of them is the last one
 _HELD: dict[str, "RunFolder"] = {}
 
 
@@ -64,7 +67,7 @@ class RunFolder:
     def __exit__(self, *_: Any) -> None:
         with contextlib.suppress(Lost, OSError):
             self.check()
-            if self._tidy and not (self.path / "config.yaml").exists():  # refused before it began
+            if self._tidy and not (self.path / CONFIG).exists():  # refused before it began
                 self._clear()
         self._stack.close()
         _HELD.pop(str(self.path), None)
@@ -148,9 +151,30 @@ class RunFolder:
     def _clear(self) -> None:
         for litter in (self.path / LOCK, self.path / "hparams.yaml", *self.path.glob("events.out.tfevents.*")):
             litter.unlink(missing_ok=True)
-        for folder in (self.path / "checkpoints", self.path):
+        for folder in (self.path / CHECKPOINTS, self.path):
             with contextlib.suppress(OSError):  # unless something else is in there
                 folder.rmdir()
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of the checkpoint after so many steps."""
+    return f"step-{step:09d}.ckpt"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, oldest first."""
+    found = [p for p in folder.glob("step-*.ckpt") if re.fullmatch(r"step-\d+\.ckpt", p.name)]
+    return sorted(found, key=lambda p: int(p.stem[5:]))
+
+
+def snapshot_name(step: int, length: float) -> str:
+    """Return the name of the snapshot of an average of this relative length after so many steps."""
+    return f"step-{step:09d}_{length:g}.safetensors"
+
+
+def snapshots_in(run: Path) -> dict[Path, int]:
+    """Return the snapshots of averages in a run folder, oldest first, with their steps."""
+    return {file: int(file.name[5:14]) for file in sorted((run / AVERAGES).glob("step-*_*.safetensors"))}
 
 
 def identity_in(config: bytes | None) -> str:
@@ -162,7 +186,7 @@ def identity_in(config: bytes | None) -> str:
 def identity_of(folder: Path) -> str:
     """Return the id of the run whose folder this is, empty for an early version's, and where there is no config."""
     try:
-        return identity_in((folder / "config.yaml").read_bytes())
+        return identity_in((folder / CONFIG).read_bytes())
     except OSError:
         return ""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_tdisent.cli.terminal import Commands, bar, command, refuse_no_page, use_device, wide_console
 from lightning_tdisent.cli.trainings import describe, fits, open_fleet, role
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS
 
 if TYPE_CHECKING:
     from lightning_tdisent.fleet.job import Job
@@ -190,7 +191,7 @@ def _sample(a: argparse.Namespace) -> None:
         raise InputError(f"--out {a.out} already holds images; choose another folder")
     if tiles.exists():
         raise InputError(f"--out {a.out}: {tiles}, for the first images, is there already; choose another folder")
-    if (a.out / "config.yaml").exists() or holds_weights(a.out):
+    if (a.out / CONFIG).exists() or holds_weights(a.out):
         raise InputError(f"--out {a.out} is the folder of a run or of weights; choose another for the images")
     use_device(a.device)
     loaded = (
@@ -269,11 +270,10 @@ def _prior(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.plan import settings
     from lightning_tdisent.fleet.study import row_or_share
     from lightning_tdisent.sampling.composite import holds_weights
-    from lightning_tdisent.sampling.start import FILE
 
-    if (a.out / FILE).exists():
+    if (a.out / PRIOR).exists():
         raise InputError(f"--out {a.out} already holds a prior; choose another folder")
-    if (a.out / "config.yaml").exists() or holds_weights(a.out):
+    if (a.out / CONFIG).exists() or holds_weights(a.out):
         raise InputError(f"--out {a.out} is the folder of a run or of weights; choose another for the prior")
     at = row_or_share(a.at, "--at")
     path = a.kind if "." in a.kind else f"lightning_tdisent.{a.kind}"
@@ -286,14 +286,14 @@ def _fit(
     label: int | None = None,
 ) -> None:  # fmt: skip
     """Fit a prior, write it, and say what there is to say of it."""
-    from lightning_tdisent.sampling.start import FILE, fit_to, save_prior
+    from lightning_tdisent.sampling.start import fit_to, save_prior
 
     use_device("cpu")
     prior, fitted = fit_to(model, at, part, data, split, n, label)
-    save_prior(out / FILE, prior, fitted)
+    save_prior(out / PRIOR, prior, fitted)
     name = part["class_path"].rpartition(".")[2]
     of = "" if label is None else f" of class {label}"
-    print(f"{name} at row {fitted.row} (index {fitted.index}), {fitted.n:,} images{of}: {out / FILE}")
+    print(f"{name} at row {fitted.row} (index {fitted.index}), {fitted.n:,} images{of}: {out / PRIOR}")
     for note in fitted.notes:
         print(f"note: {note}")
 
@@ -400,11 +400,10 @@ def _export(a: argparse.Namespace) -> None:
 
 def _evaluate(a: argparse.Namespace) -> None:
     from lightning_tdisent.diffusion.spec import spec
-    from lightning_tdisent.fleet.job import PRIOR, WEIGHTS
     from lightning_tdisent.report.study import Study
     from lightning_tdisent.sampling.composite import MANIFEST, holds_weights, refuse_damaged
 
-    for name in ("study.json", "plan.json", "plan.yaml", "config.yaml", "checkpoints", WEIGHTS, MANIFEST, PRIOR):
+    for name in ("study.json", "plan.json", "plan.yaml", CONFIG, CHECKPOINTS, WEIGHTS, MANIFEST, PRIOR):
         if (a.out / name).exists():
             raise InputError(
                 f"--out {a.out} already keeps results, a study, a fleet, a run, a composite or a prior ({name}); "
@@ -517,7 +516,6 @@ def _study(a: argparse.Namespace) -> None:
         recompose,
         refuse_damaged,
     )
-    from lightning_tdisent.sampling.start import FILE
 
     todo = plan(a.config, a.out, a.seed, a.overrides)
     for line in todo.compare():
@@ -555,7 +553,7 @@ def _study(a: argparse.Namespace) -> None:
         if recompose(find_files(todo.out / name), folder):
             print(f"{folder}: composed anew, since the weights of {name} are others now")
     for folder, (source, at, part) in todo.priors.items():
-        if not (folder / FILE).exists():
+        if not (folder / PRIOR).exists():
             _fit(source, at, part, study.data, "train", None, folder)
     _finish(study)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS
 
 if TYPE_CHECKING:
     from lightning_tdisent.sampling.expert import Card
 
-WEIGHTS, PRIOR = "model.safetensors", "prior.safetensors"  # what a training leaves
 Report = Callable[[int, int, dict[str, float]], None]  # step, of how many, and numbers worth showing
 # runs command lines in this process, those of one call together; returns what ended each before its time
 Train = Callable[[Sequence[list[str]], Sequence[Report]], list[BaseException | None]]
@@ -48,7 +48,7 @@ class Job:
         refuse_foreign(self.weights, card)
         wrong = [f"{k} {getattr(card, k)}, not {v}" for k, v in self.expect.items() if getattr(card, k) != v]
         if wrong:
-            run = any((self.folder / name).exists() for name in ("config.yaml", "checkpoints"))
+            run = any((self.folder / name).exists() for name in (CONFIG, CHECKPOINTS))
             raise InputError(
                 f"{self.weights} is of another training: it has {', '.join(wrong)}. Put {self.folder if run else 'it'} "
                 "elsewhere, and run the fleet again"

@@ -11,14 +11,13 @@ from pathlib import Path
 from lightning_tdisent.artifacts import check_schema, is_count, parse_json
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import Guard, ask_guards, write_whole
-from lightning_tdisent.fleet.job import WEIGHTS
 from lightning_tdisent.fleet.store import Store
-from lightning_tdisent.runs import identity_in, identity_of
+from lightning_tdisent.runs import AVERAGES, CHECKPOINTS, NEWEST, WEIGHTS, identity_in, identity_of
 from lightning_tdisent.sampling.checkpoint import manifest_of
 
-NEWEST = "checkpoints/newest.json"
+POINTER = f"{CHECKPOINTS}/{NEWEST}"
 OWNER = ".fleet.json"  # in a scratch folder: whose runs it has
-FOLDERS = ("", "checkpoints", "averages")
+FOLDERS = ("", CHECKPOINTS, AVERAGES)
 Mark = tuple[int, int]  # size and time of a file
 UNKNOWN: Mark = (-1, -1)  # of one whose copy may be there, or not
 
@@ -36,10 +35,10 @@ class Mirror:
         Where the last copy did not succeed, and this folder has gone further, its own files stay, and are pushed.
         """
         self._set_aside()
-        younger = step_of(Store(self.folder).read(NEWEST)) > step_of(self.store.read(f"{self.name}/{NEWEST}"))
+        younger = step_of(Store(self.folder).read(POINTER)) > step_of(self.store.read(f"{self.name}/{POINTER}"))
         for part in FOLDERS:
             place = f"{self.name}/{part}".rstrip("/")
-            for file in sorted(self.store.names(place), key=lambda file: NEWEST.endswith(f"/{file}")):  # pointer last
+            for file in sorted(self.store.names(place), key=lambda file: POINTER.endswith(f"/{file}")):  # pointer last
                 target = self.folder / part / file
                 content = self.store.read(f"{place}/{file}", large=True, check=partial(ask_guards, target))
                 if content is None:
@@ -68,7 +67,7 @@ class Mirror:
         another worker's by now.
         """
         here, newest = self._files(), self._newest()
-        rest = [name for name in here if not name.startswith("checkpoints/") and name != WEIGHTS]
+        rest = [name for name in here if not name.startswith(f"{CHECKPOINTS}/") and name != WEIGHTS]
         for name in [*rest, *newest, *(name for name in here if name == WEIGHTS)]:
             mark, content = newest.get(name) or (here[name], None)
             if self._sent.get(name) == mark:
@@ -89,7 +88,7 @@ class Mirror:
 
     def _newest(self) -> dict[str, tuple[Mark, bytes]]:
         """Mark and content of the newest checkpoint, its manifest and the pointer to it; empty if there is none."""
-        pointer = self.folder / NEWEST
+        pointer = self.folder / POINTER
         while True:
             try:
                 mark, content = _mark(pointer), pointer.read_bytes()
@@ -102,7 +101,7 @@ class Mirror:
                     name = str(file.relative_to(self.folder))
                     was = _mark(file)
                     out[name] = was, b"" if self._sent.get(name) == was else file.read_bytes()
-                return out | {NEWEST: (mark, content)}
+                return out | {POINTER: (mark, content)}
             except FileNotFoundError:  # pruned meanwhile: there is a newer one, or the pointer is a lie
                 if pointer.read_bytes() == content:
                     return {}
@@ -130,7 +129,7 @@ def step_of(pointer: bytes | None) -> int:
         return 0
     if not isinstance(found, dict) or not is_count(found.get("step", 0)):
         return 0
-    check_schema(found, NEWEST, 1, absent=1)
+    check_schema(found, POINTER, 1, absent=1)
     return int(found.get("step", 0))
 
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet.budget import effects, fit_curve, grant, value
 from lightning_tdisent.fleet.store import dump_json, read_json
+from lightning_tdisent.runs import CURVE
 
 if TYPE_CHECKING:
     from lightning_tdisent.fleet.plan import Fleet
 
 FOLDER = "rounds"
-CURVE = "curve.json"
 
 
 def newest(fleet: "Fleet") -> tuple[int, dict[str, Any] | None]:

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import ask_guards
 from lightning_tdisent.fleet import rounds
-from lightning_tdisent.fleet.job import WEIGHTS, Job
-from lightning_tdisent.fleet.mirror import NEWEST, Mirror, step_of
+from lightning_tdisent.fleet.job import Job
+from lightning_tdisent.fleet.mirror import POINTER, Mirror, step_of
 from lightning_tdisent.fleet.plan import BEGUN, FILE, SHARED, Describe, Fleet
 from lightning_tdisent.fleet.store import Store, dump_json, read_json
+from lightning_tdisent.runs import CURVE, WEIGHTS
 
 
 class Work(Protocol):
@@ -72,7 +73,7 @@ class Jobs:
 
     def saved(self, job: Job) -> int:
         """By the pointer beside it."""
-        return step_of(Store(job.folder).read(NEWEST))
+        return step_of(Store(job.folder).read(POINTER))
 
     def round(self) -> int:
         """The only one."""
@@ -92,7 +93,7 @@ class Jobs:
 
     def curve(self, job: Job) -> dict[str, Any] | None:
         """Read it from the job's folder."""
-        return read_json(Store(job.folder), rounds.CURVE)
+        return read_json(Store(job.folder), CURVE)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class FleetWork:
 
     def saved(self, job: Job) -> int:
         """By the pointer beside it."""
-        return step_of(self.store.read(f"{self.fleet.folder(job.name)}/{NEWEST}"))
+        return step_of(self.store.read(f"{self.fleet.folder(job.name)}/{POINTER}"))
 
     def refuse_fewer(self, names: Sequence[str] = ()) -> None:
         """Refuse images of jobs (all if none are named) that are fewer than these have seen already."""

@@ -25,7 +25,7 @@ from lightning_tdisent.fleet.mirror import Mirror
 from lightning_tdisent.fleet.state import Work
 from lightning_tdisent.fleet.store import dump_json, read_json
 from lightning_tdisent.processes import me
-from lightning_tdisent.runs import busy
+from lightning_tdisent.runs import LOG, busy
 
 FAILED = "failed"
 POLL = 1.0
@@ -187,7 +187,7 @@ class _Held:
 
     @property
     def log(self) -> Path:
-        return self.job.folder / "log.txt"
+        return self.job.folder / LOG
 
 
 def _train(work: Work, chosen: Sequence[_Held], train: Train, session: Session) -> None:

@@ -8,7 +8,6 @@ import datetime
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning_tdisent.errors import Halted, InputError, Lost
 from lightning_tdisent.files import ask_guards, sync_folder, temporary, write_whole
 from lightning_tdisent.files import remove_orphans as remove_orphans
+from lightning_tdisent.runs import CHECKPOINTS, NEWEST, checkpoints_in
 from lightning_tdisent.sampling.checkpoint import (
     SCHEMA,
     TEMPORARY,
@@ -35,7 +35,6 @@ from lightning_tdisent.sampling.checkpoint import (
     verify,
 )
 
-POINTER = "newest.json"
 PIECE = 2**26  # bytes that are written, and read back, at a time; a read gives 2 GB at most
 FACTS = ("images_seen", "fingerprint", "rows", "module", "data", "version")  # of the card, repeated in the manifest
 
@@ -120,7 +119,7 @@ def newest(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
     """
     while True:
         bad, gone = list[str](), False
-        for path in reversed(steps(folder)):
+        for path in reversed(checkpoints_in(folder)):
             try:
                 return path, verify(path), bad
             except InputError as error:
@@ -134,7 +133,7 @@ def resolve(path: str) -> Path:
     """Checkpoint behind ``--ckpt_path``: a file, or the newest good one of a run folder; names bad ones passed over."""
     found = local(path)
     if path and found.is_dir():
-        place = found if steps(found) else found / "checkpoints"
+        place = found if checkpoints_in(found) else found / CHECKPOINTS
         good, _, bad = newest(place)
         if good is None:
             raise InputError("\n".join([f"--ckpt_path {path}: holds no good checkpoint", *bad]))
@@ -143,12 +142,6 @@ def resolve(path: str) -> Path:
     if not path or not found.is_file():
         raise InputError(f"--ckpt_path {path}: no such file. Give a checkpoint, or a run folder for its newest one")
     return found
-
-
-def steps(folder: Path) -> list[Path]:
-    """Checkpoints of a folder, oldest first."""
-    found = [p for p in folder.glob("step-*.ckpt") if re.fullmatch(r"step-\d+\.ckpt", p.name)]
-    return sorted(found, key=lambda p: int(p.stem[5:]))
 
 
 def refuse_other_run(trainer: L.Trainer, files: Sequence[Path]) -> None:
@@ -252,7 +245,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
             raise
     finally:
         beside.unlink(missing_ok=True)
-    _write_json(path.parent / POINTER, {"schema": 1, "file": path.name, "step": manifest["step"], "sha256": digest})
+    _write_json(path.parent / NEWEST, {"schema": 1, "file": path.name, "step": manifest["step"], "sha256": digest})
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

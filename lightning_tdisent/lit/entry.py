@@ -49,7 +49,7 @@ from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
-from lightning_tdisent.lit.checkpoints import DurableIO, resolve, steps
+from lightning_tdisent.lit.checkpoints import DurableIO, resolve
 from lightning_tdisent.lit.explain import HERE, explain, explain_interpolation
 from lightning_tdisent.lit.resume import (
     check_config,
@@ -62,12 +62,12 @@ from lightning_tdisent.lit.resume import (
 )
 from lightning_tdisent.networks import dit, unet  # noqa: F401
 from lightning_tdisent.priors import flow, gaussian, mixture  # noqa: F401
-from lightning_tdisent.runs import RunFolder, held, new_identity
+from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS, RunFolder, checkpoints_in, held, new_identity
 from lightning_tdisent.sampling import sampler, start  # noqa: F401
 from lightning_tdisent.sampling.checkpoint import facts
 from lightning_tdisent.sampling.expert import read_card
 
-_MARKS = ("checkpoints", modules.Diffusion.file, start.FILE)  # one of them lies beside the config of a run
+_MARKS = (CHECKPOINTS, WEIGHTS, PRIOR)  # one of them lies beside the config of a run
 COMMANDS = ("fit", "validate", "test", "predict")
 # of the command that runs, in each thread its own: its words with their config files, and what it holds until it ends
 LINE: ContextVar[tuple[Sequence[str], Sequence[Path]]] = ContextVar("LINE", default=((), ()))
@@ -153,7 +153,7 @@ class CLI(LightningCLI):
         if self.subcommand == "fit":
             self._enter(config)
         elif (
-            output_path(config.run, "--run") / "config.yaml"
+            output_path(config.run, "--run") / CONFIG
         ).exists():  # what is not a training writes nothing among its files
             self.trained = config.run
             config.run = str(Path(config.run) / str(self.subcommand))
@@ -171,7 +171,7 @@ class CLI(LightningCLI):
             if path is None:
                 exported = folder / self.model.file
                 words = shlex.join(["--model", "Composite", "--model.path", str(folder)])
-                usable = exported.exists() and self.model.file == modules.Diffusion.file
+                usable = exported.exists() and self.model.file == WEIGHTS
                 instead = f"; of {exported}: {words}" if usable else ""
                 raise InputError(
                     f"{subcommand}: {folder} holds no checkpoint, and an untrained network says nothing. Give its "
@@ -196,8 +196,8 @@ class CLI(LightningCLI):
         if any(word == "--id" or word.startswith("--id=") for word in LINE.get()[0]):
             raise InputError("--id: is made when a run begins, and kept in its config.yaml")
         place = LOCKS.get().enter_context(RunFolder(folder, tidy=True)) if rank_zero_only.rank == 0 else None
-        if not (folder / "config.yaml").exists():
-            if there := steps(folder / "checkpoints"):
+        if not (folder / CONFIG).exists():
+            if there := checkpoints_in(folder / CHECKPOINTS):
                 raise InputError(
                     f"run: {folder} has {len(there)} checkpoints but no config.yaml to say of what. Put it back, "
                     f"remove {what_is_trained(folder)}, or choose another --run"
@@ -232,7 +232,7 @@ class CLI(LightningCLI):
             print("".join(f"passed over: {why}\n" for why in bad), end="")
             seen = f"from step {step:,} ({manifest['images_seen']:,} images seen), {path}" if path else None
             print(f"going on with {folder} {seen or 'from the beginning: it has no checkpoint yet'}")
-            for later in [p for p in steps(folder / "checkpoints") if asked and p.name > asked.name]:
+            for later in [p for p in checkpoints_in(folder / CHECKPOINTS) if asked and p.name > asked.name]:
                 print(f"rolled back: {later} goes with the next checkpoint")
 
     def before_fit(self) -> None:
@@ -306,9 +306,9 @@ def _why_ended(step: int, mine: dict[str, Any], theirs: dict[str, Any]) -> str |
 def _exported(folder: Path, run: str) -> int | None:
     """Steps behind the weights that a finished training left in its folder, None if there are none."""
     card: Any
-    if (file := folder / modules.Diffusion.file).exists():
+    if (file := folder / WEIGHTS).exists():
         card = read_card(file)
-    elif (file := folder / start.FILE).exists():
+    elif (file := folder / PRIOR).exists():
         card = start.read_prior_card(folder)
     else:
         return None
@@ -377,7 +377,7 @@ class SaveConfig(SaveConfigCallback):
             kept = self._kept(trainer)
             # the width lets each key have a line of its own
             text = yaml.dump(kept, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
-            write_whole(Path(trainer.default_root_dir) / "config.yaml", (header() + text).encode())
+            write_whole(Path(trainer.default_root_dir) / CONFIG, (header() + text).encode())
 
 
 class _Dumper(yaml.SafeDumper):
@@ -549,7 +549,7 @@ def _configs_first(argv: Sequence[str]) -> list[str]:
         file = Path(argv[i].partition("=")[2] if joined else argv[i + 1])
         configs += [f"--config={file}"]
         run = re.search(r"(?m)^id: \S+", file.read_text(encoding="utf-8"))
-        if file.name == "config.yaml" and (run or any((file.parent / name).exists() for name in _MARKS)):
+        if file.name == CONFIG and (run or any((file.parent / name).exists() for name in _MARKS)):
             configs += [f"--run={file.parent}"]
         elif run and not any(re.fullmatch("--run(=.*)?", word) for word in argv):
             raise InputError(f"--config {file}: is the config of a run ({run[0]}); say with --run which folder to use")

@@ -39,6 +39,7 @@ from lightning_tdisent.lit.resume import options_of, refuse_changes, seed_of
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.rebuild import draws
 from lightning_tdisent.ranks import gather
+from lightning_tdisent.runs import WEIGHTS
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import Card, rebuilt, save_expert, weights_digest
 from lightning_tdisent.sampling.sampler import DDIM, Sampler
@@ -60,7 +61,7 @@ class Diffusion(Part, DenoiserModule):
     """
 
     names_files = False  # the weights it started warm from have been taken
-    file = "model.safetensors"  # in the run folder, when training ends
+    file = WEIGHTS  # in the run folder, when training ends
     same = ("network", "objective", "fingerprint", "rows", "image_range", "data")  # in the card of what is resumed
 
     def __init__(

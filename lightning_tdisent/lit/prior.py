@@ -15,8 +15,9 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.inference import DenoiserModule, clean
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.priors.prior import Prior
+from lightning_tdisent.runs import PRIOR
 from lightning_tdisent.sampling.evaluation import HELD_OUT
-from lightning_tdisent.sampling.start import FILE, FITTING, PriorCard, rebuilt_prior, save_prior
+from lightning_tdisent.sampling.start import FITTING, PriorCard, rebuilt_prior, save_prior
 
 UNITS = {"nll": 1.0, "bits": math.log(2)}  # of -log p per value, in nats
 FIRST = 512  # images that a prior is initialised with
@@ -59,7 +60,7 @@ class PriorModule(Diffusion):
     in nats and ``bits`` in bits per value. The run leaves ``prior.safetensors`` for `sampling.start.load_prior`.
     """
 
-    file = FILE
+    file = PRIOR
     same = ("prior", "fingerprint", "row", "data")
     whole = False
     network_is_random = False

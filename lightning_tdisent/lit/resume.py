@@ -17,7 +17,8 @@ from lightning_tdisent.artifacts import check_schema
 from lightning_tdisent.diffusion.spec import defaults_of_then, filled, identity
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import absolute_paths, load_yaml
-from lightning_tdisent.lit.checkpoints import Manifest, newest, steps
+from lightning_tdisent.lit.checkpoints import Manifest, newest
+from lightning_tdisent.runs import AVERAGES, CHECKPOINTS, CONFIG, WEIGHTS, checkpoints_in
 from lightning_tdisent.sampling.checkpoint import manifest_of, read_manifest
 from lightning_tdisent.streaming.index import Index, index_command, path_of
 
@@ -88,7 +89,7 @@ SCHEMA = 1  # of config.yaml
 
 def config_of(folder: Path) -> dict[str, Any]:
     """Return the config that a run folder keeps; refuses one that cannot be read."""
-    file = folder / "config.yaml"
+    file = folder / CONFIG
     try:
         text = file.read_bytes()
         check_header(text, file)
@@ -128,7 +129,7 @@ def _branch(folder: Path, differ: Sequence[str], config: dict[str, Any]) -> str:
     if all(_under(key, BRANCH) for key in differ):
         words, kept = ["--ckpt_path", str(folder)], "weights and optimizer"
     elif "model.init_args.warm_start" in config and not any(_under(key, CARD) for key in differ):
-        there = [folder] if (folder / "model.safetensors").exists() else steps(folder / "checkpoints")
+        there = [folder] if (folder / WEIGHTS).exists() else checkpoints_in(folder / CHECKPOINTS)
         if not there:
             return ""
         words, kept = ["--model.warm_start", str(there[-1])], "weights alone"
@@ -162,10 +163,10 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
     Raises InputError if all its checkpoints are damaged, or if one is of another run. One without a manifest was cut
     short before it counted.
     """
-    if (folder / "config.yaml").exists():
+    if (folder / CONFIG).exists():
         refuse_other_runs(folder, str(config_of(folder).get("id") or ""))
-    path, manifest, bad = newest(folder / "checkpoints")
-    if path is None and any(manifest_of(p).exists() for p in steps(folder / "checkpoints")):
+    path, manifest, bad = newest(folder / CHECKPOINTS)
+    if path is None and any(manifest_of(p).exists() for p in checkpoints_in(folder / CHECKPOINTS)):
         raise InputError(
             f"run: {folder} cannot go on, no checkpoint is good:\n"
             + "\n".join(f"  - {why}" for why in bad)
@@ -176,14 +177,14 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
 
 def what_is_trained(folder: Path) -> str:
     """Return what of a run folder a training that begins anew would not overwrite, for messages."""
-    there = [folder / "checkpoints", *sorted(folder.glob("*.safetensors")), folder / "averages"]
+    there = [folder / CHECKPOINTS, *sorted(folder.glob("*.safetensors")), folder / AVERAGES]
     return " and ".join(str(path) for path in there if path.exists())
 
 
 def refuse_other_runs(folder: Path, run: str) -> None:
     """Refuse checkpoints of another run than the one of the folder; those of older versions do not say of which."""
     others = {}
-    for path in steps(folder / "checkpoints"):
+    for path in checkpoints_in(folder / CHECKPOINTS):
         with contextlib.suppress(InputError):
             if (theirs := read_manifest(path).get("run")) and run and theirs != run:
                 others[path] = theirs

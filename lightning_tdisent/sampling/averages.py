@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import output_path
+from lightning_tdisent.runs import AVERAGES, snapshots_in
 from lightning_tdisent.sampling.expert import Card, load_expert, read_card, save_expert
 
-FOLDER = "averages"
 LONGEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean over the whole training
 
 
@@ -63,9 +63,11 @@ def reconstruct(run: Path, sigma_rel: float, out: Path, step: int | None = None)
 
     Returns the relative error of its profile. Raises InputError if there are no snapshots, or none at that step.
     """
-    out, files = output_path(out), sorted((run / FOLDER).glob("step-*.safetensors"))
+    out, files = output_path(out), [*snapshots_in(run)]
     if not files:
-        raise InputError(f"{run / FOLDER} holds no snapshots: they are written by fit with --ema.lengths '[0.05, 0.1]'")
+        raise InputError(
+            f"{run / AVERAGES} holds no snapshots: they are written by fit with --ema.lengths '[0.05, 0.1]'"
+        )
     cards = [read_card(file) for file in files]
     ends = [_end(card, file) for card, file in zip(cards, files, strict=True)]
     before = int((cards[0].average or {}).get("before", 0))  # steps of the average that a warm start continues
@@ -76,7 +78,7 @@ def reconstruct(run: Path, sigma_rel: float, out: Path, step: int | None = None)
     used = [(file, card, end) for file, card, end in zip(files, cards, ends, strict=True) if end[0] <= step]
     kinds = {(c.fingerprint, str(c.network), str(c.objective), str(c.rows), c.data) for _, c, _ in used}
     if len(kinds) > 1:
-        raise InputError(f"{run / FOLDER} mixes snapshots of several runs: {sorted(kinds)}")
+        raise InputError(f"{run / AVERAGES} mixes snapshots of several runs: {sorted(kinds)}")
     x, error = coefficients([end for *_, end in used], step, gamma(sigma_rel))
     total: dict[str, Tensor] = {}
     for weight, (file, _, _) in zip(x, used, strict=True):

@@ -21,6 +21,7 @@ from lightning_tdisent.diffusion.spec import build, changed
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import expand, output_path, remove_orphans, typed, whole, write_whole
+from lightning_tdisent.runs import CHECKPOINTS, WEIGHTS
 from lightning_tdisent.sampling.bundle import pack, unpacked
 from lightning_tdisent.sampling.denoiser import Denoiser, Extras
 from lightning_tdisent.sampling.expert import (
@@ -511,14 +512,14 @@ def find_files(source: str | Path) -> list[Path]:
         return [source]
     if (source / MANIFEST).exists():
         return composite_files(source)
-    found = [source / "model.safetensors"]
-    found = found if found[0].exists() else sorted(source.glob("*/model.safetensors"))
+    found = [source / WEIGHTS]
+    found = found if found[0].exists() else sorted(source.glob(f"*/{WEIGHTS}"))
     for file in found:
         refuse_foreign(file)
     if not found:
-        checkpoints = sorted([*source.glob("*.ckpt"), *source.glob("checkpoints/*.ckpt")])
+        checkpoints = sorted([*source.glob("*.ckpt"), *source.glob(f"{CHECKPOINTS}/*.ckpt")])
         raise InputError(
-            f"{source}: no weights here. Give a model.safetensors, the folder of a finished run, a folder of experts' "
+            f"{source}: no weights here. Give a {WEIGHTS}, the folder of a finished run, a folder of experts' "
             "runs, or a composite folder."
             + (f" A checkpoint is taken by its own name, e.g. {checkpoints[-1]}." if checkpoints else "")
         )
@@ -529,9 +530,7 @@ def holds_weights(source: Path) -> bool:
     """Whether a name stands for a model; else it must be a folder or file of images."""
     if source.is_file():
         return source.suffix in (".safetensors", ".ckpt", ".zip")
-    return (
-        (source / MANIFEST).exists() or any(source.glob("model.safetensors")) or any(source.glob("*/model.safetensors"))
-    )
+    return (source / MANIFEST).exists() or any(source.glob(WEIGHTS)) or any(source.glob(f"*/{WEIGHTS}"))
 
 
 def load_model(

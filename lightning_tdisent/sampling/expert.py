@@ -35,7 +35,7 @@ from lightning_tdisent.files import sha256 as sha256
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.networks.rebuild import faithful, of_file
-from lightning_tdisent.runs import identity_of
+from lightning_tdisent.runs import AVERAGES, CONFIG, identity_of
 from lightning_tdisent.sampling.checkpoint import load
 from lightning_tdisent.sampling.denoiser import Denoiser
 
@@ -316,9 +316,9 @@ def read_card(path: str | Path, verify: bool = False) -> Card:
     if path.suffix == ".ckpt":
         return _read_checkpoint(path)[0]
     again = "make it again"
-    if (path.parent / "config.yaml").exists():
+    if (path.parent / CONFIG).exists():
         again = "remove it and give the command of its run again, which exports it from the run's checkpoint"
-    elif path.parent.name == "averages":
+    elif path.parent.name == AVERAGES:
         again = "remove it; average works from the others"
     try:
         card = unsealed(path, "card", verify, again)

@@ -24,6 +24,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import output_path, typed, write_whole
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
+from lightning_tdisent.runs import WEIGHTS
 from lightning_tdisent.sampling.composite import CompositeDenoiser, compose, find_files, load_model
 from lightning_tdisent.sampling.cost import training_cost
 from lightning_tdisent.sampling.denoiser import Denoiser, extras
@@ -66,7 +67,7 @@ def export(source: str | Path, out: str | Path, form: Literal["safetensors", "di
             else "Compose it with the experts of the other rows to draw images.",
         )
         if isinstance(model, Denoiser):
-            save_expert(out / "model.safetensors", model, cards[0])
+            save_expert(out / WEIGHTS, model, cards[0])
         else:
             compose(find_files(source), out, allow=list(model.differs))
     if note := signal_note(model):

@@ -33,6 +33,7 @@ from lightning_tdisent.files import write_whole
 from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.images import from_uint8
 from lightning_tdisent.priors.prior import Prior, StandardNormal
+from lightning_tdisent.runs import PRIOR
 from lightning_tdisent.sampling.composite import find_files, holds_weights, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises, Extras, extras
 from lightning_tdisent.sampling.expert import Card, read_card, sealed, sha256, unsealed
@@ -41,7 +42,7 @@ from lightning_tdisent.sampling.sampler import DDIM
 from lightning_tdisent.streaming.decode import Decoder, side_of
 from lightning_tdisent.streaming.shards import Shards
 
-FILE, SCHEMA = "prior.safetensors", 1
+SCHEMA = 1
 FITTING = 3 << 20  # streams of the noise that priors are fitted with
 _KINDS: Kinds = {
     "prior": is_part,
@@ -178,7 +179,7 @@ def save_prior(path: str | Path, prior: Prior, card: PriorCard) -> None:
 
 def prior_file(source: str | Path) -> Path:
     """File of a prior, named by itself or by the folder it is in."""
-    return Path(source) / FILE if Path(source).is_dir() else Path(source)
+    return Path(source) / PRIOR if Path(source).is_dir() else Path(source)
 
 
 def read_prior_card(source: str | Path, verify: bool = False) -> PriorCard:

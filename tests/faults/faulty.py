@@ -10,7 +10,8 @@ from pathlib import Path
 import lightning.pytorch as L
 import torch
 
-from lightning_tdisent.lit.checkpoints import DurableIO, steps
+from lightning_tdisent.lit.checkpoints import DurableIO
+from lightning_tdisent.runs import checkpoints_in
 
 
 def state(step, kilobytes=3000):
@@ -35,7 +36,7 @@ def saving(folder, first, noted):
     for step in itertools.count(first):
         io.save_checkpoint(state(step), folder / f"step-{step}.ckpt")
         os.write(note, b"%d\n" % step)
-        for old in steps(folder)[:-2]:
+        for old in checkpoints_in(folder)[:-2]:
             io.remove_checkpoint(old)
 
 

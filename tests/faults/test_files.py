@@ -21,10 +21,11 @@ from faulty import state
 from lightning_tdisent import finite
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.lit import checkpoints
-from lightning_tdisent.lit.checkpoints import DurableIO, load, newest, non_finite, remove_orphans, steps
+from lightning_tdisent.lit.checkpoints import DurableIO, load, newest, non_finite, remove_orphans
 from lightning_tdisent.lit.datamodule import ImageShards
 from lightning_tdisent.lit.inference import Composite
 from lightning_tdisent.lit.modules import Diffusion
+from lightning_tdisent.runs import checkpoints_in
 
 SMALL = 20  # kilobytes
 
@@ -206,7 +207,7 @@ def test_a_loss_of_power_at_any_moment_leaves_the_last_finished_checkpoint(tmp_p
             save(folder, step, 1)
             finished = step
             disk.at()
-            for old in steps(folder)[:-2]:
+            for old in checkpoints_in(folder)[:-2]:
                 DurableIO().remove_checkpoint(old)
     for content, least in states.items():
         left.mkdir()

@@ -17,8 +17,8 @@ import yaml
 from processes import CONFIG, FULL, ROOT, TINY, alive, begun, good, name_of, one_line, parts, until
 from safetensors.torch import load_file
 
-from lightning_tdisent.lit.checkpoints import newest, steps
-from lightning_tdisent.runs import LOCK
+from lightning_tdisent.lit.checkpoints import newest
+from lightning_tdisent.runs import LOCK, checkpoints_in
 from lightning_tdisent.sampling.checkpoint import manifest_of
 from lightning_tdisent.sampling.expert import read_card
 
@@ -41,9 +41,9 @@ def test_all_files_of_a_run_name_it_and_a_checkpoint_of_another_is_refused_with_
     run, another = run_of(mine), run_of(other)
     assert re.fullmatch("[0-9a-f]{16}", run)
     assert run != another
-    assert [json.loads(manifest_of(p).read_text(encoding="utf-8"))["run"] for p in steps(mine / "checkpoints")] == [
-        run
-    ] * 2
+    assert [
+        json.loads(manifest_of(p).read_text(encoding="utf-8"))["run"] for p in checkpoints_in(mine / "checkpoints")
+    ] == [run] * 2
     assert read_card(mine / "model.safetensors").run == run
     assert json.loads((mine / LOCK).read_text(encoding="utf-8"))["run"] == run
     assert [p.name.rpartition(".")[2] for p in mine.glob("events.out.tfevents.*")] == [run]
@@ -332,7 +332,7 @@ def test_a_full_inode_table_leaves_no_checkpoint_without_its_manifest(left, fit,
             fillers.pop().unlink()
         assert process.wait(60) == 1, process.text
         assert "No space left on device" in one_line(process)
-        there = steps(seen / "run/checkpoints")
+        there = checkpoints_in(seen / "run/checkpoints")
         assert there
         assert all(manifest_of(p).exists() for p in there)
         for filler in fillers:

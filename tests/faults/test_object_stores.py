@@ -19,7 +19,7 @@ from lightning_tdisent.errors import InputError, Lost
 from lightning_tdisent.files import guarded
 from lightning_tdisent.fleet import lease
 from lightning_tdisent.fleet.lease import Watch, current, take
-from lightning_tdisent.fleet.mirror import NEWEST, Mirror
+from lightning_tdisent.fleet.mirror import POINTER, Mirror
 from lightning_tdisent.fleet.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # connections that a test has cut
@@ -188,7 +188,7 @@ def test_what_is_being_brought_ends_with_the_lease(network, store, tmp_path, mon
     with guarded(tmp_path / "b", held.check), pytest.raises(Lost, match="has not been reached for 2 s"):
         Mirror(store, "e", tmp_path / "b").pull()
     assert 1 < time.monotonic() - begun < 10
-    assert not (tmp_path / "b" / NEWEST).exists()
+    assert not (tmp_path / "b" / POINTER).exists()
     network.silent.clear()
     held.release()
 
@@ -223,7 +223,7 @@ class Training:
         name = f"checkpoints/step-{step:09d}.ckpt"
         self.store.write(name, b"%d" % step * 100)
         self.store.write(f"{name}.json", b"{}")
-        self.store.write(NEWEST, json.dumps({"file": f"step-{step:09d}.ckpt", "step": step}).encode())
+        self.store.write(POINTER, json.dumps({"file": f"step-{step:09d}.ckpt", "step": step}).encode())
         for old in self.steps[: -self.keep]:
             self.store.remove(f"checkpoints/step-{old:09d}.ckpt.json")
             self.store.remove(f"checkpoints/step-{old:09d}.ckpt")
@@ -232,9 +232,9 @@ class Training:
 def pointed(s3):
     """Step of the pointer that the bucket has, 0 if it has none; what the pointer names must be there."""
     keys = {entry["Key"] for entry in s3.list_objects_v2(Bucket=BUCKET).get("Contents", [])}
-    if f"fleet/e/{NEWEST}" not in keys:
+    if f"fleet/e/{POINTER}" not in keys:
         return 0
-    pointer = json.loads(s3.get_object(Bucket=BUCKET, Key=f"fleet/e/{NEWEST}")["Body"].read())
+    pointer = json.loads(s3.get_object(Bucket=BUCKET, Key=f"fleet/e/{POINTER}")["Body"].read())
     checkpoint = f"fleet/e/checkpoints/{pointer['file']}"
     assert {checkpoint, f"{checkpoint}.json"} <= keys
     assert s3.get_object(Bucket=BUCKET, Key=checkpoint)["Body"].read() == b"%d" % pointer["step"] * 100
@@ -395,7 +395,7 @@ def test_two_launchers_train_each_expert_once(networks, start, figures, tmp_path
 def test_a_holder_behind_a_silent_network_ends_and_leaves_its_successor_alone(networks, start, figures, tmp_path):
     mine, make = networks
     where, ttl, far = planned(tmp_path, 400, 20), 10, make()
-    store, pointer = Store(where), f"expert_001/{NEWEST}"
+    store, pointer = Store(where), f"expert_001/{POINTER}"
     words = ["fleet", "run", where, "--only", 1, "--ttl", ttl, "--scratch"]
 
     def step(content):

@@ -20,7 +20,8 @@ from processes import CONFIG, FULL, TINY, Process, alive, begun, good, name_of, 
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_tdisent.lit.checkpoints import load, newest, non_finite, steps
+from lightning_tdisent.lit.checkpoints import load, newest, non_finite
+from lightning_tdisent.runs import checkpoints_in
 
 LENGTH, VALIDATE, EVERY = 50, 20, 10  # an epoch has 46 steps
 OFTEN = [f"--trainer.val_check_interval={VALIDATE}", f"--checkpoint.every={EVERY}"]
@@ -196,7 +197,7 @@ def test_a_signal_in_a_validation_saves_its_step_and_the_validation_is_done_agai
     took = time.monotonic() - begin
     figures(f"validation_{number.name}", seconds=round(took, 2), code=code)
     assert took < 20
-    assert [p.name for p in steps(run / "checkpoints")] == [name_of(VALIDATE)]
+    assert [p.name for p in checkpoints_in(run / "checkpoints")] == [name_of(VALIDATE)]
     assert good(run)[1:] == (VALIDATE, [])
     assert fit(run, LENGTH, *words).wait() == 0
     same_end(run, unbroken[0])
@@ -403,7 +404,7 @@ def test_losses_that_are_not_finite_stop_the_command_and_are_in_no_checkpoint(fi
     said = "error: step 35, rank 0: the loss is not finite, the step was skipped, 20 in a row (guard.patience)"
     assert one_line(process).startswith(said)
     assert recorded(file)[-1]["step"] == 35
-    found = steps(run / "checkpoints")
+    found = checkpoints_in(run / "checkpoints")
     assert [p.name for p in found] == [name_of(20), name_of(30)]
     contents = [load(path) for path in found]
     assert [non_finite({"all": content}) for content in contents] == [[], []]
@@ -529,7 +530,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_to_their_step(fit, tmp_p
     """Schedulers send SIGTERM to all processes of a job; the loader's are children of it."""
     run = tmp_path / "run"
     process = fit(run, 100_000, "--data.resident=false", "--data.workers=2", "--checkpoint.every=5")
-    until(lambda: steps(run / "checkpoints"), process)
+    until(lambda: checkpoints_in(run / "checkpoints"), process)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(30) == 143, process.text
     assert "told to go" in process.text

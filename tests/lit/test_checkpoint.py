@@ -20,8 +20,9 @@ from lightning_tdisent.lit import checkpoints
 from lightning_tdisent.lit.callbacks import checkpoint as module
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
 from lightning_tdisent.lit.callbacks.weights import EMA
-from lightning_tdisent.lit.checkpoints import DurableIO, load, newest, non_finite, steps, verify
+from lightning_tdisent.lit.checkpoints import DurableIO, load, newest, non_finite, verify
 from lightning_tdisent.lit.modules import ReducedStates
+from lightning_tdisent.runs import checkpoints_in
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def fit(tiny, data, trainer, tmp_path):
         model = ReducedStates(tiny(), LatentStates(S=4))
         options = {"plugins": [DurableIO()], "val_check_interval": 1000, "enable_checkpointing": True, **options}
         trainer(count, *callbacks, **options).fit(model, datamodule=data())
-        return [int(path.stem[5:]) for path in steps(tmp_path / "checkpoints")]
+        return [int(path.stem[5:]) for path in checkpoints_in(tmp_path / "checkpoints")]
 
     return run
 
@@ -106,7 +107,7 @@ def test_too_little_room_is_refused_before_the_first_step(fit, monkeypatch, tmp_
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10 * size, 0, 3 * size - 1))
     with pytest.raises(InputError, match=r"free, but 3 checkpoints of .* Make room, choose another --run, or lower"):
         fit(1, Checkpoint())
-    assert steps(tmp_path / "checkpoints") == []
+    assert checkpoints_in(tmp_path / "checkpoints") == []
     assert fit(1, Checkpoint(keep=1)) == [1]
     shutil.rmtree(tmp_path / "checkpoints")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10 * size, 0, 3 * size))

@@ -10,7 +10,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.checkpoints import DurableIO, load
-from lightning_tdisent.lit.checkpoints import steps as steps_of
+from lightning_tdisent.runs import checkpoints_in
 from lightning_tdisent.sampling.expert import read_card
 
 
@@ -159,7 +159,7 @@ def test_an_export_made_again_of_a_finished_run_has_the_cost_that_was_paid(warm,
     whole = fit(4)
     exported = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").unlink()
-    path = steps_of(folder / "checkpoints")[-1]
+    path = checkpoints_in(folder / "checkpoints")[-1]
     assert fit(4, path) == whole
     assert (folder / "model.safetensors").read_bytes() == exported
     assert whole.validation["passes"] == (2 + warm) * 64 * 4  # at steps 2 and 4, and of the start

@@ -28,10 +28,10 @@ from lightning_tdisent.lit.callbacks.pictures import Pictures
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
-from lightning_tdisent.lit.checkpoints import steps
 from lightning_tdisent.lit.datamodule import ImageShards, Seeds
 from lightning_tdisent.lit.entry import LINE
 from lightning_tdisent.lit.modules import ReducedStates
+from lightning_tdisent.runs import checkpoints_in
 from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.evaluation import x0_errors
 from lightning_tdisent.sampling.expert import read_card, weights_digest
@@ -256,11 +256,11 @@ def test_a_run_goes_on_in_its_own_folder(make, data, plain, tmp_path):
     trainer.fit(module := make(), datamodule=data(val_limit=64))
     trainer.fit_loop.epoch_loop.max_steps = 6
     trainer.fit(module, datamodule=data(val_limit=64))  # the same trainer, which has trained already
-    assert [path.name[-6:-5] for path in steps(folder)] == ["2", "4", "6"]
+    assert [path.name[-6:-5] for path in checkpoints_in(folder)] == ["2", "4", "6"]
     again = plain(Checkpoint(every=2, keep=9), enable_checkpointing=True, max_steps=8)
-    again.fit(make(), datamodule=data(val_limit=64), ckpt_path=str(steps(folder)[-1]), weights_only=True)
-    assert [path.name[-6:-5] for path in steps(folder)] == ["2", "4", "6", "8"]
-    other = steps(folder)[-1].rename(tmp_path.with_name("elsewhere.ckpt"))
+    again.fit(make(), datamodule=data(val_limit=64), ckpt_path=str(checkpoints_in(folder)[-1]), weights_only=True)
+    assert [path.name[-6:-5] for path in checkpoints_in(folder)] == ["2", "4", "6", "8"]
+    other = checkpoints_in(folder)[-1].rename(tmp_path.with_name("elsewhere.ckpt"))
     last = plain(Checkpoint(), enable_checkpointing=True, max_steps=9)
     with pytest.raises(InputError, match=r"begins from .*elsewhere\.ckpt"):  # of no run of this folder
         last.fit(make(), datamodule=data(val_limit=64), ckpt_path=str(other), weights_only=True)

@@ -26,11 +26,11 @@ from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint, Preempted
 from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
-from lightning_tdisent.lit.checkpoints import DurableIO, load, newest, resolve, steps
+from lightning_tdisent.lit.checkpoints import DurableIO, load, newest, resolve
 from lightning_tdisent.lit.entry import run
 from lightning_tdisent.lit.modules import Diffusion, ReducedStates
 from lightning_tdisent.lit.resume import _completed, check_config, find_checkpoint
-from lightning_tdisent.runs import RunFolder
+from lightning_tdisent.runs import RunFolder, checkpoints_in
 from lightning_tdisent.streaming.scan import build
 
 EXPERT = ["fit", "--config", "experiments/digits/experts8.yaml", "--trainer.callbacks", "[]"]
@@ -260,7 +260,7 @@ def test_the_same_command_goes_on_and_says_so(command, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     (tmp_path / "run" / "model.safetensors").unlink()  # killed between the last checkpoint and this
     command(steps_=6)
-    assert Diffusion.load_from_checkpoint(steps(tmp_path / "run" / "checkpoints")[-1]).images_seen == 6 * 64
+    assert Diffusion.load_from_checkpoint(checkpoints_in(tmp_path / "run" / "checkpoints")[-1]).images_seen == 6 * 64
     assert (tmp_path / "run" / "model.safetensors").stat().st_size == len(before)
 
 
@@ -279,19 +279,19 @@ def test_a_run_without_a_checkpoint_begins_anew(command, tmp_path):
 
 def test_a_bad_checkpoint_is_named_and_passed_over(command, tmp_path):
     command("--checkpoint.every", 2, steps_=5)
-    old, new = steps(tmp_path / "run" / "checkpoints")
+    old, new = checkpoints_in(tmp_path / "run" / "checkpoints")
     content = bytearray(new.read_bytes())
     content[len(content) // 2] ^= 1
     new.write_bytes(content)
     out = command("--checkpoint.every", 2, steps_=6)
     assert f"passed over: {new}: damaged: sha256" in out
     assert "from step 4 (256 images seen)" in out
-    assert [path.name for path in steps(tmp_path / "run" / "checkpoints")] == [old.name, "step-000000006.ckpt"]
+    assert [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")] == [old.name, "step-000000006.ckpt"]
 
 
 def test_a_run_with_bad_checkpoints_alone_is_refused_with_every_reason(command, tmp_path):
     command("--checkpoint.every", 2, steps_=5)
-    old, new = steps(tmp_path / "run" / "checkpoints")
+    old, new = checkpoints_in(tmp_path / "run" / "checkpoints")
     old.write_bytes(b"")
     new.with_suffix(".ckpt.json").unlink()
     with pytest.raises(InputError, match=f"{new.name}: has no manifest.*\n.*{old.name}: damaged: 0 bytes"):
@@ -353,10 +353,10 @@ def test_two_processes_do_not_share_a_folder(command, tmp_path):
 
 def test_a_run_of_its_own_can_be_branched_and_rolled_back(command, tmp_path):
     command("--checkpoint.every", 2, steps_=5)
-    old = steps(tmp_path / "run" / "checkpoints")[0]
+    old = checkpoints_in(tmp_path / "run" / "checkpoints")[0]
     command("--ckpt_path", old, "--model.lr", "1e-4", folder="branch", steps_=5)
     assert "from step 4" in command("--ckpt_path", old, steps_=6)
-    assert load(steps(tmp_path / "branch" / "checkpoints")[-1])["global_step"] == 5
+    assert load(checkpoints_in(tmp_path / "branch" / "checkpoints")[-1])["global_step"] == 5
 
 
 def test_the_config_of_a_run_must_be_readable(tmp_path):
@@ -376,7 +376,7 @@ def test_checkpoints_without_their_config_are_not_written_over(command, tmp_path
     (tmp_path / "run" / "config.yaml").unlink()
     with pytest.raises(InputError, match=r"has 1 checkpoints but no config\.yaml"):
         command(steps_=3)
-    assert len(steps(tmp_path / "run" / "checkpoints")) == 1
+    assert len(checkpoints_in(tmp_path / "run" / "checkpoints")) == 1
 
 
 def test_the_saved_config_goes_on_from_the_newest(command, tmp_path):
@@ -388,7 +388,7 @@ def test_the_saved_config_goes_on_from_the_newest(command, tmp_path):
 def test_a_branch_takes_its_own_rate(command, tmp_path):
     command(steps_=2)
     command("--ckpt_path", tmp_path / "run", "--model.lr", "1e-4", "--model.warmup", 0, folder="branch", steps_=4)
-    end = load(steps(tmp_path / "branch" / "checkpoints")[-1])
+    end = load(checkpoints_in(tmp_path / "branch" / "checkpoints")[-1])
     assert end["lr_schedulers"][0]["base_lrs"] == [1e-4]
     assert end["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 1e-4
 
@@ -396,7 +396,7 @@ def test_a_branch_takes_its_own_rate(command, tmp_path):
 def test_a_rehearsal_leaves_nothing_and_reads_nothing(command, tmp_path):
     command("--trainer.fast_dev_run", "true")
     assert not list((tmp_path / "run").glob("*.safetensors"))
-    assert steps(tmp_path / "run" / "checkpoints") == []
+    assert checkpoints_in(tmp_path / "run" / "checkpoints") == []
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 

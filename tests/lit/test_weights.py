@@ -11,7 +11,8 @@ from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.checkpoints import DurableIO
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.sampling.averages import FOLDER, gamma
+from lightning_tdisent.runs import AVERAGES
+from lightning_tdisent.sampling.averages import gamma
 from lightning_tdisent.sampling.expert import load_expert
 
 
@@ -90,7 +91,7 @@ def test_of_several_lengths_the_first_is_validated_and_exported(make, fit, tmp_p
 def test_snapshots_are_the_power_function_averages_at_their_steps(make, fit, tmp_path):
     watch, module = Watch(), make()
     fit(module, 13, watch, ema=EMA(lengths=[0.05, 0.1], snapshot_every=5))
-    files = {path.name: load_expert(path) for path in (tmp_path / FOLDER).iterdir()}
+    files = {path.name: load_expert(path) for path in (tmp_path / AVERAGES).iterdir()}
     assert set(files) == {f"step-{n:09d}_{s:g}.safetensors" for n in (5, 10, 13) for s in (0.05, 0.1)}
     for sigma_rel in (0.05, 0.1):
         expected = dict(enumerate(recursion(watch.live[1:], power(sigma_rel)), 1))
@@ -249,8 +250,8 @@ def test_buffers_are_exported_as_they_are(make, fit, tmp_path):
     fit(make(net=lambda: Counting([1, 8, 8], [8, 16], **options)), 6, ema=EMA(lengths=[0.1], snapshot_every=2))
     for name, calls in (
         ("model", 6),
-        (f"{FOLDER}/step-000000002_0.1", 2),
-        (f"{FOLDER}/step-000000006_0.1", 6),
+        (f"{AVERAGES}/step-000000002_0.1", 2),
+        (f"{AVERAGES}/step-000000006_0.1", 6),
     ):
         network = load_expert(tmp_path / f"{name}.safetensors")[0].network
         assert network.constant.tolist() == [0.5, 1e6]

@@ -21,7 +21,8 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.networks.network import Network
-from lightning_tdisent.sampling.averages import FOLDER, LONGEST, coefficients, gamma, overlap, reconstruct
+from lightning_tdisent.runs import AVERAGES
+from lightning_tdisent.sampling.averages import LONGEST, coefficients, gamma, overlap, reconstruct
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import load_expert, read_card, save_expert
 
@@ -303,7 +304,7 @@ def run(tmp_path, model, card_of):
                     k: part.view(p.shape).to(dtype) for k, part, p in zip(names, parts, one.parameters(), strict=True)
                 }
                 facts = {"average": {"sigma_rel": length, "steps": n}, "steps": n, "images_seen": 32 * n}
-                path = tmp_path / folder / FOLDER / f"step-{n:09d}_{length:g}.safetensors"
+                path = tmp_path / folder / AVERAGES / f"step-{n:09d}_{length:g}.safetensors"
                 save_expert(path, one, card_of(one, **facts), {**one.state_dict(), **state})
         return tmp_path / folder, weights
 
@@ -328,12 +329,12 @@ def test_a_file_of_any_length_is_made_from_the_files_of_a_run(run, tmp_path, sig
     rounding = (np.abs(x).sum() + 1) * 2**-24 * np.abs(weights).max()
     assert (np.abs(flat(denoiser) - direct) <= bound(weights, error, STEPS, sigma_rel) + rounding).all()
     # it says what it is, and otherwise what the last snapshot says
-    last = read_card(folder / FOLDER / f"step-{STEPS:09d}_0.05.safetensors")
+    last = read_card(folder / AVERAGES / f"step-{STEPS:09d}_0.05.safetensors")
     average = {"sigma_rel": sigma_rel, "steps": STEPS, "error": round(error, 6)}
     assert card == dataclasses.replace(last, average=average)
     assert (card.steps, card.images_seen, card.rows) == (STEPS, 32 * STEPS, [2, 3])
     if sigma_rel in LENGTHS:
-        stored, _ = load_expert(folder / FOLDER / f"step-{STEPS:09d}_{sigma_rel:g}.safetensors")
+        stored, _ = load_expert(folder / AVERAGES / f"step-{STEPS:09d}_{sigma_rel:g}.safetensors")
         np.testing.assert_allclose(flat(denoiser), flat(stored), rtol=0, atol=rounding)
 
 
@@ -346,7 +347,7 @@ def test_an_average_ended_at_a_step_sees_nothing_after_it(run, tmp_path):
     assert (np.abs(flat(found) - direct) <= bound(weights, error, 24, 0.08) + rounding).all()
     assert card.average == {"sigma_rel": 0.08, "steps": 24, "error": round(error, 6)}
     assert card.images_seen == 32 * 24
-    for file in (folder / FOLDER).iterdir():
+    for file in (folder / AVERAGES).iterdir():
         if int(file.name[5:14]) > 24:
             file.unlink()
     assert reconstruct(folder, 0.08, tmp_path / "cut") == error
@@ -367,7 +368,7 @@ def test_weights_keep_their_dtype(run, tmp_path):
 def test_a_folder_without_snapshots_is_refused_with_what_writes_them(tmp_path):
     with pytest.raises(InputError, match=r"averages holds no snapshots: .*--ema\.lengths '\[0\.05, 0\.1\]'"):
         reconstruct(tmp_path, 0.1, tmp_path / "out")
-    (tmp_path / FOLDER).mkdir()
+    (tmp_path / AVERAGES).mkdir()
     with pytest.raises(InputError, match=r"averages holds no snapshots"):
         reconstruct(tmp_path, 0.1, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -392,7 +393,7 @@ def test_a_length_that_no_profile_has_is_refused_before_anything_is_written(run,
 def test_a_file_that_is_no_snapshot_is_refused_by_name(run, tmp_path, model, card_of, average):
     folder, _ = run()
     one = model(rows=[2, 3])
-    path = folder / FOLDER / "step-000000009_1.safetensors"
+    path = folder / AVERAGES / "step-000000009_1.safetensors"
     save_expert(path, one, card_of(one, average=average))
     with pytest.raises(InputError, match=rf"{path.name}: not a snapshot of a power-function average: it holds ema"):
         reconstruct(folder, 0.1, tmp_path / "out")
@@ -401,7 +402,7 @@ def test_a_file_that_is_no_snapshot_is_refused_by_name(run, tmp_path, model, car
 
 def test_a_file_that_is_no_expert_at_all_is_refused_by_name(run, tmp_path):
     folder, _ = run()
-    (folder / FOLDER / "step-000000009_1.safetensors").write_bytes(b"these are no weights")
+    (folder / AVERAGES / "step-000000009_1.safetensors").write_bytes(b"these are no weights")
     with pytest.raises(InputError, match=r"step-000000009_1\.safetensors: not an expert"):
         reconstruct(folder, 0.1, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -427,7 +428,7 @@ def test_snapshots_of_several_runs_are_refused_with_both_values(
     folder, _ = run()
     odd = other(model, unet, states)
     card = card_of(odd, average={"sigma_rel": 0.2, "steps": at})
-    save_expert(folder / FOLDER / f"step-{at:09d}_0.2.safetensors", odd, card)
+    save_expert(folder / AVERAGES / f"step-{at:09d}_0.2.safetensors", odd, card)
     with pytest.raises(InputError, match=r"averages mixes snapshots of several runs") as refusal:
         reconstruct(folder, 0.1, tmp_path / "out")
     assert [value for value in values if value not in str(refusal.value)] == []
@@ -438,7 +439,7 @@ def test_snapshots_of_runs_on_other_data_are_refused(run, tmp_path, model, card_
     folder, _ = run()
     one = model(rows=[2, 3])
     card = card_of(one, average={"sigma_rel": 0.2, "steps": 40}, data="0ther1mages")
-    save_expert(folder / FOLDER / "step-000000040_0.2.safetensors", one, card)
+    save_expert(folder / AVERAGES / "step-000000040_0.2.safetensors", one, card)
     with pytest.raises(InputError, match=r"averages mixes snapshots of several runs: .*0ther1mages"):
         reconstruct(folder, 0.1, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -466,7 +467,7 @@ def test_buffers_are_not_averaged_but_those_of_the_step(tmp_path, states, card_o
             with torch.no_grad():
                 one.network.weight.fill_(n)
             card = card_of(one, average={"sigma_rel": length, "steps": n})
-            save_expert(tmp_path / FOLDER / f"step-{n:09d}_{length:g}.safetensors", one, card)
+            save_expert(tmp_path / AVERAGES / f"step-{n:09d}_{length:g}.safetensors", one, card)
     x, _ = coefficients([(n, gamma(s)) for s in (0.05, 0.1) for n in (10, 20, 30)], 30, gamma(0.15))
     reconstruct(tmp_path, 0.15, tmp_path / "out")
     found = load_expert(tmp_path / "out")[0].network

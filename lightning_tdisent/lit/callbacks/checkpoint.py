@@ -23,11 +23,11 @@ from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.files import ask_guards, check_writable, temporary
 from lightning_tdisent.lit.callbacks.weights import EMA
-from lightning_tdisent.lit.checkpoints import refuse_other_run, remove_orphans, steps
+from lightning_tdisent.lit.checkpoints import refuse_other_run, remove_orphans
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.lit.preflight import trying
 from lightning_tdisent.ranks import shared_errors
-from lightning_tdisent.runs import RunFolder, held, new_identity
+from lightning_tdisent.runs import CHECKPOINTS, RunFolder, checkpoint_name, checkpoints_in, held, new_identity
 from lightning_tdisent.sampling.checkpoint import manifest_of
 
 FILES = 4  # a checkpoint, its manifest, and the two beside them that become these
@@ -105,15 +105,15 @@ class Checkpoint(LightningCheckpoint):
             check_writable(self.folder)
         except OSError as error:
             raise InputError(f"run: {self.folder} cannot be written: {error.strerror}. Choose another --run") from None
-        found = steps(self.folder)
+        found = checkpoints_in(self.folder)
         if self._own is None:  # the command line has compared the run of the folder; one cut short is none of it
             found = [path for path in found if manifest_of(path).exists()]
         refuse_other_run(trainer, found)
-        self._found = {path.name: _mark(path) for path in steps(self.folder)}
+        self._found = {path.name: _mark(path) for path in checkpoints_in(self.folder)}
         averages = [len(c.kinds) + bool(c.start) for c in trainer.callbacks if isinstance(c, EMA)]
         copies = 3 + sum(averages)  # the weights and AdamW's two
         size = copies * sum(p.numel() * p.element_size() for p in pl_module.denoiser.parameters())
-        there = sum(path.stat().st_size for path in steps(self.folder)[-self.keep :])
+        there = sum(path.stat().st_size for path in checkpoints_in(self.folder)[-self.keep :])
         need, free = (self.keep + 1) * size - there, shutil.disk_usage(self.folder).free
         if need > free:
             raise InputError(
@@ -182,7 +182,7 @@ class Checkpoint(LightningCheckpoint):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Look at the folder before the run claims it."""
-        self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        self.folder = Path(trainer.default_root_dir) / CHECKPOINTS
         if trainer.fast_dev_run:
             return
         with shared_errors():
@@ -199,8 +199,8 @@ class Checkpoint(LightningCheckpoint):
             return
         folder = temporary(self.folder / "preflight")
         try:
-            trainer.strategy.checkpoint_io.save_checkpoint(content, folder / _name(0))
-            trainer.strategy.checkpoint_io.load_checkpoint(folder / _name(0))
+            trainer.strategy.checkpoint_io.save_checkpoint(content, folder / checkpoint_name(0))
+            trainer.strategy.checkpoint_io.load_checkpoint(folder / checkpoint_name(0))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -208,7 +208,7 @@ class Checkpoint(LightningCheckpoint):
         """Listen to signals, and let the ranks agree beside the device's queue instead of in it."""
         self._clock, self._seen = time.monotonic(), trainer.global_step
         self.saved = trainer.global_step if trainer.ckpt_path else None
-        self._first, self._mine = _name(trainer.global_step), list[str]()
+        self._first, self._mine = checkpoint_name(trainer.global_step), list[str]()
         if threading.current_thread() is threading.main_thread():
             self._listen(trainer)  # instead of Lightning, which has come between
         if trainer.world_size > 1:
@@ -283,7 +283,7 @@ class Checkpoint(LightningCheckpoint):
         self._clock = time.monotonic()
         if trainer.global_step == self.saved or trainer.fast_dev_run:
             return
-        name = _name(trainer.global_step)
+        name = checkpoint_name(trainer.global_step)
         ask_guards(self.folder / name)
         for logger in trainer.loggers:  # the curves up to here must not be younger than the weights
             logger.save()
@@ -298,7 +298,7 @@ class Checkpoint(LightningCheckpoint):
             self._mine.append(name)
             # bad, or of a past undone; without a manifest it is for a user to say what it is
             undone = [self.folder / n for n, mark in self._found.items() if n > self._first and mark and mark[2]]
-            there = [p for p in steps(self.folder) if p.name <= name and p not in undone]
+            there = [p for p in checkpoints_in(self.folder) if p.name <= name and p not in undone]
             known = [p for p in undone + there[: -self.keep] if p.name in self._mine or self._seen_at_start(p)]
             for path in known:
                 trainer.strategy.checkpoint_io.remove_checkpoint(path)
@@ -343,10 +343,6 @@ class Checkpoint(LightningCheckpoint):
         validation["total"].update(ready=1, started=1, processed=0, completed=0)
         validation["current"].update(ready=0, started=0, processed=0, completed=0)
         validation["is_last_batch"] = False
-
-
-def _name(step: int) -> str:
-    return f"step-{step:09d}.ckpt"
 
 
 def heeded() -> list[int]:

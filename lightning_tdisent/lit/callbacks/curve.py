@@ -11,6 +11,7 @@ from lightning_tdisent.files import write_whole
 from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.modules import Diffusion
+from lightning_tdisent.runs import CURVE
 from lightning_tdisent.sampling.denoiser import Denoiser
 
 
@@ -57,7 +58,7 @@ class Curve(L.Callback):
             self.variances = _variances(pl_module.needed_shards("Curve").held_out.images)
         if trainer.is_global_zero:
             content = {"schema": 1, "points": self.points, "variances": self.variances}
-            write_whole(Path(trainer.default_root_dir) / "curve.json", json.dumps(content).encode())
+            write_whole(Path(trainer.default_root_dir) / CURVE, json.dumps(content).encode())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curve."""

@@ -16,6 +16,7 @@ from lightning_tdisent.images import grid, to_uint8
 from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.lit.preflight import Rehearsed
 from lightning_tdisent.lit.prior import PriorModule
+from lightning_tdisent.runs import PICTURES
 from lightning_tdisent.sampling.observations import observed
 from lightning_tdisent.sampling.pictures import estimate_strip, forward_strip, reverse_strip, save_png
 from lightning_tdisent.sampling.sampler import probe_rows, sample
@@ -91,7 +92,7 @@ class Pictures(Rehearsed):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(name, picture, trainer.lightning_module.images_seen)
-        save_png(picture, Path(trainer.default_root_dir) / "pictures" / f"{name}_{step:07d}.png")
+        save_png(picture, Path(trainer.default_root_dir) / PICTURES / f"{name}_{step:07d}.png")
 
 
 class WriteImages(BasePredictionWriter):

@@ -13,7 +13,8 @@ from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.lit.checkpoints import refuse_other_run
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.ranks import shared_errors
-from lightning_tdisent.sampling.averages import FOLDER, gamma
+from lightning_tdisent.runs import AVERAGES, snapshot_name, snapshots_in
+from lightning_tdisent.sampling.averages import gamma
 from lightning_tdisent.sampling.expert import read_card
 
 
@@ -91,9 +92,9 @@ class EMA(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Start from the weights as they are, or as they were saved; refuse a folder with another run's snapshots."""
         if self.lengths and not trainer.fast_dev_run:
-            there = sorted((Path(trainer.default_root_dir) / FOLDER).glob("step-*_*.safetensors"))
+            there = snapshots_in(Path(trainer.default_root_dir)) if trainer.is_global_zero else {}
             with shared_errors():
-                refuse_other_run(trainer, there if trainer.is_global_zero else [])
+                refuse_other_run(trainer, [*there])
         self.walked = [p.detach() for p in self._parameters(pl_module)]  # what is averaged, in this order
         if self._restored is None:
             self.averages, self.updates, self.before = [self._flat() for _ in self.kinds], 0, pl_module.before
@@ -108,8 +109,8 @@ class EMA(L.Callback):
         if self.start and not trainer.global_step and (errors := pl_module.start_errors()):
             self.start_error = fmean(errors)
         if trainer.is_global_zero:
-            for file in (Path(trainer.default_root_dir) / FOLDER).glob("step-*_*.safetensors"):
-                if int(file.name[5:14]) > self.updates and read_card(file).run in ("", pl_module.run):
+            for file, step in snapshots_in(Path(trainer.default_root_dir)).items():
+                if step > self.updates and read_card(file).run in ("", pl_module.run):
                     file.unlink()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
@@ -131,9 +132,9 @@ class EMA(L.Callback):
 
     def _snapshot(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            folder = Path(trainer.default_root_dir) / FOLDER
+            folder = Path(trainer.default_root_dir) / AVERAGES
             for i, length in enumerate(self.lengths):
-                self.export(folder / f"step-{self.updates:09d}_{length:g}.safetensors", pl_module, i)
+                self.export(folder / snapshot_name(self.updates, length), pl_module, i)
 
     def _keep_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         if self.averages and trainer.state.fn == "fit":
