@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import hashlib
 import os
 import re
 import secrets
@@ -16,6 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
+from lightning_tdisent.digests import digest
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.processes import began, host
 
@@ -327,7 +327,7 @@ def remove_orphans(folder: Path, name: str = "*") -> None:
 
 
 def _host_mark() -> str:
-    return hashlib.sha256(host().encode(errors="surrogateescape")).hexdigest()[:8]
+    return digest(host())[:8]
 
 
 def _time_of(folder: Path) -> float:
@@ -385,9 +385,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

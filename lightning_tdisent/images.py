@@ -27,3 +27,8 @@ def grid(images: Tensor, columns: int = 16, gap: int = 1) -> Tensor:
         top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
         out[:, top : top + h, left : left + w] = image
     return out
+
+
+def spaced(n: int, total: int) -> Tensor:
+    """Return n numbers below total, int64, evenly spaced: the images to take of a set that may be sorted by class."""
+    return torch.arange(n) * total // n

@@ -568,11 +568,11 @@ def _role(job: "Job", config: str) -> "Role":
 
 
 def _finish(study: "Study") -> None:
-    from lightning_tdisent.ranks import place
+    from lightning_tdisent.distributed import rank_and_world
 
     use_device(study.device)
     study.evaluate()
-    if place()[0]:
+    if rank_and_world()[0]:
         return
     console = wide_console(1000)
     for part in study.lines():

@@ -5,7 +5,6 @@ An argument that names a file (a mask, a table) is kept with the SHA-256 of its 
 another part.
 """
 
-import hashlib
 import importlib
 import inspect
 import os
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError, nearest
 
 _PLAIN = (str, int, float, bool, type(None))
@@ -126,8 +126,7 @@ def _renamed(value: Any, files: dict[str, str]) -> Any:
 
 def _sha256(path: str) -> str:
     try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 

@@ -6,7 +6,6 @@ log-SNR L. With a = sqrt(sigmoid(L)) and b = sqrt(sigmoid(-L)) a state is x_s = 
 The file is long because tables of components (`components`) answer for more, and the questions stand here.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_tdisent.diffusion.schedules import Linear, NoiseSchedule
 from lightning_tdisent.diffusion.spec import Part
+from lightning_tdisent.digests import digest
 from lightning_tdisent.errors import InputError
 
 Coefficient = float | Tensor
@@ -132,7 +132,7 @@ class LatentStates(Part, nn.Module):
         """Hash of the table to 8 significant digits: machines differ in the last bits of a logarithm."""
         rows = zip(self.index.tolist(), self.log_snr.tolist(), strict=True)
         text = ";".join(f"{t}:" + ",".join(f"{L:.8g}" for L in row) for t, row in rows) + self.layout
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(text)[:16]
 
     def coefficients(self, s: int | Tensor, x: Tensor | None = None) -> tuple[Coefficient, Coefficient]:
         """Return (a_s, b_s): two Python floats for one row of a K = 1 table, else tensors that multiply states.

@@ -13,7 +13,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.kept import CONFIGS, edits, write_copies
-from lightning_tdisent.fleet.plan import digest_of
+from lightning_tdisent.fleet.plan import config_digest
 from lightning_tdisent.fleet.sweep import overrides_of, unrolled
 
 FILE, SCHEMA = "plan.json", 2
@@ -62,9 +62,9 @@ class Plan:
         for key, entry in before["configs"].items():
             copy = self.out / entry["copy"] if isinstance(entry, dict) else None  # plans of old have a digest alone
             digest = entry["sha256"] if isinstance(entry, dict) else entry
-            if copy and copy.exists() and digest_of(copy.read_bytes()) != digest:
+            if copy and copy.exists() and config_digest(copy.read_bytes()) != digest:
                 differ.append(f"{copy}: has been changed since it was copied")
-            if key not in self.configs or digest_of(mine := self.configs[key][1]) == digest:
+            if key not in self.configs or config_digest(mine := self.configs[key][1]) == digest:
                 continue
             found = edits(copy.read_bytes(), mine) if copy and copy.exists() else ["not what it was"]
             differ += [f"{self.configs[key][0]}: {line}" for line in found]

@@ -23,7 +23,7 @@ from lightning_tdisent.fleet.plan import (
     Facts,
     Fleet,
     Planned,
-    digest_of,
+    config_digest,
     flow,
     refuse_reserved,
     refuse_unfit,
@@ -251,7 +251,7 @@ def _copies(file: Path, names: Any, key: str, taken: Copies) -> tuple[dict[str, 
         content = path.read_bytes()
         clash = {**copies, **{name: 0 for name, (other, _) in taken.items() if other != content}}
         copy = copy_name(f"{path.parent.resolve().name}_{path.stem}", clash)
-        digests[copy], copies[copy] = digest_of(content), (content, path)
+        digests[copy], copies[copy] = config_digest(content), (content, path)
     return digests, copies
 
 

@@ -1,7 +1,6 @@
 """A run folder here and its copy in an object store: all that another worker needs to go on."""
 
 import contextlib
-import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from lightning_tdisent.artifacts import check_schema, is_count, parse_json
+from lightning_tdisent.digests import digest
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import Guard, ask_guards, write_whole
 from lightning_tdisent.fleet.store import Store
@@ -139,7 +139,7 @@ def scratch_of(store: Store, identity: str, given: Path | None, cache: Callable[
     A given one keeps a note of whose it is. Raises InputError if it holds the runs of another fleet, or of one that was
     planned at this URL before.
     """
-    key = hashlib.sha256((str(store) + identity).encode()).hexdigest()[:16]
+    key = digest(str(store), identity)[:16]
     if given is None:
         return cache() / "fleets" / key
     file = given / OWNER

@@ -3,7 +3,6 @@
 The file is long because every mistake that an edit can bring is looked for before anything is trained.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from lightning_tdisent.artifacts import check_schema, parse_json
+from lightning_tdisent.digests import digest
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import load_yaml, repeated_keys, typed
 from lightning_tdisent.fleet.budget import Budget
@@ -258,8 +258,8 @@ class Fleet:
             store, str(data.get("title", "")), data["seed"], data["table"], budget, data["configs"],
             data.get("set") or {}, data.get("shared"), experts, tuple(extra),
         )  # fmt: skip
-        for name, digest in fleet.config_files.items():
-            if (found := store.read(name)) is None or digest_of(found) != digest:
+        for name, planned in fleet.config_files.items():
+            if (found := store.read(name)) is None or config_digest(found) != planned:
                 problems.append(f"{store}/{name} {'is missing' if found is None else 'has been changed'}")
         if problems:
             raise InputError(
@@ -440,9 +440,9 @@ def refuse_cost(entry: dict[str, Any], where: str) -> None:
         raise InputError(f"{where}: cost: {cost!r} is no number above 0 (of an image, in those of the largest network)")
 
 
-def digest_of(content: bytes) -> str:
-    """Short hash of a config."""
-    return hashlib.sha256(content).hexdigest()[:16]
+def config_digest(content: bytes) -> str:
+    """Return the hash of a config by which a plan knows it."""
+    return digest(content)[:16]
 
 
 def word_of(value: Any) -> str:

@@ -15,7 +15,7 @@ from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.kept import CONFIGS, copy_name
 from lightning_tdisent.fleet.keys import ANY, MAPPING, SEED, SETTINGS, TEXT, WHOLE, known, read_yaml, refuse_kind
 from lightning_tdisent.fleet.names import clashes, fault
-from lightning_tdisent.fleet.plan import digest_of
+from lightning_tdisent.fleet.plan import config_digest
 from lightning_tdisent.fleet.sweep import overrides_of, row_or_share, unrolled
 from lightning_tdisent.priors.prior import Prior
 from lightning_tdisent.sampling.sampler import Sampler
@@ -151,7 +151,7 @@ def plan(
     copies = {key: entry["copy"] for key, entry in before.items() if isinstance(entry, dict)}
     for key, (path, _) in configs.items():
         copies.setdefault(key, copy_name(path.stem, copies.values()))
-    entries = {key: {"copy": copies[key], "sha256": digest_of(text)} for key, (_, text) in configs.items()}
+    entries = {key: {"copy": copies[key], "sha256": config_digest(text)} for key, (_, text) in configs.items()}
     content = {"schema": SCHEMA, "study": written, "seed": seed, "overrides": list(overrides), "configs": entries}
     content = json.loads(json.dumps(content))
     return Plan(folder, jobs, runs, members, composites, fleets, priors, seed, evaluation, content, configs)

@@ -5,10 +5,9 @@ target, flushed to the disk, read back, renamed, and counts only once its manife
 """
 
 import datetime
-import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from lightning_tdisent.digests import digest_of
 from lightning_tdisent.errors import Halted, InputError, Lost
 from lightning_tdisent.files import ask_guards, sync_folder, temporary, write_whole
 from lightning_tdisent.files import remove_orphans as remove_orphans
@@ -202,15 +202,17 @@ class _VerifiedFile:
         return self._hash.result()
 
     def _read_back(self) -> str:
-        digest, at = hashlib.sha256(), 0
+        return digest_of(self._back())
+
+    def _back(self) -> Iterator[bytes]:
+        at = 0
         while (piece := self._pieces.get())[0]:
             size, total = piece
             back = os.pread(self._file.fileno(), size, at)
             if len(back) != size or _sum(back) != total:
                 raise OSError(None, f"bytes {at} to {at + size} read back are not those written")
-            digest.update(back)
+            yield back
             at += size
-        return digest.hexdigest()
 
 
 def _sum(data: Any) -> int:

@@ -25,6 +25,7 @@ from lightning_tdisent.diffusion.objectives import Objective, V
 from lightning_tdisent.diffusion.rng import draw_rows, key
 from lightning_tdisent.diffusion.spec import SCRIPT, Part, build, changed, filled, identity, spec
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.distributed import all_gather
 from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.lit.checkpoints import load
 from lightning_tdisent.lit.inference import DenoiserModule, clean
@@ -38,7 +39,6 @@ from lightning_tdisent.lit.preflight import (
 from lightning_tdisent.lit.resume import options_of, refuse_changes, seed_of
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.rebuild import draws
-from lightning_tdisent.ranks import gather
 from lightning_tdisent.runs import WEIGHTS
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.expert import Card, rebuilt, save_expert, weights_digest
@@ -230,7 +230,7 @@ class Diffusion(Part, DenoiserModule):
     def _refuse_equal_noise(self) -> None:
         """Two ranks that drew the same noise would train on fewer samples than they say."""
         generator = torch.Generator().manual_seed(key(self.seed, self.trainer.global_rank, 0))
-        draws = gather(torch.randn(4, generator=generator).tolist())
+        draws = all_gather(torch.randn(4, generator=generator).tolist())
         same = [r for r, draw in enumerate(draws) if draws.count(draw) > 1]
         if same:
             raise InputError(f"ranks {same} draw the same training noise: each must have a rank number of its own")

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from lightning_tdisent.diffusion.operators import probe
 from lightning_tdisent.diffusion.spec import said
+from lightning_tdisent.distributed import shared_errors
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.images import to_uint8
-from lightning_tdisent.ranks import shared_errors
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.observations import observed
 from lightning_tdisent.sampling.sampler import Sampler

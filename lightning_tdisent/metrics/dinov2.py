@@ -1,7 +1,6 @@
 """DINOv2's class token, for FD-DINOv2: a network that saw no labels, and that FID's blind spots are not those of."""
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_tdisent.digests import sha256 as file_digest
 from lightning_tdisent.errors import InputError, Unavailable, nearest
 from lightning_tdisent.files import expand
 from lightning_tdisent.metrics.inception import AT_ONCE, pil_bicubic
@@ -63,8 +63,7 @@ class DINOv2(FeatureNetwork):
             raise Unavailable(f"dinov2: no weights are named; {_GET}")
         folder = Path(expand(str(weights)))
         patch = _check(folder)
-        with (folder / "model.safetensors").open("rb") as file:
-            self.weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.weights_sha256 = file_digest(folder / "model.safetensors")
         if sha256 is not None and self.weights_sha256 != sha256.lower():
             raise InputError(f"dinov2: {folder}/model.safetensors has SHA-256 {self.weights_sha256}, expected {sha256}")
         self.model = _loaded(folder).to(getattr(torch, dtype))

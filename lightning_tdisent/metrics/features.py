@@ -1,6 +1,5 @@
 """The feature networks that are shipped, and `load_features`, which finds any by its name."""
 
-import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_tdisent.artifacts import check_metadata, parse_json
 from lightning_tdisent.diffusion.spec import build, spec
+from lightning_tdisent.digests import digest_of, sha256
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.images import from_uint8
@@ -127,7 +127,7 @@ class Random(FeatureNetwork):
             for inside, outside in pairwise(sizes)
         ]
         self.weights = nn.ParameterList(weights)
-        self.weights_sha256 = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights)).hexdigest()
+        self.weights_sha256 = digest_of(w.numpy().tobytes() for w in weights)
         self.requires_grad_(False)
 
     def extract(self, images: Tensor) -> Extracted:
@@ -146,7 +146,7 @@ def load_classifier(path: Path) -> FeatureNetwork:
         network = build(parse_json(about["spec"]), FeatureNetwork)
     state = {k: v.float() if v.is_floating_point() else v.clone() for k, v in load_file(path).items()}
     network.load_state_dict(state, assign=True)
-    network.name, network.weights_sha256 = path.stem, hashlib.sha256(path.read_bytes()).hexdigest()
+    network.name, network.weights_sha256 = path.stem, sha256(path)
     return network.eval().requires_grad_(False)
 
 

@@ -1,6 +1,5 @@
 """`PairedQuality`: numbers of conditional generation, several draws for each held-out item given its observation."""
 
-import hashlib
 import importlib
 import warnings
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lightning_tdisent.diffusion.operators import Operator
+from lightning_tdisent.digests import sha256
+from lightning_tdisent.distributed import all_gather
 from lightning_tdisent.errors import InputError, Unavailable
 from lightning_tdisent.files import expand
 from lightning_tdisent.images import GREY_LEVELS, from_uint8, to_uint8
@@ -20,7 +21,6 @@ from lightning_tdisent.metrics.distances import frechet
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.quality import named
 from lightning_tdisent.metrics.scores import FeatureMoments
-from lightning_tdisent.ranks import gather
 
 LIMIT = 1 << 30  # bytes of the sums over draws; torchmetrics keeps them twice, and each rank's twice to add them up
 PERFECT = 100.0  # dB of an image without error, and the most that any counts
@@ -120,7 +120,7 @@ class PairedQuality:
 
         Raises `InputError` on all of them where a draw is missing or came twice, or features are no distribution.
         """
-        shapes = sorted({tuple(shape) for shape in gather(self.shape) if shape})
+        shapes = sorted({tuple(shape) for shape in all_gather(self.shape) if shape})
         if len(shapes) > 1:
             raise InputError(f"images of one shape are compared, ranks have {' and '.join(map(str, shapes))}")
         if shapes:  # a rank without images has sums to send all the same
@@ -273,8 +273,7 @@ def load_lpips(weights: str | Path | None = None, net: str = "alex") -> nn.Modul
     path = Path(expand(str(weights))) if weights else Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         raise Unavailable(f"lpips: no file {path}. Get https://download.pytorch.org/models/{name} and name it")
-    with path.open("rb") as file:
-        digest, wanted = hashlib.file_digest(file, "sha256").hexdigest(), name[-12:-4]
+    digest, wanted = sha256(path), name[-12:-4]
     if not digest.startswith(wanted):  # torchvision names its files by it
         raise InputError(f"lpips: {path} has SHA-256 {digest}, expected {wanted}..: another file or a damaged one")
     module = package.LPIPS(net=net, pnet_rand=True, verbose=False)  # it would download the backbone

@@ -1,13 +1,12 @@
 """`Protocol`: everything an evaluation number depends on besides the model, and its short hash."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Self
 
 from lightning_tdisent import __version__
+from lightning_tdisent.digests import digest_of_data
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.metrics.network import FeatureNetwork
 
@@ -161,13 +160,13 @@ class Protocol:
     @property
     def hash(self) -> str:
         """Eight hex digits; numbers with different hashes must not share a table or a curve."""
-        return _hash({k: v for k, v in self.fields.items() if k not in ("metrics", "halves")})
+        return digest_of_data({k: v for k, v in self.fields.items() if k not in ("metrics", "halves")})[:8]
 
     @property
     def reference(self) -> str:
         """Hash of all that the statistics of the real images depend on: not of what is compared with them."""
         names = "features n_real n_split split resize dtype shape kept image_range moments weights_sha256 real versions"
-        return _hash({k: self.fields[k] for k in names.split()} | {"spatial": "sfd" in self.metrics})
+        return digest_of_data({k: self.fields[k] for k in names.split()} | {"spatial": "sfd" in self.metrics})[:8]
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -188,7 +187,3 @@ class Protocol:
 def _fitting(splits: int, n: int) -> int:
     """Parts for the Inception Score of so few images: all in one where a part would have fewer than ten."""
     return splits if n >= 10 * splits else 1
-
-
-def _hash(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]

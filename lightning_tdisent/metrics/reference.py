@@ -1,7 +1,7 @@
 """Statistics of the real images, computed once for each data set and protocol, and kept."""
 
 import contextlib
-import hashlib
+import itertools
 import json
 import os
 import warnings
@@ -15,14 +15,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_tdisent.artifacts import check_metadata, check_schema, parse_json
+from lightning_tdisent.digests import digest_of, digest_of_data
+from lightning_tdisent.distributed import all_gather, rank_and_world, shared_errors
 from lightning_tdisent.errors import InputError, Newer
 from lightning_tdisent.files import write_whole
+from lightning_tdisent.images import spaced
 from lightning_tdisent.metrics.distances import Moments
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.scores import FeatureList, FeatureMoments
 from lightning_tdisent.metrics.weights import cache_folder
-from lightning_tdisent.ranks import gather, place, shared_errors, spaced
 
 BATCH = 256
 _KEY, SCHEMA = "check", 1  # the first versions wrote no schema
@@ -59,7 +61,7 @@ def reference(
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             warnings.warn(f"{path}: refused ({error}); its statistics are computed anew", stacklevel=2)
             found = None
-    complete = all(gather(found is not None))
+    complete = all(all_gather(found is not None))
     if found is not None and complete:
         return found
     found = measure(protocol, network, take, device)
@@ -76,7 +78,7 @@ def measure(
 ) -> Reference:
     """Pass the real images through the network, this rank's share of them, and put all ranks' together."""
     assert protocol.n_real is not None
-    rank, world = place()
+    rank, world = rank_and_world()
     network.to(device)
     moments, kept = FeatureMoments(network.num_features).to(device), FeatureList().to(device)
     inner = "sfd" in protocol.metrics and network.num_spatial
@@ -106,18 +108,20 @@ def remembered(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, An
         try:
             found = parse_json(path.read_bytes() if path else b"null")
             check_schema(found, str(path), SCHEMA, absent=1)
-            found = found["values"] if found["check"] == _hash(found["values"]) else None
+            found = found["values"] if found["check"] == digest_of_data(found["values"]) else None
         except Newer as error:
             raise InputError(f"{error}, or name another folder with TDISENT_CACHE") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             found = None
-    everywhere = all(gather(found is not None))
+    everywhere = all(all_gather(found is not None))
     values: dict[str, Any] = found if everywhere else measure()
     if everywhere:
         return values
     if path and os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(InputError):  # what cannot be kept is measured again
-            write_whole(path, json.dumps({"schema": SCHEMA, "values": values, "check": _hash(values)}).encode())
+            write_whole(
+                path, json.dumps({"schema": SCHEMA, "values": values, "check": digest_of_data(values)}).encode()
+            )
     return values
 
 
@@ -127,10 +131,6 @@ def _in_cache(*parts: str) -> Path | None:
         return cache_folder().joinpath(*parts)
     except InputError:
         return None
-
-
-def _hash(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, found: Reference, protocol: Protocol) -> None:
@@ -158,8 +158,8 @@ def _read(path: Path, key: str) -> Reference:
 
 
 def _check(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
-    total = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        total.update(tensor.contiguous().numpy().data)
-    return total.hexdigest()
+    described = (
+        (f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), tensor.contiguous().numpy().data)
+        for name, tensor in sorted(tensors.items())
+    )
+    return digest_of(itertools.chain([json.dumps(about, sort_keys=True).encode()], *described))

@@ -4,7 +4,6 @@ Nothing is downloaded unless `fetch` is called, and no file is read for its tens
 is known: a number made with other weights would be of another metric under the same name.
 """
 
-import hashlib
 import io
 import os
 import urllib.request
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_tdisent.digests import digest, digest_of
 from lightning_tdisent.errors import Halted, InputError, Unavailable, nearest
 from lightning_tdisent.files import expand, whole
 
@@ -71,10 +71,7 @@ def locate(name: str, path: str | Path | None = None, sha256: str | None = None)
     file is not there or is another one.
     """
     known, file = _known(name), _where(name, path)
-    digest = hashlib.sha256()
-    for chunk in _chunks(name, str(file)):
-        digest.update(chunk)
-    _refuse_another(f"{name}: {file}", digest.hexdigest(), sha256 or known.sha256)
+    _refuse_another(f"{name}: {file}", digest_of(_chunks(name, str(file))), sha256 or known.sha256)
     return file
 
 
@@ -85,7 +82,7 @@ def load(name: str, path: str | Path | None = None, sha256: str | None = None) -
     """
     known, file = _known(name), _where(name, path)
     content = b"".join(_chunks(name, str(file)))
-    _refuse_another(f"{name}: {file}", hashlib.sha256(content).hexdigest(), sha256 or known.sha256)
+    _refuse_another(f"{name}: {file}", digest(content), sha256 or known.sha256)
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever its readers of two formats run into
@@ -115,14 +112,11 @@ def fetch(
         except InputError:
             pass  # replaced below
     source = str(source or known.url)
-    digest = hashlib.sha256()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole(target) as stream:
-            for chunk in _chunks(name, source, progress):
-                digest.update(chunk)
-                stream.write(chunk)
-            _refuse_another(f"{name}: {source}", digest.hexdigest(), wanted)
+            found = digest_of(chunk for chunk in _chunks(name, source, progress) if stream.write(chunk) or True)
+            _refuse_another(f"{name}: {source}", found, wanted)
     except OSError as error:
         raise Halted(f"{target}: cannot be written: {error.strerror or error}") from error
     return target

@@ -7,8 +7,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from lightning_tdisent.distributed import all_gather, rank_and_world, shared_errors
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.ranks import gather, place, shared_errors
 from lightning_tdisent.sampling.denoiser import Denoises, extras
 from lightning_tdisent.sampling.evaluation import held_out_errors
 from lightning_tdisent.sampling.likelihood import Decoder, Terms, concatenate, ode_likelihood, variational_bound
@@ -88,7 +88,7 @@ class Bits:
         return out
 
     def _terms(self, model: Denoises, images: ImageSet, batch_size: int, errors: Tensor, ode: bool) -> Terms:
-        (rank, world), batches = place(), torch.arange(len(images)).split(batch_size)
+        (rank, world), batches = rank_and_world(), torch.arange(len(images)).split(batch_size)
         device = next(iter(model.parameters())).device
         mine: dict[int, Terms] = {}
         with shared_errors():
@@ -99,7 +99,7 @@ class Bits:
                 mine[k] = (
                     ode_likelihood(*batch, self.probes, errors) if ode else variational_bound(*batch, errors=errors)
                 )
-        parts = {k: terms for part in gather(mine) for k, terms in part.items()}
+        parts = {k: terms for part in all_gather(mine) for k, terms in part.items()}
         return concatenate([parts[k] for k in range(len(batches))])
 
 

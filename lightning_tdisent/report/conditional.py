@@ -9,11 +9,11 @@ from torchmetrics import Metric
 
 from lightning_tdisent.diffusion.operators import Operator
 from lightning_tdisent.diffusion.spec import spec
+from lightning_tdisent.distributed import rank_and_world
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.images import from_uint8
+from lightning_tdisent.images import from_uint8, spaced
 from lightning_tdisent.metrics.paired import PairedQuality
 from lightning_tdisent.metrics.quality import Quality
-from lightning_tdisent.ranks import place, spaced
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.evaluation import RealImages
 from lightning_tdisent.sampling.observations import Observations
@@ -59,7 +59,7 @@ class Given:
 
         known: those that models of the same operator have been compared with.
         """
-        name, n, (rank, world) = str(spec(self.operator)), min(real.n, REFERENCE), place()
+        name, n, (rank, world) = str(spec(self.operator)), min(real.n, REFERENCE), rank_and_world()
         if name in known:
             self.paired.metrics["real"] = known[name]
             return

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import platform
@@ -20,12 +19,13 @@ from torchmetrics import Metric
 
 from lightning_tdisent.diffusion.spec import spec
 from lightning_tdisent.diffusion.states import CONDITION, LatentStates
+from lightning_tdisent.digests import digest, sha256
+from lightning_tdisent.distributed import all_gather, rank_and_world, shared_errors
 from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.metrics.reference import remembered
-from lightning_tdisent.ranks import gather, place, shared_errors
 from lightning_tdisent.report.bits import Bits
 from lightning_tdisent.report.conditional import Given
 from lightning_tdisent.report.measured import Measured
@@ -42,7 +42,7 @@ from lightning_tdisent.sampling.evaluation import (
     open_quality,
     score,
 )
-from lightning_tdisent.sampling.expert import Card, sha256
+from lightning_tdisent.sampling.expert import Card
 from lightning_tdisent.sampling.likelihood import refuse_components
 from lightning_tdisent.sampling.observations import Observations
 from lightning_tdisent.sampling.residency import Residency
@@ -143,7 +143,7 @@ def evaluate(
         found_quality = qualities[contender.name] if model is None else quality
         key = {"protocol": found_quality.protocol.fields, **common_key, **_identity(contender, files)}
         if (own := given.get(contender.name)) is not None:
-            key["given"] = hashlib.sha256(own.observations.y.numpy().tobytes()).hexdigest()
+            key["given"] = digest(own.observations.y.numpy().tobytes())
             if observations is not None:
                 observations[contender.name] = own.observations
         if measured is not None and (known := measured.get(key)) is not None:
@@ -238,7 +238,7 @@ def _of_model(
     start = time.perf_counter()
     seen, also = (given.given, given.add) if given else (None, None)
     scored = score(model, sampler, quality, batch_size, keep, progress, seen, also)
-    parts = gather((scored.numbers, scored.images, scored.seconds, _peak(device)))
+    parts = all_gather((scored.numbers, scored.images, scored.seconds, _peak(device)))
     images, order = torch.cat([p[1] for p in parts]), torch.cat([p[0] for p in parts]).argsort()
     errors: dict[str, dict[str, float]] = {}
     if at := common.rows(model.states):
@@ -311,7 +311,7 @@ def _of_files(
     files: RealImages, quality: Quality, keep: int, progress: Callable[[int], None] | None = None
 ) -> tuple[dict[str, Any], Tensor]:
     """A row of images that are there already, each rank taking its share of them."""
-    rank, world = place()
+    rank, world = rank_and_world()
     try:
         with shared_errors():
             for numbers in torch.arange(files.n)[rank::world].split(250):

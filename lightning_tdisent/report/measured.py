@@ -1,6 +1,5 @@
 """Rows of an evaluation kept one by one, so that one that was cut short, or is given another contender, goes on."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_tdisent.artifacts import check_schema, parse_json
+from lightning_tdisent.digests import digest_of_data
+from lightning_tdisent.distributed import all_gather, rank_and_world, shared_errors
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
-from lightning_tdisent.ranks import gather, place, shared_errors
 
 FOLDER, SCHEMA = "measured", 1  # the first versions wrote no schema
 
@@ -30,7 +30,7 @@ class Measured:
         self.reused = 0
 
     def _file(self, key: dict[str, Any]) -> Path:
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        name = digest_of_data(key)[:24]
         self.used.add(f"{name}.safetensors")
         return self.folder / f"{name}.safetensors"
 
@@ -38,7 +38,7 @@ class Measured:
         """Return a row and its images on all ranks, None if they are not kept or cannot be read."""
         path, found = self._file(key), None
         newer: InputError | None = None
-        if place()[0] == 0:
+        if rank_and_world()[0] == 0:
             try:
                 with safe_open(path, "pt") as file:
                     about = parse_json(file.metadata()["row"])
@@ -51,13 +51,13 @@ class Measured:
         with shared_errors():
             if newer is not None:
                 raise newer
-        out: tuple[dict[str, Any], Tensor] | None = gather(found)[0]
+        out: tuple[dict[str, Any], Tensor] | None = all_gather(found)[0]
         self.reused += out is not None
         return out
 
     def put(self, key: dict[str, Any], row: dict[str, Any], images: Tensor) -> None:
         """Keep a row that has numbers."""
-        if place()[0] == 0 and "refused" not in row:
+        if rank_and_world()[0] == 0 and "refused" not in row:
             content = json.dumps({"schema": SCHEMA, "key": key, "row": row})
             images = images if len(images) else torch.empty(0, dtype=torch.uint8)
             write_whole(self._file(key), save({"images": images.cpu().contiguous()}, {"row": content}))

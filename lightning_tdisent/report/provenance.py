@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lightning_tdisent.ranks import gather
+from lightning_tdisent.distributed import all_gather
 
 PACKAGES = ("torch", "lightning", "diffusers", "torchmetrics", "lightning_tdisent")
 UNKNOWN = "measured by a version that did not keep the command, the machine and the versions of packages"
@@ -37,7 +37,7 @@ def provenance(held_out: int) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
     }
-    first: dict[str, Any] = gather(mine)[0]
+    first: dict[str, Any] = all_gather(mine)[0]
     return first
 
 

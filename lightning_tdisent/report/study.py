@@ -16,13 +16,14 @@ from torch import Tensor
 from lightning_tdisent.artifacts import check_schema, parse_json
 from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.digests import sha256
+from lightning_tdisent.distributed import rank_and_world
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import output_path, write_whole
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.paired import load_lpips
 from lightning_tdisent.metrics.protocol import Protocol
-from lightning_tdisent.ranks import place
 from lightning_tdisent.report.bits import ODE_ROWS, Bits
 from lightning_tdisent.report.conditional import DRAWS, refuse_number
 from lightning_tdisent.report.evaluate import REAL, Contender, evaluate, start_digest
@@ -32,7 +33,7 @@ from lightning_tdisent.report.page import write_report
 from lightning_tdisent.report.table import WideTable, costs, notes, refuse_texts, table, tables
 from lightning_tdisent.sampling.composite import find_files, holds_weights
 from lightning_tdisent.sampling.evaluation import real_images, refuse_trained
-from lightning_tdisent.sampling.expert import Card, read_card, sha256
+from lightning_tdisent.sampling.expert import Card, read_card
 from lightning_tdisent.sampling.observations import Observations
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import Sampler
@@ -233,10 +234,10 @@ class Study:
         contenders, protocol, (channels, size) = self._contenders(), self._protocol, self._size()
         self.n_held_out = self._held_out(self._conditional)
         observations = dict[str, Observations]()
-        first = place()[0] == 0
+        first = rank_and_world()[0] == 0
         measured = Measured(self.folder / MEASURED)
         with Progress(transient=True, disable=not first) as bar:
-            share = protocol.n // place()[1]
+            share = protocol.n // rank_and_world()[1]
             tasks = {
                 c.name: bar.add_task(f"measuring {c.name}", total=share if c.sampler else None) for c in contenders
             }

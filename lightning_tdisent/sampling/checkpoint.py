@@ -4,8 +4,6 @@ The one reader of .ckpt files, for resuming, `load_from_checkpoint`, sampling an
 """
 
 import functools
-import hashlib
-import json
 import re
 import struct
 import sys
@@ -17,9 +15,9 @@ import torch
 
 from lightning_tdisent import finite
 from lightning_tdisent.artifacts import check_schema, is_count, is_text, parse_json
+from lightning_tdisent.digests import digest_of_data, sha256
+from lightning_tdisent.distributed import rank_and_world
 from lightning_tdisent.errors import InputError, NotFinite
-from lightning_tdisent.files import sha256
-from lightning_tdisent.ranks import place
 
 SCHEMA = 1
 TEMPORARY = ".temp.ckpt"  # in which Lightning's forked ranks hand back their weights
@@ -116,13 +114,13 @@ def facts(path: Path) -> Manifest:
 
 @functools.cache  # once for each file
 def _note_unverified(path: Path) -> None:
-    if place()[0] == 0:
+    if rank_and_world()[0] == 0:
         print(f"note: {path} has no manifest ({manifest_of(path).name}): read unverified", file=sys.stderr)
 
 
 def check_of(manifest: Manifest) -> str:
     """Return the hash by which a manifest guards itself."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+    return digest_of_data(manifest)[:16]
 
 
 def manifest_of(path: Path) -> Path:

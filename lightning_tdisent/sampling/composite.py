@@ -19,6 +19,7 @@ from lightning_tdisent.artifacts import check_schema, parse_json
 from lightning_tdisent.diffusion.process import scale
 from lightning_tdisent.diffusion.spec import build, changed
 from lightning_tdisent.diffusion.states import Coefficient, LatentStates
+from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import expand, output_path, remove_orphans, typed, whole, write_whole
 from lightning_tdisent.runs import CHECKPOINTS, WEIGHTS
@@ -31,7 +32,6 @@ from lightning_tdisent.sampling.expert import (
     load_expert,
     read_card,
     refuse_foreign,
-    sha256,
     shapes_in,
 )
 from lightning_tdisent.sampling.residency import Member, PassingExpert, Residency, passing

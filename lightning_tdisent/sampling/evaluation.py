@@ -16,13 +16,13 @@ from torch import Tensor
 from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.distributed import all_gather, rank_and_world
 from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.images import from_uint8
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.metrics.reference import reference
-from lightning_tdisent.ranks import gather, place
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.sampler import Sampler, sample
 from lightning_tdisent.streaming.decode import Decoder
@@ -77,7 +77,7 @@ def x0_errors(
 
 def held_out_errors(model: Denoises, held_out: ImageSet, rows: Sequence[int], batch_size: int) -> Tensor:
     """Mean errors of x0 and eps per row, (2, R), with the true labels where a model takes some; ranks share batches."""
-    (rank, world), batches = place(), torch.arange(len(held_out)).split(batch_size)
+    (rank, world), batches = rank_and_world(), torch.arange(len(held_out)).split(batch_size)
     device = next(iter(model.parameters())).device
     mine: dict[int, list[Tensor]] = {k: [] for k in range(len(batches))[rank::world]}
     for s in rows:  # an expert that is not in memory is brought once
@@ -85,7 +85,7 @@ def held_out_errors(model: Denoises, held_out: ImageSet, rows: Sequence[int], ba
             i = batches[k]
             label = held_out.labels[i].to(device) if model.classes else None
             found.append(state_errors(model, held_out.images[i], i.tolist(), [s], label).sum(2))
-    sums = {k: torch.cat(v, 1) for part in gather(mine) for k, v in part.items()}
+    sums = {k: torch.cat(v, 1) for part in all_gather(mine) for k, v in part.items()}
     return torch.stack([sums[k] for k in range(len(batches))]).sum(0) / len(held_out)
 
 
@@ -236,7 +236,7 @@ def score(
     observations for a conditional model, one for each of the n; also: what else wants images and their numbers. Where
     an image is not finite on any rank, the values of all ranks are that `NotFinite`, and no images are kept.
     """
-    (rank, world), n, first = place(), quality.protocol.n, quality.protocol.first_seed
+    (rank, world), n, first = rank_and_world(), quality.protocol.n, quality.protocol.first_seed
     assert first is not None
     if given is not None and n < world:
         raise InputError(f"n={n}: fewer images than the {world} ranks that are to draw them")
@@ -276,7 +276,7 @@ def score(
             progress(len(batch))
     if beside is not None:
         torch.cuda.current_stream(device).wait_stream(beside)
-    if failures := [said for said in gather(failure) if said]:
+    if failures := [said for said in all_gather(failure) if said]:
         empty = torch.empty(0, *denoise.shape, dtype=torch.uint8)
         return Scored(NotFinite(failures[0]), clock.seconds, numbers[:0], empty)
     first_images = torch.cat(kept) if kept else torch.empty(0, *denoise.shape, dtype=torch.uint8)

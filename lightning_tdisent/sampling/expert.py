@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import hashlib
+import itertools
 import json
 import math
 import os
@@ -30,8 +30,8 @@ from lightning_tdisent.diffusion.objectives import Objective
 from lightning_tdisent.diffusion.schedules import LONGEST
 from lightning_tdisent.diffusion.spec import build, changed, filled, rebuild, said, spec
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.digests import digest, digest_of
 from lightning_tdisent.errors import InputError, check_shape
-from lightning_tdisent.files import sha256 as sha256
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.networks.rebuild import faithful, of_file
@@ -269,7 +269,7 @@ def save_expert(path: str | Path, denoiser: Denoiser, card: Card, weights: dict[
 def sealed(tensors: dict[str, Tensor], key: str, card: dict[str, Any]) -> bytes:
     """Return a .safetensors file with a card in its metadata that begins with the SHA-256 of all; see `unsealed`."""
     content = save(tensors, {key: json.dumps({"sha256": BLANK, **card})})
-    return content.replace(BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
+    return content.replace(BLANK.encode(), digest(content).encode(), 1)
 
 
 def unsealed(path: Path, key: str, verify: bool, remedy: str) -> Any:
@@ -286,10 +286,9 @@ def unsealed(path: Path, key: str, verify: bool, remedy: str) -> Any:
         card = parse_json(parse_json(header)["__metadata__"][key])
         named = str(card.pop("sha256", "")) if isinstance(card, dict) else ""
         if verify and named:
-            total = hashlib.sha256(size + header.replace(named.encode(), BLANK.encode(), 1))
-            while piece := file.read(1 << 20):
-                total.update(piece)
-            if (found := total.hexdigest()) != named:
+            begin = size + header.replace(named.encode(), BLANK.encode(), 1)
+            found = digest_of(itertools.chain([begin], iter(lambda: file.read(1 << 20), b"")))
+            if found != named:
                 raise InputError(
                     f"{path}: damaged: sha256 {found[:12]}.., the file says {named[:12]}... Copy it anew; or {remedy}"
                 )
@@ -307,7 +306,7 @@ def weights_digest(network: torch.nn.Module) -> str:
         return ""
     some = [w for w in weights if float(w.detach().flatten()[0]) != float(w.detach().flatten()[-1])][:32]
     values = " ".join(f"{float(w.detach().flatten()[0]):.1e}" for w in some)
-    return hashlib.sha256(values.encode()).hexdigest()
+    return digest(values)
 
 
 def read_card(path: str | Path, verify: bool = False) -> Card:

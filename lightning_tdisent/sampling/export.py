@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import lightning_tdisent
 from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import output_path, typed, write_whole
 from lightning_tdisent.networks.network import Network
@@ -28,7 +29,7 @@ from lightning_tdisent.runs import WEIGHTS
 from lightning_tdisent.sampling.composite import CompositeDenoiser, compose, find_files, load_model
 from lightning_tdisent.sampling.cost import training_cost
 from lightning_tdisent.sampling.denoiser import Denoiser, extras
-from lightning_tdisent.sampling.expert import Card, save_expert, sha256
+from lightning_tdisent.sampling.expert import Card, save_expert
 from lightning_tdisent.sampling.start import signal_note
 
 PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}

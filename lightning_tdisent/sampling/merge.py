@@ -20,13 +20,14 @@ from lightning_tdisent.diffusion.process import noise, transition
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import filled
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import output_path
 from lightning_tdisent.images import from_uint8
 from lightning_tdisent.sampling.composite import compose, refuse_taken, refuse_unfit
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import HELD_OUT, x0_errors
-from lightning_tdisent.sampling.expert import PARENT, Card, load_expert, read_card, save_expert, sha256
+from lightning_tdisent.sampling.expert import PARENT, Card, load_expert, read_card, save_expert
 from lightning_tdisent.streaming.shards import ImageSet
 
 Weights = dict[str, Tensor]

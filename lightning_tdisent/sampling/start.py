@@ -1,7 +1,6 @@
 """Where sampling starts: a prior fitted at a row, kept with its card, and a model cut off there (2206.05173)."""
 
 import dataclasses
-import hashlib
 import json
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from lightning_tdisent.diffusion.process import scale
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import build, rebuild, spec
 from lightning_tdisent.diffusion.states import TERMINAL_BOUND, LatentStates
+from lightning_tdisent.digests import digest, sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.finite import refuse_non_finite
@@ -36,7 +36,7 @@ from lightning_tdisent.priors.prior import Prior, StandardNormal
 from lightning_tdisent.runs import PRIOR
 from lightning_tdisent.sampling.composite import find_files, holds_weights, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises, Extras, extras
-from lightning_tdisent.sampling.expert import Card, read_card, sealed, sha256, unsealed
+from lightning_tdisent.sampling.expert import Card, read_card, sealed, unsealed
 from lightning_tdisent.sampling.residency import Residency
 from lightning_tdisent.sampling.sampler import DDIM
 from lightning_tdisent.streaming.decode import Decoder, side_of
@@ -454,7 +454,7 @@ def _digest(source: str) -> str:
     """SHA-256 of the weights behind a source: of the one file, or of the digests of several."""
     files = sorted(Path(source).glob("*.safetensors")) if _autoencoder(source) else find_files(source)
     digests = [sha256(file) for file in files]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return digests[0] if len(digests) == 1 else digest(*digests)
 
 
 def _open_source(source: str) -> tuple[Any, list[int] | None]:

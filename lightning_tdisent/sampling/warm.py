@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from lightning_tdisent.diffusion.spec import identity, spec
+from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.composite import find_files, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import PARENT, read_card, sha256, shapes_in
+from lightning_tdisent.sampling.expert import PARENT, read_card, shapes_in
 
 
 def start_warm(denoiser: Denoiser, source: str) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ its name, bytes, SHA-256, number of samples and a hash of its keys. Without the 
 row per shard, for a corpus whose samples are too many to list.
 """
 
-import hashlib
 import itertools
 import json
 import posixpath
@@ -25,6 +24,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from lightning_tdisent.artifacts import check_format, parse_json
+from lightning_tdisent.digests import digest_of, key64
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.files import typed, write_whole
 from lightning_tdisent.streaming.decode import IMAGES
@@ -107,10 +107,7 @@ class Index:
     @property
     def digest(self) -> str:
         """Short hash of the names and bytes of the shards: which data a model has seen."""
-        total = hashlib.sha256()
-        for shard in self.shards:
-            total.update(shard.name.encode() + bytes.fromhex(shard.sha256))
-        return total.hexdigest()[:16]
+        return digest_of(shard.name.encode() + bytes.fromhex(shard.sha256) for shard in self.shards)[:16]
 
     @cached_property
     def folders(self) -> list[str]:
@@ -301,7 +298,7 @@ class Index:
 
 def image_key(image: bytes | memoryview) -> int:
     """Return 64 bits of BLAKE2b of an image's bytes, never 0. A CRC-32 sees little of PNGs, which hold their own."""
-    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little") or 1
+    return key64(image)
 
 
 def _misfit(index: Index) -> str:
@@ -342,11 +339,8 @@ def _misfit(index: Index) -> str:
 
 
 def _hash(table: str, arrays: dict[str, Array]) -> str:
-    total = hashlib.sha256(table.encode())
-    for name in sorted(arrays):
-        total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        total.update(arrays[name].tobytes())
-    return total.hexdigest()
+    described = ((f"{name} {a.dtype} {a.shape}".encode(), a.tobytes()) for name, a in sorted(arrays.items()))
+    return digest_of(itertools.chain([table.encode()], *described))
 
 
 def refuse_unwritable(folder: Path, remedy: str) -> None:

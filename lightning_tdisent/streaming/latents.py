@@ -1,6 +1,5 @@
 """Images to latents, by an autoencoder of diffusers that is read from a folder."""
 
-import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_tdisent.digests import digest_of
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.images import from_uint8
 from lightning_tdisent.streaming.decode import MODES
@@ -48,15 +48,16 @@ class LatentEncoder:
         self.mode = MODES[config.in_channels]
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.size: tuple[int, int] | None = None  # height and width of all images
-        weights = hashlib.sha256()
-        for name, tensor in sorted(self.vae.state_dict().items()):
-            weights.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.cpu().numpy().tobytes())
+        weights = digest_of(
+            f"{name} {tuple(tensor.shape)} ".encode() + tensor.cpu().numpy().tobytes()
+            for name, tensor in sorted(self.vae.state_dict().items())
+        )
         self.record = {
             "scaling_factor": config.scaling_factor,
             "shift_factor": getattr(config, "shift_factor", None),
             "channels": config.latent_channels,
             "factor": self.factor,
-            "weights": weights.hexdigest(),
+            "weights": weights,
             "device": self.device.type,
         }
 

@@ -27,8 +27,9 @@ import numpy as np
 import webdataset
 
 from lightning_tdisent.artifacts import check_format, parse_json
+from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import Halted, InputError, nearest
-from lightning_tdisent.files import is_plain, open_own, output_path, remove_orphans, sha256, whole
+from lightning_tdisent.files import is_plain, open_own, output_path, remove_orphans, whole
 from lightning_tdisent.streaming.decode import LATENT
 from lightning_tdisent.streaming.index import Index, path_of, refuse_unwritable
 from lightning_tdisent.streaming.latents import LatentEncoder

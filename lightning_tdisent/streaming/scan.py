@@ -1,6 +1,5 @@
 """Shards to their index: every shard is scanned by itself, and the parts are joined."""
 
-import hashlib
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
+from lightning_tdisent.digests import digest
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming.decode import class_of, picked
 from lightning_tdisent.streaming.index import Array, Index, Regions, Shard, image_key
@@ -40,7 +40,7 @@ def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
         raise InputError(f"{url} is damaged: {error}") from None
     keys = [key for _, key, _ in found]
     unusable = _unusable(name, found, [wrong for *_, wrong in read], unread)
-    hashed_keys = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
+    hashed_keys = digest("\n".join(keys))[:16]
     shard = Shard(name, size, sha256, len(found), hashed_keys, unread, unusable)
     extensions = sorted({kind for *_, members in found for kind in members})
     bare = [sample for sample in found if "cls" not in sample[2]]

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_tdisent.distributed import rank_and_world
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.files import expand
-from lightning_tdisent.ranks import place, spaced
+from lightning_tdisent.images import spaced
 from lightning_tdisent.streaming.decode import BadSample, Decoder, Members, parse_class
 from lightning_tdisent.streaming.index import Index, index_command, path_of
 from lightning_tdisent.streaming.npz import is_npz, read_npz
@@ -440,7 +441,7 @@ def note_classes(what: str, labels: Tensor, where: str, classes: int) -> None:
     what: the key or the model whose ``classes`` these are, and where: the images, for the message.
     """
     lacking = sorted(set(range(classes)).difference(labels.unique().tolist()))
-    if lacking and int(labels.min()) >= 0 and place()[0] == 0:
+    if lacking and int(labels.min()) >= 0 and rank_and_world()[0] == 0:
         some = ", ".join(map(str, lacking[:5])) + (f", .. ({len(lacking):,} in all)" if len(lacking) > 5 else "")
         print(
             f"note: {what} is {classes}, but {where} have none of the classes {some}; samples of all classes in "

@@ -7,7 +7,6 @@ are not read, but counted (`Unread`).
 """
 
 import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -22,6 +21,7 @@ from typing import IO, Any
 
 import braceexpand
 
+from lightning_tdisent.digests import digest_of
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import check_name, is_plain
 from lightning_tdisent.streaming import splits
@@ -285,12 +285,9 @@ def layout(stream: IO[bytes], where: str, unread: Unread) -> tuple[list[Layout],
 
 def hash_file(url: str) -> tuple[int, str]:
     """Bytes and SHA-256 of a shard as it lies there; raises OSError."""
-    total, size = hashlib.sha256(), 0
     with open_shard(url) as raw:
-        while block := raw.read(2**20):
-            total.update(block)
-            size += len(block)
-    return size, total.hexdigest()
+        total = digest_of(iter(lambda: raw.read(2**20), b""))
+        return raw.tell(), total
 
 
 def size_of(url: str) -> int:

@@ -1,7 +1,6 @@
 """Pictures made by a formula, with classes and captions, where there is no data set and no network."""
 
 import colorsys
-import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
+from lightning_tdisent.digests import digest
 from lightning_tdisent.streaming.raw import Item
 
 FINE = 4  # drawn so much larger, then halved: smooth edges
@@ -56,7 +56,7 @@ class Toy:
 
     def fingerprint(self) -> str:
         """Of what a picture depends on."""
-        return hashlib.sha256(f"toy/1 {self.n} {self.size} {self.seed}".encode()).hexdigest()
+        return digest(f"toy/1 {self.n} {self.size} {self.seed}")
 
     def __getitem__(self, i: int) -> Item:
         rng = np.random.RandomState([self.seed, i])  # its stream never changes

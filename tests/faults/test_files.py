@@ -527,7 +527,7 @@ def test_what_is_pruned_between_listing_and_reading_is_listed_again(tmp_path, mo
         calls.append(folder)
         return [tmp_path / "step-0.ckpt"] if len(calls) == 1 else listed(folder)
 
-    monkeypatch.setattr(checkpoints, "steps", before_the_next_save)
+    monkeypatch.setattr(checkpoints, "checkpoints_in", before_the_next_save)
     assert newest(tmp_path)[::2] == (paths[1], [])
 
 

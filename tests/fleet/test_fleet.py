@@ -14,6 +14,7 @@ from rich.live import Live
 from safetensors.torch import load_file
 
 from lightning_tdisent.cli import describe, fits, main
+from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import Crashed, Halted, InputError
 from lightning_tdisent.fleet import lease
 from lightning_tdisent.fleet.local import refuse_undone, run
@@ -24,7 +25,7 @@ from lightning_tdisent.fleet.state import FleetWork
 from lightning_tdisent.fleet.status import LiveBoard, Tile, board, page, summary, tiles
 from lightning_tdisent.fleet.store import Store
 from lightning_tdisent.fleet.work import Session, work_through
-from lightning_tdisent.sampling.expert import read_card, sha256
+from lightning_tdisent.sampling.expert import read_card
 
 
 def train(fleet, *only, **options):

@@ -15,6 +15,7 @@ from lightning_tdisent.diffusion.objectives import X0, Eps, V
 from lightning_tdisent.diffusion.operators import Inpainting, SuperResolution
 from lightning_tdisent.diffusion.schedules import Cosine, Linear
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.networks.network import Network
@@ -27,7 +28,7 @@ from lightning_tdisent.sampling.composite import (
     recompose,
 )
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import load_expert, sha256
+from lightning_tdisent.sampling.expert import load_expert
 from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
 from lightning_tdisent.sampling.warm import refuse_start, start_warm
 

@@ -10,11 +10,11 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from lightning_tdisent.diffusion.objectives import V
+from lightning_tdisent.distributed import shared_errors
 from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.metrics.distances import Moments
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
-from lightning_tdisent.ranks import shared_errors
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import RealImages, compute, image_files, open_quality, real_images, score
 from lightning_tdisent.sampling.pictures import save_png

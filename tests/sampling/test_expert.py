@@ -13,13 +13,14 @@ import torch
 from lightning_tdisent.diffusion.objectives import X0, Eps, MinSNR, V
 from lightning_tdisent.diffusion.schedules import Cosine
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.networks.dit import DiT
 from lightning_tdisent.sampling.composite import find_files
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import Card, load_expert, read_card, save_expert, sha256
+from lightning_tdisent.sampling.expert import Card, load_expert, read_card, save_expert
 from lightning_tdisent.sampling.sampler import DDIM
 
 

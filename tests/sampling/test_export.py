@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from lightning_tdisent.diffusion.objectives import X0, Eps, V
 from lightning_tdisent.diffusion.schedules import Cosine, Linear, Sigmoid
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.dit import DiT
 from lightning_tdisent.networks.network import Network
@@ -21,7 +22,7 @@ from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.composite import CompositeDenoiser, compose, load_model
 from lightning_tdisent.sampling.cost import flops, training_cost
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import read_card, sha256
+from lightning_tdisent.sampling.expert import read_card
 from lightning_tdisent.sampling.export import Experts, betas, export, pipeline, standard
 from lightning_tdisent.sampling.merge import merge
 from lightning_tdisent.sampling.sampler import DDIM, DPMSolver

@@ -9,6 +9,7 @@ import torch
 
 from lightning_tdisent.cli import main
 from lightning_tdisent.diffusion.objectives import X0, V
+from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.finite import non_finite
 from lightning_tdisent.lit.callbacks.pictures import Pictures
@@ -19,7 +20,7 @@ from lightning_tdisent.report.evaluate import Contender, evaluate
 from lightning_tdisent.sampling.composite import compose, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser, Guided
 from lightning_tdisent.sampling.evaluation import open_quality, real_images, score
-from lightning_tdisent.sampling.expert import load_expert, save_expert, sha256
+from lightning_tdisent.sampling.expert import load_expert, save_expert
 from lightning_tdisent.sampling.pictures import estimate_strip
 from lightning_tdisent.sampling.sampler import DDIM, DPMSolver, sample
 from lightning_tdisent.sampling.start import Started, fit_prior, load_prior, save_prior

@@ -14,13 +14,14 @@ from lightning_tdisent.diffusion.process import noise, step
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Cosine
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.images import from_uint8
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.composite import CompositeDenoiser, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.evaluation import HELD_OUT, x0_errors
-from lightning_tdisent.sampling.expert import load_expert, sha256
+from lightning_tdisent.sampling.expert import load_expert
 from lightning_tdisent.sampling.merge import (
     Images,
     average,

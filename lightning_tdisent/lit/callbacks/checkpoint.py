@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
+from lightning_tdisent.distributed import shared_errors
 from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.files import ask_guards, check_writable, temporary
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.checkpoints import refuse_other_run, remove_orphans
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.lit.preflight import trying
-from lightning_tdisent.ranks import shared_errors
 from lightning_tdisent.runs import CHECKPOINTS, RunFolder, checkpoint_name, checkpoints_in, held, new_identity
 from lightning_tdisent.sampling.checkpoint import manifest_of
 

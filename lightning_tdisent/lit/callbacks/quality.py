@@ -8,13 +8,13 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_tdisent.distributed import all_gather, shared_errors
 from lightning_tdisent.errors import InputError, Unavailable, check_number
 from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.lit.preflight import Logs, Rehearsed
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
-from lightning_tdisent.ranks import gather, shared_errors
 from lightning_tdisent.sampling.evaluation import open_quality, real_images, score
 from lightning_tdisent.sampling.observations import observed
 
@@ -56,7 +56,7 @@ class SampleQuality(Rehearsed, Logs):
                 network = load_features(p.features, self.weights, p.resize, p.dtype, shape[0])
             except Unavailable as error:
                 missing = str(error)
-        if any(missing := gather(missing)):
+        if any(missing := all_gather(missing)):
             rank_zero_warn(f"SampleQuality is left out: {max(missing)}")
             return
         assert network is not None

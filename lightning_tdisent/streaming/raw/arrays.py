@@ -1,7 +1,6 @@
 """Images that fit in memory: MNIST (IDX files) and CIFAR-10 (pickles, read without running anything in them)."""
 
 import gzip
-import hashlib
 import io
 import math
 import pickle
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lightning_tdisent.digests import digest
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming import splits
 from lightning_tdisent.streaming.raw.source import Ask, Item, hashed, names_in, some
@@ -45,8 +45,8 @@ class Arrays:
 
     def fingerprint(self) -> str:
         """Hash of all pixels, class numbers and names."""
-        total = hashlib.sha256(np.ascontiguousarray(self.images).tobytes() + self.labels.astype("<i8").tobytes())
-        return hashed([total.hexdigest(), str(self.images.shape), *self.classes, *self.names])
+        total = digest(np.ascontiguousarray(self.images).tobytes(), self.labels.astype("<i8").tobytes())
+        return hashed([total, str(self.images.shape), *self.classes, *self.names])
 
 
 def find_mnist(path: Path, ask: Ask) -> Path | None:

@@ -1,6 +1,5 @@
 """What a raw data set is, and what its kinds share: what is asked of them, names, hashes, the files of a split."""
 
-import hashlib
 import itertools
 import os
 import re
@@ -13,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import braceexpand
 
+from lightning_tdisent.digests import digest
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming import splits
 from lightning_tdisent.streaming.tars import MAX_SHARDS
@@ -154,10 +154,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 def hashed(parts: Iterable[str]) -> str:
     """Return a short hash of some texts, each with its end."""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(part.encode(errors="surrogateescape") + b"\0")
-    return total.hexdigest()[:16]
+    return digest(*(part + "\0" for part in parts))[:16]
 
 
 def files_of(path: Path, ask: Ask, endings: tuple[str, ...]) -> tuple[list[Path], list[str]] | None:

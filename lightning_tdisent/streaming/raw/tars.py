@@ -3,13 +3,13 @@
 import contextlib
 import functools
 import gzip
-import hashlib
 import json
 import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lightning_tdisent.digests import digest
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming import splits
 from lightning_tdisent.streaming.decode import IMAGES
@@ -64,7 +64,7 @@ class Tars:
         """Hash of the names, sizes and keys of the shards, and of the sizes of all members."""
         regions = self.index.regions
         assert regions is not None
-        sizes = hashlib.sha256(regions.member_size.tobytes() + regions.member_kind.tobytes()).hexdigest()
+        sizes = digest(regions.member_size.tobytes(), regions.member_kind.tobytes())
         rows = [f"{s.name}\0{s.bytes}\0{s.keys}" for s in self.index.shards]
         return hashed([*rows, *self.index.extensions, sizes])
 
