@@ -521,7 +521,7 @@ def test_a_checkpoint_elsewhere_is_refused(loader, path):
 
 def test_what_is_pruned_between_listing_and_reading_is_listed_again(tmp_path, monkeypatch):
     paths = [save(tmp_path, step) for step in (1, 2)]
-    listed, calls = checkpoints.steps, []
+    listed, calls = checkpoints.checkpoints_in, []
 
     def before_the_next_save(folder):
         calls.append(folder)
