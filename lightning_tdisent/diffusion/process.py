@@ -5,6 +5,7 @@ x0 in [-1, 1] and eps ~ N(0, I) have shape (B, C, H, W); rows are ints, or int64
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +36,17 @@ def noise(states: LatentStates, x0: Tensor, s: int | Tensor, eps: Tensor) -> Ten
     return scale(a, x0) + scale(b, eps)
 
 
-def transition(states: LatentStates, s: int, r: int, eta: float) -> tuple[Coefficient, Coefficient, Coefficient]:
-    """Coefficients of x_r = c0 x0_hat + cx x_s + cz z for r < s (DDIM, 2010.02502, eq. 12 and 16).
+class Terms(NamedTuple):
+    """Coefficients of a reverse step (see `step`): floats of a table of one column, else float64 (K,) by component."""
+
+    x0: Coefficient
+    x: Coefficient
+    z: Coefficient = 0.0
+    before: Coefficient = 0.0
+
+
+def transition(states: LatentStates, s: int, r: int, eta: float) -> Terms:
+    """Return the coefficients of x_r = c0 x0_hat + cx x_s + cz z for r < s (DDIM, 2010.02502, eq. 12 and 16).
 
     With (a, b) at s and (c, d) at r: cz = eta (d/b) sqrt(1 - (a/c)^2), cx = sqrt(d^2 - cz^2)/b, c0 = c - a cx.
     eta 0 is deterministic, eta 1 the ancestral posterior of DDPM. Floats of a table of one column, else float64 (K,),
@@ -48,27 +58,38 @@ def transition(states: LatentStates, s: int, r: int, eta: float) -> tuple[Coeffi
         (a, b), (c, d) = states._rows[s], states._rows[r]
         fresh = eta * d / b * math.sqrt(max(0.0, 1 - (a / c) ** 2))
         keep = d / b * math.sqrt(1 - eta * eta + (eta * a * d / (b * c)) ** 2)
-        return c - a * keep, keep, fresh
+        return Terms(c - a * keep, keep, fresh)
     at, bt, ct, dt = states.a[s], states.b[s], states.a[r], states.b[r]
     fresh_t = eta * dt / bt * (1 - (at / ct).square()).clamp_min(0).sqrt()
     keep_t = dt / bt * (1 - eta * eta + (eta * at * dt / (bt * ct)).square()).sqrt()
     clean, dead = bt == 0, ct == 0  # does not diffuse yet; finished in both rows, and in no state
     keep_t = keep_t.where(~clean, 1.0).where(~dead, 1.0)
     fresh_t = fresh_t.where(~clean & ~dead, 0.0)
-    return (ct - at * keep_t).where(~clean & ~dead, 0.0), keep_t, fresh_t
+    return Terms((ct - at * keep_t).where(~clean & ~dead, 0.0), keep_t, fresh_t)
 
 
 def step(
-    states: LatentStates, x: Tensor, x0_hat: Tensor, s: int, r: int, eta: float = 0.0, z: Tensor | None = None
+    states: LatentStates, c: Terms, x: Tensor, x0_hat: Tensor, before: Tensor | None = None, z: Tensor | None = None
 ) -> Tensor:
-    """One reverse step x_s -> x_r with the estimate x0_hat; z ~ N(0, I) is needed where `transition` has cz > 0."""
-    c0, cx, cz = (spread(states, c, x) for c in transition(states, s, r, eta))
-    out = scale(c0, x0_hat) + scale(cx, x)
-    if bool((cz > 0).any()) if isinstance(cz, Tensor) else cz > 0:
+    """Return x_r = c.x0 x0_hat + c.x x_s + c.before x0_hat_before + c.z z: the reverse step of every sampler.
+
+    c: of `transition` for DDIM and ancestral steps. before: the estimate of the step before, if there was one and the
+    sampler looks at it; z ~ N(0, I), wanted where c.z is not zero. Either may be of a larger state than x.
+    """
+    out = scale(spread(states, c.x0, x), x0_hat) + scale(spread(states, c.x, x), x)
+    if before is not None and nonzero(c.before):
+        out = out + scale(spread(states, c.before, x), grown(before, x.shape))
+    if nonzero(c.z):
         if z is None:
-            raise InputError(f"the step {s} -> {r} with eta={eta:g} adds fresh noise: pass z")
-        out = out + scale(cz, z)
+            raise InputError("this step adds fresh noise: pass z")
+        z = z if z.shape == x.shape else z[..., : x.shape[-2], : x.shape[-1]]
+        out = out + scale(spread(states, c.z, x), z)
     return out
+
+
+def nonzero(c: Coefficient) -> bool:
+    """Return whether a coefficient takes part in a step; one by component does."""
+    return isinstance(c, Tensor) or c != 0.0
 
 
 def posterior(states: LatentStates, x0: Tensor, x: Tensor, s: int, r: int) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tdisent.diffusion.process import grown, noise, scale, spread, transition
+from lightning_tdisent.diffusion.process import Terms, noise, nonzero, step, transition
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import Part
-from lightning_tdisent.diffusion.states import Coefficient, LatentStates
+from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.images import to_uint8
 from lightning_tdisent.metrics.network import BLOCK
@@ -31,9 +31,6 @@ def probe_rows(rows: Sequence[int], n: int = 8) -> list[int]:
     """At most n of the rows, evenly spaced, the last always among them."""
     n = min(n, len(rows))
     return [rows[-(-len(rows) * (k + 1) // n) - 1] for k in range(n)]
-
-
-Step = tuple[Coefficient, Coefficient, Coefficient, Coefficient]
 
 
 class Sampler(Part, ABC):
@@ -67,11 +64,8 @@ class Sampler(Part, ABC):
         self.plan(states, [*self.rows(states), 0])
 
     @abstractmethod
-    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Step]:
-        """Coefficients (c0, c0 of the estimate before, cx, cz) of every step along rows S..0, computed once.
-
-        Floats of a table of one column, else (K,) by component.
-        """
+    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Terms]:
+        """Return the coefficients of every step along rows S..0."""
 
     def walk(
         self,
@@ -118,18 +112,13 @@ class Sampler(Part, ABC):
         before: Tensor | None = None
         sums = [_total(x)]
         yield path[0], x, None
-        for (s, r), (c0, c_before, cx, cz) in zip(pairwise(path), self.plan(states, path), strict=True):
+        for (s, r), c in zip(pairwise(path), self.plan(states, path), strict=True):
             x0 = denoise(x, s, label)
             sums.append(_total(x0))
             if self.clip is not None:
                 x0 = states.clamp(x0, self.clip, states.finished([s]))
-            out = scale(spread(states, c0, x), x0) + scale(spread(states, cx, x), x)
-            if before is not None and _nonzero(c_before):
-                out = out + scale(spread(states, c_before, x), grown(before, x.shape))
-            z = draw(r) if _nonzero(cz) or states.needs_noise(s, r) else None
-            if z is not None and _nonzero(cz):
-                out = out + scale(spread(states, cz, x), z[..., : x.shape[-2], : x.shape[-1]])
-            x, before = states.arrive(out, z, s, r, x, given), x0
+            z = draw(r) if nonzero(c.z) or states.needs_noise(s, r) else None
+            x, before = states.arrive(step(states, c, x, x0, before, z), z, s, r, x, given), x0
             if known is not None:
                 x = _put_back(states, x, r, draw(r) if r else torch.zeros_like(x), given, known)
             if r == 0:
@@ -264,10 +253,6 @@ def _shares(total: int, sizes: Sequence[int]) -> list[int]:
     return parts
 
 
-def _nonzero(c: float | Tensor) -> bool:
-    return isinstance(c, Tensor) or c != 0.0
-
-
 class DDIM(Sampler):
     """`process.step` with the given eta (2010.02502, eq. 12): 0 deterministic, 1 ancestral, between interpolates."""
 
@@ -277,10 +262,10 @@ class DDIM(Sampler):
             raise InputError(f"eta must lie in [0, 1], got {eta}")
         self.eta = eta
 
-    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Step]:
-        """(c0, 0, cx, cz) of `process.transition`."""
+    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Terms]:
+        """Return those of `process.transition`."""
         steps = [transition(states, s, r, self.eta) for s, r in pairwise(rows)]
-        return [(c0, 0.0, cx, cz if self.eta else 0.0) for c0, cx, cz in steps]
+        return steps if self.eta else [c._replace(z=0.0) for c in steps]
 
 
 class Ancestral(DDIM):
@@ -298,9 +283,9 @@ class DPMSolver(Sampler):
     (zero terminal SNR) h is infinite, too: x_r = c x0_hat + (d/b) x_s; the step after it has q = inf, D = x0_hat.
     """
 
-    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Step]:
+    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Terms]:
         """See the class."""
-        out: list[Step] = []
+        out: list[Terms] = []
         half, before = states.log_snr / 2, None
         for s, r in pairwise(rows):
             h = half[r] - half[s]
@@ -313,7 +298,7 @@ class DPMSolver(Sampler):
             before = h
             # inf - inf is of what is finished, or does not diffuse
             first, second, third = (float(c) if states.K == 1 else torch.nan_to_num(c, 0.0, 0.0, 0.0) for c in terms)
-            out.append((first, second, third, 0.0))
+            out.append(Terms(x0=first, before=second, x=third))
         return out
 
 

@@ -54,6 +54,12 @@ def test_noise_of_many_rows_is_noise_of_each(dtype):
         torch.testing.assert_close(found[i : i + 1], noise(states, x0[i : i + 1], s, eps[i : i + 1]))
 
 
+def ddim(states, x, x0, s, r, eta=0.0, z=None):
+    """A step of DDIM, as a sampler takes it."""
+    c = transition(states, s, r, eta)
+    return step(states, c if torch.as_tensor(c.z).any() else c._replace(z=0.0), x, x0, z=z)
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_the_ancestral_step_is_the_ddpm_posterior(name):
     states = TABLES[name]
@@ -61,11 +67,11 @@ def test_the_ancestral_step_is_the_ddpm_posterior(name):
     ab = states.a[:, 0].square().tolist()
     for r, s in combinations(range(states.S + 1), 2):
         on_x0, on_x, std = ddpm(ab[s], ab[r])
-        c0, cx, cz = transition(states, s, r, 1.0)
+        c0, cx, cz, _ = transition(states, s, r, 1.0)
         assert c0 == pytest.approx(on_x0, abs=1e-12)
         assert cx == pytest.approx(on_x, abs=1e-12)
         assert cz == pytest.approx(std, abs=1e-12)
-        found = step(states, x, x0, s, r, 1.0, z)
+        found = ddim(states, x, x0, s, r, 1.0, z)
         torch.testing.assert_close(found, on_x0 * x0 + on_x * x + std * z, rtol=0, atol=1e-12)
         mean, variance = posterior(states, x0, x, s, r)
         torch.testing.assert_close(mean, on_x0 * x0 + on_x * x, rtol=0, atol=1e-12)
@@ -82,14 +88,14 @@ def test_the_step_is_the_ddim_formula(eta):
         eps = (x - math.sqrt(ab[s]) * x0) / math.sqrt(1 - ab[s])
         std = eta * math.sqrt((1 - ab[r]) / (1 - ab[s])) * math.sqrt(1 - ab[s] / ab[r])
         expected = math.sqrt(ab[r]) * x0 + math.sqrt(1 - ab[r] - std**2) * eps + std * z
-        torch.testing.assert_close(step(states, x, x0, s, r, eta, z), expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(ddim(states, x, x0, s, r, eta, z), expected, rtol=0, atol=1e-11)
 
 
 def test_a_deterministic_step_with_the_true_image_stays_on_its_path():
     states = TABLES["cosine"]
     x0, eps = draw(2, 1, 3, 3, seed=1), draw(2, 1, 3, 3, seed=2)
     for r, s in combinations(range(states.S + 1), 2):
-        found = step(states, noise(states, x0, s, eps), x0, s, r)
+        found = ddim(states, noise(states, x0, s, eps), x0, s, r)
         torch.testing.assert_close(found, noise(states, x0, r, eps), rtol=0, atol=1e-10)
 
 
@@ -97,7 +103,7 @@ def test_a_deterministic_step_with_the_true_image_stays_on_its_path():
 def test_the_step_to_the_data_returns_the_estimate(eta):
     states = TABLES["linear"]
     x, x0 = draw(2, 1, 3, 3, seed=1), draw(2, 1, 3, 3, seed=2)
-    torch.testing.assert_close(step(states, x, x0, 4, 0, eta), x0, rtol=0, atol=1e-13)
+    torch.testing.assert_close(ddim(states, x, x0, 4, 0, eta), x0, rtol=0, atol=1e-13)
 
 
 # N2: with the true x0 one reverse step draws from q(x_r | x_s, x_0)
@@ -105,7 +111,7 @@ def test_one_step_lands_on_the_posterior():
     states, s, r, n = TABLES["linear"], 4, 2, 200_000
     x0, x = 0.7, -0.4
     z = draw(n, seed=5)
-    found = step(states, torch.full((n,), x).double(), torch.full((n,), x0).double(), s, r, 1.0, z)
+    found = ddim(states, torch.full((n,), x).double(), torch.full((n,), x0).double(), s, r, 1.0, z)
     ab = states.a[:, 0].square().tolist()
     on_x0, on_x, std = ddpm(ab[s], ab[r])
     mean_error = (found.mean().item() - (on_x0 * x0 + on_x * x)) / (std / math.sqrt(n))
@@ -120,7 +126,7 @@ def test_steps_keep_the_forward_marginals(eta):
     image = torch.full((n,), x0).double()
     x = noise(states, image, 7, draw(n, seed=1))
     for seed, (s, r) in enumerate([(7, 5), (5, 4), (4, 1)], start=2):
-        x = step(states, x, image, s, r, eta, draw(n, seed=seed))
+        x = ddim(states, x, image, s, r, eta, draw(n, seed=seed))
         ab = states.a[r, 0].item() ** 2
         assert abs(x.mean().item() - math.sqrt(ab) * x0) / math.sqrt((1 - ab) / n) < 4
         assert abs(x.var().item() / (1 - ab) - 1) / math.sqrt(2 / n) < 4
@@ -165,8 +171,8 @@ def test_two_columns_are_two_tables_side_by_side(columns, both):
             noise(both, x0, s, z), halves(lambda t, k, s=s: noise(t, x0[:, k], s, z[:, k])), rtol=0, atol=1e-14
         )
         for eta in (0.0, 0.5, 1.0):
-            expected = halves(lambda t, k, s=s, r=r, eta=eta: step(t, x[:, k], x0[:, k], s, r, eta, z[:, k]))
-            torch.testing.assert_close(step(both, x, x0, s, r, eta, z), expected, rtol=0, atol=1e-11)
+            expected = halves(lambda t, k, s=s, r=r, eta=eta: ddim(t, x[:, k], x0[:, k], s, r, eta, z[:, k]))
+            torch.testing.assert_close(ddim(both, x, x0, s, r, eta, z), expected, rtol=0, atol=1e-11)
         mean, variance = posterior(both, x0, x, s, r)
         expected = halves(lambda t, k, s=s, r=r: posterior(t, x0[:, k], x[:, k], s, r)[0])
         torch.testing.assert_close(mean, expected, rtol=0, atol=1e-12)
@@ -177,14 +183,14 @@ def test_two_columns_are_two_tables_side_by_side(columns, both):
 
 def test_the_columns_of_a_step_differ(both):
     x, x0 = torch.ones(1, 2, 1, 1).double(), torch.zeros(1, 2, 1, 1).double()
-    out = step(both, x, x0, 4, 2, 0.0, torch.zeros_like(x)).flatten()
+    out = ddim(both, x, x0, 4, 2, 0.0, torch.zeros_like(x)).flatten()
     assert abs(out[0] - out[1]) > 0.01
 
 
 def test_two_columns_need_no_noise_where_none_is_added(both):
     x, x0 = draw(2, 2, 3, 3, seed=1), draw(2, 2, 3, 3, seed=2)
-    torch.testing.assert_close(step(both, x, x0, 3, 1, 0.0), step(both, x, x0, 3, 1, 0.0, torch.full_like(x, 7.0)))
-    torch.testing.assert_close(step(both, x, x0, 3, 0, 1.0), x0)
+    torch.testing.assert_close(ddim(both, x, x0, 3, 1, 0.0), ddim(both, x, x0, 3, 1, 0.0, torch.full_like(x, 7.0)))
+    torch.testing.assert_close(ddim(both, x, x0, 3, 0, 1.0), x0)
 
 
 def test_inputs_are_left_alone(both):
@@ -193,7 +199,7 @@ def test_inputs_are_left_alone(both):
         copies = [t.clone() for t in tensors]
         x, x0, z = tensors
         noise(states, x0, 2, z)
-        step(states, x, x0, 3, 2, 1.0, z)
+        ddim(states, x, x0, 3, 2, 1.0, z)
         posterior(states, x0, x, 3, 2)
         for kind in ("eps", "x0", "v"):
             to_x0(kind, x0, x, 0.6, 0.8)
@@ -209,5 +215,5 @@ def test_a_step_that_goes_nowhere_is_refused(s, r):
 
 def test_fresh_noise_must_be_given():
     x = torch.zeros(1, 1, 2, 2)
-    with pytest.raises(InputError, match=r"5 -> 3 .*eta=0\.5"):
-        step(TABLES["linear"], x, x, 5, 3, 0.5)
+    with pytest.raises(InputError, match="adds fresh noise: pass z"):
+        ddim(TABLES["linear"], x, x, 5, 3, 0.5)

@@ -66,7 +66,7 @@ def law_of(states: LatentStates, eta: float) -> tuple[float, float]:
     mean, var = 0.0, 1.0
     for s in range(states.S, 0, -1):
         a, b = states.coefficients(s)
-        c0, cx, cz = transition(states, s, s - 1, eta)
+        c0, cx, cz, _ = transition(states, s, s - 1, eta)
         q = STD**2 * a / (a * a * STD**2 + b * b)
         mean, var = c0 * (MU + q * (mean - a * MU)) + cx * mean, (c0 * q + cx) ** 2 * var + cz**2
     return mean, math.sqrt(var)

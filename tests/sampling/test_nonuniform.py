@@ -53,7 +53,7 @@ def drawn(states: ComponentStates, k: int, v: float, eta: float) -> float:
         if states.log_snr[s, k].isneginf():
             continue
         a, b = float(states.a[s, k]), float(states.b[s, k])
-        c0, cx, cz = (float(c[k]) for c in transition(states, s, s - 1, eta))
+        c0, cx, cz = (float(c[k]) for c in transition(states, s, s - 1, eta)[:3])
         out = (c0 * a * v / (a * a * v + b * b) + cx) ** 2 * out + cz * cz
     return out
 
@@ -158,7 +158,7 @@ def moments(states: ComponentStates) -> tuple[float, float]:
     pair, mean, variance = Pair(states), 0.0, 1.0
     for s in range(states.S, 0, -1):
         (kx, ky), a, b = pair.gains(s)[0].tolist(), float(states.a[s, 1]), float(states.b[s, 1])
-        c0, cx, cz = (float(c[0]) for c in transition(states, s, s - 1, 1.0))
+        c0, cx, cz = (float(c[0]) for c in transition(states, s, s - 1, 1.0)[:3])
         mean = (c0 * kx + cx) * mean + c0 * ky * a
         variance = (c0 * kx + cx) ** 2 * variance + (c0 * ky * b) ** 2 + cz**2
     return mean, variance**0.5

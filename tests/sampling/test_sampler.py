@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from lightning_tdisent.diffusion.objectives import X0, Eps, V
+from lightning_tdisent.diffusion.process import Terms, step
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Cosine, Linear
 from lightning_tdisent.diffusion.states import LatentStates
@@ -275,8 +276,8 @@ def test_dpm_solver_from_a_row_without_signal(S):
         y, before = b[s - 1] / b[s] * y + a[s - 1] * (1 - ratio) * d, estimate
     assert np.abs(found.numpy() - y).max() < 1e-12
     first = DPMSolver(clip=None).plan(states, [S, S - 1])[0]
-    assert first[:2] == (pytest.approx(a[S - 1], abs=1e-15), 0.0)
-    assert first[2:] == (pytest.approx(b[S - 1], abs=1e-15), 0.0)
+    assert (first.x0, first.before) == (pytest.approx(a[S - 1], abs=1e-15), 0.0)
+    assert (first.x, first.z) == (pytest.approx(b[S - 1], abs=1e-15), 0.0)
 
 
 def test_dpm_solver_from_a_row_without_signal_ends_where_the_ode_does():
@@ -298,8 +299,8 @@ def test_the_first_step_from_no_signal_is_nearly_that_of_diffusers():
     theirs.set_timesteps(10)
     states = LatentStates(Linear(zero_terminal=True), S=10, spacing="trailing")
     x, x0 = torch.randn(2, 1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    c0, _, cx, _ = DPMSolver().plan(states, [10, 9])[0]
-    assert torch.allclose(c0 * x0 + cx * x, theirs.step(x0, theirs.timesteps[0], x).prev_sample, atol=2e-3)
+    found = step(states, DPMSolver().plan(states, [10, 9])[0], x, x0)
+    assert torch.allclose(found, theirs.step(x0, theirs.timesteps[0], x).prev_sample, atol=2e-3)
 
 
 def test_the_estimate_is_clipped(toy, states):
@@ -392,8 +393,8 @@ def test_sample_yields_bytes_in_the_order_of_the_seeds(model, sampler, size):
 
 def test_a_solver_of_the_reader_walks_the_same_loop(toy, states):
     class Jump(Sampler):
-        def plan(self, states: LatentStates, rows: list[int]) -> list[tuple[float, float, float, float]]:
-            return [(1.0, 0.0, 0.0, 0.0)] * (len(rows) - 1)
+        def plan(self, states: LatentStates, rows: list[int]) -> list[Terms]:
+            return [Terms(x0=1.0, x=0.0)] * (len(rows) - 1)
 
     denoise = toy_model(toy, X0, S=4)
     x = noise(4, 4)
