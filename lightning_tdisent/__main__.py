@@ -1,4 +1,4 @@
-"""`python -m lightning_tdisent`."""
+"""The command line: `python -m lightning_tdisent`, and the console command `tdisent`."""
 
 import os
 import sys
@@ -17,7 +17,8 @@ def _in_utf8_mode() -> None:
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606  the very same words
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run the command that this process was started with, and exit with its status."""
     _in_utf8_mode()
     from lightning_tdisent.cli import main
 
@@ -28,3 +29,7 @@ if __name__ == "__main__":
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    command()

@@ -32,5 +32,5 @@ def digest_of_data(data: Any) -> str:
 
 
 def key64(content: bytes | memoryview) -> int:
-    """Return 64 bits of BLAKE2b of some bytes, never 0."""
+    """Return 64 bits of BLAKE2b of some bytes, never 0. A CRC-32 sees little of PNGs, which hold their own."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") or 1

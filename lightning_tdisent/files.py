@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -343,6 +344,19 @@ def _time_of(folder: Path) -> float:
 def check_writable(folder: Path) -> None:
     """Raise the OSError that keeps files from being made in a folder."""
     _time_of(folder)
+
+
+def refuse_unwritable(folder: Path, remedy: str) -> None:
+    """Raise InputError, before any work, for a folder that cannot be made or written to; remedy: what to do.
+
+    A disk that is full is no reason: whatever is written next says so, and what is there may be gone on with.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"{folder} cannot be written to ({error.strerror or error}): {remedy}") from None
 
 
 def refuse_link(path: Path) -> None:

@@ -18,6 +18,11 @@ def from_uint8(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return images.to(dtype) / GREY_LEVELS - 1
 
 
+def unit_range(images: Tensor) -> Tensor:
+    """Return images as floats in [-1, 1]: uint8 by `from_uint8`, floats (latents, or images in it) as they are."""
+    return images.float() if images.is_floating_point() else from_uint8(images)
+
+
 def grid(images: Tensor, columns: int = 16, gap: int = 1) -> Tensor:
     """Tile uint8 images (B, C, H, W) into one (C, rows (H+gap) + gap, columns (W+gap) + gap) on mid-grey."""
     n, c, h, w = images.shape

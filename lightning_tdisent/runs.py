@@ -174,7 +174,8 @@ def snapshot_name(step: int, length: float) -> str:
 
 def snapshots_in(run: Path) -> dict[Path, int]:
     """Return the snapshots of averages in a run folder, oldest first, with their steps."""
-    return {file: int(file.name[5:14]) for file in sorted((run / AVERAGES).glob("step-*_*.safetensors"))}
+    named = ((re.fullmatch(r"step-(\d+)_.+\.safetensors", p.name), p) for p in (run / AVERAGES).glob("step-*"))
+    return dict(sorted(((p, int(name[1])) for name, p in named if name), key=lambda pair: (pair[1], pair[0].name)))
 
 
 def identity_in(config: bytes | None) -> str:

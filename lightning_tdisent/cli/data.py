@@ -142,7 +142,8 @@ def _toy(a: argparse.Namespace) -> None:
 
 
 def _index(a: argparse.Namespace) -> None:
-    from lightning_tdisent.streaming.index import ELSEWHERE, path_of, refuse_unwritable
+    from lightning_tdisent.files import refuse_unwritable
+    from lightning_tdisent.streaming.index import ELSEWHERE, path_of
     from lightning_tdisent.streaming.remote import is_remote
     from lightning_tdisent.streaming.scan import build
     from lightning_tdisent.streaming.tars import find

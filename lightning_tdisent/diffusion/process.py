@@ -74,14 +74,15 @@ def step(
     """Return x_r = c.x0 x0_hat + c.x x_s + c.before x0_hat_before + c.z z: the reverse step of every sampler.
 
     c: of `transition` for DDIM and ancestral steps. before: the estimate of the step before, if there was one and the
-    sampler looks at it; z ~ N(0, I), wanted where c.z is not zero. Either may be of a larger state than x.
+    sampler looks at it; z ~ N(0, I), wanted where c.z is not zero. The first may be of a smaller state than x, z of a
+    larger one.
     """
     out = scale(spread(states, c.x0, x), x0_hat) + scale(spread(states, c.x, x), x)
     if before is not None and nonzero(c.before):
         out = out + scale(spread(states, c.before, x), grown(before, x.shape))
-    if nonzero(c.z):
-        if z is None:
-            raise InputError("this step adds fresh noise: pass z")
+    if z is None and nonzero(c.z) and bool(torch.as_tensor(c.z).any()):
+        raise InputError("this step adds fresh noise: pass z")
+    if z is not None and nonzero(c.z):
         z = z if z.shape == x.shape else z[..., : x.shape[-2], : x.shape[-1]]
         out = out + scale(spread(states, c.z, x), z)
     return out

@@ -240,12 +240,14 @@ class Diffusion(Part, DenoiserModule):
         trainer, every = self.trainer, self.trainer.val_check_batch  # None: validated by the clock
         if not trainer.enable_validation or trainer.max_steps < 0 or every is None or not trainer.is_global_zero:
             return
-        epochs = (trainer.check_val_every_n_epoch or 1) - 1  # that pass before the one that validates
-        first = (epochs * trainer.num_training_batches + every) / trainer.accumulate_grad_batches
-        if first > trainer.max_steps:
+        if epochs := (trainer.check_val_every_n_epoch or 1) - 1:  # that pass before the one that validates
+            every += epochs * trainer.num_training_batches
+        first = every / trainer.accumulate_grad_batches
+        if trainer.max_steps < first < math.inf:  # a loader without a length ends when it ends
             print(
-                f"note: the first validation would be after {first:,g} steps (trainer.val_check_interval), and this "
-                f"training ends after {trainer.max_steps:,}: nothing is validated or drawn",
+                f"note: the first validation would be after {first:,.10g} steps (trainer.val_check_interval, "
+                f"trainer.check_val_every_n_epoch), and this training ends after {trainer.max_steps:,}: nothing is "
+                "validated or drawn",
                 file=sys.stderr,
             )
 

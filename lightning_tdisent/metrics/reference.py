@@ -158,8 +158,9 @@ def _read(path: Path, key: str) -> Reference:
 
 
 def _check(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
+    begin = json.dumps(about, sort_keys=True).encode()
     described = (
         (f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), tensor.contiguous().numpy().data)
         for name, tensor in sorted(tensors.items())
     )
-    return digest_of(itertools.chain([json.dumps(about, sort_keys=True).encode()], *described))
+    return digest_of(itertools.chain([begin], itertools.chain.from_iterable(described)))

@@ -115,8 +115,13 @@ def fetch(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole(target) as stream:
-            found = digest_of(chunk for chunk in _chunks(name, source, progress) if stream.write(chunk) or True)
-            _refuse_another(f"{name}: {source}", found, wanted)
+
+            def written() -> Iterator[bytes]:
+                for chunk in _chunks(name, source, progress):
+                    stream.write(chunk)
+                    yield chunk
+
+            _refuse_another(f"{name}: {source}", digest_of(written()), wanted)
     except OSError as error:
         raise Halted(f"{target}: cannot be written: {error.strerror or error}") from error
     return target

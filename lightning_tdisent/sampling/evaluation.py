@@ -18,7 +18,7 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.distributed import all_gather, rank_and_world
 from lightning_tdisent.errors import InputError, NotFinite
-from lightning_tdisent.images import from_uint8
+from lightning_tdisent.images import unit_range
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
@@ -46,7 +46,7 @@ def state_errors(
     exactly, since it is x / b: the error of eps tells nothing there, and is NaN.
     """
     states, device = denoise.states, next(iter(denoise.parameters())).device
-    x0 = (images.float() if images.is_floating_point() else from_uint8(images)).to(device)
+    x0 = unit_range(images).to(device)
     index, item = states.index.tolist(), torch.as_tensor(ids, device=device)
     out = torch.empty(2, len(rows), len(images), dtype=torch.float64)
     for k, s in enumerate(rows):

@@ -254,7 +254,7 @@ def _shares(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 class DDIM(Sampler):
-    """`process.step` with the given eta (2010.02502, eq. 12): 0 deterministic, 1 ancestral, between interpolates."""
+    """`process.transition` with the given eta (2010.02502, eq. 12): 0 deterministic, 1 ancestral, or between."""
 
     def __init__(self, eta: float = 0.0, steps: int | None = None, clip: float | None = 1.0) -> None:
         super().__init__(steps, clip)

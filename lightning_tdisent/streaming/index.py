@@ -11,7 +11,6 @@ import itertools
 import json
 import posixpath
 import re
-import tempfile
 import zlib
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -24,7 +23,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from lightning_tdisent.artifacts import check_format, parse_json
-from lightning_tdisent.digests import digest_of, key64
+from lightning_tdisent.digests import digest_of
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.files import typed, write_whole
 from lightning_tdisent.streaming.decode import IMAGES
@@ -66,7 +65,7 @@ class Regions:
     member_kind: Array  # (M,) uint8, number of the extension
     key_end: Array  # (N,) int64, in keys
     keys: Array  # (..,) uint8, all keys in UTF-8, one after the other
-    # (N,) uint64, `image_key` of each image or latent; (0,) if not read, or in an index of an earlier version
+    # (N,) uint64, `digests.key64` of each image or latent; (0,) if not read, or in an index of an earlier version
     images: Array = field(default_factory=lambda: np.zeros(0, np.uint64))
 
 
@@ -296,11 +295,6 @@ class Index:
             raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def image_key(image: bytes | memoryview) -> int:
-    """Return 64 bits of BLAKE2b of an image's bytes, never 0. A CRC-32 sees little of PNGs, which hold their own."""
-    return key64(image)
-
-
 def _misfit(index: Index) -> str:
     """What in a file that says it is an index cannot be; empty if nothing."""
     for s in index.shards:
@@ -340,17 +334,7 @@ def _misfit(index: Index) -> str:
 
 def _hash(table: str, arrays: dict[str, Array]) -> str:
     described = ((f"{name} {a.dtype} {a.shape}".encode(), a.tobytes()) for name, a in sorted(arrays.items()))
-    return digest_of(itertools.chain([table.encode()], *described))
-
-
-def refuse_unwritable(folder: Path, remedy: str) -> None:
-    """Raise InputError, before any work, for a folder that cannot be made or written to; remedy: what to do."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written to ({error.strerror or error}): {remedy}") from None
+    return digest_of(itertools.chain([table.encode()], itertools.chain.from_iterable(described)))
 
 
 ELSEWHERE = (

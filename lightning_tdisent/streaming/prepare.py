@@ -29,9 +29,9 @@ import webdataset
 from lightning_tdisent.artifacts import check_format, parse_json
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import Halted, InputError, nearest
-from lightning_tdisent.files import is_plain, open_own, output_path, remove_orphans, whole
+from lightning_tdisent.files import is_plain, open_own, output_path, refuse_unwritable, remove_orphans, whole
 from lightning_tdisent.streaming.decode import LATENT
-from lightning_tdisent.streaming.index import Index, path_of, refuse_unwritable
+from lightning_tdisent.streaming.index import Index, path_of
 from lightning_tdisent.streaming.latents import LatentEncoder
 from lightning_tdisent.streaming.raw import Source
 from lightning_tdisent.streaming.raw.convert import ENCODE, Convert, Made, Samples, Skipped, Task, in_order
@@ -109,6 +109,7 @@ def prepare(
     """
     out = output_path(out)
     _check(source, options, split, jobs)
+    refuse_unwritable(out, "choose another folder for the shards")
     options = replace(options, shuffle=bool(source.shuffled if options.shuffle is None else options.shuffle))
     latents = LatentEncoder(Path(options.vae), options.device) if options.vae else None
     record = {  # all that the bytes of the shards depend on
@@ -119,7 +120,6 @@ def prepare(
         "classes": source.classes, "notes": list(source.notes),
     }  # fmt: skip
     files = [out / name for name in planned(split, len(source), options.samples)]
-    refuse_unwritable(out, "choose another folder for the shards")
     try:
         with _held(out, split, files, record):
             return _Run(source, split, files, options, latents, progress).run(jobs)

@@ -13,10 +13,10 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from lightning_tdisent.digests import digest
+from lightning_tdisent.digests import digest, key64
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming.decode import class_of, picked
-from lightning_tdisent.streaming.index import Array, Index, Regions, Shard, image_key
+from lightning_tdisent.streaming.index import Array, Index, Regions, Shard
 from lightning_tdisent.streaming.tars import Layout, Span, Unread, hash_file, layout, note, open_tar, size_of
 
 MAX_EXTENSIONS = 256
@@ -86,7 +86,7 @@ def _read(stream: IO[bytes], found: Sequence[Layout], places: Sequence[Span]) ->
         part = {kind: region[at - begin : at - begin + size] for kind, (at, size) in members.items()}
         image, wrong = 0, ""
         with suppress(ValueError):  # no image: `_unusable` says so
-            image = image_key(part[picked(part)])
+            image = key64(part[picked(part)])
         try:
             class_of(bytes(part.get("cls", b"-1")))
         except ValueError as error:

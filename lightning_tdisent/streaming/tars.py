@@ -32,8 +32,9 @@ MAX_MEMBER = 64 * 2**20
 MAX_REGION = 4 * MAX_MEMBER  # of a sample
 MAX_END = 2**20  # behind the end mark
 PICKLED = {"pickle", "pkl", "pyd", "pth", "pt"}
-LONE = {"csv", "db", "html", "ini", "json", "jsonl", "log", "md", "parquet", "pdf", "py", "rst", "sh", "toml", "tsv"}
-LONE |= {"txt", "xml", "yaml", "yml"}  # of files that are no sample if they stand alone
+# of files that are no sample if they stand alone
+LONE = {"caption", "csv", "db", "html", "ini", "json", "jsonl", "log", "md", "parquet", "pdf", "py", "rst", "sh"}
+LONE |= {"toml", "tsv", "txt", "xml", "yaml", "yml"}
 VOLUME_LABEL = b"V"  # of GNU tar
 KEY = re.compile(r"(?:\./)*((?:.*/|)[^./]+)[.]([^/]*)$")  # of a member: key and extension, as webdataset has them
 HIDDEN = re.compile(r"(^|/)(\.(?!/|$)|__MACOSX(/|$))")  # a file, or a folder above it: ._a.jpg, .DS_Store

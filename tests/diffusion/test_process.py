@@ -56,8 +56,7 @@ def test_noise_of_many_rows_is_noise_of_each(dtype):
 
 def ddim(states, x, x0, s, r, eta=0.0, z=None):
     """A step of DDIM, as a sampler takes it."""
-    c = transition(states, s, r, eta)
-    return step(states, c if torch.as_tensor(c.z).any() else c._replace(z=0.0), x, x0, z=z)
+    return step(states, transition(states, s, r, eta), x, x0, z=z)
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -118,7 +118,8 @@ class Plateau(ReducedStates):
 )
 def test_a_training_that_ends_before_its_first_validation_says_so(make, data, plain, capsys, options, first):
     plain(**options).fit(make(), datamodule=data(val_limit=64))
-    said = f"note: the first validation would be after {first:g} steps (trainer.val_check_interval), and this training"
+    said = f"note: the first validation would be after {first:g} steps (trainer.val_check_interval, "
+    said += "trainer.check_val_every_n_epoch), and this training ends"
     assert (said in capsys.readouterr().err) == bool(first)
 
 

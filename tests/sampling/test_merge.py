@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_tdisent.cli import main
 from lightning_tdisent.diffusion.objectives import X0, V
-from lightning_tdisent.diffusion.process import noise, step
+from lightning_tdisent.diffusion.process import noise, step, transition
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Cosine
 from lightning_tdisent.diffusion.states import LatentStates
@@ -214,7 +214,8 @@ def test_step_weights_are_what_a_step_makes_of_an_error(states):
     found = step_weights(states)
     x, x0, e = (torch.randn(1, 1, 2, 2, dtype=torch.float64) for _ in range(3))
     for s in states.rows:
-        moved = step(states, x, x0 + e, s, s - 1) - step(states, x, x0, s, s - 1)
+        c = transition(states, s, s - 1, 0.0)
+        moved = step(states, c, x, x0 + e) - step(states, c, x, x0)
         torch.testing.assert_close(moved.square(), found[s] * e.square())
     assert found[0] == 0
     assert found[1] == 1

@@ -8,7 +8,7 @@ import lightning.pytorch as L
 import torch
 
 from lightning_tdisent.files import write_whole
-from lightning_tdisent.images import from_uint8
+from lightning_tdisent.images import unit_range
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.runs import CURVE
@@ -72,7 +72,7 @@ class Curve(L.Callback):
 def _variances(images: torch.Tensor, most: int = 1000) -> list[float]:
     """Along the principal components of these images (or the means of latents), largest first, to 6 digits."""
     images = images[:most]
-    x = (images[:, 0].float() if images.is_floating_point() else from_uint8(images)).flatten(1)
+    x = unit_range(images[:, 0] if images.is_floating_point() else images).flatten(1)
     gram = (x - x.mean(0)) @ (x - x.mean(0)).T if len(x) < x.shape[1] else torch.cov(x.T, correction=0) * len(x)
     found = torch.linalg.eigvalsh(gram.double()).clamp_min(0).flip(0) / len(x)
     return [float(f"{v:.6g}") for v in found.tolist() if v > 1e-9 * float(found[0])]

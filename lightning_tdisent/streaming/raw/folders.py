@@ -336,7 +336,7 @@ def _class_folders(roots: list[Root], ask: Ask) -> list[str]:
 def numbered(names: list[str], base: Path, ask: Ask) -> tuple[list[str], str]:
     """Return names of classes by number: by the number that every name is, or in the order of the names."""
     if not all(n.isascii() and n.isdecimal() for n in names):
-        return names, f"the sorted names of {len(names):,} folder{'s' * (len(names) > 1)}"
+        return names, f"the sorted names of {len(names):,} folder{'s' * (len(names) != 1)}"
     if ask.labels != "folders" and len(names[0]) >= 5 and names[0][0] == "0" and len(set(map(len, names))) == 1:
         raise InputError(
             f"{base}: the folders {some(names, 3)} look like parts of one set (as FFHQ, dataset_tool and img2dataset "

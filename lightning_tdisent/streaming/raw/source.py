@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import braceexpand
 
-from lightning_tdisent.digests import digest
+from lightning_tdisent.digests import digest_of
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.streaming import splits
 from lightning_tdisent.streaming.tars import MAX_SHARDS
@@ -154,7 +154,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 def hashed(parts: Iterable[str]) -> str:
     """Return a short hash of some texts, each with its end."""
-    return digest(*(part + "\0" for part in parts))[:16]
+    return digest_of((part + "\0").encode(errors="surrogateescape") for part in parts)[:16]
 
 
 def files_of(path: Path, ask: Ask, endings: tuple[str, ...]) -> tuple[list[Path], list[str]] | None:
