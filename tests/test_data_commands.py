@@ -4,7 +4,6 @@ import gzip
 import json
 import shlex
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
+from lightning_tdisent import files
 from lightning_tdisent.cli import main
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.datamodule import ImageShards
@@ -420,10 +420,10 @@ def test_large_classes_are_counted_in_little_memory(tmp_path, capsys):
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_pictures_are_read(tmp_path, capsys, monkeypatch):
     picture(tmp_path / "raw" / "0.png", 0)
 
-    def read_only(dir):
+    def read_only(folder):
         raise OSError(13, "Permission denied")
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(files, "check_writable", read_only)
     assert main(["data", "prepare", str(tmp_path / "raw"), str(tmp_path / "out"), "--jobs", "1"]) == 2
     assert f"{tmp_path / 'out'} cannot be written to (Permission denied): choose another" in capsys.readouterr().err
 
@@ -433,14 +433,12 @@ def test_an_index_of_a_folder_that_cannot_be_written_to_is_kept_elsewhere(digits
     folder.mkdir()
     for split in ("train", "test"):
         (folder / f"{split}-0000.tar").write_bytes((digits / f"{split}-0000.tar").read_bytes())
-    make = tempfile.TemporaryFile
 
-    def read_only(dir):
-        if dir == folder:
+    def read_only(place):
+        if place == folder:
             raise OSError(30, "Read-only file system")
-        return make(dir=dir)
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(files, "check_writable", read_only)
     assert main(["data", "index", str(folder)]) == 2
     assert (
         f"{folder} cannot be written to (Read-only file system): write the index elsewhere" in capsys.readouterr().err
