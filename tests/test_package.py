@@ -2,7 +2,7 @@ import configparser
 import re
 import subprocess
 import sys
-from importlib.metadata import distributions
+from importlib.metadata import distributions, entry_points
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,14 @@ def test_import_and_help_load_nothing_heavy():
 def test_help_loads_nothing_heavy(argv):
     loaded = modules_after(f"from lightning_tdisent.cli import main; main({argv!r})")
     assert loaded.isdisjoint(HEAVY)
+
+
+def test_the_console_command_is_the_module():
+    ((_, script),) = [(e.name, e) for e in entry_points(group="console_scripts") if e.name == "tdisent"]
+    assert script.value == "lightning_tdisent.__main__:command"
+    words = [str(Path(sys.executable).with_name("tdisent")), "--version"]
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.strip() == lightning_tdisent.__version__
 
 
 def test_every_command_has_help():
