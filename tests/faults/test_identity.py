@@ -1,9 +1,11 @@
 """Runs that cannot be mixed up: folders that move, two launchers, holders that were stopped, readers beside them."""
 
+import contextlib
 import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -261,10 +263,13 @@ def test_a_training_whose_terminal_is_gone_saves_and_goes(tmp_path):
     if pid == 0:
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, "-m", "lightning_tdisent", *argv])  # noqa: S606
-    drain = threading.Thread(target=_drain, args=(terminal,), daemon=True)
+    stop = threading.Event()
+    drain = threading.Thread(target=_drain, args=(terminal, stop), daemon=True)
     drain.start()
     until(lambda: good(run)[1])
     newest_before = good(run)[1]
+    stop.set()
+    drain.join()  # a read under way would keep the terminal open
     os.close(terminal)
     end = time.monotonic() + 60
     while not (done := os.waitpid(pid, os.WNOHANG))[0]:
@@ -275,12 +280,11 @@ def test_a_training_whose_terminal_is_gone_saves_and_goes(tmp_path):
     assert good(run)[2] == []
 
 
-def _drain(terminal):
-    try:
-        while os.read(terminal, 4096):
-            pass
-    except OSError:
-        pass
+def _drain(terminal, stop):
+    with contextlib.suppress(OSError):
+        while not stop.is_set():
+            if select.select([terminal], [], [], 0.05)[0] and not os.read(terminal, 4096):
+                return
 
 
 def test_a_training_started_by_nohup_does_not_heed_a_lost_terminal(tmp_path):
