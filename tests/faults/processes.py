@@ -13,6 +13,7 @@ from lightning_tdisent.lit.checkpoints import newest
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 FULL = os.environ.get("FAULTS") == "full"
+PATIENCE = 4 if FULL else 1  # times what a wait takes on a quiet machine of two cores: a limit, and no measurement
 CONFIG = "experiments/digits/experts8.yaml"
 TINY = [
     "--trainer.accelerator=cpu", "--trainer.callbacks=[]", "--trainer.log_every_n_steps=5",
@@ -58,7 +59,8 @@ class Process:
             self.pid = zygote.ask(out=str(self.out), err=str(self.err), **ask)["pid"]
 
     def wait(self, seconds=90):
-        """Exit code, negative for a signal; fails if it still runs after so many seconds."""
+        """Exit code, negative for a signal; fails if it still runs after so many seconds, times `PATIENCE`."""
+        seconds *= PATIENCE
         if self.code is None:
             if self.zygote is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -96,8 +98,8 @@ def alive(pid):
 
 
 def until(condition, process=None, seconds=60.0):
-    """Wait for a condition; fails if it does not come true, or if the process ends before."""
-    end = time.monotonic() + seconds
+    """Wait for a condition; fails if it does not come true in time, or if the process ends before."""
+    end = time.monotonic() + seconds * PATIENCE
     while not (result := condition()):
         assert time.monotonic() < end, "never came true"
         assert process is None or alive(process.pid), process.text
