@@ -12,7 +12,7 @@ FORMATS = ("tarfile", "zipfile", "Image", "Shards", "os")  # whose open has no t
 
 
 def is_text(mode: ast.expr | None) -> bool:
-    """Whether a mode is of text; what is no constant may be anything, and counts as bytes."""
+    """Return whether a mode is of text; what is no constant may be anything, and counts as bytes."""
     return mode is None or (
         isinstance(mode, ast.Constant) and isinstance(mode.value, str) and set(mode.value) <= set("rwax+t")
     )

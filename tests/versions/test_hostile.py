@@ -91,7 +91,7 @@ def written(file: Path, guard: bool = False) -> tuple[Any, Any]:
 
 
 def answer(denoiser: Any) -> Any:
-    """What a model says of a fixed state at each of its rows."""
+    """Return the estimate of a model for a fixed state at each of its rows."""
     x = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
     with torch.no_grad():
         return [denoiser(x, s).tolist() for s in range(1, denoiser.states.S + 1)]
