@@ -14,7 +14,7 @@ import pytest
 from lightning_tdisent import runs
 from lightning_tdisent.errors import Busy, InputError, Lost
 from lightning_tdisent.files import ask_guards, guarded, write_whole
-from lightning_tdisent.runs import LOCK, RunFolder, busy, held
+from lightning_tdisent.runs import AVERAGES, LOCK, RunFolder, busy, checkpoints_in, held, snapshot_name, snapshots_in
 
 HOLD = """
 import sys
@@ -278,3 +278,19 @@ def test_no_reader_of_yaml_takes_an_identity_for_a_number():
     for _ in range(200):
         run = runs.new_identity()
         assert re.fullmatch("[a-f][0-9a-f]{15}", run)
+
+
+def test_checkpoints_and_snapshots_are_listed_by_their_steps_and_nothing_else_is(tmp_path):
+    for name in ("step-9.ckpt", "step-000000010.ckpt", "step-best.ckpt", "step-1.ckpt.json", "last.ckpt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-9.ckpt", "step-000000010.ckpt"]
+    folder = tmp_path / AVERAGES
+    folder.mkdir()
+    steps = {10: 0.1, 9: 0.05, 12_345_678_901: 0.1}
+    for step, length in steps.items():
+        (folder / snapshot_name(step, length)).touch()
+    for name in ("step-best_0.1.safetensors", "step-1_2", "step-000000003.safetensors", "step-4_0.1.safetensors.tmp"):
+        (folder / name).touch()
+    (folder / "step-7_0.1.safetensors").touch()
+    assert list(snapshots_in(tmp_path).values()) == [7, 9, 10, 12_345_678_901]
+    assert all(path.exists() for path in snapshots_in(tmp_path))
