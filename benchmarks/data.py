@@ -39,16 +39,16 @@ from _machine import add_sizes, describe, lines, of_size, quartiles
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from lightning_tdisent.data.decode import Decoder, adm_crop, decode_image
+from lightning_tdisent.data.index import path_of
+from lightning_tdisent.data.orders import Shuffled, Streamed
+from lightning_tdisent.data.scan import build
+from lightning_tdisent.data.shards import ImageSet, Policy, Shards
+from lightning_tdisent.data.tars import find
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.streaming.decode import Decoder, adm_crop, decode_image
-from lightning_tdisent.streaming.index import path_of
-from lightning_tdisent.streaming.orders import Shuffled, Streamed
-from lightning_tdisent.streaming.scan import build
-from lightning_tdisent.streaming.shards import ImageSet, Policy, Shards
-from lightning_tdisent.streaming.tars import find
 
 SIZE, BATCH, PER_SHARD = 256, 20, 50
 

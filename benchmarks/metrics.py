@@ -30,14 +30,15 @@ from _machine import add_sizes, describe, of_size, quartiles, timed
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from lightning_tdisent.evaluation.real_images import real_images
+from lightning_tdisent.evaluation.score import open_quality, score
 from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.entry import run
 from lightning_tdisent.metrics.distances import Moments
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.scores import FrechetDistance
-from lightning_tdisent.sampling.composite import load_model
-from lightning_tdisent.sampling.evaluation import open_quality, real_images, score
+from lightning_tdisent.models.composite import load_model
 from lightning_tdisent.sampling.sampler import DPMSolver, sample
 
 ROOT = Path(__file__).parents[1]

@@ -36,10 +36,10 @@ from lightning_tdisent.diffusion.components import ComponentStates
 from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.diffusion.schedules import LogLinear
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.models.composite import CompositeDenoiser
+from lightning_tdisent.models.cost import flops
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.sampling.composite import CompositeDenoiser
-from lightning_tdisent.sampling.cost import flops
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.sampler import DDIM
 

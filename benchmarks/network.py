@@ -32,10 +32,10 @@ import torch
 from _machine import add_sizes, describe, of_size, quartiles
 
 from data import photographs, resident_mb, write
+from lightning_tdisent.data.decode import Decoder
+from lightning_tdisent.data.orders import Shuffled, Streamed
+from lightning_tdisent.data.shards import Shards
 from lightning_tdisent.lit.datamodule import ResumableLoader
-from lightning_tdisent.streaming.decode import Decoder
-from lightning_tdisent.streaming.orders import Shuffled, Streamed
-from lightning_tdisent.streaming.shards import Shards
 
 SIZE, BATCH, PER_SHARD = 256, 20, 250
 ORDERS = {"random": Shuffled, "sequential": Streamed}

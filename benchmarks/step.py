@@ -50,6 +50,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_tdisent.data.orders import Shuffled
 from lightning_tdisent.diffusion.rng import draw_rows, key
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.images import from_uint8
@@ -64,7 +65,6 @@ from lightning_tdisent.lit.entry import Unprofiled
 from lightning_tdisent.lit.modules import Diffusion, ReducedStates
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.streaming.orders import Shuffled
 
 BATCH, BLOCK, LOG, SEED, DECAY = 64, 25, 50, 0, 0.999  # a block of steps is an epoch
 SCALAR = "aten::_local_scalar_dense"

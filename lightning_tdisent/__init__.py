@@ -1,6 +1,6 @@
 """Diffusion models over few latent states, each a network of its own if you like.
 
-Reading order: diffusion.states, diffusion.process, sampling.sampler, sampling.composite, lit.modules.
+Reading order: diffusion.states, diffusion.process, sampling.sampler, models.composite, lit.modules.
 """
 
 import importlib
@@ -22,10 +22,10 @@ _HOMES = {
     "networks.unet": "UNet",
     "networks.dit": "DiT",
     "sampling.denoiser": "Denoiser Guided",
-    "sampling.composite": "CompositeDenoiser compose load_model",
-    "sampling.expert": "Card load_expert read_card save_expert",
+    "models.composite": "CompositeDenoiser compose load_model",
+    "models.expert": "Card load_expert read_card save_expert",
     "sampling.sampler": "Sampler DDIM Ancestral DPMSolver sample",
-    "sampling.start": "Implicit Started load_prior load_started",
+    "models.start": "Implicit Started load_prior load_started",
     "sampling.likelihood": "variational_bound ode_likelihood",
     "priors.prior": "Prior StandardNormal",
     "priors.gaussian": "Gaussian",

@@ -1,4 +1,4 @@
-"""One torch thread, the digit shards, and small models that every floor's tests share."""
+"""Fixtures of all tests: one torch thread, the digit shards, a process of the command line."""
 
 import os
 import signal
@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: also for the proc
 import pytest
 import torch
 
+pytest_plugins = ["model_fixtures"]
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background jobs have it, and what they start

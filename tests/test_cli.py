@@ -13,8 +13,8 @@ from lightning_tdisent.diffusion.objectives import Eps, V
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.modules import ReducedStates, SingleState
+from lightning_tdisent.models.expert import save_expert
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.sampling.expert import save_expert
 
 BASE = "experiments/digits/reduced8.yaml"
 

@@ -13,13 +13,13 @@ from PIL import Image
 
 from lightning_tdisent import files
 from lightning_tdisent.cli import main
+from lightning_tdisent.data.decode import Decoder
+from lightning_tdisent.data.index import Index, path_of
+from lightning_tdisent.data.orders import Shuffled
+from lightning_tdisent.data.shards import Shards, load
+from lightning_tdisent.data.verify import verify
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.datamodule import ImageShards
-from lightning_tdisent.streaming.decode import Decoder
-from lightning_tdisent.streaming.index import Index, path_of
-from lightning_tdisent.streaming.orders import Shuffled
-from lightning_tdisent.streaming.shards import Shards, load
-from lightning_tdisent.streaming.verify import verify
 
 
 @pytest.fixture

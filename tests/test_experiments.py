@@ -5,8 +5,8 @@ import yaml
 
 from lightning_tdisent.cli import describe, main
 from lightning_tdisent.fleet.draft import draft
-from lightning_tdisent.fleet.study import plan
 from lightning_tdisent.lit.entry import parse
+from lightning_tdisent.studies.plan import plan
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 ALL = sorted(f for f in FOLDER.rglob("*.yaml"))

@@ -11,21 +11,21 @@ import yaml
 
 from lightning_tdisent import ImageShards, LatentStates, ReducedStates, UNet, compose, load_model
 from lightning_tdisent.cli import main
+from lightning_tdisent.data.decode import Decoder
+from lightning_tdisent.data.prepare import prepare
+from lightning_tdisent.data.shards import Shards
+from lightning_tdisent.data.toy import Toy
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.evaluation.pictures import save_png
 from lightning_tdisent.files import absolute_paths, expand, expand_all, expand_word, output_path, write_whole
 from lightning_tdisent.fleet.keys import read_yaml
 from lightning_tdisent.lit import entry
-from lightning_tdisent.report.study import Study
+from lightning_tdisent.models.averages import reconstruct
+from lightning_tdisent.models.expert import load_expert
+from lightning_tdisent.models.export import export
+from lightning_tdisent.models.merge import merge
 from lightning_tdisent.runs import RunFolder
-from lightning_tdisent.sampling.averages import reconstruct
-from lightning_tdisent.sampling.expert import load_expert
-from lightning_tdisent.sampling.export import export
-from lightning_tdisent.sampling.merge import merge
-from lightning_tdisent.sampling.pictures import save_png
-from lightning_tdisent.streaming.decode import Decoder
-from lightning_tdisent.streaming.prepare import prepare
-from lightning_tdisent.streaming.shards import Shards
-from lightning_tdisent.streaming.toy import Toy
+from lightning_tdisent.studies.results import Study
 
 ROOT = Path(__file__).parents[1]
 TINY = [

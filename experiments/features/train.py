@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
+from lightning_tdisent.data.shards import ImageSet, load
 from lightning_tdisent.metrics.features import (
     SHIPPED,
     SmallClassifier,
@@ -23,7 +24,6 @@ from lightning_tdisent.metrics.features import (
     save_classifier,
 )
 from lightning_tdisent.metrics.network import FeatureNetwork
-from lightning_tdisent.streaming.shards import ImageSet, load
 
 
 def train_small(data: ImageSet, seed: int, steps: int = 3000) -> FeatureNetwork:

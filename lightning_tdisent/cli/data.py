@@ -70,8 +70,8 @@ def add_commands(commands: Commands) -> None:
 
 
 def _prepare(a: argparse.Namespace) -> None:
-    from lightning_tdisent.streaming.prepare import Options, caption_count, is_split, prepare
-    from lightning_tdisent.streaming.raw import class_table, find_source
+    from lightning_tdisent.data.prepare import Options, caption_count, is_split, prepare
+    from lightning_tdisent.data.raw import class_table, find_source
 
     if a.out.resolve() == a.source.resolve():
         raise InputError(f"{a.out} is the source itself. Name another folder for the shards, which may be in it")
@@ -130,8 +130,8 @@ def _columns(text: str | None) -> dict[str, str]:
 
 
 def _toy(a: argparse.Namespace) -> None:
-    from lightning_tdisent.streaming.prepare import Options, prepare
-    from lightning_tdisent.streaming.toy import Toy
+    from lightning_tdisent.data.prepare import Options, prepare
+    from lightning_tdisent.data.toy import Toy
 
     if a.n < 1 or a.size < 4:
         raise InputError(f"-n {a.n} --size {a.size}: at least one picture, of at least 4 pixels")
@@ -142,11 +142,11 @@ def _toy(a: argparse.Namespace) -> None:
 
 
 def _index(a: argparse.Namespace) -> None:
+    from lightning_tdisent.data.index import ELSEWHERE, path_of
+    from lightning_tdisent.data.remote import is_remote
+    from lightning_tdisent.data.scan import build
+    from lightning_tdisent.data.tars import find
     from lightning_tdisent.files import refuse_unwritable
-    from lightning_tdisent.streaming.index import ELSEWHERE, path_of
-    from lightning_tdisent.streaming.remote import is_remote
-    from lightning_tdisent.streaming.scan import build
-    from lightning_tdisent.streaming.tars import find
 
     files, file = find(a.folder, a.split), path_of(a.folder, a.split, a.out)
     if not is_remote(file):
@@ -161,7 +161,7 @@ def _index(a: argparse.Namespace) -> None:
 
 
 def _verify(a: argparse.Namespace) -> None:
-    from lightning_tdisent.streaming.verify import verify
+    from lightning_tdisent.data.verify import verify
 
     with bar("shards") as progress:
         index, wrong = verify(a.folder, a.split, cores(a.jobs), progress, a.index)

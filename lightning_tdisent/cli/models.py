@@ -14,11 +14,11 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS
 
 if TYPE_CHECKING:
+    from lightning_tdisent.evaluation.observations import Observations
     from lightning_tdisent.fleet.job import Job
-    from lightning_tdisent.fleet.study import Role
-    from lightning_tdisent.report.study import Study
-    from lightning_tdisent.sampling.observations import Observations
     from lightning_tdisent.sampling.sampler import Sampler
+    from lightning_tdisent.studies.plan import Role
+    from lightning_tdisent.studies.results import Study
 
 
 def add_commands(commands: Commands) -> None:
@@ -178,13 +178,13 @@ def _sampled_by(a: argparse.Namespace) -> str:
 def _sample(a: argparse.Namespace) -> None:
     import torch
 
+    from lightning_tdisent.evaluation.observations import FILE as OBSERVATIONS
+    from lightning_tdisent.evaluation.pictures import save_png
     from lightning_tdisent.images import grid
-    from lightning_tdisent.sampling.composite import holds_weights, load_model
+    from lightning_tdisent.models.composite import holds_weights, load_model
+    from lightning_tdisent.models.start import load_started, signal_note
     from lightning_tdisent.sampling.denoiser import Guided, extras
-    from lightning_tdisent.sampling.observations import FILE as OBSERVATIONS
-    from lightning_tdisent.sampling.pictures import save_png
     from lightning_tdisent.sampling.sampler import refuse_unowned, sample
-    from lightning_tdisent.sampling.start import load_started, signal_note
 
     seeds, tiles = _range(a.seeds, "--seeds"), a.out.with_name(f"{a.out.name}.png")
     if a.out.exists() and any(a.out.glob("*.png")):
@@ -233,7 +233,7 @@ def _sample(a: argparse.Namespace) -> None:
 
 def _observations(a: argparse.Namespace, model: Any, seeds: range) -> "Observations | None":
     """Return the observations that a conditional model is given for these seeds; print where they come from."""
-    from lightning_tdisent.sampling.observations import observe, refuse_without_masks
+    from lightning_tdisent.evaluation.observations import observe, refuse_without_masks
 
     states = model.states
     if a.observe is None:
@@ -268,8 +268,8 @@ def _range(text: str, option: str) -> range:
 
 def _prior(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.plan import settings
-    from lightning_tdisent.fleet.study import row_or_share
-    from lightning_tdisent.sampling.composite import holds_weights
+    from lightning_tdisent.models.composite import holds_weights
+    from lightning_tdisent.studies.plan import row_or_share
 
     if (a.out / PRIOR).exists():
         raise InputError(f"--out {a.out} already holds a prior; choose another folder")
@@ -286,7 +286,7 @@ def _fit(
     label: int | None = None,
 ) -> None:  # fmt: skip
     """Fit a prior, write it, and say what there is to say of it."""
-    from lightning_tdisent.sampling.start import fit_to, save_prior
+    from lightning_tdisent.models.start import fit_to, save_prior
 
     use_device("cpu")
     prior, fitted = fit_to(model, at, part, data, split, n, label)
@@ -299,7 +299,7 @@ def _fit(
 
 
 def _average(a: argparse.Namespace) -> None:
-    from lightning_tdisent.sampling.averages import reconstruct
+    from lightning_tdisent.models.averages import reconstruct
 
     if a.out.suffix != ".safetensors":
         raise InputError(f"--out {a.out}: weights are read from files named .safetensors; name it so")
@@ -323,7 +323,7 @@ def _sources(names: Sequence[str]) -> Iterator[list[Path]]:
 
     from lightning_tdisent.fleet.plan import FILE
     from lightning_tdisent.fleet.store import Store
-    from lightning_tdisent.sampling.composite import find_files
+    from lightning_tdisent.models.composite import find_files
 
     with tempfile.TemporaryDirectory(prefix="experts-") as place:
         files: list[Path] = []
@@ -340,8 +340,8 @@ def _sources(names: Sequence[str]) -> Iterator[list[Path]]:
 
 def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
     from lightning_tdisent.files import typed
-    from lightning_tdisent.sampling.composite import compose
-    from lightning_tdisent.sampling.expert import read_card
+    from lightning_tdisent.models.composite import compose
+    from lightning_tdisent.models.expert import read_card
 
     if not files:
         raise InputError(f"{', '.join(a.experts)}: no finished expert to compose")
@@ -365,10 +365,10 @@ def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
 
 
 def _merge(a: argparse.Namespace, files: list[Path]) -> None:
-    from lightning_tdisent.sampling.expert import read_card
-    from lightning_tdisent.sampling.merge import merge
-    from lightning_tdisent.streaming.decode import side_of
-    from lightning_tdisent.streaming.shards import load
+    from lightning_tdisent.data.decode import side_of
+    from lightning_tdisent.data.shards import load
+    from lightning_tdisent.models.expert import read_card
+    from lightning_tdisent.models.merge import merge
 
     if a.n < 1:
         raise InputError(f"-n {a.n}: at least 1 image")
@@ -393,15 +393,15 @@ def _numbers(text: str, kind: type) -> Any:
 
 
 def _export(a: argparse.Namespace) -> None:
-    from lightning_tdisent.sampling.export import export
+    from lightning_tdisent.models.export import export
 
     print(f"{a.model} exported to {export(a.model, a.out, a.format)}; its README.md says how to load it")
 
 
 def _evaluate(a: argparse.Namespace) -> None:
     from lightning_tdisent.diffusion.spec import spec
-    from lightning_tdisent.report.study import Study
-    from lightning_tdisent.sampling.composite import MANIFEST, holds_weights, refuse_damaged
+    from lightning_tdisent.models.composite import MANIFEST, holds_weights, refuse_damaged
+    from lightning_tdisent.studies.results import Study
 
     for name in ("study.json", "plan.json", "plan.yaml", CONFIG, CHECKPOINTS, WEIGHTS, MANIFEST, PRIOR):
         if (a.out / name).exists():
@@ -477,10 +477,10 @@ def _fetch(a: argparse.Namespace) -> None:
 
 
 def _report(a: argparse.Namespace) -> None:
-    from lightning_tdisent.fleet.claim import refuse_no_repeats
-    from lightning_tdisent.report.seeds import notes_of, write_page
-    from lightning_tdisent.report.study import Study
     from lightning_tdisent.report.table import WideTable, costs, table, tables
+    from lightning_tdisent.studies.claim import refuse_no_repeats
+    from lightning_tdisent.studies.results import Study
+    from lightning_tdisent.studies.seeds import notes_of, write_page
 
     if (len(a.folders) > 1) == (a.out is None):
         raise InputError("report: --out FILE.html is for several folders, and wanted there")
@@ -507,15 +507,15 @@ def _study(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.state import FleetWork, Jobs
     from lightning_tdisent.fleet.status import page, tiles
     from lightning_tdisent.fleet.store import Store
-    from lightning_tdisent.fleet.study import plan, refuse_cuts, refuse_roles, refuse_samplers
-    from lightning_tdisent.report.study import BOARDS, Study
-    from lightning_tdisent.sampling.composite import (
+    from lightning_tdisent.models.composite import (
         discard_damaged,
         find_files,
         holds_weights,
         recompose,
         refuse_damaged,
     )
+    from lightning_tdisent.studies.plan import plan, refuse_cuts, refuse_roles, refuse_samplers
+    from lightning_tdisent.studies.results import BOARDS, Study
 
     todo = plan(a.config, a.out, a.seed, a.overrides)
     for line in todo.compare():

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lightning_tdisent.fleet.job import Report
     from lightning_tdisent.fleet.plan import Facts
     from lightning_tdisent.fleet.state import FleetWork
-    from lightning_tdisent.fleet.study import Role
+    from lightning_tdisent.studies.plan import Role
 
 
 def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool = False) -> list[BaseException | None]:
@@ -59,10 +59,10 @@ def open_fleet(where: str, overrides: Sequence[str] = (), scratch: Path | None =
 
 def role(argv: list[str]) -> "Role":
     """Return what a command line of `fit` trains; nothing is read but its configs."""
-    from lightning_tdisent.fleet.study import Role
     from lightning_tdisent.lit.entry import parse
     from lightning_tdisent.lit.modules import Diffusion
     from lightning_tdisent.lit.prior import PriorModule
+    from lightning_tdisent.studies.plan import Role
 
     module = parse(argv).model
     if isinstance(module, PriorModule):
@@ -81,9 +81,9 @@ def describe(argv: list[str]) -> "Facts":
     from lightning_tdisent.lit.entry import parse
     from lightning_tdisent.lit.modules import Diffusion
     from lightning_tdisent.lit.prior import PriorModule
-    from lightning_tdisent.sampling.composite import holds_weights
-    from lightning_tdisent.sampling.cost import flops
-    from lightning_tdisent.sampling.warm import refuse_start
+    from lightning_tdisent.models.composite import holds_weights
+    from lightning_tdisent.models.cost import flops
+    from lightning_tdisent.models.warm import refuse_start
 
     cli = parse(argv)
     if not isinstance(cli.model, Diffusion) or isinstance(cli.model, PriorModule):

@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError, nearest
 
+PACKAGE = __package__.split(".")[0]
+# modules that files of earlier versions name, and where their classes are now
+MOVED = {f"{PACKAGE}.sampling.start": f"{PACKAGE}.models.start"}
 _PLAIN = (str, int, float, bool, type(None))
 _DIGESTS = "_Part__digests"  # attribute of a part, with the name that Python gives to a private one of `Part`
 
@@ -246,6 +249,12 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}{place}"
 
 
+def moved(path: str) -> str:
+    """Return the class path of today for one that an earlier version wrote."""
+    module, dot, name = path.rpartition(".")
+    return MOVED.get(module, module) + dot + name
+
+
 def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
     """Build a part from its `spec` and check that it is a ``base``.
 
@@ -255,8 +264,9 @@ def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
     path, arguments = (data.get("class_path"), data.get("init_args")) if isinstance(data, dict) else (None, None)
     if not isinstance(path, str) or not isinstance(arguments, dict) or not isinstance(data.get("files", {}), dict):
         raise InputError(f"{data!r:.300} is no class_path with init_args")
+    path = moved(path)
     module_name, _, name = path.rpartition(".")
-    if module_name.split(".")[0] == __package__.split(".")[0]:
+    if module_name.split(".")[0] == PACKAGE:
         try:
             importlib.import_module(module_name)
         except (ModuleNotFoundError, ValueError):

@@ -1,1 +1,1 @@
-"""Floor 3: plans of independent jobs, and what runs them."""
+"""Fleets: plans of independent jobs, and what runs them."""

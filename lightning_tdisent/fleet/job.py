@@ -9,7 +9,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS
 
 if TYPE_CHECKING:
-    from lightning_tdisent.sampling.expert import Card
+    from lightning_tdisent.models.expert import Card
 
 Report = Callable[[int, int, dict[str, float]], None]  # step, of how many, and numbers worth showing
 # runs command lines in this process, those of one call together; returns what ended each before its time
@@ -42,7 +42,7 @@ class Job:
         if not self.weights.exists():
             return None
         # and torch, which a watcher of others does without
-        from lightning_tdisent.sampling.expert import read_card, refuse_foreign
+        from lightning_tdisent.models.expert import read_card, refuse_foreign
 
         card = read_card(self.weights)
         refuse_foreign(self.weights, card)

@@ -12,8 +12,8 @@ from lightning_tdisent.digests import digest
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import Guard, ask_guards, write_whole
 from lightning_tdisent.fleet.store import Store
+from lightning_tdisent.models.checkpoint import manifest_of
 from lightning_tdisent.runs import AVERAGES, CHECKPOINTS, NEWEST, WEIGHTS, identity_in, identity_of
-from lightning_tdisent.sampling.checkpoint import manifest_of
 
 POINTER = f"{CHECKPOINTS}/{NEWEST}"
 OWNER = ".fleet.json"  # in a scratch folder: whose runs it has

@@ -20,9 +20,9 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from lightning_tdisent.artifacts import check_schema, parse_json
+from lightning_tdisent.data.remote import file_system, store_errors
 from lightning_tdisent.errors import Halted, InputError, Lost
 from lightning_tdisent.files import URL, Guard, expand, temporary, whole
-from lightning_tdisent.streaming.remote import file_system, store_errors
 
 SCHEMA = 1  # of the files of JSON in a store: leases, failed, done, begun, rounds, curves
 PATIENCE = 10.0  # seconds for an answer: a sixth of the usual ttl of a lease, so that a silent network is noticed

@@ -22,8 +22,7 @@ from lightning_tdisent.digests import digest_of
 from lightning_tdisent.errors import Halted, InputError, Lost
 from lightning_tdisent.files import ask_guards, sync_folder, temporary, write_whole
 from lightning_tdisent.files import remove_orphans as remove_orphans
-from lightning_tdisent.runs import CHECKPOINTS, NEWEST, checkpoints_in
-from lightning_tdisent.sampling.checkpoint import (
+from lightning_tdisent.models.checkpoint import (
     SCHEMA,
     TEMPORARY,
     Manifest,
@@ -34,6 +33,7 @@ from lightning_tdisent.sampling.checkpoint import (
     non_finite,
     verify,
 )
+from lightning_tdisent.runs import CHECKPOINTS, NEWEST, checkpoints_in
 
 PIECE = 2**26  # bytes that are written, and read back, at a time; a read gives 2 GB at most
 FACTS = ("images_seen", "fingerprint", "rows", "module", "data", "version")  # of the card, repeated in the manifest

@@ -17,14 +17,14 @@ import lightning.pytorch as L
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_tdisent.data.decode import Decoder
+from lightning_tdisent.data.orders import Shuffled, Streamed
+from lightning_tdisent.data.remote import is_remote
+from lightning_tdisent.data.shards import ImageSet, Policy, Sample, Shards, note_classes, refuse_shared
 from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.files import expand
 from lightning_tdisent.lit.checkpoints import refuse_to_load
 from lightning_tdisent.lit.shared import Shared
-from lightning_tdisent.streaming.decode import Decoder
-from lightning_tdisent.streaming.orders import Shuffled, Streamed
-from lightning_tdisent.streaming.remote import is_remote
-from lightning_tdisent.streaming.shards import ImageSet, Policy, Sample, Shards, note_classes, refuse_shared
 
 MAX_LOOKED_AT = 100_000  # samples of a set that is not kept in memory whose classes are read before a training
 

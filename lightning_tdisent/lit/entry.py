@@ -60,12 +60,13 @@ from lightning_tdisent.lit.resume import (
     refuse_other_runs,
     what_is_trained,
 )
+from lightning_tdisent.models import start
+from lightning_tdisent.models.checkpoint import facts
+from lightning_tdisent.models.expert import read_card
 from lightning_tdisent.networks import dit, unet  # noqa: F401
 from lightning_tdisent.priors import flow, gaussian, mixture  # noqa: F401
 from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS, RunFolder, checkpoints_in, held, new_identity
-from lightning_tdisent.sampling import sampler, start  # noqa: F401
-from lightning_tdisent.sampling.checkpoint import facts
-from lightning_tdisent.sampling.expert import read_card
+from lightning_tdisent.sampling import sampler  # noqa: F401
 
 _MARKS = (CHECKPOINTS, WEIGHTS, PRIOR)  # one of them lies beside the config of a run
 COMMANDS = ("fit", "validate", "test", "predict")

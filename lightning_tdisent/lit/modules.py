@@ -37,14 +37,14 @@ from lightning_tdisent.lit.preflight import (
     refuse_unweighted,
 )
 from lightning_tdisent.lit.resume import options_of, refuse_changes, seed_of
+from lightning_tdisent.models.expert import Card, rebuilt, save_expert, weights_digest
+from lightning_tdisent.models.start import signal_note
+from lightning_tdisent.models.warm import start_warm
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.rebuild import draws
 from lightning_tdisent.runs import WEIGHTS
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import Card, rebuilt, save_expert, weights_digest
 from lightning_tdisent.sampling.sampler import DDIM, Sampler
-from lightning_tdisent.sampling.start import signal_note
-from lightning_tdisent.sampling.warm import start_warm
 
 FUSED = (torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # those that may be
 

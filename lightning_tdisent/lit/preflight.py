@@ -27,9 +27,9 @@ from lightning_tdisent.diffusion.operators import probe
 from lightning_tdisent.diffusion.spec import said
 from lightning_tdisent.distributed import shared_errors
 from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.evaluation.observations import observed
 from lightning_tdisent.images import to_uint8
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.observations import observed
 from lightning_tdisent.sampling.sampler import Sampler
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.inference import DenoiserModule, clean
 from lightning_tdisent.lit.modules import Diffusion
+from lightning_tdisent.models.start import FITTING, PriorCard, rebuilt_prior, save_prior
 from lightning_tdisent.priors.prior import Prior
 from lightning_tdisent.runs import PRIOR
-from lightning_tdisent.sampling.evaluation import HELD_OUT
-from lightning_tdisent.sampling.start import FITTING, PriorCard, rebuilt_prior, save_prior
+from lightning_tdisent.sampling.errors_by_row import HELD_OUT
 
 UNITS = {"nll": 1.0, "bits": math.log(2)}  # of -log p per value, in nats
 FIRST = 512  # images that a prior is initialised with

@@ -14,13 +14,13 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_tdisent.artifacts import check_schema
+from lightning_tdisent.data.index import Index, index_command, path_of
 from lightning_tdisent.diffusion.spec import defaults_of_then, filled, identity
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import absolute_paths, load_yaml
 from lightning_tdisent.lit.checkpoints import Manifest, newest
+from lightning_tdisent.models.checkpoint import manifest_of, read_manifest
 from lightning_tdisent.runs import AVERAGES, CHECKPOINTS, CONFIG, WEIGHTS, checkpoints_in
-from lightning_tdisent.sampling.checkpoint import manifest_of, read_manifest
-from lightning_tdisent.streaming.index import Index, index_command, path_of
 
 # what a run is: a change here makes another run. The rest (limits, logging, devices, paths) may change on the way;
 # the data's digest, the table and the images in a step are compared with those of the checkpoint when it is loaded

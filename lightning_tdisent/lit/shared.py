@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
-from lightning_tdisent.streaming.shards import Sample
+from lightning_tdisent.data.shards import Sample
 
 WINDOW = 4  # batches kept: fits in step are at most two apart, since Lightning asks for one in advance
 

@@ -1,1 +1,1 @@
-"""Floor 3: evaluation of finished models, figures and pages."""
+"""Figures, tables and pages."""

@@ -16,14 +16,14 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from lightning_tdisent.data import splits
+from lightning_tdisent.data.decode import BadSample, Decoder
+from lightning_tdisent.data.prepare import caption_count
+from lightning_tdisent.data.raw.source import class_table, names_in
+from lightning_tdisent.data.remote import is_remote
+from lightning_tdisent.data.shards import Policy, Sample, Shards
+from lightning_tdisent.data.tars import PREPARED, SUFFIXES
 from lightning_tdisent.report.figures import COLOURS, STYLE
-from lightning_tdisent.streaming import splits
-from lightning_tdisent.streaming.decode import BadSample, Decoder
-from lightning_tdisent.streaming.prepare import caption_count
-from lightning_tdisent.streaming.raw.source import class_table, names_in
-from lightning_tdisent.streaming.remote import is_remote
-from lightning_tdisent.streaming.shards import Policy, Sample, Shards
-from lightning_tdisent.streaming.tars import PREPARED, SUFFIXES
 
 PICTURES = 72
 BLOCKS = " ▁▂▃▄▅▆▇█"

@@ -17,8 +17,8 @@ from cycler import cycler
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lightning_tdisent.evaluation.pictures import png
 from lightning_tdisent.runs import identity_of
-from lightning_tdisent.sampling.pictures import png
 
 COLOURS = ["#3b6fb6", "#d1495b", "#2e9e6b", "#b07aa1", "#e0a030", "#66656f", "#17a2b8", "#8c564b"]
 STYLE: Any = {

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tdisent.data.shards import ImageSet
 from lightning_tdisent.errors import NotFinite
+from lightning_tdisent.evaluation.conditional import DRAWS
+from lightning_tdisent.evaluation.observations import Observations, observed
+from lightning_tdisent.evaluation.pictures import forward_strip, reverse_strip
+from lightning_tdisent.evaluation.provenance import facts, html_facts
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.images import grid, to_uint8
 from lightning_tdisent.report import figures
-from lightning_tdisent.report.conditional import DRAWS
-from lightning_tdisent.report.provenance import facts, html_facts
 from lightning_tdisent.report.table import costs, table, tables
 from lightning_tdisent.report.table import notes as notes_of
-from lightning_tdisent.sampling.observations import Observations, observed
-from lightning_tdisent.sampling.pictures import forward_strip, reverse_strip
 from lightning_tdisent.sampling.sampler import probe_rows
-from lightning_tdisent.streaming.shards import ImageSet
 
 CSS = """
 :root{--ink:#1d1d24;--soft:#66656f;--line:#e2e2e8;--paper:#fff;--accent:#3b6fb6}

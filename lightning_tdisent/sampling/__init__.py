@@ -1,1 +1,1 @@
-"""Floor 2: denoisers, the reverse loop, and the composition of experts. Read denoiser, sampler, composite, expert."""
+"""Denoisers and the reverse loop. Read `denoiser`, then `sampler`."""

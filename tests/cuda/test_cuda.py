@@ -21,11 +21,11 @@ from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.entry import run
 from lightning_tdisent.lit.together import together
+from lightning_tdisent.models.composite import compose, load_model
+from lightning_tdisent.models.expert import Card, read_card, save_expert
+from lightning_tdisent.models.residency import Slot
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.sampling.composite import compose, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.expert import Card, read_card, save_expert
-from lightning_tdisent.sampling.residency import Slot
 from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
 
 if not torch.cuda.is_available():

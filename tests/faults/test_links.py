@@ -12,13 +12,13 @@ from processes import TINY
 from lightning_tdisent import files
 from lightning_tdisent.cli import main
 from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.evaluation.pictures import save_png
 from lightning_tdisent.files import open_own, remove_orphans, temporary, whole, write_whole
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.state import Jobs
 from lightning_tdisent.fleet.store import Store
 from lightning_tdisent.fleet.work import Session, work_through
 from lightning_tdisent.lit.checkpoints import DurableIO
-from lightning_tdisent.sampling.pictures import save_png
 
 PRECIOUS = b"the user's own\n"
 

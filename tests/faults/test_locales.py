@@ -11,13 +11,13 @@ from PIL import Image
 from processes import ROOT, TINY
 
 from lightning_tdisent.cli import main
+from lightning_tdisent.data.prepare import prepare
+from lightning_tdisent.data.raw import find_source
+from lightning_tdisent.data.tars import find
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import check_name, expand_all, is_plain, write_whole
-from lightning_tdisent.sampling.composite import compose
-from lightning_tdisent.sampling.export import export
-from lightning_tdisent.streaming.prepare import prepare
-from lightning_tdisent.streaming.raw import find_source
-from lightning_tdisent.streaming.tars import find
+from lightning_tdisent.models.composite import compose
+from lightning_tdisent.models.export import export
 
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 PLAIN = ["Hündchen 🐶", "猫 Größe", "İstanbul ılık", "👩‍🚀", "a\u00a0b"]
@@ -100,7 +100,7 @@ import sys
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.entry import run
 from lightning_tdisent.files import write_whole
-from lightning_tdisent.streaming.tars import find
+from lightning_tdisent.data.tars import find
 from lightning_tdisent.cli import main
 for call in (lambda: write_whole("/nowhere/\\xfc", b""), lambda: find("/nowhere/\\xfc", "train"),
              lambda: run(["fit", "--config", sys.argv[1]])):

@@ -32,11 +32,11 @@ from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.datamodule import ImageShards
 from lightning_tdisent.lit.modules import Baseline, ReducedStates, SingleState
+from lightning_tdisent.models.composite import CompositeDenoiser, compose, load_model
+from lightning_tdisent.models.expert import save_expert
 from lightning_tdisent.networks.dit import DiT
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.sampling.composite import CompositeDenoiser, compose, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser, Guided
-from lightning_tdisent.sampling.expert import save_expert
 from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
 
 FILE = Path(__file__).with_name("golden.json")

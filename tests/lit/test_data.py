@@ -12,6 +12,9 @@ import webdataset as wds
 from fsspec import AbstractFileSystem, register_implementation
 from watching import Memory, Watch
 
+from lightning_tdisent.data.index import Index, path_of
+from lightning_tdisent.data.scan import build
+from lightning_tdisent.data.tars import find
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.callbacks.guard import Guard
@@ -19,11 +22,8 @@ from lightning_tdisent.lit.callbacks.pictures import Pictures
 from lightning_tdisent.lit.datamodule import ImageShards
 from lightning_tdisent.lit.inference import clean
 from lightning_tdisent.lit.modules import ReducedStates
-from lightning_tdisent.sampling.expert import load_expert
+from lightning_tdisent.models.expert import load_expert
 from lightning_tdisent.sampling.sampler import DDIM, sample
-from lightning_tdisent.streaming.index import Index, path_of
-from lightning_tdisent.streaming.scan import build
-from lightning_tdisent.streaming.tars import find
 
 
 def indexed(source, folder, damaged=()):

@@ -9,7 +9,6 @@ from torch import nn
 
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.fleet.study import Role
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
 from lightning_tdisent.lit.callbacks.guard import Guard
 from lightning_tdisent.lit.callbacks.losses import LossPerState
@@ -19,9 +18,10 @@ from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.checkpoints import DurableIO
 from lightning_tdisent.lit.modules import ReducedStates
+from lightning_tdisent.models.composite import load_model
 from lightning_tdisent.networks.network import Network
-from lightning_tdisent.sampling.composite import load_model
 from lightning_tdisent.sampling.sampler import DDIM, sample
+from lightning_tdisent.studies.plan import Role
 
 NAMES = """
 start expect residency prior check_label filled differs at rows states objective network denoiser dropout last sums

@@ -11,12 +11,12 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_tdisent.data.index import path_of
+from lightning_tdisent.data.scan import build
+from lightning_tdisent.data.tars import find
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.datamodule import ImageShards
 from lightning_tdisent.lit.inference import clean
-from lightning_tdisent.streaming.index import path_of
-from lightning_tdisent.streaming.scan import build
-from lightning_tdisent.streaming.tars import find
 
 
 def png(seed):

@@ -31,10 +31,10 @@ from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.datamodule import ImageShards, Seeds
 from lightning_tdisent.lit.entry import LINE
 from lightning_tdisent.lit.modules import ReducedStates
+from lightning_tdisent.models.composite import load_model
+from lightning_tdisent.models.expert import read_card, weights_digest
 from lightning_tdisent.runs import checkpoints_in
-from lightning_tdisent.sampling.composite import load_model
-from lightning_tdisent.sampling.evaluation import x0_errors
-from lightning_tdisent.sampling.expert import read_card, weights_digest
+from lightning_tdisent.sampling.errors_by_row import x0_errors
 from lightning_tdisent.sampling.sampler import DDIM, sample
 
 ROOT = Path(__file__).parents[2]

@@ -13,13 +13,13 @@ from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.inference import Composite
 from lightning_tdisent.lit.modules import Baseline, Diffusion, ReducedStates, SingleState
+from lightning_tdisent.models.composite import compose, load_model
+from lightning_tdisent.models.expert import load_expert, read_card
+from lightning_tdisent.models.warm import start_warm
 from lightning_tdisent.networks.network import Network
-from lightning_tdisent.sampling.composite import compose, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.evaluation import x0_errors
-from lightning_tdisent.sampling.expert import load_expert, read_card
+from lightning_tdisent.sampling.errors_by_row import x0_errors
 from lightning_tdisent.sampling.sampler import DDIM
-from lightning_tdisent.sampling.warm import start_warm
 
 
 def test_validation_leaves_out_the_error_of_eps_where_no_signal_is(tiny, data, trainer):
@@ -330,7 +330,7 @@ def test_the_composite_module_predicts_what_the_denoiser_samples(tiny, tmp_path)
     for k in (1, 2):
         torch.manual_seed(k)
         module = SingleState(tiny(), states, k)
-        from lightning_tdisent.sampling.expert import save_expert
+        from lightning_tdisent.models.expert import save_expert
 
         files.append(tmp_path / f"{k}.safetensors")
         save_expert(files[-1], module.denoiser, module.card("live"))

@@ -25,11 +25,11 @@ from lightning_tdisent.lit.checkpoints import DurableIO, load, newest
 from lightning_tdisent.lit.entry import run
 from lightning_tdisent.lit.modules import Diffusion, ReducedStates
 from lightning_tdisent.lit.prior import PriorAt, PriorModule
+from lightning_tdisent.models.start import Started, load_prior
 from lightning_tdisent.priors.flow import Flow
 from lightning_tdisent.priors.gaussian import Gaussian
-from lightning_tdisent.sampling.evaluation import HELD_OUT
+from lightning_tdisent.sampling.errors_by_row import HELD_OUT
 from lightning_tdisent.sampling.sampler import DDIM, sample
-from lightning_tdisent.sampling.start import Started, load_prior
 
 pytest.importorskip("normflows")
 

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_tdisent.data.scan import build
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint, Preempted
@@ -31,7 +32,6 @@ from lightning_tdisent.lit.entry import run
 from lightning_tdisent.lit.modules import Diffusion, ReducedStates
 from lightning_tdisent.lit.resume import _completed, check_config, find_checkpoint
 from lightning_tdisent.runs import RunFolder, checkpoints_in
-from lightning_tdisent.streaming.scan import build
 
 EXPERT = ["fit", "--config", "experiments/digits/experts8.yaml", "--trainer.callbacks", "[]"]
 

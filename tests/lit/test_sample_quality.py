@@ -5,11 +5,12 @@ import torch
 
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.evaluation.real_images import real_images
+from lightning_tdisent.evaluation.score import open_quality, score
 from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.modules import ReducedStates, SingleState
 from lightning_tdisent.metrics.features import SmallClassifier, load_features
 from lightning_tdisent.metrics.protocol import Protocol
-from lightning_tdisent.sampling.evaluation import open_quality, real_images, score
 from lightning_tdisent.sampling.sampler import DDIM
 
 

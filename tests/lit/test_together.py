@@ -23,6 +23,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from lightning_tdisent.data.decode import Decoder
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import Busy, InputError
 from lightning_tdisent.images import from_uint8
@@ -33,10 +34,9 @@ from lightning_tdisent.lit.entry import run
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.lit.shared import WINDOW, Shared
 from lightning_tdisent.lit.together import RECORD, Group, Member, together
+from lightning_tdisent.models.expert import load_expert
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.runs import RunFolder
-from lightning_tdisent.sampling.expert import load_expert
-from lightning_tdisent.streaming.decode import Decoder
 
 TRAIN, TEST = 24, 6
 

@@ -10,10 +10,10 @@ from lightning_tdisent.lit.callbacks.pictures import Pictures
 from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.checkpoints import DurableIO
+from lightning_tdisent.models.averages import gamma
+from lightning_tdisent.models.expert import load_expert
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.runs import AVERAGES
-from lightning_tdisent.sampling.averages import gamma
-from lightning_tdisent.sampling.expert import load_expert
 
 
 def recursion(trajectory, betas):

@@ -12,6 +12,7 @@ from oracle import CASES, RECORDED, features
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lightning_tdisent.data.shards import load
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics import reference as references
 from lightning_tdisent.metrics.features import SHIPPED, SmallClassifier, load_classifier, load_features, save_classifier
@@ -20,7 +21,6 @@ from lightning_tdisent.metrics.protocol import PRESETS, Protocol
 from lightning_tdisent.metrics.quality import Quality, named
 from lightning_tdisent.metrics.reference import cache_folder, measure, reference, remembered
 from lightning_tdisent.metrics.scores import InceptionScore
-from lightning_tdisent.streaming.shards import load
 
 SAID = json.loads(RECORDED.read_text(encoding="utf-8"))["features"]
 

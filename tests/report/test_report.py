@@ -12,30 +12,31 @@ from rich.console import Console
 
 from lightning_tdisent.cli import main
 from lightning_tdisent.cli.terminal import wide_console
+from lightning_tdisent.data.shards import load
 from lightning_tdisent.diffusion.bases import Haar
 from lightning_tdisent.diffusion.components import ComponentStates, Condition
 from lightning_tdisent.diffusion.operators import Inpainting, SuperResolution
 from lightning_tdisent.diffusion.schedules import Linear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.evaluation import evaluate as evaluating
+from lightning_tdisent.evaluation.evaluate import Contender, _Common, evaluate
+from lightning_tdisent.evaluation.pictures import save_png
+from lightning_tdisent.evaluation.provenance import facts
+from lightning_tdisent.evaluation.real_images import real_images
 from lightning_tdisent.images import grid
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.metrics.features import SmallClassifier, load_features
 from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.models.cost import training_cost
+from lightning_tdisent.models.expert import load_expert, save_expert
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.report import evaluate as evaluating
-from lightning_tdisent.report.evaluate import Contender, _Common, evaluate
 from lightning_tdisent.report.page import nearest, write_report
-from lightning_tdisent.report.provenance import facts
-from lightning_tdisent.report.seeds import pool
-from lightning_tdisent.report.study import Study
 from lightning_tdisent.report.table import WideTable, costs, notes, table, tables
-from lightning_tdisent.sampling.cost import training_cost
-from lightning_tdisent.sampling.evaluation import real_images, state_errors, x0_errors
-from lightning_tdisent.sampling.expert import load_expert, save_expert
-from lightning_tdisent.sampling.pictures import save_png
+from lightning_tdisent.sampling.errors_by_row import state_errors, x0_errors
 from lightning_tdisent.sampling.sampler import DDIM, sample
-from lightning_tdisent.streaming.shards import load
+from lightning_tdisent.studies.results import Study
+from lightning_tdisent.studies.seeds import pool
 
 
 @pytest.fixture

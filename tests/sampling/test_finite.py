@@ -8,23 +8,24 @@ import pytest
 import torch
 
 from lightning_tdisent.cli import main
+from lightning_tdisent.data.shards import load
 from lightning_tdisent.diffusion.objectives import X0, V
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError, NotFinite
+from lightning_tdisent.evaluation.evaluate import Contender, evaluate
+from lightning_tdisent.evaluation.pictures import estimate_strip
+from lightning_tdisent.evaluation.real_images import real_images
+from lightning_tdisent.evaluation.score import open_quality, score
 from lightning_tdisent.finite import non_finite
 from lightning_tdisent.lit.callbacks.pictures import Pictures
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.models.composite import compose, load_model
+from lightning_tdisent.models.expert import load_expert, save_expert
+from lightning_tdisent.models.start import Started, fit_prior, load_prior, save_prior
 from lightning_tdisent.priors.gaussian import Gaussian
-from lightning_tdisent.report.evaluate import Contender, evaluate
-from lightning_tdisent.sampling.composite import compose, load_model
 from lightning_tdisent.sampling.denoiser import Denoiser, Guided
-from lightning_tdisent.sampling.evaluation import open_quality, real_images, score
-from lightning_tdisent.sampling.expert import load_expert, save_expert
-from lightning_tdisent.sampling.pictures import estimate_strip
 from lightning_tdisent.sampling.sampler import DDIM, DPMSolver, sample
-from lightning_tdisent.sampling.start import Started, fit_prior, load_prior, save_prior
-from lightning_tdisent.streaming.shards import load
 
 NAME = "network.net.conv_in.weight"
 
@@ -86,7 +87,7 @@ def test_a_prior_that_is_not_finite_is_neither_written_nor_loaded(states, tmp_pa
     prior.mean.view(-1)[0] = float("nan")
     with pytest.raises(NotFinite, match=r"prior.safetensors: mean \(1 in all\)"):
         save_prior(tmp_path / "prior.safetensors", prior, card)
-    monkeypatch.setattr("lightning_tdisent.sampling.start.refuse_non_finite", lambda *_: None)
+    monkeypatch.setattr("lightning_tdisent.models.start.refuse_non_finite", lambda *_: None)
     save_prior(tmp_path / "prior.safetensors", prior, card)
     monkeypatch.undo()
     with pytest.raises(NotFinite, match=r"prior.safetensors: mean \(1 in all\)"):

@@ -10,9 +10,10 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Cosine, Geometric, Linear, LogLinear, ScaledLinear, Sigmoid
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.models.start import Implicit, Started
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.priors.prior import StandardNormal
-from lightning_tdisent.sampling.evaluation import x0_errors
+from lightning_tdisent.sampling.errors_by_row import x0_errors
 from lightning_tdisent.sampling.likelihood import (
     BOUND,
     Terms,
@@ -21,7 +22,6 @@ from lightning_tdisent.sampling.likelihood import (
     prior_term,
     variational_bound,
 )
-from lightning_tdisent.sampling.start import Implicit, Started
 
 
 class Exact:

@@ -15,12 +15,12 @@ from lightning_tdisent.diffusion.process import transition
 from lightning_tdisent.diffusion.schedules import Geometric, LogLinear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.evaluation.pictures import estimate_strip, forward_strip, reverse_strip
+from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.sampling.composite import CompositeDenoiser
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.evaluation import state_errors
-from lightning_tdisent.sampling.pictures import estimate_strip, forward_strip, reverse_strip
+from lightning_tdisent.sampling.errors_by_row import state_errors
 from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
 
 SHAPE = [1, 16, 16]

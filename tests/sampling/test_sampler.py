@@ -15,7 +15,7 @@ from lightning_tdisent.diffusion.schedules import Cosine, Linear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.images import from_uint8, to_uint8
-from lightning_tdisent.sampling.composite import CompositeDenoiser
+from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.sampling.denoiser import Denoiser, Guided
 from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, Sampler, probe_rows, sample
 

@@ -38,18 +38,18 @@ def config(cls: str, **model: object) -> dict[str, object]:
 def make(out: Path, work: Path) -> None:
     """Write all files below a folder; work: a folder for what is not kept."""
     from lightning_tdisent.cli import main
+    from lightning_tdisent.data.scan import build
     from lightning_tdisent.diffusion.operators import Inpainting
+    from lightning_tdisent.evaluation.measured import Measured
+    from lightning_tdisent.evaluation.observations import Observations
     from lightning_tdisent.fleet import lease
     from lightning_tdisent.fleet.plan import Fleet
     from lightning_tdisent.fleet.state import FleetWork
     from lightning_tdisent.fleet.store import Store
-    from lightning_tdisent.fleet.study import plan
     from lightning_tdisent.metrics import reference
     from lightning_tdisent.metrics.distances import Moments
     from lightning_tdisent.metrics.protocol import Protocol
-    from lightning_tdisent.report.measured import Measured
-    from lightning_tdisent.sampling.observations import Observations
-    from lightning_tdisent.streaming.scan import build
+    from lightning_tdisent.studies.plan import plan
 
     def run(*words: object) -> None:
         if code := main([str(word) for word in words]):

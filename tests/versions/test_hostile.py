@@ -22,21 +22,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_tdisent.cli import main
+from lightning_tdisent.data.index import Index
+from lightning_tdisent.data.npz import read_npz
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import load_yaml
 from lightning_tdisent.fleet import lease
-from lightning_tdisent.fleet.claim import kept
 from lightning_tdisent.fleet.plan import Fleet
 from lightning_tdisent.fleet.store import Store
 from lightning_tdisent.lit.resume import find_checkpoint
-from lightning_tdisent.report.study import Study
-from lightning_tdisent.sampling.checkpoint import check_of, load
-from lightning_tdisent.sampling.composite import load_model
-from lightning_tdisent.sampling.cost import training_cost
-from lightning_tdisent.sampling.expert import load_expert
-from lightning_tdisent.sampling.start import load_prior
-from lightning_tdisent.streaming.index import Index
-from lightning_tdisent.streaming.npz import read_npz
+from lightning_tdisent.models.checkpoint import check_of, load
+from lightning_tdisent.models.composite import load_model
+from lightning_tdisent.models.cost import training_cost
+from lightning_tdisent.models.expert import load_expert
+from lightning_tdisent.models.start import load_prior
+from lightning_tdisent.studies.claim import kept
+from lightning_tdisent.studies.results import Study
 
 NEWEST = max(path for path in Path(__file__).parent.iterdir() if (path / "run").is_dir())
 FULL = os.environ.get("HOSTILE") == "full"

@@ -17,28 +17,28 @@ from safetensors.torch import load_file, save_file
 
 from lightning_tdisent.artifacts import check_schema
 from lightning_tdisent.cli import main
+from lightning_tdisent.data.decode import Decoder
+from lightning_tdisent.data.index import Index
+from lightning_tdisent.data.shards import Shards, refuse_shared
 from lightning_tdisent.diffusion.schedules import Linear
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.evaluation.measured import Measured
+from lightning_tdisent.evaluation.observations import Observations
 from lightning_tdisent.fleet import lease
-from lightning_tdisent.fleet.claim import kept
 from lightning_tdisent.fleet.mirror import step_of
 from lightning_tdisent.fleet.plan import Fleet
 from lightning_tdisent.fleet.store import Store, read_json
-from lightning_tdisent.fleet.study import plan
 from lightning_tdisent.fleet.work import failures
 from lightning_tdisent.lit.resume import find_checkpoint
 from lightning_tdisent.metrics import reference
 from lightning_tdisent.metrics.features import load_classifier, save_classifier
-from lightning_tdisent.report.measured import Measured
-from lightning_tdisent.report.study import Study
-from lightning_tdisent.sampling.checkpoint import check_of
-from lightning_tdisent.sampling.composite import load_model
-from lightning_tdisent.sampling.expert import load_expert, read_card
-from lightning_tdisent.sampling.observations import Observations
-from lightning_tdisent.sampling.start import load_prior
-from lightning_tdisent.streaming.decode import Decoder
-from lightning_tdisent.streaming.index import Index
-from lightning_tdisent.streaming.shards import Shards, refuse_shared
+from lightning_tdisent.models.checkpoint import check_of
+from lightning_tdisent.models.composite import load_model
+from lightning_tdisent.models.expert import load_expert, read_card
+from lightning_tdisent.models.start import load_prior
+from lightning_tdisent.studies.claim import kept
+from lightning_tdisent.studies.plan import plan
+from lightning_tdisent.studies.results import Study
 
 RELEASES = sorted(path for path in Path(__file__).parent.iterdir() if (path / "run").is_dir())
 

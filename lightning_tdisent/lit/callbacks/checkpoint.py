@@ -27,8 +27,8 @@ from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.checkpoints import refuse_other_run, remove_orphans
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.lit.preflight import trying
+from lightning_tdisent.models.checkpoint import manifest_of
 from lightning_tdisent.runs import CHECKPOINTS, RunFolder, checkpoint_name, checkpoints_in, held, new_identity
-from lightning_tdisent.sampling.checkpoint import manifest_of
 
 FILES = 4  # a checkpoint, its manifest, and the two beside them that become these
 STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 143, signal.SIGINT: 130}

@@ -11,14 +11,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_tdisent.errors import InputError, NotFinite, check_number
+from lightning_tdisent.evaluation.observations import observed
+from lightning_tdisent.evaluation.pictures import estimate_strip, forward_strip, reverse_strip, save_png
 from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.images import grid, to_uint8
 from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.lit.preflight import Rehearsed
 from lightning_tdisent.lit.prior import PriorModule
 from lightning_tdisent.runs import PICTURES
-from lightning_tdisent.sampling.observations import observed
-from lightning_tdisent.sampling.pictures import estimate_strip, forward_strip, reverse_strip, save_png
 from lightning_tdisent.sampling.sampler import probe_rows, sample
 
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from lightning_tdisent.distributed import all_gather, shared_errors
 from lightning_tdisent.errors import InputError, Unavailable, check_number
+from lightning_tdisent.evaluation.observations import observed
+from lightning_tdisent.evaluation.real_images import real_images
+from lightning_tdisent.evaluation.score import open_quality, score
 from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.lit.preflight import Logs, Rehearsed
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
-from lightning_tdisent.sampling.evaluation import open_quality, real_images, score
-from lightning_tdisent.sampling.observations import observed
 
 
 class SampleQuality(Rehearsed, Logs):

@@ -13,9 +13,9 @@ from lightning_tdisent.distributed import shared_errors
 from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.lit.checkpoints import refuse_other_run
 from lightning_tdisent.lit.modules import Diffusion
+from lightning_tdisent.models.averages import gamma
+from lightning_tdisent.models.expert import read_card
 from lightning_tdisent.runs import AVERAGES, snapshot_name, snapshots_in
-from lightning_tdisent.sampling.averages import gamma
-from lightning_tdisent.sampling.expert import read_card
 
 
 class EMA(L.Callback):

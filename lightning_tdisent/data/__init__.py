@@ -1,0 +1,1 @@
+"""Data sets: shards, their index, decoding and preparation."""

@@ -1,0 +1,1 @@
+"""Numbers of any model: generated images scored against real ones, likelihoods, errors of conditional samples."""

@@ -1,0 +1,111 @@
+"""Bits per dimension of a model, beside its other numbers in a row."""
+
+import dataclasses
+import math
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_tdisent.data.shards import ImageSet
+from lightning_tdisent.distributed import all_gather, rank_and_world, shared_errors
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.sampling.denoiser import Denoises, extras
+from lightning_tdisent.sampling.errors_by_row import held_out_errors
+from lightning_tdisent.sampling.likelihood import Decoder, Terms, concatenate, ode_likelihood, variational_bound
+
+ODE_ROWS = 100  # below that the integration from row to row is off by more than 0.01 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Bits:
+    """How bits per dimension are measured.
+
+    n: held-out images, and training images for the errors that the variances are chosen by; bound, ode: which of the
+    two; decoder: see `likelihood`; probes: of the ODE's trace.
+    """
+
+    n: int = 256
+    bound: bool = True
+    ode: bool = False
+    decoder: Decoder = "discrete"
+    probes: int = 1
+
+    def __post_init__(self) -> None:
+        wrong = [f"{k} {v!r}" for k, v, low in (("n", self.n, 2), ("probes", self.probes, 1)) if not _whole(v, low)]
+        wrong += [f"decoder {self.decoder!r}"] if self.decoder not in get_args(Decoder) else []
+        wrong += [f"{k} {v!r}" for k, v in (("bound", self.bound), ("ode", self.ode)) if not isinstance(v, bool)]
+        if wrong:
+            raise InputError(
+                f"bits: {', '.join(wrong)}: n is a whole number from 2 on, probes from 1 on, bound and ode true or "
+                f"false, decoder one of {', '.join(get_args(Decoder))}"
+            )
+
+    @classmethod
+    def of_mapping(cls, data: Any) -> "Bits":
+        """Bits of a study's key; refuses what it does not know."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(data, dict) or set(data) - set(names):
+            raise InputError(f"bits: expected a mapping with keys of {', '.join(names)}, got {data!r}")
+        return cls(**data)
+
+    def measure(self, model: Denoises, held_out: ImageSet, training: ImageSet, batch_size: int) -> dict[str, Any]:
+        """Keys of a row: bpd, bpd_low, bpd_high (95 %), bpd_terms, bpd_images, those of bpd_ode, or bpd_refused.
+
+        They are the same on all ranks.
+        """
+        held_out, training, S = _first(held_out, self.n), _first(training, self.n), model.states.S
+        how = f"{self.decoder} decoder, {len(held_out)} held-out images, variances by {len(training)} training images"
+        out: dict[str, Any] = {"bpd_how": how + (f", {self.probes} probes of the ODE's trace" if self.ode else "")}
+        prior = extras(model).prior
+        if prior is not None and not prior.has_density:
+            return out | {"bpd_refused": f"{type(prior).__name__} has no density"}
+        errors = torch.zeros(S + 1, dtype=torch.float64)
+        errors[1:] = held_out_errors(model, training, model.states.rows, batch_size)[0]
+        for name, wanted in (("bpd", self.bound), ("bpd_ode", self.ode)):
+            if not wanted:
+                continue
+            if name == "bpd_ode" and S < ODE_ROWS:
+                out["bpd_refused"] = f"bpd_ode integrates from row to row, and wants {ODE_ROWS} of them; there are {S}"
+                continue
+            try:
+                terms = self._terms(model, held_out, batch_size, errors, name == "bpd_ode")
+            except InputError as error:
+                out["bpd_refused"] = str(error)
+                continue
+            mean, half = terms.bpd
+            if not math.isfinite(mean + half):
+                out["bpd_refused"] = f"{name} is not finite: {mean:g} +- {half:g} over {len(held_out)} images"
+                continue
+            width = float(terms.bits(torch.zeros(()), whole=True))
+            shares = {
+                "decoder": float(terms.bits(terms.decoder).mean()) + width,
+                "prior": float(terms.bits(terms.prior).mean()),
+                "rows": dict(zip(map(str, terms.names), terms.bits(terms.rows).mean(1).tolist(), strict=True)),
+            }
+            out |= {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half, f"{name}_terms": shares}
+            out |= {f"{name}_images": terms.bits(terms.total, whole=True).tolist()}
+        return out
+
+    def _terms(self, model: Denoises, images: ImageSet, batch_size: int, errors: Tensor, ode: bool) -> Terms:
+        (rank, world), batches = rank_and_world(), torch.arange(len(images)).split(batch_size)
+        device = next(iter(model.parameters())).device
+        mine: dict[int, Terms] = {}
+        with shared_errors():
+            for k in range(len(batches))[rank::world]:
+                i = batches[k]
+                label = images.labels[i].to(device) if model.classes else None
+                batch = (model, images.images[i], i.tolist(), label, self.decoder)
+                mine[k] = (
+                    ode_likelihood(*batch, self.probes, errors) if ode else variational_bound(*batch, errors=errors)
+                )
+        parts = {k: terms for part in all_gather(mine) for k, terms in part.items()}
+        return concatenate([parts[k] for k in range(len(batches))])
+
+
+def _whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _first(images: ImageSet, n: int) -> ImageSet:
+    return dataclasses.replace(images, images=images.images[:n], labels=images.labels[:n])

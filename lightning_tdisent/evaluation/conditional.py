@@ -1,0 +1,88 @@
+"""Conditional models in an evaluation: what they are given, and the numbers of several draws for each observation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_tdisent.data.shards import ImageSet
+from lightning_tdisent.diffusion.operators import Operator
+from lightning_tdisent.diffusion.spec import spec
+from lightning_tdisent.distributed import rank_and_world
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.evaluation.observations import Observations
+from lightning_tdisent.evaluation.real_images import RealImages
+from lightning_tdisent.images import from_uint8, spaced
+from lightning_tdisent.metrics.paired import PairedQuality
+from lightning_tdisent.metrics.quality import Quality
+from lightning_tdisent.sampling.denoiser import Denoises
+
+DRAWS = 4
+REFERENCE = 10_000  # real pairs that the joint distance is taken to, at most
+
+
+def refuse_number(n: int, held_out: int, draws: int = DRAWS) -> None:
+    """Refuse a number of images that are not as many draws of each of some held-out images."""
+    if n < draws or n % draws:
+        raise InputError(f"n={n}: a conditional model draws {draws} images an item; n is a multiple of {draws}")
+    if n // draws > held_out:
+        raise InputError(
+            f"n={n}: {draws} draws of {n // draws} held-out images; there are {held_out}. Lower n to "
+            f"{draws * held_out}, or hold out more images, if the split has more (n_held_out of a study, --held-out)"
+        )
+
+
+class Given:
+    """Held-out images as seen by a conditional model's operator: image k of n is draw k % draws for item k // draws."""
+
+    def __init__(
+        self,
+        model: Denoises,
+        held_out: ImageSet,
+        quality: Quality,
+        draws: int = DRAWS,
+        lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.operator: Operator = model.states.condition.operator
+        self.draws, self.items = draws, quality.protocol.n // draws
+        refuse_number(quality.protocol.n, len(held_out), draws)
+        images = held_out.images[: self.items]
+        self.observations = Observations.of(self.operator, images, torch.arange(self.items))
+        self.observations.check(model.states)
+        self.paired = PairedQuality(self.operator, draws, self.items, quality.network, lpips).to(quality.device)
+        self.paired.begin(list(images.shape[1:]))
+
+    def reference(self, real: RealImages, known: dict[str, Metric], batch_size: int = 250) -> None:
+        """Add real pairs, evenly spaced, each rank its share: items of their own, with masks of their own.
+
+        known: those that models of the same operator have been compared with.
+        """
+        name, n, (rank, world) = str(spec(self.operator)), min(real.n, REFERENCE), rank_and_world()
+        if name in known:
+            self.paired.metrics["real"] = known[name]
+            return
+        for numbers in spaced(n, real.n)[rank::world].split(batch_size):
+            images = real.take(numbers)
+            self.paired.reference(images, self.operator.observe(from_uint8(images), numbers))
+        known[name] = self.paired.metrics["real"]
+
+    @property
+    def given(self) -> Tensor:
+        """An observation for each of the n images."""
+        return self.observations.y.repeat_interleave(self.draws, 0)
+
+    def add(self, images: Tensor, numbers: Tensor) -> None:
+        """Take images with their numbers."""
+        item = (numbers // self.draws).cpu()
+        some = self.observations.take(item)
+        self.paired.add(
+            images, some.original.to(images.device), some.y.to(images.device), item, (numbers % self.draws).cpu()
+        )
+
+    def numbers(self) -> dict[str, Any]:
+        """Keys of a row."""
+        arguments = ", ".join(f"{k}={v}" for k, v in spec(self.operator)["init_args"].items())
+        given = f"{type(self.operator).__name__}({arguments})"
+        return {**self.paired.compute(), "draws": self.draws, "given": given}

@@ -1,0 +1,365 @@
+"""Models side by side: one row of numbers each, from the same seeds, on the same held-out images."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_tdisent.data.shards import ImageSet, note_classes
+from lightning_tdisent.diffusion.spec import spec
+from lightning_tdisent.diffusion.states import CONDITION, LatentStates
+from lightning_tdisent.digests import digest, sha256
+from lightning_tdisent.distributed import all_gather, rank_and_world, shared_errors
+from lightning_tdisent.errors import InputError, NotFinite
+from lightning_tdisent.evaluation.bits import Bits
+from lightning_tdisent.evaluation.conditional import Given
+from lightning_tdisent.evaluation.measured import Measured
+from lightning_tdisent.evaluation.observations import Observations
+from lightning_tdisent.evaluation.provenance import provenance
+from lightning_tdisent.evaluation.real_images import RealImages, image_files
+from lightning_tdisent.evaluation.score import compute, open_quality, score
+from lightning_tdisent.metrics.network import FeatureNetwork
+from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.metrics.quality import Quality
+from lightning_tdisent.metrics.reference import remembered
+from lightning_tdisent.models.composite import CompositeDenoiser, find_files, load_model
+from lightning_tdisent.models.cost import training_cost, with_prior
+from lightning_tdisent.models.expert import Card
+from lightning_tdisent.models.residency import Residency
+from lightning_tdisent.models.start import Implicit, Started, load_started, prior_file, signal_note
+from lightning_tdisent.sampling.denoiser import Denoiser, Denoises, extras
+from lightning_tdisent.sampling.errors_by_row import has_signal, held_out_errors
+from lightning_tdisent.sampling.likelihood import refuse_components
+from lightning_tdisent.sampling.sampler import Sampler, probe_rows, refuse_unowned
+
+REAL = "real images, held out"  # end of the name of the last row
+
+
+@dataclasses.dataclass
+class Contender:
+    """A name in the table, the weights behind it and the sampler that draws its images.
+
+    Without a sampler the source holds images: a folder of them, or a split of a data set. residency, fill: of a
+    composite, see `load_model`; prior: where its chain starts, see `load_started`.
+    """
+
+    name: str
+    source: Path
+    sampler: Sampler | None
+    split: str = "test"
+    residency: Residency = "resident"
+    fill: str | None = None
+    prior: str | None = None
+
+    def load(self) -> tuple[Denoiser | CompositeDenoiser | Started, list[Card]]:
+        """The model, and the cards of its files."""
+        if self.prior is not None:
+            return load_started(self.source, self.prior, self.residency, self.fill)
+        return load_model(self.source, self.residency, self.fill)
+
+
+def evaluate(
+    contenders: Sequence[Contender],
+    protocol: Protocol,
+    network: FeatureNetwork,
+    real: RealImages,
+    held_out: ImageSet,
+    batch_size: int = 250,
+    device: str = "cpu",
+    keep: int = 64,
+    progress: Callable[[str, int], None] | None = None,
+    bits: tuple[Bits, ImageSet] | None = None,
+    observations: dict[str, Observations] | None = None,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    measured: Measured | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Return one row of numbers per contender, and its first ``keep`` images; the same on all ranks.
+
+    real: the images that distances are taken to; held_out: those of the errors per state. A model makes the images of
+    the protocol's seeds, files are taken as they are. Errors are taken at the rows of the model with the fewest, for
+    every model that has those rows at the same values. A last row scores the held-out images themselves, as if a model
+    had made them: what a perfect one would reach with so few. Where a metric refuses what it is given, the row says
+    why under ``refused``. bits: how bits per dimension are measured, if they are, and training images. A conditional
+    model is given observations of held-out images (see `Given`), which are put into ``observations`` by its name.
+    measured: rows that are kept; one is taken from there if all that it depends on is the same.
+    """
+    loaded = [c.load() if c.sampler else None for c in contenders]
+    shape = list(held_out.images.shape[1:])
+    for contender, model in zip(contenders, loaded, strict=True):
+        if model is not None and contender.sampler is not None:
+            if model[0].shape != shape:
+                raise InputError(f"{contender.source} makes images {model[0].shape}, the real ones are {shape}")
+            contender.sampler.check(model[0].states)  # before any work
+            refuse_unowned(contender.name, model[0], contender.sampler)
+            _check_labels(contender.name, model[0], held_out)
+            if isinstance(model[0], Started):
+                model[0].check_label(None)  # refuses a prior of one class, before any work
+            if bits:
+                refuse_components(model[0].states, str(contender.source))
+    files = {c.name: image_files(c.source, c.split, shape) for c in contenders if c.sampler is None}
+    quality = open_quality(protocol, network, real, shape, device)
+    qualities = {}
+    for name, found in files.items():  # before any work, too
+        try:
+            qualities[name] = quality.of(found.n)
+        except InputError as error:
+            raise InputError(f"{name} ({found.n:,} images): {error}") from None
+    models = [model[0] for model in loaded if model is not None]
+    common = _Common.of([m.states for m in models if not isinstance(m, Started)] or [m.states for m in models])
+    given = {
+        c.name: Given(model[0], held_out, quality, lpips=lpips)
+        for c, model in zip(contenders, loaded, strict=True)
+        if model is not None and model[0].states.condition is not None
+    }
+    pairs: dict[str, Metric] = {}
+    rows, images = [], dict[str, Tensor]()
+    common_key = {
+        "held out": [held_out.digest, len(held_out)],
+        "errors": [common.indices, common.log_snr.tolist()],
+        "bits": [dataclasses.asdict(bits[0]), bits[1].digest, len(bits[1])] if bits else None,
+        "lpips": lpips is not None,
+        "keep": keep,
+    }
+    for contender, model in zip(contenders, loaded, strict=True):
+        advance = functools.partial(progress, contender.name) if progress else None
+        found_quality = qualities[contender.name] if model is None else quality
+        key = {"protocol": found_quality.protocol.fields, **common_key, **_identity(contender, files)}
+        if (own := given.get(contender.name)) is not None:
+            key["given"] = digest(own.observations.y.numpy().tobytes())
+            if observations is not None:
+                observations[contender.name] = own.observations
+        if measured is not None and (known := measured.get(key)) is not None:
+            row, first = known
+        elif model is None:
+            found = files[contender.name]
+            row, first = _of_files(found, found_quality, keep, advance)
+            row["measured"] = provenance(len(held_out))
+        else:
+            if own is not None:
+                own.reference(real, pairs)
+            row, first = _of_model(contender, model, quality, held_out, common, batch_size, device, keep, advance, own)
+            row |= bits[0].measure(model[0].to(device), held_out, bits[1], batch_size) if bits else {}
+            row["measured"] = provenance(len(held_out))
+            model[0].cpu()
+        if measured is not None:
+            measured.put(key, row, first)
+        images |= {contender.name: first} if len(first) else {}
+        rows.append({"name": contender.name, **row, "source": str(contender.source)})
+    held = RealImages(held_out.digest, len(held_out), lambda numbers: held_out.images[numbers])
+    perfect = quality.of(held.n, fewer=True)
+    name = f"{held.digest}-{perfect.protocol.hash}-{'-'.join(perfect.protocol.metrics)}"
+    floor = remembered(name, lambda: _of_files(held, perfect, 0)[0])
+    return [*rows, {"name": f"{len(held_out)} {REAL}", **floor}], images
+
+
+def _identity(contender: Contender, files: dict[str, RealImages]) -> dict[str, Any]:
+    """Return the digests of a contender: of weights, start and sampler, or of its images; no name and no path."""
+    if contender.sampler is None:
+        return {"images": files[contender.name].digest}
+    shared = (contender.fill or "").removeprefix("shared:")
+    return {
+        "weights": [sha256(file) for file in find_files(contender.source)],
+        "fill": [contender.fill, [sha256(f) for f in find_files(shared)] if shared not in ("", "nearest") else []],
+        "prior": start_digest(contender.prior),
+        "sampler": spec(contender.sampler),
+    }
+
+
+def start_digest(prior: str | None) -> str | None:
+    """Digest of the file of a prior, or the row of a plain cut."""
+    return prior if prior is None or prior.startswith("cut:") else sha256(prior_file(prior))
+
+
+@dataclasses.dataclass
+class _Common:
+    """Noise levels that the errors of all models are taken at: those of the table with the fewest rows."""
+
+    indices: list[int]
+    log_snr: Tensor
+    layout: str = ""
+
+    @classmethod
+    def of(cls, tables: Sequence[LatentStates]) -> "_Common":
+        if not tables:
+            return cls([], torch.empty(0))
+        few = min(tables, key=lambda states: states.S)
+        rows = probe_rows(few.rows, 32)
+        log_snr = few.log_snr[rows, : few.own].clone()  # a model's moves with it
+        return cls([int(few.index[s]) for s in rows], log_snr, _units(few))
+
+    def rows(self, states: LatentStates) -> list[int]:
+        """Those rows of a table, none if it has not all of them at the same values."""
+        here = {t: s for s, t in enumerate(states.index.tolist())}
+        at = [here[t] for t in self.indices if t in here]
+        here_too = states.log_snr[at, : states.own].cpu()
+        same = here_too.shape == self.log_snr.shape and torch.allclose(here_too, self.log_snr)
+        return at if same and _units(states) == self.layout else []
+
+
+def _units(states: LatentStates) -> str:
+    """Return what the image's own columns are: errors of others are in other units."""
+    return states.made_of.partition(CONDITION)[0] if states.own > 1 else ""
+
+
+def _of_model(
+    contender: Contender,
+    loaded: tuple[Any, list[Card]],
+    quality: Quality,
+    held_out: ImageSet,
+    common: _Common,
+    batch_size: int,
+    device: str,
+    keep: int,
+    progress: Callable[[int], None] | None,
+    given: Given | None = None,
+) -> tuple[dict[str, Any], Tensor]:
+    (model, cards), sampler = loaded, contender.sampler
+    assert sampler is not None
+    model.to(device)
+    _reset_peak(device)
+    start = time.perf_counter()
+    seen, also = (given.given, given.add) if given else (None, None)
+    scored = score(model, sampler, quality, batch_size, keep, progress, seen, also)
+    parts = all_gather((scored.numbers, scored.images, scored.seconds, _peak(device)))
+    images, order = torch.cat([p[1] for p in parts]), torch.cat([p[0] for p in parts]).argsort()
+    errors: dict[str, dict[str, float]] = {}
+    if at := common.rows(model.states):
+        x0, eps = held_out_errors(model, held_out, at, batch_size)
+        names = [str(t) for t in common.indices]
+        lit = [k for k, t in enumerate(at) if has_signal(model.states, t)]
+        errors = {"x0_mse": dict(zip(names, x0.tolist(), strict=True))}
+        errors |= {"eps_mse": {names[k]: float(eps[k]) for k in lit}} if lit else {}
+        if not x0.isfinite().all() and not isinstance(scored.values, InputError):
+            bad = ", ".join(name for name, e in zip(names, x0.tolist(), strict=True) if not math.isfinite(e))
+            scored = scored._replace(values=NotFinite(f"held-out errors are not finite at index {bad}"))
+        errors = errors if x0.isfinite().all() else {}
+    implicit = model.prior if isinstance(model, Started) and isinstance(model.prior, Implicit) else None
+    more = implicit.evaluations if implicit else 0  # those of the start
+    row = {
+        "networks": len(cards),
+        "weights": sum(p.numel() for p in model.parameters()),
+        "rows": model.states.S,
+        "nfe": len(sampler.rows(model.states)) + more,
+        **_numbers(scored.values, quality),
+        **(given.numbers() if given and not isinstance(scored.values, NotFinite) else {}),
+        **errors,
+        **_cost(model, cards),
+        "sampling_seconds_per_image": sum(p[2] for p in parts) / quality.protocol.n,
+        "evaluation_seconds": time.perf_counter() - start,
+        "peak_memory_bytes": max(p[3] for p in parts),
+        "ranks": len(parts),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
+        "weights_kind": ", ".join(sorted({card.weights for card in cards})),
+        "training_data": cards[0].data,
+        "table": cards[0].fingerprint,
+        "sampler": repr_sampler(sampler),
+        "sha256": [sha256(file) for file in find_files(contender.source)],
+        "recipe": _recipe(cards),
+        "images_a_step": sorted({round(card.images_seen / card.steps) for card in cards if card.steps}),
+        "seeds": sorted({card.seed for card in cards}),
+        **({"prior": type(model.prior).__name__, "cut": model.states.S} if isinstance(model, Started) else {}),
+        **({"start_note": note} if (note := _start_note(model)) else {}),
+        **({"prior_sha256": start_digest(contender.prior)} if isinstance(model, Started) else {}),
+        **({"preview": extras(model).filled} if extras(model).filled else {}),
+        **({"differs": extras(model).differs} if extras(model).differs else {}),
+    }
+    model.cpu()  # the next one's peak memory is its own
+    return row, images[order]
+
+
+def _start_note(model: Any) -> str:
+    return model.check_label(None) if isinstance(model, Started) else signal_note(model)
+
+
+def _recipe(cards: Sequence[Card]) -> list[dict[str, Any]]:
+    """What the networks of a model are, and how they were trained, each kind once; equal for repeats of a training."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for card in cards:
+        kind = {k: getattr(card, k) for k in ("module", "network", "objective", "average")}
+        kind["warm"] = len(card.parents)
+        kinds.setdefault(json.dumps(kind, sort_keys=True), kind)
+    return [kinds[key] for key in sorted(kinds)]
+
+
+def _cost(model: Any, cards: Sequence[Card]) -> dict[str, float]:
+    source = model.prior.cards if isinstance(model, Started) and isinstance(model.prior, Implicit) else []
+    cost = training_cost([*cards, *(card for card in source if card not in cards)])
+    if isinstance(model, Started) and model.card is not None:
+        return with_prior(cost, model.prior, model.card.images_seen, model.card.seconds)
+    return cost
+
+
+def _of_files(
+    files: RealImages, quality: Quality, keep: int, progress: Callable[[int], None] | None = None
+) -> tuple[dict[str, Any], Tensor]:
+    """A row of images that are there already, each rank taking its share of them."""
+    rank, world = rank_and_world()
+    try:
+        with shared_errors():
+            for numbers in torch.arange(files.n)[rank::world].split(250):
+                if len(numbers):
+                    quality.add(files.take(numbers), numbers)
+                    if progress:
+                        progress(len(numbers))
+            first = files.take(torch.arange(min(keep, files.n)))
+    except InputError as error:
+        return _numbers(error, quality), torch.empty(0, dtype=torch.uint8)
+    return {**_numbers(compute(quality), quality), "images": files.digest}, first
+
+
+def _numbers(values: dict[str, float] | InputError, quality: Quality) -> dict[str, Any]:
+    refused = {"refused": str(values)} if isinstance(values, InputError) else values
+    protocol = quality.protocol
+    return {
+        **refused,
+        "n": protocol.n,
+        "num_features": quality.network.num_features,
+        "protocol": protocol.hash,
+        "protocol_fields": protocol.fields,
+        "protocol_line": protocol.line,
+    }
+
+
+def _reset_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # only Linux knows
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def _peak(device: str) -> int:
+    """Bytes of the device's memory, or of this process, at most since `_reset_peak`."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _check_labels(name: str, model: Denoises, held_out: ImageSet) -> None:
+    """Refuse labels that a model does not know; print which of its classes a large set of images lacks."""
+    if model.classes and not 0 <= int(held_out.labels.min()) <= int(held_out.labels.max()) < model.classes:
+        raise InputError(f"the model has {model.classes} classes; the held-out images have other labels, or none")
+    if model.classes and len(held_out) >= 10 * model.classes:  # fewer may lack some by chance
+        where = f"the {len(held_out):,} held-out images"
+        note_classes(f"network.classes of {name}", held_out.labels, where, model.classes)
+
+
+def repr_sampler(sampler: Sampler) -> str:
+    """One line naming a sampler and its options."""
+    return f"{type(sampler).__name__}({', '.join(f'{k}={v}' for k, v in vars(sampler).items())})"

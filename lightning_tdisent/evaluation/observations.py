@@ -1,0 +1,259 @@
+"""What conditional models are given: observations of images, kept in one file with what they were made by."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from lightning_tdisent.artifacts import check_metadata, parse_json
+from lightning_tdisent.data.decode import IMAGES, decode_image, open_image
+from lightning_tdisent.data.shards import load
+from lightning_tdisent.diffusion.operators import GREY_LEVEL, Operator, masks
+from lightning_tdisent.diffusion.spec import identity, spec
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import write_whole
+from lightning_tdisent.images import from_uint8
+
+FILE, SCHEMA = "observations.safetensors", 1
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Observations y float (N, C', H, W) in [-1, 1] of items int64 (N,), the originals uint8 (N, C, H, W), and by what.
+
+    operator: its class path and arguments; kernel: its masks (N, 1, H, W), or the one kernel of all; own_mask: whether
+    these masks were given by hand, instead of made by the operator.
+    """
+
+    y: Tensor
+    item: Tensor
+    original: Tensor
+    kernel: Tensor
+    operator: dict[str, Any]
+    own_mask: bool = False
+
+    @classmethod
+    def of(cls, operator: Operator, images: Tensor, item: Tensor) -> "Observations":
+        """Those of images uint8 (N, C, H, W) with these item numbers."""
+        y = operator.observe(from_uint8(images), item)
+        return cls(y, item, images, operator.kernel(list(images.shape[1:]), item), spec(operator))
+
+    def masked(self, mask: Tensor) -> "Observations":
+        """The same originals seen through a mask of one's own, (1, H, W), 1 where a pixel is known."""
+        kernel = mask.float().expand(len(self), 1, -1, -1)
+        return replace(self, y=from_uint8(self.original) * kernel, kernel=kernel, own_mask=True)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, numbers: Sequence[int] | Tensor) -> "Observations":
+        """Some of them."""
+        at = torch.as_tensor(numbers, dtype=torch.int64)
+        kernel = self.kernel[at] if self.kernel.shape == (len(self.y), 1, *self.y.shape[2:]) else self.kernel
+        return replace(self, y=self.y[at], item=self.item[at], original=self.original[at], kernel=kernel)
+
+    def check(self, states: LatentStates, where: str = "observations") -> None:
+        """Refuse those of another operator or image size than a model's, and masks of other items."""
+        if states.condition is None or states.image_shape is None:
+            raise InputError(f"{where}: the model is unconditional, and takes none")
+        operator: Operator = states.condition.operator
+        if identity(mine := spec(operator)) != identity(self.operator):
+            raise InputError(f"{where}: made by {self.operator}, the model was trained for {mine}")
+        c, *sides = states.image_shape
+        asked = {"original": [c, *sides], "y": [operator.channels(c), *sides], "item": []}
+        found = {name: list(getattr(self, name).shape) for name in asked}
+        n = found["y"][0] if found["y"] else 0
+        if odd := [f"{name} {found[name]}" for name in asked if found[name] != [n, *asked[name]]]:
+            raise InputError(
+                f"{where}: {', '.join(odd)}, the model makes {states.image_shape} and wants as many of each"
+            )
+        if not n or self.original.dtype != torch.uint8 or self.item.dtype != torch.int64:
+            kinds = f"{self.original.dtype} and {self.item.dtype}"
+            raise InputError(
+                f"{where}: {n} observations, of originals and items in {kinds}; uint8 and int64 are wanted"
+            )
+        if self.own_mask:
+            self._check_own_masks(operator, where)
+            return
+        operator.refuse_others(from_uint8(self.original), self.y, self.item, where)
+        kernel = operator.kernel([c, *sides], self.item)
+        if kernel.shape != self.kernel.shape or not bool(((kernel - self.kernel).abs() <= 1e-6).all()):
+            raise InputError(
+                f"{where}: the kernel kept, {list(self.kernel.shape)}, is not the one that {type(operator).__name__} "
+                f"has for these items, {list(kernel.shape)}: the file was changed, or its masks are of other items"
+            )
+
+    def _check_own_masks(self, operator: Operator, where: str) -> None:
+        """Refuse masks of one's own that are none, or that do not make y of the originals."""
+        shape = list(self.original.shape[1:])
+        refuse_without_masks(operator, shape, where)
+        binary = bool(((self.kernel == 0) | (self.kernel == 1)).all())
+        if list(self.kernel.shape) != [len(self), 1, *shape[1:]] or not binary:
+            raise InputError(f"{where}: the masks kept are no {[len(self), 1, *shape[1:]]} of 0 and 1")
+        if not bool(((from_uint8(self.original) * self.kernel - self.y).abs() <= GREY_LEVEL).all()):
+            raise InputError(f"{where}: y is not what the masks leave of the originals: the file was changed")
+
+    def save(self, path: str | Path) -> None:
+        """Write them to a .safetensors file; never half-written."""
+        tensors = {k: getattr(self, k).cpu().contiguous() for k in ("y", "item", "original", "kernel")}
+        metadata = {"schema": str(SCHEMA), "operator": json.dumps(self.operator)}
+        metadata |= {"mask": "own"} if self.own_mask else {}
+        write_whole(path, save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Observations":
+        """Read a file; refuses what `save` has not written."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                check_metadata(metadata, str(path), SCHEMA)
+                operator = parse_json(metadata["operator"])
+            tensors = load_file(path)
+            return cls(**{k: tensors[k] for k in ("y", "item", "original", "kernel")}, operator=operator,
+                       own_mask=metadata.get("mask") == "own")  # fmt: skip
+        except InputError:
+            raise
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: no observations of this project ({type(error).__name__}: {error})") from None
+
+
+def observed(states: LatentStates, images: Tensor, n: int) -> Tensor | None:
+    """Observations (n, C', H, W) of images uint8, in turn, for a conditional model; None for any other."""
+    if states.condition is None:
+        return None
+    item = torch.arange(n) % len(images)
+    y: Tensor = states.condition.operator.observe(from_uint8(images[item]), item)
+    return y
+
+
+def refuse_without_masks(operator: Operator, shape: list[int], where: str) -> None:
+    """Refuse an operator that does not show the pixels under a mask and hide all others."""
+    if masks(operator, shape, torch.arange(2)) is None:
+        raise InputError(
+            f"{where}: {type(operator).__name__} has no masks: its kernel() returns no (B, 1, H, W) of 0 and 1 that "
+            "its observations are the image times of, as those of Inpainting are"
+        )
+
+
+def observe(
+    states: LatentStates,
+    source: str | Path,
+    seeds: Sequence[int],
+    items: Sequence[int] | None = None,
+    mask: str | Path | None = None,
+) -> tuple[Observations, str]:
+    """Return an observation for every seed, for a conditional model of this table, and a line that says of what.
+
+    source: a file that `Observations.save` wrote, an image, a folder of images in the order of their names, or a data
+    set, whose test split is observed. items: numbers of images there, in turn; not given, of a data set those of the
+    seeds, else all. mask: an image of black and white in place of the operator's masks; white pixels are known.
+    """
+    source, shape = Path(source), states.image_shape
+    if states.condition is None or shape is None:
+        raise InputError("--observe is for conditional models, this one is not")
+    operator: Operator = states.condition.operator
+    if source.is_file() and source.suffix == ".safetensors":
+        if mask is not None:
+            raise InputError(f"--mask {mask}: {source} keeps the masks that it was made with; give images to --observe")
+        kept = Observations.load(source)
+        kept.check(states, str(source))
+        chosen = _in_turn(items or range(len(kept)), len(kept), len(seeds), source)
+        return kept.take(chosen), _said(chosen, source, seeds)
+    own = _mask(Path(mask), shape) if mask is not None else None
+    if own is not None:
+        refuse_without_masks(operator, shape, f"--mask {mask}")
+    if pictures := _pictures(source):
+        chosen = _in_turn(items or range(len(pictures)), len(pictures), len(seeds), source)
+        images = torch.stack([_picture(file, shape) for file in pictures])
+    else:
+        c, height, width = shape
+        asked = items or seeds
+        try:
+            images = load(source, "test", c, max(asked) + 1, height if height == width else None).images
+        except InputError as error:
+            raise InputError(
+                f"--observe {source}: of shards the split test is observed; or name an image or their folder: {error}"
+            ) from None
+        if list(images.shape[1:]) != shape:
+            raise InputError(f"--observe {source}: its images are {list(images.shape[1:])}, the model makes {shape}")
+        chosen = _in_turn(items or [seed % len(images) for seed in seeds], len(images), len(seeds), source)
+    seen = Observations.of(operator, images[chosen], torch.tensor(chosen))
+    seen = seen if own is None else seen.masked(own)
+    seen.check(states, str(source))
+    known = "" if own is None else f", through {mask}: the white pixels are known, {own.mean():.0%} of all"
+    return seen, _said(chosen, source, seeds) + known
+
+
+def _in_turn(items: Sequence[int], there: int, n: int, source: Path) -> list[int]:
+    """Return n numbers of items, in turn; refuses numbers that are not there."""
+    if odd := [item for item in items if not 0 <= item < there]:
+        raise InputError(f"--items: item {odd[0]} is not among the {there} of {source}, 0 to {there - 1}")
+    return [items[k % len(items)] for k in range(n)]
+
+
+def _said(chosen: Sequence[int], source: Path, seeds: Sequence[int]) -> str:
+    if len(chosen) > 1 and all(b - a == 1 for a, b in itertools.pairwise(chosen)):
+        which = f"items {chosen[0]} to {chosen[-1]}"
+    else:
+        few = list(dict.fromkeys(chosen))
+        numbers = ", ".join(map(str, few)) if len(few) <= 4 else f"{few[0]}, {few[1]}, {few[2]} .. {few[-1]}"
+        which = f"item{'s' if len(few) > 1 else ''} {numbers}" + (", in turn" if 1 < len(few) < len(chosen) else "")
+    return f"observed: {which} of {source}, for seeds {seeds[0]} to {seeds[-1]}"
+
+
+def _pictures(source: Path) -> list[Path]:
+    """Return an image, or the images of a folder in the order of their names; nothing for a data set."""
+    if source.is_file():
+        return [source] if source.suffix.lower().removeprefix(".") in IMAGES else []
+    if not source.is_dir():
+        return []
+    files = sorted(file for file in source.iterdir() if file.is_file() and not file.name.startswith("."))
+    found = [file for file in files if file.suffix.lower().removeprefix(".") in IMAGES]
+    if found and (shards := [file for file in files if ".tar" in file.suffixes]):
+        raise InputError(
+            f"--observe {source}: holds images ({found[0].name} ..) and shards ({shards[0].name} ..); name one of them"
+        )
+    return found
+
+
+def _picture(file: Path, shape: Sequence[int]) -> Tensor:
+    """Return an image file as uint8 (C, H, W), which must have the size of the model's images."""
+    image = decode_image(file.read_bytes(), shape[0], None, file)
+    if list(image.shape) != list(shape):
+        sides, wanted = (f"{w} x {h} pixels" for h, w in (image.shape[1:], shape[1:]))
+        raise InputError(f"{file}: an image of {sides}; the model makes {wanted}: crop or scale it to that size")
+    return image
+
+
+def _mask(file: Path, shape: Sequence[int]) -> Tensor:
+    """Return a mask (1, H, W), 1 where an image file is white, 0 where it is black; refuses anything else."""
+    if not file.is_file():
+        raise InputError(f"--mask {file}: no such file")
+    image = open_image(file.read_bytes(), file)
+    if image.has_transparency_data:
+        *colours, opacity = np.moveaxis(np.asarray(image.convert("RGBA")), 2, 0)
+        if len(np.unique(opacity)) > 1 and all(len(np.unique(colour)) == 1 for colour in colours):
+            raise InputError(
+                f"--mask {file}: all pixels have one colour, and only their opacity differs ({opacity.min()} to "
+                f"{opacity.max()}), which does not say what is known. Save it as black and white without transparency"
+            )
+    grey = _picture(file, [1, *shape[1:]])
+    if other := int(((grey != 0) & (grey != 255)).sum()):
+        raise InputError(
+            f"--mask {file}: {other} of {grey.numel()} pixels are neither black (0) nor white (255); save it as PNG "
+            "with these two alone: white is known, black is drawn"
+        )
+    if (share := float(grey.float().mean()) / 255) in (0.0, 1.0):
+        raise InputError(f"--mask {file}: all of it is {'white, nothing is left to draw' if share else 'black'}")
+    return (grey == 255).float()

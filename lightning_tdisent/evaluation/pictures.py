@@ -1,0 +1,72 @@
+"""Pictures of any denoiser, for TensorBoard, the report and files."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lightning_tdisent.diffusion.process import noise
+from lightning_tdisent.diffusion.rng import seed_noise
+from lightning_tdisent.files import output_path, whole
+from lightning_tdisent.finite import refuse_non_finite
+from lightning_tdisent.images import from_uint8, to_uint8
+from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.errors_by_row import HELD_OUT
+from lightning_tdisent.sampling.sampler import Sampler, probe_rows
+
+
+@torch.no_grad()
+def forward_strip(denoise: Denoises, images: Tensor, rows: Sequence[int]) -> Tensor:
+    """x_0 and x_s at the given rows, image i on noise i of all held-out ones: uint8 (B, 1 + R, C, H, W)."""
+    x0 = from_uint8(images)
+    strip = [x0, *(_noisy(denoise, x0, s)[1] for s in rows)]
+    return to_uint8(torch.stack(strip, 1))
+
+
+def _noisy(denoise: Denoises, x0: Tensor, s: int) -> tuple[Tensor, Tensor]:
+    """x_s of the first held-out images, and its picture."""
+    states, finished, ids = denoise.states, denoise.states.finished([s]), range(len(x0))
+    z0 = states.components(x0.to(states.a.device), torch.as_tensor(ids), finished)
+    eps = seed_noise(ids, HELD_OUT, states.shape_at(1, x0.shape[1:]))[..., : z0.shape[-2], : z0.shape[-1]]
+    x = noise(states, z0, s, eps.to(z0))
+    return x, states.picture(x, finished).cpu()
+
+
+@torch.no_grad()
+def estimate_strip(denoise: Denoises, images: Tensor, s: int) -> Tensor:
+    """x_0, x_s and x0_hat of it: uint8 (B, 3, C, H, W)."""
+    x0 = from_uint8(images)
+    x, noisy = _noisy(denoise, x0, s)
+    estimate = denoise(x.to(next(iter(denoise.parameters())).device), s).cpu()
+    refuse_non_finite("the model", {f"x0_hat at row {s}": estimate})
+    return to_uint8(torch.stack([x0, noisy, denoise.states.picture(estimate, denoise.states.finished([s]))], 1))
+
+
+@torch.inference_mode()
+def reverse_strip(
+    denoise: Denoises, sampler: Sampler, seeds: Sequence[int], columns: int = 9, given: Tensor | None = None
+) -> tuple[Tensor, list[int]]:
+    """x_s on the way from noise to image: uint8 (B, columns, C, H, W) and the rows shown, S first, 0 last."""
+    keep = {*probe_rows(sampler.rows(denoise.states)[::-1], columns - 1), 0}
+    states = denoise.states
+    walk = sampler.walk(denoise, seeds, given=given)
+    shown = [(s, to_uint8(states.picture(x, states.finished([s]))).cpu()) for s, x, _ in walk if s in keep]
+    return torch.stack([x for _, x in shown], 1), [s for s, _ in shown]
+
+
+def png(picture: Tensor) -> bytes:
+    """Return a uint8 picture (C, H, W) of one or three channels as a PNG file."""
+    array, buffer = picture.permute(1, 2, 0).numpy(), io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def save_png(picture: Tensor, path: Path) -> None:
+    """Write a uint8 picture (C, H, W) as a PNG file; it takes the name ``path`` when it is whole."""
+    path = output_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path, sync=False) as stream:
+        stream.write(png(picture))

@@ -1,0 +1,149 @@
+"""Generate the images of a protocol's seeds and compute their metrics, on all ranks."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_tdisent.distributed import all_gather, rank_and_world
+from lightning_tdisent.errors import InputError, NotFinite
+from lightning_tdisent.evaluation.real_images import RealImages
+from lightning_tdisent.metrics.network import FeatureNetwork
+from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.metrics.quality import Quality
+from lightning_tdisent.metrics.reference import reference
+from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.sampler import Sampler, sample
+
+
+def open_quality(
+    protocol: Protocol,
+    network: FeatureNetwork,
+    real: RealImages,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> Quality:
+    """`Quality` of images of (C, H, W) = shape against real ones; their statistics are computed if need be."""
+    if network.shape is not None and list(shape) != list(network.shape):
+        raise InputError(
+            f"the features {protocol.features!r} take images of {network.shape}, these are {list(shape)}; choose "
+            "another protocol"
+        )
+    full = protocol.resolved(network, real.digest, real.n, shape)
+    return Quality(full, network, reference(full, network, real.take, device)).to(torch.device(device))
+
+
+class Scored(NamedTuple):
+    """Numbers over all ranks, or why there are none; of this rank seconds of sampling, first images, their numbers."""
+
+    values: dict[str, float] | InputError
+    seconds: float
+    numbers: Tensor
+    images: Tensor
+
+
+def score(
+    denoise: Denoises,
+    sampler: Sampler,
+    quality: Quality,
+    batch_size: int = 250,
+    keep: int = 0,
+    progress: Callable[[int], None] | None = None,
+    given: Tensor | None = None,
+    also: Callable[[Tensor, Tensor], None] | None = None,
+) -> Scored:
+    """Generate the images of the protocol's seeds, this rank's share of them, and return the numbers over all ranks.
+
+    Exactly n images enter, whatever the number of ranks; image i depends on its seed alone, and no rank waits for
+    another before all have theirs. On a GPU their features are taken beside the sampling of the next ones. given:
+    observations for a conditional model, one for each of the n; also: what else wants images and their numbers. Where
+    an image is not finite on any rank, the values of all ranks are that `NotFinite`, and no images are kept.
+    """
+    (rank, world), n, first = rank_and_world(), quality.protocol.n, quality.protocol.first_seed
+    assert first is not None
+    if given is not None and n < world:
+        raise InputError(f"n={n}: fewer images than the {world} ranks that are to draw them")
+    device = next(iter(denoise.parameters())).device
+    numbers = torch.arange(n)[rank::world]
+    there = numbers.to(device)  # once: copying them batch by batch would make the host wait
+    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+    clock = _Clock(device)
+    kept: list[Tensor] = []
+    quality.reset()
+    mine = None if given is None else given[numbers]
+    images = iter(sample(denoise, sampler, (first + numbers).tolist(), batch_size, given=mine))
+    done, failure = 0, ""
+    while done < len(numbers) and not failure:
+        try:
+            with clock:
+                batch = next(images)
+        except NotFinite as error:
+            failure = str(error)
+            continue
+        here = there[done : done + len(batch)]
+        if beside is None:
+            quality.add(batch, here)
+            if also:
+                also(batch, here)
+        else:
+            beside.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(beside):
+                quality.add(batch, here)
+                if also:
+                    also(batch, here)
+            batch.record_stream(beside)
+        if some := int((numbers[done : done + len(batch)] < keep).sum()):
+            kept.append(batch[:some].cpu())
+        done += len(batch)
+        if progress:
+            progress(len(batch))
+    if beside is not None:
+        torch.cuda.current_stream(device).wait_stream(beside)
+    if failures := [said for said in all_gather(failure) if said]:
+        empty = torch.empty(0, *denoise.shape, dtype=torch.uint8)
+        return Scored(NotFinite(failures[0]), clock.seconds, numbers[:0], empty)
+    first_images = torch.cat(kept) if kept else torch.empty(0, *denoise.shape, dtype=torch.uint8)
+    return Scored(compute(quality), clock.seconds, numbers[numbers < keep], first_images)
+
+
+def compute(quality: Quality) -> dict[str, float] | InputError:
+    """The numbers, or why there are none: one model's failure must not cost those of the others."""
+    try:
+        return quality.compute()
+    except InputError as error:
+        return error
+
+
+class _Clock:
+    """Seconds spent inside, on a GPU by its own events, which nobody waits for until the end.
+
+    There they are those of sampling beside the features of the batch before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.cuda, self.spent, self.events = device, device.type == "cuda", 0.0, list[Any]()
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def __enter__(self) -> None:
+        self.start = self._now()
+
+    def __exit__(self, *_: object) -> None:
+        end = self._now()
+        if self.cuda:
+            self.events.append((self.start, end))
+        else:
+            self.spent += end - self.start
+
+    @property
+    def seconds(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+        return self.spent + sum(start.elapsed_time(end) for start, end in self.events) / 1000

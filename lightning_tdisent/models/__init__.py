@@ -1,0 +1,1 @@
+"""Model files: cards and experts, composites, truncated models, averages, merges, costs and exports."""

@@ -1,0 +1,575 @@
+"""`CompositeDenoiser`: experts behind one denoiser. The sampler cannot tell the difference.
+
+The file is long because it also holds all that a composite is on disk: what files must agree on, folder, manifest.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tdisent.artifacts import check_schema, parse_json
+from lightning_tdisent.diffusion.process import scale
+from lightning_tdisent.diffusion.spec import build, changed
+from lightning_tdisent.diffusion.states import Coefficient, LatentStates
+from lightning_tdisent.digests import sha256
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import expand, output_path, remove_orphans, typed, whole, write_whole
+from lightning_tdisent.models.bundle import pack, unpacked
+from lightning_tdisent.models.expert import (
+    Card,
+    check_finite,
+    fitting_pieces,
+    load_expert,
+    read_card,
+    refuse_foreign,
+    shapes_in,
+)
+from lightning_tdisent.models.residency import Member, PassingExpert, Residency, passing
+from lightning_tdisent.runs import CHECKPOINTS, WEIGHTS
+from lightning_tdisent.sampling.denoiser import Denoiser, Extras
+
+MANIFEST, SCHEMA = "composite.json", 1
+ALLOWED = ("training data", "weights", "parametrisation")  # what experts may differ in and still be one sampler
+
+
+class CompositeDenoiser(Extras, nn.Module):
+    """Routes every row to the expert that owns it: composite(x, s) = experts[owner(s)](x, s).
+
+    Refuses experts that do not own every row exactly once, or whose tables, shapes or classes differ. With ``fill``
+    rows may be missing, for a preview: a denoiser on the same table that owns them answers there, or with ``nearest``
+    the owner of the row r of the nearest log-SNR, by x0_hat_s(x) = x0_hat_r(sqrt(a_r / a_s) x). `filled` says which.
+    allow: names of `ALLOWED` in which experts may differ; `differs` has the values, where they do. upto: the last row
+    that is ever asked for, where the chain starts below S; nobody needs to own those above.
+
+    Why this scaling: along a principal axis of centred data, of variance v, the ideal estimate at row s is w_s x / a_s
+    with w = a^2 v / (a^2 v + b^2), and that of row r at (a_r / a_s)^g x is w_r (a_s / a_r)^(1 - g) x / a_s. To first
+    order in d = log(a_s / a_r) it is off by w_s d (1 - g - 2 / (a_s^2 v + b_s^2)) x / a_s: strong axes ask for g = 1,
+    the right signal; those of variance 1 for g = -1; images have both, and g = 1/2 lies between 0 and 1, the best for
+    digits and for large images. The raw output read with (a_s, b_s) instead lets noise through along weak axes.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[Denoiser],
+        fill: Denoiser | Literal["nearest"] | None = None,
+        allow: Sequence[str] = (),
+        upto: int | None = None,
+    ) -> None:
+        super().__init__()
+        facts = [_facts(e) for e in experts]
+        missing = refuse_unfit([f"expert {i}" for i in range(len(experts))], facts, fill is not None, allow, upto)
+        self.differs = differing(facts, allow)
+        self.states: LatentStates = experts[0].states
+        self.shape, self.classes = experts[0].shape, experts[0].classes
+        self._owner = {s: (expert, s) for expert in experts for s in expert.rows}
+        self.filled: dict[int, str] = {}
+        if isinstance(fill, Denoiser) and missing:
+            _refuse_filler(fill, experts[0], missing)
+            experts = [*experts, fill]
+            self._owner |= {s: (fill, s) for s in missing}
+            self.filled = dict.fromkeys(missing, "shared")
+        elif missing:
+            nearest = {s: _nearest(self.states, s, _alike(self.states, s, self._owner)) for s in missing}
+            self._owner |= {s: self._owner[r] for s, r in nearest.items()}
+            self.filled = {s: f"row {r}" for s, r in nearest.items()}
+        self.experts = nn.ModuleList(experts)
+        self._slot = experts[0].slot if isinstance(experts[0], PassingExpert) else None
+        self._path: list[int] = []
+        self._then: dict[int, PassingExpert | None] = {}
+
+    @property
+    def residency(self) -> Residency:  # type: ignore[override]
+        """Where its experts are: all on the device, or one of them."""
+        return self._slot.residency if self._slot else "resident"
+
+    def expect(self, rows: Sequence[int]) -> None:
+        """Say which rows will be asked for, in this order, so that the next expert can come while one computes."""
+        if self._slot is None or rows == self._path:
+            return
+        self._path, self._then, then, before = list(rows), {}, None, None
+        for s in reversed(rows):
+            expert: Any = self.at(s)
+            if before is not None and before is not expert:
+                then = before
+            self._then[s], before = then, expert
+
+    def at(self, s: int) -> Denoiser:
+        """Return the owner of row s, or the one that answers in its place."""
+        if s not in self._owner:
+            raise InputError(f"row {s} is not among the latent rows 1..{self.states.S}")
+        return self._owner[s][0]
+
+    def forward(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
+        """x0_hat of the owner of row s, for the whole batch."""
+        expert = self.at(s)
+        row = self._owner[s][1]
+        if self._slot is not None:
+            assert isinstance(expert, PassingExpert)
+            self._slot.hold(expert, self._then.get(s))
+        if row != s:
+            x = scale(_stretch(self.states, row, s, x), x)
+        out: Tensor = expert(x, row, label)
+        return out
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        """All weights; where experts are not resident, those of the one that is here, and the shapes of the others."""
+        if self._slot is None:
+            return super().parameters(recurse)
+        if self._slot.at_hand is None:
+            self._slot.hold(self.at(self._path[0] if self._path else max(self._owner)))  # type: ignore[arg-type]
+        return self._slot.parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self._slot is None:
+            return super()._apply(fn, recurse)
+        self._slot.move(fn)
+        self.states._apply(fn)
+        for expert in self.experts:
+            expert.weights = expert.weights.to(self._slot.device)
+        return self
+
+
+def _nearest(states: LatentStates, s: int, rows: Sequence[int]) -> int:
+    """Row of the nearest log-SNR, over all columns; of two the one with more noise."""
+    log_snr = states.log_snr.clamp(-40, 40)
+    return min(rows, key=lambda r: (float((log_snr[r] - log_snr[s]).abs().sum()), -r))
+
+
+def _alike(states: LatentStates, s: int, rows: Iterable[int]) -> list[int]:
+    """Those rows whose states have the shape of row s."""
+    if not (out := [r for r in rows if states.finished([r]) == states.finished([s])]):
+        raise InputError(f"no expert of a row whose states are of the scale of row {s}: nothing can fill it")
+    return out
+
+
+def _stretch(states: LatentStates, row: int, s: int, x: Tensor) -> Coefficient:
+    """sqrt(a_row / a_s), 1 where either has no signal."""
+    at, asked = states.coefficients(row, x)[0], states.coefficients(s, x)[0]
+    if isinstance(at, Tensor) or isinstance(asked, Tensor):
+        ratio = torch.as_tensor(at) / asked
+        return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
+    return float((at / asked) ** 0.5) if at > 0 and asked > 0 else 1.0
+
+
+def _facts(expert: Denoiser) -> dict[str, Any]:
+    return {
+        "rows": expert.rows,
+        "S": expert.states.S,
+        "table": expert.states.fingerprint,
+        "parametrisation": type(expert.objective).__name__,
+        "network input": {"shape": expert.shape, "classes": expert.classes},
+    }
+
+
+def _card_facts(card: Card) -> dict[str, Any]:
+    network = card.network["init_args"]
+    states = card.states["init_args"]
+    return {
+        "rows": card.rows,
+        "S": states.get("S"),
+        "table": f"{card.fingerprint} ({_brief(states)})",
+        "parametrisation": card.objective["class_path"].rpartition(".")[2],
+        "image range": card.image_range,
+        "network input": {"shape": card.shape, "classes": network.get("classes")},
+        "training data": card.data,
+        "weights": card.kind,
+    }
+
+
+def _brief(states: dict[str, Any]) -> str:
+    schedule = states.get("schedule") or {"class_path": "another schedule", "init_args": {}}
+    arguments = ", ".join(f"{k}={v}" for k, v in schedule["init_args"].items())
+    kind = states.get("kind", "components")
+    return f"S={states.get('S')} {kind} of {schedule['class_path'].rpartition('.')[2]}({arguments})"
+
+
+def differing(facts: Sequence[dict[str, Any]], allow: Sequence[str]) -> dict[str, list[str]]:
+    """Values of the fields in which experts differ as they may."""
+    found = {field: sorted({str(fact[field]) for fact in facts}) for field in allow if field in facts[0]}
+    return {field: values for field, values in found.items() if len(values) > 1}
+
+
+def refuse_unfit(
+    names: Sequence[str], facts: Sequence[dict[str, Any]], preview: bool = False, allow: Sequence[str] = (),
+    upto: int | None = None,
+) -> list[int]:  # fmt: skip
+    """Refuse a set of experts that cannot be composed, naming every offender at once with both values.
+
+    What most experts agree on is taken as right, but for the fields in ``allow``; the rows 1..S, or 1..upto, must be
+    owned exactly once, in a preview at most once. Returns the rows among them that nobody owns.
+    """
+    if not facts:
+        raise InputError("no experts to compose")
+    if odd := [field for field in allow if field not in ALLOWED]:
+        raise InputError(f"--allow-mismatch {odd[0]}: experts may differ in {', '.join(ALLOWED)} alone")
+    problems = []
+    for field in facts[0]:
+        if field == "rows" or field in allow:
+            continue
+        common = Counter(json.dumps(f[field]) for f in facts).most_common(1)[0][0]
+        may = (
+            f" (compose --allow-mismatch {field!r} composes them all the same, and says so)" if field in ALLOWED else ""
+        )
+        for name, fact in zip(names, facts, strict=True):
+            if json.dumps(fact[field]) != common:
+                problems.append(f"{name}: {field} is {json.dumps(fact[field])}, the others have {common}{may}")
+    S = Counter(f["S"] for f in facts).most_common(1)[0][0]
+    owners: dict[int, list[str]] = {s: [] for s in range(1, S + 1)}
+    for name, fact in zip(names, facts, strict=True):
+        for s in fact["rows"]:
+            owners.setdefault(s, []).append(name)
+    missing = [s for s, who in owners.items() if not who and s <= (upto or S)]
+    if missing and not preview:
+        problems.append(
+            f"no expert owns row{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of 1..{S}; "
+            "compose and sample give a preview without them with --fill nearest, and one with a shared model in their "
+            "place with --fill shared:PATH"
+        )
+    problems += [f"row {s} is owned by {' and '.join(who)}" for s, who in owners.items() if len(who) > 1]
+    if problems:
+        raise InputError(f"these {len(facts)} experts cannot be composed:\n" + "\n".join(f"  - {p}" for p in problems))
+    return missing
+
+
+def _refuse_filler(filler: Denoiser, expert: Denoiser, rows: Sequence[int]) -> None:
+    """Refuse a denoiser that cannot answer for these rows of an expert's table."""
+    mine, theirs = ({k: _facts(d)[k] for k in ("table", "network input")} for d in (expert, filler))
+    if mine != theirs or not set(rows) <= set(filler.rows):
+        raise InputError(
+            f"what fills rows {list(rows)} must own them, it has {filler.rows}; and be as the experts: {mine}, it is "
+            f"{theirs}"
+        )
+
+
+def _find_filler(fill: str, first: Card, rows: list[int]) -> Member | None:
+    """File of the shared model that ``shared:PATH`` names for rows of a card's table, nothing for ``nearest``."""
+    kind, _, path = fill.partition(":")
+    if fill == "nearest" or not rows:
+        return None
+    if kind != "shared" or not path:
+        raise InputError(f"fill {fill!r}: choose nearest, or shared:PATH with the file or run of a shared model")
+    files = find_files(path)
+    if len(files) > 1:
+        raise InputError(f"fill {fill}: {len(files)} files are there; it must be one network")
+    card = read_card(files[0], verify=True)
+    mine, theirs = _card_facts(first), _card_facts(card)
+    fields = ("image range", "network input", "training data", "weights")
+    problems = [f"{k} is {theirs[k]}, the experts have {mine[k]}" for k in fields if mine[k] != theirs[k]]
+    here, there = build(first.states, LatentStates), build(card.states, LatentStates)
+    if here.made_of != there.made_of or here.K != there.K:
+        layouts = [states.made_of or "x_0" for states in (there, here)]
+        problems.append(f"its states are made of [{layouts[0]}], those of the experts of [{layouts[1]}]")
+    owned = {int(there.index[s]): there.log_snr[s] for s in card.rows}
+    if none := [t for s in rows if (t := int(here.index[s])) not in owned]:
+        problems.append(f"it owns no states of the original indices {', '.join(map(str, none))}")
+    problems += [
+        f"log-SNR at index {t} is {owned[t].tolist()}, the experts have {here.log_snr[s].tolist()}"
+        for s in rows
+        if (t := int(here.index[s])) in owned
+        and not (owned[t].shape == here.log_snr[s].shape and torch.allclose(owned[t], here.log_snr[s]))
+    ]
+    if problems:
+        raise InputError(f"{files[0]} cannot fill rows {rows}:\n" + "\n".join(f"  - {p}" for p in problems))
+    return Member(files[0], card, rows)
+
+
+def refuse_taken(out: Path) -> None:
+    """Refuse a folder that holds more than what a compose that was killed has left."""
+    if (out / MANIFEST).exists() or (out.suffix == ".zip" and out.exists()):
+        raise InputError(f"{out} already holds a composite; remove it or choose another name")
+    remove_orphans(out, "rows_*")
+    if others := [p.name for p in sorted(out.glob("*")) if not p.match("rows_*.safetensors")]:
+        raise InputError(
+            f"{out} holds other files ({', '.join(others[:3])}{', ..' * (len(others) > 3)}), and would be a composite "
+            "afterwards; choose a new folder"
+        )
+
+
+def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = None, allow: Sequence[str] = ()) -> Path:
+    """Write a composite folder from files or folders of experts: a manifest, and their files (hard-linked if possible).
+
+    Everything is checked on the cards alone, before any weights are read or anything is written. With ``fill`` rows may
+    be missing: the manifest calls the folder a preview, and whoever loads it must say again how to fill them. allow:
+    names of `ALLOWED` in which experts may differ, which the manifest keeps, and all numbers of the composite tell.
+    An ``out`` that ends with .zip is one file, with the same bytes in it; a folder must hold nothing else.
+    """
+    out = output_path(expand(str(out), "out"))
+    if out.suffix == ".zip":
+        return _in_one_file(paths, out, fill, allow)
+    files = sorted((f for p in map(unpacked, paths) for f in (find_files(p) if p.is_dir() else [p])), key=str)
+    if begun := [str(file) for file in files if file.suffix == ".ckpt"]:
+        raise InputError(
+            f"{', '.join(begun)}: checkpoints are not composed; finish these trainings, or export each first: "
+            f"{typed('export', begun[0], '--out', 'FOLDER')}"
+        )
+    cards = _read_cards(files)
+    facts = [_card_facts(c) for c in cards]
+    missing = refuse_unfit([str(p) for p in files], facts, fill is not None, allow)
+    filler = _find_filler(fill, cards[0], missing) if fill else None
+    _read_cards(files, verify=True)
+    _refuse_unloadable(files, cards)
+    for file in files:
+        check_finite(file)
+    refuse_taken(out)
+    out.mkdir(parents=True, exist_ok=True)
+    members = []
+    for path, card in sorted(zip(files, cards, strict=True), key=lambda pair: pair[1].rows):
+        name = "rows_" + "-".join(f"{s:04d}" for s in dict.fromkeys((card.rows[0], card.rows[-1]))) + ".safetensors"
+        if not (out / name).exists() or not (out / name).samefile(path):
+            (out / name).unlink(missing_ok=True)
+            try:
+                os.link(os.path.realpath(path), out / name)  # a link to the file, and not to a link
+            except OSError:
+                with whole(out / name) as copy, Path(path).open("rb") as source:
+                    shutil.copyfileobj(source, copy, 1 << 20)
+        members.append({"rows": card.rows, "file": name, "sha256": sha256(out / name)})
+    manifest: dict[str, Any] = {"schema": SCHEMA, "fingerprint": cards[0].fingerprint, "experts": members}
+    if differs := differing(facts, allow):
+        manifest["differs"] = differs
+    if missing:
+        manifest["preview"] = {"missing": missing, "fill": fill, "sha256": sha256(filler.path) if filler else None}
+    write_whole(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+    return out
+
+
+def recompose(paths: Sequence[str | Path], out: Path) -> bool:
+    """Write a composite folder as `compose` does, unless it is whole and of these very weights.
+
+    Returns whether it takes the place of one that was not.
+    """
+    stale = (out / MANIFEST).exists()
+    if stale:
+        try:
+            listed = [sha256(path) for path in composite_files(out)]
+        except InputError:  # damaged
+            listed = []
+        if sorted(listed) == sorted(sha256(path) for path in paths):
+            return False
+        (out / MANIFEST).unlink()
+        for old in out.glob("rows_*.safetensors"):
+            old.unlink()
+    compose(paths, out)
+    return stale
+
+
+def discard_damaged(out: Path) -> bool:
+    """Give up a composite folder whose files are damaged, so that `recompose` writes it; returns whether it was."""
+    if not (out / MANIFEST).exists():
+        return False
+    try:
+        composite_files(out)
+    except InputError:
+        (out / MANIFEST).unlink(missing_ok=True)
+        return True
+    return False
+
+
+def refuse_damaged(sources: Sequence[str | Path]) -> None:
+    """Refuse weights whose bytes are not those written, all files at once; sources: names as `find_files` takes."""
+    problems: dict[str, None] = {}
+    for source in sources:
+        try:
+            files = find_files(source)
+        except InputError as error:
+            problems[str(error)] = None
+            continue
+        # those of a composite have been compared; a checkpoint is, whenever it is read
+        for file in () if (Path(source) / MANIFEST).exists() else [f for f in files if f.suffix == ".safetensors"]:
+            try:
+                read_card(file, verify=True)
+            except InputError as error:
+                problems[str(error)] = None
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _refuse_unloadable(files: Sequence[Path], cards: Sequence[Card]) -> None:
+    """Refuse files whose weights do not fit the networks of their cards, all at once; no weights are read."""
+    kinds: dict[str, Denoiser] = {}
+    problems = []
+    for path, card in zip(files, cards, strict=True):
+        try:
+            kind = json.dumps(card.network)
+            if kind not in kinds:
+                kinds[kind] = card.build(str(path), shapes_in(path))
+            fitting_pieces(path, kinds[kind])
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("these files could be composed, but not loaded:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def _in_one_file(paths: Sequence[str | Path], out: Path, fill: str | None, allow: Sequence[str]) -> Path:
+    if out.exists():
+        raise InputError(f"{out} is there already; choose another name")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".composite-") as place:
+        folder = compose(paths, Path(place) / "composite", fill, allow)
+        pack(folder, out)
+    return out
+
+
+def _read_cards(files: Sequence[Path], verify: bool = False) -> list[Card]:
+    """Cards of all files, or all that is wrong with them."""
+    problems, cards = [], []
+    for path in files:
+        try:
+            cards.append(card := read_card(path, verify))
+            parts = [card.states, card.network, card.objective]
+            problems += [f"{path}: {line}" for line in changed(parts)]
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("these files cannot be composed:\n" + "\n".join(f"  - {p}" for p in problems))
+    return cards
+
+
+def composite_files(folder: str | Path) -> list[Path]:
+    """Files of a composite folder, after comparing the bytes and the card of each with what the manifest says."""
+    folder = Path(folder)
+    content = _manifest(folder)
+    members = [(folder / m["file"], m) for m in content["experts"]]
+    problems = [f"{path}: missing" for path, _ in members if not path.is_file()]
+    problems += [
+        f"{path}: sha256 is {found}, the manifest has {m['sha256']}"
+        for path, m in members
+        if path.is_file() and (found := sha256(path)) != m["sha256"]
+    ]
+    if not problems:
+        cards = [(path, m, read_card(path)) for path, m in members]
+        problems += [
+            f"{path}: {key.replace('_', ' ')} {found}, the manifest has {said}"
+            for path, m, card in cards
+            for key, found, said in (
+                ("rows", card.rows, m["rows"]),
+                ("fingerprint", card.fingerprint, content["fingerprint"]),
+            )
+            if found != said
+        ]
+        facts = [_card_facts(card) for _, _, card in cards]
+        if (differ := differing(facts, list(content["differs"]))) != content["differs"]:
+            problems.append(f"{folder / MANIFEST}: differs is {content['differs']}, its experts differ in {differ}")
+        owned = {s for _, _, card in cards for s in card.rows}
+        missing = [s for s in range(1, (facts[0]["S"] or 0) + 1) if s not in owned]
+        if missing != content["missing"]:
+            problems.append(f"{folder / MANIFEST}: says rows {content['missing']} are missing, these are: {missing}")
+    if problems:
+        raise InputError(
+            "this composite is damaged:\n"
+            + "\n".join(f"  - {p}" for p in problems)
+            + f"\nCopy it anew; or remove {folder}, and compose it again from its experts"
+        )
+    return [path for path, _ in members]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a composite: ``experts``, ``fingerprint``, ``differs`` and ``missing`` rows.
+
+    Raises InputError for another schema, and for what `compose` does not write.
+    """
+    path = folder / MANIFEST
+    try:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a composite ({type(error).__name__}: {error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a composite: a {type(content).__name__}, not an object")
+    check_schema(content, str(path), SCHEMA)
+    members, differs = content.get("experts"), content.get("differs", {})
+    if not isinstance(members, list) or not members:
+        raise InputError(f"{path}: damaged: experts: expected a list of experts, got {members!r:.100}")
+    for i, member in enumerate(members):
+        kinds = {"rows": list, "file": str, "sha256": str}
+        if not isinstance(member, dict) or any(not isinstance(member.get(k), kind) for k, kind in kinds.items()):
+            raise InputError(f"{path}: damaged: experts[{i}]: expected rows, file and sha256, got {member!r:.200}")
+        if Path(member["file"]).name != member["file"] or "\0" in member["file"]:
+            raise InputError(f"{path}: {member['file']!r:.100} is not a file of this folder")
+    if len({member["file"] for member in members}) < len(members):
+        raise InputError(f"{path}: damaged: experts: the same file stands there twice")
+    if not isinstance(content.get("fingerprint"), str):
+        raise InputError(f"{path}: damaged: fingerprint: {content.get('fingerprint')!r:.100}")
+    if not isinstance(differs, dict) or not set(differs) <= set(ALLOWED):
+        raise InputError(f"{path}: damaged: differs: {differs!r:.100}; experts may differ in {', '.join(ALLOWED)}")
+    preview = content.get("preview", {"missing": []})
+    missing = preview.get("missing") if isinstance(preview, dict) else None
+    if not isinstance(missing, list):
+        raise InputError(f"{path}: damaged: preview: {preview!r:.100}")
+    return {**{k: content[k] for k in ("fingerprint", "experts")}, "differs": differs, "missing": missing}
+
+
+def find_files(source: str | Path) -> list[Path]:
+    """Files of weights behind a name: a file of weights, a run folder, a composite, or a folder of runs."""
+    source = unpacked(source)
+    if source.is_file():
+        return [source]
+    if (source / MANIFEST).exists():
+        return composite_files(source)
+    found = [source / WEIGHTS]
+    found = found if found[0].exists() else sorted(source.glob(f"*/{WEIGHTS}"))
+    for file in found:
+        refuse_foreign(file)
+    if not found:
+        checkpoints = sorted([*source.glob("*.ckpt"), *source.glob(f"{CHECKPOINTS}/*.ckpt")])
+        raise InputError(
+            f"{source}: no weights here. Give a {WEIGHTS}, the folder of a finished run, a folder of experts' "
+            "runs, or a composite folder."
+            + (f" A checkpoint is taken by its own name, e.g. {checkpoints[-1]}." if checkpoints else "")
+        )
+    return found
+
+
+def holds_weights(source: Path) -> bool:
+    """Whether a name stands for a model; else it must be a folder or file of images."""
+    if source.is_file():
+        return source.suffix in (".safetensors", ".ckpt", ".zip")
+    return (source / MANIFEST).exists() or any(source.glob(WEIGHTS)) or any(source.glob(f"*/{WEIGHTS}"))
+
+
+def load_model(
+    source: str | Path, residency: Residency = "resident", fill: str | None = None, upto: int | float | None = None
+) -> tuple[Denoiser | CompositeDenoiser, list[Card]]:
+    """Load whatever `find_files` finds: one file that owns all rows as it is, several as a composite.
+
+    residency: where the experts of a composite are (see `residency`). fill: ``nearest`` or ``shared:PATH`` for a
+    preview with rows that nobody owns, which are `CompositeDenoiser.filled`; the card of the shared model comes last.
+    upto: the last row that is needed (a share below 1 is that of the rows): experts of those above are not loaded.
+    """
+    if residency not in get_args(Residency):
+        raise InputError(f"residency {residency!r}: choose {', '.join(get_args(Residency))}")
+    source = unpacked(source)
+    files = find_files(source)
+    cards = _read_cards(files) if len(files) > 1 else [read_card(files[0])]
+    if len(files) == 1 and (fill is None or len(cards[0].rows) == _card_facts(cards[0])["S"]):
+        return load_expert(files[0])[0], cards
+    checked = (source / MANIFEST).exists()  # by `find_files`
+    allow = list(_manifest(source)["differs"]) if checked else []
+    facts = [_card_facts(c) for c in cards]
+    last = build(cards[0].states, LatentStates).truncate(upto).S if upto is not None else None
+    missing = refuse_unfit([str(f) for f in files], facts, fill is not None, allow, last)
+    used = [i for i, card in enumerate(cards) if last is None or card.rows[0] <= last]
+    files, cards, facts = [files[i] for i in used], [cards[i] for i in used], [facts[i] for i in used]
+    filler = _find_filler(fill, cards[0], missing) if fill else None
+    members = [Member(f, c, c.rows) for f, c in zip(files, cards, strict=True)]
+    experts: list[Denoiser] = []
+    stand_in: Denoiser | None = None
+    if residency == "resident":
+        experts += [load_expert(f, not checked)[0] for f in files]
+        if filler:
+            shared = load_expert(filler.path, verify=False)[0]
+            stand_in = Denoiser(shared.network, shared.objective, experts[0].states, missing)
+    else:
+        if not checked:
+            _read_cards(files, verify=True)
+        experts += passing([*members, filler] if filler else members, residency)
+        stand_in = experts.pop() if filler else None
+    composite = CompositeDenoiser(experts, stand_in or ("nearest" if fill else None), allow, last).eval()
+    composite.differs = differing(facts, allow)
+    return composite, [*cards, filler.card] if filler else cards

@@ -1,0 +1,332 @@
+"""Models as folders for others: safetensors with plain JSON, or a pipeline of diffusers.
+
+Importing this module is what lets diffusers load a pipeline of several networks, `Experts`: it imports no class because
+a folder names it.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+import lightning_tdisent
+from lightning_tdisent.diffusion.spec import build, spec
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.digests import sha256
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.files import output_path, typed, write_whole
+from lightning_tdisent.models.composite import CompositeDenoiser, compose, find_files, load_model
+from lightning_tdisent.models.cost import training_cost
+from lightning_tdisent.models.expert import Card, save_expert
+from lightning_tdisent.models.start import signal_note
+from lightning_tdisent.networks.network import Network
+from lightning_tdisent.networks.unet import UNet
+from lightning_tdisent.runs import WEIGHTS
+from lightning_tdisent.sampling.denoiser import Denoiser, extras
+
+PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+def export(source: str | Path, out: str | Path, form: Literal["safetensors", "diffusers"] = "safetensors") -> Path:
+    """Write whatever `load_model` loads as a folder: weights, config.json, README.md; refuses one with files in it.
+
+    safetensors: model.safetensors, or one file per expert with their composite.json; `load_model` reads it again, bit
+    for bit. diffusers: a DDIMPipeline, for unconditional models of images that own every row of their table.
+    """
+    out = output_path(out)
+    if form not in ("safetensors", "diffusers"):
+        raise InputError(f"--format {form}: safetensors or diffusers")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is there already; choose another folder")
+    model, cards = load_model(source)
+    config = describe(model, cards)
+    if form == "diffusers":
+        pipe = pipeline(model)
+        pipe.save_pretrained(out)
+        loading = _DIFFUSERS.format(
+            first=_IMPORT if isinstance(pipe.unet, Experts) else "", S=model.states.S, shape=model.shape
+        )
+        # safetensors' own writer makes files for their owner alone; this one was made as the umask says
+        mode = (out / "model_index.json").stat().st_mode & 0o777
+        for file in out.rglob("*.safetensors"):
+            file.chmod(mode)
+    else:
+        whole = not isinstance(model, Denoiser) or list(model.rows) == list(model.states.rows)
+        loading = _SAFETENSORS.format(
+            imports="".join(f"    import {name}  # has the network's class\n" for name in _modules(cards)),
+            drawn=_DRAWN if whole and model.states.condition is None else "",
+            command=_command(model, cards)
+            if whole
+            else "Compose it with the experts of the other rows to draw images.",
+        )
+        if isinstance(model, Denoiser):
+            save_expert(out / WEIGHTS, model, cards[0])
+        else:
+            compose(find_files(source), out, allow=list(model.differs))
+    if note := signal_note(model):
+        loading += f"\nNote: {note}.\n"
+    config["files"] = {file.relative_to(out).as_posix(): sha256(file) for file in sorted(out.rglob("*.safetensors"))}
+    write_whole(out / "config.json", json.dumps(config, indent=1, allow_nan=False).encode())
+    write_whole(out / "README.md", _readme(config, form, loading).encode())
+    return out
+
+
+_SAFETENSORS = """
+Without Lightning, with the package:
+
+{imports}    from lightning_tdisent.models.composite import load_model
+
+    model, cards = load_model("FOLDER")  # checks the table, the rows and every byte
+{drawn}
+{command} Without the package: the tensors are plain safetensors with
+the names of `network`'s modules in config.json, and the table there holds all that a sampler needs.
+"""
+
+_DRAWN = """
+    from lightning_tdisent.sampling.sampler import DDIM, sample
+
+    images = next(sample(model, DDIM(), seeds=range(16)))  # uint8
+"""
+
+_DIFFUSERS = """
+    {first}from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained("FOLDER")
+    images = pipe(batch_size=16, num_inference_steps={S}, use_clipped_model_output=True).images
+
+Choose a number of steps that divides {S}: for others diffusers' scheduler steps to levels that the network is not asked
+at next. `use_clipped_model_output` takes the noise that fits the clipped image, as this model's own sampler does.
+
+`DDIMPipeline` calls `DDIMScheduler` alone. Others go into a loop of your own:
+
+    import torch
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps({S})
+    x = torch.randn(16, *{shape})
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(pipe.unet(x, t).sample, t, x).prev_sample
+    images = (x.clamp(-1, 1) + 1) / 2
+
+- `DDIMScheduler`, `DDPMScheduler`, `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler` work so. The last two do
+  not clip the estimate of the image at each step, as `DDIMScheduler` here and this model's own samplers do
+  (`clip_sample`): their images differ from those, and may leave [-1, 1] before the clamp.
+- `EulerDiscreteScheduler`, `EulerAncestralDiscreteScheduler`, `HeunDiscreteScheduler`, `LMSDiscreteScheduler` and
+  `KDPM2DiscreteScheduler` do not work: their timesteps are floating-point numbers, and the network takes whole ones.
+- `PNDMScheduler` runs, but asks beside the rows that the network was trained for.
+
+diffusers does not check its images: where float16 overflows it draws black ones without an error. Load the pipeline in
+float32 or bfloat16, or look at the output of `output_type="np"` for NaN.
+"""
+_IMPORT = "import lightning_tdisent.models.export  # routes rows to networks; diffusers imports nothing itself\n    "
+
+
+def _modules(cards: Sequence[Card]) -> list[str]:
+    """Return the modules outside this package that define the networks."""
+    names = {card.network["class_path"].rpartition(".")[0] for card in cards}
+    return sorted(name for name in names if name.split(".")[0] != lightning_tdisent.__name__)
+
+
+def _command(model: Denoiser | CompositeDenoiser, cards: Sequence[Card]) -> str:
+    """Return a sentence with the command that draws images."""
+    words = [word for name in _modules(cards) for word in ("--import", name)]
+    words += [] if model.states.condition is None else ["--observe", "DATA"]
+    return f"Draw images with `{typed('sample', 'FOLDER', '--out', 'images', *words)}`."
+
+
+def describe(model: Denoiser | CompositeDenoiser, cards: Sequence[Card]) -> dict[str, Any]:
+    """All that is known of a model as plain JSON: its table row by row, how it was trained, and what that cost.
+
+    A state is x = signal x_0 + noise eps. ``log_snr`` is null where no signal is left. ``index`` is what a network that
+    sees the state is given.
+    """
+    cards = sorted(cards, key=lambda card: card.rows)
+    states = model.states
+    table = zip(states.rows, states.index[1:].tolist(), states.log_snr[1:].tolist(), strict=True)
+    a, b = states.a.tolist(), states.b.tolist()
+    return {
+        "format": "lightning_tdisent",
+        "version": lightning_tdisent.__version__,
+        "shape": model.shape,
+        "classes": model.classes,
+        "image_range": cards[0].image_range,
+        "prediction": " and ".join(dict.fromkeys(model.at(card.rows[0]).objective.prediction for card in cards)),
+        "T": states.schedule.T,
+        "S": states.S,
+        "fingerprint": states.fingerprint,
+        "table": [
+            {
+                "row": s,
+                "index": t,
+                "log_snr": [x if math.isfinite(x) else None for x in L],
+                "signal": a[s],
+                "noise": b[s],
+            }
+            for s, t, L in table
+        ],
+        "cost": training_cost(cards),
+        "experts": [dataclasses.asdict(card) for card in cards],
+    }
+
+
+def pipeline(model: Denoiser | CompositeDenoiser) -> DDIMPipeline:
+    """diffusers' DDIMPipeline of an unconditional model of images; its timestep is the row less one.
+
+    One U-Net becomes a `UNet2DModel` that says the same bit for bit, anything else `Experts`. Refuses, all reasons at
+    once, what that pipeline cannot draw.
+    """
+    states, filled = model.states, list(extras(model).filled)
+    rows = model.rows if isinstance(model, Denoiser) else states.rows
+    why = {
+        "it has classes, and DDIMPipeline gives no labels": model.classes is not None,
+        f"it makes {model.shape}, and DDIMPipeline draws images of 1 or 3 channels": model.shape[0] not in (1, 3),
+        f"it owns rows {rows} of 1..{states.S} only": rows != states.rows,
+        f"it is a preview without rows {filled}": bool(filled),
+        f"its table has {states.K} columns, a scheduler of diffusers one": states.K > 1,
+        "its experts predict different things": "parametrisation" in extras(model).differs,
+    }
+    if any(why.values()):
+        raise InputError("no pipeline of diffusers: " + "; ".join(k for k, v in why.items() if v))
+    owners = [model.at(s) for s in rows]
+    scheduler = DDIMScheduler(
+        num_train_timesteps=states.S,
+        trained_betas=betas(states),
+        clip_sample=True,
+        timestep_spacing="trailing",
+        prediction_type=PREDICTION[owners[0].objective.prediction],
+    )
+    network = owners[0].network
+    if isinstance(model, Denoiser) and type(network) is UNet:
+        return DDIMPipeline(standard(network, states), scheduler)
+    experts = list(dict.fromkeys(owners))
+    unet = Experts(
+        [spec(e.network) for e in experts],
+        [experts.index(owner) for owner in owners],
+        states.index[1:].tolist(),
+        model.shape[0],
+        model.shape[1:],
+    )
+    for mine, theirs in zip(unet.experts, experts, strict=True):
+        mine.load_state_dict(theirs.network.state_dict(), assign=True)
+    return DDIMPipeline(unet.eval(), scheduler)
+
+
+def betas(states: LatentStates) -> list[float]:
+    """Betas from which diffusers, by running products of 1 - beta in float32, computes alpha-bar of rows 1..S.
+
+    beta_s = 1 - abar_s / prod_{r<s} (1 - beta_r), with what rounding has made of the earlier ones, so that errors do
+    not add up: abar_s is within 1e-7 abar_{s-1}.
+    """
+    out, product = list[float](), 1.0
+    for alpha_bar in states.a[1:, 0].square().tolist():
+        beta = torch.tensor(1 - alpha_bar / product, dtype=torch.float32)
+        out.append(float(beta))
+        product *= float(1 - beta)
+    return out
+
+
+@torch.no_grad()
+def standard(network: UNet, states: LatentStates) -> UNet2DModel:
+    """The same U-Net as diffusers has it, on timesteps 0..S-1 for the rows 1..S.
+
+    Its embedding of timesteps is a table (``learned``): the sinusoids of the rows' original indices, or zeros for a
+    time-agnostic network, whose other missing weights are zeros, too.
+    """
+    config = {name: value for name, value in network.net.config.items() if not name.startswith("_")}
+    net = UNet2DModel(**{**config, "time_embedding_type": "learned", "num_train_timesteps": states.S})
+    zeros = {name: torch.zeros_like(value, dtype=network.net.dtype) for name, value in net.state_dict().items()}
+    weights = zeros | network.net.state_dict()
+    if network.sees_state:
+        weights["time_proj.weight"] = network.net.time_proj(states.index[1:])
+    net.load_state_dict(weights, assign=True)
+    return net.eval()
+
+
+class Experts(UNet2DModel):
+    """Networks behind one model of diffusers, which its pipelines take for a `UNet2DModel`.
+
+    networks: class paths with arguments, see `spec.build` for which are allowed; owner: of every row 1..S, a number of
+    a network; index: original index of every row.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        networks: list[dict[str, Any]],
+        owner: list[int],
+        index: list[int],
+        in_channels: int,
+        sample_size: list[int],
+    ) -> None:
+        ModelMixin.__init__(self)
+        if len(owner) != len(index) or set(owner) != set(range(len(networks))):
+            raise InputError(f"{len(networks)} networks cannot own {len(index)} rows as {owner}")
+        self.experts = nn.ModuleList([build(network, Network) for network in networks])
+        self.owner, self.index = list(owner), list(index)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | int, class_labels: None = None, return_dict: bool = True
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """Raw output of the owner of row timestep + 1, one for the batch; refuses what is no timestep of a row."""
+        whole = isinstance(timestep, int) or not timestep.is_floating_point()
+        if not whole or not 0 <= int(timestep) < len(self.owner):
+            raise InputError(
+                f"timestep {timestep}: this model takes whole numbers from 0 to {len(self.owner) - 1}; schedulers that "
+                "ask between them (Euler, Heun, LMS) do not work"
+            )
+        network = self.experts[self.owner[int(timestep)]]
+        index = None
+        if network.sees_state:
+            index = torch.full((len(sample),), self.index[int(timestep)], device=sample.device)
+        raw = network(sample, index if network.sees_state else None, None)
+        return UNet2DOutput(sample=raw) if return_dict else (raw,)
+
+
+def _readme(config: dict[str, Any], form: str, loading: str) -> str:
+    """The model card."""
+    cost, experts = config["cost"], config["experts"]
+    drawn = config["classes"] is None and config["shape"][0] in (1, 3)
+    rows = ", ".join(f"{e['rows'][0]}..{e['rows'][-1]}" if len(e["rows"]) > 1 else str(e["rows"][0]) for e in experts)
+    same = all(e["network"] == experts[0]["network"] for e in experts)
+    network = experts[0]["network"]["class_path"].rpartition(".")[2] if same else "of several kinds"
+    sources = sum("weight" in p for e in experts for p in e["parents"])
+    facts = {
+        "networks": f"{len(experts)} ({network})" + (f", averages of {sources} experts" if sources else ""),
+        "rows owned": f"{rows} of 1..{config['S']}, of a chain of T = {config['T']}",
+        "table": f"{config['fingerprint']}, listed in config.json",
+        "says": f"{config['prediction']}, for x_0 in {config['image_range']}",
+        "makes": f"{config['shape']} (channels, height, width), classes: {config['classes'] or 'none'}",
+        "weights": ", ".join(sorted({e["weights"] for e in experts})),
+        "training data": f"digest {experts[0]['data']}",
+        "images seen": f"{cost['images_seen']:,.0f} in all, {cost['images_seen_longest']:,.0f} by the longest training",
+        "training": f"{cost['training_flops']:.3g} operations, {cost['training_seconds']:,.0f} s",
+        "validation": f"{cost['validation_flops']:.3g} operations, {cost['validation_seconds']:,.0f} s",
+        "total compute": f"{cost['total_flops']:.3g} floating point operations, validation included",
+    }
+    return "\n".join(
+        [
+            "---",
+            f"library_name: {'diffusers' if form == 'diffusers' else 'lightning_tdisent'}",
+            *(["pipeline_tag: unconditional-image-generation"] if drawn else []),
+            "tags: [diffusion, few-latent-states]",
+            "---",
+            f"# A diffusion model over {config['S']} latent states",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {fact} |" for name, fact in facts.items()),
+            "",
+            "## How to load it",
+            loading,
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Studies: one YAML becomes trainings, composites, evaluations and a report."""

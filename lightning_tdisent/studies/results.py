@@ -1,0 +1,414 @@
+"""A finished comparison on disk: what was compared, the numbers, the first samples, and the page made of them."""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from rich.progress import Progress
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from lightning_tdisent.artifacts import check_schema, parse_json
+from lightning_tdisent.data.decode import side_of
+from lightning_tdisent.data.npz import is_npz
+from lightning_tdisent.data.shards import ImageSet, load
+from lightning_tdisent.data.tars import find
+from lightning_tdisent.diffusion.spec import build
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.digests import sha256
+from lightning_tdisent.distributed import rank_and_world
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.evaluation.bits import ODE_ROWS, Bits
+from lightning_tdisent.evaluation.conditional import DRAWS, refuse_number
+from lightning_tdisent.evaluation.evaluate import REAL, Contender, evaluate, start_digest
+from lightning_tdisent.evaluation.measured import FOLDER as MEASURED
+from lightning_tdisent.evaluation.measured import Measured
+from lightning_tdisent.evaluation.observations import Observations
+from lightning_tdisent.evaluation.real_images import real_images, refuse_trained
+from lightning_tdisent.files import output_path, write_whole
+from lightning_tdisent.metrics.features import load_features
+from lightning_tdisent.metrics.network import FeatureNetwork
+from lightning_tdisent.metrics.paired import load_lpips
+from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.models.composite import find_files, holds_weights
+from lightning_tdisent.models.expert import Card, read_card
+from lightning_tdisent.models.residency import Residency
+from lightning_tdisent.report.page import write_report
+from lightning_tdisent.report.table import WideTable, costs, notes, refuse_texts, table, tables
+from lightning_tdisent.sampling.sampler import Sampler
+
+FILE, RESULTS, SAMPLES = "study.json", "results.json", "samples.safetensors"
+SCHEMA = 2  # of `FILE`, which speaks for the two beside it
+HELD_OUT = 1000  # held-out images that are taken, if a study does not say how many
+BOARDS = "fleets.html"  # where the fleets of a study stood when it ended
+NEAREST = 500_000_000  # bytes of real images among which the report looks for copies
+
+
+@dataclass
+class Study:
+    """Contenders, the real images they are measured on, and the folder that keeps the results.
+
+    contenders: dicts of name, source and sampler (class path and arguments), or None where the source holds images;
+    residency, fill: of those that are composites, see `load_model`; protocol: a preset, or a mapping of ``preset`` and
+    fields of `Protocol` that differ; n, first_seed, reference (its split): those that most often do; weights: of its
+    feature network, where it needs a file. split: held-out images, its first n_held_out, for the errors per state, and
+    to observe; if None 1000, or as many as n images of conditional models need;
+    bits: fields of `Bits` for bits per dimension, where they are measured; lpips: file of its weights, or "", where
+    conditional models are to be measured by it; runs: folders with event files for curves.
+    """
+
+    out: str
+    title: str
+    contenders: list[dict[str, Any]]
+    data: str
+    protocol: str | dict[str, Any]
+    weights: str | None = None
+    split: str = "test"
+    reference: str | None = None
+    n_held_out: int | None = None
+    n: int | None = None
+    first_seed: int | None = None
+    batch_size: int = 250
+    device: str = "cpu"
+    residency: Residency = "resident"
+    fill: str | None = None
+    notes: str = ""
+    bits: dict[str, Any] | None = None
+    lpips: str | None = None
+    runs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is kept."""
+        return output_path(self.out)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read the study that a folder keeps, wherever it is by now.
+
+        What lies below the folder is looked for there alone, even if something else is at its old place by now.
+        """
+        folder = Path(folder)
+        try:
+            kept = parse_json((folder / FILE).read_bytes())
+            schema = check_schema(kept, str(folder / FILE), SCHEMA, oldest=1, absent=1)
+            old = kept.pop("out", "")
+            kept.pop("schema", None)
+            for contender in kept["contenders"]:
+                for key in ("source", "prior"):
+                    if contender.get(key) and not contender[key].startswith("cut:"):
+                        contender[key] = _here(contender[key], folder, schema, old)
+            kept["runs"] = {name: _here(place, folder, schema, old) for name, place in kept.get("runs", {}).items()}
+            study = cls(**{**kept, "out": str(folder)})
+            texts = (study.title, study.notes, study.data, study.split, *(c["name"] for c in study.contenders))
+            if not all(isinstance(text, str) for text in texts) or not all("sampler" in c for c in study.contenders):
+                raise ValueError("values of wrong types")
+            return study
+        except OSError as error:
+            raise InputError(
+                f"{folder} keeps no finished study ({error}); run study or evaluate with --out {folder} first"
+            ) from None
+        except InputError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _damaged(folder / FILE, error) from None
+
+    def check(self, conditional: bool = False) -> None:
+        """Refuse, before anything is trained, what could only fail after it; conditional: models are to be."""
+        names = [c["name"] for c in self.contenders]
+        if len(set(names)) < len(names):
+            raise InputError(f"contenders must have different names, got {names}")
+        if taken := [name for name in names if name.strip().endswith(REAL)]:
+            raise InputError(f"contenders: {taken[0]!r} is the name of the row of the real images; choose another")
+        limit = self.n_held_out
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 2):
+            raise InputError(f"n_held_out: a whole number from 2 on, got {limit!r}")
+        self._contenders()
+        if self.bits is not None and not any(c["sampler"] for c in self.contenders):
+            raise InputError("bits per dimension are those of a model, and there are folders of images alone here")
+        if self.bits is not None:
+            Bits.of_mapping(self.bits)
+            if is_npz(self.data):
+                raise InputError(f"bits: {self.data}: they need training images too; give a folder of shards as data")
+            find(self.data, "train")
+        _ = self._network, self._lpips
+        trained = {name: card.data for name, card in self._cards.items()}
+        refuse_trained((self.data, self.split), self._reference, trained)
+        for path, split in {(self.data, self.split), self._reference}:
+            if not is_npz(path):
+                find(path, split)
+        few = [name for name, card in self._cards.items() if build(card.states, LatentStates).S < ODE_ROWS]
+        if self.bits is not None and Bits.of_mapping(self.bits).ode and few and len(few) == len(self._cards):
+            raise InputError(
+                f"bpd_ode integrates from row to row, and wants {ODE_ROWS} of them; no model here has as many. Take bpd"
+            )
+        if conditional or self._conditional:
+            refuse_number(self._protocol.n, min(self._held_out(True), self._n_held_out_there))
+
+    @property
+    def _conditional(self) -> bool:
+        """Whether a contender whose weights are there is conditional."""
+        return any(build(card.states, LatentStates).condition is not None for card in self._cards.values())
+
+    @property
+    def _cards(self) -> dict[str, Card]:
+        """A card of each model among the contenders whose weights are there."""
+        models = [c for c in self._contenders() if c.sampler is not None and holds_weights(c.source)]
+        return {c.name: read_card(find_files(c.source)[0]) for c in models}
+
+    def _held_out(self, conditional: bool) -> int:
+        """How many held-out images are taken, if there are so many."""
+        return self.n_held_out or max(HELD_OUT, self._protocol.n // DRAWS if conditional else 0)
+
+    @property
+    def _n_held_out_there(self) -> int:
+        return real_images(self.data, self.split, *self._size()).n
+
+    @functools.cached_property
+    def _lpips(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        return None if self.lpips is None else load_lpips(self.lpips)
+
+    @property
+    def _protocol(self) -> Protocol:
+        split = Path(self.reference).name if self.reference and is_npz(self.reference) else self.reference
+        return Protocol.preset(self.protocol, n=self.n, first_seed=self.first_seed, split=split)
+
+    @functools.cached_property
+    def _network(self) -> FeatureNetwork:
+        p = self._protocol
+        return load_features(p.features, self.weights, p.resize, p.dtype, self._channels)
+
+    @property
+    def _reference(self) -> tuple[str, str]:
+        """Data and split that distances are taken to."""
+        return (str(self.reference) if is_npz(self.reference) else self.data, self._protocol.split)
+
+    def _contenders(self) -> list[Contender]:
+        return [
+            Contender(
+                c["name"],
+                Path(c["source"]),
+                build(c["sampler"], Sampler) if c["sampler"] else None,
+                self.split,
+                self.residency,
+                self.fill,
+                c.get("prior"),
+            )
+            for c in self.contenders
+        ]
+
+    @property
+    def _model_shape(self) -> list[int] | None:
+        for c in self._contenders():
+            if c.sampler is not None and holds_weights(c.source):
+                return read_card(find_files(c.source)[0]).shape
+        return None
+
+    @property
+    def _channels(self) -> int:
+        """Of the images: the first model's, else what the protocol is for."""
+        return self._model_shape[0] if self._model_shape else 1 if self._protocol.features in ("digits", "mnist") else 3
+
+    def _size(self) -> tuple[int, int | None]:
+        """Channels of the images, and their side where a model or the features say it and they are square."""
+        shape = self._model_shape or self._network.shape
+        return (shape[0], side_of(shape)) if shape else (self._channels, None)
+
+    def _real(self, split: str, limit: int | None = None) -> ImageSet:
+        channels, size = self._size()
+        return load(self.data, split, channels, limit, size)
+
+    def _bits(self) -> tuple[Bits, ImageSet] | None:
+        if self.bits is None:
+            return None
+        bits = Bits.of_mapping(self.bits)
+        return bits, self._real("train", bits.n)
+
+    def evaluate(self) -> None:
+        """Measure every contender that has not been, and keep the results; the first rank writes them."""
+        contenders, protocol, (channels, size) = self._contenders(), self._protocol, self._size()
+        self.n_held_out = self._held_out(self._conditional)
+        observations = dict[str, Observations]()
+        first = rank_and_world()[0] == 0
+        measured = Measured(self.folder / MEASURED)
+        with Progress(transient=True, disable=not first) as bar:
+            share = protocol.n // rank_and_world()[1]
+            tasks = {
+                c.name: bar.add_task(f"measuring {c.name}", total=share if c.sampler else None) for c in contenders
+            }
+            rows, images = evaluate(
+                contenders, protocol, self._network, real_images(*self._reference, channels, size),
+                self._real(self.split, self.n_held_out), self.batch_size, self.device,
+                progress=lambda name, count: bar.advance(tasks[name], count), bits=self._bits(),
+                observations=observations, lpips=self._lpips, measured=measured,
+            )  # fmt: skip
+        if not first:
+            return
+        if measured.reused:
+            print(f"{measured.reused} of {len(contenders)} contenders had been measured; their numbers are kept")
+        (self.folder / FILE).unlink(missing_ok=True)  # until all of it is of this evaluation
+        for line in self._replaced(rows):
+            print(line)
+        for row in rows:
+            if "source" in row:
+                row["source"] = self._portable(row["source"])
+        write_whole(self.folder / RESULTS, json.dumps(rows, indent=1).encode())
+        for path in (self.folder / "observations").glob("*.safetensors"):
+            path.unlink()
+        for name, some in observations.items():
+            some.save(self._observations(name))
+        write_whole(self.folder / SAMPLES, save({k: v.contiguous() for k, v in images.items()}))
+        write_whole(self.folder / FILE, json.dumps(self._content(), indent=1).encode())
+        measured.prune()
+
+    def _replaced(self, rows: Sequence[dict[str, Any]]) -> list[str]:
+        """Return a line for each contender that is measured with other weights or images than the last time."""
+        try:
+            before = {row["name"]: row for row in self.rows}
+        except InputError:  # nothing has been measured, or it is measured anew
+            return []
+        keys = ("sha256", "images")
+        changed = [r for r in rows if any(before.get(r["name"], r).get(k, r.get(k)) != r.get(k) for k in keys)]
+        return [
+            f"{row['name']}: {row['source']} holds other weights or images than were measured before; it is measured "
+            "anew under this name"
+            for row in changed
+            if "source" in row
+        ]
+
+    def _content(self) -> dict[str, Any]:
+        """The study as kept: paths below its folder are relative to it, others absolute."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "out"}
+        kept["contenders"] = [
+            {k: self._portable(v) if k in ("source", "prior") and not v.startswith("cut:") else v for k, v in c.items()}
+            for c in self.contenders
+        ]
+        kept["runs"] = {name: self._portable(folder) for name, folder in self.runs.items()}
+        for key in ("data", "weights", "lpips", "reference"):
+            if kept[key] and Path(kept[key]).exists():
+                kept[key] = os.path.abspath(kept[key])
+        if (kept["fill"] or "").startswith("shared:"):
+            kept["fill"] = f"shared:{os.path.abspath(kept['fill'].removeprefix('shared:'))}"
+        return {"schema": SCHEMA, **kept}
+
+    def _portable(self, path: str) -> str:
+        place = os.path.abspath(path)
+        below = Path(place).is_relative_to(os.path.abspath(self.folder))
+        return os.path.relpath(place, os.path.abspath(self.folder)) if below else place
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The numbers kept."""
+        file = self.folder / RESULTS
+        try:
+            rows: list[dict[str, Any]] = parse_json(file.read_bytes())
+            if not rows or not all(isinstance(row[key], str) for row in rows for key in ("name", "protocol_line")):
+                raise ValueError("a row has no name or protocol")
+            if not all(isinstance(row["protocol_fields"], dict) and row["protocol"] for row in rows):
+                raise ValueError("a row has no protocol")
+            refuse_texts(rows)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _damaged(file, error) from None
+        return rows
+
+    def _observations(self, name: str) -> Path:
+        """Where what a conditional contender was given is kept."""
+        number = [c["name"] for c in self.contenders].index(name)
+        text = "".join(c if c.isalnum() else "_" for c in name)
+        return self.folder / "observations" / f"{number:02d}_{text}.safetensors"
+
+    def _given(self) -> dict[str, Observations]:
+        names = [c["name"] for c in self.contenders]
+        return {name: Observations.load(file) for name in names if (file := self._observations(name)).exists()}
+
+    def _images(self) -> dict[str, Tensor]:
+        file = self.folder / SAMPLES
+        try:
+            kept = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise _damaged(file, error) from None
+        return {c["name"]: kept[c["name"]] for c in self.contenders if c["name"] in kept}
+
+    def refuse_gone(self) -> None:
+        """Refuse contenders whose weights are gone, or are others than those that were measured; all at once."""
+        rows, problems = {row["name"]: row for row in self.rows}, []
+        for c in [c for c in self._contenders() if c.sampler is not None and c.name in rows]:
+            start = Path(c.prior) if c.prior and not c.prior.startswith("cut:") else None
+            gone = [str(path) for path in (c.source, start) if path and not path.exists()]
+            problems += [f"{c.name}: {path} is gone" for path in gone]
+            if gone:
+                continue
+            row, now = rows[c.name], [sha256(file) for file in find_files(c.source)]
+            if row.get("sha256", now) != now:
+                problems.append(f"{c.name}: {c.source} holds other weights than were measured")
+            if start and row.get("prior_sha256", digest := start_digest(c.prior)) != digest:
+                problems.append(f"{c.name}: {start} holds another prior than was measured")
+        if problems:
+            raise InputError(
+                f"{self.folder}: its report cannot be written anew:\n"
+                + "\n".join(f"  - {line}" for line in problems)
+                + "\nPut these back where they were, give study again, or evaluate into another folder"
+            )
+
+    def lines(self) -> list[WideTable | str]:
+        """For the terminal: a table per protocol, what the models cost, and what must be known of the numbers."""
+        out: list[WideTable | str] = [WideTable(line, table(rows)) for line, rows in tables(self.rows)]
+        cost = costs(self.rows)
+        said = notes(self.rows)
+        path, reference = self._reference
+        if path == self.data and (self.split == reference or is_npz(path)):
+            what = path if is_npz(path) else self.split
+            said.append(f"the reference and the held-out images are both of {what}: no distance")
+        if self.n is not None:
+            others = {
+                r["name"]: r["n"] for r in self.rows if "networks" not in r and "source" in r and r["n"] != self.n
+            }
+            said += [
+                f"{name}: all of its {n:,} images are measured; n = {self.n:,} is of models"
+                for name, n in others.items()
+            ]
+        if (there := self._n_held_out_there) > (taken := self.n_held_out or HELD_OUT):
+            said.append(f"held-out images: the first {taken:,} of the {there:,} of {self.split} (n_held_out)")
+        costly = [WideTable("what it cost", cost)] if len(cost) > 1 else []
+        return [self.title, *out, *costly, *(f"note: {line}" for line in said)]
+
+    def write_report(self) -> Path:
+        """Write report.html; refuses contenders that are gone, and says which folders with curves are."""
+        self.refuse_gone()
+        held_out = self._real(self.split, self._held_out(self._conditional))
+        gone = [name for name, folder in self.runs.items() if not Path(folder).is_dir()]
+        lost = f" No training curves of {', '.join(gone)}: their folders are gone." if gone else ""
+        channels, size = self._size()
+        return write_report(
+            self.folder / "report.html",
+            self.title,
+            self.rows,
+            self._images(),
+            self._contenders(),
+            held_out,
+            load(*self._reference, channels, NEAREST // held_out.images[0].numel(), size).images,
+            {name: Path(folder) for name, folder in self.runs.items() if name not in gone},
+            self.notes + lost,
+            observations=self._given(),
+            boards=boards.read_text(encoding="utf-8") if (boards := self.folder / BOARDS).exists() else "",
+        )
+
+
+def _damaged(file: Path, error: Exception) -> InputError:
+    """Return a refusal of a file of results that cannot be read."""
+    what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    return InputError(
+        f"{file}: damaged or gone ({what}); put it back, give study again, or evaluate into another folder"
+    )
+
+
+def _here(path: str, folder: Path, schema: int, old: str) -> str:
+    """A path as kept, from where the study's folder is by now; before schema 2 it went from the working directory."""
+    if schema == 1 and not (old and Path(path).is_relative_to(old)):
+        return path
+    return str(folder / (Path(path).relative_to(old) if schema == 1 else path))

@@ -1,0 +1,136 @@
+"""One study repeated with other training seeds: means, their spread, and quality against total compute."""
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from lightning_tdisent.artifacts import differences
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.evaluation.provenance import facts, html_facts
+from lightning_tdisent.files import output_path, write_whole
+from lightning_tdisent.report import figures
+from lightning_tdisent.report.page import document, html_cells, html_table
+from lightning_tdisent.report.table import costs, mean_eps_mse, notes, tables
+from lightning_tdisent.studies.results import Study
+
+# fields of a row that repeats of one study have in common, however they are seeded
+SAME = (
+    *("protocol", "given", "draws", "images", "sampler", "nfe", "rows", "table", "prior", "cut", "networks", "weights"),
+    *("weights_kind", "recipe", "images_a_step", "training_data", "bpd_how", "preview", "differs"),
+)
+OWN = ("sha256", "seeds")  # fields that no two repeats share
+ROUNDING = 0.01  # by which the images seen may differ: an adaptive budget spends whole validations
+
+
+def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of repeated studies as one set: every number is a mean, ``NAME_sd`` its standard deviation (of n - 1).
+
+    names: of the repeats, for messages. Raises InputError, with all that differs, for repeats that compare other
+    models, measure by another protocol, or share a seed.
+    """
+    names = names or [f"repeat {i + 1}" for i in range(len(repeats))]
+    measured = [{row["name"]: row for row in rows if "refused" not in row} for rows in repeats]
+    kinds = measured[0]
+    lines = []
+    for who, rows in zip(names[1:], measured[1:], strict=True):
+        lines += [f"{who} lacks {name!r}" for name in kinds.keys() - rows.keys()]
+        lines += [f"{who} has {name!r} besides" for name in rows.keys() - kinds.keys()]
+        for name in [name for name in kinds if name in rows]:
+            first, other = kinds[name], rows[name]
+            both = [key for key in SAME if key in first and key in other]
+            differ = [key for key in both if _comparable(key, first[key]) != _comparable(key, other[key])]
+            if "source" in first:  # a folder of images, made by another training; real images are the same ones
+                differ = [key for key in differ if key != "images"]
+            differ += [key for key in ("prior", "preview", "given") if (key in first) != (key in other)]
+            seen, others = first.get("images_seen", 0), other.get("images_seen", 0)
+            differ += ["images_seen"] * (abs(seen - others) > ROUNDING * max(seen, others))
+            for key in differ:
+                a, b = ({key: _comparable(key, row.get(key))} for row in (first, other))
+                lines += [f"{name}: {line}" for line in differences(a, b, f"in {names[0]}", f"in {who}")]
+    for i, who in enumerate(names):
+        for k in range(i):
+            for name in [name for name in measured[i] if name in measured[k]]:
+                mine, theirs = measured[i][name], measured[k][name]
+                same = [key for key in OWN if mine.get(key) and mine.get(key) == theirs.get(key)]
+                what = "weights" if "sha256" in same else "seed"
+                lines += [f"{name}: the same {what} in {names[k]} and {who}"] * any(same)
+    if lines:
+        raise InputError("these are not one study with other seeds:\n" + "\n".join(f"  - {line}" for line in lines))
+    out = []
+    for name in kinds:
+        alike = [next(row for row in rows if row["name"] == name) for rows in repeats]
+        own = ("measured", "start_note")
+        lacking = _not_of_all(alike)
+        row = {k: v for k, v in alike[0].items() if not k.endswith(("_images", "_terms")) and k not in (*own, *lacking)}
+        for key, value in row.copy().items():
+            if isinstance(value, float):
+                values = [other[key] for other in alike]
+                row |= {key: fmean(values), **({f"{key}_sd": stdev(values)} if len(values) > 1 else {})}
+            elif key in ("x0_mse", "eps_mse"):
+                row[key] = {state: fmean(other[key][state] for other in alike) for state in value}
+                if key == "eps_mse" and len(alike) > 1:
+                    row["eps_mse_sd"] = stdev(mean_eps_mse(other) for other in alike)
+            elif isinstance(value, int) and all(isinstance(other.get(key), int) for other in alike):
+                row[key] = round(fmean(other[key] for other in alike))
+        if lacking:
+            repeat = dict(zip(names, alike, strict=True))
+            why = [f"{who}: {other['bpd_refused']}" for who, other in repeat.items() if "bpd_refused" in other]
+            why = why or [f"not of {who}" for who, other in repeat.items() if not other.keys() >= set(lacking)]
+            row["not_pooled"] = f"{', '.join(lacking)} left out, as they are not of all trainings ({'; '.join(why)})"
+        out.append(row)
+    return out
+
+
+def _not_of_all(alike: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the keys of numbers that not all repeats of a row have: the mean of some would pass for that of all."""
+    numbers = {k for row in alike for k, v in row.items() if isinstance(v, float) or k in ("x0_mse", "eps_mse")}
+    lacking = {k for k in numbers if not all(isinstance(row.get(k), float | dict) for row in alike)}
+    if any("bpd_refused" in row for row in alike):
+        lacking |= {k for row in alike for k in row if k.startswith("bpd")}
+    return sorted(lacking)
+
+
+def _comparable(key: str, value: Any) -> Any:
+    """Return a field without what a training decides: how many steps were averaged, and which rows kept their start."""
+    if key == "weights_kind":
+        return ", ".join(sorted(set(str(value).split(", ")) - {"start"})) or "ema"
+    if key != "recipe" or not isinstance(value, list):
+        return value
+    out = []
+    for kind in value:
+        average = kind["average"] and {k: v for k, v in kind["average"].items() if k not in ("steps", "before")}
+        if (kept := kind | {"average": average}) not in out:
+            out.append(kept)
+    return sorted(out, key=lambda kind: json.dumps(kind, sort_keys=True))
+
+
+def write_page(studies: Sequence[Study], path: Path) -> list[dict[str, Any]]:
+    """Write the page of repeated studies; returns its rows."""
+    path = output_path(path)
+    if len({study.folder.resolve() for study in studies}) < len(studies):
+        raise InputError(f"a folder is named twice: {', '.join(str(study.folder) for study in studies)}")
+    kept = {str(study.folder): study.rows for study in studies}
+    rows = pool(list(kept.values()), list(kept))
+    title = html.escape(studies[0].title)
+    parts = [f"<h1>{title}</h1><p>Means and standard deviations of {len(studies)} trainings: "]
+    parts.append(f"{html.escape(', '.join(kept))}.</p>")
+    for line, alike in tables(rows):
+        parts.append(f"<p>{html.escape(line)}</p>{html_table(alike)}")
+    said = notes_of(kept, rows)
+    parts.append(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in said)}</ul>" if said else "")
+    models = [row for row in rows if "networks" in row]
+    if models:
+        parts.append("<h2>What it cost, on average over the trainings</h2>" + html_cells(costs(models), []))
+        parts += [figures.quality_over_compute(models), figures.errors_per_state(models)]
+    parts.append(html_facts({folder: facts(own) for folder, own in kept.items()}))
+    write_whole(path, document(studies[0].title, parts).encode())
+    return rows
+
+
+def notes_of(kept: dict[str, list[dict[str, Any]]], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what must be known of pooled rows, and, by folder, of rows of repeats that have no numbers."""
+    refused = [(folder, row) for folder, own in kept.items() for row in own if "refused" in row]
+    return notes(rows) + [f"{folder}: {row['name']}: {row['refused']}" for folder, row in refused]
