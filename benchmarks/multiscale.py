@@ -31,10 +31,10 @@ import torch
 from _machine import add_sizes, describe, of_size, quartiles, timed
 from torch import Tensor
 
-from lightning_tdisent.diffusion.bases import Haar
 from lightning_tdisent.diffusion.components import ComponentStates
 from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.diffusion.schedules import LogLinear
+from lightning_tdisent.diffusion.spaces import Haar
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.cost import flops

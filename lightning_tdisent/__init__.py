@@ -1,6 +1,6 @@
 """Diffusion models over few latent states, each a network of its own if you like.
 
-Reading order: diffusion.states, diffusion.process, sampling.sampler, models.composite, lit.modules.
+Reading order: diffusion.table, diffusion.process, sampling.sampler, models.composite, lit.modules.
 """
 
 import importlib
@@ -12,10 +12,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "diffusion.schedules": "NoiseSchedule Linear ScaledLinear Cosine Sigmoid LogLinear Geometric",
+    "diffusion.schedules": (
+        "NoiseSchedule Linear ScaledLinear Cosine Sigmoid LogLinear Geometric VarianceExploding FlowMatching"
+    ),
+    "diffusion.table": "Table",
     "diffusion.states": "LatentStates",
-    "diffusion.bases": "Basis Pixels Haar",
-    "diffusion.components": "ComponentStates Condition",
+    "diffusion.spaces": "Space Pixels Haar",
+    "diffusion.components": "ComponentStates",
+    "diffusion.observation": "Observation",
     "diffusion.operators": "Operator Inpainting SuperResolution Edges Grey",
     "diffusion.objectives": "Objective Eps X0 V Weight Constant MinSNR P2 Likelihood",
     "networks.network": "Network",

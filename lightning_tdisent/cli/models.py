@@ -240,14 +240,14 @@ def _observations(a: argparse.Namespace, model: Any, seeds: range) -> "Observati
         options = {"--mask": a.mask is not None, "--items": a.items is not None, "--put-back": a.put_back}
         if odd := [name for name, given in options.items() if given]:
             raise InputError(f"{', '.join(odd)}: belong to --observe, which is not given")
-        if states.condition is not None:
-            name = type(states.condition.operator).__name__
+        if states.observation is not None:
+            name = type(states.observation.operator).__name__
             raise InputError(f"the model draws images given an observation ({name}): say of which with --observe DATA")
         return None
     seen, said = observe(states, a.observe, seeds, _range(a.items, "--items") if a.items else None, a.mask)
     if a.put_back:
         if not seen.own_mask:
-            refuse_without_masks(states.condition.operator, states.image_shape, "--put-back")
+            refuse_without_masks(states.observation.operator, states.image_shape, "--put-back")
         said += "; known pixels are put back at every step"
     print(said)
     return seen

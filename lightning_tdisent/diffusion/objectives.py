@@ -2,7 +2,8 @@
 
 A weight is defined on the error of x0_hat, w(s) |x_0 - x0_hat|^2; the objective turns it into a weight on its own raw
 output, since |x_0 - x0_hat|^2 = unit(s) |target - raw|^2 with unit = b^2/a^2 (eps), 1 (x0), b^2 (v). For an expert of
-one state every weight is one constant, which Adam cancels.
+one state every weight is one constant, which Adam cancels. Objectives are told the variance-preserving state of a row,
+x / sqrt(a^2 + b^2), and its coefficients: a^2 + b^2 = 1.
 """
 
 from abc import ABC, abstractmethod
@@ -10,9 +11,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from lightning_tdisent.diffusion.process import to_x0
 from lightning_tdisent.diffusion.spec import Part
-from lightning_tdisent.diffusion.states import Coefficient, LatentStates
+from lightning_tdisent.diffusion.table import Coefficient, Table
 from lightning_tdisent.errors import InputError
 
 
@@ -88,27 +88,29 @@ class Objective(Part, ABC):
     def unit(self, snr: Tensor) -> Tensor:
         """Return |x0 error|^2 / |raw error|^2 per state."""
 
+    @abstractmethod
     def x0(self, raw: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
-        """Return x0_hat from the raw output at x."""
-        return to_x0(self.prediction, raw, x, a, b)
+        """Return x0_hat from the raw output at x: the inverse of `target`."""
 
-    def weights(self, states: LatentStates) -> Tensor:
+    def weights(self, states: Table) -> Tensor:
         """Weight of rows 0..S on the raw output, (S+1, K) float64; 0 in row 0 and for what is not learned.
 
         Refuses a weight that is not finite.
         """
         snr = states.log_snr.exp()
         table = self.weight.on_raw(snr[1:], snr[:-1], self.unit(snr[1:]))
-        table = table.where(states.counted[1:], 0.0)
+        table = table.where(states.learned[1:], 0.0)
         if not table.isfinite().all():
             s = int((~table.isfinite()).any(1).nonzero()[0]) + 1
             raise InputError(
                 f"{type(self.weight).__name__} weight of {type(self).__name__} is not finite at row {s} "
                 f"(SNR {snr[s].tolist()}); use the Constant weight or another schedule"
             )
-        return states.reweighted(torch.cat([torch.zeros_like(table[:1]), table]))
+        if states.observation is not None:
+            table[:, states.image_columns :] *= states.observation.weight
+        return torch.cat([torch.zeros_like(table[:1]), table])
 
-    def check(self, states: LatentStates) -> None:
+    def check(self, states: Table) -> None:
         """Refuse a table that this prediction cannot invert."""
 
 
@@ -121,13 +123,17 @@ class Eps(Objective):
         """eps."""
         return eps
 
+    def x0(self, raw: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
+        """(x - b eps) / a."""
+        return (x - b * raw) / a
+
     def unit(self, snr: Tensor) -> Tensor:
         """b^2/a^2."""
         return 1 / snr
 
-    def check(self, states: LatentStates) -> None:
+    def check(self, states: Table) -> None:
         """Refuse zero terminal SNR: x0 = (x - b eps)/a divides by a = 0."""
-        if bool((states.log_snr.isneginf() & states.counted).any()):
+        if bool((states.log_snr.isneginf() & states.learned).any()):
             raise InputError(
                 f"objective Eps cannot be used with zero terminal SNR ({states.schedule!r}): at row {states.S} the "
                 "signal is 0 and x0 cannot be recovered from eps. Use objective V or X0, or zero_terminal: false."
@@ -143,6 +149,10 @@ class X0(Objective):
         """x0."""
         return x0
 
+    def x0(self, raw: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
+        """The raw output."""
+        return raw
+
     def unit(self, snr: Tensor) -> Tensor:
         """1."""
         return torch.ones_like(snr)
@@ -156,6 +166,10 @@ class V(Objective):
     def target(self, x0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """a eps - b x0."""
         return a.to(x0.dtype) * eps - b.to(x0.dtype) * x0
+
+    def x0(self, raw: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
+        """a x - b v."""
+        return a * x - b * raw
 
     def unit(self, snr: Tensor) -> Tensor:
         """b^2."""

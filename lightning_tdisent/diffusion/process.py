@@ -3,7 +3,6 @@
 x0 in [-1, 1] and eps ~ N(0, I) have shape (B, C, H, W); rows are ints, or int64 tensors of shape (B,).
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,33 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_tdisent.diffusion.states import Coefficient, LatentStates
+from lightning_tdisent.diffusion.table import Coefficient, Table
 from lightning_tdisent.errors import InputError
 
 
-def scale(c: Coefficient, x: Tensor) -> Tensor:
-    """Return c x in the dtype of x, whether c is a float or a float64 tensor."""
-    return c.to(x.dtype) * x if isinstance(c, Tensor) else c * x
-
-
-def spread(states: LatentStates, c: Coefficient, x: Tensor) -> Coefficient:
-    """A float as it is, coefficients (K,) as what multiplies a state x."""
-    return states.spread(c.to(x.device, x.dtype), x.shape) if isinstance(c, Tensor) else c
-
-
-def grown(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """A state with zeros for the components that it does not have yet, which a larger one of this shape has."""
-    return F.pad(x, (0, shape[-1] - x.shape[-1], 0, shape[-2] - x.shape[-2])) if x.shape[-2:] != shape[-2:] else x
-
-
-def noise(states: LatentStates, x0: Tensor, s: int | Tensor, eps: Tensor) -> Tensor:
-    """x_s = a_s x_0 + b_s eps (2006.11239, eq. 4)."""
+def noise(states: Table, x0: Tensor, s: int | Tensor, eps: Tensor) -> Tensor:
+    """Return x_s = a_s x_0 + b_s eps (2006.11239, eq. 4)."""
     a, b = states.coefficients(s, x0)
-    return scale(a, x0) + scale(b, eps)
+    return a * x0 + b * eps
 
 
 class Terms(NamedTuple):
-    """Coefficients of a reverse step (see `step`): floats of a table of one column, else float64 (K,) by component."""
+    """Coefficients of a reverse step (see `step`): floats, or (K,) float64 on the CPU."""
 
     x0: Coefficient
     x: Coefficient
@@ -45,84 +29,103 @@ class Terms(NamedTuple):
     before: Coefficient = 0.0
 
 
-def transition(states: LatentStates, s: int, r: int, eta: float) -> Terms:
+def nonzero(c: Coefficient) -> bool:
+    """Return whether a coefficient takes part in a step."""
+    return bool(c.any()) if isinstance(c, Tensor) else c != 0
+
+
+def transition(states: Table, s: int, r: int, eta: float) -> Terms:
     """Return the coefficients of x_r = c0 x0_hat + cx x_s + cz z for r < s (DDIM, 2010.02502, eq. 12 and 16).
 
-    With (a, b) at s and (c, d) at r: cz = eta (d/b) sqrt(1 - (a/c)^2), cx = sqrt(d^2 - cz^2)/b, c0 = c - a cx.
-    eta 0 is deterministic, eta 1 the ancestral posterior of DDPM. Floats of a table of one column, else float64 (K,),
-    by component, for `LatentStates.spread`.
+    With (a, b) at s, (c, d) at r and q = (a d) / (b c), the square root of SNR(s) / SNR(r), for any positive pairs:
+    cz = eta d sqrt(1 - q^2), cx = sqrt(d^2 - cz^2) / b, c0 = c - a cx. eta 0 is deterministic, eta 1 the ancestral
+    posterior of DDPM.
     """
     if not 0 <= r < s <= states.S:
         raise InputError(f"a reverse step goes from a row s to a row r < s within 0..{states.S}, got s={s}, r={r}")
-    if states.K == 1:
-        (a, b), (c, d) = states._rows[s], states._rows[r]
-        fresh = eta * d / b * math.sqrt(max(0.0, 1 - (a / c) ** 2))
-        keep = d / b * math.sqrt(1 - eta * eta + (eta * a * d / (b * c)) ** 2)
-        return Terms(c - a * keep, keep, fresh)
-    at, bt, ct, dt = states.a[s], states.b[s], states.a[r], states.b[r]
-    fresh_t = eta * dt / bt * (1 - (at / ct).square()).clamp_min(0).sqrt()
-    keep_t = dt / bt * (1 - eta * eta + (eta * at * dt / (bt * ct)).square()).sqrt()
-    clean, dead = bt == 0, ct == 0  # does not diffuse yet; finished in both rows, and in no state
-    keep_t = keep_t.where(~clean, 1.0).where(~dead, 1.0)
-    fresh_t = fresh_t.where(~clean & ~dead, 0.0)
-    return Terms((ct - at * keep_t).where(~clean & ~dead, 0.0), keep_t, fresh_t)
+    (a, b), (c, d) = ((states.on_cpu["a"][row], states.on_cpu["b"][row]) for row in (s, r))
+    q = a * d / (b * c)
+    cz = eta * d * (1 - q.square()).clamp_min(0).sqrt()
+    cx = d / b * (1 - eta * eta + (eta * q).square()).sqrt()
+    noise_free, dropped = b == 0, c == 0  # in both rows; what is dropped at r is in neither state
+    cx = cx.where(~noise_free & ~dropped, 1.0)
+    c0 = (c - a * cx).where(~noise_free & ~dropped, 0.0)
+    cz = cz.where(~noise_free & ~dropped, 0.0)
+    return Terms(c0, cx, cz)
 
 
 def step(
-    states: LatentStates, c: Terms, x: Tensor, x0_hat: Tensor, before: Tensor | None = None, z: Tensor | None = None
+    states: Table, c: Terms, x: Tensor, x0_hat: Tensor, before: Tensor | None = None, z: Tensor | None = None
 ) -> Tensor:
     """Return x_r = c.x0 x0_hat + c.x x_s + c.before x0_hat_before + c.z z: the reverse step of every sampler.
 
-    c: of `transition` for DDIM and ancestral steps. before: the estimate of the step before, if there was one and the
-    sampler looks at it; z ~ N(0, I), wanted where c.z is not zero. The first may be of a smaller state than x, z of a
-    larger one.
+    c: of `transition` for DDIM and ancestral steps. before: x0_hat of the step before, if there was one; z ~ N(0, I),
+    needed where c.z is not zero. ``before`` may be of a smaller state than x, z of a larger one.
     """
-    out = scale(spread(states, c.x0, x), x0_hat) + scale(spread(states, c.x, x), x)
+    out = states.multiplier(c.x0, x) * x0_hat + states.multiplier(c.x, x) * x
     if before is not None and nonzero(c.before):
-        out = out + scale(spread(states, c.before, x), grown(before, x.shape))
-    if z is None and nonzero(c.z) and bool(torch.as_tensor(c.z).any()):
-        raise InputError("this step adds fresh noise: pass z")
-    if z is not None and nonzero(c.z):
-        z = z if z.shape == x.shape else z[..., : x.shape[-2], : x.shape[-1]]
-        out = out + scale(spread(states, c.z, x), z)
+        out = out + states.multiplier(c.before, x) * padded(before, x.shape)
+    if nonzero(c.z):
+        if z is None:
+            raise InputError("this step adds fresh noise: pass z")
+        part = z if z.shape == x.shape else z[..., : x.shape[-2], : x.shape[-1]]
+        out = out + states.multiplier(c.z, x) * part
     return out
 
 
-def nonzero(c: Coefficient) -> bool:
-    """Return whether a coefficient takes part in a step; one by component does."""
-    return isinstance(c, Tensor) or c != 0.0
+def padded(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Pad a state with zeros to the height and width of a larger one."""
+    return F.pad(x, (0, shape[-1] - x.shape[-1], 0, shape[-2] - x.shape[-2])) if x.shape[-2:] != shape[-2:] else x
 
 
-def posterior(states: LatentStates, x0: Tensor, x: Tensor, s: int, r: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of q(x_r | x_s, x_0) (2006.11239, eq. 6 and 7, for any r < s).
+def posterior(states: Table, x0: Tensor, x: Tensor, s: int, r: int) -> tuple[Tensor, Coefficient]:
+    """Return mean and variance of q(x_r | x_s, x_0) (2006.11239, eq. 6 and 7, for any r < s and any table)."""
+    c = transition(states, s, r, 1.0)
+    mean = states.multiplier(c.x0, x) * x0 + states.multiplier(c.x, x) * x
+    return mean, states.multiplier(c.z * c.z, x)
 
-    With alpha = a_s^2/a_r^2: mean = a_r (1 - alpha)/b_s^2 x_0 + sqrt(alpha) b_r^2/b_s^2 x_s,
-    variance = (1 - alpha) b_r^2/b_s^2, which multiplies a state.
+
+def first_state(states: Table, z: Tensor, y: Tensor | None = None) -> Tensor:
+    """Return state S of noise z ~ N(0, I): n z, n = sqrt(a^2 + b^2), with the observation y of the image, if any."""
+    x = states.multiplier(states.on_cpu["scale"][states.S], z) * z
+    return x if y is None else observed(states, x, z, states.S, None, y)
+
+
+def arrive(states: Table, out: Tensor, z: Tensor | None, s: int, r: int, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Return state r from the step that led there from x at s.
+
+    Components that are dropped at s and not at r start as noise z, which `needs_noise` asks for; the channels of an
+    observation y are drawn for r.
     """
-    a, b, c, d = states.a[s], states.b[s], states.a[r], states.b[r]
-    ratio, beta = a / c, -torch.expm1(2 * (a / c).log())
-    kept, lost = (ratio * (d / b).square(), c * beta / b.square())
-    variance = beta * (d / b).square()
-    clean = b == 0  # does not diffuse
-    kept, lost, variance = kept.where(~clean, 1.0), lost.where(~clean, 0.0), variance.where(~clean, 0.0)
-    mean = scale(spread(states, lost, x), x0) + scale(spread(states, kept, x), x)
-    return mean, states.spread(variance.to(x.device), x.shape)
+    if states.levels[s] > states.levels[r]:
+        assert z is not None
+        new = (states.multiplier(states.on_cpu["scale"][r], z) * z).clone()
+        new[..., : out.shape[-2], : out.shape[-1]] = out
+        out = new
+    return out if y is None else observed(states, out, z, r, (x, s), y)
 
 
-def to_x0(kind: str, value: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
-    """Return x_0 from eps: (x - b eps)/a; from v: a x - b v, v = a eps - b x_0 (2202.00512, app. D)."""
-    if kind == "eps":
-        return (x - scale(b, value)) / (a.to(x.dtype) if isinstance(a, Tensor) else a)
-    if kind == "v":
-        return scale(a, x) - scale(b, value)
-    return value
+def needs_noise(states: Table, s: int, r: int) -> bool:
+    """Return whether arriving at r from s takes noise besides that of the step: see `arrive`."""
+    y = states.on_cpu["log_snr"][r, states.image_columns :]
+    return states.levels[s] > states.levels[r] or bool(y.isfinite().any())
 
 
-def from_x0(kind: str, x0: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
-    """Return eps = (x - a x_0)/b or v = (a x - x_0)/b, the inverse of `to_x0`."""
-    divisor = b.to(x.dtype) if isinstance(b, Tensor) else b
-    if kind == "eps":
-        return (x - scale(a, x0)) / divisor
-    if kind == "v":
-        return (scale(a, x) - x0) / divisor
-    return x0
+def observed(
+    states: Table, x: Tensor, z: Tensor | None, r: int, before: tuple[Tensor, int] | None, y: Tensor
+) -> Tensor:
+    """Return state x of row r with the observation y (B, C', H, W) of that row in its channels.
+
+    before: the state and row that the step came from, None at the start. z: the noise of row r; None: y is noise-free.
+    """
+    assert states.observation is not None
+    c, level = x.shape[1] - y.shape[1], states.levels[r]
+    y0 = states.space.encode(torch.cat([torch.zeros(len(y), c, *y.shape[2:]).to(y), y], 1), level)
+    if z is None:
+        new = y0
+    elif before is not None and states.observation.draw == "bridge":
+        mean, variance = posterior(states, y0, padded(before[0], x.shape), before[1], r)  # no past: padded with 0
+        new = mean + variance**0.5 * z
+    else:
+        new = noise(states, y0, r, z)
+    return torch.cat([x[:, :c], new[:, c:]], 1)

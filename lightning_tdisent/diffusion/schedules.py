@@ -1,7 +1,8 @@
 """Noise schedules: the log-SNR of a full T-chain. One class, one formula, one citation.
 
-All numbers are float64. ``alpha_bar[t]`` is the signal power a_t^2 of x_t = a_t x_0 + b_t eps at index t = 0..T,
-``alpha_bar[0] = 1``; ``log_snr = log(alpha_bar / (1 - alpha_bar))`` is +inf at t = 0.
+All numbers are float64. A state is x_t = a_t x_0 + b_t eps at index t = 0..T. ``log_snr = 2 log(a / b)`` is +inf at
+t = 0, and ``alpha_bar = a^2 / (a^2 + b^2)`` the share of the signal, which is a^2 where a^2 + b^2 = 1; another
+``scale`` sqrt(a^2 + b^2) makes variance-exploding and flow-matching processes of the same log-SNR.
 """
 
 import copy
@@ -41,6 +42,14 @@ class NoiseSchedule(Part, ABC):
             a = torch.cat([a[:1], (a[1:] - a[-1]) * (a[1] / (a[1] - a[-1]))])
             log_ab = 2 * a.log()
         return log_ab - (-torch.expm1(log_ab)).log()
+
+    def scale(self) -> Tensor:
+        """sqrt(a_t^2 + b_t^2) at t = 0..T, shape (T+1,), float64: 1, as of a variance-preserving process."""
+        return torch.ones(self.T + 1, dtype=torch.float64)
+
+    def times(self) -> Tensor:
+        """What a network is told at t = 0..T, shape (T+1,): t."""
+        return torch.arange(self.T + 1)
 
     def recomputed(self, S: int, rescale: bool = False) -> "NoiseSchedule":
         """Return the same formula evaluated for a chain of S levels instead of looking S rows up.
@@ -197,3 +206,46 @@ class Geometric(LogLinear):
             raise InputError(f"Geometric needs 0 < sigma_min < sigma_max, got {sigma_min:g} and {sigma_max:g}")
         super().__init__(T, -2 * math.log(sigma_min), -2 * math.log(sigma_max), zero_terminal)
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+
+class VarianceExploding(Geometric):
+    """x_t = x_0 + sigma_t eps with the deviations of `Geometric` (VE, 2011.13456, eq. 9): a = 1, b = sigma."""
+
+    def scale(self) -> Tensor:
+        """sqrt(1 + sigma_t^2)."""
+        return (-self.log_alpha_bar() / 2).exp()
+
+
+class FlowMatching(NoiseSchedule):
+    """x_t = (1 - sigma) x_0 + sigma eps, sigma_t = shift u / (1 + (shift - 1) u), u = t/T (2403.03206, section 5.3.2).
+
+    a = 1 - sigma, b = sigma: the straight path of rectified flow (2209.03003). The last level is pure noise. A network
+    is told 1000 sigma. shift: above 1 more noise at the same u, as for images of many pixels.
+    """
+
+    def __init__(self, T: int = 1000, shift: float = 1.0) -> None:
+        super().__init__(T)
+        check_number("FlowMatching.shift", shift, 0, above=True)
+        self.shift = shift
+
+    def _sigma(self) -> Tensor:
+        u = torch.linspace(0, 1, self.T + 1, dtype=torch.float64)
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def log_alpha_bar(self) -> Tensor:
+        """log (1 - sigma)^2 / ((1 - sigma)^2 + sigma^2)."""
+        return 2 * torch.log1p(-self._sigma()) - 2 * self.scale().log()
+
+    def log_snr(self) -> Tensor:
+        """2 log((1 - sigma) / sigma), -inf at T."""
+        sigma = self._sigma()
+        return 2 * (torch.log1p(-sigma) - sigma.log())
+
+    def scale(self) -> Tensor:
+        """sqrt((1 - sigma)^2 + sigma^2)."""
+        sigma = self._sigma()
+        return ((1 - sigma).square() + sigma.square()).sqrt()
+
+    def times(self) -> Tensor:
+        """1000 sigma, float64."""
+        return 1000 * self._sigma()

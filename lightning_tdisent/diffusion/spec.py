@@ -19,7 +19,13 @@ from lightning_tdisent.errors import InputError, nearest
 
 PACKAGE = __package__.split(".")[0]
 # modules that files of earlier versions name, and where their classes are now
-MOVED = {f"{PACKAGE}.sampling.start": f"{PACKAGE}.models.start"}
+MOVED = {
+    f"{PACKAGE}.sampling.start": f"{PACKAGE}.models.start",
+    f"{PACKAGE}.diffusion.bases": f"{PACKAGE}.diffusion.spaces",
+}
+# classes, or arguments by the class they belong to, that files of earlier versions name otherwise
+RENAMED = {f"{PACKAGE}.diffusion.components.Condition": f"{PACKAGE}.diffusion.observation.Observation"}
+ARGUMENTS = {f"{PACKAGE}.diffusion.components.ComponentStates": {"basis": "space", "condition": "observation"}}
 _PLAIN = (str, int, float, bool, type(None))
 _DIGESTS = "_Part__digests"  # attribute of a part, with the name that Python gives to a private one of `Part`
 
@@ -252,7 +258,21 @@ def said(error: BaseException) -> str:
 def moved(path: str) -> str:
     """Return the class path of today for one that an earlier version wrote."""
     module, dot, name = path.rpartition(".")
-    return MOVED.get(module, module) + dot + name
+    return RENAMED.get(path, MOVED.get(module, module) + dot + name)
+
+
+def first_name(data: Any) -> Any:
+    """Return a `spec` with the class paths under which classes first appeared: what fingerprints hash never moves."""
+    if isinstance(data, list):
+        return [first_name(value) for value in data]
+    if not isinstance(data, dict):
+        return data
+    out = {key: first_name(value) for key, value in data.items()}
+    if isinstance(path := out.get("class_path"), str):
+        module, dot, name = path.rpartition(".")
+        back = {new: old for old, new in {**MOVED, **RENAMED}.items()}
+        out["class_path"] = back.get(path, back.get(module, module) + dot + name)
+    return out
 
 
 def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
@@ -265,6 +285,7 @@ def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
     if not isinstance(path, str) or not isinstance(arguments, dict) or not isinstance(data.get("files", {}), dict):
         raise InputError(f"{data!r:.300} is no class_path with init_args")
     path = moved(path)
+    arguments = {ARGUMENTS.get(path, {}).get(name, name): value for name, value in arguments.items()}
     module_name, _, name = path.rpartition(".")
     if module_name.split(".")[0] == PACKAGE:
         try:

@@ -45,7 +45,8 @@ class Given:
         draws: int = DRAWS,
         lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        self.operator: Operator = model.states.condition.operator
+        assert model.states.observation is not None
+        self.operator: Operator = model.states.observation.operator
         self.draws, self.items = draws, quality.protocol.n // draws
         refuse_number(quality.protocol.n, len(held_out), draws)
         images = held_out.images[: self.items]

@@ -19,7 +19,7 @@ from torchmetrics import Metric
 
 from lightning_tdisent.data.shards import ImageSet, note_classes
 from lightning_tdisent.diffusion.spec import spec
-from lightning_tdisent.diffusion.states import CONDITION, LatentStates
+from lightning_tdisent.diffusion.table import OBSERVED, Table
 from lightning_tdisent.digests import digest, sha256
 from lightning_tdisent.distributed import all_gather, rank_and_world, shared_errors
 from lightning_tdisent.errors import InputError, NotFinite
@@ -121,7 +121,7 @@ def evaluate(
     given = {
         c.name: Given(model[0], held_out, quality, lpips=lpips)
         for c, model in zip(contenders, loaded, strict=True)
-        if model is not None and model[0].states.condition is not None
+        if model is not None and model[0].states.observation is not None
     }
     pairs: dict[str, Metric] = {}
     rows, images = [], dict[str, Tensor]()
@@ -191,26 +191,26 @@ class _Common:
     layout: str = ""
 
     @classmethod
-    def of(cls, tables: Sequence[LatentStates]) -> "_Common":
+    def of(cls, tables: Sequence[Table]) -> "_Common":
         if not tables:
             return cls([], torch.empty(0))
         few = min(tables, key=lambda states: states.S)
         rows = probe_rows(few.rows, 32)
-        log_snr = few.log_snr[rows, : few.own].clone()  # a model's moves with it
+        log_snr = few.log_snr[rows, : few.image_columns].clone()  # a model's moves with it
         return cls([int(few.index[s]) for s in rows], log_snr, _units(few))
 
-    def rows(self, states: LatentStates) -> list[int]:
+    def rows(self, states: Table) -> list[int]:
         """Those rows of a table, none if it has not all of them at the same values."""
         here = {t: s for s, t in enumerate(states.index.tolist())}
         at = [here[t] for t in self.indices if t in here]
-        here_too = states.log_snr[at, : states.own].cpu()
+        here_too = states.log_snr[at, : states.image_columns].cpu()
         same = here_too.shape == self.log_snr.shape and torch.allclose(here_too, self.log_snr)
         return at if same and _units(states) == self.layout else []
 
 
-def _units(states: LatentStates) -> str:
+def _units(states: Table) -> str:
     """Return what the image's own columns are: errors of others are in other units."""
-    return states.made_of.partition(CONDITION)[0] if states.own > 1 else ""
+    return states.made_of.partition(OBSERVED)[0] if states.image_columns > 1 else ""
 
 
 def _of_model(

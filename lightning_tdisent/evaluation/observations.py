@@ -18,7 +18,7 @@ from lightning_tdisent.data.decode import IMAGES, decode_image, open_image
 from lightning_tdisent.data.shards import load
 from lightning_tdisent.diffusion.operators import GREY_LEVEL, Operator, masks
 from lightning_tdisent.diffusion.spec import identity, spec
-from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.images import from_uint8
@@ -61,11 +61,11 @@ class Observations:
         kernel = self.kernel[at] if self.kernel.shape == (len(self.y), 1, *self.y.shape[2:]) else self.kernel
         return replace(self, y=self.y[at], item=self.item[at], original=self.original[at], kernel=kernel)
 
-    def check(self, states: LatentStates, where: str = "observations") -> None:
+    def check(self, states: Table, where: str = "observations") -> None:
         """Refuse those of another operator or image size than a model's, and masks of other items."""
-        if states.condition is None or states.image_shape is None:
+        if states.observation is None or states.image_shape is None:
             raise InputError(f"{where}: the model is unconditional, and takes none")
-        operator: Operator = states.condition.operator
+        operator: Operator = states.observation.operator
         if identity(mine := spec(operator)) != identity(self.operator):
             raise InputError(f"{where}: made by {self.operator}, the model was trained for {mine}")
         c, *sides = states.image_shape
@@ -128,12 +128,12 @@ class Observations:
             raise InputError(f"{path}: no observations of this project ({type(error).__name__}: {error})") from None
 
 
-def observed(states: LatentStates, images: Tensor, n: int) -> Tensor | None:
+def observed(states: Table, images: Tensor, n: int) -> Tensor | None:
     """Observations (n, C', H, W) of images uint8, in turn, for a conditional model; None for any other."""
-    if states.condition is None:
+    if states.observation is None:
         return None
     item = torch.arange(n) % len(images)
-    y: Tensor = states.condition.operator.observe(from_uint8(images[item]), item)
+    y: Tensor = states.observation.operator.observe(from_uint8(images[item]), item)
     return y
 
 
@@ -147,7 +147,7 @@ def refuse_without_masks(operator: Operator, shape: list[int], where: str) -> No
 
 
 def observe(
-    states: LatentStates,
+    states: Table,
     source: str | Path,
     seeds: Sequence[int],
     items: Sequence[int] | None = None,
@@ -160,9 +160,9 @@ def observe(
     seeds, else all. mask: an image of black and white in place of the operator's masks; white pixels are known.
     """
     source, shape = Path(source), states.image_shape
-    if states.condition is None or shape is None:
+    if states.observation is None or shape is None:
         raise InputError("--observe is for conditional models, this one is not")
-    operator: Operator = states.condition.operator
+    operator: Operator = states.observation.operator
     if source.is_file() and source.suffix == ".safetensors":
         if mask is not None:
             raise InputError(f"--mask {mask}: {source} keeps the masks that it was made with; give images to --observe")

@@ -28,11 +28,11 @@ def forward_strip(denoise: Denoises, images: Tensor, rows: Sequence[int]) -> Ten
 
 def _noisy(denoise: Denoises, x0: Tensor, s: int) -> tuple[Tensor, Tensor]:
     """x_s of the first held-out images, and its picture."""
-    states, finished, ids = denoise.states, denoise.states.finished([s]), range(len(x0))
-    z0 = states.components(x0.to(states.a.device), torch.as_tensor(ids), finished)
+    states, level, ids = denoise.states, denoise.states.levels[s], range(len(x0))
+    z0 = states.encode(x0.to(states.a.device), torch.as_tensor(ids), level)
     eps = seed_noise(ids, HELD_OUT, states.shape_at(1, x0.shape[1:]))[..., : z0.shape[-2], : z0.shape[-1]]
     x = noise(states, z0, s, eps.to(z0))
-    return x, states.picture(x, finished).cpu()
+    return x, states.decode(x, level).cpu()
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def estimate_strip(denoise: Denoises, images: Tensor, s: int) -> Tensor:
     x, noisy = _noisy(denoise, x0, s)
     estimate = denoise(x.to(next(iter(denoise.parameters())).device), s).cpu()
     refuse_non_finite("the model", {f"x0_hat at row {s}": estimate})
-    return to_uint8(torch.stack([x0, noisy, denoise.states.picture(estimate, denoise.states.finished([s]))], 1))
+    return to_uint8(torch.stack([x0, noisy, denoise.states.decode(estimate, denoise.states.levels[s])], 1))
 
 
 @torch.inference_mode()
@@ -53,7 +53,7 @@ def reverse_strip(
     keep = {*probe_rows(sampler.rows(denoise.states)[::-1], columns - 1), 0}
     states = denoise.states
     walk = sampler.walk(denoise, seeds, given=given)
-    shown = [(s, to_uint8(states.picture(x, states.finished([s]))).cpu()) for s, x, _ in walk if s in keep]
+    shown = [(s, to_uint8(states.decode(x, states.levels[s])).cpu()) for s, x, _ in walk if s in keep]
     return torch.stack([x for _, x in shown], 1), [s for s, _ in shown]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_tdisent.diffusion.states import split_rows
+from lightning_tdisent.diffusion.table import split_rows
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.files import typed
 from lightning_tdisent.fleet.budget import Budget

@@ -28,7 +28,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 # imported so that a YAML may name them by their short names
-from lightning_tdisent.diffusion import bases, components, objectives, operators, schedules  # noqa: F401
+from lightning_tdisent.diffusion import components, objectives, operators, schedules, spaces  # noqa: F401
 from lightning_tdisent.diffusion.spec import said
 from lightning_tdisent.errors import InputError, check_number, nearest
 from lightning_tdisent.files import (

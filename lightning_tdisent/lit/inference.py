@@ -228,7 +228,7 @@ class DenoiserModule(L.LightningModule):
         """Images of a list of seeds, uint8 (B, C, H, W)."""
         if not self.whole:
             raise InputError(f"this model owns rows {self.rows} only; compose it with the other experts to sample")
-        if self.denoiser.states.condition is not None:
+        if self.denoiser.states.observation is not None:
             raise InputError("a conditional model is given observations: sample it with --observe DATA, or evaluate it")
         return torch.cat(list(sample(self.denoiser, self.sampler, batch, len(batch))))
 

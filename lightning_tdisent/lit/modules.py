@@ -89,9 +89,9 @@ class Diffusion(Part, DenoiserModule):
             network = network.of_shape(shape)
         if len(rows) == 1 and network.conditioning is None:
             network = network.time_agnostic()
-        if network.classes and states.condition is not None:
+        if network.classes and states.observation is not None:
             raise InputError(
-                f"network.classes: {network.classes}, states.condition: a model is given a class or an observation, "
+                f"network.classes: {network.classes}, states.observation: a model is given a class or an observation, "
                 "not both: its images would be drawn for another class than that of what they observe. Leave one out"
             )
         self.sampler, self.warm_start = sampler or DDIM(), warm_start
@@ -372,12 +372,12 @@ class Diffusion(Part, DenoiserModule):
         """State 0 of images; what is observed of them is degraded anew at every step."""
         if self.states.image_shape is None:
             return x0
-        if self.states.condition is None:
-            return self.denoiser.components(x0)
-        if self.states.condition.anneal:
+        if self.states.observation is None:
+            return self.denoiser.encode(x0)
+        if self.states.observation.anneal:
             self.denoiser.anneal(self.global_step)
         item = torch.randint(1 << 32, (len(x0),), generator=self.generator, device=x0.device)
-        return self.denoiser.components(x0, item)
+        return self.denoiser.encode(x0, item)
 
     def drop_labels(self, label: Tensor) -> Tensor | None:
         """Replace a share of the labels by the null label; None for an unconditional network."""

@@ -73,9 +73,10 @@ def preflight(trainer: L.Trainer, module: "Diffusion") -> None:
         try:
             with trying("the model that a file would give back"):
                 batch = _batch(trainer, module)
-                if module.states.condition is not None:
-                    probe(module.states.condition.operator, module.states.image_shape)
+                if module.states.observation is not None:
+                    probe(module.states.observation.operator, module.states.image_shape)
                 module.card("live")
+                refuse_wrong_estimate(live)
                 module.denoiser = _copied(module.rebuilt())
             _try_all(trainer, module, batch)
         finally:
@@ -148,7 +149,7 @@ def _sampled(module: "Diffusion", batch: dict[str, Any] | None) -> Tensor:
     label = torch.zeros(N, dtype=torch.long) if denoiser.classes else None
     walk = sampler.walk(denoiser, range(N), label, **options)  # one that is written anew is cut short
     *_, (_, x, _) = itertools.islice(walk, EVALUATIONS + 1)
-    return to_uint8(denoiser.states.picture(x))
+    return to_uint8(denoiser.states.decode(x))
 
 
 @contextlib.contextmanager
@@ -244,13 +245,30 @@ def refuse_monitors(trainer: L.Trainer, module: "Diffusion") -> None:
             )
 
 
+def refuse_wrong_estimate(denoiser: Denoiser) -> None:
+    """Refuse an objective whose estimate of x_0 from its own target is not x_0, at any row owned."""
+    states, objective = denoiser.states, denoiser.objective
+    a, b = torch.sigmoid(states.log_snr).sqrt(), torch.sigmoid(-states.log_snr).sqrt()
+    x0, eps = torch.tensor([0.5, -0.75], dtype=torch.float64), torch.tensor([1.25, 0.5], dtype=torch.float64)
+    for s in denoiser.rows:
+        if not bool(states.learned[s, 0]):
+            continue
+        row = (a[s, 0].cpu(), b[s, 0].cpu())
+        found = objective.x0(objective.target(x0, eps, *row), row[0] * x0 + row[1] * eps, *row)
+        if found.shape != x0.shape or not torch.allclose(found, x0, rtol=0, atol=1e-3):
+            raise InputError(
+                f"model.objective: {type(objective).__name__}.x0 is not the inverse of its target: for x_0 = "
+                f"{x0.tolist()} at row {s} it returns {found.tolist()}"
+            )
+
+
 def refuse_unweighted(denoiser: Denoiser) -> None:
     """Refuse a loss that is 0 whatever the network says, at a row where an expert is alone or where sampling starts.
 
     At other rows of a shared model it is a warning.
     """
     states, objective = denoiser.states, denoiser.objective
-    zero = (denoiser.weights.float() == 0) & states.counted
+    zero = (denoiser.weights.float() == 0) & states.learned
     rows = [s for s in denoiser.rows if bool(zero[s].any())]
     if not rows:
         return

@@ -250,7 +250,7 @@ class Member(L.Callback):
             return why
         if trainer.precision not in ("32-true", "bf16-mixed"):
             return f"trainer.precision is {trainer.precision}, not 32-true or bf16-mixed"
-        if (condition := module.states.condition) is not None and condition.anneal:
+        if (condition := module.states.observation) is not None and condition.anneal:
             return "its table changes while it trains (condition.anneal)"
         groups = [(o, group["params"]) for o in trainer.optimizers for group in o.param_groups]
         mine = list(module.denoiser.parameters())

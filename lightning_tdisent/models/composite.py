@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tdisent.artifacts import check_schema, parse_json
-from lightning_tdisent.diffusion.process import scale
 from lightning_tdisent.diffusion.spec import build, changed
-from lightning_tdisent.diffusion.states import Coefficient, LatentStates
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.table import Coefficient, Table
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import expand, output_path, remove_orphans, typed, whole, write_whole
@@ -67,7 +67,7 @@ class CompositeDenoiser(Extras, nn.Module):
         facts = [_facts(e) for e in experts]
         missing = refuse_unfit([f"expert {i}" for i in range(len(experts))], facts, fill is not None, allow, upto)
         self.differs = differing(facts, allow)
-        self.states: LatentStates = experts[0].states
+        self.states: Table = experts[0].states
         self.shape, self.classes = experts[0].shape, experts[0].classes
         self._owner = {s: (expert, s) for expert in experts for s in expert.rows}
         self.filled: dict[int, str] = {}
@@ -115,7 +115,7 @@ class CompositeDenoiser(Extras, nn.Module):
             assert isinstance(expert, PassingExpert)
             self._slot.hold(expert, self._then.get(s))
         if row != s:
-            x = scale(_stretch(self.states, row, s, x), x)
+            x = _stretch(self.states, row, s, x) * x
         out: Tensor = expert(x, row, label)
         return out
 
@@ -137,26 +137,25 @@ class CompositeDenoiser(Extras, nn.Module):
         return self
 
 
-def _nearest(states: LatentStates, s: int, rows: Sequence[int]) -> int:
+def _nearest(states: Table, s: int, rows: Sequence[int]) -> int:
     """Row of the nearest log-SNR, over all columns; of two the one with more noise."""
     log_snr = states.log_snr.clamp(-40, 40)
     return min(rows, key=lambda r: (float((log_snr[r] - log_snr[s]).abs().sum()), -r))
 
 
-def _alike(states: LatentStates, s: int, rows: Iterable[int]) -> list[int]:
+def _alike(states: Table, s: int, rows: Iterable[int]) -> list[int]:
     """Those rows whose states have the shape of row s."""
-    if not (out := [r for r in rows if states.finished([r]) == states.finished([s])]):
+    if not (out := [r for r in rows if states.levels[r] == states.levels[s]]):
         raise InputError(f"no expert of a row whose states are of the scale of row {s}: nothing can fill it")
     return out
 
 
-def _stretch(states: LatentStates, row: int, s: int, x: Tensor) -> Coefficient:
-    """sqrt(a_row / a_s), 1 where either has no signal."""
-    at, asked = states.coefficients(row, x)[0], states.coefficients(s, x)[0]
-    if isinstance(at, Tensor) or isinstance(asked, Tensor):
-        ratio = torch.as_tensor(at) / asked
-        return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
-    return float((at / asked) ** 0.5) if at > 0 and asked > 0 else 1.0
+def _stretch(states: Table, row: int, s: int, x: Tensor) -> Coefficient:
+    """sqrt(a_row / a_s) of the variance-preserving states, 1 where either has no signal."""
+    a, n = states.on_cpu["a"], states.on_cpu["scale"]
+    ratio = (a[row] / n[row]) / (a[s] / n[s])
+    ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
+    return states.multiplier(ratio * n[row] / n[s], x)
 
 
 def _facts(expert: Denoiser) -> dict[str, Any]:

@@ -228,14 +228,14 @@ def rebuilt(denoiser: Denoiser) -> Denoiser:
     generator = torch.Generator().manual_seed(1)
     x0, item = 2 * torch.rand(2, *denoiser.shape, generator=generator) - 1, torch.arange(2)
     x0, item = x0.to(denoiser.weights.device), item.to(denoiser.weights.device)
-    z, again = denoiser.components(x0, item), other.components(x0, item)
+    z, again = denoiser.encode(x0, item), other.encode(x0, item)
     if z.shape != again.shape or not torch.allclose(z, again):
         raise InputError(
             f"{type(denoiser.states).__name__}: the table built from what a file would say of it makes other states of "
-            "an image: its operator or basis is random, or has arguments that are no attributes"
+            "an image: its operator or space is random, or has arguments that are no attributes"
         )
     s = torch.tensor([denoiser.rows[0], denoiser.rows[-1]], device=x0.device)
-    a, b = states.coefficients(s, z)
+    _, a, b = states.normalised(s, z)
     eps = torch.randn(z.shape, generator=generator).to(z)
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)

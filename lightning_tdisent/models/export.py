@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lightning_tdisent
 from lightning_tdisent.diffusion.spec import build, spec
-from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import output_path, typed, write_whole
@@ -62,7 +62,7 @@ def export(source: str | Path, out: str | Path, form: Literal["safetensors", "di
         whole = not isinstance(model, Denoiser) or list(model.rows) == list(model.states.rows)
         loading = _SAFETENSORS.format(
             imports="".join(f"    import {name}  # has the network's class\n" for name in _modules(cards)),
-            drawn=_DRAWN if whole and model.states.condition is None else "",
+            drawn=_DRAWN if whole and model.states.observation is None else "",
             command=_command(model, cards)
             if whole
             else "Compose it with the experts of the other rows to draw images.",
@@ -140,7 +140,7 @@ def _modules(cards: Sequence[Card]) -> list[str]:
 def _command(model: Denoiser | CompositeDenoiser, cards: Sequence[Card]) -> str:
     """Return a sentence with the command that draws images."""
     words = [word for name in _modules(cards) for word in ("--import", name)]
-    words += [] if model.states.condition is None else ["--observe", "DATA"]
+    words += [] if model.states.observation is None else ["--observe", "DATA"]
     return f"Draw images with `{typed('sample', 'FOLDER', '--out', 'images', *words)}`."
 
 
@@ -221,7 +221,7 @@ def pipeline(model: Denoiser | CompositeDenoiser) -> DDIMPipeline:
     return DDIMPipeline(unet.eval(), scheduler)
 
 
-def betas(states: LatentStates) -> list[float]:
+def betas(states: Table) -> list[float]:
     """Betas from which diffusers, by running products of 1 - beta in float32, computes alpha-bar of rows 1..S.
 
     beta_s = 1 - abar_s / prod_{r<s} (1 - beta_r), with what rounding has made of the earlier ones, so that errors do
@@ -236,7 +236,7 @@ def betas(states: LatentStates) -> list[float]:
 
 
 @torch.no_grad()
-def standard(network: UNet, states: LatentStates) -> UNet2DModel:
+def standard(network: UNet, states: Table) -> UNet2DModel:
     """The same U-Net as diffusers has it, on timesteps 0..S-1 for the rows 1..S.
 
     Its embedding of timesteps is a table (``learned``): the sinusoids of the rows' original indices, or zeros for a

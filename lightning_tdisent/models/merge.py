@@ -20,7 +20,7 @@ from lightning_tdisent.data.shards import ImageSet
 from lightning_tdisent.diffusion.process import noise, transition
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import filled
-from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import output_path
@@ -60,14 +60,14 @@ class Images(NamedTuple):
             yield Images(self.x0[some], self.ids[some], None if self.label is None else self.label[some])
 
 
-def step_weights(states: LatentStates) -> Tensor:
+def step_weights(states: Table) -> Tensor:
     """What an error of x0_hat at row s does to the next state: c0_s^2 of x_{s-1} = c0 x0_hat + cx x_s, (S+1,) float64.
 
-    c0 is DDIM's (2010.02502, eq. 12); x has unit variance at every row, so errors of all rows count in one unit. Row 0
-    has 0, several columns the mean of theirs.
+    c0 is DDIM's (2010.02502, eq. 12) for variance-preserving states, so that errors of all rows count in one unit. Row
+    0 has 0, several columns the mean of theirs.
     """
-    steps = [torch.as_tensor(transition(states, s, s - 1, 0.0)[0], dtype=torch.float64) for s in states.rows]
-    return torch.stack([torch.zeros((), dtype=torch.float64), *(c0.square().mean().cpu() for c0 in steps)])
+    steps = [transition(states, s, s - 1, 0.0).x0 / states.on_cpu["scale"][s - 1] for s in states.rows]
+    return torch.stack([torch.zeros((), dtype=torch.float64), *(c0.square().mean() for c0 in steps)])
 
 
 def step_error(denoiser: Denoiser, images: Images, batch_size: int = 250) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_tdisent.diffusion.objectives import Objective
 from lightning_tdisent.diffusion.spec import build
-from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.models.expert import Card, Piece, check_finite, fitting_pieces, shapes_in
 from lightning_tdisent.networks.network import Network
@@ -44,7 +44,7 @@ class PassingExpert(Denoiser):
     slot: "Slot"
     form: "_Form"
 
-    def __init__(self, network: Network, objective: Objective, member: Member, states: LatentStates) -> None:
+    def __init__(self, network: Network, objective: Objective, member: Member, states: Table) -> None:
         super().__init__(network, objective, states, member.rows)
         self.path, self.stamp = member.path, _stamp(member.path)
         self.pieces = fitting_pieces(member.path, self)

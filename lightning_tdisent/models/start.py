@@ -25,10 +25,10 @@ from lightning_tdisent.artifacts import (
 from lightning_tdisent.data.decode import Decoder, side_of
 from lightning_tdisent.data.shards import Shards
 from lightning_tdisent.diffusion.bounds import Bounded
-from lightning_tdisent.diffusion.process import scale
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import build, rebuild, spec
-from lightning_tdisent.diffusion.states import TERMINAL_BOUND, LatentStates
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.table import TERMINAL_BOUND, Table
 from lightning_tdisent.digests import digest, sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
@@ -94,16 +94,14 @@ class PriorCard:
         return cls(**data)
 
     @classmethod
-    def of(cls, prior: Prior, states: LatentStates, row: int, **facts: Any) -> "PriorCard":
+    def of(cls, prior: Prior, states: Table, row: int, **facts: Any) -> "PriorCard":
         """Card of a prior at a row of a table."""
         cut = states.truncate(row)
         where: dict[str, Any] = {"row": row, "index": int(cut.index[row]), "log_snr": cut.log_snr[row].tolist()}
         return cls(prior=spec(prior), fingerprint=cut.fingerprint, **where, **facts)
 
 
-def fit_prior(
-    prior: Prior, states: LatentStates, row: int, images: Tensor, data: str, label: int | None = None
-) -> PriorCard:
+def fit_prior(prior: Prior, states: Table, row: int, images: Tensor, data: str, label: int | None = None) -> PriorCard:
     """Fit a prior at a row of a table to all of some images, uint8 or x_0 in float (N, C, H, W); returns its card."""
     if prior.learned:
         raise InputError(f"{type(prior).__name__} is trained: fit with lightning_tdisent.PriorModule")
@@ -351,7 +349,7 @@ def load_started(
 def signal_note(model: Any) -> str:
     """Return a note if sampling starts from pure noise at a row that still has signal, else an empty string."""
     states = model.states
-    end = float(states.a[-1, : states.own].max())
+    end = float(states.a[-1, : states.image_columns].max())
     if isinstance(model, Started) or end <= TERMINAL_BOUND:
         return ""
     cure = "; fit a prior at that row (the command prior)" if states.K == 1 else ""
@@ -389,7 +387,7 @@ class Implicit(Prior):
             raise InputError(f"prior Implicit: sha256 {self.sha256} was given, {self.source} has {found}; leave it out")
         self.sha256 = found
         model, latent = self._source
-        if latent is None and (model.classes or model.states.condition is not None):  # an autoencoder takes none
+        if latent is None and (model.classes or model.states.observation is not None):  # an autoencoder takes none
             what = "classes" if model.classes else "an observation"
             raise InputError(f"prior Implicit: {self.source} wants {what}, which a start has none of")
         if self.clip is not None and (most := float(x0.abs().max())) > self.clip:
@@ -410,7 +408,7 @@ class Implicit(Prior):
         """a x_0 + b eps with x_0 of the source and the noise of the whole chain."""
         assert self.shape is not None
         a, b = self.levels.tolist()
-        return scale(a, self._images(seeds)) + scale(b, seed_noise(seeds, stream, self.shape))
+        return a * self._images(seeds) + b * seed_noise(seeds, stream, self.shape)
 
     def _images(self, seeds: Iterable[int]) -> Tensor:
         if not self._source:
@@ -427,7 +425,7 @@ class Implicit(Prior):
             noise = seed_noise([seed], FITTING, shape)  # not that of the row, which is added
             if latent is None:
                 *_, (_, x, _) = DDIM(steps=self.steps, clip=self.clip).walk(model, [seed], start=noise)
-                each.append(model.states.picture(x.float()).cpu())
+                each.append(model.states.decode(x.float()).cpu())
                 continue
             z = noise / model.config.scaling_factor + (getattr(model.config, "shift_factor", None) or 0.0)
             each.append(model.decode(z).sample.clamp(-1, 1))

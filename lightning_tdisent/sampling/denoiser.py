@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_tdisent.diffusion.components import annealed
 from lightning_tdisent.diffusion.objectives import Objective
 from lightning_tdisent.diffusion.process import noise
-from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.network import Network, evaluating
 from lightning_tdisent.priors.prior import Prior
@@ -19,7 +20,7 @@ from lightning_tdisent.priors.prior import Prior
 class Denoises(Protocol):
     """What a sampler needs: a table, an image shape, and x0_hat at one row of the table for a whole batch of states."""
 
-    states: LatentStates
+    states: Table
     shape: list[int]
     classes: int | None
 
@@ -41,11 +42,9 @@ class Denoiser(nn.Module):
     """
 
     weights: Tensor
-    _now: tuple[LatentStates, Tensor] | None
+    _now: tuple[Table, Tensor] | None
 
-    def __init__(
-        self, network: Network, objective: Objective, states: LatentStates, rows: list[int] | None = None
-    ) -> None:
+    def __init__(self, network: Network, objective: Objective, states: Table, rows: list[int] | None = None) -> None:
         super().__init__()
         objective.check(states)
         self.rows = states.rows if rows is None else list(rows)
@@ -53,15 +52,15 @@ class Denoiser(nn.Module):
         if strange or not self.rows:
             raise InputError(f"rows {strange or '[]'} are not among the latent rows 1..{states.S}")
         self.network, self.objective, self.states = network, objective, states
-        self._finished = states.finished(self.rows)
+        self._level = states.level(self.rows)
         self.shape, self.classes = states.image_shape or network.shape, network.classes
         if network.shape != (asked := states.shape_at(self.rows[0], network.shape)):
             raise InputError(f"the network takes {network.shape}, states of rows {_short(self.rows)} are {asked}")
         self.register_buffer("weights", objective.weights(states), persistent=False)
-        counted = states.spread(states.counted[self.rows[0]], network.shape).expand(network.shape)
-        self._uncounted = math.prod(network.shape) / int(counted.sum())  # a mean is that of what is learned
+        learned = states.spread(states.learned[self.rows[0]], network.shape).expand(network.shape)
+        self._per_learned = math.prod(network.shape) / int(learned.sum())  # turns a mean into that of what is learned
         self._now = None
-        self._index: list[int] = states.index.tolist()
+        self._time: list[int] | list[float] = states.time.tolist()
         self._owned = frozenset(self.rows)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
@@ -81,7 +80,7 @@ class Denoiser(nn.Module):
 
     def anneal(self, step: int) -> None:
         """Let the loss be that of a step of a training, where its table is not yet the one in the end."""
-        now = self.states.annealed(step)
+        now = annealed(self.states, step)
         if now is not self.states:
             self._now = (now, self.objective.weights(now).to(self.weights.device))
         else:
@@ -92,40 +91,39 @@ class Denoiser(nn.Module):
         self.at(s)
         dtype = next(iter(self.network.parameters()), x).dtype
         seen = x.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x
-        a, b = self.states.coefficients(s, x)
-        index = None
+        time = None
         if self.network.sees_state:
-            index = torch.full((len(x),), self._index[s], device=x.device)
+            time = torch.full((len(x),), self._time[s], device=x.device)
         with evaluating(self.network) if self.network.training else contextlib.nullcontext():
-            raw = self._raw(seen, index, label).to(x.dtype)
-        return self.objective.x0(raw, x, a, b)
+            raw = self._raw(seen, time, label).to(x.dtype)
+        return self.objective.x0(raw, *self.states.normalised(s, x))
 
-    def _raw(self, x: Tensor, index: Tensor | None, label: Tensor | None) -> Tensor:
-        seen = self.states.to_network(x, self._finished)
-        return self.states.from_network(self.network(seen, index, label), self._finished)
+    def _raw(self, x: Tensor, time: Tensor | None, label: Tensor | None) -> Tensor:
+        space = self.states.space
+        return space.from_network(self.network(space.to_network(x, self._level), time, label), self._level)
 
-    def components(self, x0: Tensor, item: Tensor | None = None) -> Tensor:
-        """State 0 of images, as far as the rows owned have it: see `LatentStates.components`."""
-        return self.states.components(x0, item, self._finished)
+    def encode(self, x0: Tensor, item: Tensor | None = None) -> Tensor:
+        """Return state 0 of images (B, C, H, W) at the rows owned: see `Table.encode`."""
+        return self.states.encode(x0, item, self._level)
 
     def loss(self, x0: Tensor, s: Tensor, eps: Tensor, label: Tensor | None = None) -> Tensor:
         """weight(s) mean (raw(x_s) - target)^2, one number per sample (2508.14413, eq. 4 with eps and Constant).
 
-        x0, from `components`, and eps (B, C, H, W), s int64 (B,) rows owned; returns float32 (B,). The mean is over
-        what is learned: no component that has left, or that does not diffuse.
+        x0, from `encode`, and eps (B, C, H, W), s int64 (B,) rows owned; returns float32 (B,). The mean is over
+        what is learned: no component that has been dropped, or that is free of noise.
         """
         states, weights = self._now or (self.states, self.weights)
-        a, b = states.coefficients(s, x0)
+        x = noise(states, x0, s, eps)
+        raw = self._raw(x, states.time[s] if self.network.sees_state else None, label)
+        _, a, b = states.normalised(s, x)
         assert isinstance(a, Tensor)
         assert isinstance(b, Tensor)
-        x = noise(states, x0, s, eps)
-        raw = self._raw(x, states.index[s] if self.network.sees_state else None, label)
         error = (raw - self.objective.target(x0, eps, a, b)).float().square()
         weight = states.spread(weights[s].to(error.dtype), error.shape)
         loss = (weight * error).mean((1, 2, 3))
-        return loss if self._uncounted == 1 else loss * self._uncounted
+        return loss if self._per_learned == 1 else loss * self._per_learned
 
-    def restrict(self, states: LatentStates) -> "Denoiser":
+    def restrict(self, states: Table) -> "Denoiser":
         """Return the same network on a table whose rows are rows of this one with the same values."""
         here = self.states.restrict(states.index[1:].tolist())
         if here.fingerprint != states.fingerprint:

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_tdisent.data.shards import ImageSet
 from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.rng import seed_noise
-from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.distributed import all_gather, rank_and_world
 from lightning_tdisent.images import unit_range
 from lightning_tdisent.sampling.denoiser import Denoises
@@ -32,10 +32,10 @@ def state_errors(
     index, item = states.index.tolist(), torch.as_tensor(ids, device=device)
     out = torch.empty(2, len(rows), len(images), dtype=torch.float64)
     for k, s in enumerate(rows):
-        z0 = states.components(x0, item, finished := states.finished([s]))
+        z0 = states.encode(x0, item, level := states.levels[s])
         eps = seed_noise(ids, HELD_OUT + index[s], z0.shape[1:]).to(device)
         error = denoise(noise(states, z0, s, eps), s, label) - z0
-        out[0, k] = states.picture(error, finished).double().square().mean((1, 2, 3)).cpu()
+        out[0, k] = states.decode(error, level).double().square().mean((1, 2, 3)).cpu()
         if states.K == 1:
             out[1, k] = out[0, k] * float(states.log_snr[s].exp()) if has_signal(states, s) else torch.nan
         else:
@@ -45,9 +45,9 @@ def state_errors(
     return out
 
 
-def has_signal(states: LatentStates, s: int) -> bool:
+def has_signal(states: Table, s: int) -> bool:
     """Whether any component of the data is left in the state of row s; not at a terminal SNR of zero."""
-    return not bool(states.log_snr[s, : states.own].isneginf().all())
+    return not bool(states.log_snr[s, : states.image_columns].isneginf().all())
 
 
 def x0_errors(

@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_tdisent.diffusion.process import noise, scale
+from lightning_tdisent.diffusion.process import noise, transition
 from lightning_tdisent.diffusion.rng import seed_noise
-from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.images import LEVEL, from_uint8
 from lightning_tdisent.priors.prior import LOG_2PI, Prior, StandardNormal
@@ -110,9 +110,9 @@ def variational_bound(
         if s == 1:
             first = _decode(decoder, x0, estimate, states, error).cpu()
             continue
-        a, b, c, d = (t[:, None, None] for t in (states.a[s], states.b[s], states.a[s - 1], states.b[s - 1]))
-        beta = -torch.expm1(2 * (a / c).log())
-        v, k = beta * (d / b).square(), c * beta / b.square()
+        terms = transition(states, s, s - 1, 1.0)
+        deviation, k = (torch.as_tensor(c).to(device)[:, None, None] for c in (terms.z, terms.x0))
+        v = deviation.square()
         w = v if error is None else v + k.square() * error
         kl = 0.5 * (v / w - 1 + (w / v).log() + (k * (x0 - estimate).double()).square() / w)
         rows[s - 2] = kl.flatten(1).sum(1).cpu()
@@ -120,24 +120,25 @@ def variational_bound(
     return Terms(first, rows, last, states.rows[1:], x0[0].numel(), decoder)
 
 
-def refuse_components(states: LatentStates, where: str) -> None:
+def refuse_components(states: Table, where: str) -> None:
     """Refuse tables whose components are no channels."""
     if states.K > 1 and states.image_shape is not None:
         raise InputError(f"{where}: bits per dimension are not measured for tables of components")
 
 
-def prior_term(prior: Prior, states: LatentStates, s: int, x0: Tensor, ids: Sequence[int]) -> Tensor:
+def prior_term(prior: Prior, states: Table, s: int, x0: Tensor, ids: Sequence[int]) -> Tensor:
     """KL(q(x_s | x_0) | prior) of images x_0 in float (B, C, H, W), in nats (B,) float64; exact for N(0, I).
 
     Of others it is log q(x_s | x_0) - log prior(x_s) at one sample, whose noise the two have in common.
     """
     x0 = x0.cpu()
-    a, b = (c.expand(x0.shape[1:]) for c in (states.a[s].cpu()[:, None, None], states.b[s].cpu()[:, None, None]))
-    if isinstance(prior, StandardNormal):
+    a, b, n = (states.on_cpu[k][s][:, None, None].expand(x0.shape[1:]) for k in ("a", "b", "scale"))
+    if isinstance(prior, StandardNormal):  # of x / n: where samples start
+        a, b = a / n, b / n
         square = (a * x0.double()).square() + b.square()
         return 0.5 * (square - 1 - 2 * b.log()).flatten(1).sum(1)
     eps = _eps(states, x0, s, ids)
-    x = scale(a, x0) + scale(b, eps)
+    x = a.to(x0.dtype) * x0 + b.to(x0.dtype) * eps
     return -0.5 * (eps.double().square() + 2 * b.log() + LOG_2PI).flatten(1).sum(1) - prior.log_prob(x)
 
 
@@ -168,10 +169,10 @@ def ode_likelihood(
     prior, states, parameter = _prior(model, label), model.states, next(iter(model.parameters()))
     if states.K > 1:
         raise InputError(f"the ODE's likelihood is for tables of one column, this one has {states.K}")
-    if float(states.a[-1, 0]) == 0:
+    if float(states.on_cpu["a"][-1, 0]) == 0:
         raise InputError("the ODE's likelihood needs some signal at the last row; use a schedule without zero_terminal")
     x0 = _data(images, ids, decoder).to(parameter.device)
-    D, a, b = x0[0].numel(), states.a[:, 0], states.b[:, 0]
+    D, a, b, n = x0[0].numel(), *(states.on_cpu[k][:, 0] for k in ("a", "b", "scale"))
     u = (b / a).log()
     x = _noised(states, x0, 1, ids)
     with torch.no_grad():
@@ -191,7 +192,8 @@ def ode_likelihood(
         rows[s - 2] = (h / 2 * (trace + now) - h * D).cpu()
         trace = now
     x = (y * float(a[-1])).to(x.dtype)
-    last = -prior.log_prob(x.cpu()) - D * float((a[-1] / a[1]).log()) - entropy
+    n_last = float(n[-1]) if isinstance(prior, StandardNormal) else 1.0  # x / n starts from N(0, I)
+    last = -prior.log_prob(x.cpu() / n_last) - D * (float((a[-1] / a[1]).log()) - math.log(n_last)) - entropy
     return Terms(first, rows, last, states.rows[1:], D, decoder)
 
 
@@ -199,7 +201,7 @@ def _flow(
     model: Denoises, y: Tensor, s: int, label: Tensor | None, probes: int | None, ids: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """x0_hat, and the trace of d x0_hat/dy, at row s, float64."""
-    a, dtype = float(model.states.a[s, 0]), next(iter(model.parameters())).dtype
+    a, dtype = float(model.states.on_cpu["a"][s, 0]), next(iter(model.parameters())).dtype
     shape, D = y.shape[1:], y[0].numel()
     with torch.enable_grad():
         z = y.detach().to(dtype).requires_grad_()
@@ -242,17 +244,17 @@ def _data(images: Tensor, ids: Sequence[int], decoder: Decoder) -> Tensor:
     return x0
 
 
-def _noised(states: LatentStates, x0: Tensor, s: int, ids: Sequence[int]) -> Tensor:
+def _noised(states: Table, x0: Tensor, s: int, ids: Sequence[int]) -> Tensor:
     return noise(states, x0, s, _eps(states, x0, s, ids).to(x0.device, x0.dtype))
 
 
-def _eps(states: LatentStates, x0: Tensor, s: int, ids: Sequence[int]) -> Tensor:
+def _eps(states: Table, x0: Tensor, s: int, ids: Sequence[int]) -> Tensor:
     return seed_noise(ids, BOUND + int(states.index[s]), x0.shape[1:])
 
 
-def _decode(decoder: Decoder, x0: Tensor, estimate: Tensor, states: LatentStates, variance: float | None) -> Tensor:
-    """-log p(x_0 | x_1) of N(x0_hat, variance I), b_1^2 if not given, in nats (B,)."""
-    b = states.b[1].to(x0.device)[:, None, None]
+def _decode(decoder: Decoder, x0: Tensor, estimate: Tensor, states: Table, variance: float | None) -> Tensor:
+    """-log p(x_0 | x_1) of N(x0_hat, variance I), b_1^2 / (a_1^2 + b_1^2) if not given, in nats (B,)."""
+    b = (states.on_cpu["b"][1] / states.on_cpu["scale"][1]).to(x0.device)[:, None, None]
     b = b if variance is None else torch.full_like(b, max(variance, 1e-8) ** 0.5)
     error = x0.double() - estimate.double()
     if decoder != "discrete":

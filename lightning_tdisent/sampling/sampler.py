@@ -14,10 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tdisent.diffusion.process import Terms, noise, nonzero, step, transition
+from lightning_tdisent.diffusion.process import (
+    Terms,
+    arrive,
+    first_state,
+    needs_noise,
+    noise,
+    nonzero,
+    step,
+    transition,
+)
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import Part
-from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.images import to_uint8
 from lightning_tdisent.metrics.network import BLOCK
@@ -47,7 +56,7 @@ class Sampler(Part, ABC):
             raise InputError(f"sampler.clip: a positive bound of x0_hat, or null for none, got {clip}")
         self.steps, self.clip = steps, clip
 
-    def rows(self, states: LatentStates) -> list[int]:
+    def rows(self, states: Table) -> list[int]:
         """Rows visited, S first; refuses more steps than the table has rows."""
         if self.steps is not None and self.steps > states.S:
             raise InputError(f"sampler.steps: {self.steps} steps on a table of {states.S} rows; at most {states.S}")
@@ -59,12 +68,12 @@ class Sampler(Part, ABC):
         return [s for block, n in zip(blocks, _shares(self.steps, [len(b) for b in blocks]), strict=True)
                 for s in probe_rows(block, n)][::-1]  # fmt: skip
 
-    def check(self, states: LatentStates) -> None:
+    def check(self, states: Table) -> None:
         """Refuse a table that this sampler cannot walk."""
         self.plan(states, [*self.rows(states), 0])
 
     @abstractmethod
-    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Terms]:
+    def plan(self, states: Table, rows: Sequence[int]) -> list[Terms]:
         """Return the coefficients of every step along rows S..0."""
 
     def walk(
@@ -83,7 +92,7 @@ class Sampler(Part, ABC):
         a `Started` model begins with; given: observations (B, C', H, W) for a conditional model; known: masks
         (B, 1, H, W) of the pixels that an observation shows as they are: at every row r they are replaced by
         a_r y + b_r z, by y itself at the end; rows: those to visit, S first, if not all of `rows`. States are those of
-        the table: of components, in the shape of what is live; `LatentStates.picture` shows them.
+        the table: of components, in the shape of those not dropped; `Table.decode` makes images of them.
 
         Raises `NotFinite` in place of the image if the start, an x0_hat before clipping, or the image is not finite.
         """
@@ -105,7 +114,7 @@ class Sampler(Part, ABC):
         known = check_known(states, known, given)
         if start is None:
             start = more.start(seeds, label)
-        x = states.begin(draw(path[0]), given) if start is None else start
+        x = first_state(states, draw(path[0]), given) if start is None else start
         x = x.to(parameter.device, parameter.dtype)
         if known is not None:
             x = _put_back(states, x, path[0], draw(path[0]), given, known)
@@ -116,9 +125,9 @@ class Sampler(Part, ABC):
             x0 = denoise(x, s, label)
             sums.append(_total(x0))
             if self.clip is not None:
-                x0 = states.clamp(x0, self.clip, states.finished([s]))
-            z = draw(r) if nonzero(c.z) or states.needs_noise(s, r) else None
-            x, before = states.arrive(step(states, c, x, x0, before, z), z, s, r, x, given), x0
+                x0 = states.space.clamp(x0, self.clip, states.levels[s])
+            z = draw(r) if nonzero(c.z) or needs_noise(states, s, r) else None
+            x, before = arrive(states, step(states, c, x, x0, before, z), z, s, r, x, given), x0
             if known is not None:
                 x = _put_back(states, x, r, draw(r) if r else torch.zeros_like(x), given, known)
             if r == 0:
@@ -132,7 +141,7 @@ class Sampler(Part, ABC):
         """Return the images (B, C, H, W) of these seeds at row 0."""
         for _, x, _ in self.walk(denoise, seeds, label, given=given):  # noqa: B007
             pass
-        return denoise.states.picture(x)
+        return denoise.states.decode(x)
 
 
 def _total(x: Tensor) -> Tensor:
@@ -190,16 +199,16 @@ def check_label(denoise: Denoises, label: Any, n: int) -> Tensor | None:
     return found.long()
 
 
-def check_given(states: LatentStates, given: Tensor | None, n: int) -> Tensor | None:
+def check_given(states: Table, given: Tensor | None, n: int) -> Tensor | None:
     """Refuse observations that a model of this table does not take: none, too few, of another shape or range."""
-    if states.condition is None:
+    if states.observation is None:
         if given is not None:
             raise InputError("an observation was given to an unconditional model")
         return None
     assert states.image_shape is not None
     c, *sides = states.image_shape
-    shape = [n, states.condition.operator.channels(c), *sides]
-    name = type(states.condition.operator).__name__
+    shape = [n, states.observation.channels(c), *sides]
+    name = type(states.observation.operator).__name__
     if given is None:
         raise InputError(f"this model draws images given an observation ({name}, {shape[1:]}); none was given")
     if list(given.shape) != shape:
@@ -220,12 +229,13 @@ def refuse_unowned(name: str, denoise: Any, sampler: Sampler) -> None:
         )
 
 
-def check_known(states: LatentStates, known: Tensor | None, given: Tensor | None) -> Tensor | None:
+def check_known(states: Table, known: Tensor | None, given: Tensor | None) -> Tensor | None:
     """Refuse masks of known pixels that cannot be put back into states of this table; return them as the states are."""
     if known is None:
         return None
-    if given is None or states.own > 1:
-        why = "no observation shows them" if given is None else f"the image has {states.own} components, not pixels"
+    if given is None or states.image_columns > 1:
+        parts = f"the image has {states.image_columns} components, not pixels"
+        why = "no observation shows them" if given is None else parts
         raise InputError(f"known pixels cannot be put back: {why}")
     assert states.image_shape is not None
     c, *sides = states.image_shape
@@ -236,7 +246,7 @@ def check_known(states: LatentStates, known: Tensor | None, given: Tensor | None
     return known.to(given)
 
 
-def _put_back(states: LatentStates, x: Tensor, r: int, z: Tensor, given: Tensor | None, known: Tensor) -> Tensor:
+def _put_back(states: Table, x: Tensor, r: int, z: Tensor, given: Tensor | None, known: Tensor) -> Tensor:
     """State r with a_r y + b_r z where pixels y of the image are known."""
     assert given is not None
     c = given.shape[1]
@@ -262,10 +272,9 @@ class DDIM(Sampler):
             raise InputError(f"eta must lie in [0, 1], got {eta}")
         self.eta = eta
 
-    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Terms]:
+    def plan(self, states: Table, rows: Sequence[int]) -> list[Terms]:
         """Return those of `process.transition`."""
-        steps = [transition(states, s, r, self.eta) for s, r in pairwise(rows)]
-        return steps if self.eta else [c._replace(z=0.0) for c in steps]
+        return [transition(states, s, r, self.eta) for s, r in pairwise(rows)]
 
 
 class Ancestral(DDIM):
@@ -283,22 +292,22 @@ class DPMSolver(Sampler):
     (zero terminal SNR) h is infinite, too: x_r = c x0_hat + (d/b) x_s; the step after it has q = inf, D = x0_hat.
     """
 
-    def plan(self, states: LatentStates, rows: Sequence[int]) -> list[Terms]:
+    def plan(self, states: Table, rows: Sequence[int]) -> list[Terms]:
         """See the class."""
         out: list[Terms] = []
-        half, before = states.log_snr / 2, None
+        a, b, half = states.on_cpu["a"], states.on_cpu["b"], states.on_cpu["log_snr"] / 2
+        before: Tensor | None = None
         for s, r in pairwise(rows):
             h = half[r] - half[s]
-            cx, c0 = states.b[r] / states.b[s], -states.a[r] * torch.expm1(-h)
-            if before is None or r == 0:
-                terms = (c0, torch.zeros_like(c0), cx)
-            else:
+            cx, c0 = b[r] / b[s], -a[r] * torch.expm1(-h)
+            c_before = torch.zeros_like(c0)
+            if before is not None and r > 0:
                 q = before / h
-                terms = (c0 * (1 + 1 / (2 * q)), -c0 / (2 * q), cx)
+                c0, c_before = c0 * (1 + 1 / (2 * q)), -c0 / (2 * q)
             before = h
-            # inf - inf is of what is finished, or does not diffuse
-            first, second, third = (float(c) if states.K == 1 else torch.nan_to_num(c, 0.0, 0.0, 0.0) for c in terms)
-            out.append(Terms(x0=first, before=second, x=third))
+            if states.K > 1:  # inf - inf, of what has been dropped or is free of noise
+                c0, cx, c_before = (torch.nan_to_num(c, 0.0, 0.0, 0.0) for c in (c0, cx, c_before))
+            out.append(Terms(x0=c0, x=cx, before=c_before))
         return out
 
 
@@ -358,7 +367,7 @@ def sample(
             seen: dict[str, Any] = {n: some[p] for n, some in (("given", given), ("known", known)) if some is not None}
             walks.append(sampler.walk(denoise, [seeds[i] for i in p], None if label is None else label[p], **seen))
         for batch, x in zip(part, _in_step(walks), strict=True):
-            yield to_uint8(denoise.states.picture(x[: len(batch)]))
+            yield to_uint8(denoise.states.decode(x[: len(batch)]))
 
 
 def _in_step(walks: list[Iterator[tuple[int, Tensor, Tensor | None]]]) -> Iterator[Tensor]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_tdisent.diffusion.spec import SomePart, build
-from lightning_tdisent.diffusion.states import LatentStates, row_of
+from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.diffusion.table import row_of
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.files import output_path
 from lightning_tdisent.fleet.job import Job

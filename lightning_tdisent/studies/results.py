@@ -153,7 +153,7 @@ class Study:
     @property
     def _conditional(self) -> bool:
         """Whether a contender whose weights are there is conditional."""
-        return any(build(card.states, LatentStates).condition is not None for card in self._cards.values())
+        return any(build(card.states, LatentStates).observation is not None for card in self._cards.values())
 
     @property
     def _cards(self) -> dict[str, Card]:

@@ -6,12 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightning_tdisent.diffusion.bases import Haar
-from lightning_tdisent.diffusion.components import ComponentStates, Condition
+from lightning_tdisent.diffusion.components import ComponentStates, annealed
 from lightning_tdisent.diffusion.objectives import X0, Constant, Eps, Likelihood, V
+from lightning_tdisent.diffusion.observation import Observation
 from lightning_tdisent.diffusion.operators import Edges, Grey, Inpainting, SuperResolution
-from lightning_tdisent.diffusion.process import noise, posterior, transition
+from lightning_tdisent.diffusion.process import arrive, needs_noise, noise, posterior, transition
 from lightning_tdisent.diffusion.schedules import Geometric, Linear, LogLinear
+from lightning_tdisent.diffusion.spaces import Haar
 from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
@@ -56,19 +57,19 @@ def curve(t: torch.Tensor, end: float, eps: float = 1e-3) -> torch.Tensor:
     return L.where(t <= end + 1e-12, -INF)
 
 
-def at_times(t: list[float], ends=ENDS, basis=None, shape=SHAPE, condition=None) -> ComponentStates:
+def at_times(t: list[float], ends=ENDS, space=None, shape=SHAPE, observation=None) -> ComponentStates:
     """States at times of the continuous curves, row 0 the data."""
     time = torch.tensor(t, dtype=torch.float64)
     table = torch.stack([curve(time, end) for end in ends], 1)
     table = torch.cat([torch.full((1, len(ends)), INF, dtype=torch.float64), table])
     schedule = LogLinear(T=len(t))
     return ComponentStates.of_table(
-        table, torch.arange(len(t) + 1), schedule, shape, basis or Haar(len(ends) - 1), condition, terminal_bound=1.0
+        table, torch.arange(len(t) + 1), schedule, shape, space or Haar(len(ends) - 1), observation, terminal_bound=1.0
     )
 
 
 def test_marginals_of_all_scales():
-    states = ComponentStates(SHAPE, basis=Haar(3))
+    states = ComponentStates(SHAPE, space=Haar(3))
     assert (states.S, states.K) == (1000, 4)
     for t, known in MARGINALS.items():
         live = states.log_snr[t].isfinite()
@@ -133,13 +134,13 @@ def test_deterministic_steps_take_a_gaussian_to_where_it_belongs():
 
 
 def test_birth_and_end_of_components():
-    states = ComponentStates(SHAPE, basis=Haar(3), S=8)
+    states = ComponentStates(SHAPE, space=Haar(3), S=8)
     assert states.index.tolist() == [0, 125, 250, 375, 500, 625, 750, 875, 1000]
     assert [states.shape_at(s, SHAPE) for s in (1, 2, 3, 5, 8)] == [[3, 16, 16]] * 2 + [[3, 8, 8], [3, 4, 4], [3, 2, 2]]
-    assert [states.needs_noise(s, s - 1) for s in range(8, 0, -1)] == [False, True] * 3 + [False, False]
+    assert [needs_noise(states, s, s - 1) for s in range(8, 0, -1)] == [False, True] * 3 + [False, False]
     z = torch.randn(1, 3, 4, 4)
     out = torch.randn(1, 3, 2, 2)
-    born = states.arrive(out, z, 7, 6, out, None)
+    born = arrive(states, out, z, 7, 6, out)
     assert torch.equal(born[..., :2, :2], out)
     assert torch.equal(born[..., 2:, :], z[..., 2:, :])
     assert torch.equal(born[..., :2, 2:], z[..., :2, 2:])
@@ -156,7 +157,7 @@ def test_birth_and_end_of_components():
     ],
 )
 def test_rows_are_chosen_within_intervals_that_end_at_a_row(options, index):
-    states = ComponentStates(SHAPE, basis=Haar(3), **options)
+    states = ComponentStates(SHAPE, space=Haar(3), **options)
     assert states.index[1:].tolist() == index
     again = build(spec(states), LatentStates)
     assert again.fingerprint == states.fingerprint
@@ -164,14 +165,14 @@ def test_rows_are_chosen_within_intervals_that_end_at_a_row(options, index):
 
 
 def test_blocks_are_within_intervals():
-    states = ComponentStates(SHAPE, basis=Haar(1), intervals=[3, 4])
+    states = ComponentStates(SHAPE, space=Haar(1), intervals=[3, 4])
     assert states.blocks(2) == [[1, 2, 3], [4, 5, 6, 7]]
     assert states.blocks(4) == [[1, 2], [3], [4, 5], [6, 7]]
     assert states.blocks(7) == [[s] for s in range(1, 8)]
     with pytest.raises(InputError, match=r"3 owners cannot share the intervals of \[3, 4\] rows.*multiple of 2"):
         states.blocks(3)
     with pytest.raises(InputError, match=r"have states of \[3, 16, 16\] and \[3, 8, 8\].*experts: 2"):
-        states.finished([3, 4])
+        states.level([3, 4])
 
 
 def test_one_column_is_uniform_diffusion():
@@ -184,18 +185,17 @@ def test_one_column_is_uniform_diffusion():
     haar = ComponentStates(SHAPE, Linear(), Haar(2), ends=[1.0, 1.0, 1.0], S=10)
     x0, eps = torch.randn(2, 5, *SHAPE, dtype=torch.float64)
     for s in (1, 4, 10):
-        z = noise(haar, haar.components(x0, None), s, haar.basis.forward(eps))
-        assert torch.allclose(haar.basis.inverse(z), noise(plain, x0, s, eps), atol=1e-12)
+        z = noise(haar, haar.encode(x0, None), s, haar.space.forward(eps))
+        assert torch.allclose(haar.space.inverse(z), noise(plain, x0, s, eps), atol=1e-12)
         c = transition(haar, s, s - 1, 0.5)
         assert all(
-            torch.allclose(v, torch.tensor(w, dtype=torch.float64))
-            for v, w in zip(c[:3], transition(plain, s, s - 1, 0.5)[:3], strict=True)
+            torch.allclose(v, w.expand_as(v)) for v, w in zip(c[:3], transition(plain, s, s - 1, 0.5)[:3], strict=True)
         )
         if s > 1:
-            mean, variance = posterior(haar, haar.components(x0, None), z, s, s - 1)
-            expected, v = posterior(plain, x0, haar.basis.inverse(z), s, s - 1)
-            assert torch.allclose(haar.basis.inverse(mean), expected, atol=1e-12)
-            assert torch.allclose(variance, v.expand_as(variance))
+            mean, variance = posterior(haar, haar.encode(x0, None), z, s, s - 1)
+            expected, v = posterior(plain, x0, haar.space.inverse(z), s, s - 1)
+            assert torch.allclose(haar.space.inverse(mean), expected, atol=1e-12)
+            assert torch.allclose(variance, torch.full_like(variance, v))
 
 
 SIGMAS = {  # t in tenths: of x at 160, 128, 64 pixels, and of y
@@ -225,8 +225,8 @@ def test_exploding_variances_are_rescaled_preserving_ones():
 
 
 def pair(**condition) -> ComponentStates:
-    y = Condition(Inpainting(), **condition)
-    return ComponentStates([1, 8, 8], Geometric(sigma_max=221.702454), condition=y, S=100)
+    y = Observation(Inpainting(), **condition)
+    return ComponentStates([1, 8, 8], Geometric(sigma_max=221.702454), observation=y, S=100)
 
 
 def test_observations_have_a_curve_of_their_own():
@@ -239,9 +239,9 @@ def test_observations_have_a_curve_of_their_own():
     )
     for states in (clean, same, slow):
         assert build(spec(states), LatentStates).fingerprint == states.fingerprint
-    assert slow.state_shape() == [2, 8, 8]
+    assert slow.shape_at(1) == [2, 8, 8]
     x0 = torch.rand(3, 1, 8, 8) * 2 - 1
-    z0 = slow.components(x0, torch.arange(3))
+    z0 = slow.encode(x0, torch.arange(3))
     assert torch.equal(z0[:, :1], x0)
     assert torch.equal(z0[:, 1:], Inpainting().observe(x0, torch.arange(3)))
 
@@ -253,15 +253,15 @@ def test_annealed_observation():
         (277.128, 0.5, 250_000, (277.128, 86.2515, 11.9812, 2.48209, 1.24663, 0.5)),
         (221.702454, 1.0, 500_000, (221.703, 153.81, 40.9495, 9.60989, 4.91139, 1.99102)),
     ):
-        y = Condition(Inpainting(), Geometric(sigma_max=goal), anneal=end)
-        states = ComponentStates([1, 8, 8], Geometric(sigma_max=largest), condition=y, S=10)
+        y = Observation(Inpainting(), Geometric(sigma_max=goal), anneal=end)
+        states = ComponentStates([1, 8, 8], Geometric(sigma_max=largest), observation=y, S=10)
         before = states.log_snr.clone()
         for n, sigma in zip(steps, known, strict=True):
-            now = states.annealed(n)
+            now = annealed(states, n)
             assert math.exp(-float(now.log_snr[-1, 1]) / 2) == pytest.approx(sigma, rel=1e-5)
             assert torch.equal(now.log_snr[:, 0], states.log_snr[:, 0])
-        assert states.annealed(end) is states
-        assert states.annealed(10 * end) is states  # it stays where it is
+        assert annealed(states, end) is states
+        assert annealed(states, 10 * end) is states  # it stays where it is
         assert torch.equal(states.log_snr, before)
 
 
@@ -276,7 +276,7 @@ def test_bridge_of_the_observation():
 
 
 def test_weights_of_what_is_not_learned_are_zero():
-    states = ComponentStates(SHAPE, basis=Haar(1), condition=Condition(Grey()), S=4)
+    states = ComponentStates(SHAPE, space=Haar(1), observation=Observation(Grey()), S=4)
     for objective in (Eps(), X0(), V(), Eps(Likelihood()), X0(Likelihood())):
         weights = objective.weights(states)
         assert weights.isfinite().all()
@@ -284,8 +284,8 @@ def test_weights_of_what_is_not_learned_are_zero():
         assert (weights[:, 2:] == 0).all()  # clean
         assert (weights[3:, 1] == 0).all()  # finished
         assert (weights[1:, 0] > 0).all()
-    half = Condition(Grey(), LogLinear(low=0.0), weight=0.5)
-    states = ComponentStates(SHAPE, condition=half, S=4)
+    half = Observation(Grey(), LogLinear(low=0.0), weight=0.5)
+    states = ComponentStates(SHAPE, observation=half, S=4)
     assert Eps(Constant()).weights(states)[1:].tolist() == [[1.0, 0.5]] * 4
 
 
@@ -301,7 +301,7 @@ def test_finished_and_clean_entries_pass_through_a_step():
 @pytest.mark.parametrize(
     ("table", "why"),
     [
-        ([[INF, INF], [5, 4], [-6, -INF], [-10, -9]], "comes once; component 1 has -inf at row 2 and -9 at row 3"),
+        ([[INF, INF], [5, 4], [-6, -INF], [-10, -9]], "happens once; component 1 has -inf at row 2 and -9 at row 3"),
         ([[INF, INF], [5, 4], [-6, 5], [-10, -9.5]], "must fall from row to row.*component 1 has 4 at row 1 and 5"),
         ([[INF, INF], [5, 4], [-6, -4], [-10, -INF]], r"component 1 of 2 .* never dies: at its last row 2"),
         ([[INF, INF], [5, 4], [-6, -4], [-3.9, -10]], "must fall from row to row"),
@@ -319,24 +319,24 @@ def test_tables_that_are_none_are_refused(table, why):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"basis": Haar(5)}, "divisible by 32, the image has 16x16"),
-        ({"basis": Haar(1), "ends": [1.0]}, r"2 shares of the T levels.*got \[1.0\]"),
-        ({"basis": Haar(1), "ends": [1.0, 1.5]}, "above 0 and up to 1"),
-        ({"basis": Haar(1), "ends": [0.5, 1.0]}, r"components end at levels \[500, 1000\] of 1000"),
-        ({"basis": Haar(1), "indices": [100, 1000]}, r"components end at \[500\], which must be among the rows"),
-        ({"basis": Haar(1), "intervals": [1, 2, 3]}, r"\[1, 2, 3\] rows for the 2 intervals"),
-        ({"basis": Haar(1), "S": 1}, "rows for the 2 intervals"),
-        ({"basis": Haar(1), "S": 5, "intervals": [2, 2]}, "S=5 but the intervals"),
-        ({"basis": Haar(1), "curves": [LogLinear()]}, "1 for the 2 components"),
-        ({"basis": Haar(1), "curves": [LogLinear(), LogLinear(T=500, low=-3.0)]}, "component 1 of 2.*never dies"),
+        ({"space": Haar(5)}, "divisible by 32, the image has 16x16"),
+        ({"space": Haar(1), "ends": [1.0]}, r"2 shares of the T levels.*got \[1.0\]"),
+        ({"space": Haar(1), "ends": [1.0, 1.5]}, "above 0 and up to 1"),
+        ({"space": Haar(1), "ends": [0.5, 1.0]}, r"components end at levels \[500, 1000\] of 1000"),
+        ({"space": Haar(1), "indices": [100, 1000]}, r"components end at \[500\], which must be among the rows"),
+        ({"space": Haar(1), "intervals": [1, 2, 3]}, r"\[1, 2, 3\] rows for the 2 intervals"),
+        ({"space": Haar(1), "S": 1}, "rows for the 2 intervals"),
+        ({"space": Haar(1), "S": 5, "intervals": [2, 2]}, "S=5 but the intervals"),
+        ({"space": Haar(1), "curves": [LogLinear()]}, "1 for the 2 components"),
+        ({"space": Haar(1), "curves": [LogLinear(), LogLinear(T=500, low=-3.0)]}, "component 1 of 2.*never dies"),
         ({"schedule": LogLinear(low=-2.0)}, "component 0 of 1.*never dies.*0.3453, above terminal_bound 0.01"),
-        ({"condition": Condition(Inpainting(), Geometric(T=10))}, "has T=10 levels, the image's 1000"),
+        ({"observation": Observation(Inpainting(), Geometric(T=10))}, "has T=10 levels, the image's 1000"),
         ({"shape": [8, 8]}, r"must be \[channels, height, width\] of an image, got \[8, 8\]"),
         ({"shape": [1, 0, 8]}, r"got \[1, 0, 8\]"),
-        ({"schedule": LogLinear(zero_terminal=True)}, "set zero_terminal: false"),
-        ({"condition": Condition(Grey(), LogLinear(zero_terminal=True))}, "set zero_terminal: false"),
-        ({"basis": Haar(1), "indices": [100, 500]}, r"components end at \[1000\], which must be among the rows"),
-        ({"condition": Condition(SuperResolution(3))}, "16x16 is not divisible by factor 3"),
+        ({"schedule": LogLinear(zero_terminal=True)}, "zero_terminal: false"),
+        ({"observation": Observation(Grey(), LogLinear(zero_terminal=True))}, "zero_terminal: false"),
+        ({"space": Haar(1), "indices": [100, 500]}, r"components end at \[1000\], which must be among the rows"),
+        ({"observation": Observation(SuperResolution(3))}, "16x16 is not divisible by factor 3"),
     ],
 )
 def test_tables_that_cannot_be_made_are_refused(options, why):
@@ -346,20 +346,20 @@ def test_tables_that_cannot_be_made_are_refused(options, why):
 
 def test_conditions_that_cannot_be_are_refused():
     with pytest.raises(InputError, match="fresh or bridge"):
-        Condition(Grey(), draw="clean")
-    with pytest.raises(InputError, match="10 steps want condition"):
-        Condition(Grey(), LogLinear(), anneal=10)
+        Observation(Grey(), draw="clean")
+    with pytest.raises(InputError, match="10 steps require observation"):
+        Observation(Grey(), LogLinear(), anneal=10)
     for wrong in (0.0, math.inf, -1.0):
         with pytest.raises(InputError, match="anneal_from: a sigma above 0"):
-            Condition(Grey(), Geometric(), anneal=10, anneal_from=wrong)
+            Observation(Grey(), Geometric(), anneal=10, anneal_from=wrong)
     with pytest.raises(InputError, match="a number of steps, got -1"):
-        Condition(Grey(), Geometric(), anneal=-1)
+        Observation(Grey(), Geometric(), anneal=-1)
     with pytest.raises(InputError, match="images of 3 channels have colours, these have 1"):
-        ComponentStates([1, 8, 8], condition=Condition(Grey()))
+        ComponentStates([1, 8, 8], observation=Observation(Grey()))
 
 
 def test_restricted_tables_keep_their_values():
-    states = ComponentStates(SHAPE, basis=Haar(1), S=8)
+    states = ComponentStates(SHAPE, space=Haar(1), S=8)
     some = states.restrict([250, 500, 1000])
     assert some.index.tolist() == [0, 250, 500, 1000]
     at = [states.index.tolist().index(t) for t in some.index.tolist()]

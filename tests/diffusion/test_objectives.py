@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_tdisent.diffusion.objectives import P2, X0, Constant, Eps, Likelihood, MinSNR, Objective, V
 from lightning_tdisent.diffusion.process import posterior
@@ -67,7 +69,7 @@ def test_likelihood_terms_are_divergences_of_gaussians():
     for s in range(2, 11):
         true, variance = posterior(STATES, x0, x, s, s - 1)
         guess, _ = posterior(STATES, x0_hat, x, s, s - 1)
-        divergence = (true - guess).square().item() / (2 * variance.item())
+        divergence = (true - guess).square().item() / (2 * variance)
         assert weight[s] * 0.8**2 == pytest.approx(divergence, rel=1e-10)
     # the decoder: -log N(x0; x0_hat, b_1^2) without its constant
     assert weight[1] == pytest.approx(1 / (2 * STATES.b[1].item() ** 2), rel=1e-12)
@@ -157,3 +159,22 @@ def test_a_weight_that_is_not_finite_is_refused():
 def test_arguments_that_make_no_weight_are_refused(make):
     with pytest.raises(InputError, match=r"must be positive, got (-1\.5|0)"):
         make()
+
+
+@settings(deadline=None)
+@given(ab=st.floats(1e-4, 0.9999), x0=st.floats(-5, 5), eps=st.floats(-5, 5))
+def test_the_estimate_inverts_the_target(ab, x0, eps):
+    a, b = (torch.tensor([ab], dtype=torch.float64).sqrt(), torch.tensor([1 - ab], dtype=torch.float64).sqrt())
+    image, noise = torch.tensor([x0], dtype=torch.float64), torch.tensor([eps], dtype=torch.float64)
+    x = a * image + b * noise
+    for objective in (Eps(), X0(), V()):
+        raw = objective.target(image, noise, a, b)
+        for ca, cb in ((a, b), (float(a), float(b))):
+            assert objective.x0(raw, x, ca, cb).item() == pytest.approx(x0, rel=1e-9, abs=1e-9)
+
+
+def test_estimates_by_hand():
+    x, raw = torch.tensor([2.0]), torch.tensor([0.5])
+    assert Eps().x0(raw, x, 0.6, 0.8).item() == pytest.approx(1.6 / 0.6)
+    assert V().x0(raw, x, 0.6, 0.8).item() == pytest.approx(0.8)
+    assert X0().x0(raw, x, 0.6, 0.8).item() == 0.5

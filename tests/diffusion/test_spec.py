@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 
-from lightning_tdisent.diffusion.bases import Haar
 from lightning_tdisent.diffusion.components import ComponentStates
 from lightning_tdisent.diffusion.objectives import P2, X0, Constant, Eps, Likelihood, MinSNR, Objective, V
 from lightning_tdisent.diffusion.schedules import Cosine, Linear, LogLinear, NoiseSchedule, ScaledLinear, Sigmoid
+from lightning_tdisent.diffusion.spaces import Haar
 from lightning_tdisent.diffusion.spec import Part, arguments, build, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
@@ -168,7 +168,7 @@ def test_a_spec_that_names_nothing_buildable_is_refused(data):
 def test_parts_in_lists_are_built_again():
     """A table whose curves are a list of schedules could be trained, and no file of it written."""
     curves: list[NoiseSchedule] = [LogLinear(), LogLinear(T=500)]
-    states = ComponentStates([1, 8, 8], basis=Haar(1), curves=curves, S=4)
+    states = ComponentStates([1, 8, 8], space=Haar(1), curves=curves, S=4)
     again = build(json.loads(json.dumps(spec(states))), LatentStates)
     assert again.fingerprint == states.fingerprint
     assert spec(again) == spec(states)

@@ -16,7 +16,8 @@ from PIL import Image
 
 from lightning_tdisent.cli import main
 from lightning_tdisent.data.shards import load
-from lightning_tdisent.diffusion.components import ComponentStates, Condition
+from lightning_tdisent.diffusion.components import ComponentStates
+from lightning_tdisent.diffusion.observation import Observation
 from lightning_tdisent.diffusion.operators import Inpainting
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.evaluation import evaluate as evaluating
@@ -253,7 +254,7 @@ def test_images_that_are_no_squares_are_measured_as_they_are(tmp_path, monkeypat
     assert row["protocol_fields"]["shape"] == [3, 24, 16]
     fitted = ["prior", tmp_path / "m", "--at", 2, "--data", data, "--out", tmp_path / "p"]
     assert main([str(word) for word in fitted]) == 0, capsys.readouterr().err
-    states = ComponentStates([3, 24, 16], condition=Condition(Inpainting()), S=3)
+    states = ComponentStates([3, 24, 16], observation=Observation(Inpainting()), S=3)
     net = UNet([6, 24, 16], [8, 16], 1, mid_attention=False, groups=4)
     conditional = ReducedStates(net, states)
     save_expert(tmp_path / "i" / "model.safetensors", conditional.denoiser, conditional.card("live"))

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from lightning_tdisent.cli import main
 from lightning_tdisent.data.shards import load
-from lightning_tdisent.diffusion.bases import Haar
-from lightning_tdisent.diffusion.components import ComponentStates, Condition
+from lightning_tdisent.diffusion.components import ComponentStates
 from lightning_tdisent.diffusion.objectives import V
+from lightning_tdisent.diffusion.observation import Observation
 from lightning_tdisent.diffusion.operators import Edges, Grey, Inpainting, Operator, SuperResolution, masks
 from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Geometric
+from lightning_tdisent.diffusion.spaces import Haar
 from lightning_tdisent.diffusion.spec import build, changed, identity, spec
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation.observations import Observations
@@ -45,8 +46,8 @@ def conditional(unet):
     """A conditional denoiser of 8x8 digits with random weights."""
 
     def make(operator, **condition):
-        states = ComponentStates([1, 8, 8], condition=Condition(operator, **condition), S=4)
-        return Denoiser(unet(shape=states.state_shape()), V(), states).eval()
+        states = ComponentStates([1, 8, 8], observation=Observation(operator, **condition), S=4)
+        return Denoiser(unet(shape=states.shape_at(1)), V(), states).eval()
 
     return make
 
@@ -62,17 +63,17 @@ def own(tmp_path, conditional, write):
 
 def test_a_file_is_part_of_the_part_that_reads_it(own, tmp_path):
     weights, path, denoiser = own
-    described = spec(denoiser.states.condition.operator)
+    described = spec(denoiser.states.observation.operator)
     assert list(described["files"]) == [str(path)]
     other = tmp_path / "elsewhere.npy"
     other.write_bytes(path.read_bytes())
-    moved = ComponentStates([1, 8, 8], condition=Condition(MaskFile(str(other))), S=4)
+    moved = ComponentStates([1, 8, 8], observation=Observation(MaskFile(str(other))), S=4)
     assert moved.fingerprint == denoiser.states.fingerprint  # by content, not by path
     assert identity(spec(moved)) == identity(spec(denoiser.states))
     np.save(path, 1 - np.eye(8, dtype=np.float32))
     assert changed(described)
-    assert spec(denoiser.states.condition.operator) == described  # as it was read
-    again = ComponentStates([1, 8, 8], condition=Condition(MaskFile(str(path))), S=4)
+    assert spec(denoiser.states.observation.operator) == described  # as it was read
+    again = ComponentStates([1, 8, 8], observation=Observation(MaskFile(str(path))), S=4)
     assert again.fingerprint != denoiser.states.fingerprint
     with pytest.raises(InputError, match=r"mask\.npy: .*MaskFile was made with a file of sha256 .*put that file back"):
         build(described, Operator)
@@ -82,7 +83,7 @@ def test_a_file_is_part_of_the_part_that_reads_it(own, tmp_path):
 def test_a_word_is_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fresh").write_text("no", encoding="utf-8")
-    assert "files" not in str(spec(Condition(Inpainting(), draw="fresh")))
+    assert "files" not in str(spec(Observation(Inpainting(), draw="fresh")))
 
 
 @pytest.mark.parametrize("change", ["another", "gone"])
@@ -265,7 +266,7 @@ def test_known_pixels_follow_the_noise_of_their_row(conditional, sampler, curve)
 
 
 def test_known_pixels_of_several_components_are_refused(unet):
-    states = ComponentStates([1, 8, 8], basis=Haar(1), condition=Condition(Inpainting()), S=4)
+    states = ComponentStates([1, 8, 8], space=Haar(1), observation=Observation(Inpainting()), S=4)
     model = Denoiser(unet(shape=(2, 8, 8)), V(), states, [1, 2]).eval()
     with pytest.raises(InputError, match="the image has 2 components"):
         next(DDIM().walk(model, [0], given=torch.zeros(1, 1, 8, 8), known=torch.ones(1, 1, 8, 8)))
@@ -274,5 +275,5 @@ def test_known_pixels_of_several_components_are_refused(unet):
 def test_which_operators_have_masks(own):
     item = torch.arange(3)
     assert torch.equal(masks(Inpainting(), [3, 8, 8], item), Inpainting().kernel([3, 8, 8], item))
-    assert torch.equal(masks(own[2].states.condition.operator, [1, 8, 8], item), torch.eye(8).expand(3, 1, 8, 8))
+    assert torch.equal(masks(own[2].states.observation.operator, [1, 8, 8], item), torch.eye(8).expand(3, 1, 8, 8))
     assert all(masks(operator, [3, 8, 8], item) is None for operator in (Grey(), Edges(), SuperResolution(2)))

@@ -20,7 +20,7 @@ from lightning_tdisent.models.composite import load_model
 from lightning_tdisent.models.expert import read_card
 
 HAAR = {"class_path": "Haar", "init_args": {"levels": 1, "scales": [1.44, 0.515]}}
-SCALES = {"class_path": "ComponentStates", "init_args": {"shape": [1, 8, 8], "basis": HAAR, "S": 4}}
+SCALES = {"class_path": "ComponentStates", "init_args": {"shape": [1, 8, 8], "space": HAAR, "S": 4}}
 SMALL = {"3..4": {"model.network.channels": [8]}}  # 4x4 pixels
 
 
@@ -29,7 +29,7 @@ def y(**condition):
 
 
 def conditional(**condition):
-    return {"class_path": "ComponentStates", "init_args": {"shape": [1, 8, 8], "condition": y(**condition), "S": 4}}
+    return {"class_path": "ComponentStates", "init_args": {"shape": [1, 8, 8], "observation": y(**condition), "S": 4}}
 
 
 SLOW = {"class_path": "Geometric", "init_args": {"sigma_max": 1.0}}
@@ -112,7 +112,7 @@ def test_conditional_training_goes_on_as_if_unbroken(configs, tmp_path, same_wei
 
 def test_a_conditional_model_of_two_scales(planned, tmp_path):
     """CMDE on the Haar basis: the observation is taken apart, too."""
-    states = {**SCALES, "init_args": {**SCALES["init_args"], "condition": y(schedule=SLOW)}}
+    states = {**SCALES, "init_args": {**SCALES["init_args"], "observation": y(schedule=SLOW)}}
     fleet = planned(experts=2, for_rows=SMALL, set={"model.states": states}, budget=64)
     assert main(["fleet", "run", str(fleet.root), "--workers", "1"]) == 0
     cards = [read_card(fleet.root / e.name / "model.safetensors") for e in fleet.experts]
@@ -249,11 +249,11 @@ def test_a_run_does_not_go_on_with_another_file_under_the_name(configs, tmp_path
     mask.write_text(json.dumps(torch.eye(8).tolist()), encoding="utf-8")
     stencil = {"class_path": f"{__name__}.Stencil", "init_args": {"file": str(mask)}}
     states = conditional()
-    states["init_args"]["condition"]["operator"] = stencil
+    states["init_args"]["observation"]["operator"] = stencil
     words = ["--model.states", json.dumps(states), "--trainer.max_steps"]
     by_hand(configs, tmp_path / "run", *words, 2, config="shared")
     card = read_card(tmp_path / "run" / "model.safetensors")
-    (digest,) = card.states["init_args"]["condition"]["init_args"]["operator"]["files"].values()
+    (digest,) = card.states["init_args"]["observation"]["init_args"]["operator"]["files"].values()
     assert digest == hashlib.sha256(mask.read_bytes()).hexdigest()
     before = mask.read_text(encoding="utf-8")
     mask.write_text(json.dumps((1 - torch.eye(8)).tolist()), encoding="utf-8")

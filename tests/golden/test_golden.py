@@ -22,11 +22,12 @@ from safetensors.torch import load_file
 
 import lightning_tdisent
 from lightning_tdisent.cli import main
-from lightning_tdisent.diffusion.bases import Haar
-from lightning_tdisent.diffusion.components import ComponentStates, Condition
+from lightning_tdisent.diffusion.components import ComponentStates
 from lightning_tdisent.diffusion.objectives import P2, X0, Eps, Likelihood, MinSNR, V
+from lightning_tdisent.diffusion.observation import Observation
 from lightning_tdisent.diffusion.operators import Inpainting, SuperResolution
 from lightning_tdisent.diffusion.schedules import Cosine, Geometric, Linear, LogLinear, ScaledLinear, Sigmoid
+from lightning_tdisent.diffusion.spaces import Haar
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
@@ -144,18 +145,18 @@ TABLES = {
     "log-linear": lambda: LatentStates(LogLinear(), S=20),
     "geometric": lambda: LatentStates(Geometric(), S=20),
     "zero terminal SNR": lambda: LatentStates(Linear(zero_terminal=True), S=4, spacing="trailing"),
-    "three scales": lambda: ComponentStates([3, 16, 16], basis=Haar(2), S=30),
+    "three scales": lambda: ComponentStates([3, 16, 16], space=Haar(2), S=30),
     "conditional": lambda: conditional(),
 }
 
 
 def conditional(operator=None, **options):
     """Return a table with an observation that diffuses, too (CMDE)."""
-    return ComponentStates(SHAPE, condition=Condition(operator or Inpainting(), LogLinear()), S=8, **options)
+    return ComponentStates(SHAPE, observation=Observation(operator or Inpainting(), LogLinear()), S=8, **options)
 
 
 def scales():
-    return ComponentStates(SHAPE, basis=Haar(2), S=12)
+    return ComponentStates(SHAPE, space=Haar(2), S=12)
 
 
 def module(cls=ReducedStates, states=None, network=None, **options):

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from watching import Watch, same
 
-from lightning_tdisent.diffusion.components import ComponentStates, Condition
+from lightning_tdisent.diffusion.components import ComponentStates
 from lightning_tdisent.diffusion.objectives import P2, X0, Constant, Likelihood, MinSNR, Objective, V, Weight
+from lightning_tdisent.diffusion.observation import Observation
 from lightning_tdisent.diffusion.operators import Inpainting, Operator, SuperResolution
 from lightning_tdisent.diffusion.schedules import Linear
 from lightning_tdisent.diffusion.states import LatentStates
@@ -163,15 +164,25 @@ class Thrown(Objective):
     def target(self, x0, eps, a, b):
         raise KeyError("middle")
 
+    def x0(self, raw, x, a, b):
+        return a * x - b * raw
+
     def unit(self, snr):
         return torch.ones_like(snr)
+
+
+class Swapped(V):
+    """v with the signs of its estimate exchanged: x0 is not the inverse of target."""
+
+    def x0(self, raw, x, a, b):
+        return a * x + b * raw
 
 
 def conditional(operator, tiny):
     def module(**options):
         channels = 1 + operator.channels(1)
         network = tiny(shape=[channels, 8, 8])
-        return ReducedStates(network, ComponentStates(SHAPE, condition=Condition(operator), S=4), **options)
+        return ReducedStates(network, ComponentStates(SHAPE, observation=Observation(operator), S=4), **options)
 
     return module
 
@@ -205,6 +216,7 @@ def test_an_operator_of_ours_is_tried_and_taken(operator, tiny, fit):
         ({"sampler": DDIM(steps=5)}, ["sampler.steps: 5 steps on a table of 4 rows"]),
         ({"objective": V(HalfKept())}, ["HalfKept", "gamma is 4.0", "5.0"]),
         ({"objective": Thrown()}, ["KeyError: 'middle'", "test_preflight.py"]),
+        ({"objective": Swapped()}, ["Swapped.x0 is not the inverse of its target", "at row 1"]),
         ({"net": lambda: Normed([1, 8, 8], dropout=1.5)}, ["dropout probability", "1.5"]),
     ],
 )

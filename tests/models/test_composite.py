@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_tdisent.diffusion.bases import Haar
-from lightning_tdisent.diffusion.components import ComponentStates, Condition
+from lightning_tdisent.diffusion.components import ComponentStates
 from lightning_tdisent.diffusion.objectives import X0, Eps, V
+from lightning_tdisent.diffusion.observation import Observation
 from lightning_tdisent.diffusion.operators import Inpainting, SuperResolution
 from lightning_tdisent.diffusion.schedules import Cosine, Linear
+from lightning_tdisent.diffusion.spaces import Haar
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
@@ -447,16 +448,16 @@ def test_a_preview_with_a_shared_model_asks_it_where_experts_are_missing(model, 
 @pytest.mark.parametrize(
     "tables",
     [
-        [ComponentStates([1, 8, 8], basis=Haar(1, scales), S=4) for scales in ([2.0, 0.25], [1.0, 1.0])],
-        [ComponentStates([1, 8, 8], condition=Condition(op), S=4) for op in (Inpainting(0.25), SuperResolution(4))],
-        [LatentStates(S=4), ComponentStates([1, 8, 8], basis=Haar(1), S=4)],
+        [ComponentStates([1, 8, 8], space=Haar(1, scales), S=4) for scales in ([2.0, 0.25], [1.0, 1.0])],
+        [ComponentStates([1, 8, 8], observation=Observation(op), S=4) for op in (Inpainting(0.25), SuperResolution(4))],
+        [LatentStates(S=4), ComponentStates([1, 8, 8], space=Haar(1), S=4)],
     ],
 )
 def test_states_that_are_made_otherwise_neither_fill_nor_start_each_other(tables, unet, write, tmp_path):
     (mine, theirs), net = tables, lambda t, s: unet(0, t.shape_at(s, [1, 8, 8]))
     for s in (1, 3, 4):
         write(f"experts/{s}/model", Denoiser(net(mine, s), V(), mine, [s]))
-    rows = theirs.blocks_of_rows[0] if theirs.K > 1 and theirs.condition is None else theirs.rows
+    rows = theirs.blocks_of_rows[0] if theirs.K > 1 and theirs.observation is None else theirs.rows
     shared = write("shared", Denoiser(net(theirs, 1), V(), theirs, rows))
     assert "its states are made of [" in refusal(compose, [tmp_path / "experts"], tmp_path / "out", f"shared:{shared}")
     begun = Denoiser(net(mine, 1), V(), mine, [1])
@@ -467,20 +468,21 @@ def test_states_that_are_made_otherwise_neither_fill_nor_start_each_other(tables
 
 def test_a_start_may_differ_in_how_its_observation_was_trained(unet, write):
     table, other = (
-        ComponentStates([1, 8, 8], condition=Condition(Inpainting(0.25), weight=weight), S=4) for weight in (1.0, 0.0)
+        ComponentStates([1, 8, 8], observation=Observation(Inpainting(0.25), weight=weight), S=4)
+        for weight in (1.0, 0.0)
     )
-    shared = write("shared", Denoiser(unet(0, table.state_shape()), V(), table))
-    begun = Denoiser(unet(1, table.state_shape()), V(), other)
+    shared = write("shared", Denoiser(unet(0, table.shape_at(1)), V(), table))
+    begun = Denoiser(unet(1, table.shape_at(1)), V(), other)
     start_warm(begun, str(shared))
     theirs = load_expert(shared)[0].network.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in begun.network.state_dict().items())
 
 
 def test_classes_beside_an_observation_are_not_trained_and_their_labels_must_be_given(unet):
-    table = ComponentStates([1, 8, 8], condition=Condition(Inpainting(0.25)), S=2)
+    table = ComponentStates([1, 8, 8], observation=Observation(Inpainting(0.25)), S=2)
     with pytest.raises(InputError, match="a model is given a class or an observation, not both"):
-        ReducedStates(unet(0, table.state_shape(), classes=3), table)
-    old = Denoiser(unet(0, table.state_shape(), classes=3), V(), table).eval()
+        ReducedStates(unet(0, table.shape_at(1), classes=3), table)
+    old = Denoiser(unet(0, table.shape_at(1), classes=3), V(), table).eval()
     given = torch.zeros(1, 1, 8, 8)
     with pytest.raises(InputError, match="say of which class each is"):
         next(sample(old, DDIM(), [0], given=given))

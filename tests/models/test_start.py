@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from lightning_tdisent.cli import main
 from lightning_tdisent.data.decode import Decoder
 from lightning_tdisent.data.shards import Shards
-from lightning_tdisent.diffusion.bases import Haar
 from lightning_tdisent.diffusion.components import ComponentStates
 from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Linear, ScaledLinear
+from lightning_tdisent.diffusion.spaces import Haar
 from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
@@ -247,7 +247,7 @@ def test_an_implicit_start_is_another_model_s_image_noised_to_the_row(model, wri
 
 
 def test_a_source_of_several_scales_starts_in_its_own_shape_and_ends_as_an_image(unet, write, tmp_path):
-    table = ComponentStates([1, 8, 8], basis=Haar(1, [2.0, 0.25]), S=4)
+    table = ComponentStates([1, 8, 8], space=Haar(1, [2.0, 0.25]), S=4)
     for k, rows in enumerate(table.blocks_of_rows):
         net = unet(k, table.shape_at(rows[0], [1, 8, 8]))
         write(f"parts/{k}/model", Denoiser(net, V(), table, rows), data="data")
@@ -257,7 +257,7 @@ def test_a_source_of_several_scales_starts_in_its_own_shape_and_ends_as_an_image
     model, _ = load_model(source)
     with torch.inference_mode():
         noise = seed_noise([5], FITTING, table.shape_at(4, [1, 8, 8]))
-        image = table.picture([*DDIM().walk(model, [5], start=noise)][-1][1])
+        image = table.decode([*DDIM().walk(model, [5], start=noise)][-1][1])
         assert torch.equal(prior._images([5]), image)
     assert prior.evaluations == 4
     assert sum(card.images_seen for card in prior.cards) == sum(card.images_seen for card in load_model(source)[1])

@@ -13,10 +13,11 @@ from rich.console import Console
 from lightning_tdisent.cli import main
 from lightning_tdisent.cli.terminal import wide_console
 from lightning_tdisent.data.shards import load
-from lightning_tdisent.diffusion.bases import Haar
-from lightning_tdisent.diffusion.components import ComponentStates, Condition
+from lightning_tdisent.diffusion.components import ComponentStates
+from lightning_tdisent.diffusion.observation import Observation
 from lightning_tdisent.diffusion.operators import Inpainting, SuperResolution
 from lightning_tdisent.diffusion.schedules import Linear
+from lightning_tdisent.diffusion.spaces import Haar
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation import evaluate as evaluating
@@ -285,11 +286,11 @@ def test_the_row_of_real_images_keeps_its_name(digits):
 
 
 def test_errors_in_other_units_are_not_put_together():
-    tables = [ComponentStates([1, 8, 8], basis=Haar(1, scales), S=4) for scales in ([2.0, 0.25], [1.0, 1.0])]
+    tables = [ComponentStates([1, 8, 8], space=Haar(1, scales), S=4) for scales in ([2.0, 0.25], [1.0, 1.0])]
     assert torch.equal(tables[0].log_snr, tables[1].log_snr)
     assert [len(_Common.of(tables[:1]).rows(table)) for table in tables] == [4, 0]
-    conditional = ComponentStates([1, 8, 8], condition=Condition(Inpainting(0.25)), S=4)
-    other = ComponentStates([1, 8, 8], condition=Condition(SuperResolution(4)), S=4)
+    conditional = ComponentStates([1, 8, 8], observation=Observation(Inpainting(0.25)), S=4)
+    other = ComponentStates([1, 8, 8], observation=Observation(SuperResolution(4)), S=4)
     assert len(_Common.of([conditional]).rows(other)) == 4  # of the image alone, which is the same
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_tdisent.diffusion.bases import Haar
-from lightning_tdisent.diffusion.components import ComponentStates, Condition
+from lightning_tdisent.diffusion.components import ComponentStates
 from lightning_tdisent.diffusion.objectives import X0, Eps, Likelihood, V
+from lightning_tdisent.diffusion.observation import Observation
 from lightning_tdisent.diffusion.operators import Edges, Inpainting
 from lightning_tdisent.diffusion.process import transition
 from lightning_tdisent.diffusion.schedules import Geometric, LogLinear
+from lightning_tdisent.diffusion.spaces import Haar
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation.pictures import estimate_strip, forward_strip, reverse_strip
@@ -64,7 +65,7 @@ def drawn(states: ComponentStates, k: int, v: float, eta: float) -> float:
 )
 def test_multi_scale_chains_draw_the_data(sampler, eta):
     """Variances of the components of the image that comes out are those of the data; each network sees its scale."""
-    states = ComponentStates(SHAPE, basis=Haar(2), S=300)
+    states = ComponentStates(SHAPE, space=Haar(2), S=300)
     model = Exact(states, VARIANCES)
     x = sampler(model, range(400))
     assert list(x.shape) == [400, *SHAPE]
@@ -115,7 +116,7 @@ def test_one_column_draws_as_uniform_diffusion():
     rotated = DDIM(clip=None).walk(Exact(haar, (0.3,) * 3), [3], start=Haar(2).forward(first))
     *_, (_, out, _) = z
     *_, (_, other, _) = rotated
-    assert torch.allclose(haar.picture(other), out, atol=1e-12)
+    assert torch.allclose(haar.decode(other), out, atol=1e-12)
     assert float(x.var()) == pytest.approx(float(y.var()), rel=0.03)
 
 
@@ -123,7 +124,7 @@ def test_one_column_draws_as_uniform_diffusion():
     ("steps", "rows"), [(3, [300, 200, 100]), (4, [300, 200, 100, 50]), (6, [300, 250, 200, 150, 100, 50])]
 )
 def test_fewer_steps_keep_the_births(steps, rows):
-    states = ComponentStates(SHAPE, basis=Haar(2), S=300)
+    states = ComponentStates(SHAPE, space=Haar(2), S=300)
     assert DDIM(steps=steps).rows(states) == rows
     with pytest.raises(InputError, match="one at least for each of 3 scales, got 2"):
         DDIM(steps=2).rows(states)
@@ -149,8 +150,8 @@ class Pair(nn.Module):
 
 def estimator(sigma_y: float | None, N: int, side: int = 4, draw: str = "fresh") -> ComponentStates:
     curve = None if sigma_y is None else Geometric(sigma_max=sigma_y)
-    y = Condition(Edges(), curve, draw)
-    return ComponentStates([1, side, side], Geometric(sigma_max=50.0), condition=y, S=N, terminal_bound=0.021)
+    y = Observation(Edges(), curve, draw)
+    return ComponentStates([1, side, side], Geometric(sigma_max=50.0), observation=y, S=N, terminal_bound=0.021)
 
 
 def moments(states: ComponentStates) -> tuple[float, float]:
@@ -199,8 +200,8 @@ def test_conditional_chains_have_the_moments_of_the_recursion(sigma, draw):
 @pytest.mark.parametrize("basis", [None, Haar(1), Haar(1, [2.0, 0.5])])
 def test_what_is_drawn_for_the_observation(sampler, draw, basis):
     """q(y_s | y_0) at every row, of each component that is live there, whatever the sampler takes of noise itself."""
-    y = Condition(Edges(), Geometric(sigma_max=1.0), draw)
-    states = ComponentStates([1, 8, 8], Geometric(sigma_max=110.0), basis, condition=y, S=10)
+    y = Observation(Edges(), Geometric(sigma_max=1.0), draw)
+    states = ComponentStates([1, 8, 8], Geometric(sigma_max=110.0), basis, observation=y, S=10)
     given = (torch.arange(64.0).view(1, 1, 8, 8) / 64).expand(400, -1, -1, -1)
     model = Exact(states, (1.0,) * states.K)
     y0 = given if basis is None else basis.forward(given)
@@ -231,10 +232,10 @@ def test_clean_observation_is_the_slowest_and_equal_curves_the_fastest():
     """CMDE with y at +inf is CDE, with the image's curve CDiffE: the same tables, losses and images."""
     x0, eps, s = torch.rand(4, 1, 8, 8) * 2 - 1, torch.randn(4, 2, 8, 8), torch.tensor([1, 3, 5, 9])
     x_curve = Geometric(sigma_max=110.0)
-    slow = ComponentStates([1, 8, 8], x_curve, condition=Condition(Inpainting(), Geometric(sigma_max=0.5)), S=10)
+    slow = ComponentStates([1, 8, 8], x_curve, observation=Observation(Inpainting(), Geometric(sigma_max=0.5)), S=10)
     table = slow.log_snr.clone()[:, :1]
-    clean = ComponentStates([1, 8, 8], x_curve, condition=Condition(Inpainting()), S=10)
-    equal = ComponentStates([1, 8, 8], x_curve, condition=Condition(Inpainting(), x_curve), S=10)
+    clean = ComponentStates([1, 8, 8], x_curve, observation=Observation(Inpainting()), S=10)
+    equal = ComponentStates([1, 8, 8], x_curve, observation=Observation(Inpainting(), x_curve), S=10)
     assert torch.equal(clean.log_snr, torch.cat([table, torch.full_like(table, math.inf)], 1))
     assert torch.equal(equal.log_snr, torch.cat([table, table], 1))
     torch.manual_seed(0)
@@ -242,10 +243,10 @@ def test_clean_observation_is_the_slowest_and_equal_curves_the_fastest():
     losses = {}
     for name, states in (("clean", clean), ("equal", equal), ("slow", slow)):
         model = Denoiser(network, Eps(), states)
-        losses[name] = model.loss(model.components(x0, torch.arange(4)), s, eps)
+        losses[name] = model.loss(model.encode(x0, torch.arange(4)), s, eps)
         assert model.shape == [1, 8, 8]
     whole = Denoiser(network, Eps(), LatentStates(x_curve, S=10))
-    joint = clean.components(x0, torch.arange(4))
+    joint = clean.encode(x0, torch.arange(4))
     assert torch.allclose(losses["equal"], whole.loss(joint, s, eps), rtol=1e-6)  # one diffusion of the pair
     a, b = clean.coefficients(s, joint)
     error = network(a * joint + b * eps, clean.index[s])[:, :1] - eps[:, :1]
@@ -264,22 +265,21 @@ class Says(Network):
         return x * 0 + self.weight
 
 
-def two_rows(t: float, dt: float, ends: tuple[float, ...], condition: Condition | None = None) -> ComponentStates:
+def two_rows(t: float, dt: float, ends: tuple[float, ...], observation: Observation | None = None) -> ComponentStates:
     """Rows at t - dt and t of the continuous curves of several scales."""
     time = torch.tensor([t - dt, t], dtype=torch.float64)
     table = torch.stack([(10 - 20 * (time - 1e-3) / (end - 1e-3)).where(time <= end, -math.inf) for end in ends], 1)
     table = torch.cat([torch.full((1, len(ends)), math.inf, dtype=torch.float64), table])
     basis = Haar(len(ends) - 1)
-    return ComponentStates.of_table(table, torch.arange(3), LogLinear(2), [3, 16, 16], basis, condition, 1.0)
+    return ComponentStates.of_table(table, torch.arange(3), LogLinear(2), [3, 16, 16], basis, observation, 1.0)
 
 
 @pytest.mark.parametrize(("t", "loss"), [(0.1, 69.3205), (0.4, 36.3180), (0.6, 25.0317), (0.9, 20.0200)])
 def test_losses_of_a_zero_network_are_the_mean_of_the_weights(t, loss):
     """With noise of unit squares 2/dt of the likelihood's loss is the mean of the known weights over what is live."""
     states, dt = two_rows(t, 1e-5, (1.0, 0.75, 0.5, 0.25)), 1e-5
-    finished = states.finished([2])
-    model = Denoiser(Says(states.state_shape(finished)), Eps(Likelihood()), states, [2])
-    x0 = model.components(torch.rand(2, 3, 16, 16))
+    model = Denoiser(Says(states.shape_at(2)), Eps(Likelihood()), states, [2])
+    x0 = model.encode(torch.rand(2, 3, 16, 16))
     losses = model.loss(x0, torch.tensor([2, 2]), torch.ones_like(x0)) * 2 / dt
     assert losses.tolist() == [pytest.approx(loss, rel=1e-3)] * 2
 
@@ -288,10 +288,10 @@ def test_losses_of_a_zero_network_are_the_mean_of_the_weights(t, loss):
 def test_losses_of_a_zero_network_given_an_observation(curve, loss):
     """CDE, CDiffE and CMDE: over what diffuses, in one step of 100,000."""
     T = 100_001
-    y = Condition(Inpainting(), None if curve is None else Geometric(T, sigma_max=curve))
-    states = ComponentStates([1, 8, 8], Geometric(T, sigma_max=221.702454), condition=y, indices=[49_999, 50_000, T])
+    y = Observation(Inpainting(), None if curve is None else Geometric(T, sigma_max=curve))
+    states = ComponentStates([1, 8, 8], Geometric(T, sigma_max=221.702454), observation=y, indices=[49_999, 50_000, T])
     model = Denoiser(Says([2, 8, 8]), Eps(Likelihood()), states, [2])
-    x0 = model.components(torch.rand(2, 1, 8, 8), torch.arange(2))
+    x0 = model.encode(torch.rand(2, 1, 8, 8), torch.arange(2))
     losses = model.loss(x0, torch.tensor([2, 2]), torch.ones_like(x0)) * 2 * (T - 1)
     assert losses.tolist() == [pytest.approx(loss, rel=1e-3)] * 2
 
@@ -300,12 +300,14 @@ def test_losses_of_a_zero_network_given_an_observation(curve, loss):
 @pytest.mark.parametrize("scales", [None, [4.0, 0.5, 0.3]])
 def test_the_right_answer_has_no_error(objective, scales):
     """A network that says the target, as an image of its scale, makes x0_hat = x0 and loss 0."""
-    states = ComponentStates([2, 8, 8], basis=Haar(2, scales), S=6, condition=Condition(Edges(), LogLinear(low=0.0)))
+    states = ComponentStates(
+        [2, 8, 8], space=Haar(2, scales), S=6, observation=Observation(Edges(), LogLinear(low=0.0))
+    )
     x0, eps = (torch.randn(3, 2, 8, 8, dtype=torch.float64) for _ in range(2))
     for rows, finished in (([1, 2], 0), ([3, 4], 1), ([5, 6], 2)):
-        network = Says(states.state_shape(finished)).double()
+        network = Says(states.shape_at(rows[0])).double()
         model = Denoiser(network, objective, states, rows)
-        z0 = model.components(x0, torch.arange(3))
+        z0 = model.encode(x0, torch.arange(3))
         assert list(z0.shape[1:]) == [3, 8 >> finished, 8 >> finished]
         eps = torch.randn_like(z0)
         s = torch.tensor([rows[0], rows[1], rows[0]])
@@ -331,10 +333,10 @@ def experts(states: ComponentStates, each: bool = False) -> list[Denoiser]:
 
 
 @pytest.mark.parametrize("each", [False, True])
-@pytest.mark.parametrize("condition", [None, Condition(Inpainting(), Geometric(T=1000, sigma_max=1.0))])
+@pytest.mark.parametrize("condition", [None, Observation(Inpainting(), Geometric(T=1000, sigma_max=1.0))])
 def test_composites_of_scales(each, condition):
     """One network a scale, or a row, composed: images do not depend on the batch; wrong scales and gaps are refused."""
-    states = ComponentStates([1, 8, 8], basis=Haar(1), S=4, condition=condition)
+    states = ComponentStates([1, 8, 8], space=Haar(1), S=4, observation=condition)
     parts = experts(states, each)
     model = CompositeDenoiser(parts).eval()
     assert model.shape == [1, 8, 8]
@@ -354,7 +356,7 @@ def test_composites_of_scales(each, condition):
 
 
 def test_networks_of_another_scale_are_refused():
-    states = ComponentStates([1, 8, 8], basis=Haar(1), S=4)
+    states = ComponentStates([1, 8, 8], space=Haar(1), S=4)
     with pytest.raises(InputError, match=r"takes \[1, 8, 8\], states of rows \[3, 4\] are \[1, 4, 4\]"):
         Denoiser(UNet([1, 8, 8], channels=[8, 16], layers=1, groups=4), V(), states, [3, 4])
     with pytest.raises(InputError, match=r"have states of \[1, 8, 8\] and \[1, 4, 4\]"):
@@ -362,7 +364,7 @@ def test_networks_of_another_scale_are_refused():
 
 
 def test_observations_that_do_not_fit_are_refused():
-    states = ComponentStates([1, 8, 8], condition=Condition(Inpainting()), S=4)
+    states = ComponentStates([1, 8, 8], observation=Observation(Inpainting()), S=4)
     (model,) = experts(states)
     for given, why in (
         (None, r"given an observation \(Inpainting, \[1, 8, 8\]\); none was given"),
@@ -377,7 +379,7 @@ def test_observations_that_do_not_fit_are_refused():
         with pytest.raises(InputError, match=why):
             next(sample(model, DDIM(), [0, 1], given=given))
     with pytest.raises(InputError, match="give one for each"):
-        model.components(torch.zeros(1, 1, 8, 8))
+        model.encode(torch.zeros(1, 1, 8, 8))
     plain = Denoiser(UNet([1, 8, 8], channels=[8, 16], layers=1, groups=4), V(), LatentStates(S=4))
     with pytest.raises(InputError, match="unconditional model"):
         DDIM()(plain, [0, 1], given=torch.zeros(2, 1, 8, 8))
@@ -385,15 +387,13 @@ def test_observations_that_do_not_fit_are_refused():
 
 def test_held_out_errors_by_component():
     """x0: mean squares of pixels of the coarse image; eps: by each component's own SNR; what is given is in neither."""
-    y = Condition(Edges(), LogLinear(low=0.0))
-    states = ComponentStates([1, 8, 8], basis=Haar(1, [2.0, 0.5]), S=4, condition=y)
-    fine, coarse = (
-        Denoiser(Says(states.state_shape(k)), X0(), states, rows) for k, rows in enumerate(([1, 2], [3, 4]))
-    )
+    y = Observation(Edges(), LogLinear(low=0.0))
+    states = ComponentStates([1, 8, 8], space=Haar(1, [2.0, 0.5]), S=4, observation=y)
+    fine, coarse = (Denoiser(Says(states.shape_at(rows[0])), X0(), states, rows) for rows in ([1, 2], [3, 4]))
     images = torch.rand(5, 1, 8, 8) * 2 - 1
     x0, eps = state_errors(fine, images, range(5), [1, 2])
     assert torch.allclose(x0, images.double().square().mean((1, 2, 3)).expand(2, -1), rtol=1e-5)
-    z, column, snr = states.basis.forward(images), states.basis.columns(8, 8), states.log_snr.exp()
+    z, column, snr = states.space.forward(images), states.space.columns(8, 8), states.log_snr.exp()
     expected = sum(float(snr[2, k]) * z[..., column == k].square().sum((1, 2)) for k in range(2)) / 64
     assert torch.allclose(eps[1].float(), expected, rtol=1e-5)
     x0, eps = state_errors(coarse, images, range(5), [4])
@@ -403,24 +403,24 @@ def test_held_out_errors_by_component():
 
 
 def test_clipping_is_that_of_pixels():
-    states = ComponentStates([1, 8, 8], basis=Haar(2, [3.0, 2.0, 1.0]), S=3)
+    states = ComponentStates([1, 8, 8], space=Haar(2, [3.0, 2.0, 1.0]), S=3)
     x = torch.randn(4, 1, 8, 8) * 3
     for finished in range(3):
-        small = states.basis.coarse(x, finished)
-        z = states.clamp(states.basis.forward(small, finished), 1.0, finished)
+        small = states.space.coarse(x, finished)
+        z = states.space.clamp(states.space.forward(small, finished), 1.0, finished)
         assert torch.allclose(
-            states.basis.inverse(z, finished), small.clamp(-(2.0**finished), 2.0**finished), atol=1e-5
+            states.space.inverse(z, finished), small.clamp(-(2.0**finished), 2.0**finished), atol=1e-5
         )
         assert torch.allclose(
-            states.picture(z, finished)[..., :: 2**finished, :: 2**finished],
+            states.decode(z, finished)[..., :: 2**finished, :: 2**finished],
             small.clamp(-(2.0**finished), 2.0**finished) / 2**finished,
             atol=1e-5,
         )
 
 
 def test_pictures_of_all_scales_have_the_size_of_images():
-    y = Condition(Inpainting(), Geometric(sigma_max=1.0))
-    states = ComponentStates([1, 8, 8], basis=Haar(1), S=4, condition=y)
+    y = Observation(Inpainting(), Geometric(sigma_max=1.0))
+    states = ComponentStates([1, 8, 8], space=Haar(1), S=4, observation=y)
     model, images = CompositeDenoiser(experts(states)), torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
     strip = forward_strip(model, images, [1, 2, 3, 4])
     assert list(strip.shape) == [3, 5, 1, 8, 8]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_tdisent.diffusion.components import ComponentStates, Condition
+from lightning_tdisent.diffusion.components import ComponentStates
+from lightning_tdisent.diffusion.observation import Observation
 from lightning_tdisent.diffusion.operators import Inpainting
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
@@ -359,7 +360,7 @@ def test_studies_are_pooled_if_they_differ_in_the_seed_alone(study, tmp_path):
 
 
 def test_runs_that_are_not_what_they_are_taken_for_are_refused(study, tmp_path):
-    inpainting = ComponentStates([1, 8, 8], condition=Condition(Inpainting()), S=6)
+    inpainting = ComponentStates([1, 8, 8], observation=Observation(Inpainting()), S=6)
     runs = dict.fromkeys(("model", "flow", "other", "cde", "scales"), RUN)
     contenders = {"a": {"run": "model", "prior": "flow"}, "b": {"run": "model"}}
     todo = plan(study(runs=runs, contenders=contenders), tmp_path / "out")

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_tdisent.diffusion.bases import Haar, Pixels
+from lightning_tdisent.diffusion.spaces import Haar, Pixels
 from lightning_tdisent.errors import InputError
 
 

@@ -1,4 +1,4 @@
-"""Orthonormal maps between an image and its components, the columns of a table."""
+"""Spaces: how an image becomes a state and back. `Pixels`, or the components of an image by `Haar` wavelets."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,50 +12,72 @@ from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.errors import InputError
 
 
-class Basis(Part, ABC):
-    """An orthonormal map of images (B, C, H, W) to as many coefficients, each of one of K components.
+class Space(Part, ABC):
+    """An invertible linear map of images (B, C, H, W) to coefficients of the same number, each of one of K components.
 
-    Components are counted from coarse to fine, and the finest ones may leave: without ``finished`` of them an image is
-    its `coarse` one, and its coefficients are a tensor of that size.
+    Components are counted from coarse to fine. At level n the n finest ones have been dropped: the image is the
+    `coarse` one, with sides divided by 2^n, and its coefficients form a tensor of that size.
     """
 
     K: int
 
-    def coarse(self, x: Tensor, finished: int) -> Tensor:
-        """The image of the coarser components alone, (B, C, H / 2^finished, W / ..), 2^finished times means."""
-        return F.avg_pool2d(x, 2**finished) * 2**finished if finished else x
+    def coarse(self, x: Tensor, level: int) -> Tensor:
+        """Return the image of the coarser components alone, (B, C, H / 2^level, W / 2^level): 2^level times means."""
+        return F.avg_pool2d(x, 2**level) * 2**level if level else x
 
     @abstractmethod
-    def forward(self, x: Tensor, finished: int = 0) -> Tensor:
-        """Coefficients of images without their finest ``finished`` components."""
+    def forward(self, x: Tensor, level: int = 0) -> Tensor:
+        """Return the coefficients of images of this level."""
 
     @abstractmethod
-    def inverse(self, z: Tensor, finished: int = 0) -> Tensor:
-        """Images of coefficients, the inverse of `forward`."""
+    def inverse(self, z: Tensor, level: int = 0) -> Tensor:
+        """Return the images of this level of coefficients, the inverse of `forward`."""
 
     @property
-    def isometry(self) -> "Basis":
-        """The same map without scales."""
+    def isometry(self) -> "Space":
+        """The orthonormal map: without scales."""
         return self
 
     @abstractmethod
     def columns(self, height: int, width: int) -> Tensor:
-        """Component of every coefficient of an image, int64 (H, W) or (1, 1); a coarse image has the corner of it."""
+        """Return the component of each coefficient, int64 (H, W) or (1, 1); a coarse image has the corner of it."""
 
     def check(self, shape: Sequence[int]) -> None:
-        """Refuse images of (C, H, W) that cannot be taken apart."""
+        """Refuse images of (C, H, W) that this space cannot represent."""
+
+    def encode(self, x0: Tensor, level: int = 0) -> Tensor:
+        """Return state 0 of full-size images (B, C, H, W) without their finest components."""
+        return self.forward(self.coarse(x0, level), level)
+
+    def decode(self, z: Tensor, level: int = 0) -> Tensor:
+        """Return full-size images in [-1, 1] of states; what has been dropped is filled by nearest neighbours."""
+        image = self.inverse(z, level) / 2**level if level else self.inverse(z)
+        return F.interpolate(image, scale_factor=float(2**level)) if level else image
+
+    def clamp(self, z: Tensor, bound: float, level: int = 0) -> Tensor:
+        """Return states whose images have values within the bound."""
+        bound *= 2**level
+        return self.forward(self.inverse(z, level).clamp(-bound, bound), level)
+
+    def to_network(self, z: Tensor, level: int) -> Tensor:
+        """Return a state as an image of its resolution, by the orthonormal map."""
+        return self.isometry.inverse(z, level)
+
+    def from_network(self, x: Tensor, level: int) -> Tensor:
+        """Return the output of a network as a state, the inverse of `to_network`."""
+        return self.isometry.forward(x, level)
 
 
-class Pixels(Basis):
+class Pixels(Space):
     """The image itself: one component."""
 
     K = 1
 
-    def forward(self, x: Tensor, finished: int = 0) -> Tensor:
+    def forward(self, x: Tensor, level: int = 0) -> Tensor:
         """Return x."""
         return x
 
-    def inverse(self, z: Tensor, finished: int = 0) -> Tensor:
+    def inverse(self, z: Tensor, level: int = 0) -> Tensor:
         """Return z."""
         return z
 
@@ -64,7 +86,7 @@ class Pixels(Basis):
         return torch.zeros(1, 1, dtype=torch.int64)
 
 
-class Haar(Basis):
+class Haar(Space):
     """Haar's wavelets over some levels: averages a_J and differences d_J .. d_1, K = J + 1 (2207.09786, section 3).
 
     Of each 2x2 block (p q / r s) of a channel: LL = (p+q+r+s)/2, and the differences (p+q-r-s)/2, (p-q+r-s)/2 and
@@ -86,7 +108,7 @@ class Haar(Basis):
             )
 
     @property
-    def isometry(self) -> "Basis":
+    def isometry(self) -> "Space":
         """The same map without scales."""
         return self if self.scales is None else Haar(self.levels)
 
@@ -99,9 +121,9 @@ class Haar(Basis):
                 f"{height}x{width}; use fewer levels, or data.size"
             )
 
-    def forward(self, x: Tensor, finished: int = 0) -> Tensor:
-        """See `Basis`."""
-        return self._split(x, self.levels - finished)
+    def forward(self, x: Tensor, level: int = 0) -> Tensor:
+        """See `Space`."""
+        return self._split(x, self.levels - level)
 
     def _split(self, x: Tensor, levels: int) -> Tensor:
         if not levels:
@@ -113,9 +135,9 @@ class Haar(Basis):
         upper = torch.cat([low, (down + across) * scale], -1)
         return torch.cat([upper, torch.cat([(top - bottom) * scale, (down - across) * scale], -1)], -2)
 
-    def inverse(self, z: Tensor, finished: int = 0) -> Tensor:
-        """See `Basis`."""
-        return self._join(z, self.levels - finished)
+    def inverse(self, z: Tensor, level: int = 0) -> Tensor:
+        """See `Space`."""
+        return self._join(z, self.levels - level)
 
     def _join(self, z: Tensor, levels: int) -> Tensor:
         if not levels:
