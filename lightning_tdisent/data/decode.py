@@ -1,10 +1,11 @@
-"""Members of a sample to tensors, safely: images of any make to uint8 of one size, classes, captions, latents.
+"""Safe decoding of samples: images of any kind to uint8 of one size, classes, captions and latents.
 
-``where`` names a sample in messages; whatever it is, its str() is asked for when something is wrong.
+``where`` identifies a sample in messages. It may be any object; ``str(where)`` is called only when something is wrong.
 
-A plain JPEG goes through simplejpeg and torch's antialiased uint8 resize, twice as fast as Pillow, which takes all else
-(other formats, CMYK, turned by EXIF, damaged). `adm_crop` is the resize and crop of ADM (2105.05233):
-halved with a box filter while twice the size or more, then bicubic, then the centre.
+Plain JPEGs are decoded by simplejpeg and resized by torch's antialiased uint8 resize, which is twice as fast as Pillow.
+Pillow decodes everything else (other formats, CMYK, images rotated by EXIF, damaged files). `adm_crop` is the resize
+and crop of ADM (2105.05233): halve with a box filter while the image is at least twice the target size, then resize
+with a bicubic filter, then crop the centre.
 """
 
 import io
@@ -26,9 +27,9 @@ from torch.nn.functional import interpolate
 
 from lightning_tdisent.errors import InputError
 
-# Extensions of image files, each with the format that Pillow has for it: the one list, for raw data, shards and folders
-# of generated images. The first extension of a format is the one that members of shards get. Formats that start
-# programs, as EPS does, are left out.
+# Extensions of image files, with Pillow's name for each format. This is the only such list: raw data, shards and
+# folders of generated images all use it. Members of shards get the first extension of their format. Formats whose
+# decoder runs other programs, such as EPS, are excluded.
 IMAGES = {
     "png": "PNG", "apng": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "webp": "WEBP",
     "avif": "AVIF", "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "tiff": "TIFF", "ppm": "PPM", "pgm": "PPM", "pbm": "PPM",
@@ -41,13 +42,13 @@ SIGNATURE = re.compile(
     re.DOTALL,
 )
 LATENT = "latent.npy"
-MAX_PIXELS = 89_478_485  # Pillow's bound, above which it warns; here an image above it is bad
+MAX_PIXELS = 89_478_485  # Pillow's limit; Pillow only warns above it, here a larger image is a bad sample
 MODES = {1: "L", 3: "RGB"}
 
-_FILTERS = threading.Lock()  # of warnings: they are all threads' at once
+_FILTERS = threading.Lock()  # guards the warning filters, which all threads share
 
 Members = Mapping[str, bytes]
-Span = tuple[float, float]  # the values that are black and white
+Span = tuple[float, float]  # the values of black and of white
 
 
 class BadSample(InputError):
@@ -55,31 +56,33 @@ class BadSample(InputError):
 
 
 def image_type(content: bytes) -> str | None:
-    """Return the extension by the first bytes of an image file, None if they are of none of `FORMATS`."""
+    """Return the extension that fits the first bytes of an image file; None if it is in none of `FORMATS`."""
     found = SIGNATURE.match(content)
     return found.lastgroup if found else None
 
 
 def canonical(extension: str) -> str:
-    """Return the first extension of the same format as this one (``jpg`` for ``jpeg`` and ``jfif``)."""
+    """Return the first extension in `IMAGES` with the same format (``jpg`` for ``jpeg`` and ``jfif``)."""
     return next(first for first, form in IMAGES.items() if form == IMAGES[extension])
 
 
 def open_image(content: bytes, where: object) -> Image.Image:
-    """The first frame of an image file, upright; raises `BadSample` if it is none, empty, damaged or a bomb."""
+    """Return the first frame of an image file, upright (its EXIF orientation is applied).
+
+    Raises `BadSample` if the content is empty, damaged, not an image, or larger than `MAX_PIXELS` (a decompression
+    bomb).
+    """
     if not content:
         raise BadSample(f"{where} cannot be decoded: the image has no bytes")
     try:
         with _FILTERS, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged EXIF, odd palettes; a bomb is looked for here
+            warnings.simplefilter("ignore")  # about damaged EXIF, unusual palettes, and size: _check_size checks that
             image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
             _check_size(*image.size, where)
             sixteen = any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
             form = image.format
             image.load()
-            if (
-                form == "PPM" and image.mode == "I"
-            ):  # Pillow has scaled the largest value, which the file names, to 65535
+            if form == "PPM" and image.mode == "I":  # Pillow has scaled the maximum value given in the file to 65535
                 image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
                 sixteen = False
             image.info["sixteen"] = sixteen
@@ -88,22 +91,23 @@ def open_image(content: bytes, where: object) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise BadSample(f"{where} cannot be decoded: not an image that Pillow knows") from None
-    except Exception as error:  # Pillow's readers raise nearly everything on damaged files
+    except Exception as error:  # on damaged files, Pillow's decoders raise almost any exception
         raise BadSample(f"{where} cannot be decoded: {type(error).__name__}: {error}") from None
 
 
 def depth(image: Image.Image) -> str:
-    """Return the type of an opened image's values: 8 bits, 16 bits, integers of 32 bits, or floats."""
+    """Return the value type of an opened image: ``8 bits``, ``16 bits``, ``integers of 32 bits`` or ``floats``."""
     if image.mode.startswith("I;16") or image.info.get("sixteen"):
         return "16 bits"
     return {"I": "integers of 32 bits", "F": "floats"}.get(image.mode, "8 bits")
 
 
 def to_mode(image: Image.Image, mode: str, span: Span | None = None, where: object = "the image") -> Image.Image:
-    """Return an image as L (grey) or RGB: palettes are looked up, transparency is laid over white.
+    """Convert an image to ``L`` (grey) or ``RGB``. Palettes are expanded, transparency is composited over white.
 
-    Other values than 8 bits are scaled from ``span`` to 0 .. 255: that of 16 bits is 0 .. 65535 if none is given.
-    Raises `BadSample` for floats and integers of 32 bits without one, and for values outside of it.
+    Values that do not have 8 bits are scaled from ``span`` = (black, white) to 0 .. 255. The span of 16-bit values is
+    0 .. 65535 if none is given, and always for 16-bit colour images. Raises `BadSample` for floats and 32-bit integers
+    without a span, for another span of 16-bit colour, and for values that are not finite or outside the span.
     """
     if (kind := depth(image)) != "8 bits":
         image = _narrowed(image, kind, span, where)
@@ -114,7 +118,7 @@ def to_mode(image: Image.Image, mode: str, span: Span | None = None, where: obje
 
 
 def _narrowed(image: Image.Image, kind: str, span: Span | None, where: object) -> Image.Image:
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):  # colours, whose upper bytes Pillow has kept
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):  # colour: Pillow kept the upper bytes only
         if span not in (None, (0, 65535)):
             raise BadSample(
                 f"{where} has colours of 16 bits, which are read as 0 to 65535, not as {span[0]:g} to {span[1]:g}"
@@ -137,9 +141,9 @@ def _narrowed(image: Image.Image, kind: str, span: Span | None, where: object) -
 
 
 def adm_crop(image: Image.Image, size: int, where: object = "the image") -> Image.Image:
-    """The middle square of an image at size x size pixels, exactly as ADM's ``center_crop_arr``.
+    """Resize an image and crop its central size x size pixels, exactly as ADM's ``center_crop_arr``.
 
-    Raises `BadSample` for one so narrow that enlarged it would be a bomb.
+    Raises `BadSample` if the image is so narrow that the resized image would exceed `MAX_PIXELS`.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -165,7 +169,10 @@ def _check_size(width: int, height: int, where: object) -> None:
 
 
 def decode_image(content: bytes, channels: int, size: int | None, where: object) -> Tensor:
-    """uint8 (channels, H, W); H = W = size if one is given. Raises `BadSample`."""
+    """Decode an image to uint8 (channels, H, W), with H = W = ``size`` if a size is given.
+
+    Raises `BadSample` if it cannot be decoded.
+    """
     pixels = _fast(content, channels, where) if content[:3] == b"\xff\xd8\xff" else None
     if pixels is None:
         image = to_mode(open_image(content, where), MODES[channels], where=where)
@@ -179,7 +186,7 @@ def decode_image(content: bytes, channels: int, size: int | None, where: object)
 
 
 def _fast(content: bytes, channels: int, where: object) -> np.ndarray[Any, Any] | None:
-    """uint8 (H, W, channels) of a plain upright JPEG; None if Pillow has to look at it."""
+    """Decode a plain upright JPEG to uint8 (H, W, channels). Return None if Pillow has to decode it."""
     if _may_be_turned(content):
         return None
     try:
@@ -187,7 +194,7 @@ def _fast(content: bytes, channels: int, where: object) -> np.ndarray[Any, Any] 
     except ValueError:
         return None
     _check_size(width, height, where)
-    if space not in ("YCbCr", "Gray") or (space == "YCbCr" and channels == 1):  # grey by Pillow's weights
+    if space not in ("YCbCr", "Gray") or (space == "YCbCr" and channels == 1):  # colour to grey: with Pillow's weights
         return None
     try:
         return simplejpeg.decode_jpeg(content, "RGB" if channels == 3 else "Gray")
@@ -196,36 +203,37 @@ def _fast(content: bytes, channels: int, where: object) -> np.ndarray[Any, Any] 
 
 
 def _may_be_turned(content: bytes) -> bool:
-    """Whether a JPEG's EXIF asks for another orientation than upright, or its segments cannot be followed."""
-    if len(content) < 8192 and b"Exif\0\0" not in content and b"tiff:" not in content:  # quicker than to follow them
+    """Return whether a JPEG may not be upright: EXIF or XMP set an orientation, or its segments cannot be parsed."""
+    if len(content) < 8192 and b"Exif\0\0" not in content and b"tiff:" not in content:  # faster than parsing segments
         return False
     at = 2
     while at + 4 <= len(content) and content[at] == 0xFF:
         marker, length = content[at + 1], struct.unpack_from(">H", content, at + 2)[0]
-        if marker == 0xDA:  # the scan begins
+        if marker == 0xDA:  # start of scan: no metadata follows
             return False
-        if marker == 0xE1 and b"tiff:Orientation" in content[at : at + 2 + length]:  # XMP, which Pillow heeds, too
+        if marker == 0xE1 and b"tiff:Orientation" in content[at : at + 2 + length]:  # XMP, which Pillow applies as well
             return True
         if marker == 0xE1 and content[at + 4 : at + 10] == b"Exif\0\0":
             exif = Image.Exif()
             try:
                 exif.load(content[at + 4 : at + 2 + length])
                 return exif.get(0x0112, 1) != 1
-            except Exception:  # as in open_image
+            except Exception:  # Pillow raises almost any exception on damaged EXIF
                 return True
         at += 2 + length
     return True
 
 
 def _resize(pixels: np.ndarray[Any, Any], size: int, where: object) -> Tensor:
-    """`adm_crop` with torch's bicubic; uint8 (C, size, size).
+    """Resize and crop as `adm_crop` does, but with torch's bicubic filter. Return uint8 (C, size, size).
 
-    Of photographs at 256 pixels within 0.004 grey levels of Pillow's on average, at 64 within 0.3 (`Image.reduce`).
+    On photographs, the result differs from Pillow's by at most 0.004 grey levels on average at 256 pixels, and by at
+    most 0.3 at 64 pixels (because of ``Image.reduce``).
     """
     if min(pixels.shape[:2]) >= 2 * size:
         image = Image.fromarray(pixels if pixels.shape[2] > 1 else pixels[..., 0])
         while min(image.size) >= 2 * size:
-            width, height = image.size  # reduce is 4 times as fast, and the same but for one rounding less
+            width, height = image.size  # reduce(2) is 4 times as fast, and differs only in rounding once less
             half = (width // 2, height // 2)
             image = image.resize(half, Image.Resampling.BOX) if width % 2 or height % 2 else image.reduce(2)
         pixels = np.array(image).reshape(image.height, image.width, -1)
@@ -239,13 +247,16 @@ def _resize(pixels: np.ndarray[Any, Any], size: int, where: object) -> Tensor:
 
 
 def parse_class(content: bytes) -> int:
-    """The class that a ``cls`` member names, 0 to 2^31 - 1; -1 for anything else."""
+    """Return the class in the content of a ``cls`` member, 0 to 2^31 - 1; -1 for any other content."""
     digits = content.strip()
     return int(digits) if digits.isdigit() and len(digits) <= 10 and int(digits) < 2**31 else -1
 
 
 def class_of(content: bytes) -> int:
-    """Return the class that a ``cls`` member names, -1 if it says -1 (none); raise ValueError for anything else."""
+    """Return the class in the content of a ``cls`` member; -1 if it is -1, which means no class.
+
+    Raises `ValueError` for any other content.
+    """
     label = parse_class(content)
     if label == -1 and content.strip() != b"-1":
         raise ValueError(f"the class {content[:20]!r} is no number from 0 to {2**31 - 1:,}")
@@ -253,7 +264,10 @@ def class_of(content: bytes) -> int:
 
 
 def picked(kinds: Collection[str]) -> str:
-    """Return the extension of a sample's image or latent; raise ValueError unless there is exactly one."""
+    """Return the extension of a sample's latent, or else of its image, among the extensions ``kinds``.
+
+    Raises `ValueError` unless there is a latent or exactly one image.
+    """
     found = [LATENT] if LATENT in kinds else [extension for extension in IMAGES if extension in kinds]
     if len(found) == 1:
         return found[0]
@@ -268,9 +282,9 @@ def picked(kinds: Collection[str]) -> str:
 
 
 def parse_caption(content: bytes) -> str:
-    """Return the text of a caption: UTF-8 without its mark, with plain ends of lines, without blanks around it.
+    """Return the text of a UTF-8 caption without byte order mark, with LF line ends, stripped of whitespace.
 
-    Raises `ValueError` for another encoding.
+    Zero bytes at the end are removed, too. Raises `ValueError` if the content is not UTF-8.
     """
     try:
         text = content.rstrip(b"\0").decode("utf-8-sig")
@@ -283,15 +297,15 @@ def parse_caption(content: bytes) -> str:
 
 
 def side_of(shape: Sequence[int]) -> int | None:
-    """Return the side that images are cropped to for (C, H, W) = shape; None for what is no square: taken as it is."""
+    """Return the side to which images of ``shape`` = (C, H, W) are cropped; None, for no crop, if H and W differ."""
     return shape[1] if shape[1] == shape[2] else None
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a batch is made of: images of ``channels`` (1 or 3) at ``size`` (None: as they are stored), or latents.
+    """Decode samples to images with ``channels`` (1 or 3) at ``size`` (None: as stored), or to latents.
 
-    Where a number of ``classes`` is given, every sample is to have one of them.
+    If ``classes``, the number of classes, is given, every sample must have a class in 0 .. classes - 1.
     """
 
     channels: int = 3
@@ -299,9 +313,10 @@ class Decoder:
     classes: int | None = None
 
     def __call__(self, members: Members, where: object) -> dict[str, Any]:
-        """``image`` uint8 (C, H, W) or ``latent`` float16 (2, 2, C, h, w), ``label`` int (-1: none), ``caption`` str.
+        """Return ``image`` uint8 (C, H, W) or ``latent`` float16 (2, 2, C, h, w), ``label`` and ``caption``.
 
-        A latent is [as it is, flipped] x [mean, standard deviation]. Raises `BadSample`.
+        ``label`` is an int, -1 for none. ``caption`` is a str, and only there if the sample has one. The first axes of
+        a latent are [original, flipped] x [mean, standard deviation]. Raises `BadSample`.
         """
         out: dict[str, Any] = {}
         try:
@@ -331,7 +346,7 @@ class Decoder:
         try:
             np.lib.format.read_magic(stream)
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        except Exception as error:  # its header is Python text, whose parser raises all kinds
+        except Exception as error:  # the header is a Python literal, whose parser raises many kinds of exceptions
             raise BadSample(f"{where} cannot be decoded: {LATENT}: {type(error).__name__}") from None
         values = content[stream.tell() :]
         sized = len(shape) == 5 and shape[:2] == (2, 2) and min(shape) > 0 and math.prod(shape) * 2 == len(values)

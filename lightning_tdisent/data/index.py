@@ -1,10 +1,11 @@
-"""What is in the shards of a split, and what their bytes were.
+"""The index of a split: what its shards contain, with checksums.
 
-An index lies beside the shards as ``{split}.index.safetensors``. Every byte of a tar belongs to one sample: the region
-of a sample goes from its first header to that of the next one. The index has the place, length and CRC-32 of every
-region (any one flipped bit changes it) and the places of its members, so that a sample is one read; and per shard
-its name, bytes, SHA-256, number of samples and a hash of its keys. Without the regions (``regions=False``) it is one
-row per shard, for a corpus whose samples are too many to list.
+An index is stored next to the shards as ``{split}.index.safetensors``. Every byte of a tar belongs to exactly one
+sample: the region of a sample extends from its first header to the first header of the next sample. For each region,
+the index stores the offset, the length, the CRC-32 (which changes with any single flipped bit) and the offsets of the
+members, so that a sample is read with a single request. For each shard it stores the name, size in bytes, SHA-256,
+number of samples and a hash of the keys. Without regions (``regions=False``) it has one row per shard only, for a
+corpus with too many samples to list.
 """
 
 import itertools
@@ -30,17 +31,19 @@ from lightning_tdisent.digests import digest_of
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.files import typed, write_whole
 
-FORMAT = "lightning_tdisent.index/2"  # 1 had weaker keys of images, under the name content
+FORMAT = "lightning_tdisent.index/2"  # version 1 had weaker image keys, in an array called content
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A row of an index: what a shard is. The SHA-256 is of the file as it lies there, empty if it was not read.
+    """One shard, as a row of an index.
 
-    unread: files that no decoder reads, by kind, each with their number and the first name. unusable: the number of
-    samples that cannot be used, as far as their members' names and classes tell, and what is wrong with the first.
+    bytes: size of the file. sha256: of the file as stored (not unzipped); empty if the file was not read. samples:
+    number of samples. keys: hash of their keys. unread: files that no decoder reads, as {kind: [count, first name]}.
+    unusable: [number of samples that cannot be used, as far as the names of their members and their classes tell; what
+    is wrong with the first].
     """
 
     name: str
@@ -54,24 +57,25 @@ class Shard:
 
 @dataclass(frozen=True)
 class Regions:
-    """What every sample of some shards is: N samples with M members in all; offsets are within the (unzipped) tar."""
+    """Location and checksum of N samples with M members in total. Offsets are within the (unzipped) tar."""
 
     begin: Array  # (N,) int64
     size: Array  # (N,) int64
     crc: Array  # (N,) uint32, or (0,) if the bytes were not read
-    first: Array  # (N + 1,) int64: members first[i] .. first[i + 1] - 1 are those of sample i
-    member_begin: Array  # (M,) int64, within the region
+    first: Array  # (N + 1,) int64: members first[i] .. first[i + 1] - 1 belong to sample i
+    member_begin: Array  # (M,) int64, offset within the region
     member_size: Array  # (M,) int64
-    member_kind: Array  # (M,) uint8, number of the extension
-    key_end: Array  # (N,) int64, in keys
-    keys: Array  # (..,) uint8, all keys in UTF-8, one after the other
-    # (N,) uint64, `digests.key64` of each image or latent; (0,) if not read, or in an index of an earlier version
+    member_kind: Array  # (M,) uint8, number of the extension in `Index.extensions`
+    key_end: Array  # (N,) int64, end of each key in keys
+    keys: Array  # (..,) uint8, all keys in UTF-8, concatenated
+    # (N,) uint64, `digests.key64` of each image or latent, 0 for none; (0,) if the bytes were not read, or in an index
+    # that an earlier version made
     images: Array = field(default_factory=lambda: np.zeros(0, np.uint64))
 
 
 @dataclass(frozen=True)
 class Index:
-    """The shards of a split, and the regions of all samples unless they are too many to list."""
+    """The shards of a split, and the regions of all samples unless there are too many to list."""
 
     shards: tuple[Shard, ...]
     extensions: tuple[str, ...]
@@ -79,7 +83,7 @@ class Index:
 
     @cached_property
     def starts(self) -> Array:
-        """(shards + 1,) int64: number of the first sample of each shard, and the number of all."""
+        """Number of the first sample of each shard, followed by the total number: (shards + 1,) int64."""
         return np.concatenate([[0], np.cumsum([shard.samples for shard in self.shards])]).astype(np.int64)
 
     def __len__(self) -> int:
@@ -87,17 +91,20 @@ class Index:
 
     @property
     def hashed(self) -> bool:
-        """Whether the bytes were read when the index was made."""
+        """Return whether the bytes of the shards were read when the index was made."""
         return all(shard.sha256 for shard in self.shards)
 
     @property
     def keyed(self) -> bool:
-        """Return whether it has keys of images: it lists samples, and no earlier version made it."""
+        """Return whether the index has image keys: it lists samples, and was not made by an earlier version."""
         return self.regions is not None and len(self.regions.images) == len(self)
 
     @property
     def captions(self) -> tuple[int, int]:
-        """Number of samples with a caption (KEY.txt), and how many of these are empty."""
+        """Return the number of samples with a caption (KEY.txt) and of those whose caption is empty.
+
+        (0, 0) if the index does not list samples.
+        """
         if self.regions is None or "txt" not in self.extensions:
             return 0, 0
         sizes = self.regions.member_size[self.regions.member_kind == self.extensions.index("txt")]
@@ -105,14 +112,15 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """Short hash of the names and bytes of the shards: which data a model has seen."""
+        """Short hash of the names and bytes of the shards. It identifies the data that a model was trained on."""
         return digest_of(shard.name.encode() + bytes.fromhex(shard.sha256) for shard in self.shards)[:16]
 
     @cached_property
     def folders(self) -> list[str]:
-        """The folder of each sample within the deepest folder that holds all images; empty if that holds no others.
+        """Return the subfolder of each sample: its folder directly below the deepest folder that contains all images.
 
-        It is empty for samples of that folder itself, and for those without an image.
+        The subfolder is "" for samples in that deepest folder itself and for samples without an image. The list is
+        empty if there are no subfolders, or if the index does not list samples.
         """
         r, kinds = self.regions, [k for k, name in enumerate(self.extensions) if name in IMAGES]
         if r is None or not (r.keys == ord("/")).any():
@@ -127,7 +135,7 @@ class Index:
 
     @property
     def unread(self) -> dict[str, tuple[int, str]]:
-        """Files in the shards that are not read, by kind: how many, and the first of them."""
+        """Return the files in the shards that are not read, as {kind: (count, first name)}."""
         out: dict[str, tuple[int, str]] = {}
         for shard in self.shards:
             for kind, (count, name) in shard.unread.items():
@@ -137,13 +145,13 @@ class Index:
 
     @property
     def unusable(self) -> tuple[int, str]:
-        """How many samples cannot be used, as far as the index tells, and what is wrong with the first."""
+        """Return how many samples cannot be used, as far as the index tells, and what is wrong with the first."""
         said = [shard.unusable[1] for shard in self.shards if shard.unusable[0]]
         return sum(shard.unusable[0] for shard in self.shards), said[0] if said else ""
 
     @property
     def notes(self) -> list[str]:
-        """What is in the shards, but will not be read, in lines for people."""
+        """Return messages, one line each, about content of the shards that will not be read or cannot be used."""
         out = [f"not read: {kind} ({n:,}, first {name})" for kind, (n, name) in sorted(self.unread.items())]
         if names := sorted(set(self.folders) - {""}) if "cls" not in self.extensions else []:
             more = f", .. ({len(names):,} in all)" if len(names) > 5 else ""
@@ -153,10 +161,10 @@ class Index:
         return [*out, f"samples that cannot be used: {count:,} of {len(self):,}, first {first}"] if count else out
 
     def shared(self, other: "Index") -> int:
-        """Return how many samples have an image that is in the other index, too, byte for byte.
+        """Return how many samples have an image that is also in ``other``, byte for byte.
 
-        Where one has no keys of images (see ``keyed``), those in shards that are in both. Samples without an image,
-        whose key is 0, are not counted.
+        If either index has no image keys (see ``keyed``), return how many samples are in shards that both indices have
+        (by SHA-256). Samples without an image, whose key is 0, are not counted.
         """
         mine, theirs = self.regions, other.regions
         if mine is None or theirs is None or not (self.keyed and other.keyed):
@@ -165,12 +173,12 @@ class Index:
         one, two = (r.images[r.images != 0] for r in (mine, theirs))
         if not (len(one) and len(two)):
             return 0
-        ordered = np.unique(one)  # the smaller one: `other` may be of any length
+        ordered = np.unique(one)  # sort this one, not `other`, which may be much larger
         place = np.searchsorted(ordered, two).clip(0, len(ordered) - 1)
         return int(np.isin(one, two[ordered[place] == two]).sum())
 
     def part(self, shard: int) -> Self:
-        """The index of one shard alone."""
+        """Return the index of a single shard."""
         row, r = self.shards[shard : shard + 1], self.regions
         if r is None:
             return type(self)(row, self.extensions, None)
@@ -194,12 +202,12 @@ class Index:
         return type(self)(row, self.extensions, regions)
 
     def place(self, sample: int) -> tuple[int, int]:
-        """Number of its shard, and its number in there."""
+        """Return the number of a sample's shard, and the number of the sample within that shard."""
         shard = int(np.searchsorted(self.starts, sample, "right")) - 1
         return shard, sample - int(self.starts[shard])
 
     def name(self, sample: int) -> str:
-        """Shard, key and bytes, for messages."""
+        """Return the shard, key and byte range of a sample, for messages."""
         shard, number = self.place(sample)
         r = self.regions
         if r is None:
@@ -208,13 +216,16 @@ class Index:
         return f"{self.shards[shard].name}: sample {self.key(sample)} (bytes {begin} to {begin + size - 1})"
 
     def key(self, sample: int) -> str:
-        """As the shard has it."""
+        """Return the key of a sample as it is written in the shard."""
         r = self.regions
         assert r is not None
         return r.keys[int(r.key_end[sample - 1]) if sample else 0 : int(r.key_end[sample])].tobytes().decode()
 
     def fault(self, sample: int, region: bytes, crc: bool = True) -> str:
-        """What is wrong with the bytes of a sample, in length and, if asked for, in CRC-32; empty if nothing is."""
+        """Return what is wrong with the bytes of a sample; empty if nothing is.
+
+        Compares the length and, if ``crc``, the CRC-32.
+        """
         r = self.regions
         assert r is not None
         if len(region) != r.size[sample]:
@@ -224,7 +235,7 @@ class Index:
         return ""
 
     def members(self, sample: int, region: bytes) -> dict[str, bytes]:
-        """Content by extension, cut from the region of a sample."""
+        """Return the members of a sample, {extension: content}, cut from the bytes of its region."""
         r = self.regions
         assert r is not None
         chosen = slice(r.first[sample], r.first[sample + 1])
@@ -232,14 +243,14 @@ class Index:
         return {self.extensions[kind]: region[begin : begin + size] for kind, begin, size in members}
 
     def save(self, path: str | Path) -> None:
-        """Write the file: safetensors, whose metadata holds the rows of the shards and a hash of all else.
+        """Write the index to a safetensors file, whose metadata holds the rows of the shards and a hash of everything.
 
-        Raises `Halted` if it cannot be written.
+        Raises `Halted` if the file cannot be written.
         """
         arrays = asdict(self.regions) if self.regions else {"none": np.zeros(0, np.uint8)}
         table = json.dumps({"shards": [asdict(s) for s in self.shards], "extensions": self.extensions})
         about = {"format": FORMAT, "table": table, "sha256": _hash(table, arrays)}
-        content = save_arrays(arrays, {"index": json.dumps(about)})  # one key: their order is not kept
+        content = save_arrays(arrays, {"index": json.dumps(about)})  # a single key: the order of several is not kept
         if is_remote(str(path)):
             system, inside = file_system(str(path))
             try:
@@ -252,9 +263,10 @@ class Index:
 
     @classmethod
     def load(cls, path: str | Path, again: str = "") -> Self:
-        """Read the file; raises FileNotFoundError, or `InputError` if it is damaged or of another format.
+        """Read an index file.
 
-        again: the command that makes it anew, if that is not the one for shards beside it.
+        again: the command that makes the index again, for messages; by default the one for shards next to the file.
+        Raises FileNotFoundError, or `InputError` if the file is damaged, cannot be read or has another format.
         """
         try:
             if is_remote(str(path)):
@@ -296,7 +308,7 @@ class Index:
 
 
 def _misfit(index: Index) -> str:
-    """What in a file that says it is an index cannot be; empty if nothing."""
+    """Return what is inconsistent in an index that was read from a file; empty if nothing is."""
     for s in index.shards:
         numbers = all(isinstance(number, int) and number >= 0 for number in (s.bytes, s.samples, s.unusable[0]))
         numbers = numbers and all(isinstance(row[0], int) and isinstance(row[1], str) for row in s.unread.values())
@@ -344,12 +356,15 @@ ELSEWHERE = (
 
 
 def index_command(folder: str | Path, split: str, index: str | Path | None = None) -> str:
-    """Return the command that makes the index of a split, for messages; arguments as of `path_of`."""
+    """Return the command that makes the index of a split, for messages. The arguments are those of `path_of`."""
     return typed("data", "index", folder, "--split", split, *([] if index is None else ["--out", index]))
 
 
 def path_of(folder: str | Path, split: str, index: str | Path | None = None) -> str:
-    """Return the file of the index of a split: beside the shards, or in the folder ``index`` (or this file itself)."""
+    """Return the path or URL of the index of a split: next to the shards in ``folder``, or in the folder ``index``.
+
+    If ``index`` ends in .safetensors, it is the index file itself.
+    """
     if index is not None and str(index).endswith(".safetensors"):
         return str(index)
     folder = folder if index is None else index

@@ -1,4 +1,4 @@
-"""Images to latents, by an autoencoder of diffusers that is read from a folder."""
+"""Encode images as latents with an autoencoder of diffusers, loaded from a local folder."""
 
 import io
 import json
@@ -16,11 +16,12 @@ from lightning_tdisent.images import from_uint8
 
 
 class LatentEncoder:
-    """An AutoencoderKL that turns images into the mean and standard deviation of their latents.
+    """An AutoencoderKL that encodes images as the mean and standard deviation of their latents.
 
-    As the models of diffusers have them: less the autoencoder's ``shift_factor``, times its ``scaling_factor``, which
-    brings them to about unit variance; its ``decode`` takes ``z / scaling_factor + shift_factor``. ``mode`` is that of
-    the images, ``record`` all that the latents depend on.
+    Latents are normalised as in diffusers' models: ``shift_factor`` of the autoencoder is subtracted, and the result is
+    multiplied by ``scaling_factor``, which gives about unit variance. Its ``decode`` takes
+    ``z / scaling_factor + shift_factor``. Attributes: ``mode``, the Pillow mode of the images; ``record``, everything
+    that the latents depend on. Raises `InputError` for a device or a folder that cannot be used.
     """
 
     def __init__(self, folder: Path, device: str) -> None:
@@ -62,9 +63,12 @@ class LatentEncoder:
         }
 
     def encode(self, images: Sequence[np.ndarray[Any, Any]], names: Sequence[str]) -> list[bytes]:
-        """npy files of latents, float16 (2, 2, C, h, w): [as it is, flipped] x [mean, standard deviation].
+        """Encode images, and return the content of a .npy file for each.
 
-        ``images`` are uint8 (H, W) or (H, W, 3), all of one size; ``names`` are for messages.
+        A file holds float16 (2, 2, C, h, w): [original, flipped] x [mean, standard deviation]. ``images`` are uint8
+        (H, W) or (H, W, 3), all of the same size, also in all calls; ``names`` are for messages. Raises `InputError`
+        for images of another size, for a size that is not divisible by ``factor``, and for latents that are not finite
+        in float16.
         """
         for image, name in zip(images, names, strict=True):
             height, width = image.shape[:2]

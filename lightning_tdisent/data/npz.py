@@ -1,4 +1,4 @@
-"""The sample files of ADM's evaluation suite: .npz with images in ``arr_0`` and, perhaps, labels in ``arr_1``."""
+"""Read the sample files of ADM's evaluation suite: .npz with images in ``arr_0`` and optional labels in ``arr_1``."""
 
 import math
 import struct
@@ -15,18 +15,18 @@ from lightning_tdisent.errors import InputError
 
 _UNREADABLE = (OSError, ValueError, EOFError, TypeError, AttributeError, KeyError, MemoryError, NotImplementedError,
                OverflowError, RecursionError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)  # fmt: skip
-MOST_EXPANDED = 1 << 30  # bytes of an array that is compressed to less than a hundredth
+MOST_EXPANDED = 1 << 30  # maximum bytes of an array that is compressed to less than a hundredth of its size
 
 
 def is_npz(path: str | Path | None) -> bool:
-    """Return whether a path names such a file."""
+    """Return whether a path names an .npz file."""
     return str(path).endswith(".npz")
 
 
 def read_npz(path: str | Path) -> tuple[Tensor, Tensor, str]:
-    """Return its images uint8 (N, C, H, W), labels int64 (N,), -1 where there are none, and a short hash of the file.
+    """Return images uint8 (N, C, H, W), labels int64 (N,), -1 if the file has none, and a short hash of the file.
 
-    Nothing is unpickled. Raises `InputError` for other shapes and types, and for files of statistics alone.
+    Nothing is unpickled. Raises `InputError` for other shapes and types, and for files that hold statistics only.
     """
     expected = "expected arr_0: uint8 (N, H, W, C) with C 1 or 3"
     try:
@@ -55,7 +55,10 @@ def read_npz(path: str | Path) -> tuple[Tensor, Tensor, str]:
 
 
 def _refuse_lies(archive: zipfile.ZipFile) -> None:
-    """Raise ValueError for arrays whose headers ask for other sizes than the archive has, before they take memory."""
+    """Raise `ValueError`, before memory is allocated, for arrays whose declared size cannot be trusted.
+
+    These are arrays whose header does not match their size in the archive, and arrays that would expand too much.
+    """
     for entry in archive.infolist():
         if entry.filename not in ("arr_0.npy", "arr_1.npy"):
             continue
