@@ -1,7 +1,8 @@
-"""Endless batches of a split, each a function of (seed, number of the batch) alone, for any ranks and workers.
+"""Endless batches of a split. Each batch is a function of (seed, batch number) alone, for any ranks and workers.
 
-The samples of an epoch are cut into global batches of world x batch_size, of which every rank takes a slice; a last
-incomplete one is left out, so that every rank takes the same number of steps. Where a run stands is one integer.
+The samples of an epoch are divided into global batches of world x batch_size, and each rank takes its slice of every
+global batch. The last incomplete batch is dropped, so that all ranks take the same number of steps. The position of a
+run is a single integer (``Batches.first``).
 """
 
 import itertools
@@ -17,15 +18,16 @@ from lightning_tdisent.data.shards import ImageSet, Sample, Shards
 from lightning_tdisent.diffusion.rng import key
 from lightning_tdisent.errors import InputError
 
-FLIP = 1  # keys of draws other than the order
+FLIP = 1  # keys of the random draws other than the order
 WINDOW = 2
 TURN = 3
 
 
 class Batches(IterableDataset[Sample]):
-    """What the two orders share. ``len`` is the batches of an epoch.
+    """Base class of the two orders. ``len`` is the number of batches per epoch.
 
-    Set ``first``, the number of the first batch handed out counted from the start of the run, to go on anywhere.
+    To resume anywhere, set ``first``: the number of the first batch to return, counted from the start of the run.
+    Raises `InputError` if there are fewer samples than a global batch has.
     """
 
     def __init__(self, samples: int, batch_size: int, seed: int, rank: int, world: int, flip: bool) -> None:
@@ -41,19 +43,19 @@ class Batches(IterableDataset[Sample]):
         return self.batches
 
     def workers(self, asked: int) -> int:
-        """How many workers there is something to do for."""
+        """Return how many of the requested worker processes can be used."""
         return asked
 
     def parts(self, workers: int) -> int:
-        """In how many parts, each from a worker of its own, a batch comes."""
+        """Return the number of parts of a batch, each of which is made by a different worker."""
         return 1
 
     def state(self) -> dict[str, int]:
-        """What the order depends on besides the seed: a run goes on with the same."""
+        """Return what the order depends on besides the seed. A run must resume with the same values."""
         return {"samples": self.samples, "images": self.batch_size * self.world}
 
     def _worker(self) -> tuple[int, int]:
-        """Number of this worker process, and how many there are."""
+        """Return the number of this worker process and the number of workers; (0, 1) outside a worker."""
         worker = get_worker_info()
         return (worker.id, worker.num_workers) if worker else (0, 1)
 
@@ -65,9 +67,10 @@ class Batches(IterableDataset[Sample]):
 
 
 class Shuffled(Batches):
-    """Batches in a new permutation of all samples every epoch, from memory or by single reads from shards.
+    """Batches in a new permutation of all samples in every epoch, from memory or by reading single samples of shards.
 
-    Worker w of W makes the batches w, w + W, .. A ``device`` keeps an `ImageSet` there, so that nothing is copied.
+    Worker w of W makes the batches w, w + W, .. If ``device`` is given, an `ImageSet` is kept on that device, so that
+    no batch has to be copied. Raises `InputError` for shards of which single samples cannot be read.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class Shuffled(Batches):
             yield source.collate(numbers, raw, flip)
 
     def _chosen(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Numbers of the samples of this worker's batches, and which of them are mirrored."""
+        """Yield the sample numbers of each batch of this worker, and which of them to mirror (None: no mirroring)."""
         part, parts = self._worker()
         number, epoch = self.first + part, -1
         order, flips = torch.empty(0), None
@@ -115,15 +118,16 @@ class Shuffled(Batches):
 
 
 class Streamed(Batches):
-    """Batches of shards that are read from end to end: gzipped ones, or a corpus too large to list its samples.
+    """Batches of shards that are read sequentially: gzipped shards, or a corpus with too many samples to list.
 
-    An epoch is the shards in a permutation of (seed, epoch), end to end in a ring, cut into as many equal lanes as
-    there are shards (or places in a batch, if those are fewer). Every batch takes its share from each lane, lane after
-    lane. Within a lane, windows of its share of ``buffer`` samples (at least 16 batches) are permuted. So each rank and
-    worker reads the lanes of its own places in the batch only, and to go on somewhere takes one window. Where there are
-    fewer lanes than ranks x workers, several read the same one.
+    In each epoch, the shards are permuted by (seed, epoch), joined end to end to a ring, and the ring is cut into equal
+    lanes: as many as there are shards, or places in a global batch if those are fewer. Each batch takes its share of
+    every lane, lane after lane. Within a lane, the samples of a window are permuted; the windows of all lanes together
+    have ``buffer`` samples (at least 16 global batches). Therefore each rank and worker reads only the lanes of its own
+    places in the batch, and has to read one window to resume. If there are fewer lanes than ranks x workers, several
+    of them read the same lane.
 
-    A worker makes its part of every batch; the parts are put together in the order of the workers.
+    Each worker makes its part of every batch; the parts are concatenated in the order of the workers.
     """
 
     def __init__(
@@ -134,18 +138,18 @@ class Streamed(Batches):
         self.source, self.buffer = source, buffer
         whole = batch_size * world
         lanes = min(len(source.urls), whole)
-        self.lanes = [whole * lane // lanes for lane in range(lanes + 1)]  # places in a batch, where lanes begin
+        self.lanes = [whole * lane // lanes for lane in range(lanes + 1)]  # first place of each lane in a global batch
 
     def workers(self, asked: int) -> int:
-        """No more than there are images for."""
+        """Return ``asked``, limited to one worker per image of a batch."""
         return min(asked, self.batch_size)
 
     def state(self) -> dict[str, int]:
-        """As above, and shards and windows."""
+        """Return what `Batches.state` returns, and the number of shards and the size of the buffer."""
         return {**super().state(), "shards": len(self.source.urls), "buffer": self.buffer}
 
     def parts(self, workers: int) -> int:
-        """One of each worker."""
+        """Return one part per worker."""
         return max(1, workers)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -168,10 +172,13 @@ class Streamed(Batches):
     def _lane(
         self, epoch: int, lane: int, start: int, begin: int, end: int
     ) -> Iterator[list[tuple[int, Members | BadSample, bool]]]:
-        """For every batch of an epoch, from the start-th on, what a lane gives to its places begin .. end - 1."""
+        """Yield the samples of a lane at the places begin .. end - 1 of each batch of an epoch, from batch start on.
+
+        A sample is (number, members, whether to mirror it).
+        """
         place, each = self.lanes[lane], self.lanes[lane + 1] - self.lanes[lane]
         low, high = max(begin - place, 0), min(end - place, each)
-        steps = max(16, self.buffer // self.lanes[-1])  # batches that a window lasts
+        steps = max(16, self.buffer // self.lanes[-1])  # batches per window
         first = start // steps * steps
         stream = self._turned(epoch, lane, first * each)
         for window in range(first, len(self), steps):
@@ -179,7 +186,7 @@ class Streamed(Batches):
             order = torch.randperm(size, generator=self._generator(epoch, WINDOW, lane, window)).tolist()
             flips = self._flips(size, epoch, FLIP, lane, window)
             kept: dict[int, tuple[int, Members | BadSample, bool]] = {}
-            for position in order:  # of the samples as they are read
+            for position in order:  # the position in the window of each sample, in the order in which they are read
                 number, members = next(stream)
                 batch, at = divmod(position, each)
                 if low <= at < high and window + batch >= start:
@@ -188,9 +195,10 @@ class Streamed(Batches):
                 yield [kept.pop(batch * each + at) for at in range(low, high)]
 
     def _turned(self, epoch: int, lane: int, taken: int) -> Iterator[tuple[int, Members | BadSample]]:
-        """A lane from its taken-th sample on. It begins anywhere in its share of the ring, and the ring anywhere.
+        """Yield the samples of a lane, from its taken-th sample on.
 
-        So that in every epoch others meet, at another time, and others are left over.
+        In each epoch, the ring begins at a random sample, and a lane at a random sample of its share of the ring.
+        Therefore different samples share a batch in each epoch, at different times, and different ones are left over.
         """
         begin, end = (n * len(self) for n in self.lanes[lane : lane + 2])
 
@@ -205,7 +213,7 @@ class Streamed(Batches):
             yield from itertools.islice(ring, high - low)
 
     def _samples(self, epoch: int, position: int) -> Iterator[tuple[int, Members | BadSample]]:
-        """The shards of an epoch end to end, from a position on."""
+        """Yield the samples of the shards of an epoch, joined end to end, from a position on."""
         order = torch.randperm(len(self.source.urls), generator=self._generator(epoch)).numpy()
         counts = np.diff(self.source.index.starts)[order]
         ends = np.cumsum(counts)

@@ -1,4 +1,4 @@
-"""Files of object stores and servers: whatever fsspec opens, its errors as OSErrors, ranges of bytes fetched ahead."""
+"""Files in object stores and on servers, by fsspec: errors become OSErrors, and byte ranges are fetched ahead."""
 
 import asyncio
 import errno
@@ -17,33 +17,34 @@ from fsspec.asyn import AsyncFileSystem
 
 from lightning_tdisent.errors import InputError
 
-CONNECTIONS = 64  # of a process to one store; the client of S3 has 10
-MAX_AHEAD = 16  # groups of ranges that are fetched while one is used,
-BYTES_AHEAD = 16 * 2**20  # as long as those before are less than this; one always is
-MAX_GAP = 16 * 2**10  # bytes between two ranges that are fetched as one
-MAX_JOINED = 8 * 2**20  # bytes of such a range
-PATIENCE = 60.0  # seconds that a group of ranges may take, besides
-SLOWEST = 100_000  # bytes a second
-PAUSES = (0.5, 2.0, 8.0)  # seconds before what has failed is asked for again
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # and is not
+CONNECTIONS = 64  # of a process to one store; the default of the S3 client is 10
+MAX_AHEAD = 16  # maximum number of groups of ranges that are fetched while one is used
+BYTES_AHEAD = 16 * 2**20  # no further group is started while those ahead have this many bytes; one is always ahead
+MAX_GAP = 16 * 2**10  # maximum bytes between two ranges that are fetched as one
+MAX_JOINED = 8 * 2**20  # maximum bytes of such a joined range
+PATIENCE = 60.0  # seconds that a group of ranges may take, in addition to its bytes / SLOWEST
+SLOWEST = 100_000  # bytes per second
+PAUSES = (0.5, 2.0, 8.0)  # seconds before each retry of a failed request
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # errors that are not retried
 
-_kept: dict[int, Any] = {}  # file systems by their id
+_kept: dict[int, Any] = {}  # file systems by their id, so that none is finalised (see `file_system`)
 
 Range = tuple[str, int, int]  # URL, first byte, number of bytes
 Content = bytes | Exception
 
 
 def is_remote(url: str) -> bool:
-    """Return whether a folder or file is to be opened by fsspec."""
+    """Return whether fsspec has to open a folder or file."""
     return "://" in url or "::" in url
 
 
 def file_system(url: str, key: str = "data.path: ") -> tuple[Any, str]:
-    """Return the fsspec file system of a URL and the path in it; raise InputError, which begins with ``key``.
+    """Return the fsspec file system of a URL, and the path in it. Raises `InputError`; its message begins with ``key``.
 
-    fsspec keeps one of each kind per process, and none of these is ever finalised here. A forked process, as a loader's
-    worker is, lets go of its parent's, whose finalisers then close the connections in the event loop that both share:
-    the parent would wait for its next answer for ever.
+    fsspec caches one file system of each kind per process. This function keeps a reference to each, so that none is
+    ever finalised. Otherwise a forked process, such as a loader's worker, would drop the file systems of its parent;
+    their finalisers would close the connections in the event loop that both processes share, and the parent would wait
+    forever for its next answer.
     """
     try:
         options = {}
@@ -60,7 +61,7 @@ def file_system(url: str, key: str = "data.path: ") -> tuple[Any, str]:
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Turn whatever the client of an object store raises into an OSError."""
+    """Convert any exception that the client of an object store raises to an OSError (an InputError stays as it is)."""
     try:
         yield
     except (OSError, InputError):
@@ -70,7 +71,7 @@ def store_errors() -> Iterator[None]:
 
 
 class _File(io.RawIOBase):
-    """A file of an object store, whose errors are OSErrors."""
+    """A file in an object store that raises OSErrors only."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -103,14 +104,17 @@ class _File(io.RawIOBase):
 
 
 def open_remote(url: str) -> IO[bytes]:
-    """Return an open file for reading; raises OSError."""
+    """Open a remote file for reading. Raises OSError."""
     system, path = file_system(url)
     with store_errors():
         return cast(IO[bytes], _File(system.open(path, "rb")))
 
 
 def joined(ranges: Sequence[Range]) -> tuple[list[Range], list[tuple[int, int]]]:
-    """Join neighbouring ranges; return these, and for each of ``ranges`` the number of its own and where it begins."""
+    """Join neighbouring ranges to larger ones.
+
+    Returns the joined ranges and, for each of ``ranges``, the number of its joined range and its offset in that.
+    """
     out: list[Range] = []
     places = [(0, 0)] * len(ranges)
     for number in sorted(range(len(ranges)), key=ranges.__getitem__):
@@ -128,9 +132,9 @@ def joined(ranges: Sequence[Range]) -> tuple[list[Range], list[tuple[int, int]]]
 
 
 class Fetch:
-    """A group of ranges under way: all of its requests at the same time, those of near places as one.
+    """A group of ranges that is being fetched: all requests run at the same time, and neighbouring ranges share one.
 
-    ``result`` waits. File systems that are not asynchronous are asked only then.
+    ``result`` waits for them. A file system that is not asynchronous is only read when ``result`` is called.
     """
 
     def __init__(self, ranges: Sequence[Range]) -> None:
@@ -148,12 +152,12 @@ class Fetch:
         return asyncio.run_coroutine_threadsafe(self._all(asked), self._system.loop)
 
     async def _all(self, asked: Sequence[Range]) -> list[Any]:
-        """All ranges; unlike fsspec's own ``cat_ranges`` it ends its requests when it is cancelled."""
+        """Fetch all ranges. Unlike fsspec's own ``cat_ranges``, cancelling this cancels its requests."""
         requests = (self._system._cat_file(path, start=begin, end=end) for path, begin, end in asked)
         return await asyncio.gather(*requests, return_exceptions=True)
 
     def _wait(self, asked: Sequence[Range]) -> list[Any]:
-        """Return what came of each range, or was raised for it."""
+        """Return, for each range, its content or the exception that was raised for it."""
         try:
             if self._request is None:
                 return self._system.cat_ranges(*map(list, zip(*asked, strict=True)), on_error="return")
@@ -164,7 +168,7 @@ class Fetch:
                 self._request.cancel()
                 raise TimeoutError(errno.ETIMEDOUT, f"no answer in {limit:.0f} s") from None
             return [self._checked(whole, place) for whole, place in zip(found, asked, strict=True)]
-        except Exception as error:  # the request as a whole; clients have errors of their own
+        except Exception as error:  # the whole request failed; clients raise their own types of exceptions
             return [error] * len(asked)
 
     def _checked(self, whole: Any, place: Range) -> Any:
@@ -174,7 +178,7 @@ class Fetch:
         return whole
 
     def result(self) -> list[Content]:
-        """Return the content of each range, or what was raised for it, after asking again for what may pass."""
+        """Return, for each range, its content or its exception, after retries of what may be transient."""
         found = self._wait(self._asked)
         for pause in PAUSES:
             failed = [k for k, whole in enumerate(found) if may_pass(whole)]
@@ -192,20 +196,21 @@ class Fetch:
         return out
 
     def cancel(self) -> None:
-        """Give up what is under way."""
+        """Cancel the requests that are in progress."""
         if self._request is not None:
             self._request.cancel()
 
 
 def may_pass(error: Any) -> bool:
-    """Return whether what a request gave is an error that another time may not be there: of the network, the client."""
+    """Return whether the result of a request is an error that may be transient, such as one of the network."""
     return isinstance(error, Exception) and not isinstance(error, (*FINAL, InputError))
 
 
 def fetched(groups: Iterable[Sequence[Range]], most: int = BYTES_AHEAD) -> Iterator[list[Content]]:
-    """Yield the contents of groups of ranges, in their order; those that follow are under way meanwhile.
+    """Yield the contents of groups of ranges, in order, while the next groups are fetched.
 
-    Besides the group that is used, one more is held, and others while they are `MAX_AHEAD` and ``most`` bytes at most.
+    Besides the group that is used, one group is always fetched ahead. Further ones are, up to `MAX_AHEAD` groups, while
+    those ahead have fewer than ``most`` bytes.
     """
     ahead: deque[Fetch] = deque()
     groups = iter(groups)

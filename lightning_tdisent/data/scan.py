@@ -1,4 +1,4 @@
-"""Shards to their index: every shard is scanned by itself, and the parts are joined."""
+"""Make the index of shards: scan each shard separately, then join the parts."""
 
 import tarfile
 import zlib
@@ -26,7 +26,11 @@ Progress = Callable[[int, int], None]
 
 
 def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
-    """The index of one shard. Not ``hashed``, only headers are read, so that a plain tar costs little."""
+    """Return the index of one shard.
+
+    hashed: read all bytes, for checksums; otherwise only headers are read, which is cheap for a plain tar. regions:
+    list the samples. Raises `InputError` if the shard is damaged or only some of its samples have a class.
+    """
     name = url.rpartition("/")[2]
     try:
         unread: Unread = {}
@@ -50,7 +54,7 @@ def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
             f"{len(bare):,} of {len(found):,} samples have no class (KEY.cls), first {name}: sample {key} (byte {begin}"
             f"; it has {', '.join(sorted(there)[:6])})"
         )
-    if not regions or len(extensions) > MAX_EXTENSIONS:  # which `join` refuses
+    if not regions or len(extensions) > MAX_EXTENSIONS:  # `join` refuses that many extensions
         return Index((shard,), tuple(extensions), None)
     members = [
         (at - begin, size, kind)
@@ -77,7 +81,7 @@ def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
 
 
 def _read(stream: IO[bytes], found: Sequence[Layout], places: Sequence[Span]) -> Iterator[tuple[int, int, str]]:
-    """Yield each sample's CRC-32, the key of its image (0: it has none), and what is wrong with its class."""
+    """Yield for each sample its CRC-32, the key of its image (0 for none), and what is wrong with its class."""
     stream.seek(0)
     for (_, _, members), (begin, end) in zip(found, places, strict=True):
         region = memoryview(stream.read(end - begin))
@@ -85,7 +89,7 @@ def _read(stream: IO[bytes], found: Sequence[Layout], places: Sequence[Span]) ->
             raise EOFError("it ends early")
         part = {kind: region[at - begin : at - begin + size] for kind, (at, size) in members.items()}
         image, wrong = 0, ""
-        with suppress(ValueError):  # no image: `_unusable` says so
+        with suppress(ValueError):  # it has no image, or several: `_unusable` reports that
             image = key64(part[picked(part)])
         try:
             class_of(bytes(part.get("cls", b"-1")))
@@ -95,7 +99,10 @@ def _read(stream: IO[bytes], found: Sequence[Layout], places: Sequence[Span]) ->
 
 
 def _unusable(name: str, found: Sequence[Layout], wrong: Sequence[str], unread: Unread) -> list[Any]:
-    """Count the samples that cannot be used, with what is wrong with the first, and the members that are not read."""
+    """Return [number of samples that cannot be used, what is wrong with the first].
+
+    Members that are not read are counted in ``unread``. wrong: what is wrong with the class of each sample, if known.
+    """
     out: list[Any] = [0, ""]
     for number, (begin, key, members) in enumerate(found):
         said, image = wrong[number] if wrong else "", ""
@@ -111,7 +118,11 @@ def _unusable(name: str, found: Sequence[Layout], wrong: Sequence[str], unread: 
 
 
 def join(parts: Sequence[Index]) -> Index:
-    """One index of several shards; refuses one that is there twice, and samples with and without a class."""
+    """Join the indices of single shards to one index.
+
+    Raises `InputError` if a shard is there twice, if only some shards have classes, and for too many extensions. If
+    any part does not list its samples, the joined index does not either.
+    """
     extensions = tuple(sorted({name for part in parts for name in part.extensions}))
     shards = tuple(shard for part in parts for shard in part.shards)
     if len(extensions) > MAX_EXTENSIONS:
@@ -132,7 +143,7 @@ def join(parts: Sequence[Index]) -> Index:
         return np.concatenate([getattr(table, name) for table in kept])
 
     def summed(name: str, first: bool) -> Array:
-        """Running ends, which begin anew in every part."""
+        """Concatenate running totals, which start at 0 in each part. first: they include the initial 0; keep one."""
         out: list[Array] = []
         before = 0
         for table in kept:
@@ -151,7 +162,7 @@ def _renumber(kinds: Array, old: Sequence[str], new: Sequence[str]) -> Array:
 
 
 def _check(parts: Sequence[Index]) -> None:
-    """Refuse one shard twice, and shards with beside shards without classes."""
+    """Raise `InputError` if a shard is there twice, or if only some shards have classes."""
     seen: dict[str, str] = {}
     labelled: dict[bool, str] = {}
     for part in parts:
@@ -173,7 +184,7 @@ def build(
     hashed: bool = True,
     regions: bool = True,
 ) -> Index:
-    """The index of these shards, in this order, scanned by so many processes."""
+    """Return the index of these shards, in this order, scanned by ``jobs`` processes. See `scan` for the options."""
     work = partial(scan, hashed=hashed, regions=regions)
     return join(spread(work, [str(file) for file in files], jobs=jobs, progress=progress))
 
@@ -181,7 +192,11 @@ def build(
 def spread(
     work: Callable[..., Made], items: Sequence[Any], *more: Iterable[Any], jobs: int, progress: Progress | None
 ) -> list[Made]:
-    """What a function makes of every item, in their order, by so many processes; ``progress`` is told (done, all)."""
+    """Apply a function to every item, in ``jobs`` processes, and return the results in order.
+
+    more: further arguments of the function, one iterable each, as for ``map``. ``progress`` is called with (done,
+    total).
+    """
     jobs, out = min(jobs, len(items)), list[Made]()
     with ProcessPoolExecutor(jobs, get_context("forkserver")) if jobs > 1 else nullcontext() as pool:
         for made in (pool.map if pool else map)(work, items, *more):

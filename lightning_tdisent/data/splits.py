@@ -1,7 +1,7 @@
-"""Which files and folders belong to a split: the one rule for shards, raw files and raw folders.
+"""Select the files and folders of a split, by a single rule for shards, raw files and raw folders.
 
-A name belongs to a split if the split is one of its words, in any case: ``imagenet-train-0000.tar``, ``Train``,
-``cifar10_testing.parquet``, ``trainA``. ``train``, ``val`` and ``test`` have synonyms (`SYNONYMS`).
+A name belongs to a split if the split is one of its words, in upper or lower case: ``imagenet-train-0000.tar``,
+``Train``, ``cifar10_testing.parquet``, ``trainA``. ``train``, ``val`` and ``test`` have synonyms (`SYNONYMS`).
 """
 
 import re
@@ -19,18 +19,18 @@ _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_]+")
 
 
 def canonical(split: str) -> str:
-    """Return ``train``, ``val`` or ``test`` for their synonyms, and any other name of a split in lower case."""
+    """Return ``train``, ``val`` or ``test`` for one of their synonyms, and any other split's name in lower case."""
     return _SPLIT.get(split.lower(), split.lower())
 
 
 def named(name: str) -> list[str]:
-    """Return the splits among ``train``, ``val`` and ``test`` that are words of a file's or folder's name."""
+    """Return which of ``train``, ``val`` and ``test`` are words of a file's or folder's name."""
     words = (_SPLIT.get(word.lower()) for word in _WORD.findall(name))
     return list(dict.fromkeys(split for split in words if split))
 
 
 def found(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the names of each split that some names name."""
+    """Return the names that have the word of a split, by split: {split: [name, ..]}."""
     out: dict[str, list[str]] = {}
     for name in names:
         for split in named(name):
@@ -39,10 +39,11 @@ def found(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def of_split(names: Iterable[str], split: str, where: str) -> list[str]:
-    """Return the names that belong to a split, in their order; all names if none of them names any split.
+    """Return the names that belong to a split, in the given order; all names if none has the word of any split.
 
-    The result is empty if they name other splits only (see `found`). Names that begin with ``{split}-`` exactly take
-    precedence, so that a split of any name can be prepared. Raises `InputError` for names with the words of two splits.
+    The result is empty if the names have the words of other splits only (see `found`). Names that begin with exactly
+    ``{split}-`` take precedence, so that a split of any name can be prepared. Raises `InputError` for a name with the
+    words of two splits. where: the folder, for messages.
     """
     names = list(names)
     begun = [n for n in names if n.startswith(f"{split}-") and not named(n.removeprefix(f"{split}-"))]

@@ -1,4 +1,4 @@
-"""Pictures made by a formula, with classes and captions, where there is no data set and no network."""
+"""Generated pictures with classes and captions. They need no data set and no network connection."""
 
 import colorsys
 import io
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from lightning_tdisent.data.raw import Item
 from lightning_tdisent.digests import digest
 
-FINE = 4  # drawn so much larger, then halved: smooth edges
+FINE = 4  # pictures are drawn larger by this factor and then reduced, for smooth edges
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 Box = tuple[float, float, float, float]
 
@@ -38,9 +38,9 @@ SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, tuple[int, ...]], None]] =
 
 @dataclass(frozen=True)
 class Toy:
-    """Raw data set of ``n`` pictures of size x size pixels: one coloured shape on grey; the class is the shape.
+    """A source for `prepare`: ``n`` pictures of size x size pixels, each of a coloured shape on grey.
 
-    Picture i is a function of (seed, i). A source for `prepare`; splits are to have seeds of their own.
+    The class is the shape. Picture i is a function of (seed, i), so use a different seed for each split.
     """
 
     n: int
@@ -55,11 +55,11 @@ class Toy:
         return self.n
 
     def fingerprint(self) -> str:
-        """Of what a picture depends on."""
+        """Return a hash of everything that the pictures depend on."""
         return digest(f"toy/1 {self.n} {self.size} {self.seed}")
 
     def __getitem__(self, i: int) -> Item:
-        rng = np.random.RandomState([self.seed, i])  # its stream never changes
+        rng = np.random.RandomState([self.seed, i])  # numpy guarantees that its stream never changes
         shape, colour = int(rng.randint(len(SHAPES))), int(rng.randint(len(COLOURS)))
         hue = colour / len(COLOURS) * 0.85 + rng.uniform(-0.02, 0.02)
         rgb = tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.6, 1), rng.uniform(0.6, 1)))

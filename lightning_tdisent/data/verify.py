@@ -1,4 +1,4 @@
-"""Shards against their index: which there are, their lengths, every byte of them."""
+"""Compare shards with their index: which shards there are, their sizes, and every byte of them."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,9 +12,10 @@ from lightning_tdisent.errors import InputError
 
 
 def matched(urls: Sequence[str], index: Index, file: str, again: str, sizes: bool) -> list[str]:
-    """The shards in the order of their index; refuses others, and, by name, those of another length.
+    """Return the URLs of the shards in the order of their index.
 
-    again: the command that makes the index anew, for messages.
+    file: the index, and again: the command that makes it again, for messages. sizes: compare the sizes of local files.
+    Raises `InputError` if the index lists other shards than the folder holds, or if the size of a shard differs.
     """
     again = f"make the index anew: {again}"
     there, listed = {url.rpartition("/")[2]: url for url in urls}, {shard.name for shard in index.shards}
@@ -37,9 +38,9 @@ def matched(urls: Sequence[str], index: Index, file: str, again: str, sizes: boo
 
 
 def differences(url: str, index: Index) -> list[str]:
-    """What is wrong with a shard, sample by sample, against the index of it alone; empty if nothing is.
+    """Return what is wrong with a shard, sample by sample; empty if nothing is. index: that of this shard alone.
 
-    The bytes may be what they were, and yet hold what no shard should, or classes that are no numbers.
+    Even if no byte has changed, the shard may contain what no shard should, or classes that are not numbers.
     """
     (row,), folder = index.shards, url.rpartition("/")[0]
     try:
@@ -47,7 +48,7 @@ def differences(url: str, index: Index) -> list[str]:
     except OSError as error:
         return [f"{url}: cannot be read: {error}"]
     if sha256 == row.sha256:
-        if not is_remote(url):  # an index of before does not say; reading an object store once more is dear
+        if not is_remote(url):  # an index of an earlier version lacks this; reading a remote shard again is expensive
             try:
                 (row,) = scan(url).shards
             except InputError as error:
@@ -60,21 +61,25 @@ def differences(url: str, index: Index) -> list[str]:
 
 
 def _faults(url: str, index: Index) -> Iterator[tuple[int, str]]:
-    """Samples of a shard that are not what they were, as far as its index lists them, and why."""
+    """Yield the samples of a shard that have changed, as far as its index lists samples, and how they differ."""
     sample, sizes = 0, index.regions.size.tolist() if index.regions else []
     try:
         with open_tar(url) as stream:
             for sample, size in enumerate(sizes):
                 if fault := index.fault(sample, stream.read(size)):
                     yield sample, fault
-    except (EOFError, OSError, zlib.error) as error:  # nothing can be read on from here
+    except (EOFError, OSError, zlib.error) as error:  # nothing after this sample can be read
         yield from ((lost, f"cannot be read: {error}") for lost in range(sample, len(sizes)))
 
 
 def verify(
     path: str | Path, split: str, jobs: int = 1, progress: Progress | None = None, where: str | Path | None = None
 ) -> tuple[Index, list[str]]:
-    """Read every byte of a split; its index (in the folder ``where``), and what is wrong by shard and sample."""
+    """Read every byte of a split. Return its index, and what is wrong, by shard and sample.
+
+    where: folder of the index, if it is not that of the shards. Raises `InputError` if there is no index, or if it
+    lists other shards.
+    """
     urls, file, again = find(path, split), path_of(path, split, where), index_command(path, split, where)
     try:
         index = Index.load(file, again)
