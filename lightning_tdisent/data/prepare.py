@@ -1,11 +1,11 @@
-"""Raw data sets to shards with an index: cropped, encoded anew, or as the latents of an autoencoder.
+"""Convert raw data sets to shards with an index: images are cropped, encoded again, or encoded as latents.
 
 The order of the samples, their keys and every byte of every shard are a function of the source and the `Options`,
-whatever the number of processes and however often the work was broken off. Processes convert small runs of samples;
-this one writes them in order, each shard beside its target, which is renamed when it is whole. What was asked for
-stands in ``{split}.prepare.json`` from the start, so that the same command goes on and another one is refused. The
-SHA-256 of each finished shard stands in ``{split}.sha256`` and is compared at the end. The file is long because a run
-must survive what happens to runs of hours: bad images, kills, full disks.
+whatever the number of processes and however often the run was interrupted. Worker processes convert small groups of
+samples. The main process writes them in order; each shard is a temporary file until it is complete, and is then
+renamed. The source and the options are stored in ``{split}.prepare.json`` from the start, so that the same command
+resumes and a different one is refused. The SHA-256 of each finished shard is stored in ``{split}.sha256`` and compared
+at the end. The file is long because a run must survive what happens in runs of hours: bad images, kills, full disks.
 """
 
 import bisect
@@ -40,22 +40,23 @@ from lightning_tdisent.errors import Halted, InputError, nearest
 from lightning_tdisent.files import is_plain, open_own, output_path, refuse_unwritable, remove_orphans, whole
 
 FORMAT = "lightning_tdisent.prepare/1"
-CHUNK = 32  # samples that go to a process at once
+CHUNK = 32  # samples that are sent to a process at a time
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What becomes of the images.
+    """How images are converted and stored.
 
-    ``size``: the middle square at size x size pixels, as ADM crops and resizes; None leaves every image as it is.
-    ``encode``: ``keep`` the bytes of png, jpg and webp that are not resized, and the format of those that are (others
-    become png), or encode all as png, jpg (quality 95, 4:4:4) or webp (lossless). ``samples``: per shard.
-    ``shuffle``: None leaves it to the source; ``seed`` is that of the order. ``vae``: folder of a diffusers
-    AutoencoderKL, whose latents are stored instead of images, computed on ``device`` in batches of ``batch_size``.
-    ``bad``: the fraction of samples that may be left out because they cannot be decoded; unless it is 0, one may be.
-    ``range``: the values that become black and white, of images that do not have 8 bits (`decode.to_mode`).
+    size: resize and crop to the central size x size pixels, as ADM does; None leaves every image as it is. encode:
+    ``keep`` the bytes of png, jpg and webp files that are not resized, and the format of those that are (other formats
+    become png); or encode all images as ``png``, ``jpg`` (quality 95, 4:4:4) or ``webp`` (lossless). samples: number of
+    samples per shard. shuffle: None leaves it to the source. seed: of the order. vae: folder of a diffusers
+    AutoencoderKL, whose latents are stored instead of images; they are computed on ``device`` in batches of
+    ``batch_size``. bad: fraction of the samples that may be left out because they cannot be decoded; at least one may
+    be, unless the fraction is 0. range: the values of black and of white, for images that do not have 8 bits (see
+    `decode.to_mode`).
     """
 
     size: int | None = None
@@ -72,11 +73,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written: numbers of samples and shards, bytes of all shards, and what was left out.
+    """What was written: the number of samples and shards, the bytes of all shards, and the samples left out.
 
-    captions: how many samples have one, and of how many it is empty; depths: how many of the images that this call
-    wrote had values of each type, as `decode.depth` says it; shared: how many images are also of another split in the
-    folder.
+    captions: number of samples with a caption, and number of those whose caption is empty. depths: number of images
+    that this call wrote, by type of their values (`decode.depth`). shared: number of images that another split in the
+    folder also has, by the name of that split.
     """
 
     samples: int
@@ -89,7 +90,7 @@ class Summary:
 
 
 def caption_count(count: tuple[int, int], samples: int) -> str:
-    """Return how many samples have a caption and how many of these are empty, for a message."""
+    """Return, for a message, how many samples have a caption and how many of these captions are empty."""
     there, empty = count
     if not there:
         return "none"
@@ -101,18 +102,18 @@ def prepare(
     source: Source, split: str, out: str | Path, options: Options = Options(), jobs: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> Summary:  # fmt: skip
-    """Write ``{split}-0000.tar``, .. and their index into a folder, or go on where an earlier run was broken off.
+    """Write ``{split}-0000.tar``, .. and their index into a folder, or resume a run that was interrupted.
 
-    ``jobs`` is the number of processes (0 and 1: this one alone); ``progress`` is told (done, all) samples. Raises
-    `InputError` for options that cannot be met, for a folder that holds something else, and for more bad samples than
-    ``options.bad``; `Halted` if the disk is full or a process dies.
+    jobs: number of processes (0 and 1: this one only). progress: called with (done, total) numbers of samples. Raises
+    `InputError` for invalid options, for a folder that contains something else, for more bad samples than
+    ``options.bad``, and for images that are also in another split; `Halted` if the disk is full or a process dies.
     """
     out = output_path(out)
     _check(source, options, split, jobs)
     refuse_unwritable(out, "choose another folder for the shards")
     options = replace(options, shuffle=bool(source.shuffled if options.shuffle is None else options.shuffle))
     latents = LatentEncoder(Path(options.vae), options.device) if options.vae else None
-    record = {  # all that the bytes of the shards depend on
+    record = {  # everything that the bytes of the shards depend on
         "format": FORMAT, "split": split, "kind": source.kind, "fingerprint": source.fingerprint(),
         "number": len(source),
         **{name: getattr(options, name) for name in ("size", "encode", "samples", "shuffle", "seed", "range")},
@@ -135,12 +136,12 @@ def prepare(
 
 
 def is_split(name: str) -> bool:
-    """Return whether a split can be written under this name: of ASCII letters, digits and _."""
+    """Return whether a split can be written under this name: it has ASCII letters, digits and _ only."""
     return bool(re.fullmatch(r"\w+", name, re.ASCII))
 
 
 def _check(source: Source, options: Options, split: str, jobs: int) -> None:
-    """Refuse what cannot be met, all of it at once."""
+    """Raise one `InputError` for all options that are invalid."""
     odd = [ascii(name) for name in source.classes if not is_plain(name.replace("\t", " "))]
     formats, latents = ("keep", *ENCODE), options.vae is not None
     unknown = f"{options.encode!r} is not one of {', '.join(formats)}.{nearest(options.encode, formats)}"
@@ -169,7 +170,10 @@ def _check(source: Source, options: Options, split: str, jobs: int) -> None:
 
 @contextlib.contextmanager
 def _held(out: Path, split: str, files: list[Path], record: dict[str, Any]) -> Iterator[None]:
-    """A folder that is this run's alone, begun as this one is or empty, and cleared of the litter of a killed one."""
+    """Lock a folder for this run, and remove the temporary files of a killed one.
+
+    The folder must be empty, or hold shards of a run with the same source and options. Else raises `InputError`.
+    """
 
     def shards() -> list[str]:
         return sorted(f.name for f in out.iterdir() if f.name.startswith(f"{split}-") and f.name.endswith(SUFFIXES))
@@ -187,7 +191,7 @@ def _held(out: Path, split: str, files: list[Path], record: dict[str, Any]) -> I
         if there := shards():
             handle.seek(0)
             _same(file, handle.read(), record)
-        else:  # nothing to go on from
+        else:  # there are no shards to resume from
             handle.truncate(0)
             handle.write(json.dumps(record, indent=1).encode() + b"\n")
             os.fsync(handle.fileno())
@@ -198,7 +202,7 @@ def _held(out: Path, split: str, files: list[Path], record: dict[str, Any]) -> I
 
 
 def _same(file: Path, content: bytes, record: dict[str, Any]) -> None:
-    """Refuse to go on with something else than what the shards were begun with; all differences are named."""
+    """Raise `InputError`, with all differences, if the shards were begun with another source or other options."""
     try:
         begun, asked = parse_json(content), json.loads(json.dumps(record))
         check_format(begun["format"], FORMAT, str(file))
@@ -214,7 +218,7 @@ def _same(file: Path, content: bytes, record: dict[str, Any]) -> None:
 
 
 class _Run:
-    """Which shards are missing, what was left out so far, and how far it is."""
+    """The state of a run: which shards are missing, which samples were left out so far, and its progress."""
 
     def __init__(
         self, source: Source, split: str, files: list[Path], options: Options, latents: LatentEncoder | None,
@@ -224,7 +228,7 @@ class _Run:
         out, n = files[0].parent, len(source)
         self.split, self.others = split, _other_splits(out, split)
         self.index_file, self.skipped_file = Path(path_of(out, split)), out / f"{split}.skipped.txt"
-        self.digest_file = out / f"{split}.sha256"  # as sha256sum writes and checks it
+        self.digest_file = out / f"{split}.sha256"  # in the format of sha256sum
         self.missing = [k for k, file in enumerate(files) if not file.exists()]
         self.done = n - sum(len(self._numbers(k)) for k in self.missing)
         self.skipped = self._skipped_before()
@@ -234,12 +238,12 @@ class _Run:
         self.step = options.batch_size if latents else CHUNK
         self.first: Made | None = None  # the first sample that was used
         self.depths: Counter[str] = Counter()
-        # RandomState, and not a Generator: numpy promises that its numbers never change
+        # RandomState, not Generator: numpy guarantees that its numbers never change
         self.order = np.random.RandomState(options.seed).permutation(n) if options.shuffle else np.arange(n)
 
     @property
     def _anew(self) -> str:
-        """Return what to do after the source or the options have changed, for messages."""
+        """Return, for messages, what to do after a change of the source or the options."""
         there = any(file.exists() for file in self.files)
         return f"begin anew: remove {self.files[0].parent}/{self.split}-*.tar" if there else "give this command again"
 
@@ -248,14 +252,17 @@ class _Run:
         return range(first, min(first + self.options.samples, len(self.source)))
 
     def _tasks(self) -> Iterator[Task]:
-        """All that is missing, in order; a task is a batch of the autoencoder, so it never depends on a restart."""
+        """Yield the tasks of all missing shards, in order.
+
+        With an autoencoder, a task is one of its batches. Tasks do not depend on where a run was interrupted.
+        """
         for shard in self.missing:
             numbers = self._numbers(shard)
             for first in numbers[:: self.step]:
                 yield first, self.order[first : min(first + self.step, numbers.stop)]
 
     def run(self, jobs: int) -> Summary:
-        """Write what is missing, then the index."""
+        """Write the missing shards, then the index."""
         self.progress(self.done, len(self.source))
         self._stop_if_too_many()
         mode, tasks = self.latents.mode if self.latents else None, list(self._tasks())
@@ -295,7 +302,7 @@ class _Run:
             if not written:
                 last = f"{self.skipped[-1].name}: {self.skipped[-1].reason}"
                 raise InputError(f"{file.name} would be empty: all of its samples are bad, the last one {last}")
-            # before the shard has its name: a run that goes on from it knows what it lacks, and what it holds
+            # before the shard gets its final name, so that a run that resumes knows its skipped samples and SHA-256
             self._write_skipped()
             stream.flush()
             self.digests[file.name] = sha256(stream.name)
@@ -314,7 +321,10 @@ class _Run:
             )
 
     def _stop_if_another_split(self, file: Path) -> None:
-        """Stop early where most images of the first shard are of another split; all are compared at the end."""
+        """Raise `InputError` early, and remove the first shard, if most of its images are also in another split.
+
+        All images are compared at the end.
+        """
         index = scan(str(file)) if self.others else None
         for name, other in self.others.items():
             if index and (shared := index.shared(other)) > len(index) / 2:
@@ -326,7 +336,7 @@ class _Run:
                 )
 
     def _stop_if_unlike(self, sample: Made) -> None:
-        """All samples have a class or none, which the index asks for too, but only at the end."""
+        """Raise `InputError` unless all samples have a class, or none has. The index checks it only at the end."""
         self.first = self.first or sample
         if ("cls" in sample.members) != ("cls" in self.first.members):
             with_it, without = (sample, self.first) if "cls" in sample.members else (self.first, sample)
@@ -336,7 +346,7 @@ class _Run:
             )
 
     def _skipped_before(self) -> list[Skipped]:
-        """What the shards that are there lack."""
+        """Return the samples that earlier runs left out of the shards that exist."""
         lines = self.skipped_file.read_text(encoding="utf-8").splitlines() if self.skipped_file.exists() else []
         try:
             rows = [line.split("\t", 2) for line in lines]
@@ -346,7 +356,7 @@ class _Run:
         return [s for s in found if s.number // self.options.samples not in self.missing]
 
     def _digests_before(self) -> list[tuple[str, str]]:
-        """Name and SHA-256 of the shards that earlier runs finished."""
+        """Return the names and SHA-256 of the shards that earlier runs finished."""
         lines = self.digest_file.read_text(encoding="utf-8").splitlines() if self.digest_file.exists() else []
         if wrong := [line for line in lines if not re.fullmatch(r"[0-9a-f]{64}  \S+", line)]:
             raise InputError(f"{self.digest_file} was changed ({wrong[0][:80]}). Remove it and all shards, start anew")
@@ -360,7 +370,7 @@ class _Run:
             stream.writelines(f"{s.number:08d}\t{s.name}\t{s.reason}\n".encode() for s in self.skipped)
 
     def _index(self, jobs: int) -> Index:
-        """That of an earlier run if it is of these shards, or a new one."""
+        """Return the index that an earlier run saved, if it fits these shards; otherwise make, check and save one."""
         if not self.missing and self.index_file.exists():
             index = Index.load(self.index_file)
             if [(s.name, s.bytes) for s in index.shards] == [(f.name, f.stat().st_size) for f in self.files]:
@@ -385,7 +395,7 @@ class _Run:
 
 
 def _other_splits(out: Path, split: str) -> dict[str, Index]:
-    """Return the indices of other splits in a folder, by name."""
+    """Return the indices of the other splits in a folder, by name."""
     files = {f.name.removesuffix(".index.safetensors"): f for f in sorted(out.glob("*.index.safetensors"))}
     indices = {name: Index.load(file) for name, file in files.items() if name != split}
     return {
@@ -396,6 +406,9 @@ def _other_splits(out: Path, split: str) -> dict[str, Index]:
 
 
 def _key(sample: Made) -> str:
-    """Number in the final order, and what is left of the file's name where only letters, digits and - are let."""
+    """Return the key of a sample: its number in the final order, and its file's stem (up to 48 characters).
+
+    Characters of the stem other than letters, digits and - are replaced by -.
+    """
     stem = re.sub(r"[^A-Za-z0-9-]", "-", PurePosixPath(sample.name).stem)[:48]
     return f"{sample.number:08d}_{stem}" if stem else f"{sample.number:08d}"

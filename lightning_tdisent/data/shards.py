@@ -1,8 +1,9 @@
-"""The shards of a split, read: any samples by number, or one after the other; verified when first read.
+"""Read the samples of a split from its shards: by number or sequentially. They are verified when first read.
 
-What cannot be used, because its bytes have changed since the index was made or because it cannot be decoded, stops the
-run or is left out and counted (`Policy`), with the shard and the sample named in either case. The file is long because
-all ways to read a sample, single or in a row, listed or not, are to treat a bad one alike.
+A sample that cannot be used, because its bytes have changed since the index was made or because it cannot be decoded,
+either stops the run or is left out and counted (`Policy`). In both cases a message names the shard and the sample. The
+file is long because all ways to read a sample (by number or sequentially, listed in the index or not) must treat a bad
+sample alike.
 """
 
 import itertools
@@ -42,17 +43,18 @@ from lightning_tdisent.files import expand
 from lightning_tdisent.images import spaced
 
 Sample = dict[str, Any]
-READ, BAD = 1, 2  # what is known of a sample
-PART = 2**20  # bytes of neighbours that are fetched from an object store at a time
-MOST_SHARED = 0.01  # of the held-out samples; real sets have a few duplicates
+READ, BAD = 1, 2  # states of a sample in `Shards.known`; 0: not read yet
+PART = 2**20  # bytes of neighbouring samples that are fetched from an object store at a time
+MOST_SHARED = 0.01  # share of held-out samples that may be training samples; real data sets have a few duplicates
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What to do with samples that cannot be used: ``stop`` or ``skip`` (take the next one of the split instead).
+    """What to do with samples that cannot be used.
 
-    verify: compare every sample with the index when it is first read. ceiling: share of the samples that may be
-    skipped; one more stops the run, too.
+    on_bad: ``stop`` the run, or ``skip``: use the next sample of the split instead. ceiling: share of the samples, 0 to
+    1, that may be skipped; the run stops when there are more. verify: compare every sample with the index when it is
+    first read.
     """
 
     on_bad: Literal["stop", "skip"] = "stop"
@@ -67,17 +69,17 @@ class Policy:
 
 
 class Shards:
-    """The samples of a split: decoded by ``batch(numbers)`` or, undecoded, one after the other.
+    """The samples of a split: ``batch(numbers)`` decodes them, iteration yields them undecoded.
 
-    Uses the index beside the shards. Without one, the headers of local shards are read instead, and nothing can be
-    verified. What is known of each sample is shared with the worker processes of a loader.
+    Uses the index next to the shards. Without one, the headers of local shards are read instead, and nothing can be
+    verified. The state of each sample (read, bad) is shared with the worker processes of a loader.
     """
 
     def __init__(
         self, urls: Sequence[str], index: Index, decoder: Decoder, policy: Policy = Policy(), again: str = ""
     ) -> None:
         self.urls, self.index, self.decoder, self.policy = urls, index, decoder, policy
-        self.again = again  # the command that makes the index anew, for messages
+        self.again = again  # the command that makes the index again, for messages
         self.known = torch.zeros(len(index), dtype=torch.uint8).share_memory_()
         self.checked = policy.verify and index.hashed
         self._verified: set[int] = set()
@@ -91,13 +93,14 @@ class Shards:
         policy: Policy = Policy(),
         where: str | Path | None = None,
     ) -> Self:
-        """Those of a folder; refuses an index that does not fit them, and an empty split.
+        """Open the shards of a split in a folder.
 
-        where: the folder of the index, if it is not that of the shards; the index has to be there.
+        where: the folder of the index, if it is not that of the shards; the index must exist then. Raises `InputError`
+        for an index that does not match the shards, for remote shards without an index, and for an empty split.
         """
         path = expand(str(path), "data.path")
         urls, file, again = find(path, split), path_of(path, split, where), index_command(path, split, where)
-        _opened.cache_clear()  # of files that may have been replaced since
+        _opened.cache_clear()  # the files may have been replaced since they were opened
         try:
             index = Index.load(file, again)
         except FileNotFoundError:
@@ -116,50 +119,51 @@ class Shards:
 
     @property
     def where(self) -> str:
-        """Their folder, for messages."""
+        """The folder of the shards, for messages."""
         return self.urls[0].rpartition("/")[0]
 
     def name(self, number: int) -> str:
-        """Shard, key and bytes of a sample, for messages."""
+        """Return the shard, key and byte range of a sample, for messages."""
         return f"{self.where}/{self.index.name(number)}"
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __iter__(self) -> Iterator[tuple[int, Members | BadSample]]:
-        """Number and members of all samples."""
+        """Yield the number and the members of every sample."""
         return self.stream_shards(range(len(self.urls)))
 
     @cached_property
     def digest(self) -> str:
-        """Short hash of names and bytes: which data a model has seen. Read from the index where there is one."""
+        """Short hash of names and bytes that identifies the data of a model; from the index if there is one."""
         return self.hashed_index.digest
 
     @cached_property
     def hashed_index(self) -> Index:
-        """The index if it was made of all bytes, else one that is made now."""
+        """The index if it was made from all bytes of the shards, else one that is made now."""
         return self.index if self.index.hashed else build(self.urls)
 
     @property
     def random_access(self) -> bool:
-        """Whether single samples can be read."""
+        """Return whether single samples can be read."""
         return self.index.regions is not None and not any(url.endswith(".gz") for url in self.urls)
 
     @property
     def lost(self) -> int:
-        """Samples found to be unusable so far, by this process and its workers."""
+        """Number of unusable samples found so far by this process and its workers; 0 if the policy is ``stop``."""
         return 0 if self.policy.on_bad == "stop" else int((self.known == BAD).sum())
 
     def batch(self, numbers: Sequence[int], flip: Tensor | None = None) -> Sample:
-        """Read and decode these samples; see `collate`."""
+        """Read these samples and decode them to a batch; see `collate`."""
         return self.collate(numbers, self.read(numbers), flip)
 
     def collate(self, numbers: Sequence[int], raw: Sequence[Members | BadSample], flip: Tensor | None = None) -> Sample:
-        """Decode to one batch; a sample that is skipped is replaced, by the same one wherever it is needed.
+        """Decode samples to one batch. A skipped sample is replaced, always by the same one.
 
-        ``image`` uint8 (B, C, H, W) or ``latent`` float16 (B, 2, C, h, w), mean and standard deviation; ``label`` int64
-        (B,), -1 where there is none; ``id`` int64 (B,), position in the split; ``caption``, a list of str, where there
-        are any. flip: bool (B,), which ones to mirror.
+        Returns ``image`` uint8 (B, C, H, W) or ``latent`` float16 (B, 2, C, h, w), mean and standard deviation;
+        ``label`` int64 (B,), -1 for none; ``id`` int64 (B,), position in the split; ``caption``, a list of str, if the
+        split has captions. raw: the members of each sample, or why it is bad. flip: bool (B,), which ones to mirror.
+        Raises `InputError` for images of different sizes.
         """
         samples = [self.use(n, m) or self._instead(n) for n, m in zip(numbers, raw, strict=True)]
         kind = "latent" if "latent" in samples[0] else "image"
@@ -172,12 +176,15 @@ class Shards:
             "label": torch.tensor([sample["label"] for sample in samples]),
             "id": torch.tensor([sample["id"] for sample in samples]),
         }
-        if "txt" in self.index.extensions:  # and not in these samples: the parts that workers make are alike
+        if "txt" in self.index.extensions:  # not of these samples only: the parts of all workers must have equal keys
             out["caption"] = [sample.get("caption", "") for sample in samples]
         return out
 
     def _instead(self, number: int) -> Sample:
-        """What replaces a sample that is skipped: the next one that can be used, or the first of the split."""
+        """Return the replacement of a skipped sample: the next one of the split that can be used.
+
+        It is the first such one of the split if single samples cannot be read. Raises `InputError` if there is none.
+        """
         if self.random_access:
             for other in itertools.chain(range(number + 1, len(self)), range(number)):
                 if self.known[other] != BAD and (sample := self.use(other, self.read([other])[0])):
@@ -191,7 +198,7 @@ class Shards:
         return next((sample for place in self if (sample := self.use(*place))), None)
 
     def use(self, number: int, members: Members | BadSample) -> Sample | None:
-        """Decode one sample; None if it is to be skipped."""
+        """Decode one sample. Return None if it is to be skipped; raise `BadSample` if the policy is ``stop``."""
         try:
             if isinstance(members, BadSample):
                 raise members
@@ -214,17 +221,17 @@ class Shards:
             )
 
     def _members(self, number: int, region: bytes) -> Members | BadSample:
-        """Members of a sample, verified if it is read for the first time."""
-        known = self.known.numpy()  # of the shared memory; quicker than the tensor
+        """Return the members of a sample, verified if it is read for the first time."""
+        known = self.known.numpy()  # a view of the shared memory; faster than the tensor
         new = self.checked and known[number] != READ
         if fault := self.index.fault(number, region, crc=new):
             return BadSample(f"{self.name(number)} {fault}")
-        if new and known[number] != BAD:  # it may be sound, and yet not to be decoded
+        if new and known[number] != BAD:  # it stays bad: its bytes may be unchanged, and yet impossible to decode
             known[number] = READ
         return self.index.members(number, region)
 
     def read(self, numbers: Sequence[int]) -> list[Members | BadSample]:
-        """Members of these samples, each by one read (of object stores, all at the same time)."""
+        """Return the members of these samples, with one read for each (in object stores, all at the same time)."""
         ranges = self._ranges(numbers)
         if is_remote(self.urls[0]):
             return self._found(numbers, Fetch(ranges).result())
@@ -233,7 +240,10 @@ class Shards:
     def read_ahead(
         self, groups: Iterable[Sequence[int]], most: int = BYTES_AHEAD
     ) -> Iterator[list[Members | BadSample]]:
-        """Yield what `read` returns of groups of samples; of object stores, the next ones are fetched meanwhile."""
+        """Yield what `read` returns for each group of samples; in object stores, the next groups are fetched ahead.
+
+        most: bytes that are fetched ahead (see `fetched`).
+        """
         if not is_remote(self.urls[0]):
             yield from map(self.read, groups)
             return
@@ -248,7 +258,7 @@ class Shards:
         return list(zip(urls, r.begin[chosen].tolist(), r.size[chosen].tolist(), strict=True))
 
     def _found(self, numbers: Sequence[int], found: Sequence[bytes | Exception]) -> list[Members | BadSample]:
-        if self.policy.on_bad == "skip" and is_remote(self.urls[0]):  # a network that is down says nothing of samples
+        if self.policy.on_bad == "skip" and is_remote(self.urls[0]):  # a network failure does not make samples bad
             for number, region in zip(numbers, found, strict=True):
                 if isinstance(region, Exception) and may_pass(region):
                     raise Halted(f"{self.name(number)} cannot be read, asked {len(PAUSES) + 1} times: {region}")
@@ -260,7 +270,7 @@ class Shards:
         ]
 
     def classes(self) -> Tensor:
-        """int64 (N,), the class of every sample, -1 where there is none; images are not decoded."""
+        """Return the class of every sample, int64 (N,), -1 for none. Images are not decoded."""
         r = self.index.regions
         if "cls" not in self.index.extensions:
             return torch.full((len(self),), -1)
@@ -275,7 +285,7 @@ class Shards:
         return torch.tensor([parse_class(content) if isinstance(content, bytes) else -1 for content in found])
 
     def stream_shards(self, shards: Iterable[int], start: int = 0) -> Iterator[tuple[int, Members | BadSample]]:
-        """Number and members of the samples of shards, one after the other, from the start-th of the first on."""
+        """Yield number and members of the samples of shards, in order, from the start-th sample of the first on."""
         if self.random_access and is_remote(self.urls[0]):
             one, other = itertools.tee(self._parts(shards, start))
             for part, members in zip(one, self.read_ahead(other, PART), strict=True):
@@ -286,20 +296,20 @@ class Shards:
             start = 0
 
     def _parts(self, shards: Iterable[int], start: int) -> Iterator[range]:
-        """Numbers of the samples of shards, as neighbours of about `PART` bytes."""
+        """Yield the numbers of the samples of shards, in ranges of neighbours with about `PART` bytes."""
         r = self.index.regions
         assert r is not None
         for shard in shards:
             first, end = int(self.index.starts[shard]) + start, int(self.index.starts[shard + 1])
             ends = np.cumsum(r.size[first:end])
-            cuts = np.flatnonzero(np.diff(ends // PART, prepend=-1))  # where a new part begins
+            cuts = np.flatnonzero(np.diff(ends // PART, prepend=-1))  # first sample of each part
             yield from itertools.starmap(range, itertools.pairwise([*(first + cuts).tolist(), end]))
             start = 0
 
     def stream(self, shard: int, start: int = 0) -> Iterator[tuple[int, Members | BadSample]]:
-        """Number and members of the samples of a shard from its start-th on, one after the other: all of them.
+        """Yield number and members of all samples of a shard from its start-th on, in order.
 
-        Where the shard cannot be read on, what is left of it is bad.
+        If reading fails, all remaining samples of the shard are yielded as bad.
         """
         number, end = (int(n) for n in self.index.starts[shard : shard + 2])
         number += start
@@ -316,9 +326,10 @@ class Shards:
             yield lost, BadSample(f"{self.name(lost)} cannot be read: {reason}")
 
     def decoded(self, limit: int | None = None, spread: bool = False) -> "ImageSet":
-        """All in memory, or ``limit`` samples, the first or evenly ``spread``; those that are skipped are left out.
+        """Decode all samples into memory, or ``limit`` of them. Skipped samples are left out.
 
-        Shards may be sorted by class, of which the first samples know one alone.
+        spread: take evenly spaced samples instead of the first ones. If shards are sorted by class, the first samples
+        may have a single class.
         """
         wanted = len(self) if limit is None else min(limit, len(self))
         spread = spread and wanted < len(self)
@@ -343,7 +354,7 @@ class Shards:
         return ImageSet(images[:kept], labels[:kept], self.digest, named, known)
 
     def _some(self, chosen: Sequence[int]) -> Iterator[tuple[int, Members | BadSample]]:
-        """Yield numbers and members of some samples, ascending; read all where single ones cannot be read."""
+        """Yield number and members of some samples, in ascending order; read all if single ones cannot be read."""
         if not self.random_access:
             wanted = set(chosen)
             yield from (at for at in self if at[0] in wanted)
@@ -360,7 +371,7 @@ class Shards:
         )
 
     def _check_room(self, n: int, image: Tensor) -> None:
-        """Refuse to hold in memory what the machine does not have."""
+        """Raise `InputError` if ``n`` images do not fit into the memory of the machine."""
         need = n * image.nbytes
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else need
         if need > there:
@@ -384,9 +395,10 @@ class Shards:
                 yield self._members(number, stream.read(int(r.size[number])))
 
     def _verify_file(self, shard: int) -> None:
-        """The whole file: of gzipped shards, whose own headers belong to no sample, and where no samples are listed.
+        """Compare the SHA-256 of a whole shard with the index, once per process.
 
-        Once per process. Nobody can say which samples are sound, so that all of the shard are bad.
+        This is for gzipped shards, because no sample's CRC covers the gzip headers, and for shards whose samples are
+        not listed. Raises `BadSample`: it is not known which samples are intact, so all of the shard count as bad.
         """
         if shard in self._verified:
             return
@@ -395,7 +407,7 @@ class Shards:
         self._verified.add(shard)
 
     def _whole(self, shard: int, start: int) -> Iterator[Members]:
-        """Without regions: parsed as it comes, once the hash of the file has been compared."""
+        """Yield the members of samples that are not listed: parse the tar, after its SHA-256 has been compared."""
         row, url = self.index.shards[shard], self.urls[shard]
         if self.checked:
             self._verify_file(shard)
@@ -404,7 +416,7 @@ class Shards:
             for _, group in itertools.groupby(walk(tar, url, {}), key=itemgetter(0)):
                 members = dict[str, bytes]()
                 for _, extension, member in group:
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
                     content = tar.extractfile(member) if n >= start else None
                     members[extension] = content.read() if content else b""
                 if is_sample(members):
@@ -416,9 +428,9 @@ class Shards:
 
 
 def refuse_shared(held_out: Shards, training: Shards, what: str, remedy: str) -> None:
-    """Refuse held-out samples of which more than 1 % have an image that is a training image, too; print fewer.
+    """Raise `InputError` if more than 1 % of the held-out samples have a training image; print a note if fewer have.
 
-    what: their splits, and remedy: what else to name, for messages. Images are compared by the bytes of their files.
+    what: the two splits, and remedy: what to do, for messages. Images are compared by the bytes of their files.
     """
     for one in (held_out, training):
         if one.hashed_index.regions is not None and not one.hashed_index.keyed:
@@ -436,9 +448,9 @@ def refuse_shared(held_out: Shards, training: Shards, what: str, remedy: str) ->
 
 
 def note_classes(what: str, labels: Tensor, where: str, classes: int) -> None:
-    """Print, on the first rank, which of the classes of a network no image has; nothing if there are none.
+    """Print, on the first rank, which classes of a network no image has. Print nothing if an image has no class.
 
-    what: the key or the model whose ``classes`` these are, and where: the images, for the message.
+    what: the key or the model that has this number of ``classes``, and where: the images, for the message.
     """
     lacking = sorted(set(range(classes)).difference(labels.unique().tolist()))
     if lacking and int(labels.min()) >= 0 and rank_and_world()[0] == 0:
@@ -451,7 +463,7 @@ def note_classes(what: str, labels: Tensor, where: str, classes: int) -> None:
 
 
 class _Name:
-    """A sample's name, put together only where a message needs it."""
+    """The name of a sample, formatted only when a message needs it."""
 
     __slots__ = ("number", "shards")
 
@@ -463,7 +475,7 @@ class _Name:
 
 
 class _Descriptor:
-    """An open file, closed when the last user lets go."""
+    """An open file descriptor, closed when the last reference to it is dropped."""
 
     def __init__(self, url: str) -> None:
         self.number = os.open(url, os.O_RDONLY)
@@ -478,14 +490,17 @@ _opened = lru_cache(128)(_Descriptor)
 
 def _pread(url: str, begin: int, size: int) -> bytes | Exception:
     try:
-        file = _opened(url)  # held: another thread may have the cache let go of it
+        file = _opened(url)  # the reference keeps it open: another thread may evict it from the cache
         return os.pread(file.number, size, begin)
     except OSError as error:
         return error
 
 
 def mirrored(images: Tensor, flip: Tensor | None) -> Tensor:
-    """Images with those marked mirrored; of latents, (B, 2, 2, C, h, w), the entry that was encoded so is taken."""
+    """Return the images, those with ``flip`` mirrored.
+
+    Of latents (B, 2, 2, C, h, w), return (B, 2, C, h, w): those that were encoded from the original or mirrored image.
+    """
     if images.ndim == 6:
         return images[torch.arange(len(images), device=images.device), 0 if flip is None else flip.long()]
     return images if flip is None else torch.where(flip[:, None, None, None], images.flip(-1), images)
@@ -493,22 +508,22 @@ def mirrored(images: Tensor, flip: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Decoded images (N, C, H, W) uint8 with labels (N,) int64, and the digest of the shards they came from.
+    """Decoded images uint8 (N, C, H, W) with labels int64 (N,), and the digest of the shards they came from.
 
-    Of pre-encoded images, the latents float16 (N, 2, 2, C, h, w): [as it is, flipped] x [mean, standard deviation].
+    ``images`` may also be latents, float16 (N, 2, 2, C, h, w): [original, flipped] x [mean, standard deviation].
     """
 
     images: Tensor
     labels: Tensor
     digest: str
     captions: tuple[str, ...] | None = None
-    numbers: Tensor | None = None  # positions in the split, where some were left out
+    numbers: Tensor | None = None  # positions in the split, if samples were left out or spread
 
     def __len__(self) -> int:
         return len(self.images)
 
     def batch(self, numbers: Tensor, flip: Tensor | None = None) -> Sample:
-        """These images, as `Shards.collate` gives them."""
+        """Return these images as a batch, in the format of `Shards.collate`."""
         kind = "latent" if self.images.ndim == 6 else "image"
         out = {kind: mirrored(self.images[numbers], flip), "label": self.labels[numbers]}
         out["id"] = numbers if self.numbers is None else self.numbers[numbers]
@@ -517,7 +532,7 @@ class ImageSet:
         return out
 
     def to(self, device: torch.device) -> "ImageSet":
-        """The same on a device."""
+        """Return the same images on a device."""
         numbers = self.numbers if self.numbers is None else self.numbers.to(device)
         return ImageSet(self.images.to(device), self.labels.to(device), self.digest, self.captions, numbers)
 
@@ -525,9 +540,10 @@ class ImageSet:
 def load(
     path: str | Path, split: str, channels: int, limit: int | None = None, size: int | None = None, spread: bool = False
 ) -> ImageSet:
-    """Decode a split, or ``limit`` samples of it, into memory; of an .npz, whatever the split, its images.
+    """Decode a split, or ``limit`` samples of it, into memory. For an .npz file, return its images for any split.
 
-    spread: take samples that are evenly spaced, not the first.
+    channels: 1 or 3. size: see `Decoder`; an .npz ignores it. spread: take evenly spaced samples instead of the first
+    ones. Raises `InputError`.
     """
     if is_npz(path):
         images, labels, digest = read_npz(path)

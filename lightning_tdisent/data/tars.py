@@ -1,8 +1,8 @@
-"""Shards as files: where those of a split are, and what members they hold.
+"""Shards as files: find the shards of a split, and list the members of a shard.
 
-A folder is local, or whatever fsspec opens (``s3://bucket/set``); a shard is a plain or a gzipped tar. Nothing is
-unpacked to disk. Refused are links and devices, absolute names and ``..``, members over 64 MB, keys that come again,
-and tars without their end or with anything behind it. Hidden files, pickles and single files that are of no sample
+A folder is local or a URL that fsspec opens (``s3://bucket/set``); a shard is a plain or a gzipped tar. Nothing is
+unpacked to disk. Links, devices, absolute names, names with ``..``, members over 64 MB, repeated keys, and tars
+without an end mark or with data after it are refused. Hidden files, pickles and single files that belong to no sample
 are not read, but counted (`Unread`).
 """
 
@@ -29,28 +29,28 @@ from lightning_tdisent.files import check_name, is_plain
 
 SUFFIXES = (".tar", ".tar.gz")
 MAX_MEMBER = 64 * 2**20
-MAX_REGION = 4 * MAX_MEMBER  # of a sample
-MAX_END = 2**20  # behind the end mark
+MAX_REGION = 4 * MAX_MEMBER  # bytes of a sample
+MAX_END = 2**20  # bytes after the end mark
 PICKLED = {"pickle", "pkl", "pyd", "pth", "pt"}
-# of files that are no sample if they stand alone
+# extensions of files that are not a sample if no other file has their key
 LONE = {"caption", "csv", "db", "html", "ini", "json", "jsonl", "log", "md", "parquet", "pdf", "py", "rst", "sh"}
 LONE |= {"toml", "tsv", "txt", "xml", "yaml", "yml"}
-VOLUME_LABEL = b"V"  # of GNU tar
-KEY = re.compile(r"(?:\./)*((?:.*/|)[^./]+)[.]([^/]*)$")  # of a member: key and extension, as webdataset has them
-HIDDEN = re.compile(r"(^|/)(\.(?!/|$)|__MACOSX(/|$))")  # a file, or a folder above it: ._a.jpg, .DS_Store
+VOLUME_LABEL = b"V"  # type of a member, in tars of GNU tar
+KEY = re.compile(r"(?:\./)*((?:.*/|)[^./]+)[.]([^/]*)$")  # key and extension of a member's name, as in webdataset
+HIDDEN = re.compile(r"(^|/)(\.(?!/|$)|__MACOSX(/|$))")  # of a file or a folder above it: ._a.jpg, .DS_Store
 BLOCK = 512
 MAX_SHARDS = 10**6
 PREPARE = "data/README.md says how to prepare each data set."
-PREPARED = ".prepare.json"  # behind the name of a split: what `data prepare` was asked for
+PREPARED = ".prepare.json"  # {split}.prepare.json holds the source and the options of `data prepare`
 
-# first byte, key, and members {extension: (first byte, size)}
+# of a sample: first byte, key, and members {extension: (first byte, size)}
 Layout = tuple[int, str, dict[str, tuple[int, int]]]
 Span = tuple[int, int]  # begin and end
-Unread = dict[str, list[Any]]  # by kind of file: how many were not read, and the first of them
+Unread = dict[str, list[Any]]  # {kind of file: [number of files that were not read, name of the first]}
 
 
 def open_shard(url: str) -> IO[bytes]:
-    """Its bytes as they lie there; raises OSError."""
+    """Open a shard for reading as it is stored (not unzipped). Raises OSError."""
     if not is_remote(url):
         return open(url, "rb")
     return open_remote(url)
@@ -58,7 +58,7 @@ def open_shard(url: str) -> IO[bytes]:
 
 @contextmanager
 def open_tar(url: str) -> Iterator[IO[bytes]]:
-    """The bytes of the tar of a plain or gzipped shard."""
+    """Open the tar in a plain or gzipped shard for reading. Raises OSError."""
     with open_shard(url) as raw:
         if url.endswith(".gz"):
             with gzip.GzipFile(fileobj=raw) as plain:
@@ -68,11 +68,12 @@ def open_tar(url: str) -> Iterator[IO[bytes]]:
 
 
 def find(path: str | Path, split: str) -> list[str]:
-    """Return the shards of a split, sorted: those whose names have its word (see `splits`), or that a pattern names.
+    """Return the sorted URLs of the shards of a split: those with its word in their names, or that match a pattern.
 
-    All shards of the folder belong to it if none names a split. ``split`` is a pattern if it has ``*``, ``?``,
-    ``[..]``, ``{000..123}`` or ends in .tar or .tar.gz. Refuses a folder that holds no such shards, or not all that
-    braces name.
+    See `splits` for the words. All shards of the folder belong to the split if no name has the word of a split.
+    ``split`` is a pattern if it contains ``*``, ``?``, ``[..]`` or ``{000..123}``, or ends in .tar or .tar.gz. Raises
+    `InputError` if the folder has no such shards, lacks shards that braces name, holds a shard twice (.tar and
+    .tar.gz), or if a `data prepare` has not finished the split.
     """
     folder = str(path) if str(path).endswith("://") or str(path) == "/" else str(path).rstrip("/")
     if folder.startswith("pipe:") or split.startswith("pipe:"):
@@ -117,15 +118,15 @@ def find(path: str | Path, split: str) -> list[str]:
 
 
 def planned(split: str, number: int, samples: int) -> list[str]:
-    """Return the names of the shards that `data prepare` makes of ``number`` samples, ``samples`` in each."""
+    """Return the names of the shards that `data prepare` makes of ``number`` samples, with ``samples`` per shard."""
     count = -(-number // samples)
     return [f"{split}-{k:0{4 if count <= 10_000 else 5}d}.tar" for k in range(count)]
 
 
 def refuse_unfinished(folder: str, names: Iterable[str], found: Iterable[str], split: str) -> None:
-    """Refuse shards of a `data prepare` that has not made all of its shards.
+    """Raise `InputError` for shards of a `data prepare` that is not finished.
 
-    names: what the folder holds; found: the shards that were chosen, none if the split has none yet.
+    names: the files in the folder; found: the shards that were chosen, empty if the split has none yet.
     """
     there, found = {name.removesuffix(".gz") for name in names}, {name.removesuffix(".gz") for name in found}
     for file in (f"{folder}/{name}" for name in names if name.endswith(PREPARED)):
@@ -135,7 +136,7 @@ def refuse_unfinished(folder: str, names: Iterable[str], found: Iterable[str], s
             wanted = planned(record["split"], record["number"], record["samples"])
             missing = [name for name in wanted if name not in there]
             mine = not found.isdisjoint(wanted) or (not found and record["split"] == split)
-        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):  # `prepare` itself says what is damaged
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):  # damaged: `prepare` reports that
             continue
         if missing and mine:
             raise InputError(
@@ -160,12 +161,12 @@ def _names(folder: str) -> list[str]:
         raise InputError(f"data.path: there is no folder {folder}. {PREPARE}") from None
     except InputError:
         raise
-    except Exception as error:  # the clients of object stores have errors of their own
+    except Exception as error:  # clients of object stores raise their own types of exceptions
         raise InputError(f"data.path: {folder} cannot be read: {error}") from None
 
 
 class _Header(tarfile.TarInfo):
-    """Refuses a size that cannot be, also of headers that only hold names, before anything of it is read."""
+    """A header that refuses an impossible size before any content is read, also in headers that only hold names."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> Any:
         if not 0 <= self.size <= (MAX_MEMBER if self.isreg() else MAX_END):
@@ -177,7 +178,10 @@ class _Header(tarfile.TarInfo):
 
 @contextmanager
 def tar_members(stream: Any, mode: Any, where: str) -> Iterator[tarfile.TarFile]:
-    """A tar whose headers are checked as they are read; whatever is wrong with it is an `InputError`."""
+    """Open a tar whose headers are checked as they are read.
+
+    The message of an `InputError` that is raised inside the block begins with ``where``. Errors of tarfile pass.
+    """
     try:
         with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Header) as tar:
             yield tar
@@ -186,20 +190,21 @@ def tar_members(stream: Any, mode: Any, where: str) -> Iterator[tarfile.TarFile]
 
 
 def note(unread: Unread, kind: str, name: str) -> None:
-    """Count a file that is not read; the first of each kind keeps its name."""
+    """Count a file that is not read, and keep the name of the first one of each kind."""
     unread.setdefault(kind, [0, name])[0] += 1
 
 
 def is_sample(kinds: Iterable[str]) -> bool:
-    """Return whether files with these extensions and one key are a sample, and not a lone README.md or index.json."""
+    """Return whether files with the same key and these extensions are a sample (a lone README.md is not)."""
     kinds = set(kinds)
     return len(kinds) > 1 or kinds.isdisjoint(LONE)
 
 
 def walk(tar: tarfile.TarFile, where: str, unread: Unread) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Yield key, extension and header of every member that belongs to a sample; refuse what no shard should hold.
+    """Yield the key, extension and header of every member that may belong to a sample.
 
-    Pickles, which could run anything, hidden files, and files without an extension are counted in ``unread``.
+    Pickles (which could run any code), hidden files and files without an extension are counted in ``unread`` instead.
+    Raises `InputError` for members that no shard should contain: links, devices, invalid names and sizes.
     """
     for member in tar:
         place = f"{where}: member {member.name} (byte {member.offset})"
@@ -214,7 +219,7 @@ def walk(tar: tarfile.TarFile, where: str, unread: Unread) -> Iterator[tuple[str
             raise InputError(f"{where}: the member at byte {member.offset} has the name {member.name!a}")
         if member.name.startswith("/") or ".." in member.name.split("/"):
             raise InputError(f"{place} has an absolute name, or one with '..'")
-        if not 0 <= member.size <= MAX_MEMBER:  # once more: an extended header may change it
+        if not 0 <= member.size <= MAX_MEMBER:  # check again: an extended header may have changed the size
             raise InputError(f"{place} has {member.size:,} bytes, more than {MAX_MEMBER:,}, or fewer than 0")
         parts = KEY.match(member.name)
         extension = parts[2].lower() if parts else ""
@@ -229,9 +234,11 @@ def walk(tar: tarfile.TarFile, where: str, unread: Unread) -> Iterator[tuple[str
 
 
 def layout(stream: IO[bytes], where: str, unread: Unread) -> tuple[list[Layout], list[Span]]:
-    """First byte, key and members {extension: (first byte, size)} of every sample; begin and end of their regions.
+    """Return the samples of a tar, and the begin and end of their regions.
 
-    What belongs to no sample is counted in ``unread``.
+    A sample is its first byte, its key, and its members {extension: (first byte, size)}. Files that belong to no
+    sample are counted in ``unread``. Raises `InputError` for a tar that is damaged, has data after its end mark, or
+    contains what no shard should.
     """
     found: list[Layout] = []
     seen: dict[str, int] = {}
@@ -285,13 +292,13 @@ def layout(stream: IO[bytes], where: str, unread: Unread) -> tuple[list[Layout],
 
 
 def hash_file(url: str) -> tuple[int, str]:
-    """Bytes and SHA-256 of a shard as it lies there; raises OSError."""
+    """Return the size in bytes and the SHA-256 of a shard as it is stored. Raises OSError."""
     with open_shard(url) as raw:
         total = digest_of(iter(lambda: raw.read(2**20), b""))
         return raw.tell(), total
 
 
 def size_of(url: str) -> int:
-    """Bytes of a shard as it lies there; raises OSError."""
+    """Return the size in bytes of a shard as it is stored. Raises OSError."""
     with open_shard(url) as raw:
         return raw.seek(0, os.SEEK_END)
