@@ -16,7 +16,7 @@ from lightning_tdisent.files import whole
 
 
 def write(folder: Path) -> None:
-    """Scale 0..16 to 0..255, shuffle with seed 0, split, write."""
+    """Scale the scans from 0..16 to 0..255, shuffle them with seed 0, split them, and write the shards."""
     images, labels = load_digits(return_X_y=True)
     images = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     order = np.random.default_rng(0).permutation(len(images))

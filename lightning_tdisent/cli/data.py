@@ -12,7 +12,7 @@ TEXT = "make, prepare, index, verify or inspect shards of images"
 
 
 def add_commands(commands: Commands) -> None:
-    """Add their options."""
+    """Add the command ``data`` with its subcommands and their options."""
     commands = commands.add_parser("data", help=TEXT, description=TEXT).add_subparsers(
         dest="data_command", metavar="COMMAND", required=True
     )
@@ -110,7 +110,7 @@ def _prepare(a: argparse.Namespace) -> None:
 
 
 def _plain(text: str) -> str:
-    """Return a text that any terminal takes, as names of files need not be UTF-8."""
+    """Return a text that any terminal can print: bytes in names of files that are not UTF-8 are escaped."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -153,7 +153,7 @@ def _index(a: argparse.Namespace) -> None:
         refuse_unwritable(Path(file).parent, ELSEWHERE)
     with bar("shards") as progress:
         index = build(files, cores(a.jobs), progress, regions=not a.no_samples)
-    if index.unusable[0] == len(index) and index.notes:  # the last note is of unusable samples, if there are some
+    if index.unusable[0] == len(index) and index.notes:  # if samples cannot be used, the last note says so
         raise InputError(f"{a.folder} ({a.split}): no sample can be used: {index.notes[-1]}")
     index.save(file)
     print(f"{file}: {len(index):,} samples in {len(files)} shards, digest {index.digest}")

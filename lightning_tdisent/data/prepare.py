@@ -172,7 +172,8 @@ def _check(source: Source, options: Options, split: str, jobs: int) -> None:
 def _held(out: Path, split: str, files: list[Path], record: dict[str, Any]) -> Iterator[None]:
     """Lock a folder for this run, and remove the temporary files of a killed one.
 
-    The folder must be empty, or hold shards of a run with the same source and options. Else raises `InputError`.
+    Raises `InputError` if another process has the lock, or if the folder has shards of this split from another source,
+    from other options or of unknown origin.
     """
 
     def shards() -> list[str]:

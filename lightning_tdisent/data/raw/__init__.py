@@ -1,7 +1,7 @@
-"""Raw data sets as they are published, read item by item: image folders, ILSVRC, MNIST, CIFAR-10, parquet, tars.
+"""Read raw data sets as they are published, item by item: image folders, ILSVRC, MNIST, CIFAR-10, parquet, tars.
 
-`find_source` looks at a path and says what it is. A kind is a pair of functions, one that finds its files and one that
-opens them. All hand out undecoded bytes, so that `prepare` decides what an image becomes. Nothing is unpacked or run.
+`find_source` detects the kind of a data set. A kind is a pair of functions: one finds the files, the other opens them.
+All kinds return undecoded bytes, so that `prepare` decides how images are stored. Nothing is unpacked or executed.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,11 @@ __all__ = ["KINDS", "Ask", "Item", "Kind", "Source", "class_table", "find_source
 
 @dataclass(frozen=True)
 class Kind:
-    """``find(path, ask)`` gives the files of a data set, nothing if there are none; ``open`` takes them."""
+    """A kind of raw data set.
+
+    ``find(path, ask)`` returns the files of a data set, something falsy if there are none; ``open(files, ask)`` opens
+    them. ``looks_for`` describes the files, for messages.
+    """
 
     find: Callable[[Path, Ask], Any]
     open: Callable[[Any, Ask], Source]
@@ -40,9 +44,10 @@ KINDS = {
 
 
 def find_source(path: str | Path, split: str, kind: str = "auto", **more: Any) -> Source:
-    """Open a raw data set; ``kind`` is one of `KINDS`, or ``auto`` to recognise it; ``more`` are other fields of `Ask`.
+    """Open a split of a raw data set.
 
-    Raises `InputError` if it is none, more than one, damaged, or has no such split.
+    kind: one of `KINDS`, or ``auto`` to detect it. more: further fields of `Ask`. Raises `InputError` if the path is no
+    known data set, can be read as several kinds, is damaged, or has no such split.
     """
     path, ask = Path(path), Ask(split, **more)
     if kind not in ("auto", *KINDS):
@@ -53,7 +58,7 @@ def find_source(path: str | Path, split: str, kind: str = "auto", **more: Any) -
         raise InputError(f"{path} does not exist. Name the folder or file of the raw data set")
     kinds = KINDS if kind == "auto" else {kind: KINDS[kind]}
     try:
-        if ask.skip is not None:  # looked for only where it can be met
+        if ask.skip is not None:  # drop it if the source cannot reach that folder
             skip = ask.skip.resolve()
             ask = replace(ask, skip=skip if ask.links or skip.is_relative_to(path.resolve()) else None)
         for name, advice in ARCHIVES.items():
@@ -62,7 +67,7 @@ def find_source(path: str | Path, split: str, kind: str = "auto", **more: Any) -
         if path.is_file() and path.suffix.lower() in (".zip", ".7z", ".rar", ".tgz"):
             raise InputError(f"{path} is an archive that is not opened here: unpack it, and name the folder")
         found = {name: files for name, k in kinds.items() if (files := k.find(path, ask))}
-        if "ilsvrc" in found:  # its images are in folders, too
+        if "ilsvrc" in found:  # which is also a folder of images
             found.pop("folder", None)
         if not found:
             what = "data set that is known here" if kind == "auto" else f"{kind} data set"

@@ -1,4 +1,4 @@
-"""Images that fit in memory: MNIST (IDX files) and CIFAR-10 (pickles, read without running anything in them)."""
+"""Data sets that fit in memory: MNIST (IDX files) and CIFAR-10 (pickles, read without executing anything in them)."""
 
 import gzip
 import io
@@ -25,7 +25,7 @@ _CIFAR = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["test_batc
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """Images (N, H, W) or (N, H, W, 3) uint8 with class numbers (N,), handed out as PNG."""
+    """Images uint8 (N, H, W) or (N, H, W, 3) with class numbers (N,). Items are encoded as PNG."""
 
     kind: str
     images: Array
@@ -44,25 +44,28 @@ class Arrays:
         return Item(self.names[i], {"png": png.getvalue(), "cls": str(self.labels[i]).encode()})
 
     def fingerprint(self) -> str:
-        """Hash of all pixels, class numbers and names."""
+        """Return a hash of all pixels, class numbers and names."""
         total = digest(np.ascontiguousarray(self.images).tobytes(), self.labels.astype("<i8").tobytes())
         return hashed([total, str(self.images.shape), *self.classes, *self.names])
 
 
 def find_mnist(path: Path, ask: Ask) -> Path | None:
-    """The folder with images of either split: the path, or where torchvision puts them."""
+    """Return the folder with images of either split: ``path``, or where torchvision puts them below it; else None."""
     folders = (path, path / "raw", path / "MNIST" / "raw")
     return next((f for f in folders for prefix in _MNIST.values() if _idx(f, f"{prefix}-images", 3)), None)
 
 
 def _idx(folder: Path, name: str, dimensions: int) -> Path | None:
-    """Both spellings are in use, and gzipped or not."""
+    """Return an IDX file, None if there is none. Both spellings (``-idx``, ``.idx``) are in use, gzipped or not."""
     files = (folder / f"{name}{mark}idx{dimensions}-ubyte{packed}" for packed in ("", ".gz") for mark in "-.")
     return next(filter(Path.is_file, files), None)
 
 
 def open_mnist(folder: Path, ask: Ask) -> Arrays:
-    """Images and labels of a split; raises `InputError` if they are not what their headers say."""
+    """Read the images and labels of a split.
+
+    Raises `InputError` for an unknown split, for missing files, and for files that do not match their headers.
+    """
     split = splits.canonical(ask.split)
     if split not in _MNIST:
         raise InputError(f"{folder}: MNIST has the splits {' and '.join(_MNIST)}, not {ask.split!r}")
@@ -79,7 +82,7 @@ def open_mnist(folder: Path, ask: Ask) -> Arrays:
     return Arrays("mnist", images, labels, [f"{split}/{i:05d}" for i in range(len(images))], [])
 
 
-LARGEST = 1 << 30  # bytes of an IDX file, unpacked: 1.3 million images of 28 x 28
+LARGEST = 1 << 30  # maximum bytes of an IDX file, unzipped: 1.3 million images of 28 x 28
 
 
 def _read_idx(file: Path, dimensions: int) -> Array:
@@ -90,7 +93,7 @@ def _read_idx(file: Path, dimensions: int) -> Array:
         raise InputError(f"{file} is damaged: {error}") from None
     if len(content) > LARGEST:
         raise InputError(f"{file} has more than {LARGEST:,} bytes, which no set of digits has")
-    magic = struct.pack(">I", 0x800 + dimensions)  # unsigned bytes, so many dimensions
+    magic = struct.pack(">I", 0x800 + dimensions)  # type unsigned byte, number of dimensions
     if content[:4] != magic:
         raise InputError(f"{file} begins with {content[:4].hex() or 'nothing'}, not with the IDX {magic.hex()}")
     begin = 4 + 4 * dimensions
@@ -104,7 +107,7 @@ def _read_idx(file: Path, dimensions: int) -> Array:
 
 
 class _Stub:
-    """Stands in a pickle for an array of numpy or its type, and keeps what that would be made of."""
+    """Placeholder for a numpy array or its dtype in a pickle. It keeps the arguments and the state of the original."""
 
     def __init__(self, *args: Any) -> None:
         self.args, self.state = args, None
@@ -120,7 +123,7 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 
 class _BytesOnly(pickle.Unpickler):  # noqa: S301  see below
-    """Unpickles strings, numbers, lists, dicts and stubs of arrays. No name of a pickle is ever imported."""
+    """Unpickler of strings, numbers, lists, dicts and placeholders of arrays. It never imports a name from a pickle."""
 
     known = {
         ("numpy.core.multiarray", "_reconstruct"): _Stub,
@@ -131,7 +134,7 @@ class _BytesOnly(pickle.Unpickler):  # noqa: S301  see below
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """One of the few names that an array of bytes needs; any other is refused."""
+        """Return the stand-in for one of the few names that an array of bytes needs; refuse any other name."""
         if (module, name) not in self.known:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array of bytes needs: refused")
         return self.known[module, name]
@@ -141,7 +144,7 @@ def _unpickle(file: Path) -> dict[bytes, Any]:
     raw = io.BytesIO(file.read_bytes())
     try:
         content = _BytesOnly(raw, encoding="bytes").load()
-    except Exception as error:  # the reader of pickles raises nearly everything on damaged ones
+    except Exception as error:  # on damaged pickles, the unpickler raises almost any exception
         raise InputError(f"{file} is damaged: {type(error).__name__}: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{file} holds a {type(content).__name__}, not the table of a CIFAR-10 batch")
@@ -149,12 +152,12 @@ def _unpickle(file: Path) -> dict[bytes, Any]:
 
 
 def find_cifar(path: Path, ask: Ask) -> Path | None:
-    """The folder that holds ``batches.meta``."""
+    """Return the folder that contains ``batches.meta``, None if there is none."""
     return next((f for f in (path, path / "cifar-10-batches-py") if (f / "batches.meta").is_file()), None)
 
 
 def open_cifar(folder: Path, ask: Ask) -> Arrays:
-    """All batches of a split; raises `InputError` for a pickle that holds, or asks for, anything else."""
+    """Read all batches of a split. Raises `InputError` for a pickle that contains, or imports, anything else."""
     split = splits.canonical(ask.split)
     if split not in _CIFAR:
         raise InputError(f"{folder}: CIFAR-10 has the splits {' and '.join(_CIFAR)}, not {ask.split!r}")
@@ -172,7 +175,7 @@ def open_cifar(folder: Path, ask: Ask) -> Arrays:
 
 
 def _cifar_batch(file: Path, classes: int) -> tuple[Array, list[int], list[str]]:
-    """Pixels (N, 3, 32, 32), class numbers and file names of a batch."""
+    """Return the pixels uint8 (N, 3, 32, 32), class numbers and file names of a batch."""
     batch = _unpickle(file)
     match batch.get(b"data"):
         case _Stub(state=(_, (int(n), 3072), _Stub(args=("u1" | b"u1", *_)), 0, bytes(content))):

@@ -1,15 +1,15 @@
-"""Labels and captions that lie beside the images of a folder, by the conventions in use.
+"""Labels and captions stored next to the images of a folder, in the common conventions.
 
-| file | of | gives |
+| file | used by | gives |
 |---|---|---|
 | ``dataset.json`` at the top | StyleGAN's and EDM's dataset_tool | ``{"labels": [[name, class], ..]}``, or a mapping |
 | ``metadata.jsonl``, ``metadata.csv`` in any folder | ``datasets``' imagefolder | a row per ``file_name`` |
 | ``KEY.json`` | img2dataset | caption and label of ``KEY.png`` |
-| ``KEY.cls`` | shards that were unpacked | its class |
-| ``KEY.txt``, ``KEY.caption``, ``KEY.png.txt`` | trainers of text to image | its caption |
+| ``KEY.cls`` | unpacked shards | class of ``KEY.png`` |
+| ``KEY.txt``, ``KEY.caption``, ``KEY.png.txt`` | trainers of text-to-image models | caption of ``KEY.png`` |
 
 A ``dataset.json``, ``metadata.jsonl`` or ``metadata.csv`` may also be in a folder above that of the split, up to the
-source. Fields are known by the names in `ROLES`. Captions of the last kind are read when the image is.
+source. Fields are recognised by the names in `ROLES`. Caption files (the last row) are only read with their image.
 """
 
 import csv
@@ -33,10 +33,11 @@ NO_CLASS = (None, "", -1, "-1")
 
 @dataclass
 class Beside:
-    """What lies beside images, by their names: labels, captions, the files of captions that are still to be read.
+    """Labels and captions of images, by the name of the image.
 
-    wanted: whether labels are. tables: the files that gave labels; ``no_classes``: one of them says that there are
-    none. used: all files that were read or will be.
+    wanted: whether labels are read. texts: captions. files: names of caption files, which are still to be read.
+    tables: names of the files that gave labels. no_classes: whether one of the tables says that there are no classes.
+    used: names of all files that were read or will be. notes: lines on what was read and what was not.
     """
 
     wanted: bool = True
@@ -51,9 +52,10 @@ class Beside:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of labels or captions: its file, and its name as seen from the root of the images.
+    """A table of labels or captions: its path, and its name relative to the root of the images.
 
-    Names in it are relative to its folder. ``folder`` is that folder below the root, or ``below`` the root below it.
+    The names of images in it are relative to its folder. If that folder is below the root, ``folder`` is its path
+    relative to the root; if it is above, ``below`` is the path of the root relative to it.
     """
 
     file: Path
@@ -63,17 +65,18 @@ class Table:
 
 
 def is_table(name: str) -> bool:
-    """Return whether a file of this name may be a table of the images of a folder."""
+    """Return whether a file with this name may be a table of labels or captions."""
     return name == "dataset.json" or name.lower() in ("metadata.jsonl", "metadata.csv")
 
 
 def look_beside(
     root: Path, names: Mapping[str, int], images: list[str], labels: bool = True, above: Iterable[Path] = ()
 ) -> Beside:
-    """Return labels, if they are wanted, and captions of the images among the names of files below a folder.
+    """Collect the captions and, if ``labels``, the labels of the images below a folder.
 
-    above: tables that are not among the names, in the root or in folders above it. Raises `InputError` for a table that
-    is damaged or names no file that is there, and for labels of some images only.
+    names: all files below ``root``; images: those that are images. above: tables that are not among the names, in the
+    root or in folders above it. Raises `InputError` for a table that is damaged or names no existing file, for labels
+    that conflict, are out of range or not of one type, and if only some of the images have a label.
     """
     out, known = Beside(wanted=labels), set(images)
     own = ["dataset.json", *sorted(n for n in names if "metadata." in n.lower() and is_table(n.rpartition("/")[2]))]
@@ -109,7 +112,7 @@ def _dataset_json(table: Table, known: set[str], out: Beside) -> None:
     if isinstance(rows, dict):
         rows = [[name, value] for name, value in rows.items()]
     if rows == () or not isinstance(rows, list | None):
-        return  # another dataset.json, which is named among the files that are not read
+        return  # another kind of dataset.json, which is reported as a file that is not read
     out.used.add(table.name)
     if rows is None:
         out.no_classes = True
@@ -129,10 +132,11 @@ def _dataset_json(table: Table, known: set[str], out: Beside) -> None:
 
 
 def _matched(table: Table, given: list[str], known: set[str], out: Beside, refuse: bool) -> dict[str, str]:
-    """Return the images that a table names, by the names that it gives them.
+    """Return the images that a table names: {name in the table: name of the image}.
 
-    A name that is none but for upper and lower case, or the form of Unicode, is taken if it can mean one image only; if
-    no name is one, so is the last part of a name. refuse: raise `InputError` where the table names no file at all.
+    A name that differs from that of an image only in upper and lower case, or in the Unicode form, counts if it can
+    mean one image only. If no name has been found so far, and the table is not above the root, the last part of a name
+    (without its folders) is compared in the same way. refuse: raise `InputError` if the table names no existing file.
     """
     paths = {name: posixpath.normpath(posixpath.join(table.folder, name.replace("\\", "/"))) for name in given}
     there = {posixpath.normpath(posixpath.join(table.below, image)): image for image in known}
@@ -157,19 +161,19 @@ def _matched(table: Table, given: list[str], known: set[str], out: Beside, refus
 
 
 def _folded(path: str, part: bool) -> str:
-    """Return a path, or its last part, without the differences of upper and lower case and of Unicode's forms."""
+    """Return a path, or its last component if ``part``, in one Unicode form and with case folded."""
     return unicodedata.normalize("NFC", path.rpartition("/")[2] if part else path).casefold()
 
 
 def _once(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return the values of the keys that come once."""
+    """Return the pairs, as a dict, whose key occurs only once."""
     pairs = list(pairs)
     count = Counter(key for key, _ in pairs)
     return {key: value for key, value in pairs if count[key] == 1}
 
 
 def _label(file: Path, table: str, name: str, value: Any, known: set[str], out: Beside) -> None:
-    """Keep the label that a table gives an image; refuses what is no class, and another one."""
+    """Store the label that a table gives an image. Raises `InputError` if it is no class, or if two tables differ."""
     if isinstance(value, str):
         value = int(value) if value.strip().isascii() and value.strip().isdecimal() else value.strip()
     if not out.wanted or name not in known or (isinstance(value, int | str | None) and value in NO_CLASS):
@@ -247,13 +251,16 @@ def read_json(file: Path) -> Any:
 
 
 def _first(value: Any) -> str | None:
-    """Return a caption, or the first of a list of captions; None if there is none."""
+    """Return a caption, or the first one of a list of captions; None if there is none."""
     value = next(iter(value), None) if isinstance(value, list) else value
     return value if isinstance(value, str) else None
 
 
 def fields_of(table: Any, where: str) -> tuple[Any, str | None, list[str]]:
-    """Return the label and the caption in the table of one image, and the names of the fields that are not read."""
+    """Return the label and the caption in the JSON object of one image, and the names of the fields that are not read.
+
+    Raises `InputError` if ``table`` is no object. where: its file, for the message.
+    """
     if not isinstance(table, dict):
         raise InputError(f"{where} holds {type(table).__name__}, expected an object with a caption or a label")
     label, text = role_of(table, "label"), role_of(table, "text")
@@ -262,11 +269,11 @@ def fields_of(table: Any, where: str) -> tuple[Any, str | None, list[str]]:
 
 
 def _members(root: Path, names: Mapping[str, int], images: list[str], out: Beside) -> None:
-    """Read KEY.json and KEY.cls beside each image that has them."""
+    """Read the KEY.json and KEY.cls of each image that has them."""
     if not any(name.endswith((".json", ".cls")) for name in names):
         return
     others, read, known = Counter[str](), 0, set(images)
-    parsed: dict[str, tuple[Any, str | None] | None] = {}  # label and caption by stem, as a.jpg and a.png share a.json
+    parsed: dict[str, tuple[Any, str | None] | None] = {}  # label and caption by stem: a.jpg and a.png share a.json
     for image in images:
         stem = image.rpartition(".")[0]
         if f"{stem}.cls" in names:
@@ -279,7 +286,7 @@ def _members(root: Path, names: Mapping[str, int], images: list[str], out: Besid
         if stem not in parsed:
             table = read_json(file)
             parsed[stem] = None
-            if isinstance(table, dict):  # else it is counted among the files that are not read
+            if isinstance(table, dict):  # otherwise it is reported as a file that is not read
                 label, text, more = fields_of(table, str(file))
                 parsed[stem] = label, text
                 out.used.add(f"{stem}.json")
@@ -296,7 +303,7 @@ def _members(root: Path, names: Mapping[str, int], images: list[str], out: Besid
 
 
 def _caption_files(names: Mapping[str, int], images: Iterable[str], out: Beside) -> None:
-    """Find the captions of images: KEY.txt, KEY.caption, KEY.png.txt or KEY.png.caption, endings in any case."""
+    """Find the caption files of images: KEY.txt, KEY.caption, KEY.png.txt, KEY.png.caption; extensions in any case."""
     parts = ((n, *n.rpartition(".")[::2]) for n in names)
     there = {f"{stem}.{end.lower()}": n for n, stem, end in parts if end.lower() in CAPTIONS}
     if not there:

@@ -1,4 +1,4 @@
-"""Raw items to samples that can be stored, by several processes, in order."""
+"""Convert raw items to samples that can be stored, in several processes, in order."""
 
 import contextlib
 import io
@@ -42,10 +42,10 @@ GREY = ("1", "L", "LA", "La", "I", "F")
 
 @dataclass(frozen=True)
 class Made:
-    """What became of a raw sample: its members, and its pixels (H, W[, 3]) if they are still to become a latent.
+    """A converted sample: its members and, if they are still to be encoded as a latent, its pixels (H, W[, 3]).
 
-    ``number`` is that in the final order, ``name`` where it came from, as one line of UTF-8, ``depth`` the type of its
-    values, as `decode.depth` says it.
+    number: position in the final order. name: where it came from, as one line of UTF-8. depth: type of its values
+    (`decode.depth`).
     """
 
     number: int
@@ -57,22 +57,22 @@ class Made:
 
 @dataclass(frozen=True, order=True)
 class Skipped:
-    """A sample that was left out: its number in the final order, where it came from, and why."""
+    """A sample that was left out: its position in the final order, where it came from, and the reason."""
 
     number: int
     name: str
     reason: str
 
 
-Task = tuple[int, np.ndarray[Any, Any]]  # neighbours in the final order: first number, and all numbers in the source
+Task = tuple[int, np.ndarray[Any, Any]]  # consecutive samples: position of the first, numbers of all in the source
 Samples = list[Made | Skipped]
 
 
 @dataclass(frozen=True)
 class Convert:
-    """The samples of a task: cropped to size x size pixels if there is a size, and encoded as `ENCODE` or kept.
+    """Convert the samples of a task: crop to size x size pixels if ``size`` is given; encode as `ENCODE`, or keep.
 
-    Where there is a ``mode``, the pixels are of that mode and not encoded. ``span`` is that of `to_mode`.
+    If ``mode`` (a mode of Pillow) is given, return pixels in that mode and do not encode. span: see `to_mode`.
     """
 
     source: Source
@@ -82,7 +82,7 @@ class Convert:
     span: Span | None = None
 
     def __call__(self, task: Task) -> Samples:
-        """One for every number, in order."""
+        """Return one converted or skipped sample for every number of the task, in order."""
         out: Samples = []
         for number, i in enumerate(task[1].tolist(), task[0]):
             item = self.source[i]
@@ -103,7 +103,7 @@ class Convert:
             raise BadSample(f"{name} {error}") from None
         image, pixels = open_image(content, name), None
         try:
-            if "cls" in rest and class_of(rest["cls"]) == -1:  # how test sets without classes are written
+            if "cls" in rest and class_of(rest["cls"]) == -1:  # some test sets mark missing classes by -1
                 del rest["cls"]
         except ValueError as error:
             raise BadSample(f"{name} cannot be used: {error}") from None
@@ -121,14 +121,14 @@ class Convert:
                 members = {**self._encoded(image, content, name), **rest}
         except BadSample:
             raise
-        except (OSError, ValueError) as error:  # a mode or size that no format has
+        except (OSError, ValueError) as error:  # a mode or size that the format does not support
             raise BadSample(f"{name} cannot be used: {error}") from None
         if large := [f"{e} of {len(c):,}" for e, c in members.items() if len(c) > MAX_MEMBER]:
             raise BadSample(f"{name} cannot be stored: {large[0]} bytes, more than {MAX_MEMBER:,}")
         return Made(number, name, members, pixels, depth(image))
 
     def _encoded(self, image: Image.Image, content: bytes, name: str) -> dict[str, bytes]:
-        """The image by its extension: the bytes that came, or new ones without anything but pixels."""
+        """Return {extension: content} of the image: the original bytes, or pixels encoded again without metadata."""
         kind = image_type(content)
         kept = kind if kind in ENCODE else "png"
         rescaled = self.span is not None and depth(image) != "8 bits"
@@ -138,7 +138,7 @@ class Convert:
         grey = image.mode in GREY or image.mode.startswith("I;16")
         out = io.BytesIO()
         pixels = self._pixels(image, "L" if grey else "RGB", name)
-        Image.fromarray(pixels).save(out, **ENCODE[target])  # from an array: no profile, no comment
+        Image.fromarray(pixels).save(out, **ENCODE[target])  # from an array: without colour profile and comments
         return {target: out.getvalue()}
 
     def _pixels(self, image: Image.Image, mode: str, name: str) -> np.ndarray[Any, Any]:
@@ -150,16 +150,16 @@ class Convert:
 
 
 def _plain(text: str) -> str:
-    """As one line of UTF-8, whatever a file's name is."""
+    """Return a file's name as one printable line of UTF-8."""
     text = text.encode(errors="backslashreplace").decode()
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-_worker: list[Convert] = []  # what this process converts with, if it is one of those that do
+_worker: list[Convert] = []  # the converter of this worker process; empty in the main process
 
 
 def _start(convert: Convert) -> None:
-    """Make a process ready: it leaves Ctrl-C to its parent, and ends with it, even if that is killed."""
+    """Initialise a worker process: ignore Ctrl-C, which the parent handles; exit with the parent, even if killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -178,7 +178,10 @@ def _work(task: Task) -> Samples:
 
 @contextlib.contextmanager
 def in_order(convert: Convert, tasks: Sequence[Task], jobs: int) -> Iterator[Iterator[tuple[int, Samples]]]:
-    """First number and samples of every task in their order, a few of them worked on ahead."""
+    """Yield an iterator over (first position, samples) of each task, in order; a few tasks are converted ahead.
+
+    With fewer than 2 ``jobs``, tasks are converted in this process, and none ahead.
+    """
     if jobs < 2:
         yield ((task[0], convert(task)) for task in tasks)
         return

@@ -1,4 +1,4 @@
-"""Image files in folders: flat, one folder per class, or as ILSVRC (ImageNet-1k) comes from Kaggle."""
+"""Image files in folders: flat, one folder per class, or ILSVRC (ImageNet-1k) as Kaggle distributes it."""
 
 import contextlib
 import csv
@@ -29,15 +29,16 @@ from lightning_tdisent.errors import InputError
 
 _ENDINGS = tuple(f".{extension}" for extension in IMAGES)
 _SOLUTION = "LOC_val_solution.csv"
-Root = tuple[str, Path]  # a folder of the split, and the class folder that it is in, "" if none
+Root = tuple[str, Path]  # name of the class folder that a folder of the split is in, "" if none; that folder itself
 
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Image files below a folder, in arrays: millions of names go to every process that reads some of them.
+    """Image files below a folder, in arrays, because millions of names are sent to every process that reads some.
 
-    ``names`` are the paths below the root, ``labels`` the class numbers or -1. A caption is in ``texts``, or in a file
-    with the image's name and another ending: ``captions`` are numbers of ``endings``, -1 for none.
+    names: paths relative to ``root``, in bytes. labels: class numbers, -1 for none. captions: the caption of image i is
+    in a file with the stem of its name and the ending ``endings[captions[i]]``, -1 for none. texts: captions that have
+    no file of their own, by number of the image. content: the fingerprint.
     """
 
     kind: str
@@ -74,7 +75,7 @@ class Files:
         return Item(name, members, caption)
 
     def fingerprint(self) -> str:
-        """Hash of the names, sizes, classes and captions of all files."""
+        """Return a hash of the names, sizes, classes and captions of all files."""
         return self.content
 
 
@@ -85,7 +86,11 @@ def _is_image(name: str) -> bool:
 def _walk(
     folder: Path, bound: Path | None, ask: Ask, prefix: str = "", above: tuple[Path, ...] = ()
 ) -> Iterator[tuple[str, int]]:
-    """Yield names below a folder and sizes; a link is followed only to what lies in ``bound``, and not above itself."""
+    """Yield the name and size of every file below a folder, with names relative to it and after ``prefix``.
+
+    Raises `InputError` for a link to something outside ``bound`` (None: all links are followed), and for a link to a
+    folder above itself.
+    """
     real = folder.resolve()
     if real in above:
         raise InputError(f"{folder} is a link to a folder above itself, {real}")
@@ -95,7 +100,7 @@ def _walk(
         if entry.is_symlink():
             _refuse_link(Path(entry.path), bound)
         if not is_folder(entry):
-            there = not entry.is_symlink() or os.path.exists(entry.path)  # else it is a bad sample
+            there = not entry.is_symlink() or os.path.exists(entry.path)  # a broken link becomes a bad sample
             yield prefix + entry.name, entry.stat(follow_symlinks=there).st_size
         elif not ask.skips(Path(entry.path)):
             yield from _walk(Path(entry.path), bound, ask, f"{prefix}{entry.name}/", (*above, real))
@@ -108,7 +113,7 @@ def _refuse_link(path: Path, bound: Path | None) -> None:
 
 
 def find_folder(path: Path, ask: Ask) -> Path | None:
-    """Return the folder itself if an image, or a link to a folder, is in it or below; looking stops at the first."""
+    """Return ``path`` if an image, or a link to a folder, is in it or below it, else None. Stop at the first one."""
     for place, folders, names in os.walk(path):
         folders[:] = [f for f in folders if not is_hidden(f) and not ask.skips(Path(place, f))]
         if any(map(_is_image, names)) or any(Path(place, f).is_symlink() for f in folders):
@@ -117,27 +122,27 @@ def find_folder(path: Path, ask: Ask) -> Path | None:
 
 
 def open_folder(path: Path, ask: Ask) -> Files:
-    """Open the images of a split: in folders named after it, or all, if no folder and no file names a split."""
+    """Open the images of a split: those in folders named after it, or all if no folder and no file names a split."""
     if ask.pattern:
         raise InputError(f"{path}: --split {ask.split} is a pattern, which folders of images do not have. Name a split")
     roots, notes = _roots(path, ask)
     train: list[Root] = []
     if splits.canonical(ask.split) != "train":
-        with contextlib.suppress(InputError):  # there is no training split, whose classes would count
+        with contextlib.suppress(InputError):  # there is no training split to take the class numbers from
             train = _roots(path, replace(ask, split="train"))[0]
     return _by_folder("folder", path, roots, train, ask, notes)
 
 
 def _whole(name: str) -> bool:
-    """Return whether a split is all that a name says, as in Train, validation or val2017."""
+    """Return whether a name consists of nothing but a split's name, such as Train, validation or val2017."""
     return len(splits.named(name)) == 1 and splits.canonical(re.sub(r"[\W\d_]+$", "", name)) in splits.SYNONYMS
 
 
 def _roots(path: Path, ask: Ask) -> tuple[list[Root], list[str]]:
     """Return the folders of a split at or below a folder, and notes on the other splits.
 
-    They are named after the split; or below the only folder (images/train); or in each class folder (cat/train,
-    dog/train). It is the folder itself if no folder names a split.
+    These are the folder that is named after the split; or that folder within the only subfolder (images/train); or
+    those in each class folder (cat/train, dog/train). If no folder names a split, it is ``path`` itself.
     """
     inner = subfolders(path, ask)
     if named := _naming(path, inner, ask):
@@ -160,10 +165,10 @@ def _roots(path: Path, ask: Ask) -> tuple[list[Root], list[str]]:
 
 
 def _naming(path: Path, inner: list[str], ask: Ask) -> list[str]:
-    """Return those of the folders in a folder that are of splits, none of them if all are classes.
+    """Return those of the folders ``inner`` of a folder that are splits; an empty list if all of them are classes.
 
-    Beside folders of images that name no split, a single split may be a class (car, bus, train), so that it is refused,
-    but for a word within a name (bullet train), which is a class.
+    Next to folders of images that name no split, a folder of a single split may also be a class (car, bus, train).
+    Raises `InputError` for that. If the split is a later word of the folder's name (bullet train), it is a class.
     """
     named = [n for n in inner if n == ask.split or splits.named(n)]
     others = [n for n in inner if n not in named]
@@ -217,9 +222,9 @@ def _seen(ask: Ask, mine: list[str], found: list[str], left: list[str]) -> list[
 
 
 def _by_folder(kind: str, path: Path, roots: list[Root], train: list[Root], ask: Ask, notes: list[str]) -> Files:
-    """Return the images of the roots, with labels of a table, or numbers of their class folders.
+    """Return the images of the folders ``roots``, with labels from a table, or from their class folders.
 
-    A split has the numbers of the class folders of the training split, if that is there.
+    Class folders are numbered as in the training split, if there is one (``train``, its folders).
     """
     bound = None if ask.links else path.resolve()
     sizes: dict[str, int] = {}
@@ -228,7 +233,7 @@ def _by_folder(kind: str, path: Path, roots: list[Root], train: list[Root], ask:
         if folder.is_symlink() and folder != path:
             _refuse_link(folder, bound)
         prefix = "" if folder == base else f"{folder.relative_to(base).as_posix()}/"
-        sizes |= sorted(_walk(folder, bound, ask, prefix))  # whatever order the file system lists them in
+        sizes |= sorted(_walk(folder, bound, ask, prefix))  # file systems list files in any order
     images, seen = _of_split([n for n in sizes if _is_image(n)], ask, base)
     places = [*([base] if roots[0][0] else []), *list(base.parents)[: len(base.relative_to(path).parts)]]
     above = [place / n for place in reversed(places) for n in names_in(place, ask) if is_table(n)]
@@ -265,7 +270,10 @@ def _by_folder(kind: str, path: Path, roots: list[Root], train: list[Root], ask:
 
 
 def _of_split(images: list[str], ask: Ask, root: Path) -> tuple[list[str], list[str]]:
-    """Return the images whose names say the split, if all of them say one and they say several; else all."""
+    """Return the images whose names have the word of the split, and notes on it.
+
+    Returns all images, without a note, unless every image names a split and they name several.
+    """
 
     def stem(name: str) -> str:
         return name.rpartition("/")[2].rpartition(".")[0]
@@ -286,7 +294,10 @@ def _of_split(images: list[str], ask: Ask, root: Path) -> tuple[list[str], list[
 def _by_table(
     given: dict[str, int | str], images: list[str], path: Path, train: list[Root], ask: Ask
 ) -> tuple[list[int], list[str], str]:
-    """Return labels and classes of a table; names are numbered in their order, of training if that is there."""
+    """Return labels and classes by a table, and text for a note.
+
+    Class names are numbered in sorted order; if there is a training split, in the order of its names.
+    """
     if isinstance(next(iter(given.values())), int):
         return [int(given[n]) for n in images], [], ""
     classes = sorted({str(label) for label in given.values()})
@@ -301,7 +312,7 @@ def _by_table(
 def _by_names(
     images: list[str], base: Path, roots: list[Root], train: list[Root], ask: Ask
 ) -> tuple[list[int], list[str], str]:
-    """Return labels by class folders, their names, and a line on them."""
+    """Return labels by class folders, the names of the classes, and a note on them."""
     flat = [n for n in images if "/" not in n]
     if flat and len(flat) < len(images):
         raise InputError(
@@ -334,7 +345,12 @@ def _class_folders(roots: list[Root], ask: Ask) -> list[str]:
 
 
 def numbered(names: list[str], base: Path, ask: Ask) -> tuple[list[str], str]:
-    """Return names of classes by number: by the number that every name is, or in the order of the names."""
+    """Return the class names by number, and a description for a note.
+
+    names: the sorted names of class folders. If all of them are numbers, these are the class numbers, with "" for
+    numbers without a folder; otherwise, or if they are not distinct or too large, the order of the names counts. Raises
+    `InputError` for names that look like parts of one set (00000, 00001), unless ``ask.labels`` is ``folders``.
+    """
     if not all(n.isascii() and n.isdecimal() for n in names):
         return names, f"the sorted names of {len(names):,} folder{'s' * (len(names) != 1)}"
     if ask.labels != "folders" and len(names[0]) >= 5 and names[0][0] == "0" and len(set(map(len, names))) == 1:
@@ -352,12 +368,15 @@ def numbered(names: list[str], base: Path, ask: Ask) -> tuple[list[str], str]:
 
 
 def find_ilsvrc(path: Path, ask: Ask) -> Path | None:
-    """Return the folder that holds ``Data/CLS-LOC``."""
+    """Return the folder that contains ``Data/CLS-LOC``, None if there is none."""
     return next((root for root in (path / "ILSVRC", path) if (root / "Data" / "CLS-LOC").is_dir()), None)
 
 
 def open_ilsvrc(root: Path, ask: Ask) -> Files:
-    """Open a split, numbered by the sorted names of the class folders of train; a flat one by Kaggle's table."""
+    """Open a split of ILSVRC. Classes are numbered in the order of the names of the class folders of train.
+
+    A split without class folders takes its classes from Kaggle's table ``LOC_val_solution.csv``.
+    """
     data, split = root / "Data" / "CLS-LOC", splits.canonical(ask.split)
     if split not in ("train", "val") or not (data / split).is_dir():
         there = [s for s in ("train", "val") if (data / s).is_dir()]

@@ -1,4 +1,4 @@
-"""What a raw data set is, and what its kinds share: what is asked of them, names, hashes, the files of a split."""
+"""The interface of raw data sets, and what all kinds share: options, names, hashes, the files of a split."""
 
 import itertools
 import os
@@ -22,7 +22,8 @@ ARCHIVES = {
     "ILSVRC2012_img_train.tar": "unpack it, and the tars of the classes in it, into ILSVRC/Data/CLS-LOC/train",
     "ILSVRC2012_img_val.tar": "unpack it into ILSVRC/Data/CLS-LOC/val",
 }
-# Names of columns and of fields of metadata files and KEY.json that hold a class and a caption; the first one counts.
+# Names of the columns or fields of parquet files, metadata files and KEY.json that hold a class or a caption. The first
+# name that is present is used.
 ROLES = {
     "label": ("label", "labels", "cls", "class", "fine_label", "class_id"),
     "text": ("text", "caption", "prompt", "captions"),
@@ -31,12 +32,12 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Ask:
-    """What is asked of a raw data set.
+    """Options for opening a raw data set.
 
-    split: its name, or a pattern of shards or parquet files. skip: the resolved path of a folder that is not read.
-    columns: of parquet files by role (``image``, ``label``, ``text``), an empty name leaves the role out. labels:
-    ``folders`` takes the names of folders for classes, ``none`` takes no classes, ``auto`` reads tables of labels
-    before folders. links: follow links that leave the source.
+    split: name of the split, or a pattern of shards or parquet files. skip: resolved path of a folder that is not read.
+    columns: columns of parquet files by role (``image``, ``label``, ``text``); an empty name leaves the role out.
+    labels: ``folders`` uses the names of folders as classes, ``none`` reads no classes, ``auto`` prefers tables of
+    labels to folders. links: follow links that leave the source.
     """
 
     split: str
@@ -46,23 +47,22 @@ class Ask:
     links: bool = False
 
     def skips(self, folder: Path) -> bool:
-        """Return whether this folder is the one to skip, or holds nothing but that."""
+        """Return whether this folder is the one to skip, or contains nothing else (hidden files do not count)."""
         if self.skip is None or not self.skip.is_relative_to(here := folder.resolve()):
             return False
         return here == self.skip or all(self.skips(f) if f.is_dir() else is_hidden(f.name) for f in folder.iterdir())
 
     @property
     def pattern(self) -> bool:
-        """Whether the split is a pattern of names of files."""
+        """Return whether the split is a pattern of file names."""
         return bool(re.search(r"[*?\[{]", self.split)) or self.split.endswith((".tar", ".tar.gz", ".parquet"))
 
 
 @dataclass(frozen=True)
 class Item:
-    """One raw sample: where it came from, and its files by extension (``jpg``, ``cls``, ``txt``, ..), undecoded.
+    """One raw sample: where it came from, and its undecoded files by extension (``jpg``, ``cls``, ``txt``, ..).
 
-    ``caption`` is the name of the file that holds the caption, for messages; ``bad`` says why nothing can be
-    decoded.
+    caption: name of the file with the caption, for messages. bad: why the sample cannot be used; empty if it can.
     """
 
     name: str
@@ -72,47 +72,47 @@ class Item:
 
 
 class Source(Protocol):
-    """A raw data set, which can be sent to other processes."""
+    """A raw data set. It can be pickled, to be sent to other processes."""
 
     @property
     def kind(self) -> str:
-        """One of `KINDS`."""
+        """Name of the kind of data set: one of `KINDS`, or ``toy``."""
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes by number; empty if they are not known."""
+        """Names of the classes by number; empty if the names are unknown."""
 
     @property
     def shuffled(self) -> bool | None:
-        """Whether `prepare` shuffles by default, as the raw order may be sorted by class; None: it is read in order."""
+        """Whether `prepare` shuffles by default, as the raw order may be by class; None: it can only read in order."""
 
     @property
     def notes(self) -> list[str]:
-        """What was taken for a split, a class or a caption, and what was not read; one line each."""
+        """What was read as a split, class or caption, and what was not read; one line each."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Item: ...
 
     def fingerprint(self) -> str:
-        """Hash of the names and sizes, or of the content, of all that would be read."""
+        """Return a hash of the names and sizes, or of the content, of everything that would be read."""
 
 
 def some(names: Iterable[str], most: int = 5) -> str:
-    """Return the first few of some names, for a message."""
+    """Return the first ``most`` names, for a message; "nothing" if there are none."""
     names = list(names)
     more = f", .. ({len(names):,} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + more if names else "nothing"
 
 
 def class_table(classes: list[str]) -> str:
-    """Return the numbers and names of classes, for a message: all of up to 40, else the first and the last ones."""
+    """Return the numbers and names of classes, for a message: all if at most 40, else the first ten and the last."""
     rows = [f"{number} {name}" for number, name in enumerate(classes) if name]
     return ", ".join(rows) if len(rows) <= 40 else f"{', '.join(rows[:10])}, .., {rows[-1]} ({len(rows):,} in all)"
 
 
 def unread(names: Iterable[str]) -> list[str]:
-    """Return a line that counts files that are not read by their extensions, with the first of each; none for none."""
+    """Return a line that counts unread files by extension, with the first name of each; an empty list for no files."""
     first: dict[str, str] = {}
     count: Counter[str] = Counter()
     for name in names:
@@ -124,22 +124,22 @@ def unread(names: Iterable[str]) -> list[str]:
 
 
 def names_in(path: Path, ask: Ask | None = None) -> list[str]:
-    """Return the sorted names in a folder without hidden ones and the one to skip, or the name of a file."""
+    """Return the sorted names in a folder, without hidden ones and the folder to skip. Of a file, return its name."""
     return [e.name for e in _entries(path, ask)] if path.is_dir() else [path.name]
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is a system's own and of no data set."""
+    """Return whether a file or folder is hidden, or was created by an operating system."""
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 def subfolders(folder: Path, ask: Ask) -> list[str]:
-    """Return the sorted names of the folders in a folder, without hidden ones and the one to skip."""
+    """Return the sorted names of the subfolders of a folder, without hidden ones and the folder to skip."""
     return [e.name for e in _entries(folder, ask) if is_folder(e)]
 
 
 def _entries(folder: Path, ask: Ask | None) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder by name, without hidden ones and the folder to skip; no file is looked at."""
+    """Return the entries of a folder, sorted by name, without hidden ones and the folder to skip. No file is opened."""
     with os.scandir(folder) as found:
         entries = sorted((e for e in found if not is_hidden(e.name)), key=lambda e: e.name)
     if ask is None or ask.skip is None:
@@ -148,20 +148,21 @@ def _entries(folder: Path, ask: Ask | None) -> list[os.DirEntry[str]]:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a folder or a link to one; a link that cannot be followed is none."""
+    """Return whether an entry is a folder or a link to one; a link that cannot be followed is not."""
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and Path(entry.path).is_dir())
 
 
 def hashed(parts: Iterable[str]) -> str:
-    """Return a short hash of some texts, each with its end."""
+    """Return a short hash of texts, each of which is terminated by a zero byte."""
     return digest_of((part + "\0").encode(errors="surrogateescape") for part in parts)[:16]
 
 
 def files_of(path: Path, ask: Ask, endings: tuple[str, ...]) -> tuple[list[Path], list[str]] | None:
-    """Return the files of a split and notes on the others; None if there are no files with these endings.
+    """Return the files of a split and notes on the other files; None if there are no files with these endings.
 
-    Looks in the folder itself, then in its folders that are named after splits, ``data``, or the only one. Files belong
-    to the split by `splits.of_split`, or by a pattern. A file is itself, whatever its name.
+    Searches the folder itself; if it has no such files, its subfolders that are named after splits; if there are none,
+    the subfolder ``data`` or the only subfolder. Files are selected by `splits.of_split` or by a pattern. If ``path``
+    is a file, it is returned whatever its name says of splits.
     """
     if path.is_file():
         return ([path], []) if path.name.endswith(endings) else None
@@ -180,7 +181,7 @@ def files_of(path: Path, ask: Ask, endings: tuple[str, ...]) -> tuple[list[Path]
     if not named:
         only = [n for n in inner if n == "data"] or (inner if len(inner) == 1 else [])
         return files_of(path / only[0], ask, endings) if only else None
-    if ask.pattern:  # of files in whatever folder
+    if ask.pattern:  # the first folder with files that match
         return next(filter(None, (files_of(path / n, ask, endings) for n in named)), None)
     holding = [n for n in named if files_of(path / n, replace(ask, split="*"), endings)]
     if not holding:
@@ -196,7 +197,7 @@ def files_of(path: Path, ask: Ask, endings: tuple[str, ...]) -> tuple[list[Path]
 
 
 def _told(split: str, chosen: list[str], names: list[str], what: str) -> list[str]:
-    """Return notes on which files or folders are of which split."""
+    """Return notes on which files or folders belong to which split."""
     found = splits.found(names)
     if not found:
         return [f"split {split}: no name says a split, so that all {len(names):,} {what} are taken"]
@@ -206,7 +207,10 @@ def _told(split: str, chosen: list[str], names: list[str], what: str) -> list[st
 
 
 def _matching(names: list[str], pattern: str, where: Path) -> list[str]:
-    """Return the names that a pattern of braces and wildcards names; refuses braces that name what is not there."""
+    """Return the names that match a pattern of braces and wildcards.
+
+    Raises `InputError` if braces name a file that does not exist.
+    """
     try:
         wanted = list(itertools.islice(braceexpand.braceexpand(pattern), MAX_SHARDS + 1))
     except ValueError as error:  # braces that do not match
@@ -223,6 +227,6 @@ def _matching(names: list[str], pattern: str, where: Path) -> list[str]:
 
 
 def role_of(fields: Iterable[Any], role: str) -> str | None:
-    """Return the first of the names in `ROLES` that is among these fields."""
+    """Return the first name of a role in `ROLES` that is among these fields; None if none is."""
     fields = set(fields)
     return next((name for name in ROLES[role] if name in fields), None)

@@ -1,4 +1,4 @@
-"""Rows of parquet files, as Hugging Face's hub has them: an image, and a class or a caption."""
+"""Rows of parquet files, as on the Hugging Face hub: an image, and a class or a caption."""
 
 import bisect
 import contextlib
@@ -17,10 +17,11 @@ from lightning_tdisent.errors import InputError, nearest
 
 @dataclass(frozen=True, eq=False)
 class Parquet:
-    """Rows of parquet files; a row group is read when a row of it is asked for, and the last two are kept.
+    """Rows of parquet files. A row group is read when one of its rows is requested; the last two groups are cached.
 
-    So reading in order is quick, and reading at random is not: it is not shuffled by default. ``groups`` are numbers of
-    a file and of a row group in it, ``ends`` the number of rows up to the end of each.
+    Therefore sequential reading is fast and random access is slow, and the data are not shuffled by default. columns:
+    name of the column of each role. groups: (number of a file, number of a row group in it). ends: total number of rows
+    up to the end of each group.
     """
 
     files: list[Path]
@@ -28,7 +29,7 @@ class Parquet:
     groups: list[tuple[int, int]]
     ends: list[int]
     classes: list[str]
-    words: bool = False  # whether the labels are names of classes, and not numbers
+    words: bool = False  # whether the labels are class names, not numbers
     notes: list[str] = field(default_factory=list)
     kind: str = "parquet"
     shuffled: bool = False
@@ -50,7 +51,7 @@ class Parquet:
         members = {image_type(content) or "png": content}
         if isinstance(label, str):
             label = self._numbers[label] if self.words else int(label)
-        if label is not None and label >= 0:  # -1 is how test sets without classes are written
+        if label is not None and label >= 0:  # some test sets mark missing classes by -1
             members["cls"] = str(label).encode()
         text = next(iter(text), None) if isinstance(text, list) else text
         if text is not None:
@@ -88,14 +89,17 @@ def _row_group(file: Path, group: int, columns: tuple[str, ...]) -> Any:
 
 
 def find_parquet(path: Path, ask: Ask) -> tuple[list[Path], list[str], Path] | None:
-    """Return the files of a split, notes on the others, and the path."""
+    """Return the files of a split, notes on the other files, and the path; None if there are no parquet files."""
     found = files_of(path, ask, (".parquet",))
     return (*found, path) if found else None
 
 
 def open_parquet(found: tuple[list[Path], list[str], Path], ask: Ask) -> Parquet:
-    """Open files with the same columns; raises `InputError` for others, and if none of them is an image."""
-    _row_group.cache_clear()  # of files that may have been replaced since
+    """Open parquet files, which must have the same columns.
+
+    Raises `InputError` if they have not, if no column holds images, and for columns of other types.
+    """
+    _row_group.cache_clear()  # the files may have been replaced since they were read
     files, notes, path = found
     arrow = _pyarrow()
     groups, ends, rows = [], [], 0
@@ -147,7 +151,7 @@ def open_parquet(found: tuple[list[Path], list[str], Path], ask: Ask) -> Parquet
     return Parquet(files, roles, groups, ends, classes, words, told)
 
 
-# What a column of each role may hold, as `_kind` says it.
+# The types that a column of each role may have, in the words of `_kind`.
 _KINDS = {
     "image": ("bytes", "a struct with a field of bytes"),
     "label": ("an integer", "text"),
@@ -156,7 +160,7 @@ _KINDS = {
 
 
 def _kind(kind: Any, role: str, types: Any) -> str:
-    """Return what a type of arrow is for a role; widths of integers and of offsets do not count."""
+    """Return the name of an arrow type for messages and `_KINDS`, whatever the width of its integers or offsets."""
     if types.is_dictionary(kind):
         return _kind(kind.value_type, role, types)
     if types.is_integer(kind):
@@ -173,7 +177,7 @@ def _kind(kind: Any, role: str, types: Any) -> str:
 
 
 def _columns(file: Path, schema: Any, chosen: Mapping[str, str]) -> dict[str, str]:
-    """Return which column plays which role: as chosen (an empty name: none), else by its name."""
+    """Return the column of each role: as chosen (an empty name: no column), else by its usual names."""
     usual = {"image": ("image", "img", "jpg"), **ROLES}
     if strange := sorted(set(chosen) - set(usual)):
         raise InputError(f"--columns: {some(strange)} is not one of {', '.join(usual)}.{nearest(strange[0], usual)}")
@@ -189,7 +193,7 @@ def _columns(file: Path, schema: Any, chosen: Mapping[str, str]) -> dict[str, st
 
 
 def _class_names(schema: Any, column: str | None) -> list[str]:
-    """Return names of the classes where Hugging Face's ``datasets`` wrote them into the schema."""
+    """Return the class names that Hugging Face's ``datasets`` has written into the schema; empty if there are none."""
     try:
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
     except (TypeError, KeyError, ValueError):
@@ -198,7 +202,7 @@ def _class_names(schema: Any, column: str | None) -> list[str]:
 
 
 def _words(path: Path, files: list[Path], column: str, ask: Ask) -> list[str]:
-    """Return the sorted names in a column of labels, those of the training split if there is one."""
+    """Return the sorted class names in a column of labels; those of the training split if there is one."""
     own = _distinct(files, column)
     train: set[str] = set()
     if splits.canonical(ask.split) != "train" and path.is_dir():

@@ -1,4 +1,4 @@
-"""Existing shards of WebDataset, whose samples go through with all their members."""
+"""Existing WebDataset shards. Their samples are passed through with all members."""
 
 import contextlib
 import functools
@@ -25,9 +25,10 @@ Found = tuple[list[Path], list[str], list[Path]]  # shards of the split, notes, 
 
 @dataclass(frozen=True, eq=False)
 class Tars:
-    """Samples of shards, read where their headers say; gzipped ones in order only, as one is unzipped as it is read.
+    """Samples of shards, located by the headers of the tars.
 
-    ``labels``: None for the classes of the members, else the class number of every sample, -1 for none.
+    Gzipped shards can only be read in order, as they are unzipped while they are read. labels: class number of every
+    sample, -1 for none; None to use the classes in the members.
     """
 
     files: list[Path]
@@ -61,7 +62,7 @@ class Tars:
         return Item(name, members)
 
     def fingerprint(self) -> str:
-        """Hash of the names, sizes and keys of the shards, and of the sizes of all members."""
+        """Return a hash of the names, sizes and keys of the shards, and of the sizes of all members."""
         regions = self.index.regions
         assert regions is not None
         sizes = digest(regions.member_size.tobytes(), regions.member_kind.tobytes())
@@ -69,15 +70,16 @@ class Tars:
         return hashed([*rows, *self.index.extensions, sizes])
 
 
-@functools.lru_cache(maxsize=1)  # kept open: going on is cheap, starting anew is not
+@functools.lru_cache(maxsize=1)  # kept open: unzipping from the current place is cheap, from the start it is not
 def _unzipped(file: Path) -> gzip.GzipFile:
     return gzip.GzipFile(file)
 
 
 def _with_json(members: dict[str, bytes], where: str) -> dict[str, bytes]:
-    """Return the members with a class and a caption from KEY.json, where there is no KEY.cls, no KEY.txt.
+    """Return the members with a class and a caption from KEY.json, unless there is a KEY.cls or a KEY.txt.
 
-    The json stays as it is. A label that is no number is left; `_notes` says so.
+    KEY.caption becomes KEY.txt. KEY.json is kept as it is. A label that is not a number is not used; `_notes` reports
+    it.
     """
     if "txt" not in members and "caption" in members:
         members = {"txt" if extension == "caption" else extension: content for extension, content in members.items()}
@@ -85,7 +87,7 @@ def _with_json(members: dict[str, bytes], where: str) -> dict[str, bytes]:
         return members
     try:
         label, text, _ = fields_of(json.loads(members["json"]), f"{where}.json")
-    except (ValueError, RecursionError):  # no table of a sample
+    except (ValueError, RecursionError):  # it is not the JSON object of a sample
         return members
     more = {}
     if "cls" not in members and type(label) is int and label >= 0:
@@ -96,9 +98,9 @@ def _with_json(members: dict[str, bytes], where: str) -> dict[str, bytes]:
 
 
 def _notes(source: Tars) -> list[str]:
-    """Return lines on the members of the first sample and of all: what is read, what is kept as it is."""
+    """Return notes on what is read, what is kept and what is not read: members of all, KEY.json of the first sample."""
     kinds = source.index.extensions
-    left = {k: v for k, v in source.index.unread.items() if not k.startswith("members ")}  # these are kept here
+    left = {k: v for k, v in source.index.unread.items() if not k.startswith("members ")}  # members are kept here
     kept = [e for e in kinds if e not in (*IMAGES, "cls", "txt", "caption", "json")]
     out = [f"not read: {kind} ({count:,}, first {first})" for kind, (count, first) in sorted(left.items())]
     out += [f"members kept as they are, not read: {some(kept, 12)}"] if kept else []
@@ -125,7 +127,10 @@ def _notes(source: Tars) -> list[str]:
 
 
 def find_tars(path: Path, ask: Ask) -> Found | None:
-    """Return the shards of a split and notes on the others, and the shards of the training split."""
+    """Return the shards of a split, notes on other shards, and the shards of the training split; None for no shards.
+
+    Raises `InputError` for shards of a `data prepare` that is not finished.
+    """
     found = files_of(path, ask, SUFFIXES)
     if found is None:
         return None
@@ -134,14 +139,14 @@ def find_tars(path: Path, ask: Ask) -> Found | None:
         refuse_unfinished(str(files[0].parent), names_in(files[0].parent), [file.name for file in files], ask.split)
     train = None
     if not ask.pattern and splits.canonical(ask.split) != "train":
-        with contextlib.suppress(InputError):  # there is none
+        with contextlib.suppress(InputError):  # there is no training split
             train = files_of(path, replace(ask, split="train"), SUFFIXES)
     return files, notes, train[0] if train else []
 
 
 def open_tars(found: Found, ask: Ask) -> Tars:
-    """Open shards with an index of their own: it is made of their headers, whatever lies beside them."""
-    _unzipped.cache_clear()  # of files that may have been replaced since
+    """Open shards with a new index, which is made from their headers, even if there is an index next to them."""
+    _unzipped.cache_clear()  # the files may have been replaced since they were opened
     files, notes, train = found
     shuffled = None if any(file.suffix == ".gz" for file in files) else False
     source = Tars(files, build(files, hashed=False), shuffled)
@@ -154,10 +159,10 @@ def open_tars(found: Found, ask: Ask) -> Tars:
 
 
 def _by_folders(source: Tars, train: list[Path], ask: Ask) -> Tars:
-    """Take the folders in tars for classes, as of an unpacked set, with the numbers of the training split."""
+    """Use the folders in the tars as classes, as for an unpacked data set, with the numbers of the training split."""
     folders, where = source.index.folders, source.files[0].parent
     trained = sorted(set(build(train, hashed=False).folders) - {""}) if train else []
-    if trained and not folders:  # all images are of one class
+    if trained and not folders:  # all images are in one folder: find the class of training among its parts
         parts = (source.index.key(number).split("/")[:-1] for number in range(len(source)))
         folders = [next((part for part in above if part in trained), "") for above in parts]
     own = sorted(set(folders) - {""})
@@ -186,7 +191,7 @@ def _by_folders(source: Tars, train: list[Path], ask: Ask) -> Tars:
     if deep := next((place for place, folder in placed if place.rpartition("/")[2] != folder), ""):
         line += f"; folders in them ({deep}) are no classes"
     notes = [*source.notes, f"classes in the tars: {line}{' of the training split' * bool(trained)}"]
-    shuffled = None if source.shuffled is None else True  # it is sorted by class
+    shuffled = None if source.shuffled is None else True  # tars with class folders are sorted by class
     labels = [number.get(folder, -1) for folder in folders]
     return replace(source, classes=classes, labels=labels, notes=notes, shuffled=shuffled)
 
