@@ -85,7 +85,7 @@ def test_verify_names_what_has_changed(photographs, tmp_path, capsys):
     assert main(["data", "verify", str(out)]) == 1
     told = capsys.readouterr()
     assert index.name(5) in told.out
-    assert "1 samples or shards of 12 are not what they were" in told.err
+    assert "1 samples or shards of 12 have changed" in told.err
     assert "Traceback" not in told.err
 
 
@@ -135,7 +135,7 @@ def test_single_samples_are_read_once_what_is_advised_is_done(packed, digits, tm
     def batches():
         return next(iter(Shuffled(Shards.open(tmp_path, "train", Decoder(1)), 4, 0)))
 
-    with pytest.raises(InputError, match="unpack the shards" if packed else "make it anew: ") as refusal:
+    with pytest.raises(InputError, match="unpack the shards" if packed else "make the index again: ") as refusal:
         batches()
     if packed:
         file.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
@@ -153,11 +153,11 @@ def test_prepare_goes_on_or_begins_anew_as_it_says(photographs, tmp_path, capsys
         file.write_bytes(b"no image")
     assert main(words) == 2
     said = capsys.readouterr().err
-    assert "allow more with --bad, and go on, or mend them, and begin anew: remove " in said
+    assert "allow more with --bad and resume, or repair them and start again: remove " in said
     for file, content in zip(bad, good, strict=True):
         file.write_bytes(content)
     assert main(words) == 2
-    assert "was begun otherwise: fingerprint" in capsys.readouterr().err
+    assert "was begun with another source or other options: fingerprint" in capsys.readouterr().err
     for shard in (tmp_path / "out").glob("train-*.tar"):
         shard.unlink()
     assert main(words) == 0
@@ -285,7 +285,7 @@ def test_prepare_and_inspect_print_what_was_taken_for_what(tmp_path, capsys):
     assert lines[:6] == [
         f"{raw}: 6 samples of folder",
         "  split train: Training; splits found: Test, Training",
-        "  captions: of 2 of 6 images; 4 have none",
+        "  captions: for 2 of 6 images; 4 have none",
         "  classes: the sorted names of 3 folders; no images in 1 bee",
         "  not read: 1 .md (notes.md)",
         "  class numbers: 0 ant, 1 bee, 2 cat",
@@ -364,7 +364,7 @@ def test_a_range_of_floats_is_asked_for_and_told(tmp_path, capsys):
         Image.fromarray(np.full((4, 4), k / 2, np.float32)).save(tmp_path / "raw" / f"{k}.tiff")
     command = ["data", "prepare", str(tmp_path / "raw"), str(tmp_path / "out"), "--jobs", "1", "--no-shuffle"]
     assert main(command) == 2
-    assert "holds floats, and nothing says which of them are black and white" in capsys.readouterr().err
+    assert "holds floats, and the values of black and white are unknown" in capsys.readouterr().err
     assert main([*command, "--range", "0,1"]) == 0
     assert "values: 3 images of floats, 0 to 1 as 0 to 255" in capsys.readouterr().out
     assert load(tmp_path / "out", "train", 1).images[:, 0, 0, 0].tolist() == [0, 128, 255]
@@ -377,12 +377,12 @@ def test_a_range_of_floats_is_asked_for_and_told(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--range", "1"], "--range 1: two numbers"),
+        (["--range", "1"], "--range 1: expected two numbers"),
         (["--range", "1,0"], "range: (1.0, 0.0) is not two finite numbers"),
-        (["--columns", "image"], "--columns image: 'image' is no ROLE=NAME"),
+        (["--columns", "image"], "--columns image: 'image' is not ROLE=NAME"),
         (["--columns", "image=x"], "--columns is for parquet files, this is folder"),
         (["--labels", "folder"], "labels: 'folder' is not one of auto, folders, none. Did you mean 'folders'?"),
-        (["--split", "*.png"], "is a pattern, which folders of images do not have"),
+        (["--split", "*.png"], "is a pattern, but this is a folder of images"),
         (["--as", "train-clean"], "--as train-clean: name it with letters of a to z, digits and _, as in --as train"),
         (["--as", "validé"], "--as validé: name it with letters"),
         (["--as", ""], "--as : name it with letters"),
@@ -441,7 +441,8 @@ def test_an_index_of_a_folder_that_cannot_be_written_to_is_kept_elsewhere(digits
     monkeypatch.setattr(files, "check_writable", read_only)
     assert main(["data", "index", str(folder)]) == 2
     assert (
-        f"{folder} cannot be written to (Read-only file system): write the index elsewhere" in capsys.readouterr().err
+        f"{folder} cannot be written to (Read-only file system): write the index to another folder"
+        in capsys.readouterr().err
     )
     for split in ("train", "test"):
         assert main(["data", "index", str(folder), "--split", split, "--out", str(elsewhere)]) == 0
@@ -452,9 +453,11 @@ def test_an_index_of_a_folder_that_cannot_be_written_to_is_kept_elsewhere(digits
     assert data.shards.index.hashed
     assert len(data.held_out) == 297
     (folder / "train-0000.tar").write_bytes(b"x" * 1536)
-    with pytest.raises(InputError, match=r"has 1,536 bytes, its index says"):
+    with pytest.raises(InputError, match=r"has 1,536 bytes, but its index says"):
         _ = ImageShards(str(folder), 1, index=str(elsewhere)).shards
-    with pytest.raises(InputError, match=r"is not there, as data.index says: .*data index .* --split train --out "):
+    with pytest.raises(
+        InputError, match=r"does not exist, but data.index names it; make it: .*data index .* --split train --out "
+    ):
         _ = ImageShards(str(folder), 1, index=str(tmp_path)).shards
     with pytest.raises(InputError, match=r"data.index: a.safetensors is a file; name its folder"):
         ImageShards(str(folder), 1, index="a.safetensors")
@@ -471,7 +474,7 @@ def test_an_index_of_a_folder_that_cannot_be_written_to_is_kept_elsewhere(digits
         (["input.jpg", "outputs.txt"], 2, "it has input.jpg, outputs.txt (the extension begins at the first dot"),
         (["v2.jpg", "v2.cls"], 2, "no sample can be used: samples that cannot be used: 3 of 3, first train-0000.tar: "),
         (["left.png", "right.png"], 2, "it has left.png, right.png"),
-        (["jpg", "png"], 2, "has 2 images (png, jpg), expected one: leave the others out"),
+        (["jpg", "png"], 2, "has 2 images (png, jpg), expected one: remove the others"),
     ],
 )
 def test_index_and_verify_say_what_they_do_not_read(members, code, message, tmp_path, capsys):
@@ -496,6 +499,7 @@ def test_verify_does_not_call_classes_good_that_fit_refuses(tmp_path, capsys):
     assert main(["data", "verify", str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert (
-        "sample a1 (byte 4096): the class b'-5' is no number from 0 to 2,147,483,647 (2 samples cannot be" in said.out
+        "sample a1 (byte 4096): the class b'-5' is not a number from 0 to 2,147,483,647 (2 samples cannot be"
+        in said.out
     )
-    assert "are not what they were, or cannot be used" in said.err
+    assert "have changed, or cannot be used" in said.err

@@ -19,54 +19,59 @@ def add_commands(commands: Commands) -> None:
 
     def add(name: str, run: Run, text: str, jobs: bool = True, made: bool = False) -> argparse.ArgumentParser:
         out = command(commands, name, run, text)
-        which = "which one is made (default train)" if made else "which one (default train), or a pattern of its shards"
+        which = "split to write (default train)" if made else "split (default train), or a pattern of its shards"
         out.add_argument("--split", default="train", help=which)
         if jobs:
-            out.add_argument("--jobs", type=int, help="processes (default: one per core)")
+            out.add_argument("--jobs", type=int, help="number of processes (default: one per core)")
         return out
 
-    p = add("prepare", _prepare, "make shards and their index from a raw data set; the same command goes on")
+    p = add("prepare", _prepare, "make shards and their index from a raw data set; the same command resumes")
     p.add_argument(
         "source", type=Path, help="images in class folders or flat, ILSVRC, MNIST, CIFAR-10, parquet, shards"
     )
     p.add_argument("out", type=Path, help="folder for the shards")
-    p.add_argument("--kind", default="auto", help="of the source, where it is not clear; a wrong one lists them")
-    p.add_argument("--size", type=int, help="crop and resize to SIZE x SIZE as ADM does (default: as they are)")
-    p.add_argument("--encode", default="keep", help="png, jpg or webp (default: keep the bytes where nothing changes)")
-    p.add_argument("--samples", type=int, default=10_000, help="per shard (default 10000)")
-    shuffle = "mix all samples once (default: where the source is sorted by class)"
+    p.add_argument(
+        "--kind", default="auto", help="kind of the source, if it is ambiguous; an unknown one lists all kinds"
+    )
+    p.add_argument(
+        "--size", type=int, help="crop and resize to SIZE x SIZE pixels as ADM does (default: keep the size)"
+    )
+    p.add_argument("--encode", default="keep", help="png, jpg or webp (default: keep the bytes if nothing changes)")
+    p.add_argument("--samples", type=int, default=10_000, help="number of samples per shard (default 10000)")
+    shuffle = "shuffle all samples once (default: if the source may be sorted by class)"
     p.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=None, help=shuffle)
-    p.add_argument("--seed", type=int, default=0, help="of the order")
+    p.add_argument("--seed", type=int, default=0, help="seed of the order")
     p.add_argument("--vae", type=Path, help="folder of a diffusers AutoencoderKL: store latents instead of images")
-    p.add_argument("--device", default="cpu", help="of the autoencoder")
-    p.add_argument("--batch-size", type=int, default=32, help="of the autoencoder (default 32)")
+    p.add_argument("--device", default="cpu", help="device of the autoencoder (default cpu)")
+    p.add_argument("--batch-size", type=int, default=32, help="batch size of the autoencoder (default 32)")
     p.add_argument("--bad", type=float, default=0.001, help="share of the samples that may be left out (default 0.001)")
-    p.add_argument("--as", dest="name", metavar="NAME", help="split to write, if --split is a pattern")
-    p.add_argument("--range", help="LOW,HIGH: black and white of images of floats, 32 or 16 bits (16 bits: 0,65535)")
-    p.add_argument("--labels", default="auto", help="folders: always take folders for classes; none: take no classes")
+    p.add_argument("--as", dest="name", metavar="NAME", help="name of the split to write, if --split is a pattern")
+    p.add_argument("--range", help="LOW,HIGH: values of black and white, for images with floats, 32 or 16 bits "
+                   "(default for 16 bits: 0,65535)")  # fmt: skip
+    p.add_argument("--labels", default="auto", help="folders: always use folders as classes; none: read no classes")
     p.add_argument("--columns", help="of parquet files: image=NAME,text=NAME,label=NAME; an empty NAME leaves one out")
-    p.add_argument("--follow-links", action="store_true", help="read what links point to outside of the source, too")
+    p.add_argument("--follow-links", action="store_true", help="also read links that point outside the source")
 
-    t = add("toy", _toy, "shards of made-up pictures with classes and captions: no download, no network", made=True)
+    t = add("toy", _toy, "make shards of generated pictures with classes and captions, without a download", made=True)
     t.add_argument("out", type=Path, help="folder for the shards")
-    t.add_argument("-n", type=int, default=2000, help="pictures (default 2000), in 4 shards")
-    t.add_argument("--size", type=int, default=32, help="of a side in pixels (default 32)")
-    t.add_argument("--seed", type=int, default=0, help="of the pictures; another one for another split")
+    t.add_argument("-n", type=int, default=2000, help="number of pictures (default 2000), in 4 shards")
+    t.add_argument("--size", type=int, default=32, help="width and height in pixels (default 32)")
+    t.add_argument("--seed", type=int, default=0, help="seed of the pictures; use another one for each split")
 
-    i = add("index", _index, "write the index of shards, from which on they are verified and read one by one")
-    i.add_argument("folder", help="of the shards, or its URL")
-    i.add_argument("--out", help="folder for the index, or NAME.safetensors, where that of the shards is read-"
-                   "only; fit is told of the folder by data.index")  # fmt: skip
+    i = add("index", _index, "write the index of shards; with an index, samples are verified and read one by one")
+    i.add_argument("folder", help="folder of the shards, or its URL")
+    i.add_argument("--out", help="folder for the index, or NAME.safetensors, if the folder of the shards is read-"
+                   "only; give it to fit as data.index")  # fmt: skip
     i.add_argument("--no-samples", action="store_true", help="one row per shard, for a corpus too large to list")
 
     v = add("verify", _verify, "read every byte and compare it with the index; exit code 1 if anything has changed")
-    v.add_argument("folder", help="of the shards, or its URL")
-    v.add_argument("--index", help="the index, or its folder, where it is not that of the shards")
+    v.add_argument("folder", help="folder of the shards, or its URL")
+    v.add_argument("--index", help="the index or its folder, if it is not in the folder of the shards")
 
-    n = add("inspect", _inspect, "contact sheet, histogram and classes, as PNG and in the terminal", jobs=False)
-    n.add_argument("folder", help="of the shards, or its URL")
-    n.add_argument("-n", type=int, default=1000, help="samples looked at (default 1000)")
-    n.add_argument("--out", type=Path, help="the PNG (default inspect-SPLIT.png, here)")
+    n = add("inspect", _inspect, "show a contact sheet, histogram and classes, as PNG and in the terminal", jobs=False)
+    n.add_argument("folder", help="folder of the shards, or its URL")
+    n.add_argument("-n", type=int, default=1000, help="number of samples to read (default 1000)")
+    n.add_argument("--out", type=Path, help="the PNG to write (default inspect-SPLIT.png in this folder)")
 
 
 def _prepare(a: argparse.Namespace) -> None:
@@ -74,7 +79,9 @@ def _prepare(a: argparse.Namespace) -> None:
     from lightning_tdisent.data.raw import class_table, find_source
 
     if a.out.resolve() == a.source.resolve():
-        raise InputError(f"{a.out} is the source itself. Name another folder for the shards, which may be in it")
+        raise InputError(
+            f"{a.out} is the source itself. Name another folder for the shards; it may be inside the source"
+        )
     options = Options(
         a.size, a.encode, a.samples, a.shuffle, a.seed, vae=a.vae, device=a.device, batch_size=a.batch_size, bad=a.bad,
         range=_range(a.range),
@@ -83,7 +90,7 @@ def _prepare(a: argparse.Namespace) -> None:
         a.source, a.split, a.kind, skip=a.out, columns=_columns(a.columns), labels=a.labels, links=a.follow_links
     )
     if a.labels != "auto" and source.kind not in ("folder", "ilsvrc", "webdataset"):
-        raise InputError(f"--labels {a.labels} is for images in folders and shards, {a.source} is {source.kind}")
+        raise InputError(f"--labels {a.labels} is for images in folders and shards, but {a.source} is {source.kind}")
     split = a.split if a.name is None else a.name
     if not is_split(split):
         what = f"--split {split}: name the split that is written" if a.name is None else f"--as {split}: name it"
@@ -118,14 +125,16 @@ def _range(text: str | None) -> tuple[float, float] | None:
     try:
         low, high = map(float, text.split(",")) if text else (0.0, 0.0)
     except ValueError:
-        raise InputError(f"--range {text}: two numbers, of black and white, as in --range 0,1") from None
+        raise InputError(
+            f"--range {text}: expected two numbers, the values of black and white, as in --range 0,1"
+        ) from None
     return (low, high) if text else None
 
 
 def _columns(text: str | None) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")] if text else []
     if wrong := [role for role, mark, _ in pairs if not mark]:
-        raise InputError(f"--columns {text}: {wrong[0]!r} is no ROLE=NAME, as in --columns image=pixel_values,text=")
+        raise InputError(f"--columns {text}: {wrong[0]!r} is not ROLE=NAME, as in --columns image=pixel_values,text=")
     return {role.strip(): name.strip() for role, _, name in pairs}
 
 
@@ -169,9 +178,7 @@ def _verify(a: argparse.Namespace) -> None:
         print(line)
     what = f"{a.folder} ({a.split})"
     if wrong:
-        raise Halted(
-            f"{what}: {len(wrong):,} samples or shards of {len(index):,} are not what they were, or cannot be used"
-        )
+        raise Halted(f"{what}: {len(wrong):,} samples or shards of {len(index):,} have changed, or cannot be used")
     print(f"{what}: all {len(index):,} samples in {len(index.shards)} shards are good, digest {index.digest}")
     print("".join(f"{line}\n" for line in index.notes), end="")
 
@@ -181,7 +188,7 @@ def _inspect(a: argparse.Namespace) -> None:
 
     out = a.out or Path(f"inspect-{a.split}.png")
     if a.n < 1 or out.suffix != ".png" or not out.parent.is_dir():
-        raise InputError(f"-n {a.n} --out {out}: at least one sample, and a .png in a folder that is there")
+        raise InputError(f"-n {a.n} --out {out}: at least one sample, and a .png in an existing folder")
     found = look(a.folder, a.split, a.n)
     wide_console().print(table(found))
     if not found.looked:

@@ -126,7 +126,7 @@ def _narrowed(image: Image.Image, kind: str, span: Span | None, where: object) -
         return image
     if span is None and kind != "16 bits":
         raise BadSample(
-            f"{where} holds {kind}, and nothing says which of them are black and white. Prepare it with --range, "
+            f"{where} holds {kind}, and the values of black and white are unknown. Prepare it with --range LOW,HIGH, "
             "for example --range 0,1"
         )
     low, high = span or (0, 65535)
@@ -259,7 +259,7 @@ def class_of(content: bytes) -> int:
     """
     label = parse_class(content)
     if label == -1 and content.strip() != b"-1":
-        raise ValueError(f"the class {content[:20]!r} is no number from 0 to {2**31 - 1:,}")
+        raise ValueError(f"the class {content[:20]!r} is not a number from 0 to {2**31 - 1:,}")
     return label
 
 
@@ -272,12 +272,12 @@ def picked(kinds: Collection[str]) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"has {len(found)} images ({', '.join(found)}), expected one: leave the others out")
+        raise ValueError(f"has {len(found)} images ({', '.join(found)}), expected one: remove the others")
     there = sorted(kinds)
     members = ", ".join(there[:6]) + (f", .. ({len(there)} in all)" if len(there) > 6 else "")
     raise ValueError(
         f"has 0 images ({'/'.join(IMAGES)}), expected one; it has {members} (the extension begins at "
-        "the first dot: KEY.png, and no dot in KEY)"
+        "the first dot, so KEY in KEY.png must not contain a dot)"
     )
 
 
@@ -292,7 +292,7 @@ def parse_caption(content: bytes) -> str:
         utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
         raise ValueError(f"{'UTF-16' if utf16 else f'not UTF-8 (byte {error.start})'}; save it as UTF-8") from None
     if "\0" in text:
-        raise ValueError("not UTF-8, as it has bytes of 0 within; save it as UTF-8")
+        raise ValueError("not UTF-8, as it contains zero bytes; save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
@@ -335,7 +335,7 @@ class Decoder:
             raise BadSample(f"{where} cannot be decoded: {error}") from None
         if self.classes is not None and not 0 <= out["label"] < self.classes:
             raise BadSample(
-                f"{where} has the class {out['label']} (-1: none), the network knows {self.classes} "
+                f"{where} has the class {out['label']} (-1: none), the network knows {self.classes} classes "
                 "(model.network.classes)"
             )
         return out

@@ -155,8 +155,8 @@ class Index:
         out = [f"not read: {kind} ({n:,}, first {name})" for kind, (n, name) in sorted(self.unread.items())]
         if names := sorted(set(self.folders) - {""}) if "cls" not in self.extensions else []:
             more = f", .. ({len(names):,} in all)" if len(names) > 5 else ""
-            said = f"folders in the shards are no classes ({', '.join(names[:5])}{more})"
-            out.append(f"{said}; data prepare can make them classes")
+            said = f"folders in the shards are not read as classes ({', '.join(names[:5])}{more})"
+            out.append(f"{said}; data prepare can turn them into classes")
         count, first = self.unusable
         return [*out, f"samples that cannot be used: {count:,} of {len(self):,}, first {first}"] if count else out
 
@@ -280,7 +280,7 @@ class Index:
             check_format(metadata["format"], FORMAT, str(path), oldest=1)
             arrays, table = load_arrays(content), parse_json(metadata["table"])
             if _hash(metadata["table"], arrays) != metadata["sha256"]:
-                raise ValueError("its hash is another")
+                raise ValueError("its hash does not match")
             arrays.pop("content", None)
             shards = tuple(Shard(**row) for row in table["shards"])
             index = cls(shards, tuple(table["extensions"]), None if "none" in arrays else Regions(**arrays))
@@ -300,7 +300,7 @@ class Index:
                 raise
             folder, _, name = str(path).rpartition("/")
             again = again or index_command(folder, name.removesuffix(".index.safetensors"))
-            raise InputError(f"{path} is damaged ({error}); make it anew: {again}") from None
+            raise InputError(f"{path} is damaged ({error}); make it again: {again}") from None
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -313,7 +313,7 @@ def _misfit(index: Index) -> str:
         numbers = all(isinstance(number, int) and number >= 0 for number in (s.bytes, s.samples, s.unusable[0]))
         numbers = numbers and all(isinstance(row[0], int) and isinstance(row[1], str) for row in s.unread.values())
         if not numbers or not isinstance(s.name, str) or not re.fullmatch("([0-9a-f]{64})?", s.sha256):
-            return f"the shard {s.name!r}"
+            return f"invalid row of the shard {s.name!r}"
     r, n = index.regions, len(index)
     if r is None:
         return ""
@@ -322,15 +322,15 @@ def _misfit(index: Index) -> str:
         "images": np.uint64,
     }
     if bad := [k for k, kind in kinds.items() if getattr(r, k).dtype != kind or getattr(r, k).ndim != 1]:
-        return f"the type of {bad[0]}"
+        return f"wrong type of {bad[0]}"
     m = len(r.member_kind)
     lengths = {"begin": n, "size": n, "first": n + 1, "key_end": n, "member_begin": m, "member_size": m}
     if bad := [k for k, length in lengths.items() if len(getattr(r, k)) != length]:
-        return f"the length of {bad[0]}"
+        return f"wrong length of {bad[0]}"
     if len(r.crc) not in (0, n) or (index.hashed and len(r.crc) != n):
-        return "the length of crc"
+        return "wrong length of crc"
     if len(r.images) not in (0, n):
-        return "the length of images"
+        return "wrong length of images"
     owner = np.repeat(np.arange(n), np.diff(r.first)) if (np.diff(r.first) >= 0).all() else np.zeros(0)
     fits = len(owner) == m and r.first[0] == 0 and (np.diff(r.key_end, prepend=0) >= 0).all()
     fits = fits and (r.key_end[-1] if n else 0) == len(r.keys) and (r.member_kind < len(index.extensions)).all()
@@ -341,7 +341,7 @@ def _misfit(index: Index) -> str:
         r.keys.tobytes().decode()
     except UnicodeDecodeError:
         fits = False
-    return "" if fits else "its numbers do not fit together"
+    return "" if fits else "its numbers are inconsistent"
 
 
 def _hash(table: str, arrays: dict[str, Array]) -> str:
@@ -350,8 +350,8 @@ def _hash(table: str, arrays: dict[str, Array]) -> str:
 
 
 ELSEWHERE = (
-    "write the index elsewhere with --out FOLDER, and tell fit of it by data.index, verify by --index; other commands "
-    "want it beside the shards"
+    "write the index to another folder with --out FOLDER, and give that folder to fit as data.index, to verify as "
+    "--index; other commands need the index next to the shards"
 )
 
 

@@ -41,7 +41,7 @@ class LatentEncoder:
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             said = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
             files = "config.json, diffusion_pytorch_model.safetensors"
-            raise InputError(f"vae: {folder} is no folder of an AutoencoderKL ({files}): {said}") from None
+            raise InputError(f"vae: {folder} is not the folder of an AutoencoderKL ({files}): {said}") from None
         self.vae = vae.float().eval().to(self.device)
         config = self.vae.config
         if config.in_channels not in MODES:
@@ -75,9 +75,12 @@ class LatentEncoder:
             self.size = self.size or (height, width)
             what = f"{name} has {height} x {width} pixels"
             if (height, width) != self.size:
-                raise InputError(f"{what}, others {self.size[0]} x {self.size[1]}; latents are of one size: say which")
+                raise InputError(
+                    f"{what}, others have {self.size[0]} x {self.size[1]}; all latents must have one size: choose it "
+                    "with --size"
+                )
             if height % self.factor or width % self.factor:
-                raise InputError(f"{what}, which the autoencoder cannot divide by {self.factor}")
+                raise InputError(f"{what}, not a multiple of {self.factor}, as the autoencoder requires")
         pixels = torch.from_numpy(np.stack([image.reshape(*image.shape[:2], -1) for image in images])).to(self.device)
         pixels = from_uint8(pixels.permute(0, 3, 1, 2))
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
@@ -88,7 +91,7 @@ class LatentEncoder:
         out = []
         for name, latent in zip(names, both.half().cpu().numpy(), strict=True):
             if not np.isfinite(latent).all():
-                raise InputError(f"{name} has a latent that float16 cannot hold; is it the right autoencoder?")
+                raise InputError(f"{name} has a latent that is not finite in float16; is this the right autoencoder?")
             content = io.BytesIO()
             np.save(content, latent, allow_pickle=False)
             out.append(content.getvalue())

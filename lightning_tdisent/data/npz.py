@@ -69,4 +69,4 @@ def _refuse_lies(archive: zipfile.ZipFile) -> None:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(stream)
             if not dtype.hasobject and stream.tell() + math.prod(shape) * dtype.itemsize != entry.file_size:
-                raise ValueError(f"{entry.filename}: its header says {shape}, its {entry.file_size:,} bytes do not")
+                raise ValueError(f"{entry.filename}: its header says {shape}, but it has {entry.file_size:,} bytes")

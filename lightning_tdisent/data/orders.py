@@ -81,9 +81,11 @@ class Shuffled(Batches):
         if isinstance(source, Shards) and not source.random_access:
             packed = any(url.endswith(".gz") for url in source.urls)
             cure = (
-                "unpack the shards (gunzip), and make their index anew" if packed else f"make it anew: {source.again}"
+                "unpack the shards (gunzip) and make their index again"
+                if packed
+                else f"make the index again: {source.again}"
             )
-            what = ".tar.gz shards" if packed else "shards whose index has no samples"
+            what = ".tar.gz shards" if packed else "shards whose index does not list samples"
             raise InputError(
                 f"{source.where}: single samples of {what} cannot be read; use data.access sequential, or {cure}"
             )

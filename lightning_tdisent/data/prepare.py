@@ -126,12 +126,13 @@ def prepare(
             return _Run(source, split, files, options, latents, progress).run(jobs)
     except OSError as error:
         raise Halted(
-            f"{out}: cannot be written: {error.strerror or error}. What is there is whole; the same command goes on"
+            f"{out}: cannot be written: {error.strerror or error}. The shards that are there are complete; the same "
+            "command resumes"
         ) from None
     except BrokenProcessPool:
         raise Halted(
-            f"a process that decodes images died (out of memory?). What is in {out} is whole; "
-            f"the same command with fewer jobs than {jobs} goes on"
+            f"a process that decodes images died (out of memory?). The shards in {out} are complete; "
+            f"the same command with fewer jobs than {jobs} resumes"
         ) from None
 
 
@@ -147,17 +148,18 @@ def _check(source: Source, options: Options, split: str, jobs: int) -> None:
     unknown = f"{options.encode!r} is not one of {', '.join(formats)}.{nearest(options.encode, formats)}"
     wrong = {
         f"the {source.kind} data set is empty": not len(source),
-        f"split: {split!r} is to be of letters, digits and _": not is_split(split),
+        f"split: {split!r} must consist of letters, digits and _": not is_split(split),
         f"size: {options.size} is not at least 1": options.size is not None and options.size < 1,
         f"encode: {unknown}": options.encode not in formats,
-        f"encode: {options.encode} and vae: latents are not encoded; leave one of them": latents
+        f"encode: {options.encode} and vae: latents are not encoded; give only one of them": latents
         and options.encode in ENCODE,
         f"samples: {options.samples} per shard is not at least 1": options.samples < 1,
-        "shuffle: what is gzipped is read in order alone; gunzip it": bool(options.shuffle) and source.shuffled is None,
+        "shuffle: gzipped shards can only be read in order; gunzip them": bool(options.shuffle)
+        and source.shuffled is None,
         f"seed: {options.seed} is not in 0 .. 2^32 - 1": not 0 <= options.seed < 2**32,
         f"batch_size: {options.batch_size} is not at least 1": options.batch_size < 1,
         f"bad: {options.bad} is not a fraction in 0 .. 1": not 0 <= options.bad <= 1,
-        f"range: {options.range} is not two finite numbers, of black and of a larger one of white": options.range
+        f"range: {options.range} is not two finite numbers, the value of black and a larger one of white": options.range
         is not None
         and not -math.inf < options.range[0] < options.range[1] < math.inf,
         f"jobs: {jobs} is not at least 0": jobs < 0,
@@ -186,7 +188,9 @@ def _held(out: Path, split: str, files: list[Path], record: dict[str, Any]) -> I
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{out}: another process prepares {split} in there. Wait for it") from None
+            raise InputError(
+                f"{out}: another process is preparing {split} in this folder. Wait until it ends"
+            ) from None
         except OSError:  # not every file system has locks
             pass
         if there := shards():
@@ -197,7 +201,7 @@ def _held(out: Path, split: str, files: list[Path], record: dict[str, Any]) -> I
             handle.write(json.dumps(record, indent=1).encode() + b"\n")
             os.fsync(handle.fileno())
         if strange := sorted(set(there) - {f.name for f in files}):
-            raise InputError(f"{out} holds {strange[0]}, which {file.name} does not ask for. Remove it")
+            raise InputError(f"{out} holds {strange[0]}, which is not one of the shards of {file.name}. Remove it")
         remove_orphans(out, f"{split}[-.]*")
         yield
 
@@ -214,8 +218,11 @@ def _same(file: Path, content: bytes, record: dict[str, Any]) -> None:
         raise InputError(f"{file} is damaged. Remove it and the shards, or name another folder") from None
     if differ:
         values = ((key, json.dumps(begun.get(key)), json.dumps(asked.get(key))) for key in differ)
-        said = "; ".join(f"{key}: {there:.200} there, {here:.200} asked for" for key, there, here in values)
-        raise InputError(f"{file.parent} was begun otherwise: {said}. Ask for the same, or name another folder")
+        said = "; ".join(f"{key}: {there:.200} there, {here:.200} now" for key, there, here in values)
+        raise InputError(
+            f"{file.parent} was begun with another source or other options: {said}. Use the same, or name another "
+            "folder"
+        )
 
 
 class _Run:
@@ -246,7 +253,7 @@ class _Run:
     def _anew(self) -> str:
         """Return, for messages, what to do after a change of the source or the options."""
         there = any(file.exists() for file in self.files)
-        return f"begin anew: remove {self.files[0].parent}/{self.split}-*.tar" if there else "give this command again"
+        return f"start again: remove {self.files[0].parent}/{self.split}-*.tar" if there else "run this command again"
 
     def _numbers(self, shard: int) -> range:
         first = shard * self.options.samples
@@ -302,7 +309,7 @@ class _Run:
                     self.progress(self.done, len(self.source))
             if not written:
                 last = f"{self.skipped[-1].name}: {self.skipped[-1].reason}"
-                raise InputError(f"{file.name} would be empty: all of its samples are bad, the last one {last}")
+                raise InputError(f"{file.name} would be empty: all of its samples are bad. The last one is {last}")
             # before the shard gets its final name, so that a run that resumes knows its skipped samples and SHA-256
             self._write_skipped()
             stream.flush()
@@ -317,7 +324,7 @@ class _Run:
             raise InputError(
                 f"{len(self.skipped)} of the first {self.skipped[-1].number + 1:,} samples are bad, and "
                 f"bad={self.options.bad:g} allows {self.allowed} of {len(self.source):,}. The first is {first.name}: "
-                f"{first.reason}. {self.skipped_file} lists them; allow more with --bad, and go on, or mend them, and "
+                f"{first.reason}. {self.skipped_file} lists them; allow more with --bad and resume, or repair them and "
                 f"{self._anew}"
             )
 
@@ -332,8 +339,8 @@ class _Run:
                 file.unlink()
                 raise InputError(
                     f"{file.parent}: {shared:,} of the first {len(index):,} images of {self.split} are images of "
-                    f"{name}, too, so that nothing is held out. Name another split of the source, or another source "
-                    "(of data toy, another --seed)"
+                    f"{name}, too, so they are not held out. Name another split of the source, or another source "
+                    "(for data toy, another --seed)"
                 )
 
     def _stop_if_unlike(self, sample: Made) -> None:
@@ -342,7 +349,7 @@ class _Run:
         if ("cls" in sample.members) != ("cls" in self.first.members):
             with_it, without = (sample, self.first) if "cls" in sample.members else (self.first, sample)
             raise InputError(
-                f"{with_it.name} has a class, but {without.name} has none. Give all of them one, or none, "
+                f"{with_it.name} has a class, but {without.name} has none. Give all samples a class, or none, "
                 f"and {self._anew}"
             )
 
@@ -353,14 +360,16 @@ class _Run:
             rows = [line.split("\t", 2) for line in lines]
             found = [Skipped(int(number), name, reason) for number, name, reason in rows]
         except ValueError:
-            raise InputError(f"{self.skipped_file} was changed. Remove it and all shards, and start anew") from None
+            raise InputError(f"{self.skipped_file} was changed. Remove it and all shards, and start again") from None
         return [s for s in found if s.number // self.options.samples not in self.missing]
 
     def _digests_before(self) -> list[tuple[str, str]]:
         """Return the names and SHA-256 of the shards that earlier runs finished."""
         lines = self.digest_file.read_text(encoding="utf-8").splitlines() if self.digest_file.exists() else []
         if wrong := [line for line in lines if not re.fullmatch(r"[0-9a-f]{64}  \S+", line)]:
-            raise InputError(f"{self.digest_file} was changed ({wrong[0][:80]}). Remove it and all shards, start anew")
+            raise InputError(
+                f"{self.digest_file} was changed ({wrong[0][:80]}). Remove it and all shards, and start again"
+            )
         return [(line[66:], line[:64]) for line in lines]
 
     def _write_skipped(self) -> None:
@@ -388,8 +397,8 @@ class _Run:
             if (shared := index.shared(other)) > MOST_SHARED * min(len(index), len(other)):
                 raise InputError(
                     f"{self.index_file.parent}: {shared:,} of the {len(index):,} images of {self.split} are images of "
-                    f"{name} (of {len(other):,}), too; no index is written. Remove {self.split}-*.tar, or those of "
-                    f"{name}, and prepare other images"
+                    f"{name} (which has {len(other):,}), too; no index is written. Remove {self.split}-*.tar, or the "
+                    f"shards of {name}, and prepare other images"
                 )
         index.save(self.index_file)
         return index

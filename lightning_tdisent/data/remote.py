@@ -174,7 +174,10 @@ class Fetch:
     def _checked(self, whole: Any, place: Range) -> Any:
         _, begin, end = place
         if isinstance(whole, bytes) and len(whole) > end - begin:
-            return InputError(f"{len(whole):,} bytes came where {end - begin:,} were asked for: no ranges here?")
+            return InputError(
+                f"got {len(whole):,} bytes instead of {end - begin:,}; does the server ignore requests for a range of "
+                "bytes?"
+            )
         return whole
 
     def result(self) -> list[Content]:

@@ -127,7 +127,8 @@ def join(parts: Sequence[Index]) -> Index:
     shards = tuple(shard for part in parts for shard in part.shards)
     if len(extensions) > MAX_EXTENSIONS:
         raise InputError(
-            f"the samples have {len(extensions)} kinds of members, more than {MAX_EXTENSIONS}; do keys have dots?"
+            f"the samples have {len(extensions)} kinds of members, more than {MAX_EXTENSIONS}; do their keys contain "
+            "dots?"
         )
     tables = [part.regions for part in parts]
     _check(parts)

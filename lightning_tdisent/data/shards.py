@@ -105,12 +105,12 @@ class Shards:
             index = Index.load(file, again)
         except FileNotFoundError:
             if is_remote(urls[0]) or where is not None:
-                why = "as data.index says" if where else "and shards in an object store are not read without it"
-                raise InputError(f"data.path: {file} is not there, {why}: {again}") from None
+                why = "but data.index names it" if where else "and shards in an object store cannot be read without it"
+                raise InputError(f"data.path: the index {file} does not exist, {why}; make it: {again}") from None
             index = build(urls, hashed=False)
             if len(index) > 10_000:
-                said = f"takes long, and that nothing is verified; make one: {again}"
-                print(f"{file} is not there, so that the start {said}", file=sys.stderr)
+                said = f"the start takes long, and nothing is verified; make it: {again}"
+                print(f"the index {file} does not exist: {said}", file=sys.stderr)
         else:
             urls = matched(urls, index, file, again, sizes=policy.on_bad == "stop")
         if not len(index):
@@ -261,7 +261,7 @@ class Shards:
         if self.policy.on_bad == "skip" and is_remote(self.urls[0]):  # a network failure does not make samples bad
             for number, region in zip(numbers, found, strict=True):
                 if isinstance(region, Exception) and may_pass(region):
-                    raise Halted(f"{self.name(number)} cannot be read, asked {len(PAUSES) + 1} times: {region}")
+                    raise Halted(f"{self.name(number)} cannot be read after {len(PAUSES) + 1} attempts: {region}")
         return [
             BadSample(f"{self.name(number)} cannot be read: {type(region).__name__}: {' '.join(str(region).split())}")
             if isinstance(region, Exception)
@@ -367,7 +367,7 @@ class Shards:
         shapes = [list((s["latent"] if "latent" in s else s["image"]).shape) for s in (one, other)]
         return InputError(
             f"the images differ in size: {self.name(one['id'])} has {shapes[0]}, {self.name(other['id'])} has "
-            f"{shapes[1]}; prepare all at one size (data prepare --size), or give fit data.size"
+            f"{shapes[1]}; prepare all of them at one size (data prepare --size), or set data.size for fit"
         )
 
     def _check_room(self, n: int, image: Tensor) -> None:
@@ -376,8 +376,8 @@ class Shards:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else need
         if need > there:
             raise InputError(
-                f"data.resident: {n:,} images of {list(image.shape)} need {need / 1e9:,.0f} GB, the machine has "
-                f"{there / 1e9:,.0f}; set data.resident false, or, where they are held out, hold out fewer "
+                f"data.resident: {n:,} images of {list(image.shape)} need {need / 1e9:,.0f} GB, but the machine has "
+                f"{there / 1e9:,.0f} GB; set data.resident false or, if they are held-out images, use fewer "
                 "(data.val_limit, --held-out)"
             )
 
@@ -424,7 +424,7 @@ class Shards:
                         yield members
                     n += 1
         if n != row.samples:
-            raise ValueError(f"it holds {n} samples, its index says {row.samples}")
+            raise ValueError(f"it holds {n} samples, but its index says {row.samples}")
 
 
 def refuse_shared(held_out: Shards, training: Shards, what: str, remedy: str) -> None:
@@ -435,14 +435,14 @@ def refuse_shared(held_out: Shards, training: Shards, what: str, remedy: str) ->
     for one in (held_out, training):
         if one.hashed_index.regions is not None and not one.hashed_index.keyed:
             print(
-                f"note: the index of {one.where} is of an earlier version, by which images of {what} that are in both "
-                f"are not found; make it anew: {one.again}",
+                f"note: the index of {one.where} is of an earlier version, with which images that are in both splits "
+                f"({what}) are not found; make it anew: {one.again}",
                 file=sys.stderr,
             )
     shared, n = held_out.hashed_index.shared(training.hashed_index), len(held_out)
     said = f"{what}: {shared:,} of {n:,} held-out samples of {held_out.where} are among the {len(training):,} training"
     if shared > MOST_SHARED * n:
-        raise InputError(f"{said} samples of {training.where}, so that nothing would be held out. {remedy}")
+        raise InputError(f"{said} samples of {training.where}, so they would not be held out. {remedy}")
     if shared:
         print(f"note: {said} samples of {training.where}", file=sys.stderr)
 
@@ -457,7 +457,7 @@ def note_classes(what: str, labels: Tensor, where: str, classes: int) -> None:
         some = ", ".join(map(str, lacking[:5])) + (f", .. ({len(lacking):,} in all)" if len(lacking) > 5 else "")
         print(
             f"note: {what} is {classes}, but {where} have none of the classes {some}; samples of all classes in "
-            "turn, as sample and evaluate draw them, are of these, too",
+            "turn, as sample and evaluate draw them, include these classes, too",
             file=sys.stderr,
         )
 

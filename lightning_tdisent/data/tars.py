@@ -96,7 +96,8 @@ def find(path: str | Path, split: str) -> list[str]:
         found = sorted(wanted.intersection(shards))
         if missing := sorted(wanted.difference(shards)):
             raise InputError(
-                f"data.path: {folder} holds {len(found)} of the {len(wanted)} shards of {split}; not {missing[0]}"
+                f"data.path: {folder} holds {len(found)} of the {len(wanted)} shards of {split}; {missing[0]} is "
+                "missing"
             )
     elif re.search(r"[*?\[]", split) or split.endswith(SUFFIXES):
         found = sorted(name for name in shards if fnmatch(name, split))
@@ -142,7 +143,7 @@ def refuse_unfinished(folder: str, names: Iterable[str], found: Iterable[str], s
             raise InputError(
                 f"data.path: {folder}: the data prepare of {record['split']} is not finished: "
                 f"{len(wanted) - len(missing)} of its {len(wanted)} shards are there, {missing[0]} is not. Run the "
-                f"same data prepare command again, which goes on; or remove {file} to take these shards for all"
+                f"same data prepare command again, which resumes; or remove {file} to use these shards as they are"
             )
 
 
@@ -171,7 +172,7 @@ class _Header(tarfile.TarInfo):
     def _proc_member(self, archive: tarfile.TarFile) -> Any:
         if not 0 <= self.size <= (MAX_MEMBER if self.isreg() else MAX_END):
             raise InputError(
-                f"member {self.name} (byte {self.offset}) is to have {self.size:,} bytes: too many, or fewer than 0"
+                f"member {self.name} (byte {self.offset}) has a size of {self.size:,} bytes: too many, or negative"
             )
         return super()._proc_member(archive)  # type: ignore[misc]
 
@@ -216,11 +217,11 @@ def walk(tar: tarfile.TarFile, where: str, unread: Unread) -> Iterator[tuple[str
                 "--dereference --hard-dereference"
             )
         if not is_plain(member.name):
-            raise InputError(f"{where}: the member at byte {member.offset} has the name {member.name!a}")
+            raise InputError(f"{where}: the member at byte {member.offset} has the invalid name {member.name!a}")
         if member.name.startswith("/") or ".." in member.name.split("/"):
             raise InputError(f"{place} has an absolute name, or one with '..'")
         if not 0 <= member.size <= MAX_MEMBER:  # check again: an extended header may have changed the size
-            raise InputError(f"{place} has {member.size:,} bytes, more than {MAX_MEMBER:,}, or fewer than 0")
+            raise InputError(f"{place} has {member.size:,} bytes, more than {MAX_MEMBER:,}, or negative")
         parts = KEY.match(member.name)
         extension = parts[2].lower() if parts else ""
         if HIDDEN.search(member.name):
@@ -254,7 +255,7 @@ def layout(stream: IO[bytes], where: str, unread: Unread) -> tuple[list[Layout],
             elif key in seen:
                 raise InputError(
                     f"{where}: the sample {key} is there twice, at bytes {seen[key]} and {member.offset}; "
-                    "its members must follow each other: write the tar anew with `tar --sort=name`"
+                    "its members must follow each other: write the tar again with `tar --sort=name`"
                 )
             else:
                 members = {}
@@ -271,11 +272,11 @@ def layout(stream: IO[bytes], where: str, unread: Unread) -> tuple[list[Layout],
     if rest.strip(b"\0"):
         joined = " with another tar" if b"ustar" in rest else ""
         raise InputError(
-            f"{where} goes on behind its end mark (byte {end}){joined}, where no reader of tars looks. Join tars with "
-            "`tar --concatenate`, not with `cat`, or keep them as shards of their own"
+            f"{where} continues after its end mark (byte {end}){joined}, which readers of tars ignore. Join tars with "
+            "`tar --concatenate`, not with `cat`, or keep them as separate shards"
         )
     if len(rest) > MAX_END:
-        raise InputError(f"{where} goes on for more than {MAX_END:,} bytes behind its end mark (byte {end})")
+        raise InputError(f"{where} continues for more than {MAX_END:,} bytes after its end mark (byte {end})")
     end += len(rest)
     for _, key, members in (lone := [sample for sample in found if not is_sample(sample[2])]):
         note(unread, "files of no sample", f"{key}.{next(iter(members))}")

@@ -17,12 +17,12 @@ def matched(urls: Sequence[str], index: Index, file: str, again: str, sizes: boo
     file: the index, and again: the command that makes it again, for messages. sizes: compare the sizes of local files.
     Raises `InputError` if the index lists other shards than the folder holds, or if the size of a shard differs.
     """
-    again = f"make the index anew: {again}"
+    again = f"make the index again: {again}"
     there, listed = {url.rpartition("/")[2]: url for url in urls}, {shard.name for shard in index.shards}
     if listed != there.keys():
         other = min(listed ^ there.keys())
         raise InputError(
-            f"{file} names {len(listed)} shards, the folder holds {len(there)}: {other} is only in the "
+            f"{file} lists {len(listed)} shards, but the folder holds {len(there)}: {other} is only in the "
             f"{'index' if other in listed else 'folder'}. If that is right, {again}"
         )
     for shard in index.shards if sizes and not is_remote(urls[0]) else ():
@@ -32,7 +32,7 @@ def matched(urls: Sequence[str], index: Index, file: str, again: str, sizes: boo
             raise InputError(f"{there[shard.name]} cannot be read: {error.strerror or error}") from None
         if size != shard.bytes:
             raise InputError(
-                f"{there[shard.name]} has {size:,} bytes, its index says {shard.bytes:,}. If that is right, {again}"
+                f"{there[shard.name]} has {size:,} bytes, but its index says {shard.bytes:,}. If that is right, {again}"
             )
     return [there[shard.name] for shard in index.shards]
 
@@ -85,7 +85,7 @@ def verify(
         index = Index.load(file, again)
     except FileNotFoundError:
         raise InputError(
-            f"{file} is not there, so that nothing says what the shards were. If they are good, make it: {again}"
+            f"{file} does not exist, so there is nothing to compare the shards with. If they are good, make it: {again}"
         ) from None
     urls = matched(urls, index, file, again, sizes=False)
     parts = (index.part(number) for number in range(len(urls)))

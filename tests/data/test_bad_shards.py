@@ -229,7 +229,7 @@ def test_a_shard_cut_off_anywhere_is_found(packed, corpus, tmp_path):
         file.write_bytes(contents[2][:length])
         for listed in (index, rows):
             listed.save(path_of(folder, "train"))
-            with pytest.raises(InputError, match=f"{names[2]} has {length:,} bytes, its index says"):
+            with pytest.raises(InputError, match=f"{names[2]} has {length:,} bytes, but its index says"):
                 opened(folder)
             with pytest.raises(InputError, match=names[2]):  # also without looking at the length
                 Shards([str(folder / name) for name in names], listed, Decoder(1)).decoded()
@@ -349,7 +349,7 @@ def test_joined_tars_are_refused_wherever_they_are_read(packed, tmp_path):
     file.unlink()
     shard = tmp_path / f"train-0.tar{'.gz' if packed else ''}"
     shard.write_bytes(b"".join(parts))
-    message = rf"{shard.name} goes on behind its end mark \(byte 4608\) with another tar.*`tar --concatenate`"
+    message = rf"{shard.name} continues after its end mark \(byte 4608\) with another tar.*`tar --concatenate`"
     for options in ({}, {"hashed": False}, {"regions": False}):
         with pytest.raises(InputError, match=message):
             build(find(tmp_path, "train"), **options)
@@ -362,7 +362,7 @@ def test_joined_tars_are_refused_wherever_they_are_read(packed, tmp_path):
     row = replace(index.shards[0], bytes=shard.stat().st_size, sha256=hash_file(str(shard))[1])
     replace(index, shards=(row,)).save(path_of(tmp_path, "train"))
     (line,) = verify(tmp_path, "train")[1]
-    assert "goes on behind its end mark" in line
+    assert "continues after its end mark" in line
 
 
 @pytest.mark.parametrize(
@@ -378,13 +378,13 @@ def test_a_class_that_cannot_be_used_is_said_when_the_index_is_made_and_by_verif
         if good:
             assert (index.unusable, index.notes, lines) == ((0, ""), [], [])
         else:
-            said = f"train-0.tar: sample b (byte 2048): the class {content!r} is no number from 0 to 2,147,483,647"
+            said = f"train-0.tar: sample b (byte 2048): the class {content!r} is not a number from 0 to 2,147,483,647"
             assert index.unusable == (1, said)
             assert lines == [f"{tmp_path}/{said}"]
         if good:
             opened(tmp_path).decoded()
         else:
-            with pytest.raises(BadSample, match="is no number from 0 to"):
+            with pytest.raises(BadSample, match="is not a number from 0 to"):
                 opened(tmp_path).decoded()
 
 
@@ -392,8 +392,8 @@ def test_a_class_that_cannot_be_used_is_said_when_the_index_is_made_and_by_verif
     ("members", "message"),
     [
         (["input.jpg", "outputs.txt"], "has 0 images (png/.*), expected one; it has input.jpg, outputs.txt (the ext"),
-        (["v2.png", "v2.cls"], "it has v2.cls, v2.png (the extension begins at the first dot: KEY.png"),
-        (["png", "jpg", "cls"], "has 2 images (png, jpg), expected one: leave the others out"),
+        (["v2.png", "v2.cls"], "it has v2.cls, v2.png (the extension begins at the first dot, so KEY"),
+        (["png", "jpg", "cls"], "has 2 images (png, jpg), expected one: remove the others"),
     ],
 )
 def test_a_sample_without_one_image_is_said_with_the_members_it_has(members, message, tmp_path):

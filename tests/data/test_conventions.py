@@ -73,7 +73,7 @@ def test_classes_that_are_named_like_a_split_are_classes(tmp_path):
     source = find_source(tmp_path, "train")
     assert source.classes == ["bullet train", "cat", "dog"]
     put(tmp_path / "test tube" / "0.png", image(1))
-    with pytest.raises(InputError, match=r"bullet train, test tube.* beside .*cat, dog.* Rename them"):
+    with pytest.raises(InputError, match=r"bullet train, test tube.* next to .*cat, dog.* Rename them"):
         find_source(tmp_path, "train")
 
 
@@ -92,7 +92,7 @@ def test_classes_that_are_named_like_a_split_are_classes(tmp_path):
 def test_a_split_beside_folders_that_name_none_may_be_a_class(names, asked, tmp_path):
     for k, name in enumerate(names):
         put(tmp_path / name / "0.png", image(k))
-    with pytest.raises(InputError, match=r"folders of splits \(.*\) beside folders of .* say --labels folders"):
+    with pytest.raises(InputError, match=r"folders of splits \(.*\) next to folders of .* use --labels folders"):
         find_source(tmp_path, asked)
     source = find_source(tmp_path, asked, labels="folders")
     assert contents(source) == list(range(len(names)))
@@ -104,7 +104,7 @@ def test_a_split_that_no_folder_names_is_refused_where_one_may_name_another(tmp_
         put(tmp_path / name / "0.png", image(1))
     assert find_source(tmp_path, "train").classes == ["bullet train", "cat"]
     for asked in ("test", "val"):
-        with pytest.raises(InputError, match=r"bullet train\) beside .*cat"):
+        with pytest.raises(InputError, match=r"bullet train\) next to .*cat"):
             find_source(tmp_path, asked)
     assert find_source(tmp_path, "test", labels="folders").classes == ["bullet train", "cat"]
     (tmp_path / "bullet train").rename(tmp_path / "bus")
@@ -130,7 +130,7 @@ def test_what_lies_beside_the_folders_of_splits_is_named(tmp_path):
     for name in ("train/a", "test/a", "extra/a"):
         put(tmp_path / f"{name}.png", image(1))
     put(tmp_path / "captions.csv", b"x")
-    assert "not read: captions.csv, extra (beside the folders of splits)" in find_source(tmp_path, "train").notes
+    assert "not read: captions.csv, extra (next to the folders of splits)" in find_source(tmp_path, "train").notes
     put(tmp_path / "train_2" / "a.png", image(1))
     assert len(find_source(tmp_path, "train")) == 1  # the one of exactly that name
     (tmp_path / "train").rename(tmp_path / "train_1")
@@ -167,7 +167,7 @@ def test_a_split_may_be_a_pattern_of_files(parquet, tmp_path):
     with pytest.raises(InputError, match=r"has 1 of the 2 files of cc-\{00003..00004\}.tar; not cc-00004.tar"):
         find_source(tmp_path / "tars", "cc-{00003..00004}.tar")
     put(tmp_path / "images" / "a.png", image(1))
-    with pytest.raises(InputError, match="is a pattern, which folders of images do not have"):
+    with pytest.raises(InputError, match="is a pattern, but this is a folder of images"):
         find_source(tmp_path / "images", "*.png")
 
 
@@ -196,9 +196,9 @@ def test_labels_of_stylegans_dataset_json(tmp_path):
     put(table, b'{"labels": null}')
     assert labels_of(find_source(tmp_path, "train")) == ["none"] * 8
     put(table, json.dumps({"labels": [[n, 1] for n in names[:7]]}).encode())
-    with pytest.raises(InputError, match=r"gives 7 of 8 images a label, not 00001/img00000007.png"):
+    with pytest.raises(InputError, match=r"gives 7 of 8 images a label, but not 00001/img00000007.png"):
         find_source(tmp_path, "train")
-    for bad, message in ((b"{", "no JSON that can be read"), (b'{"labels": [1]}', "no pair"), (
+    for bad, message in ((b"{", "cannot be read as JSON"), (b'{"labels": [1]}', "not a pair"), (
         json.dumps({"labels": [[n, [0, 1]] for n in names]}).encode(), r"is \[0, 1\], expected a number")):  # fmt: skip
         put(table, bad)
         with pytest.raises(InputError, match=message):
@@ -232,8 +232,8 @@ def test_captions_and_labels_of_metadata_files(kind, tmp_path):
     for line in (
         f"metadata.{kind}: 4 rows, classes from label and captions from text",
         f"not read of metadata.{kind}: width",
-        f"metadata.{kind}: 1 rows of files that are not here (sub/gone.png)",
-        "captions: of 4 of 4 images",
+        f"metadata.{kind}: 1 rows are of files that do not exist (sub/gone.png)",
+        "captions: for 4 of 4 images",
     ):
         assert line in source.notes
     assert source.fingerprint() == find_source(tmp_path, "train").fingerprint()
@@ -289,7 +289,7 @@ def test_a_table_above_the_folders_of_splits_is_read_for_each(layout, tmp_path):
     put(tmp_path / "metadata.jsonl", lines(*rows[3:]))  # of the other split alone
     source = find_source(tmp_path, "train")
     assert captions_of(source) == [None] * 3
-    assert any("3 rows of files that are not here" in note for note in source.notes)
+    assert any("3 rows are of files that do not exist" in note for note in source.notes)
 
 
 def test_a_table_above_splits_within_class_folders_is_read(tmp_path):
@@ -306,14 +306,14 @@ def test_names_of_a_table_may_differ_in_case_or_be_last_parts(tmp_path):
     put(tmp_path / "metadata.csv", "file_name,label\n0.png,5\nsub/1.png,6\ncafe\u0301.png,7\n".encode())
     source = find_source(tmp_path, "train")
     assert labels_of(source) == ["5", "6", "7"]
-    assert "metadata.csv: 3 images found by another case (0.png is 0.PNG)" in source.notes
+    assert "metadata.csv: 3 images found by ignoring case and Unicode form (0.png is 0.PNG)" in source.notes
     put(tmp_path / "metadata.csv", "file_name,label\n/old/0.png,5\n/old/1.png,6\n/old/caf\u00e9.png,7\n".encode())
     source = find_source(tmp_path, "train")
     assert labels_of(source) == ["5", "6", "7"]
     assert "metadata.csv: 3 images found by the last parts of the names (/old/0.png is 0.PNG)" in source.notes
     put(tmp_path / "0.png", image(1))  # two images that a name may mean
     put(tmp_path / "metadata.csv", "file_name,label\n0.Png,5\nsub/1.png,6\ncaf\u00e9.png,7\n".encode())
-    with pytest.raises(InputError, match=r"metadata.csv gives 2 of 4 images a label, not 0.PNG"):
+    with pytest.raises(InputError, match=r"metadata.csv gives 2 of 4 images a label, but not 0.PNG"):
         find_source(tmp_path, "train")
 
 
@@ -331,7 +331,7 @@ def test_a_table_that_names_no_file_is_refused(name, content, split, tmp_path):
     for k in range(2):
         put(tmp_path / split / f"{k}.png", image(k))
     put(tmp_path / name, content)
-    message = rf"{name}: none of the 2 files that it names \(x0.png, ..\) is there; the images are 0.png, 1.png"
+    message = rf"{name}: none of the 2 files that it names \(x0.png, ..\) exists; the images are 0.png, 1.png"
     with pytest.raises(InputError, match=message):
         find_source(tmp_path, "train")
     if b"text" not in content:  # no labels are wanted
@@ -350,7 +350,7 @@ def test_a_table_of_each_image(tmp_path):
         find_source(tmp_path, "train")
     put(tmp_path / "1.cls", b"2")
     put(tmp_path / "2.json", b'{"label": {"a": 1}}')
-    with pytest.raises(InputError, match=r"2.json: the label of 2.png is .* say --labels none"):
+    with pytest.raises(InputError, match=r"2.json: the label of 2.png is .* use --labels none"):
         find_source(tmp_path, "train")
     assert labels_of(find_source(tmp_path, "train", labels="none")) == ["none"] * 3
 
@@ -383,7 +383,7 @@ def test_files_of_captions_by_all_their_names(tmp_path):
         put(tmp_path / name, name.encode())
     source = find_source(tmp_path, "train")
     assert captions_of(source) == ["0.txt", "1.TXT", "2.caption", "3.PNG.txt", None, "5.txt", None]
-    assert "captions: of 5 of 7 images; 2 have none" in source.notes
+    assert "captions: for 5 of 7 images; 2 have none" in source.notes
     assert "not read: 2 .txt (4.png.txt, ..), 1 .caption (5.caption)" in source.notes
     assert source[1].caption == "1.TXT"
 
@@ -438,13 +438,13 @@ def test_folders_within_class_folders_are_said_to_be_no_classes(tmp_path):
         put(tmp_path / name / "0.png", image(0))
     source = find_source(tmp_path, "train")
     assert labels_of(source) == ["0", "0", "1"]
-    assert source.notes == ["classes: the sorted names of 2 folders; folders in them (animals/cat) are no classes"]
+    assert source.notes == ["classes: the sorted names of 2 folders; folders in them (animals/cat) are not classes"]
 
 
 def test_a_split_without_class_folders_beside_one_with_them_names_the_remedy(tmp_path):
     for name in ("train/n01/images/0", "train/n02/images/0", "val/images/0"):  # as tiny-imagenet-200
         put(tmp_path / f"{name}.png", image(0))
-    with pytest.raises(InputError, match=r"class folders images are not among the 2 of .*train.* say --labels none"):
+    with pytest.raises(InputError, match=r"class folders images are not among the 2 of .*train.* use --labels none"):
         find_source(tmp_path, "val")
     assert labels_of(find_source(tmp_path, "val", labels="none")) == ["none"]
 
@@ -463,7 +463,7 @@ def test_linked_class_folders_are_read_when_asked(tmp_path):
         put(tmp_path / "pool" / name / "0.png", image(0))
         (tmp_path / "set").mkdir(exist_ok=True)
         (tmp_path / "set" / name).symlink_to(tmp_path / "pool" / name)
-    with pytest.raises(InputError, match=r"(cat|dog) is a link that leaves .* Say --follow-links"):
+    with pytest.raises(InputError, match=r"(cat|dog) is a link that leaves .* Use --follow-links"):
         find_source(tmp_path / "set", "train")
     assert labels_of(find_source(tmp_path / "set", "train", links=True)) == ["0", "1"]
 
@@ -528,7 +528,7 @@ def test_parquet_labels_may_be_names_and_captions_lists(parquet, tmp_path):
     assert (labels_of(source), source.classes) == (["0", "2", "1"], ["cat", "dog", "emu"])
     assert captions_of(source) == ["cat 1", "emu 1", None]
     assert source.notes[-1] == (
-        "columns: image from image, label from label, text from text; of lists of captions, the first; classes are "
+        "columns: image from image, label from label, text from text; the first caption of each list; classes are "
         "numbered in the order of their names"
     )
     assert labels_of(find_source(tmp_path, "test")) == ["2", "1"]  # those of train
@@ -563,7 +563,7 @@ def test_json_members_give_class_and_caption(tmp_path):
     source = find_source(tmp_path, "train")
     assert (labels_of(source), captions_of(source)) == (["3"] * 2, ["a cat"] * 2)
     assert source.notes == [
-        "split train: no name says a split, so that all 1 files are taken",
+        "split train: no name has the word of a split, so all 1 files are used",
         "members kept as they are, not read: seg.png",
         "KEY.json: gives the class and the caption (of the first sample)",
         "not read of KEY.json: url",
@@ -573,7 +573,7 @@ def test_json_members_give_class_and_caption(tmp_path):
         tar.write({"__key__": "0", "png": image(0), "json": b'{"label": "cat"}', "txt": b"t"})
     source = find_source(tmp_path, "train")
     assert labels_of(source) == ["none"]
-    assert "not read: the label 'cat' of KEY.json (of the first sample), which is no number" in source.notes
+    assert "not read: the label 'cat' of KEY.json (of the first sample), which is not a number" in source.notes
     with wds.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
         tar.write({"__key__": "0", "png": image(0), "weights.pt": b"x"})
     assert "not read: pickles KEY.weights.pt (1, first a.tar/0.weights.pt)" in find_source(tmp_path, "train").notes
@@ -615,13 +615,15 @@ def test_folders_in_tars_that_are_not_taken_for_classes_are_named(tmp_path, caps
     tar_of(tmp_path / "a.tar", "cat/0.png", "dog/1.png", "2.png")
     source = find_source(tmp_path, "train")
     assert labels_of(source) == ["none"] * 3
-    assert "folders in the tars (cat, dog) are no classes: 2 is in none of them" in source.notes
+    assert "folders in the tars (cat, dog) are not classes: 2 is in none of them" in source.notes
     with pytest.raises(InputError, match=r"--labels folders, but the images of a.tar are not in folders"):
         find_source(tmp_path, "train", labels="folders")
     for command in (["index"], ["inspect", "--out", str(tmp_path / "a.png")]):
         assert main(["data", *command, str(tmp_path)]) == 0
         said = " ".join(capsys.readouterr().out.replace("│", "").split())
-        assert "folders in the shards are no classes (cat, dog); data prepare can make them classes" in said
+        assert (
+            "folders in the shards are not read as classes (cat, dog); data prepare can turn them into classes" in said
+        )
     (tmp_path / "a.png").unlink()
     tar_of(tmp_path / "a.tar", "train/cat/0.png", "test/cat/1.png")
     with pytest.raises(InputError, match=r"a.tar holds folders of the splits test, train .* Unpack it"):
@@ -631,7 +633,7 @@ def test_folders_in_tars_that_are_not_taken_for_classes_are_named(tmp_path, caps
     with pytest.raises(InputError, match=r"00000, 00001 look like parts of one set"):
         find_source(tmp_path, "train")
     tar_of(tmp_path / "a.tar", "cat/big/0.png", "dog/1.png")
-    line = "classes in the tars: the sorted names of 2 folders; folders in them (cat/big) are no classes"
+    line = "classes in the tars: the sorted names of 2 folders; folders in them (cat/big) are not classes"
     assert line in find_source(tmp_path, "train").notes
     tar_of(tmp_path / "a.tar", "set/0.png", "set/1.png")
     assert labels_of(find_source(tmp_path, "train")) == ["none"] * 2

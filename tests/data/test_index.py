@@ -251,15 +251,15 @@ def test_a_cut_off_index_is_refused(keep, shards):
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("begin", lambda a: a.astype(np.int32), "the type of begin"),
-        ("crc", lambda a: a.astype(np.int64), "the type of crc"),
-        ("keys", lambda a: a[None], "the type of keys"),
-        ("size", lambda a: a[1:], "the length of size"),
-        ("first", lambda a: a[1:], "the length of first"),
-        ("crc", lambda a: a[1:], "the length of crc"),
-        ("crc", lambda a: a[:0], "the length of crc"),
+        ("begin", lambda a: a.astype(np.int32), "wrong type of begin"),
+        ("crc", lambda a: a.astype(np.int64), "wrong type of crc"),
+        ("keys", lambda a: a[None], "wrong type of keys"),
+        ("size", lambda a: a[1:], "wrong length of size"),
+        ("first", lambda a: a[1:], "wrong length of first"),
+        ("crc", lambda a: a[1:], "wrong length of crc"),
+        ("crc", lambda a: a[:0], "wrong length of crc"),
         *(
-            (name, change, "its numbers do not fit together")
+            (name, change, "its numbers are inconsistent")
             for name, change in (
                 ("first", lambda a: a[::-1].copy()),
                 ("first", lambda a: a + 1),
@@ -346,15 +346,21 @@ def test_an_index_that_does_not_fit_is_refused_by_name(shards):
     save_index(shards)
     content = (shards / "train-0001.tar").read_bytes()
     (shards / "train-0003.tar").write_bytes(content)
-    with pytest.raises(InputError, match=r"names 3 shards, the folder holds 4: train-0003.tar is only in the folder"):
+    with pytest.raises(
+        InputError, match=r"lists 3 shards, but the folder holds 4: train-0003.tar is only in the folder"
+    ):
         opened(shards)
     (shards / "train-0003.tar").unlink()
     (shards / "train-0001.tar").unlink()
-    with pytest.raises(InputError, match=r"names 3 shards, the folder holds 2: train-0001.tar is only in the index"):
+    with pytest.raises(
+        InputError, match=r"lists 3 shards, but the folder holds 2: train-0001.tar is only in the index"
+    ):
         opened(shards)
     (shards / "train-0001.tar").write_bytes(content + bytes(512))
     size = len(content)
-    with pytest.raises(InputError, match=rf"train-0001.tar has {size + 512:,} bytes, its index says {size:,}.*data"):
+    with pytest.raises(
+        InputError, match=rf"train-0001.tar has {size + 512:,} bytes, but its index says {size:,}.*data"
+    ):
         opened(shards)
     assert len(opened(shards, Policy("skip"))) == 30  # all that the index lists is there
     (shards / "train-0001.tar").write_bytes(content)

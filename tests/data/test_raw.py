@@ -165,7 +165,7 @@ def test_ilsvrc_val_in_class_folders(ilsvrc):
 
 
 def test_ilsvrc_val_without_its_table_is_refused(ilsvrc):
-    with pytest.raises(InputError, match=r"LOC_val_solution.csv is not beside it"):
+    with pytest.raises(InputError, match=r"LOC_val_solution.csv is not next to it"):
         find_source(ilsvrc, "val")
     put(ilsvrc / "ILSVRC" / "devkit" / "data" / "ILSVRC2012_validation_ground_truth.txt", b"490\n361\n171\n")
     with pytest.raises(InputError, match=r"LOC_val_solution.*ground_truth.txt numbers the classes in another order"):
@@ -398,7 +398,7 @@ def test_parquet_with_other_columns_is_refused(parquet, tmp_path):
     with pytest.raises(InputError, match=r"b.parquet has other columns .* than a.parquet"):
         find_source(tmp_path, "train")
     put(tmp_path / "a.parquet", b"PAR1 no")
-    with pytest.raises(InputError, match="is no parquet file"):
+    with pytest.raises(InputError, match="cannot be read as a parquet file"):
         find_source(tmp_path, "train")
 
 

@@ -110,7 +110,7 @@ def test_a_request_that_fails_is_repeated_and_then_names_its_samples(times, shar
 
 @pytest.mark.parametrize("form", [form for form in REMOTE if not form.startswith("file:")])  # which is a folder
 def test_without_an_index_an_object_store_is_refused_in_a_line(form, remote):
-    with pytest.raises(InputError, match=r"train.index.safetensors is not there, .*data index") as refusal:
+    with pytest.raises(InputError, match=r"train.index.safetensors does not exist, .*data index") as refusal:
         opened(remote(form))
     assert "\n" not in str(refusal.value)
 

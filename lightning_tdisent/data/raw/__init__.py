@@ -74,7 +74,7 @@ def find_source(path: str | Path, split: str, kind: str = "auto", **more: Any) -
             looked = "; ".join(f"{name}: {k.looks_for}" for name, k in kinds.items())
             raise InputError(f"{path} is no {what}; it holds {some(names_in(path))}. Looked for {looked}")
         if len(found) > 1:
-            raise InputError(f"{path} can be read as {' and '.join(found)}. Say which, with --kind")
+            raise InputError(f"{path} can be read as {' and '.join(found)}. Choose one with --kind")
         ((name, files),) = found.items()
         if ask.columns and name != "parquet":
             raise InputError(f"{path}: --columns is for parquet files, this is {name}")

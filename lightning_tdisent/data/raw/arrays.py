@@ -163,7 +163,7 @@ def open_cifar(folder: Path, ask: Ask) -> Arrays:
         raise InputError(f"{folder}: CIFAR-10 has the splits {' and '.join(_CIFAR)}, not {ask.split!r}")
     classes = _unpickle(folder / "batches.meta").get(b"label_names")
     if not isinstance(classes, list) or not all(isinstance(name, bytes) for name in classes):
-        raise InputError(f"{folder / 'batches.meta'} has no list label_names of names")
+        raise InputError(f"{folder / 'batches.meta'} has no list of names label_names")
     images, labels, names = [], [], []
     for part in _CIFAR[split]:
         pixels, numbers, files = _cifar_batch(folder / part, len(classes))
@@ -183,7 +183,7 @@ def _cifar_batch(file: Path, classes: int) -> tuple[Array, list[int], list[str]]
         case _:
             n, pixels = -1, np.empty(0, np.uint8)
     if pixels.size != n * 3072:
-        raise InputError(f"{file}: its data is no array of bytes (N, 3072)")
+        raise InputError(f"{file}: its data is not an array of bytes (N, 3072)")
     numbers, names = batch.get(b"labels"), batch.get(b"filenames")
     if not isinstance(numbers, list) or len(numbers) != n:
         raise InputError(f"{file} has {n:,} images, but {len(numbers) if isinstance(numbers, list) else 0:,} labels")

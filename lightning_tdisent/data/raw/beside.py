@@ -96,12 +96,12 @@ def look_beside(
     if len(kinds) > 1:
         word = next(label for label in out.labels.values() if isinstance(label, str))
         raise InputError(
-            f"{root}: the labels of {some(out.tables)} are numbers and names ({word!r}). Give all of one kind"
+            f"{root}: the labels of {some(out.tables)} are numbers and names ({word!r}). Use one kind only"
         )
     if out.labels and (missing := sorted(known.difference(out.labels))):
         raise InputError(
-            f"{root}: {some(out.tables)} gives {len(out.labels):,} of {len(known):,} images a label, not {missing[0]}. "
-            "Label all of them, or say --labels none or --labels folders"
+            f"{root}: {some(out.tables)} gives {len(out.labels):,} of {len(known):,} images a label, but not "
+            f"{missing[0]}. Label all of them, or use --labels none or --labels folders"
         )
     return out
 
@@ -120,7 +120,7 @@ def _dataset_json(table: Table, known: set[str], out: Beside) -> None:
         return
     for row in rows:
         if not (isinstance(row, list) and len(row) == 2 and isinstance(row[0], str)):
-            raise InputError(f"{file}: labels: {str(row)[:60]} is no pair of a name and a class")
+            raise InputError(f"{file}: labels: {str(row)[:60]} is not a pair of a name and a class")
     image_of = _matched(table, [name for name, _ in rows], known, out, refuse=out.wanted)
     for name, value in rows:
         if name in image_of:
@@ -128,7 +128,7 @@ def _dataset_json(table: Table, known: set[str], out: Beside) -> None:
     strange, others = sum(name not in image_of for name, _ in rows), sorted(set(content) - {"labels"})
     out.notes += [f"not read of {table.name}: {some(others)}"] if others else []
     if strange:
-        out.notes.append(f"{table.name}: {strange:,} of its {len(rows):,} labels are of files that are not here")
+        out.notes.append(f"{table.name}: {strange:,} of its {len(rows):,} labels are of files that do not exist")
 
 
 def _matched(table: Table, given: list[str], known: set[str], out: Beside, refuse: bool) -> dict[str, str]:
@@ -141,7 +141,7 @@ def _matched(table: Table, given: list[str], known: set[str], out: Beside, refus
     paths = {name: posixpath.normpath(posixpath.join(table.folder, name.replace("\\", "/"))) for name in given}
     there = {posixpath.normpath(posixpath.join(table.below, image)): image for image in known}
     found = {name: there[path] for name, path in paths.items() if path in there}
-    for said, part in (("another case", False), ("the last parts of the names", True)):
+    for said, part in (("ignoring case and Unicode form", False), ("the last parts of the names", True)):
         if part and (found or table.below):
             break
         taken = set(found.values())
@@ -154,8 +154,8 @@ def _matched(table: Table, given: list[str], known: set[str], out: Beside, refus
         found |= more
     if refuse and given and known and not found and not any((table.file.parent / path).exists() for path in given):
         raise InputError(
-            f"{table.file}: none of the {len(paths):,} files that it names ({given[0]}, ..) is there; the images are "
-            f"{some(sorted(known), 2)}. Mend the names, or move the file away"
+            f"{table.file}: none of the {len(paths):,} files that it names ({given[0]}, ..) exists; the images are "
+            f"{some(sorted(known), 2)}. Correct the names, or move the file away"
         )
     return found
 
@@ -180,11 +180,11 @@ def _label(file: Path, table: str, name: str, value: Any, known: set[str], out: 
         return
     if type(value) not in (int, str):
         raise InputError(
-            f"{file}: the label of {name} is {str(value)[:60]}, expected a number or a name of a class. "
-            "Mend it, or say --labels none"
+            f"{file}: the label of {name} is {str(value)[:60]}, expected a number or the name of a class. "
+            "Correct it, or use --labels none"
         )
     if out.labels.setdefault(name, value) != value:
-        raise InputError(f"{file}: {name} has the label {value}, but {out.labels[name]} by {some(out.tables)}")
+        raise InputError(f"{file}: {name} has the label {value}, but {out.labels[name]} in {some(out.tables)}")
     if table not in out.tables:
         out.tables.append(table)
 
@@ -219,7 +219,7 @@ def _metadata(table: Table, known: set[str], out: Beside) -> None:
     used = {"file_name", *(column for columns in roles for column in columns)}
     other = {str(key) for _, row in rows for key in row if key not in used}
     out.notes += [f"not read of {name}: {some(sorted(other), 12)}"] if other else []
-    out.notes += [f"{name}: {len(lost):,} rows of files that are not here ({lost[0]})"] if lost else []
+    out.notes += [f"{name}: {len(lost):,} rows are of files that do not exist ({lost[0]})"] if lost else []
 
 
 def _rows(file: Path) -> Iterator[dict[Any, Any]]:
@@ -232,7 +232,7 @@ def _rows(file: Path) -> Iterator[dict[Any, Any]]:
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        raise InputError(f"{file}: line {number} is no object: {line[:60].strip()}")
+                        raise InputError(f"{file}: line {number} is not an object: {line[:60].strip()}")
                     yield row
     except InputError:
         raise
@@ -247,7 +247,7 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is no JSON that can be read: {error}. Mend it, or move it away") from None
+        raise InputError(f"{file} cannot be read as JSON: {error}. Correct it, or move it away") from None
 
 
 def _first(value: Any) -> str | None:
@@ -317,4 +317,4 @@ def _caption_files(names: Mapping[str, int], images: Iterable[str], out: Beside)
             out.used.add(found)
             beaten += out.texts.pop(image, None) is not None
     if beaten:
-        out.notes.append(f"captions: {beaten:,} images have a caption file and a row of a table; the file is taken")
+        out.notes.append(f"captions: {beaten:,} images have a caption file and a row of a table; the file is used")

@@ -109,7 +109,7 @@ def _walk(
 def _refuse_link(path: Path, bound: Path | None) -> None:
     target = Path(os.path.realpath(path))
     if bound is not None and not target.is_relative_to(bound):
-        raise InputError(f"{path} is a link that leaves {bound}, to {target}. Say --follow-links to read it")
+        raise InputError(f"{path} is a link that leaves {bound}, to {target}. Use --follow-links to read it")
 
 
 def find_folder(path: Path, ask: Ask) -> Path | None:
@@ -124,7 +124,7 @@ def find_folder(path: Path, ask: Ask) -> Path | None:
 def open_folder(path: Path, ask: Ask) -> Files:
     """Open the images of a split: those in folders named after it, or all if no folder and no file names a split."""
     if ask.pattern:
-        raise InputError(f"{path}: --split {ask.split} is a pattern, which folders of images do not have. Name a split")
+        raise InputError(f"{path}: --split {ask.split} is a pattern, but this is a folder of images. Name a split")
     roots, notes = _roots(path, ask)
     train: list[Root] = []
     if splits.canonical(ask.split) != "train":
@@ -188,8 +188,8 @@ def _naming(path: Path, inner: list[str], ask: Ask) -> list[str]:
 
 def _ambiguous(path: Path, named: list[str], others: list[str]) -> InputError:
     return InputError(
-        f"{path} has folders of splits ({some(named, 3)}) beside folders of images that name none ({some(others, 3)}). "
-        "Rename them, name one of them as the source, or say --labels folders if all of them are classes"
+        f"{path} has folders of splits ({some(named, 3)}) next to folders of images of no split ({some(others, 3)}). "
+        "Rename them, name one of them as the source, or use --labels folders if all of them are classes"
     )
 
 
@@ -208,7 +208,9 @@ def _in_classes(path: Path, inner: list[str], ask: Ask) -> tuple[list[Root], lis
     chosen = [(n, path / n / d) for n in inner for d in below[n] if splits.canonical(ask.split) in splits.named(d)]
     chosen = [(n, folder) for n, folder in chosen if find_folder(folder, ask)]
     if not chosen:
-        raise InputError(f"{path}: no folder below is of the split {ask.split!r}; there are {some(found)}. Name one")
+        raise InputError(
+            f"{path}: no folder below it is of the split {ask.split!r}; there are {some(found)}. Name one of these"
+        )
     if len({n for n, _ in chosen}) < len(chosen):
         raise InputError(f"{path}: a folder has several folders of {ask.split}. Name one of them as the split")
     left = sorted(set(inner).difference(n for n, _ in chosen))
@@ -217,7 +219,7 @@ def _in_classes(path: Path, inner: list[str], ask: Ask) -> tuple[list[Root], lis
 
 
 def _seen(ask: Ask, mine: list[str], found: list[str], left: list[str]) -> list[str]:
-    beside = [f"not read: {some(left)} (beside the folders of splits)"] if left else []
+    beside = [f"not read: {some(left)} (next to the folders of splits)"] if left else []
     return [f"split {ask.split}: {some(mine)}; splits found: {some(found)}", *beside]
 
 
@@ -260,7 +262,7 @@ def _by_folder(kind: str, path: Path, roots: list[Root], train: list[Root], ask:
     with_caption = sum(map(bool, captioned)) + len(texts)
     if with_caption:
         lack = f"; {len(images) - with_caption:,} have none" if with_caption < len(images) else ""
-        notes = [*notes, f"captions: of {with_caption:,} of {len(images):,} images{lack}"]
+        notes = [*notes, f"captions: for {with_caption:,} of {len(images):,} images{lack}"]
     rest = unread(sorted(set(sizes).difference(images, beside.used)))
     return Files(
         kind, base, np.array([os.fsencode(n) for n in images], bytes), np.array(labels, np.int32),
@@ -286,7 +288,9 @@ def _of_split(images: list[str], ask: Ask, root: Path) -> tuple[list[str], list[
     mine = set(splits.of_split(stems.values(), ask.split, str(root)))
     there = ", ".join(f"{name} ({len(names):,})" for name, names in sorted(found.items()))
     if not mine:
-        raise InputError(f"{root}: the images are named after the splits {there}, none after {ask.split!r}. Name one")
+        raise InputError(
+            f"{root}: the images are named after the splits {there}, none after {ask.split!r}. Name one of these"
+        )
     chosen = [n for n in images if stems[n] in mine]
     return chosen, [f"split {ask.split}: by the names of the images; splits found: {there}"]
 
@@ -316,8 +320,8 @@ def _by_names(
     flat = [n for n in images if "/" not in n]
     if flat and len(flat) < len(images):
         raise InputError(
-            f"{base} holds both images ({some(flat, 3)}) and folders with images; it is either class folders or one "
-            "flat folder. Move one of them away, or say --labels none"
+            f"{base} holds both images ({some(flat, 3)}) and folders with images, but must be either class folders or "
+            "one flat folder. Move one of them away, or use --labels none"
         )
     if flat or not images:
         return [-1] * len(images), [], ""
@@ -327,14 +331,14 @@ def _by_names(
     if strange := sorted(used.difference(trained or own)):
         raise InputError(
             f"{base}: the class folders {some(strange)} are not among the {len(trained)} of {train[0][1]}. "
-            "Sort the images into these, or say --labels none"
+            "Sort the images into these, or use --labels none"
         )
     empty = sorted(set(own) - used)
     if wrong := [n for n in empty if any(not is_hidden(f) for *_, files in os.walk(base / n) for f in files)]:
         raise InputError(f"{base}: the class folders {some(wrong)} hold no images, but other files. Move them away")
     classes, line = numbered(trained or own, base, ask)
     if deep := next((n for n in images if n.count("/") > 1), ""):
-        line += f"; folders in them ({deep.rpartition('/')[0]}) are no classes"
+        line += f"; folders in them ({deep.rpartition('/')[0]}) are not classes"
     number = {name: k for k, name in enumerate(classes) if name}
     lack = f"; no images in {some(f'{number[n]} {n}' for n in empty if n in number)}" if empty else ""
     return [number[n] for n in folders], classes, f"classes: {line}{' of the training split' * bool(trained)}{lack}"
@@ -356,7 +360,7 @@ def numbered(names: list[str], base: Path, ask: Ask) -> tuple[list[str], str]:
     if ask.labels != "folders" and len(names[0]) >= 5 and names[0][0] == "0" and len(set(map(len, names))) == 1:
         raise InputError(
             f"{base}: the folders {some(names, 3)} look like parts of one set (as FFHQ, dataset_tool and img2dataset "
-            "have them), and no dataset.json gives classes. Say --labels none, or --labels folders"
+            "have them), and no dataset.json gives classes. Use --labels none, or --labels folders"
         )
     by_number = {int(n): n for n in names}
     if len(by_number) < len(names) or max(by_number) >= max(1000, 10 * len(names)):
@@ -391,7 +395,7 @@ def _with_solution(flat: Files, root: Path, ask: Ask) -> Files:
     table = next(filter(Path.is_file, places), None)
     if table is None:
         raise InputError(
-            f"{flat.root} is flat, and {_SOLUTION} is not beside it. Put Kaggle's into {root}, or sort "
+            f"{flat.root} has no class folders, and {_SOLUTION} is not next to it. Copy Kaggle's into {root}, or sort "
             "its images into class folders; ILSVRC2012_validation_ground_truth.txt numbers the classes in another order"
         )
     with table.open(newline="", encoding="utf-8") as file:
@@ -402,7 +406,7 @@ def _with_solution(flat: Files, root: Path, ask: Ask) -> Files:
     train = flat.root.parent / "train"
     classes = subfolders(train, ask) if train.is_dir() else sorted(set(wnids.values()))
     if unknown := sorted(set(wnids.values()) - set(classes)):
-        raise InputError(f"{table} speaks of the classes {some(unknown)}, which {train} does not have")
+        raise InputError(f"{table} has the classes {some(unknown)}, which {train} does not have")
     stems = [PurePosixPath(os.fsdecode(name)).stem for name in flat.names]
     if missing := sorted(set(stems) - set(wnids)):
         raise InputError(f"{table} has no class for {some(missing)} of {flat.root}")

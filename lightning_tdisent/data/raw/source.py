@@ -200,7 +200,7 @@ def _told(split: str, chosen: list[str], names: list[str], what: str) -> list[st
     """Return notes on which files or folders belong to which split."""
     found = splits.found(names)
     if not found:
-        return [f"split {split}: no name says a split, so that all {len(names):,} {what} are taken"]
+        return [f"split {split}: no name has the word of a split, so all {len(names):,} {what} are used"]
     by_split = ", ".join(f"{name} ({some(own, 2)})" for name, own in sorted(found.items()))
     left = sorted(set(names) - set(chosen) - set(itertools.chain(*found.values())))
     return [f"split {split}: {len(chosen):,} of {len(names):,} {what}; splits found: {by_split}", *unread(left)]
@@ -221,7 +221,7 @@ def _matching(names: list[str], pattern: str, where: Path) -> list[str]:
     exact = set(wanted).difference(globs)
     if missing := sorted(exact.difference(names)):
         raise InputError(
-            f"{where} has {len(exact) - len(missing)} of the {len(exact)} files of {pattern}; not {missing[0]}"
+            f"{where} has {len(exact) - len(missing)} of the {len(exact)} files of {pattern}; {missing[0]} is missing"
         )
     return [name for name in names if name in exact or any(fnmatch(name, glob) for glob in globs)]
 

@@ -112,7 +112,7 @@ def open_parquet(found: tuple[list[Path], list[str], Path], ask: Ask) -> Parquet
             about = arrow.parquet.read_metadata(file)
             schema = about.schema.to_arrow_schema()
         except (OSError, arrow.ArrowException) as error:
-            raise InputError(f"{file} is no parquet file that can be read: {error}") from None
+            raise InputError(f"{file} cannot be read as a parquet file: {error}") from None
         if not n:
             roles = _columns(file, schema, ask.columns)
             kinds = {role: _kind(schema.field(name).type, role, arrow.types) for role, name in roles.items()}
@@ -145,7 +145,7 @@ def open_parquet(found: tuple[list[Path], list[str], Path], ask: Ask) -> Parquet
         if all(word.isascii() and word.isdecimal() for word in classes):
             classes, words = [], False
     said = ", ".join(f"{role} from {name}" for role, name in roles.items())
-    said += "; of lists of captions, the first" if kinds.get("text") == "lists of text" else ""
+    said += "; the first caption of each list" if kinds.get("text") == "lists of text" else ""
     said += "; classes are numbered in the order of their names" if words else ""
     told = [*notes, f"columns: {said}", *([f"columns not read: {some(unread, 12)}"] if unread else [])]
     return Parquet(files, roles, groups, ends, classes, words, told)

@@ -110,7 +110,7 @@ def _notes(source: Tars) -> list[str]:
     try:
         label, text, others = fields_of(json.loads(members["json"]), "KEY.json")
     except (KeyError, ValueError, RecursionError):
-        return [*out, "not read: KEY.json (it holds no table of a sample)"]
+        return [*out, "not read: KEY.json (it does not hold an object)"]
     given = [
         what
         for what, extension, value in (
@@ -122,7 +122,7 @@ def _notes(source: Tars) -> list[str]:
     if given:
         out.append(f"KEY.json: gives {' and '.join(given)} (of the first sample)")
     if label is not None and type(label) is not int:
-        out.append(f"not read: the label {str(label)[:40]!r} of KEY.json (of the first sample), which is no number")
+        out.append(f"not read: the label {str(label)[:40]!r} of KEY.json (of the first sample), which is not a number")
     return [*out, f"not read of KEY.json: {some(others, 12)}"] if others else out
 
 
@@ -173,23 +173,23 @@ def _by_folders(source: Tars, train: list[Path], ask: Ask) -> Tars:
             raise InputError(f"{where}: --labels folders, but the images of {source.files[0].name} are not in folders")
         if flat is None:
             return source
-        said = f"folders in the tars ({some(own)}) are no classes: {source.index.key(flat)} is in none of them"
+        said = f"folders in the tars ({some(own)}) are not classes: {source.index.key(flat)} is in none of them"
         return replace(source, notes=[*source.notes, said])
     if len(found := splits.found(own)) > 1 and ask.labels == "auto":
         raise InputError(
-            f"{where}: {source.files[0].name} holds folders of the splits {some(found)} ({some(own, 3)}), and a tar is "
-            "of one split. Unpack it and name the folder, or say --labels folders if they are classes, or --labels none"
+            f"{where}: {source.files[0].name} holds folders of the splits {some(found)} ({some(own, 3)}), but a tar is "
+            "of one split. Unpack it and name the folder, or use --labels folders if they are classes, or --labels none"
         )
     if strange := sorted(set(own).difference(trained or own)):
         raise InputError(
             f"{where}: the class folders {some(strange)} are not among the {len(trained)} of {train[0].name}. Sort the "
-            "images into these, or say --labels none"
+            "images into these, or use --labels none"
         )
     classes, line = numbered(trained or own, where, ask)
     number = {name: k for k, name in enumerate(classes) if name}
     placed = ((source.index.key(k).rpartition("/")[0], folder) for k, folder in enumerate(folders) if folder)
     if deep := next((place for place, folder in placed if place.rpartition("/")[2] != folder), ""):
-        line += f"; folders in them ({deep}) are no classes"
+        line += f"; folders in them ({deep}) are not classes"
     notes = [*source.notes, f"classes in the tars: {line}{' of the training split' * bool(trained)}"]
     shuffled = None if source.shuffled is None else True  # tars with class folders are sorted by class
     labels = [number.get(folder, -1) for folder in folders]
