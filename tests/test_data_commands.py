@@ -1,4 +1,4 @@
-"""The commands `data ..`, as a user types them."""
+"""The commands `data ..`, with the arguments that a user types."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ from lightning_tdisent.lit.datamodule import ImageShards
 
 @pytest.fixture
 def photographs(tmp_path):
-    """Two classes, 12 pictures of several sizes."""
+    """Write 12 pictures of two classes, in several sizes."""
     rng = np.random.default_rng(0)
     for i in range(12):
         folder = tmp_path / "raw" / "train" / ("cat", "dog")[i % 2]
@@ -48,7 +48,7 @@ def test_from_a_folder_of_images_to_verified_shards(photographs, tmp_path, capsy
     assert capsys.readouterr().out == f"{out} (train): all 12 samples in 3 shards are good, digest {data.digest}\n"
 
 
-def test_toy_pictures_have_the_shapes_and_colours_that_they_are_said_to_have(tmp_path, capsys):
+def test_toy_pictures_have_the_shapes_and_colours_of_their_captions(tmp_path, capsys):
     out = tmp_path / "toy"
     command = ["data", "toy", str(out), "-n", "400", "--size", "64"]
     assert main(command) == 0
@@ -58,7 +58,7 @@ def test_toy_pictures_have_the_shapes_and_colours_that_they_are_said_to_have(tmp
     shape = ("circle", "square", "triangle", "cross")
     assert [caption.split()[2] for caption in data.captions] == [shape[label] for label in data.labels]
     images = data.images.float()
-    ground = images.flatten(2).amax(2).amax(1)  # of shape and grey ground, the ground is the lighter
+    ground = images.flatten(2).amax(2).amax(1)  # the grey background is lighter than the shape
     inside = (images.amax(1) - images.amin(1)) > 20  # grey has no colour
     share = {name: inside[data.labels == k].float().mean().item() for k, name in enumerate(shape)}
     assert share["square"] > share["circle"] > share["cross"] > 0
@@ -90,13 +90,13 @@ def test_verify_names_what_has_changed(photographs, tmp_path, capsys):
 
 
 def command_in(message):
-    """The words of the command that a message names, without the program."""
+    """Return the arguments of the command in a message, without the program."""
     return shlex.split(message.strip().splitlines()[-1].partition("python -m lightning_tdisent ")[2])
 
 
 @pytest.mark.parametrize("split", ["train", "test", "te*"])
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_the_command_that_a_message_names_is_the_cure(split, elsewhere, digits, tmp_path):
+def test_the_command_in_a_message_repairs_the_problem(split, elsewhere, digits, tmp_path):
     shards, indices = tmp_path / "shards of mine", tmp_path / "indices"
     shutil.copytree(digits, shards)
     where = str(indices) if elsewhere else None
@@ -125,7 +125,7 @@ def test_the_command_that_a_message_names_is_the_cure(split, elsewhere, digits, 
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_single_samples_are_read_once_what_is_advised_is_done(packed, digits, tmp_path):
+def test_single_samples_can_be_read_after_following_the_advice(packed, digits, tmp_path):
     content = (digits / "train-0000.tar").read_bytes()
     file = tmp_path / ("train-0000.tar.gz" if packed else "train-0000.tar")
     file.write_bytes(gzip.compress(content, 1) if packed else content)
@@ -145,7 +145,7 @@ def test_single_samples_are_read_once_what_is_advised_is_done(packed, digits, tm
     assert len(batches()["image"]) == 4
 
 
-def test_prepare_goes_on_or_begins_anew_as_it_says(photographs, tmp_path, capsys):
+def test_prepare_resumes_or_starts_again_as_its_messages_say(photographs, tmp_path, capsys):
     words = ["data", "prepare", str(photographs), str(tmp_path / "out"), "--samples", "4", "--no-shuffle"]
     bad = sorted((photographs / "train" / "dog").iterdir())[-2:]
     good = [file.read_bytes() for file in bad]
@@ -178,7 +178,7 @@ def test_shards_without_an_index_get_one(digits, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_inspect_draws_what_is_there(digits, tmp_path, capsys, zipped):
+def test_inspect_draws_the_samples(digits, tmp_path, capsys, zipped):
     import gzip
 
     content = (digits / "test-0000.tar").read_bytes()
@@ -199,7 +199,7 @@ def test_inspect_draws_what_is_there(digits, tmp_path, capsys, zipped):
         assert len(set(image.convert("L").resize((60, 50)).tobytes())) > 50
 
 
-def test_inspect_shows_latents_and_what_cannot_be_decoded(tmp_path, capsys):
+def test_inspect_shows_latents_and_samples_that_cannot_be_decoded(tmp_path, capsys):
     import io
 
     with wds.TarWriter(str(tmp_path / "train-0000.tar"), mtime=0) as shard:
@@ -225,7 +225,7 @@ def test_inspect_shows_latents_and_what_cannot_be_decoded(tmp_path, capsys):
         (["index", "data/digits", "--split", "dev"], r"no shards dev-*.tar(.gz)"),
     ],
 )
-def test_what_cannot_be_done_is_answered_in_a_line(words, message, capsys, tmp_path, monkeypatch):
+def test_invalid_requests_are_refused_in_one_line(words, message, capsys, tmp_path, monkeypatch):
     assert main(["data", *words]) == 2
     told = capsys.readouterr().err
     assert message in told
@@ -250,7 +250,7 @@ def shard_of(file, values):
             tar.write({"__key__": f"{value:04d}", "png": png.getvalue(), "seg.png": b"x"})
 
 
-def test_a_name_of_a_class_may_have_a_tab_and_no_line_break(tmp_path, capsys):
+def test_a_class_name_may_have_a_tab_but_no_line_break(tmp_path, capsys):
     for name, code in (("tab\there", 0), ("line\nbreak", 2)):
         raw = tmp_path / f"raw{code}"
         for k, folder in enumerate((name, "plain")):
@@ -260,7 +260,7 @@ def test_a_name_of_a_class_may_have_a_tab_and_no_line_break(tmp_path, capsys):
     assert "control characters such as a line break; rename it in the folder" in said
 
 
-def test_what_cannot_be_used_at_all_ends_inspect_with_2(tmp_path, capsys):
+def test_inspect_exits_with_2_if_no_sample_can_be_used(tmp_path, capsys):
     with wds.TarWriter(str(tmp_path / "train-0000.tar"), mtime=0) as shard:
         shard.write({"__key__": "a", "png": b"no picture"})
     assert main(["data", "inspect", str(tmp_path), "--out", str(tmp_path / "look.png")]) == 2
@@ -270,7 +270,7 @@ def test_what_cannot_be_used_at_all_ends_inspect_with_2(tmp_path, capsys):
     assert not (tmp_path / "look.png").exists()
 
 
-def test_prepare_and_inspect_print_what_was_taken_for_what(tmp_path, capsys):
+def test_prepare_and_inspect_print_what_was_recognised(tmp_path, capsys):
     raw, out = tmp_path / "raw", tmp_path / "out"
     for k in range(3):
         picture(raw / "Training" / "ant" / f"{k}.png", k)
@@ -307,7 +307,7 @@ def test_prepare_and_inspect_print_what_was_taken_for_what(tmp_path, capsys):
         assert words in told
 
 
-def test_prepare_takes_patterns_and_a_name(tmp_path, capsys):
+def test_prepare_accepts_patterns_and_a_name(tmp_path, capsys):
     raw, out = tmp_path / "raw", tmp_path / "out"
     for k in range(4):
         shard_of(raw / f"cc-{k:05d}.tar", [10 * k, 10 * k + 1])
@@ -335,7 +335,7 @@ def test_prepare_takes_patterns_and_a_name(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("where", ["out", "shards/a"])
-def test_prepare_below_its_source_runs_twice(where, tmp_path, capsys):
+def test_prepare_into_a_folder_of_its_source_runs_twice(where, tmp_path, capsys):
     for k in range(6):
         picture(tmp_path / ("cat", "dog")[k % 2] / f"{k}.png", k)
     command = ["data", "prepare", str(tmp_path), str(tmp_path / where), "--samples", "4", "--jobs", "1"]
@@ -358,7 +358,7 @@ def test_a_range_may_begin_below_zero(words, tmp_path, capsys):
     assert (images.flatten().numpy() == np.rint((values.flatten().astype(np.float64) - low) / (1 - low) * 255)).all()
 
 
-def test_a_range_of_floats_is_asked_for_and_told(tmp_path, capsys):
+def test_floats_need_a_range_which_is_printed(tmp_path, capsys):
     (tmp_path / "raw").mkdir()
     for k in range(3):
         Image.fromarray(np.full((4, 4), k / 2, np.float32)).save(tmp_path / "raw" / f"{k}.tiff")
@@ -389,7 +389,7 @@ def test_a_range_of_floats_is_asked_for_and_told(tmp_path, capsys):
         (["--split", "é"], "--split é: name the split that is written with letters"),
     ],
 )
-def test_options_of_prepare_that_do_not_fit_are_refused(words, message, tmp_path, capsys):
+def test_invalid_options_of_prepare_are_refused(words, message, tmp_path, capsys):
     picture(tmp_path / "raw" / "0.png")
     assert main(["data", "prepare", str(tmp_path / "raw"), str(tmp_path / "out"), "--jobs", "1", *words]) == 2
     told = capsys.readouterr().err
@@ -397,7 +397,7 @@ def test_options_of_prepare_that_do_not_fit_are_refused(words, message, tmp_path
     assert told.count("\n") == 1
 
 
-def test_the_split_that_is_written_may_be_a_number(tmp_path, capsys):
+def test_the_written_split_may_be_a_number(tmp_path, capsys):
     picture(tmp_path / "raw" / "0.png")
     assert main(["data", "prepare", str(tmp_path / "raw"), str(tmp_path / "out"), "--jobs", "1", "--as", "2017"]) == 0
     assert len(load(tmp_path / "out", "2017", 1)) == 1
@@ -477,7 +477,7 @@ def test_an_index_of_a_folder_that_cannot_be_written_to_is_kept_elsewhere(digits
         (["jpg", "png"], 2, "has 2 images (png, jpg), expected one: remove the others"),
     ],
 )
-def test_index_and_verify_say_what_they_do_not_read(members, code, message, tmp_path, capsys):
+def test_index_and_verify_report_what_they_do_not_read(members, code, message, tmp_path, capsys):
     with wds.TarWriter(str(tmp_path / "train-0000.tar"), encoder=False) as shard:
         for k in range(3):
             shard.write({"__key__": f"a{k}", **{kind: f"{kind}{k}".encode() for kind in members}})
@@ -490,7 +490,7 @@ def test_index_and_verify_say_what_they_do_not_read(members, code, message, tmp_
         assert message in capsys.readouterr().out
 
 
-def test_verify_does_not_call_classes_good_that_fit_refuses(tmp_path, capsys):
+def test_verify_reports_classes_that_fit_refuses(tmp_path, capsys):
     with wds.TarWriter(str(tmp_path / "train-0000.tar"), encoder=False) as shard:
         for k, label in enumerate((b"1", b"-5", b"cat")):
             shard.write({"__key__": f"a{k}", "png": b"%d" % k, "cls": label})

@@ -8,7 +8,7 @@ from PIL import Image
 
 @pytest.fixture
 def shards(tmp_path):
-    """Three shards of 10, 7 and 13 images whose pixels are their number, which is their label too."""
+    """Write three shards of 10, 7 and 13 images. The pixels and the label of an image are its number."""
     number = 0
     for k, count in enumerate((10, 7, 13)):
         with wds.TarWriter(str(tmp_path / f"train-{k:04d}.tar"), mtime=0) as shard:
@@ -22,7 +22,7 @@ def shards(tmp_path):
 
 @pytest.fixture
 def tilted_shards(shards):
-    """The same, darker on the left by one."""
+    """Write the same shards with the left column of each image darker by one, so that mirroring shows."""
     number = 0
     for file, count in zip(sorted(shards.glob("*.tar")), (10, 7, 13), strict=True):
         with wds.TarWriter(str(file), mtime=0) as shard:
@@ -38,7 +38,7 @@ def tilted_shards(shards):
 
 @pytest.fixture
 def parquet(tmp_path):
-    """Write rows as Hugging Face's datasets does: (image bytes or None, label, text), three rows to a group."""
+    """Write rows as Hugging Face's datasets does: (image bytes or None, label, text), three rows per row group."""
     arrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 

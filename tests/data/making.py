@@ -1,4 +1,4 @@
-"""Shards and indices as the tests of this folder make and open them."""
+"""Helpers that make and open shards and indices."""
 
 import gzip
 import io
@@ -19,7 +19,7 @@ STOP = Policy()
 
 
 def write(file, members, form=tarfile.PAX_FORMAT):
-    """A tar of (name, content): bytes, None for a folder, or the number of another type of member."""
+    """Write a tar of (name, content): bytes, None for a folder, or the number of another type of member."""
     with tarfile.open(file, "w", format=form) as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)
@@ -33,26 +33,26 @@ def write(file, members, form=tarfile.PAX_FORMAT):
 
 
 def zipped(folder):
-    """Gzips all shards of a folder."""
+    """Gzip all shards in a folder."""
     for file in folder.glob("*.tar"):
         (folder / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes(), mtime=0))
         file.unlink()
 
 
 def save_index(folder, **options):
-    """Makes and writes the index of train."""
+    """Make and write the index of the split train."""
     index = build(find(folder, "train"), **options)
     index.save(path_of(folder, "train"))
     return index
 
 
 def opened(folder, policy=STOP):
-    """The shards of train, grey."""
+    """Open the shards of the split train, as grey images."""
     return Shards.open(folder, "train", Decoder(1), policy)
 
 
 def same(a, b):
-    """Whether two indices agree in everything."""
+    """Return whether two indices are equal."""
     if (a.shards, a.extensions, a.regions is None) != (b.shards, b.extensions, b.regions is None):
         return False
     pairs = [(getattr(a.regions, f.name), getattr(b.regions, f.name)) for f in fields(Regions)] if a.regions else []
@@ -72,7 +72,7 @@ def put(file, content=b""):
 
 
 def listing(source):
-    """(name, sorted extensions, class or None) of every item."""
+    """Return (name, sorted extensions, class or None) of every item."""
     items = [source[i] for i in range(len(source))]
     return [(i.name, sorted(i.members), i.members.get("cls")) for i in items]
 

@@ -1,6 +1,6 @@
-"""Damage is found and named, what no shard should hold is refused, and what cannot be used is skipped and counted.
+"""Damage is found and named; forbidden content is refused; unusable samples are skipped and counted.
 
-Long, as there are many kinds of damage; all trials of one bit share one corpus.
+The file is long because there are many kinds of damage, and because all trials of one bit share one corpus.
 """
 
 import gzip
@@ -47,7 +47,7 @@ FORMS = (9, tarfile.PAX_FORMAT), (1, tarfile.USTAR_FORMAT), (14, tarfile.GNU_FOR
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """{packed: (shards, indices with and without samples, {shard: [(byte that begins a sample, key)]})}."""
+    """Return {packed: (shards, indices with and without samples, {shard: [(first byte of a sample, key)]})}."""
     out = {}
     for packed in (False, True):
         folder, begins, first = tmp_path_factory.mktemp("packed" if packed else "plain"), {}, 0
@@ -57,7 +57,7 @@ def corpus(tmp_path_factory):
                 key = f"{number:04d}" if number % 5 else f"{number:04d}" + "long" * 40
                 members += [(f"{key}.png", png(number)), (f"{key}.cls", b"%d" % number), (f"{key}.txt", b"caption")]
             file = write(folder / f"train-{shard}.tar", members, form)
-            with tarfile.open(file) as tar:  # keys and places as Python's own reader has them
+            with tarfile.open(file) as tar:  # keys and offsets by Python's tarfile
                 places = [(m.offset, m.name.partition(".")[0]) for m in tar if m.isfile()]
             begins[file.name] = [min(p for p in places if p[1] == key) for key in dict.fromkeys(k for _, k in places)]
             first += count
@@ -80,7 +80,7 @@ def flipped(url, at, bit):
 
 
 def single(shards):
-    """All samples in a mixed order, eight at a time."""
+    """Read all samples in a shuffled order, eight at a time."""
     order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(1)).tolist()
     for begin in range(0, len(order), 8):
         shards.batch(order[begin : begin + 8])
@@ -96,7 +96,7 @@ def in_memory(shards):
 
 
 def an_epoch(shards):
-    """12 batches: all 24 samples."""
+    """Read an epoch: 12 batches, all 24 samples."""
     batches = Streamed(shards, 2, 0, buffer=4)
     for _ in itertools.islice(batches, len(batches)):
         pass
@@ -123,7 +123,7 @@ def test_one_flipped_bit_anywhere_is_found_and_named(read, packed, listed, trial
     urls, with_samples, without, begins = corpus[packed]
     index = with_samples if listed else without
     rng = np.random.default_rng([*read.__name__.encode(), packed, listed])
-    read(Shards(urls, index, Decoder(1)))  # nothing is wrong with them
+    read(Shards(urls, index, Decoder(1)))  # without errors: the shards are not damaged
     sizes = [row.bytes for row in index.shards]
     messages, places = [], []
     for _ in range(trials):
@@ -145,7 +145,7 @@ def test_one_flipped_bit_anywhere_is_found_and_named(read, packed, listed, trial
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_when_skipping_a_flipped_bit_costs_its_sample_and_no_wrong_image_is_let_through(packed, corpus):
+def test_skipping_a_flipped_bit_loses_its_sample_and_lets_no_wrong_image_through(packed, corpus):
     urls, index, _, begins = corpus[packed]
     images = Shards(urls, index, Decoder(1)).decoded().images
     rng, counted = np.random.default_rng(7), 0
@@ -164,10 +164,10 @@ def test_when_skipping_a_flipped_bit_costs_its_sample_and_no_wrong_image_is_let_
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_when_skipping_a_shard_without_listed_samples_is_still_verified(packed, corpus, capsys):
-    """Its one hash tells that it has changed, not where."""
+def test_skipping_still_verifies_a_shard_without_listed_samples(packed, corpus, capsys):
+    """The single hash of the shard shows that it has changed, but not where."""
     urls, _, index, _ = corpus[packed]
-    with flipped(urls[0], 4 if packed else -1, 0):  # time stamp of the zip, end of the padding: all of it decodes
+    with flipped(urls[0], 4 if packed else -1, 0):  # gzip time stamp, end of padding: all still decodes
         shards = Shards(urls, index, Decoder(1), Policy("skip", 0.5))
         data = shards.decoded()
     assert "train-0.tar" in capsys.readouterr().err
@@ -177,7 +177,7 @@ def test_when_skipping_a_shard_without_listed_samples_is_still_verified(packed, 
 
 @pytest.mark.parametrize("policy", [STOP, Policy("skip", 0.5)])
 def test_a_shard_of_which_the_last_samples_are_left_out_is_verified_too(policy, shards, capsys):
-    """10 samples in batches of 4: the last two are never asked for. A label has changed, so that all of it decodes."""
+    """10 samples in batches of 4: the last two are never used. A label is changed, so that all samples still decode."""
     for file in sorted(shards.glob("*.tar"))[1:]:
         file.unlink()
     save_index(shards, regions=False)
@@ -194,9 +194,9 @@ def test_a_shard_of_which_the_last_samples_are_left_out_is_verified_too(policy, 
     assert "train-0000.tar" in said + capsys.readouterr().err
 
 
-def test_what_was_verified_is_not_verified_again_and_nothing_is_if_not_asked_for(corpus):
+def test_samples_are_verified_once_and_not_at_all_if_not_requested(corpus):
     urls, index, _, begins = corpus[False]
-    place = (urls[0], begins["train-0.tar"][3][0] + 329, 0)  # number of the device in the header of sample 3: harmless
+    place = (urls[0], begins["train-0.tar"][3][0] + 329, 0)  # device number in the header of sample 3: harmless
     verified, trusting = (Shards(urls, index, Decoder(1), Policy(verify=verify)) for verify in (True, False))
     before = verified.batch([3])
     with flipped(*place):
@@ -231,7 +231,7 @@ def test_a_shard_cut_off_anywhere_is_found(packed, corpus, tmp_path):
             listed.save(path_of(folder, "train"))
             with pytest.raises(InputError, match=f"{names[2]} has {length:,} bytes, but its index says"):
                 opened(folder)
-            with pytest.raises(InputError, match=names[2]):  # also without looking at the length
+            with pytest.raises(InputError, match=names[2]):  # also if sizes are not compared
                 Shards([str(folder / name) for name in names], listed, Decoder(1)).decoded()
             shards = opened(folder, Policy("skip", 1.0))
             kept = [sample for place in shards if (sample := shards.use(*place))]
@@ -264,7 +264,7 @@ def open_bytes(url):
         return stream.read()
 
 
-# What no shard should hold
+# Content that no shard should have
 
 TWICE = [("a.png", b"1"), ("a.cls", b"1"), ("b.png", b"2"), ("b.cls", b"2")]
 
@@ -290,7 +290,7 @@ TWICE = [("a.png", b"1"), ("a.cls", b"1"), ("b.png", b"2"), ("b.cls", b"2")]
         ([*TWICE, ("a.png", b"1")], "the sample a is there twice"),
     ],
 )
-def test_what_no_shard_should_hold_is_refused(members, message, packed, tmp_path):
+def test_members_that_no_shard_should_contain_are_refused(members, message, packed, tmp_path):
     file = write(tmp_path / "train-0.tar", members)
     if packed:
         (tmp_path / "train-0.tar.gz").write_bytes(gzip.compress(file.read_bytes()))
@@ -304,8 +304,8 @@ def test_what_no_shard_should_hold_is_refused(members, message, packed, tmp_path
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("regions", [False, True])
-def test_what_is_not_read_is_left_out_counted_and_named(packed, regions, tmp_path):
-    """Pickles, hidden files below folders, files that are of no sample, and members of other names."""
+def test_files_that_are_not_read_are_counted_and_named(packed, regions, tmp_path):
+    """Pickles, hidden files below folders, files that belong to no sample, and members with other extensions."""
     members = [
         ("._set", b"x"), ("set/.DS_Store", b"x"), ("README.md", b"x"), ("LICENSE", b"x"),
         ("set/._0.png", b"x"), ("set/0.png", png(0)), ("set/0.cls", b"3"), ("set/0.PYD", b"x"), ("set/0.json", b"{}"),
@@ -340,7 +340,7 @@ def test_what_is_not_read_is_left_out_counted_and_named(packed, regions, tmp_pat
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_joined_tars_are_refused_wherever_they_are_read(packed, tmp_path):
-    """A reader of tars stops at the first end mark: the second half would be lost without a word."""
+    """Tar readers stop at the first end mark, so the second half would be lost silently."""
     parts = []
     for number in range(2):
         file = write(tmp_path / "part", [(f"{number}{k}.png", png(k)) for k in range(4)])
@@ -355,7 +355,7 @@ def test_joined_tars_are_refused_wherever_they_are_read(packed, tmp_path):
             build(find(tmp_path, "train"), **options)
     with pytest.raises(InputError, match=message):
         opened(tmp_path)
-    # an index of before, when what followed the end mark was of the last sample
+    # an index of an earlier version, in which data after the end mark belonged to the last sample
     shard.write_bytes(parts[0])
     index = build(find(tmp_path, "train"))
     shard.write_bytes(b"".join(parts))
@@ -370,7 +370,7 @@ def test_joined_tars_are_refused_wherever_they_are_read(packed, tmp_path):
     [(b"0", True), (b" 7\n", True), (b"-1", True), (b"2147483647", True), (b"-2", False), (b"cat", False), (b"", False),
      (b"2147483648", False), (b"1.0", False)],
 )  # fmt: skip
-def test_a_class_that_cannot_be_used_is_said_when_the_index_is_made_and_by_verify(content, good, tmp_path):
+def test_an_unusable_class_is_reported_by_index_and_verify(content, good, tmp_path):
     write(tmp_path / "train-0.tar", [("a.png", png(0)), ("a.cls", b"1"), ("b.png", png(1)), ("b.cls", content)])
     for regions in (True, False):
         index = save_index(tmp_path, regions=regions)
@@ -396,7 +396,7 @@ def test_a_class_that_cannot_be_used_is_said_when_the_index_is_made_and_by_verif
         (["png", "jpg", "cls"], "has 2 images (png, jpg), expected one: remove the others"),
     ],
 )
-def test_a_sample_without_one_image_is_said_with_the_members_it_has(members, message, tmp_path):
+def test_a_sample_without_exactly_one_image_is_reported_with_its_members(members, message, tmp_path):
     write(tmp_path / "train-0.tar", [(f"a.{kind}", png(0) if "g" in kind else b"1") for kind in members])
     message = re.escape(message).replace(r"\.\*", ".*")
     assert re.search(message, save_index(tmp_path).unusable[1])
@@ -405,8 +405,8 @@ def test_a_sample_without_one_image_is_said_with_the_members_it_has(members, mes
 
 
 @pytest.mark.parametrize("kind", [b"1", b"2"])
-def test_a_link_that_takes_the_place_of_a_file_is_refused_while_streaming(kind, tmp_path):
-    """The headers are looked at again when there is no list of samples."""
+def test_a_link_that_replaces_a_file_is_refused_while_streaming(kind, tmp_path):
+    """The headers are checked again if the samples are not listed."""
     file = write(tmp_path / "train-0.tar", [("a.png", png(0)), ("a.cls", b"1")])
     save_index(tmp_path, regions=False)
     content = bytearray(file.read_bytes())
@@ -420,7 +420,7 @@ def test_a_link_that_takes_the_place_of_a_file_is_refused_while_streaming(kind, 
 
 
 def sum_again(header):
-    """A header of a tar with its sum put right."""
+    """Return a tar header with a corrected checksum."""
     header = bytearray(header)
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
@@ -435,8 +435,8 @@ def header(name, size, kind=b"0"):
 
 @pytest.mark.parametrize("size", [MAX_MEMBER + 1, 2**33, 2**60, 2**70])
 @pytest.mark.parametrize("kind", [b"0", b"x", b"g", b"L", b"K"])
-def test_a_member_over_the_bound_is_refused_before_it_is_read(size, kind, tmp_path):
-    """Also a header that is to hold a long name: reading 8 GB of those would need as much memory."""
+def test_a_member_over_the_limit_is_refused_before_it_is_read(size, kind, tmp_path):
+    """This includes headers for long names: reading a name of 8 GB would need as much memory."""
     file = tmp_path / "train-0.tar"
     file.write_bytes(header("a.png", 4) + b"abcd".ljust(512, b"\0") + header("a.cls", size, kind) + bytes(2048))
     with pytest.raises(InputError, match=r"train-0.tar"):
@@ -446,7 +446,7 @@ def test_a_member_over_the_bound_is_refused_before_it_is_read(size, kind, tmp_pa
 @pytest.mark.parametrize("name", ["README", "a.png"])
 @pytest.mark.parametrize("size", [-512, -1024, -1])
 def test_a_negative_size_is_refused(name, size, tmp_path):
-    """It would lead back to where the reader has been, for ever."""
+    """It would send the reader back, in an endless loop."""
     file = tmp_path / "train-0.tar"
     file.write_bytes(header("b.txt", 4) + b"abcd".ljust(512, b"\0") + header(name, size) + bytes(2048))
 
@@ -467,7 +467,7 @@ def test_a_negative_size_is_refused(name, size, tmp_path):
 
 
 def test_a_sparse_member_is_refused(tmp_path):
-    """Its size is not that of its bytes, so that they cannot be cut from the region of its sample."""
+    """Its size differs from that of its stored bytes, so its content cannot be cut from the region of its sample."""
     member = tarfile.TarInfo("a.txt")
     member.pax_headers = {
         "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a.txt", "GNU.sparse.realsize": "3000",
@@ -486,18 +486,18 @@ def test_a_sparse_member_is_refused(tmp_path):
     [b"", b"no tar at all", b"\0" * 100, b"x" * 2048, gzip.compress(b"x" * 5000)],
     ids=["empty", "text", "zeros", "letters", "gzip"],
 )
-def test_what_is_no_tar_is_refused(content, packed, tmp_path):
+def test_a_file_that_is_not_a_tar_is_refused(content, packed, tmp_path):
     file = tmp_path / f"train-0.tar{'.gz' if packed else ''}"
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"train-0.tar.* is damaged"):
         build([file])
 
 
-FIELDS = (0, 20), (124, 12), (124, 4), (156, 1), (345, 20), (512, 30)  # names, size, type, and what follows
+FIELDS = (0, 20), (124, 12), (124, 4), (156, 1), (345, 20), (512, 30)  # names, size, type, content
 
 
-def test_random_bytes_are_no_crash(corpus, tmp_path):
-    """Spans of a sound shard overwritten, with the sums of its headers put right, so that the reader goes on."""
+def test_random_bytes_do_not_crash(corpus, tmp_path):
+    """Overwrite spans of a good shard, and correct the checksums of its headers, so that the reader continues."""
     urls, *_ = corpus[False]
     rng, sound = np.random.default_rng(5), open_bytes(urls[0])
     headers = [at for at in range(0, len(sound), 512) if sound[at + 257 : at + 262] == b"ustar"]
@@ -539,7 +539,7 @@ def test_a_policy_of_other_values_is_refused(values, message):
 
 @pytest.fixture
 def damaged(shards):
-    """The 30 samples with an index, of which then 3, 11 and 12 were changed, where it does not show in the image."""
+    """Index the 30 samples, then change a byte of samples 3, 11 and 12 that does not affect the image."""
     index = save_index(shards)
     for number in (3, 11, 12):
         place = index.place(number)[0]
@@ -550,7 +550,7 @@ def damaged(shards):
     return shards
 
 
-def test_stop_stops_at_the_first(damaged):
+def test_stop_raises_at_the_first_bad_sample(damaged):
     shards = opened(damaged)
     assert shards.batch([0, 1, 2])["id"].tolist() == [0, 1, 2]
     for read in (lambda: shards.batch([2, 3, 4]), shards.decoded):
@@ -577,11 +577,11 @@ def test_a_skipped_sample_is_replaced_by_the_next_one_of_the_split(damaged, caps
     assert [line.split(" (")[0] for line in lines] == [f"skipped: {damaged}/train-{name}" for name in names]
     data = shards.decoded()
     assert data.labels.tolist() == [n for n in range(30) if n not in (3, 11, 12)]
-    assert capsys.readouterr().err == ""  # each is counted once
+    assert capsys.readouterr().err == ""  # each bad sample is counted once
     assert shards.decoded(4).labels.tolist() == [0, 1, 2, 4]
 
 
-def test_a_replacement_is_mirrored_as_its_place_is(tilted_shards):
+def test_a_replacement_is_mirrored_like_the_sample_it_replaces(tilted_shards):
     index = save_index(tilted_shards)
     with flipped(tilted_shards / "train-0000.tar", int(index.regions.begin[3]) + 329, 0):
         shards = opened(tilted_shards, Policy("skip", 0.1))
@@ -589,7 +589,7 @@ def test_a_replacement_is_mirrored_as_its_place_is(tilted_shards):
     assert batch["image"][:, 0, 0].tolist() == [[2, 3, 3, 3], [5, 5, 5, 4], [4, 5, 5, 5]]
 
 
-def test_one_more_than_the_ceiling_stops(damaged):
+def test_one_bad_sample_above_the_ceiling_stops(damaged):
     message = (
         r"3 of 30 samples cannot be used, more than data.bad_ceiling 0.07 allows; the last one: .*train-000[01].tar"
     )
@@ -617,7 +617,7 @@ def test_workers_count_each_sample_once(kind, damaged, capfd):
 
 
 @pytest.mark.parametrize("policy", [Policy(), Policy("skip", 0.07)])
-def test_a_worker_that_stops_names_the_sample_in_a_line(policy, damaged):
+def test_a_worker_that_stops_names_the_sample_in_one_line(policy, damaged):
     loader = ResumableLoader(Shuffled(opened(damaged, policy), 6, 0), 2)
     with pytest.raises(InputError, match=r"train-000[01].tar: sample 00(03|11|12) .* has changed since") as refusal:
         list(itertools.chain(loader, loader))
@@ -627,8 +627,8 @@ def test_a_worker_that_stops_names_the_sample_in_a_line(policy, damaged):
 
 
 @pytest.mark.parametrize(("kind", "workers"), [(Shuffled, 0), (Streamed, 0), (Streamed, 2)])
-def test_skipping_goes_on_where_a_part_of_a_batch_is_one_sample(kind, workers, damaged):
-    """There is no neighbour in the batch, or in what a worker makes of it."""
+def test_skipping_works_if_a_part_of_a_batch_is_one_sample(kind, workers, damaged):
+    """There is no other sample in the batch, or in a worker's part of it."""
     size = max(workers, 1)
     loader = ResumableLoader(kind(opened(damaged, Policy("skip", 0.1)), size, 0), workers)
     ids = [n for batch in loader for n in batch["id"].tolist()]
@@ -649,7 +649,7 @@ def test_the_module_skips_and_counts(damaged):
     assert len(unverified.training) == len(unverified.held_out) == 30
 
 
-def test_what_cannot_be_decoded_is_skipped_too(shards):
+def test_samples_that_cannot_be_decoded_are_skipped(shards):
     for name, content in (("9997.png", b"no image"), ("9997.cls", b"1"), ("9998.png", png(0, 4)), ("9998.cls", b"x")):
         with tarfile.open(shards / "train-0002.tar", "a") as tar:
             member = tarfile.TarInfo(name)
@@ -662,7 +662,7 @@ def test_what_cannot_be_decoded_is_skipped_too(shards):
         save_index(shards)
 
 
-def test_a_shard_that_is_gone_is_skipped_or_stops(shards):
+def test_a_missing_shard_is_skipped_or_stops(shards):
     save_index(shards)
     keep, stop = opened(shards, Policy("skip", 0.5)), opened(shards)
     (shards / "train-0001.tar").unlink()
@@ -687,8 +687,8 @@ def test_images_of_two_sizes_in_a_batch_are_refused(shards):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_reading_on_keeps_one_sample_in_memory(packed, tmp_path):
-    """Of 12 MB a few, and none of 2,400 more headers, which tarfile would keep."""
+def test_sequential_reading_keeps_one_sample_in_memory(packed, tmp_path):
+    """Only a few of 12 MB, and none of 2,400 further headers, which tarfile would keep."""
     peaks = []
     for count, size in ((12, 2**20), (1200, 10), (3600, 10)):
         folder = tmp_path / f"{count}"
@@ -708,4 +708,4 @@ def test_reading_on_keeps_one_sample_in_memory(packed, tmp_path):
             tracemalloc.stop()
     large, few, many = peaks
     assert large < 6 * 2**20
-    assert many < few + 1_200_000  # a header is over 1 kB, a block read 1 MB
+    assert many < few + 1_200_000  # a header takes over 1 kB, a block that is read 1 MB

@@ -1,4 +1,4 @@
-"""What is taken for a split, a class or a caption of a raw data set, by known conventions, and what is said."""
+"""How splits, classes and captions of raw data sets are recognised, and what is reported."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from lightning_tdisent.errors import InputError
 
 
 def contents(source):
-    """The first grey value of every image, in order."""
+    """Return the first grey value of every image, in order."""
     values = []
     for i in range(len(source)):
         (content,) = [c for e, c in source[i].members.items() if e in IMAGES]
@@ -43,7 +43,7 @@ def contents(source):
         ("set/images/Training/cat", "set/images/Test/cat"),
     ],
 )
-def test_a_folder_of_a_split_is_known_by_a_word_in_any_case(train, test, tmp_path):
+def test_a_folder_of_a_split_is_recognised_by_a_word_in_any_case(train, test, tmp_path):
     for k in range(3):
         put(tmp_path / train / f"{k}.png", image(k))
         put(tmp_path / train.replace("cat", "dog") / f"{k}.png", image(10 + k))
@@ -89,7 +89,7 @@ def test_classes_that_are_named_like_a_split_are_classes(tmp_path):
         ("bus", "car", "test tube", "train"),
     ],
 )
-def test_a_split_beside_folders_that_name_none_may_be_a_class(names, asked, tmp_path):
+def test_a_split_next_to_folders_of_no_split_may_be_a_class(names, asked, tmp_path):
     for k, name in enumerate(names):
         put(tmp_path / name / "0.png", image(k))
     with pytest.raises(InputError, match=r"folders of splits \(.*\) next to folders of .* use --labels folders"):
@@ -99,7 +99,7 @@ def test_a_split_beside_folders_that_name_none_may_be_a_class(names, asked, tmp_
     assert source.classes == sorted({name.partition("/")[0] for name in names})
 
 
-def test_a_split_that_no_folder_names_is_refused_where_one_may_name_another(tmp_path):
+def test_a_split_without_a_folder_is_refused_if_a_folder_may_be_another_split(tmp_path):
     for name in ("bullet train", "cat"):
         put(tmp_path / name / "0.png", image(1))
     assert find_source(tmp_path, "train").classes == ["bullet train", "cat"]
@@ -122,17 +122,17 @@ def test_images_that_are_named_after_splits(tmp_path):
     assert contents(find_source(tmp_path, "train")) == [0, 1, 2]
     with pytest.raises(InputError, match=r"train \(3\), val \(3\), none after 'test'"):
         find_source(tmp_path, "test")
-    put(tmp_path / "cover.png", image(9))  # so that names say nothing: a train may be what a picture shows
+    put(tmp_path / "cover.png", image(9))  # now names say nothing about splits: a picture may show a train
     assert len(find_source(tmp_path, "train")) == 7
 
 
-def test_what_lies_beside_the_folders_of_splits_is_named(tmp_path):
+def test_files_next_to_the_folders_of_splits_are_named(tmp_path):
     for name in ("train/a", "test/a", "extra/a"):
         put(tmp_path / f"{name}.png", image(1))
     put(tmp_path / "captions.csv", b"x")
     assert "not read: captions.csv, extra (next to the folders of splits)" in find_source(tmp_path, "train").notes
     put(tmp_path / "train_2" / "a.png", image(1))
-    assert len(find_source(tmp_path, "train")) == 1  # the one of exactly that name
+    assert len(find_source(tmp_path, "train")) == 1  # the folder of exactly that name
     (tmp_path / "train").rename(tmp_path / "train_1")
     with pytest.raises(InputError, match="several folders of train: train_1, train_2"):
         find_source(tmp_path, "train")
@@ -171,7 +171,7 @@ def test_a_split_may_be_a_pattern_of_files(parquet, tmp_path):
         find_source(tmp_path / "images", "*.png")
 
 
-# Labels and captions beside images
+# Labels and captions next to images
 
 
 def labels_of(source):
@@ -244,7 +244,7 @@ def test_captions_and_labels_of_metadata_files(kind, tmp_path):
         find_source(tmp_path, "train")
 
 
-def test_names_in_metadata_have_the_numbers_of_the_training_split(tmp_path):
+def test_class_names_in_metadata_are_numbered_as_in_the_training_split(tmp_path):
     for split, words in (("train", "abc"), ("test", "cb")):
         for k in range(len(words)):
             put(tmp_path / split / f"{k}.png", image(k))
@@ -286,7 +286,7 @@ def test_a_table_above_the_folders_of_splits_is_read_for_each(layout, tmp_path):
     fingerprint = find_source(tmp_path, "train").fingerprint()
     put(tmp_path / "metadata.jsonl", lines({**rows[0], "text": "new"}, *rows[1:]))
     assert find_source(tmp_path, "train").fingerprint() != fingerprint
-    put(tmp_path / "metadata.jsonl", lines(*rows[3:]))  # of the other split alone
+    put(tmp_path / "metadata.jsonl", lines(*rows[3:]))  # rows of the other split only
     source = find_source(tmp_path, "train")
     assert captions_of(source) == [None] * 3
     assert any("3 rows are of files that do not exist" in note for note in source.notes)
@@ -311,7 +311,7 @@ def test_names_of_a_table_may_differ_in_case_or_be_last_parts(tmp_path):
     source = find_source(tmp_path, "train")
     assert labels_of(source) == ["5", "6", "7"]
     assert "metadata.csv: 3 images found by the last parts of the names (/old/0.png is 0.PNG)" in source.notes
-    put(tmp_path / "0.png", image(1))  # two images that a name may mean
+    put(tmp_path / "0.png", image(1))  # the name is now ambiguous
     put(tmp_path / "metadata.csv", "file_name,label\n0.Png,5\nsub/1.png,6\ncaf\u00e9.png,7\n".encode())
     with pytest.raises(InputError, match=r"metadata.csv gives 2 of 4 images a label, but not 0.PNG"):
         find_source(tmp_path, "train")
@@ -334,11 +334,11 @@ def test_a_table_that_names_no_file_is_refused(name, content, split, tmp_path):
     message = rf"{name}: none of the 2 files that it names \(x0.png, ..\) exists; the images are 0.png, 1.png"
     with pytest.raises(InputError, match=message):
         find_source(tmp_path, "train")
-    if b"text" not in content:  # no labels are wanted
+    if b"text" not in content:  # labels are not read
         assert labels_of(find_source(tmp_path, "train", labels="none")) == ["none"] * 2
 
 
-def test_a_table_of_each_image(tmp_path):
+def test_one_json_file_per_image(tmp_path):
     for k in range(3):
         put(tmp_path / f"{k}.png", image(k))
         put(tmp_path / f"{k}.json", json.dumps({"label": k + 1, "caption": f"no {k}", "url": "u"}).encode())
@@ -355,7 +355,7 @@ def test_a_table_of_each_image(tmp_path):
     assert labels_of(find_source(tmp_path, "train", labels="none")) == ["none"] * 3
 
 
-def test_images_of_one_name_share_their_table(tmp_path):
+def test_images_with_the_same_stem_share_their_json(tmp_path):
     for name in ("a.png", "a-2.png", "a.jpg"):
         put(tmp_path / name, image(0, "jpeg" if name.endswith("jpg") else "png"))
     put(tmp_path / "a.json", b'{"label": 3, "caption": "both"}')
@@ -366,7 +366,7 @@ def test_images_of_one_name_share_their_table(tmp_path):
 
 
 @pytest.mark.parametrize("labels", ["auto", "none"])
-def test_json_beside_an_image_that_is_no_table_is_not_read(labels, tmp_path):
+def test_json_next_to_an_image_that_is_not_an_object_is_not_read(labels, tmp_path):
     for k in range(3):
         put(tmp_path / f"{k}.png", image(k))
         put(tmp_path / f"{k}.json", (b"[1, 2]", b'"x"', b'{"caption": "c"}')[k])
@@ -376,7 +376,7 @@ def test_json_beside_an_image_that_is_no_table_is_not_read(labels, tmp_path):
     assert "KEY.json: read of 1 images for label or caption" in source.notes
 
 
-def test_files_of_captions_by_all_their_names(tmp_path):
+def test_caption_files_with_each_of_their_names(tmp_path):
     for k in range(7):
         put(tmp_path / f"{k}.PNG", image(k))
     for name in ("0.txt", "1.TXT", "2.caption", "3.PNG.txt", "4.png.txt", "5.txt", "5.caption", "readme.txt"):
@@ -388,7 +388,7 @@ def test_files_of_captions_by_all_their_names(tmp_path):
     assert source[1].caption == "1.TXT"
 
 
-def test_what_is_not_read_is_counted_by_its_kind(tmp_path):
+def test_files_that_are_not_read_are_counted_by_extension(tmp_path):
     for name in (
         "a/0.png",
         "b/0.png",
@@ -411,7 +411,7 @@ def test_what_is_not_read_is_counted_by_its_kind(tmp_path):
 
 
 @pytest.mark.parametrize("width", [1, 3])
-def test_folders_that_are_named_by_numbers_have_these_classes(width, tmp_path):
+def test_folders_named_by_numbers_have_these_class_numbers(width, tmp_path):
     for c in (*range(12), 14):
         put(tmp_path / "train" / f"{c:0{width}d}" / "0.png", image(c))
     put(tmp_path / "val" / f"{10:0{width}d}" / "0.png", image(0))
@@ -425,7 +425,7 @@ def test_folders_that_are_named_by_numbers_have_these_classes(width, tmp_path):
     assert class_table(source.classes).endswith(f"{11:d} {11:0{width}d}, 14 {14:0{width}d}")
 
 
-def test_numbers_that_can_hardly_be_classes_are_names(tmp_path):
+def test_implausible_class_numbers_are_names(tmp_path):
     for name in ("1990", "1991"):
         put(tmp_path / name / "0.png", image(0))
     source = find_source(tmp_path, "train")
@@ -433,7 +433,7 @@ def test_numbers_that_can_hardly_be_classes_are_names(tmp_path):
     assert "too large or not distinct to be class numbers" in source.notes[0]
 
 
-def test_folders_within_class_folders_are_said_to_be_no_classes(tmp_path):
+def test_folders_within_class_folders_are_reported_as_no_classes(tmp_path):
     for name in ("animals/cat", "animals/dog", "plants/rose"):
         put(tmp_path / name / "0.png", image(0))
     source = find_source(tmp_path, "train")
@@ -441,7 +441,7 @@ def test_folders_within_class_folders_are_said_to_be_no_classes(tmp_path):
     assert source.notes == ["classes: the sorted names of 2 folders; folders in them (animals/cat) are not classes"]
 
 
-def test_a_split_without_class_folders_beside_one_with_them_names_the_remedy(tmp_path):
+def test_a_split_without_class_folders_next_to_one_with_them_names_the_remedy(tmp_path):
     for name in ("train/n01/images/0", "train/n02/images/0", "val/images/0"):  # as tiny-imagenet-200
         put(tmp_path / f"{name}.png", image(0))
     with pytest.raises(InputError, match=r"class folders images are not among the 2 of .*train.* use --labels none"):
@@ -458,7 +458,7 @@ def test_an_empty_class_keeps_its_number(tmp_path):
     assert source.notes[0] == "classes: the sorted names of 3 folders; no images in 1 bee"
 
 
-def test_linked_class_folders_are_read_when_asked(tmp_path):
+def test_linked_class_folders_are_read_if_requested(tmp_path):
     for name in ("cat", "dog"):
         put(tmp_path / "pool" / name / "0.png", image(0))
         (tmp_path / "set").mkdir(exist_ok=True)
@@ -475,7 +475,7 @@ def test_a_folder_that_is_skipped_is_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("out", ["set/out", "elsewhere"])
-def test_no_path_of_an_image_is_resolved(out, tmp_path, monkeypatch):
+def test_paths_of_images_are_not_resolved(out, tmp_path, monkeypatch):
     for k in range(50):
         put(tmp_path / "set" / "ab"[k % 2] / f"{k}.png", image(0))
     resolve, resolved = Path.resolve, []
@@ -531,7 +531,7 @@ def test_parquet_labels_may_be_names_and_captions_lists(parquet, tmp_path):
         "columns: image from image, label from label, text from text; the first caption of each list; classes are "
         "numbered in the order of their names"
     )
-    assert labels_of(find_source(tmp_path, "test")) == ["2", "1"]  # those of train
+    assert labels_of(find_source(tmp_path, "test")) == ["2", "1"]  # numbers of the training split
     write("digits/train.parquet", ["10", "2", "10"])
     source = find_source(tmp_path / "digits", "train")
     assert (labels_of(source), source.classes) == (["10", "2", "10"], [])
@@ -540,7 +540,7 @@ def test_parquet_labels_may_be_names_and_captions_lists(parquet, tmp_path):
         find_source(tmp_path, "test")
 
 
-def test_widths_of_integers_are_one_kind_of_column(parquet, tmp_path):
+def test_integers_of_any_width_are_one_kind_of_column(parquet, tmp_path):
     import pyarrow as pa
 
     rows = [(image(0), 0, "x")]
@@ -580,7 +580,7 @@ def test_json_members_give_class_and_caption(tmp_path):
 
 
 def tar_of(file, *names):
-    """A tar of images with these names, in the order of their numbers."""
+    """Write a tar of images with these names, whose values are 0, 1, ..."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file, "w") as tar:
         for k, name in enumerate(names):
@@ -590,7 +590,7 @@ def tar_of(file, *names):
 
 
 @pytest.mark.parametrize("above", ["", "./", "set/train/"])
-def test_folders_in_tars_are_classes_with_the_numbers_of_the_training_split(above, tmp_path):
+def test_folders_in_tars_are_classes_numbered_as_in_the_training_split(above, tmp_path):
     tar_of(tmp_path / "train.tar", *(f"{above}{name}/{k}.png" for name in ("dog", "cat", "eel") for k in range(2)))
     tar_of(tmp_path / "test.tar", *(f"{above}{name}/{k}.png" for name in ("eel", "cat") for k in range(2)))
     source = find_source(tmp_path, "train")
@@ -611,7 +611,7 @@ def test_folders_in_tars_are_classes_with_the_numbers_of_the_training_split(abov
         find_source(tmp_path, "test")
 
 
-def test_folders_in_tars_that_are_not_taken_for_classes_are_named(tmp_path, capsys):
+def test_folders_in_tars_that_are_not_classes_are_named(tmp_path, capsys):
     tar_of(tmp_path / "a.tar", "cat/0.png", "dog/1.png", "2.png")
     source = find_source(tmp_path, "train")
     assert labels_of(source) == ["none"] * 3
@@ -639,7 +639,7 @@ def test_folders_in_tars_that_are_not_taken_for_classes_are_named(tmp_path, caps
     assert labels_of(find_source(tmp_path, "train")) == ["none"] * 2
 
 
-def test_classes_of_members_count_before_folders_in_tars(tmp_path):
+def test_classes_in_members_take_precedence_over_folders_in_tars(tmp_path):
     with wds.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
         for k, name in enumerate(("cat/0", "dog/1")):
             tar.write({"__key__": name, "png": image(k), "cls": b"%d" % (7 + k)})

@@ -1,6 +1,6 @@
-"""Images of any make against Pillow, numpy and ADM's own lines; what is damaged is a `BadSample` and nothing else.
+"""Images of all kinds against Pillow, numpy and ADM's code; damaged samples raise `BadSample` and nothing else.
 
-Long, as every format, mode and way to be damaged is made here, by the same few functions.
+The file is long because it makes every format, mode and kind of damage, with the same few functions.
 """
 
 import io
@@ -22,20 +22,20 @@ from lightning_tdisent.data.decode import MAX_PIXELS, BadSample, Decoder, adm_cr
 
 
 def by_pillow(*_):
-    """In the place of the fast reader: Pillow has to look at every JPEG."""
+    """Replace the fast decoder: Pillow has to decode every JPEG."""
     return
 
 
 @pytest.fixture(params=["simplejpeg", "Pillow"])
 def reader(request, monkeypatch):
-    """Both ways to read a JPEG."""
+    """Run the test with both JPEG decoders."""
     if request.param == "Pillow":
         monkeypatch.setattr(decode, "_fast", by_pillow)
     return request.param
 
 
 def scene(width, height, mode="RGB", seed=0):
-    """A smooth image with edges and some noise."""
+    """Return a smooth image with edges and some noise."""
     rng = np.random.default_rng(seed)
     channels = len(mode)
     y, x = np.mgrid[:height, :width][..., None] / 40
@@ -51,7 +51,7 @@ def encoded(image, form, **options):
 
 
 def decoded(content, channels=3, size=None):
-    """(H, W, channels) or (H, W)."""
+    """Decode to (H, W, channels) or (H, W)."""
     out = decode_image(content, channels, size, "train-0.tar: sample 7")
     assert out.dtype == torch.uint8
     assert out.shape[0] == channels
@@ -91,7 +91,7 @@ def test_a_jpeg_has_pillows_pixels(subsampling, options, width, height, reader):
     assert reader == "Pillow" or decode._fast(content, 3, "") is not None
 
 
-def test_a_grey_jpeg_and_one_with_bytes_behind_it(reader):
+def test_a_grey_jpeg_and_one_with_trailing_bytes(reader):
     for content in (encoded(scene(33, 20, "L"), "jpeg"), encoded(scene(33, 20), "jpeg") + b"trailing" * 99):
         for channels, mode in ((1, "L"), (3, "RGB")):
             expected = Image.open(io.BytesIO(content)).convert("RGB").convert(mode)
@@ -118,7 +118,7 @@ def by_span(content, span, mode="L"):
 
 
 @pytest.mark.parametrize(("kind", "name"), [(np.float32, "floats"), (np.int32, "integers of 32 bits")])
-def test_wide_values_are_scaled_by_what_is_said_and_never_by_their_own_largest(kind, name):
+def test_wide_values_are_scaled_by_the_given_range_and_never_by_their_maximum(kind, name):
     for value in (0, 1, 200, 70_000):
         with pytest.raises(
             BadSample, match=rf"x holds {name}, and the values of black and white are unknown.* --range"
@@ -135,7 +135,7 @@ def test_wide_values_are_scaled_by_what_is_said_and_never_by_their_own_largest(k
         by_span(stored(np.float32([[0, np.nan]])), (0, 1))
 
 
-def test_sixteen_bits_of_which_fewer_are_used():
+def test_sixteen_bit_values_that_use_fewer_bits():
     ramp = stored(np.arange(4096, dtype=np.uint16).reshape(64, 64), "png")
     assert np.array_equal(by_span(ramp, (0, 4095)).ravel(), np.rint(np.arange(4096) * (255 / 4095)))
     assert by_span(ramp, None).max() == 16
@@ -153,10 +153,10 @@ def test_sixteen_bits_of_which_fewer_are_used():
 
 
 @pytest.mark.parametrize("largest", [100, 255, 300, 4095, 65535])
-def test_a_pgm_says_its_largest_value(largest):
+def test_a_pgm_is_scaled_by_the_maximum_value_in_its_header(largest):
     values = np.linspace(0, largest, 5).round().astype(">u2" if largest > 255 else "u1")
     content = b"P5 5 1 %d\n" % largest + values.tobytes()
-    for span in (None, (0, 1)):  # whatever is said of others
+    for span in (None, (0, 1)):  # the span of other images does not matter
         assert error(by_span(content, span), values * (255 / largest)).max() <= 1
     assert decode.depth(decode.open_image(content, "x")) == "8 bits"
 
@@ -205,7 +205,7 @@ def over_white(colour, alpha):
     return colour * (alpha / 255) + 255 * (1 - alpha / 255)
 
 
-def test_transparency_is_laid_over_white():
+def test_transparency_is_composited_over_white():
     rng = np.random.default_rng(0)
     rgba = rng.integers(0, 256, (12, 10, 4), np.uint8)
     expected = over_white(rgba[..., :3], rgba[..., 3:])
@@ -243,19 +243,19 @@ def test_cmyk(ink, colour, reader):
     assert decode._fast(content, 3, "") is None
 
 
-def test_a_cmyk_photograph_is_as_pillow_has_it(reader):
+def test_a_cmyk_photograph_equals_pillows(reader):
     content = encoded(scene(40, 30, "CMYK"), "jpeg")
     assert np.array_equal(decoded(content), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
 @pytest.mark.parametrize("form", ["gif", "webp", "png"])
-def test_of_an_animation_the_first_frame_is_taken(form):
+def test_the_first_frame_of_an_animation_is_used(form):
     frames = [Image.new("RGB", (20, 14), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     content = encoded(
         frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "webp" else {})
     )
     assert Image.open(io.BytesIO(content)).n_frames == 3
-    for name in ("png", "webp", "jpg"):  # whatever the member is called
+    for name in ("png", "webp", "jpg"):  # the extension of the member does not matter
         out = Decoder(3)({name: content}, "x")["image"]
         assert out.shape == (3, 14, 20)
         assert (out.permute(1, 2, 0).numpy() == (255, 0, 0)).all()
@@ -311,14 +311,14 @@ ODD_EXIF = {
 
 
 @pytest.mark.parametrize("odd", ODD_EXIF)
-def test_odd_exif_is_followed_as_pillow_does_or_counted(odd, monkeypatch):
+def test_unusual_exif_is_applied_as_pillow_does_or_is_a_bad_sample(odd, monkeypatch):
     content = encoded(scene(24, 10), "jpeg")
     content = content[:2] + segment(0xE1, b"Exif\0\0" + ODD_EXIF[odd]) + content[2:]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
-    except Exception:  # whatever it is; a sample is lost, not the run
+    except Exception:  # any exception: a sample is lost, not the run
         expected = None
     for _ in range(2):
         try:
@@ -350,7 +350,7 @@ def test_odd_exif_is_followed_as_pillow_does_or_counted(odd, monkeypatch):
         "another segment",
     ],
 )
-def test_both_readers_turn_alike(segments, monkeypatch):
+def test_both_decoders_rotate_alike(segments, monkeypatch):
     content = encoded(scene(24, 10), "jpeg")
     content = content[:2] + b"".join(segments) + content[2:]
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
@@ -363,7 +363,7 @@ def test_both_readers_turn_alike(segments, monkeypatch):
 
 
 def center_crop_arr(image, size):
-    """As ADM's image_datasets.py does it, line by line."""
+    """Crop exactly as the code of ADM's image_datasets.py."""
     while min(*image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
     scale = size / min(*image.size)
@@ -382,7 +382,7 @@ SIZES = [
 @pytest.mark.parametrize(("width", "height"), SIZES)
 @pytest.mark.parametrize("size", [63, 64])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_the_crop_is_adms(width, height, size, mode):
+def test_the_crop_equals_adms(width, height, size, mode):
     image = scene(width, height, mode)
     expected = center_crop_arr(image, size)
     assert np.array_equal(np.asarray(adm_crop(image, size)), expected)
@@ -405,7 +405,7 @@ def test_the_fast_resize_is_within_half_a_grey_level(width, height, size, mode):
 
 @pytest.mark.parametrize("size", [64, 256])
 def test_real_photographs_are_resized_as_adm_does_it(size, prepared):
-    """Of 20 of them, 0.26 grey levels on average at 64 pixels, the worst 0.77; at 256, 0.0035 and 0.009."""
+    """Measured on 20 photographs: mean 0.26, worst 0.77 grey levels at 64 pixels; 0.0035 and 0.009 at 256."""
     means, most = [], 0
     for file in sorted(prepared("imagenet-sample").glob("*.tar.gz")):
         with tarfile.open(file) as tar:
@@ -424,8 +424,8 @@ def test_real_photographs_are_resized_as_adm_does_it(size, prepared):
 
 @pytest.mark.parametrize("form", ["png", "jpeg"])
 @pytest.mark.parametrize(("width", "height"), [(1, 3000), (3000, 1)])
-def test_a_thin_image_is_not_blown_up(form, width, height, monkeypatch):
-    """A file of some hundred bytes and 1 x 65,500 pixels would need 13 GB at size 256; here, the bound is 50,000."""
+def test_a_narrow_image_is_not_enlarged_beyond_the_limit(form, width, height, monkeypatch):
+    """A file of a few hundred bytes with 1 x 65,500 pixels would need 13 GB at size 256; here the limit is 50,000."""
     content = encoded(Image.new("RGB", (width, height)), form)
     made, resize, interpolate = [], Image.Image.resize, decode.interpolate
 
@@ -446,10 +446,10 @@ def test_a_thin_image_is_not_blown_up(form, width, height, monkeypatch):
     assert max(made, default=0) <= 50_000
 
 
-# By Pillow alone
+# With Pillow only
 
 
-def test_by_pillow_the_results_are_the_same(monkeypatch):
+def test_pillow_alone_gives_the_same_results(monkeypatch):
     contents = [encoded(scene(w, h, m, w), "jpeg") for w, h in ((90, 60), (200, 161), (31, 40)) for m in ("RGB", "L")]
     cases = [(content, channels, size) for content in contents for channels in (1, 3) for size in (None, 32, 48)]
     before = [decoded(*case) for case in cases]
@@ -482,7 +482,7 @@ def jpeg_header(width, height):
 
 
 GIF = encoded(Image.new("P", (4, 4)), "gif")
-SQUARE = 9460  # whose square is the first above the bound
+SQUARE = 9460  # its square is the first above the limit
 
 
 @pytest.mark.parametrize(
@@ -547,7 +547,7 @@ def test_a_bomb_of_text_is_refused():
         "progressive",
     ],
 )
-def test_what_is_no_image_is_named(content, message, reader):
+def test_content_that_is_not_an_image_is_named(content, message, reader):
     for channels, size in ((3, None), (1, 8)):
         with pytest.raises(BadSample, match=f"{message}") as refusal:
             decoded(content, channels, size)
@@ -556,7 +556,7 @@ def test_what_is_no_image_is_named(content, message, reader):
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_jpeg_cut_off_anywhere_is_bad_or_whole(progressive, reader):
+def test_a_jpeg_cut_off_anywhere_is_bad_or_complete(progressive, reader):
     """Only its last bytes, which hold no pixels, may be missing."""
     content = encoded(scene(40, 24), "jpeg", progressive=progressive)
     whole, bad = decoded(content), 0
@@ -582,7 +582,7 @@ def test_a_jpeg_cut_off_anywhere_is_bad_or_whole(progressive, reader):
     ],
     ids=lambda image: f"{image.mode} {image.getextrema()}"[:30],
 )
-def test_odd_modes_are_converted_or_counted(image):
+def test_unusual_modes_are_converted_or_bad_samples(image):
     content = encoded(image, "tiff")
     for channels in (1, 3):
         try:
@@ -591,8 +591,8 @@ def test_odd_modes_are_converted_or_counted(image):
             continue
 
 
-def test_no_file_starts_a_program(monkeypatch):
-    """Pillow would hand PostScript over to Ghostscript."""
+def test_no_image_file_starts_a_program(monkeypatch):
+    """Pillow would run Ghostscript on PostScript."""
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     with pytest.raises(BadSample):
         decoded(encoded(Image.new("RGB", (4, 4)), "eps"))
@@ -629,7 +629,7 @@ CHANGES = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 2
 
 
 def repaired(content):
-    """A PNG with the sums of its chunks put right, so that what is in them is looked at."""
+    """Return a PNG with corrected chunk checksums, so that the content of the chunks is parsed."""
     out, at = bytearray(content[:8]), 8
     while at + 12 <= len(content):
         length = int.from_bytes(content[at : at + 4], "big")
@@ -723,13 +723,13 @@ def test_a_sample_has_its_label_and_caption():
         ({"png": PNG, "txt": b"\xff\xfe"}, "x cannot be decoded"),
     ],
 )
-def test_a_sample_that_is_not_one_is_bad(members, message):
+def test_an_invalid_sample_is_bad(members, message):
     with pytest.raises(BadSample, match=f"^{message}"):
         Decoder(1)(members, "x")
 
 
 @pytest.mark.parametrize("members", [{"png": PNG}, {"png": PNG, "cls": b"3"}, {"png": PNG, "cls": b"2"}])
-def test_a_class_that_is_not_one_of_those_asked_for_is_bad(members):
+def test_a_class_that_the_network_does_not_have_is_bad(members):
     label = int(members.get("cls", b"-1"))
     assert Decoder(1)(members, "x")["label"] == label
     assert Decoder(1, classes=4)({**members, "cls": b"3"}, "x")["label"] == 3
@@ -757,7 +757,7 @@ LATENT = np.random.default_rng(0).normal(size=(2, 2, 4, 3, 5)).astype(np.float16
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_a_latent_comes_back_as_it_was(order):
+def test_a_latent_round_trips(order):
     out = Decoder()({"latent.npy": npy(np.asarray(LATENT, order=order)), "cls": b"3"}, "x")
     assert torch.equal(out["latent"], torch.from_numpy(LATENT))
     assert out["label"] == 3
@@ -797,7 +797,7 @@ def shape(text):
         npy_header(b"{}", 9),
     ],
 )
-def test_a_latent_that_is_not_one_is_bad(content):
+def test_an_invalid_latent_is_bad(content):
     with pytest.raises(BadSample, match=r"^train-0.tar: sample 7") as refusal:
         Decoder()({"latent.npy": content}, "train-0.tar: sample 7")
     assert "latent.npy" in str(refusal.value)
@@ -809,7 +809,7 @@ def test_a_latent_that_is_not_one_is_bad(content):
 def test_damaged_latents_raise_nothing_but_bad_sample(changes):
     content = bytearray(npy(LATENT))
     for at, value in changes:
-        content[int(at * 128)] = value  # of the header
+        content[int(at * 128)] = value  # a byte of the header
     try:
         out = Decoder()({"latent.npy": bytes(content)}, "where")["latent"]
     except BadSample:

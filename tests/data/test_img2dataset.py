@@ -1,4 +1,4 @@
-"""The recipe of data/README.md for what img2dataset writes: NNNNN.tar, NNNNN.parquet and NNNNN_stats.json."""
+"""The recipe of data/README.md for the output of img2dataset: NNNNN.tar, NNNNN.parquet and NNNNN_stats.json."""
 
 import io
 import json
@@ -17,7 +17,7 @@ WORDS = ["webdataset", "--split", "train", "--size", "8", "--jobs", "1"]
 
 @pytest.fixture
 def downloaded(tmp_path):
-    """3 shards of 4 samples with caption and metadata; a download that failed leaves a gap in the keys."""
+    """Write 3 shards of 4 samples with caption and metadata. A failed download leaves a gap in the keys."""
     rng = np.random.default_rng(0)
     for shard in range(3):
         with tarfile.open(tmp_path / f"{shard:05d}.tar", "w") as tar:
@@ -39,7 +39,7 @@ def downloaded(tmp_path):
     return tmp_path
 
 
-def test_its_shards_are_taken_as_they_are(downloaded, capsys):
+def test_its_shards_are_read_unchanged(downloaded, capsys):
     for split in ("{00000..00001}.tar", "00002.tar"):
         assert main(["data", "index", str(downloaded), "--split", split]) == 0
         assert main(["data", "verify", str(downloaded), "--split", split]) == 0
@@ -53,7 +53,7 @@ def test_its_shards_are_taken_as_they_are(downloaded, capsys):
     assert sorted(captions) == [f"picture {shard:05d}{i:04d}" for shard in (0, 1) for i in (0, 1, 3, 4)]
 
 
-def test_its_shards_are_converted_if_the_kind_is_said(downloaded, tmp_path_factory):
+def test_its_shards_are_converted_if_the_kind_is_given(downloaded, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     assert main(["data", "prepare", str(downloaded), str(out), "--kind", *WORDS]) == 0
     assert load(out, "train", 3).images.shape == (12, 3, 8, 8)

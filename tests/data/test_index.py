@@ -1,6 +1,6 @@
-"""What an index says against the file, zlib, tarfile and webdataset; what it does not fit; which shards a name finds.
+"""Indices against the file, zlib, tarfile and webdataset; mismatched indices; shards that a split or pattern selects.
 
-Long, as it holds the makers of odd tars and of damaged indices beside what is asked of them.
+The file is long because it also makes the unusual tars and the damaged indices.
 """
 
 import gzip
@@ -36,7 +36,7 @@ from lightning_tdisent.errors import Halted, InputError
 
 
 def by_webdataset(file):
-    """[(key, {extension: content})], as it reads them."""
+    """Return [(key, {extension: content})] as webdataset reads a shard."""
     with open(file, "rb") as stream:
         members = wds.tariterators.tar_file_expander([{"url": str(file), "stream": stream}])
         return [
@@ -50,7 +50,7 @@ def by_webdataset(file):
 WORD = st.text("abcdeé-_ 0", min_size=1, max_size=6)
 SAMPLE = st.tuples(
     st.lists(WORD, max_size=2),  # folders
-    st.one_of(WORD, st.integers(90, 300).map(lambda n: "k" * n)),  # over 100 bytes: in a header of its own
+    st.one_of(WORD, st.integers(90, 300).map(lambda n: "k" * n)),  # over 100 bytes: stored in an extra header
     st.dictionaries(st.sampled_from(["png", "txt", "a.b", "JPG"]), st.binary(max_size=1100), min_size=1),
 )
 OTHER = st.sampled_from(
@@ -60,7 +60,7 @@ OTHER = st.sampled_from(
 
 @st.composite
 def shard(draw):
-    """The members of a shard, and those of them that are of a sample."""
+    """Draw the members of a shard, and those of them that belong to a sample."""
     members = []
     for number, (folders, key, content) in enumerate(draw(st.lists(SAMPLE, max_size=5))):
         members += draw(st.lists(OTHER, max_size=2))
@@ -77,11 +77,11 @@ def shard(draw):
     form=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
     packed=st.booleans(),
 )
-def test_regions_tile_the_tar_and_hold_what_webdataset_reads(contents, form, packed, tmp_path_factory):
+def test_regions_tile_the_tar_and_contain_what_webdataset_reads(contents, form, packed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tars")
     parts, expected = [], []
     for number, members in enumerate(contents):
-        # other keys and bytes in every shard, so that they can be joined
+        # different keys and bytes in every shard, so that they can be joined
         members = [("empty" * (number + 1), b""), *((f"{number}/{n}" if "." in n[1:] else n, c) for n, c in members)]
         file = write(folder / f"t-{number}.tar", members, form)
         raw, url = file.read_bytes(), str(file)
@@ -90,7 +90,7 @@ def test_regions_tile_the_tar_and_hold_what_webdataset_reads(contents, form, pac
             Path(url).write_bytes(gzip.compress(raw, 1))
         index, r = (one := scan(url)), one.regions
         parts.append(index)
-        read = [sample for sample in by_webdataset(file) if sample[1].keys() != {"txt"}]  # a text alone is no sample
+        read = [sample for sample in by_webdataset(file) if sample[1].keys() != {"txt"}]  # a lone text is no sample
         expected += [(url.rpartition("/")[2], key, content) for key, content in read]
 
         stored = Path(url).read_bytes()
@@ -121,19 +121,19 @@ def test_regions_tile_the_tar_and_hold_what_webdataset_reads(contents, form, pac
     assert set(whole.extensions) == {kind for *_, content in expected for kind in content}
     whole.save(folder / "i.safetensors")
     assert same(Index.load(folder / "i.safetensors"), whole)
-    for number in range(len(contents)):  # the reader gives the same
+    for number in range(len(contents)):  # `Shards` returns the same
         shards = Shards([str(folder / row.name) for row in whole.shards], whole, Decoder(1))
         streamed = [(whole.key(n), members) for n, members in shards.stream(number)]
         assert streamed == [(key, c) for name, key, c in expected if name == whole.shards[number].name]
 
 
-def test_a_leading_dot_and_slash_is_of_no_key(tmp_path):
+def test_a_leading_dot_and_slash_is_not_part_of_the_key(tmp_path):
     index = scan(str(write(tmp_path / "t-0.tar", [("./", None), ("./a.png", b"1"), ("./b/c.PNG", b"2")])))
     assert [index.key(n) for n in range(2)] == ["a", "b/c"]
     assert index.extensions == ("png",)
 
 
-def test_an_index_of_headers_alone_has_the_same_places(shards):
+def test_an_index_made_from_headers_has_the_same_offsets(shards):
     read, quick = build(find(shards, "train")), build(find(shards, "train"), hashed=False)
     assert (read.hashed, quick.hashed) == (True, False)
     assert len(quick.regions.crc) == 0
@@ -177,13 +177,13 @@ def test_an_index_that_cannot_be_written_leaves_the_old_one(shards, monkeypatch)
         before.save("memory://full/i")
 
 
-def test_the_digest_is_that_of_names_and_bytes(shards):
+def test_the_digest_is_a_hash_of_names_and_bytes(shards):
     index = build(find(shards, "train"))
     total = hashlib.sha256()
     for file in sorted(shards.glob("*.tar")):
         total.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     assert index.digest == total.hexdigest()[:16] == build(find(shards, "train"), regions=False).digest
-    before = opened(shards).digest  # from the files
+    before = opened(shards).digest  # computed from the files
     index.save(path_of(shards, "train"))
     assert opened(shards).digest == before == index.digest
 
@@ -203,7 +203,7 @@ def test_names_that_are_not_utf8_and_too_many_kinds_are_refused(tmp_path):
         build([many])
 
 
-# A damaged index, and one that does not fit
+# Damaged and mismatched indices
 
 
 def test_any_flipped_bit_of_an_index_is_found(shards):
@@ -225,7 +225,7 @@ def test_any_flipped_bit_of_an_index_is_found(shards):
 
 
 def test_the_ends_of_the_header_of_an_index_bit_by_bit(shards):
-    """Length, names, types and places, of which a flip might leave a readable file."""
+    """A flipped bit in lengths, names, types or offsets might leave a readable file."""
     save_index(shards)
     file = shards / "train.index.safetensors"
     content = file.read_bytes()
@@ -278,7 +278,7 @@ def test_a_cut_off_index_is_refused(keep, shards):
         ),
     ],
 )
-def test_an_index_whose_numbers_cannot_be_is_refused_whatever_its_hash(name, change, said, shards):
+def test_an_index_with_impossible_numbers_is_refused_whatever_its_hash(name, change, said, shards):
     index = build(find(shards, "train"))
     changed = replace(index, regions=replace(index.regions, **{name: change(getattr(index.regions, name))}))
     changed.save(path_of(shards, "train"))
@@ -289,14 +289,14 @@ def test_an_index_whose_numbers_cannot_be_is_refused_whatever_its_hash(name, cha
 @pytest.mark.parametrize(
     "row", [{"bytes": -1}, {"samples": 1.5}, {"name": 7}, {"sha256": "0" * 63}, {"sha256": "x" * 64}]
 )
-def test_an_index_whose_shards_cannot_be_is_refused_whatever_its_hash(row, shards):
+def test_an_index_with_impossible_shards_is_refused_whatever_its_hash(row, shards):
     index = build(find(shards, "train"), regions=False)
     replace(index, shards=(*index.shards[:2], replace(index.shards[2], **row))).save(path_of(shards, "train"))
     with pytest.raises(InputError, match=r"train.index.safetensors is damaged \(the shard "):
         opened(shards)
 
 
-def test_a_sample_of_too_many_bytes_in_all_is_refused(tmp_path, monkeypatch):
+def test_a_sample_with_too_many_bytes_is_refused(tmp_path, monkeypatch):
     file = write(
         tmp_path / "a-0.tar", [("a.png", b"1"), ("b.png", b"1" * 4000), ("b.txt", b"2" * 4000), ("c.png", b"")]
     )
@@ -306,7 +306,7 @@ def test_a_sample_of_too_many_bytes_in_all_is_refused(tmp_path, monkeypatch):
         scan(str(file))
 
 
-def test_an_index_of_another_format_and_one_that_is_no_file_are_refused(shards):
+def test_an_index_of_another_format_or_that_is_not_a_file_is_refused(shards):
     index = save_index(shards)
     file = shards / "train.index.safetensors"
     content = file.read_bytes()
@@ -323,7 +323,7 @@ def test_an_index_of_another_format_and_one_that_is_no_file_are_refused(shards):
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_samples_spread_over_a_set_are_those_and_know_their_numbers(digits, tmp_path, indexed):
+def test_spread_samples_are_evenly_spaced_and_keep_their_numbers(digits, tmp_path, indexed):
     shutil.copyfile(digits / "train-0000.tar", tmp_path / "train-0000.tar")
     if indexed:
         build([str(tmp_path / "train-0000.tar")], 1).save(path_of(tmp_path, "train"))
@@ -342,7 +342,7 @@ def test_the_message_names_a_remote_folder_as_it_was_given(shards):
         Shards.open("memory://bad-index", "train", Decoder(1))
 
 
-def test_an_index_that_does_not_fit_is_refused_by_name(shards):
+def test_an_index_that_does_not_match_is_refused_with_the_shard(shards):
     save_index(shards)
     content = (shards / "train-0001.tar").read_bytes()
     (shards / "train-0003.tar").write_bytes(content)
@@ -362,7 +362,7 @@ def test_an_index_that_does_not_fit_is_refused_by_name(shards):
         InputError, match=rf"train-0001.tar has {size + 512:,} bytes, but its index says {size:,}.*data"
     ):
         opened(shards)
-    assert len(opened(shards, Policy("skip"))) == 30  # all that the index lists is there
+    assert len(opened(shards, Policy("skip"))) == 30  # every sample of the index is there
     (shards / "train-0001.tar").write_bytes(content)
     assert len(opened(shards)) == 30
 
@@ -392,7 +392,7 @@ def test_an_empty_split_is_refused(tmp_path):
         opened(tmp_path)
 
 
-# Keys, classes and shards that come twice
+# Repeated keys and shards, missing classes
 
 
 def test_a_shard_and_its_gzipped_copy_are_refused(shards):
@@ -420,7 +420,7 @@ def test_a_sample_without_its_label_is_refused(where, regions, shards):
         build(files, regions=regions)
 
 
-def test_the_sample_without_its_label_is_named_and_none_with_one_is_fine(shards):
+def test_the_sample_without_a_label_is_named_and_no_labels_at_all_are_fine(shards):
     file = write(shards / "x-0.tar", [("a.png", b"1"), ("a.cls", b"1"), ("b.png", b"2"), ("c.png", b"3")])
     with pytest.raises(InputError, match=r"2 of 3 samples have no class \(KEY.cls\), first x-0.tar: sample b \("):
         build([file])
@@ -450,7 +450,7 @@ def test_commands_are_refused(path, split, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["train-{0000..0001}{.tar", "train-{0000..0001}.tar}", "[", "{a..b", "train-{}.tar"])
-def test_odd_patterns_find_shards_or_are_refused(split, shards):
+def test_unusual_patterns_find_shards_or_are_refused(split, shards):
     try:
         urls = find(shards, split)
     except InputError as error:
@@ -460,7 +460,7 @@ def test_odd_patterns_find_shards_or_are_refused(split, shards):
     assert said.removeprefix("data.path: ").startswith(str(shards))
 
 
-def test_an_index_of_a_pattern_has_a_name_of_its_own(shards):
+def test_the_index_of_a_pattern_has_its_own_name(shards):
     file = path_of(f"{shards}/", "train-{0001..0002}.tar")
     assert file == f"{shards}/train-_0001..0002_.tar.index.safetensors"
     build(find(shards, "train-{0001..0002}.tar")).save(file)
@@ -469,7 +469,7 @@ def test_an_index_of_a_pattern_has_a_name_of_its_own(shards):
     assert some.decoded().labels.tolist() == list(range(10, 30))
 
 
-def test_an_index_without_samples_names_by_number():
+def test_an_index_without_samples_names_samples_by_number():
     index = Index((Shard("a.tar", 1, "", 3, ""), Shard("b.tar", 1, "", 2, "")), (), None)
     assert [index.name(n) for n in (0, 2, 3)] == ["a.tar: sample 0", "a.tar: sample 2", "b.tar: sample 0"]
 
@@ -478,7 +478,7 @@ def test_an_index_without_samples_names_by_number():
     ("one", "two", "shared"),
     [("ab--", "bc-", 1), ("--", "--", 0), ("a-", "--", 0), ("--", "a", 0), ("aab", "ac", 2)],
 )
-def test_samples_without_an_image_are_shared_with_nothing(one, two, shared, tmp_path):
+def test_samples_without_an_image_are_not_shared(one, two, shared, tmp_path):
     for name, images in (("one", one), ("two", two)):
         with wds.TarWriter(str(tmp_path / f"{name}.tar"), encoder=False) as tar:
             for k, content in enumerate(images):
@@ -487,7 +487,7 @@ def test_samples_without_an_image_are_shared_with_nothing(one, two, shared, tmp_
 
 
 def test_images_of_one_size_have_different_keys(tmp_path):
-    """A CRC-32 of a PNG, whose parts end with their own, says little more than its length."""
+    """The chunks of a PNG end with their own CRC-32, so the CRC-32 of a PNG says little more than its length."""
     pixels = np.random.default_rng(0).integers(0, 256, (2000, 8, 8), dtype=np.uint8)
     for name, part in (("one", pixels[:1000]), ("two", pixels[999:])):
         with wds.TarWriter(str(tmp_path / f"{name}.tar"), encoder=False) as tar:

@@ -1,6 +1,6 @@
-"""Which samples come when: the same for any ranks and workers, each once an epoch, mixed, and on from anywhere.
+"""The order of samples: equal for any ranks and workers, each once per epoch, shuffled, and resumable anywhere.
 
-Long, as every kind of reading, from memory to gzipped, is asked the same questions.
+The file is long because every way of reading, from memory to gzipped shards, is tested for the same properties.
 """
 
 import itertools
@@ -29,7 +29,7 @@ LAYOUTS = [(1, 0), (1, 4), (2, 2), (4, 1)]
 
 
 def rows(make, world, workers, first=0, steps=None):
-    """(label, id, mirrored) of what the loaders of all ranks hand out, in the order of the global batches."""
+    """Return (label, id, mirrored) of the samples of all ranks' loaders, in the order of the global batches."""
     streams = []
     for rank in range(world):
         dataset = make(rank, world)
@@ -44,7 +44,7 @@ def rows(make, world, workers, first=0, steps=None):
 
 
 def tilted(batch):
-    """The images of some tests are darker on the left: whether they have been mirrored."""
+    """Return whether images were mirrored. The images of some tests are darker on the left for this."""
     return (batch["image"][..., 0] > batch["image"][..., -1]).flatten(1).any(1).tolist()
 
 
@@ -52,7 +52,7 @@ KINDS = ["memory", "single reads", "sequential", "sequential, gzipped", "sequent
 
 
 def source(kind, folder):
-    """A maker of datasets with 8 images over all ranks."""
+    """Return a function that makes data sets with ``total`` images per global batch."""
     if kind == "sequential, gzipped":
         zipped(folder)
     if kind == "sequential, no samples listed":
@@ -70,7 +70,7 @@ def source(kind, folder):
 
 
 class Chained:
-    """A source that reads shards one after the other, as `Shards` does those of a folder."""
+    """A source that reads shards sequentially, as `Shards` does for a folder."""
 
     def stream_shards(self, shards, start):
         for shard in shards:
@@ -79,7 +79,7 @@ class Chained:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_order_is_a_function_of_seed_and_epoch_alone(kind, tilted_shards):
+def test_the_order_depends_on_seed_and_epoch_only(kind, tilted_shards):
     make = source(kind, tilted_shards)
     one = rows(make, 1, 0, 3 * 7)
     assert len(one) == 28  # 30 = 7 x 4 + 2: the incomplete batch is left out
@@ -95,7 +95,7 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone(kind, tilted_shards):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_goes_on_anywhere(kind, tilted_shards):
+def test_a_run_resumes_anywhere(kind, tilted_shards):
     make = source(kind, tilted_shards)
     whole = rows(make, 1, 0, 0, 21)
     for first in (1, 6, 7, 13, 20):
@@ -103,7 +103,7 @@ def test_a_run_goes_on_anywhere(kind, tilted_shards):
             assert rows(make, 1, workers, first, 21 - first) == whole[4 * first :], (first, workers)
 
 
-def test_memory_and_single_reads_have_one_order(tilted_shards):
+def test_memory_and_single_reads_have_the_same_order(tilted_shards):
     assert rows(source("memory", tilted_shards), 1, 0) == rows(source("single reads", tilted_shards), 2, 1)
 
 
@@ -133,8 +133,8 @@ def test_one_shard_on_four_ranks(kind, tilted_shards):
     first=st.integers(0, 100),
     workers=st.integers(1, 5),
 )
-def test_lanes_cut_any_shards_into_any_batches(counts, batch, world, buffer, first, workers):
-    """The parts of all ranks and workers, put together, are those of one process; an epoch repeats nothing."""
+def test_lanes_divide_any_shards_into_any_batches(counts, batch, world, buffer, first, workers):
+    """The parts of all ranks and workers, concatenated, equal those of one process; an epoch has no repetitions."""
 
     class Source(Chained):
         urls = [str(i) for i in range(len(counts))]
@@ -178,7 +178,7 @@ def test_lanes_cut_any_shards_into_any_batches(counts, batch, world, buffer, fir
 
 @pytest.mark.parametrize(("ranks", "times"), [(1, 1), (2, 4 / 3), (3, 1), (6, 2)])
 def test_each_byte_is_read_once_unless_ranks_share_a_lane(ranks, times, tilted_shards, monkeypatch):
-    """There are 3 shards, hence 3 lanes: 2 ranks share the middle one, of 6 every two share one."""
+    """There are 3 shards, hence 3 lanes: 2 ranks share the middle lane; of 6 ranks, every two share a lane."""
     save_index(tilted_shards)
     read = []
 
@@ -205,7 +205,7 @@ def test_each_byte_is_read_once_unless_ranks_share_a_lane(ranks, times, tilted_s
 
 
 class Numbers(Chained):
-    """A source of equal shards whose samples are their numbers."""
+    """A source of equally long shards. A sample is its own number."""
 
     def __init__(self, shards, each):
         self.urls = [str(i) for i in range(shards)]
@@ -225,7 +225,7 @@ class Numbers(Chained):
 
 @pytest.mark.parametrize(("shards", "batch"), [(1, 50), (4, 64), (8, 64), (64, 64), (100, 256)])
 def test_lanes_mix_from_epoch_to_epoch(shards, batch):
-    """When a sample comes in an epoch says little about the next one, and others share its batch then."""
+    """The position of a sample in an epoch says little about the next epoch, in which other samples share its batch."""
     source = Numbers(shards, 1000)
     run = Streamed(source, batch, 0, buffer=2000)
     epochs = [torch.cat(list(itertools.islice(run_, len(run)))) for run_ in starts(run, 6)]
@@ -237,13 +237,13 @@ def test_lanes_mix_from_epoch_to_epoch(shards, batch):
     correlation = [
         float(torch.corrcoef(torch.stack([a[k], b[k]]))[0, 1]) for (a, b), k in zip(pairs, both, strict=True)
     ]
-    limit = 0.35 if shards > 1 else 0.7  # a single shard is turned, not permuted
+    limit = 0.35 if shards > 1 else 0.7  # a single shard is only rotated, not permuted
     assert abs(sum(correlation) / 5) < limit, correlation
-    assert (when.isnan().sum(0) <= 2).all()  # what an epoch leaves over, others have
+    assert (when.isnan().sum(0) <= 2).all()  # samples that one epoch leaves over are in others
     if shards > 1:
         mates = epochs[0].view(-1, batch)
         apart = torch.stack([(when[1][m][:, None] - when[1][m]).abs().nanmean() for m in mates]).mean()
-        assert apart > 0.25  # of a full shuffle: 1/3
+        assert apart > 0.25  # a full shuffle has 1/3
 
 
 def starts(run, epochs):
@@ -252,11 +252,11 @@ def starts(run, epochs):
         yield run
 
 
-def test_shards_follow_each_other_in_another_order_every_epoch():
+def test_the_order_of_the_shards_differs_in_every_epoch():
     class Noted(Numbers):
         def stream(self, shard, start):
             self.asked.append(shard)
-            return super().stream(shard, start)  # which `stream_shards` asks for each
+            return super().stream(shard, start)  # `stream_shards` calls this for each shard
 
     source, rings = Noted(8, 20), []
     run = Streamed(source, 1, 0)
@@ -264,25 +264,25 @@ def test_shards_follow_each_other_in_another_order_every_epoch():
         source.asked = []
         list(itertools.islice(one, len(one)))
         rings.append(frozenset((a, b) for a, b in itertools.pairwise(source.asked) if a != b))
-    assert all(sorted(b for _, b in ring) == list(range(8)) for ring in rings)  # each behind one other
+    assert all(sorted(b for _, b in ring) == list(range(8)) for ring in rings)  # every shard once
     assert len(set(rings)) == 5
 
 
 @pytest.mark.parametrize(("buffer", "size"), [(1, 96), (192, 192)])
-def test_a_window_is_mixed_each_time_in_another_way(buffer, size):
-    """Windows of the buffer, or of 16 batches, hold neighbours in the ring, each in a permutation of its own."""
+def test_each_window_has_its_own_permutation(buffer, size):
+    """A window (of the buffer, or of 16 batches) has neighbours in the ring; each window has its own permutation."""
     run, seen = Streamed(Numbers(1, 960), 6, 0, buffer=buffer), set()
     for window in torch.cat(list(itertools.islice(run, 2 * len(run)))).view(-1, size):
         there = set(window.tolist())
         (low,) = [n for n in there if (n - 1) % 960 not in there]
         order = (window - low) % 960
         assert sorted(order.tolist()) == list(range(size))
-        assert abs(float(torch.corrcoef(torch.stack([order, torch.arange(size)]))[0, 1])) < 0.4  # of chance: 0.1
+        assert abs(float(torch.corrcoef(torch.stack([order, torch.arange(size)]))[0, 1])) < 0.4  # by chance: 0.1
         seen.add(tuple(order.tolist()))
     assert len(seen) == 2 * 960 // size
 
 
-def test_nobody_is_left_out_for_ever():
+def test_no_sample_is_left_out_in_every_epoch():
     run = Streamed(Numbers(1, 30), 4, 0)
     seen = torch.cat(list(itertools.islice(run, 20 * len(run)))).bincount(minlength=30)
     assert seen.min() >= 12
@@ -301,7 +301,7 @@ def test_single_reads_of_gzipped_shards_are_refused(shards):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_on_the_device_nothing_is_copied_and_the_order_is_the_same(shards, world):
+def test_nothing_is_copied_on_the_device_and_the_order_is_the_same(shards, world):
     data = load(shards, "train", 1)
     plain = Shuffled(data, 4, 0, world=world, flip=True)
     resident = Shuffled(data, 4, 0, world=world, flip=True, device=torch.device("cpu"))
@@ -323,7 +323,7 @@ def test_half_of_the_images_are_mirrored_and_which_ones_changes(tmp_path):
     assert 440 < int((marks[0] ^ marks[1]).sum()) < 560
 
 
-def test_a_pattern_names_shards(shards):
+def test_a_pattern_selects_shards(shards):
     assert len(find(shards, "train-000[01].tar")) == 2
     assert [url.rpartition("/")[2] for url in find(shards, "train-{0000..0001}.tar")] == [
         "train-0000.tar",
@@ -341,7 +341,7 @@ def test_a_pattern_names_shards(shards):
 
 
 class Counted(Chained):
-    """64 shards of 32 samples, each of which is the number of its shard."""
+    """64 shards of 32 samples. A sample is the number of its shard."""
 
     urls = range(64)
     index = SimpleNamespace(starts=torch.arange(0, 64 * 32 + 1, 32).numpy())
@@ -357,7 +357,7 @@ class Counted(Chained):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_every_row_sees_the_shards_of_an_epoch_that_is_read_in_sequence(world):
+def test_every_row_gets_samples_of_all_shards_read_sequentially(world):
     rows, seen = torch.arange(8), torch.zeros(8, 64)
     for rank in range(world):
         order = Streamed(Counted(), 64 // world, 0, rank, world, buffer=1)
@@ -365,5 +365,5 @@ def test_every_row_sees_the_shards_of_an_epoch_that_is_read_in_sequence(world):
             s = draw_rows(rows, len(shards), torch.Generator().manual_seed(key(0, rank, step)))
             seen.index_put_((s, shards), torch.ones(()), accumulate=True)
     assert seen.sum(1).tolist() == [256] * 8  # each row as often as the others
-    # 4 of each shard are expected of a row: 64 (1 - 1/e^4) = 62.8 shards; rows tied to places see 8 to 15
+    # a row expects 4 samples of each shard: 64 (1 - 1/e^4) = 62.8 shards; rows tied to places would see 8 to 15
     assert (seen > 0).sum(1).min() >= 58

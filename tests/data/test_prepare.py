@@ -1,6 +1,6 @@
-"""What is prepared against the raw samples, and that nothing that happens to a run changes a byte of it.
+"""Prepared shards against the raw samples; no interruption of a run changes a byte of its result.
 
-Long, as every way to break off a run is followed by going on, and compared with one that was not broken off.
+The file is long because every kind of interruption is followed by resuming, and compared with an undisturbed run.
 """
 
 import gzip
@@ -48,7 +48,7 @@ def coded(image, form="png", **options):
 
 
 class Listed:
-    """A source of given items."""
+    """A source of the given items."""
 
     kind, shuffled, notes = "listed", False, ()
 
@@ -68,7 +68,7 @@ class Listed:
 
 
 def read(folder, split="train"):
-    """Members of all shards in order: {key: {extension: content}}."""
+    """Return the members of all shards in order: {key: {extension: content}}."""
     out: dict[str, dict[str, bytes]] = {}
     for file in sorted(folder.glob(f"{split}-*.tar")):
         with tarfile.open(file) as tar:
@@ -83,13 +83,13 @@ def pixels(content):
 
 
 def fingerprints(folder):
-    """Hash of every file."""
+    """Return a hash of every file."""
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Class folders with 30 images of several sizes and formats."""
+    """Write class folders with 30 images of several sizes and formats."""
     for i in range(30):
         form = ("png", "jpeg", "webp")[i % 3]
         file = tmp_path / "raw" / f"c{i % 2}" / f"im.{i:02d} ü.{form}"
@@ -98,7 +98,7 @@ def folder(tmp_path):
     return tmp_path / "raw"
 
 
-# What is written
+# Content of the shards
 
 
 def test_bytes_are_kept_and_every_image_has_its_label(folder, tmp_path):
@@ -123,7 +123,7 @@ def test_bytes_are_kept_and_every_image_has_its_label(folder, tmp_path):
     assert record["fingerprint"] == source.fingerprint()
 
 
-def test_members_of_a_tar_are_written_alike_wherever_and_whenever(folder, tmp_path):
+def test_tar_headers_have_no_user_group_or_time(folder, tmp_path):
     prepare(find_source(folder, "train"), "train", tmp_path / "out", jobs=0)
     with tarfile.open(tmp_path / "out" / "train-0000.tar") as tar:
         assert {(m.uid, m.gid, m.uname, m.gname, m.mode, m.mtime) for m in tar} == {(0, 0, "", "", 0o644, 0)}
@@ -137,7 +137,7 @@ def test_pixels_are_those_of_pillow(encode, size, tmp_path):
     found = [pixels(members[encode]) for members in read(tmp_path).values()]
     for image, array in zip(images, found, strict=True):
         expected = image
-        if size is not None:  # center_crop_arr of ADM, written out
+        if size is not None:  # center_crop_arr of ADM, step by step
             while min(*expected.size) >= 2 * size:
                 expected = expected.resize(tuple(x // 2 for x in expected.size), resample=Image.BOX)
             scale = size / min(*expected.size)
@@ -157,14 +157,14 @@ def test_jpeg_is_of_quality_95_without_subsampling_and_without_a_profile(tmp_pat
     assert "icc_profile" not in Image.open(io.BytesIO(members["jpg"])).info
 
 
-def test_keep_means_the_bytes_or_the_format(tmp_path):
+def test_keep_preserves_the_bytes_or_the_format(tmp_path):
     square, wide = noise(8, 8), noise(16, 8)
     contents = [
-        {"jpg": coded(square, "jpeg")},  # has the size: untouched
-        {"jpg": coded(wide, "jpeg")},  # resized: a jpg again
+        {"jpg": coded(square, "jpeg")},  # already has the size: unchanged
+        {"jpg": coded(wide, "jpeg")},  # resized: stays a jpg
         {"webp": coded(wide, "webp")},
-        {"jpg": coded(wide, "png")},  # a png by another name
-        {"bmp": coded(square, "bmp")},  # no format of shards
+        {"jpg": coded(wide, "png")},  # a png with another extension
+        {"bmp": coded(square, "bmp")},  # a format that shards do not have
         {"tif": coded(wide, "tiff")},
         {"gif": coded(wide.convert("P"), "gif")},
     ]
@@ -214,7 +214,7 @@ def grey_alpha():
 
 
 @pytest.mark.parametrize("make", [turned, animated, palette, grey16, transparent, cmyk, grey_alpha])
-def test_every_make_of_image_becomes_grey_or_rgb(make, tmp_path):
+def test_every_kind_of_image_becomes_grey_or_rgb(make, tmp_path):
     content, expected = make()
     prepare(Listed(content), "train", tmp_path, Options(encode="png"), jobs=0)
     (members,) = read(tmp_path).values()
@@ -224,8 +224,8 @@ def test_every_make_of_image_becomes_grey_or_rgb(make, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "form"), [(np.float32, "tiff"), (np.int32, "tiff"), (np.uint16, "png")])
-def test_values_of_a_set_are_scaled_by_one_range(kind, form, tmp_path):
-    """By the largest value of each image, a float image of 0.5 would be white, and black without it."""
+def test_values_of_a_data_set_are_scaled_by_one_range(kind, form, tmp_path):
+    """If each image were scaled by its maximum, a float image of 0.5 would be white; unscaled, it would be black."""
     contents = [coded(Image.fromarray(np.full((4, 4), v, kind)), form) for v in (0, 1, 100)]
     source = Listed(*contents)
     made = prepare(source, "train", tmp_path / "a", Options(range=(0, 102)), jobs=0)
@@ -248,7 +248,7 @@ def test_values_of_a_set_are_scaled_by_one_range(kind, form, tmp_path):
         prepare(source, "train", tmp_path / "d", Options(range=(1, 0)), jobs=0)
 
 
-def test_captions_are_made_plain_and_their_files_named(tmp_path):
+def test_captions_are_normalised_and_bad_caption_files_are_named(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
     for k, text in enumerate(["a cat".encode("utf-8-sig"), b"a dog\r\n", b"", "caf\u00e9".encode("cp1252")]):
@@ -263,17 +263,17 @@ def test_captions_are_made_plain_and_their_files_named(tmp_path):
 
 
 @pytest.mark.parametrize("label", [b"-2", b"cat", b"1.0", b"3000000000", b""])
-def test_labels_that_no_training_takes_are_refused(label, tmp_path):
+def test_labels_that_cannot_be_trained_on_are_refused(label, tmp_path):
     with pytest.raises(InputError, match="is not a number from 0 to 2,147,483,647"):
         prepare(Listed({"png": coded(noise()), "cls": label}), "train", tmp_path, Options(bad=0), jobs=0)
 
 
-def test_a_label_of_minus_1_is_none(tmp_path):
+def test_a_label_of_minus_1_means_no_label(tmp_path):
     prepare(Listed({"png": coded(noise()), "cls": b"-1"}), "train", tmp_path, jobs=0)
     assert [list(m) for m in read(tmp_path).values()] == [["png"]]
 
 
-def test_captions_and_other_members_go_through(tmp_path):
+def test_captions_and_other_members_are_kept(tmp_path):
     members = {"png": coded(noise()), "cls": b"3", "txt": "grün".encode(), "json": b"{}"}
     prepare(Listed(members), "train", tmp_path, jobs=0)
     assert list(read(tmp_path).values()) == [members]
@@ -290,7 +290,7 @@ def test_keys_are_unique_and_without_dots(tmp_path):
 
 
 @pytest.mark.parametrize("shuffle", [None, True, False])
-def test_the_order_is_a_matter_of_the_seed(shuffle, tmp_path):
+def test_the_order_depends_on_the_seed(shuffle, tmp_path):
     source = Listed(*(coded(noise(8 + i)) for i in range(20)))
 
     def widths(seed):
@@ -298,7 +298,7 @@ def test_the_order_is_a_matter_of_the_seed(shuffle, tmp_path):
         prepare(source, "train", out, Options(shuffle=shuffle, seed=seed), jobs=0)
         return [pixels(m["png"]).shape[1] - 8 for m in read(out).values()]
 
-    if shuffle:  # the source asks for none
+    if shuffle:  # the default of this source is not to shuffle
         assert sorted(widths(1)) == list(range(20))
         assert len({tuple(widths(seed)) for seed in range(3)}) == 3
     else:
@@ -320,7 +320,7 @@ def test_gzipped_shards_are_not_shuffled(folder, tmp_path):
 
 
 def sized(png, width, height):
-    """A PNG whose header claims another size."""
+    """Return a PNG whose header claims another size."""
     header = b"IHDR" + struct.pack(">2I", width, height) + png[24:29]
     return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
 
@@ -338,7 +338,7 @@ def test_bad_samples_are_left_out_and_named(tmp_path):
         9: {"png": good, "txt": b"\xff"},
         11: {"png": good, "cls": b"cat"},
         12: sized(png, 12_000, 12_000),
-        13: coded(Image.new("L", (1, 60_000))),  # resized it would be of 128 x 7,680,000
+        13: coded(Image.new("L", (1, 60_000))),  # resized, it would have 128 x 7,680,000 pixels
     }
     source = Listed(*(contents.get(i, good) for i in range(15)))
     summary = prepare(source, "train", tmp_path, Options(bad=0.9, samples=4, encode="png", size=128), jobs=0)
@@ -376,7 +376,7 @@ def test_more_bad_samples_than_allowed_stop_it(bad, n, allowed, tmp_path):
         assert not list((tmp_path / str(allowed + 1)).glob("*.tar"))
 
 
-def test_after_more_is_allowed_it_goes_on(tmp_path):
+def test_it_resumes_after_more_bad_samples_are_allowed(tmp_path):
     source = Listed(*(b"" if i in (3, 15) else coded(noise()) for i in range(20)))
     with pytest.raises(InputError, match="2 of the first 16 samples are bad"):
         prepare(source, "train", tmp_path / "a", Options(samples=10), jobs=0)
@@ -387,7 +387,7 @@ def test_after_more_is_allowed_it_goes_on(tmp_path):
     assert fingerprints(tmp_path / "a") == fingerprints(tmp_path / "b")
 
 
-def test_a_shard_of_nothing_but_bad_samples_is_refused(tmp_path):
+def test_a_shard_with_bad_samples_only_is_refused(tmp_path):
     source = Listed(coded(noise()), b"", b"")
     with pytest.raises(InputError, match=r"train-0001\.tar would be empty: all of its samples are bad"):
         prepare(source, "train", tmp_path, Options(samples=1, bad=1), jobs=0)
@@ -399,7 +399,7 @@ def test_samples_with_and_without_a_class_are_refused(tmp_path):
         prepare(Listed({"png": good, "cls": b"0"}, {"png": good, "cls": b"1"}, good), "train", tmp_path, jobs=0)
 
 
-# Going on
+# Resuming
 
 
 @pytest.mark.parametrize("options", [Options(samples=7, encode="png", size=8), Options(samples=100)])
@@ -431,7 +431,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("jobs", [0, 2])
-def test_a_killed_run_goes_on_to_the_same_bytes(jobs, folder, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(jobs, folder, tmp_path):
     (folder / "c0" / "bad.png").write_bytes(b"bad")
     source, options = find_source(folder, "train"), Options(samples=5, encode="png", size=128)
     script, out = tmp_path / "slow.py", tmp_path / "killed"
@@ -449,18 +449,18 @@ def test_a_killed_run_goes_on_to_the_same_bytes(jobs, folder, tmp_path):
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in shards}
     for file in shards:
         with tarfile.open(file) as tar:
-            assert len(tar.getnames()) >= 8  # whole
+            assert len(tar.getnames()) >= 8  # complete
     (out / ".train-0003.tar.tmp").write_bytes(b"litter")
-    os.utime(out / ".train-0003.tar.tmp", (1, 1))  # of no process that can be asked, but old
+    os.utime(out / ".train-0003.tar.tmp", (1, 1))  # of an unknown process, but old
     wait_for(lambda: not any(map(alive, children)))
     summary = prepare(source, "train", out, options, jobs=0)
     assert summary == prepare(source, "train", tmp_path / "unbroken", options, jobs=0)
     assert fingerprints(out) == fingerprints(tmp_path / "unbroken")
-    assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in shards} == before  # kept, not written anew
+    assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in shards} == before  # kept, not written again
 
 
 def descendants(pid):
-    """Processes that a process started, and those that these did."""
+    """Return the child processes of a process, and their children."""
     found = []
     with open(f"/proc/{pid}/task/{pid}/children", encoding="utf-8") as file:
         for child in map(int, file.read().split()):
@@ -483,7 +483,7 @@ def wait_for(condition, seconds=20):
         time.sleep(0.05)
 
 
-def test_one_shard_that_is_lost_is_written_again(folder, tmp_path):
+def test_a_lost_shard_is_written_again(folder, tmp_path):
     source, options = find_source(folder, "train"), Options(samples=7)
     prepare(source, "train", tmp_path / "out", options, jobs=0)
     before = fingerprints(tmp_path / "out")
@@ -498,7 +498,7 @@ def test_one_shard_that_is_lost_is_written_again(folder, tmp_path):
 
 
 def stopped(folder, out, *jobs):
-    """A run of 5 shards that was broken off after the third."""
+    """Interrupt a run of 5 shards after the third."""
     with full_at(".train-0003.tar.*", 0), pytest.raises(Halted, match=r"cannot be written"):
         prepare(find_source(folder, "train"), "train", out, Options(samples=6, shuffle=False), jobs=0)
     return out
@@ -525,11 +525,11 @@ def test_a_shard_that_changed_since_it_was_written_is_named_before_the_index(fol
     assert fingerprints(out) == fingerprints(tmp_path / "unbroken")
 
 
-def test_shards_of_an_unfinished_prepare_are_read_by_nothing(folder, tmp_path, capsys):
+def test_shards_of_an_unfinished_prepare_are_not_read(folder, tmp_path, capsys):
     out, message = stopped(folder, tmp_path / "out"), "the data prepare of train is not finished: 3 of its 5 shards"
     with pytest.raises(InputError, match=message):
         load(out, "train", 3, size=8)
-    with pytest.raises(InputError, match=message):  # the same shards by their names
+    with pytest.raises(InputError, match=message):  # the same shards, selected by name
         load(out, "train-000{0..2}.tar", 3, size=8)
     with pytest.raises(InputError, match=message):
         find_source(out, "train")
@@ -545,7 +545,7 @@ def test_shards_of_an_unfinished_prepare_are_read_by_nothing(folder, tmp_path, c
     (empty / "train.prepare.json").write_bytes((out / "train.prepare.json").read_bytes())
     with pytest.raises(InputError, match="not finished: 0 of its 5 shards are there"):
         load(empty, "train", 3)
-    for file in out.glob("*.tar"):  # finished, zipped and with another split beside them, they are read
+    for file in out.glob("*.tar"):  # finished, zipped, and next to another split, they are read
         file.unlink()
     prepare(find_source(folder, "train"), "train", out, Options(samples=6, shuffle=False), jobs=0)
     for file in sorted(out.glob("*.tar")):
@@ -606,7 +606,7 @@ def test_two_runs_at_once_are_refused(folder, tmp_path):
 
 @contextmanager
 def full_at(name, time=0):
-    """The disk is full when a file of that name is synced, the first time or a later one."""
+    """Make the disk full when a file with this name is synced, the first time or a later one."""
     sync, times = os.fsync, itertools.count()
 
     def full(handle):
@@ -630,12 +630,12 @@ SHARDS = [f"train-000{k}.tar" for k in range(4)]
         (".train.sha256.*", 0, ["train.prepare.json", "train.skipped.txt"]),
         (".train-0000.tar.*", 0, ["train.prepare.json", "train.sha256", "train.skipped.txt"]),
         (".train-0001.tar.*", 0, ["train-0000.tar", "train.prepare.json", "train.sha256", "train.skipped.txt"]),
-        ("out", 0, ["train.prepare.json", "train.skipped.txt"]),  # of the folder: its names may be lost, not its files
+        ("out", 0, ["train.prepare.json", "train.skipped.txt"]),  # sync of the folder: names may be lost, but not files
         ("out", 2, ["train-0000.tar", "train.prepare.json", "train.sha256", "train.skipped.txt"]),
         (".train.index.safetensors.*", 0, [*SHARDS, "train.prepare.json", "train.sha256", "train.skipped.txt"]),
     ],
 )
-def test_a_full_disk_leaves_whole_files(name, time, left, folder, tmp_path):
+def test_a_full_disk_leaves_complete_files(name, time, left, folder, tmp_path):
     (folder / "c0" / "bad.png").write_bytes(b"bad")
     out, options = tmp_path / "out", Options(samples=9, shuffle=False)
     source = find_source(folder, "train")
@@ -644,14 +644,14 @@ def test_a_full_disk_leaves_whole_files(name, time, left, folder, tmp_path):
     assert sorted(f.name for f in out.iterdir()) == left
     prepare(source, "train", tmp_path / "unbroken", options, jobs=0)
     whole = fingerprints(tmp_path / "unbroken")
-    begun = set(left) - {"train.sha256"}  # which grows with each shard
+    begun = set(left) - {"train.sha256"}  # this file grows with each shard
     assert all(fingerprints(out)[file] == whole[file] for file in begun)
     prepare(source, "train", out, options, jobs=0)
     assert fingerprints(out) == whole
 
 
-def test_what_was_left_out_is_known_whatever_happens(tmp_path):
-    """A run that ends while it writes the list of the second shard must not lose that of the first, which is there."""
+def test_the_list_of_skipped_samples_survives_a_crash(tmp_path):
+    """A run that ends while it writes the list of the second shard must keep the list of the finished first shard."""
     source = Listed(*(b"" if i in (3, 15) else coded(noise()) for i in range(20)))
     options = Options(samples=10, bad=0.1)
     with full_at(".train.skipped.txt.*", 1), pytest.raises(Halted, match="No space left"):
@@ -663,7 +663,7 @@ def test_what_was_left_out_is_known_whatever_happens(tmp_path):
 
 
 class Dies(Listed):
-    """A source whose third item takes the process with it."""
+    """A source whose third item kills the process."""
 
     def __getitem__(self, i):
         if i == 2:
@@ -677,7 +677,7 @@ def test_a_process_that_dies_is_reported(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["train.prepare.json"]
 
 
-def test_wrong_options_are_all_named_at_once(folder, tmp_path):
+def test_all_invalid_options_are_named_at_once(folder, tmp_path):
     options = Options(size=0, encode="jpeg", samples=0, seed=-1, batch_size=0, bad=2)
     with pytest.raises(InputError) as said:
         prepare(find_source(folder, "train"), "tr-ain", tmp_path / "out", options, jobs=-1)
@@ -701,10 +701,10 @@ def test_wrong_options_are_all_named_at_once(folder, tmp_path):
 
 
 def test_another_split_of_the_same_images_is_refused(folder, tmp_path):
-    """No name below says a split, so that each would get all images."""
+    """No folder name has the word of a split, so each split would get all images."""
     out = tmp_path / "out"
     prepare(find_source(folder, "train"), "train", out, Options(samples=12), jobs=0)
-    for options in (Options(samples=12), Options(samples=7, seed=1)):  # in another order, by other keys
+    for options in (Options(samples=12), Options(samples=7, seed=1)):  # in another order, with other keys
         with pytest.raises(InputError, match=r"(12|7) of the first (12|7) images of test are images of train, too"):
             prepare(find_source(folder, "test"), "test", out, options, jobs=0)
     assert not list(out.glob("test-*.tar"))
@@ -713,14 +713,14 @@ def test_another_split_of_the_same_images_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("again", "refused"), [(1, False), (2, True), (60, True)])
-def test_more_than_a_hundredth_of_images_of_two_splits_is_refused_at_the_end(again, refused, tmp_path):
+def test_more_than_one_percent_of_shared_images_is_refused_at_the_end(again, refused, tmp_path):
     train = [coded(Image.new("L", (2, 2), k)) for k in range(100)]
     test = [coded(Image.new("L", (2, 2), 100 + k)) for k in range(100 - again)] + train[:again]
     prepare(Listed(*train), "train", tmp_path, jobs=0)
     if not refused:
         assert prepare(Listed(*test), "test", tmp_path, Options(samples=20), jobs=0).shared == {"train": again}
         return
-    for _ in range(2):  # the same command does not get through, either
+    for _ in range(2):  # the same command fails again
         with pytest.raises(InputError, match=rf"{again} of the 100 images of test are images of train \(of 100\), too"):
             prepare(Listed(*test), "test", tmp_path, Options(samples=20), jobs=0)
     assert not (tmp_path / "test.index.safetensors").exists()
@@ -743,7 +743,7 @@ def vae(tmp_path_factory):
     return folder, model.eval()
 
 
-def test_latents_are_those_of_a_direct_encode(vae, tmp_path):
+def test_latents_equal_a_direct_encode(vae, tmp_path):
     folder, model = vae
     images = [noise(16, 16), noise(40, 33), noise(16, 16, "L"), noise(17, 90), noise(19, 22)]
     contents = [{"png": coded(image), "cls": str(i).encode(), "txt": b"t"} for i, image in enumerate(images)]
@@ -761,10 +761,10 @@ def test_latents_are_those_of_a_direct_encode(vae, tmp_path):
         for entry, pixels_ in zip(latent, (x, x.flip(-1)), strict=True):
             with torch.inference_mode():
                 expected = model.encode(pixels_).latent_dist
-            scaled = ((expected.mean - 0.25) * 0.18215, expected.std * 0.18215)  # as the models of diffusers have them
+            scaled = ((expected.mean - 0.25) * 0.18215, expected.std * 0.18215)  # normalised as in diffusers' models
             for half, full in zip(entry, scaled, strict=True):
                 np.testing.assert_allclose(half.astype(np.float32), full[0].numpy(), rtol=2e-3, atol=4e-4)
-        assert np.abs(latent[0].astype(np.float32) - latent[1]).max() > 0.01  # else the flip would prove nothing
+        assert np.abs(latent[0].astype(np.float32) - latent[1]).max() > 0.01  # otherwise the flip would prove nothing
     record = json.loads((tmp_path / "train.prepare.json").read_text(encoding="utf-8"))["latents"]
     assert record["scaling_factor"] == 0.18215
     assert record["shift_factor"] == 0.25
@@ -772,7 +772,7 @@ def test_latents_are_those_of_a_direct_encode(vae, tmp_path):
     assert re.fullmatch("[0-9a-f]{64}", record["weights"])
 
 
-def test_latents_are_the_same_after_a_break_and_with_processes(vae, tmp_path):
+def test_latents_are_the_same_after_an_interruption_and_with_processes(vae, tmp_path):
     options = Options(size=16, vae=vae[0], batch_size=4, samples=10)
     source = Listed(*(b"" if i == 11 else coded(noise(16 + i, 20)) for i in range(25)))
     prepare(source, "train", tmp_path / "a", options, jobs=2)
@@ -782,7 +782,7 @@ def test_latents_are_the_same_after_a_break_and_with_processes(vae, tmp_path):
     assert fingerprints(tmp_path / "a") == fingerprints(tmp_path / "b")
 
 
-def test_other_weights_are_refused_where_latents_were_begun(vae, tmp_path):
+def test_other_weights_are_refused_when_resuming_latents(vae, tmp_path):
     from diffusers import AutoencoderKL
 
     source, (folder, model) = Listed(coded(noise(16, 16))), vae
@@ -794,7 +794,7 @@ def test_other_weights_are_refused_where_latents_were_begun(vae, tmp_path):
         prepare(source, "train", tmp_path / "out", Options(vae=tmp_path / "pipeline"), jobs=0)
 
 
-def test_what_an_autoencoder_cannot_take_is_refused(vae, tmp_path):
+def test_images_that_the_autoencoder_does_not_accept_are_refused(vae, tmp_path):
     source, folder = Listed(coded(noise(16, 16)), coded(noise(18, 16))), vae[0]
     with pytest.raises(InputError, match=r"at/1\.x has 16 x 18 pixels, others 16 x 16"):
         prepare(source, "train", tmp_path / "a", Options(vae=folder), jobs=0)
@@ -812,7 +812,7 @@ def test_what_an_autoencoder_cannot_take_is_refused(vae, tmp_path):
     assert not list((tmp_path / "a").glob("*.tar"))
 
 
-# With the reader of shards
+# With `Shards`
 
 
 def test_digits_prepared_from_shards_are_the_same_images(digits, tmp_path):
@@ -823,7 +823,7 @@ def test_digits_prepared_from_shards_are_the_same_images(digits, tmp_path):
     assert torch.equal(after.labels, before.labels)
 
 
-def test_one_stopped_before_its_first_shard_begins_as_it_is_told_now(tmp_path):
+def test_a_run_stopped_before_its_first_shard_uses_the_new_options(tmp_path):
     source = Listed(coded(noise(16, 16)))
     prepare(source, "train", tmp_path / "whole", Options(encode="png"), jobs=0)
     prepare(source, "train", tmp_path / "out", Options(encode="webp"), jobs=0)

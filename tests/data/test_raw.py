@@ -1,6 +1,6 @@
-"""Every kind of raw data set, written as it is published, is recognised and read, or refused in a line.
+"""Every kind of raw data set, written as it is published, is recognised and read, or refused in one line.
 
-Long, as there are six kinds, each with its own writer.
+The file is long because there are six kinds, each with its own writer.
 """
 
 import gzip
@@ -75,7 +75,7 @@ def test_folders_that_could_mean_two_things_are_refused(tmp_path):
         find_source(tmp_path, "train")
 
 
-def test_links_are_followed_inside_the_folder_alone(tmp_path):
+def test_links_are_followed_inside_the_folder_only(tmp_path):
     secret = put(tmp_path / "secret.png", image(9))
     root = tmp_path / "set"
     inside = put(root / "ant" / "0.png", image(0))
@@ -106,7 +106,7 @@ def test_a_link_to_nothing_is_a_bad_sample(target, tmp_path):
             prepare(source, "train", tmp_path / "none", Options(bad=0), jobs=0)
 
 
-def test_the_fingerprint_sees_names_sizes_and_classes_but_not_the_place(tmp_path):
+def test_the_fingerprint_covers_names_sizes_and_classes_but_not_the_location(tmp_path):
     def written(folder, name="ant/0.png", content=b"12345"):
         put(tmp_path / folder / name, content)
         put(tmp_path / folder / "bee/0.png", b"1")
@@ -137,7 +137,7 @@ SOLUTION = "ImageId,PredictionString\n" + "".join(
 )
 
 
-def test_ilsvrc_beside_another_set_is_refused_and_not_taken_for_it(ilsvrc):
+def test_ilsvrc_next_to_another_data_set_is_refused(ilsvrc):
     with (ilsvrc / "train-images-idx3-ubyte.gz").open("wb") as stream:
         stream.write(b"")
     with pytest.raises(InputError, match=r"can be read as .*(mnist and ilsvrc|ilsvrc and mnist)"):
@@ -213,7 +213,7 @@ def test_mnist_has_the_pixels_and_labels_of_its_files(spelling, split, prefix, d
         find_source(tmp_path, "val", "mnist")
 
 
-def test_mnist_files_that_are_not_what_they_say_are_refused(digits28, tmp_path):
+def test_mnist_files_that_do_not_match_their_headers_are_refused(digits28, tmp_path):
     images, labels = map(idx, digits28)
     files = tmp_path / "train-images-idx3-ubyte", tmp_path / "train-labels-idx1-ubyte"
     put(files[0], images)
@@ -245,7 +245,7 @@ def test_mnist_files_that_are_not_what_they_say_are_refused(digits28, tmp_path):
 
 
 def cifar(folder, rng, per_batch=3):
-    """Five batches and the test batch as CIFAR-10 has them; returns pixels (N, 32, 32, 3) and labels of train."""
+    """Write five batches and the test batch of CIFAR-10; return pixels (N, 32, 32, 3) and labels of train."""
     names = [b"airplane", b"automobile", b"bird"]
     put(folder / "batches.meta", pickle.dumps({b"label_names": names, b"num_vis": 3072}, 2))
     pixels, labels = [], []
@@ -274,7 +274,7 @@ def test_cifar_has_the_pixels_and_labels_of_its_batches(at, tmp_path):
 
 
 def test_pickles_of_python_2_are_read(tmp_path):
-    """The opcodes that Python 2 wrote: strings of bytes, and numpy's names of that time."""
+    """They have the opcodes of Python 2: byte strings, and numpy's names of that time."""
     cifar(tmp_path, np.random.default_rng(0))
     pixels = bytes(range(256)) * 12
     content = (
@@ -323,7 +323,7 @@ class Runs:
         (lambda proof: pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [3]}, 2), "label 3, outside"),
     ],
 )
-def test_a_pickle_runs_nothing_and_is_refused(content, message, tmp_path):
+def test_a_pickle_is_refused_and_executes_nothing(content, message, tmp_path):
     proof = tmp_path / "proof"
     cifar(tmp_path / "set", np.random.default_rng(0))
     put(tmp_path / "set" / "test_batch", content(proof))
@@ -346,7 +346,7 @@ def test_a_missing_batch_and_an_archive_are_named(tmp_path):
 # Parquet
 
 
-def test_parquet_rows_come_back_as_written(parquet, tmp_path):
+def test_parquet_rows_are_read_as_written(parquet, tmp_path):
     rows = [(image(i, ("png", "jpeg")[i % 2]), i % 2, f"number {i}") for i in range(8)]
     parquet("data/train-00000-of-00002.parquet", rows[:5])
     parquet("data/train-00001-of-00002.parquet", rows[5:])
@@ -415,7 +415,7 @@ def test_a_missing_pyarrow_names_the_extra(parquet, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_existing_shards_come_back_with_all_members(zipped, tmp_path):
+def test_existing_shards_are_read_with_all_members(zipped, tmp_path):
     samples = [
         {"png": image(i), "cls": str(i).encode(), "json": b'{"a": %d}' % i, "txt": f"text {i}".encode()}
         for i in range(7)
@@ -438,7 +438,7 @@ def test_existing_shards_come_back_with_all_members(zipped, tmp_path):
         find_source(tmp_path, "test")
 
 
-def test_a_split_is_a_word_at_the_begin_of_a_name_or_a_folder(tmp_path):
+def test_a_split_is_a_word_at_the_start_of_a_file_or_folder_name(tmp_path):
     for name in ("train_0", "test_0", "pretraining-0", "val/0", "val/1"):
         shard(tmp_path / f"{name}.tar", name.encode())
     source = find_source(tmp_path, "train")
@@ -465,7 +465,7 @@ def test_a_gzipped_shard_is_unzipped_once_if_read_in_order(tmp_path, monkeypatch
         return found
 
     monkeypatch.setattr(gzip._GzipReader, "read", counted)
-    assert all(source[i].members["png"] == bytes([i]) * 9_000 for i in range(0, 50, 3))  # as one of three processes
+    assert all(source[i].members["png"] == bytes([i]) * 9_000 for i in range(0, 50, 3))  # one of 3 processes
     assert 0.9 * len(whole) < unzipped <= len(whole)
 
 
@@ -481,7 +481,7 @@ def test_a_shard_that_changes_while_it_is_read_is_named(tmp_path):
 # Recognition
 
 
-def test_what_is_not_known_or_ambiguous_is_refused(parquet, tmp_path):
+def test_unknown_and_ambiguous_sources_are_refused(parquet, tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         find_source(tmp_path / "none", "train")
     put(tmp_path / "readme.md")
@@ -503,14 +503,14 @@ def test_what_is_not_known_or_ambiguous_is_refused(parquet, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp", "bmp", "gif", "tiff", "avif", "ppm"])
-def test_images_are_known_by_their_first_bytes(form):
+def test_images_are_recognised_by_their_first_bytes(form):
     assert image_type(image(1, form)) == {"jpeg": "jpg", "tiff": "tif"}.get(form, form)
     assert image_type(b"nothing") is image_type(b"") is None
 
 
 @pytest.mark.parametrize(("extension", "form"), IMAGES.items())
 def test_every_extension_is_read_from_folders_and_by_the_decoder_of_shards(extension, form, tmp_path):
-    """The list is one: what a folder gives, a shard may hold, too."""
+    """There is a single list: a format that is read from folders may also be in shards."""
     put(tmp_path / f"a.{extension.upper()}", image(51, form))
     source = find_source(tmp_path, "train")
     (member,) = source[0].members

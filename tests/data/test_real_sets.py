@@ -1,4 +1,4 @@
-"""Shards of real data sets, where they are there, against what is known of these sets."""
+"""Shards of real data sets, if present, against known facts about these data sets."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def test_cifar10(prepared):
 
 
 def test_gzipped_cifar10_is_streamed_whole_by_two_ranks_with_two_workers(prepared):
-    """One shard, of which both ranks need their part: an epoch holds every sample once."""
+    """Both ranks read their part of the single shard: an epoch has every sample once."""
     folder = prepared("cifar10")
     seen = []
     for rank in range(2):
@@ -51,5 +51,5 @@ def test_imagenet_at_64(prepared):
     assert data.images.shape == (200, 3, 64, 64)
     assert len(data.labels.unique()) == 200
     assert torch.equal(shards.classes(), data.labels)
-    x = data.images.double() / 255  # ImageNet's own: 0.485, 0.456, 0.406; of 200 pictures within 0.03
+    x = data.images.double() / 255  # ImageNet's means: 0.485, 0.456, 0.406; 200 pictures are within 0.03
     assert x.mean((0, 2, 3)).tolist() == pytest.approx([0.485, 0.456, 0.406], abs=0.04)

@@ -1,4 +1,4 @@
-"""Ranges of bytes are fetched ahead: many requests at a time, in order, no more than is allowed, neighbours as one."""
+"""Byte ranges are fetched ahead: concurrently, in order, within limits, and neighbours as one request."""
 
 import asyncio
 import io
@@ -33,7 +33,7 @@ from lightning_tdisent.lit.datamodule import ResumableLoader
 
 
 class Late(AsyncFileSystem):
-    """Objects in memory; each answer comes after ``delay`` seconds, so that requests under way can be counted."""
+    """Objects in memory. Each answer takes ``delay`` seconds, so that concurrent requests can be counted."""
 
     protocol = "late"
     cachable = False
@@ -72,7 +72,7 @@ class Late(AsyncFileSystem):
 
 @pytest.fixture
 def late(shards):
-    """The shards with an index, in a store whose answers are late."""
+    """Index the shards and copy them to a store with late answers."""
     fsspec.register_implementation("late", Late, clobber=True)
     save_index(shards)
     Late.objects = {f"set/{file.name}": file.read_bytes() for file in shards.iterdir() if file.is_file()}
@@ -81,7 +81,7 @@ def late(shards):
 
 
 def numbers(n):
-    """n objects of 1,000 bytes each, as groups of one range."""
+    """Make n objects of 1,000 bytes each; return groups of one range."""
     fsspec.register_implementation("late", Late, clobber=True)
     Late.objects = {f"set/{i}": bytes([i % 256]) * 1000 for i in range(n)}
     Late.asked, Late.now, Late.most, Late.bytes, Late.most_bytes, Late.cancelled = [], 0, 0, 0, 0, 0
@@ -89,7 +89,7 @@ def numbers(n):
 
 
 @pytest.mark.parametrize("order", [Shuffled, Streamed])
-def test_what_is_fetched_ahead_comes_in_the_order_of_local_files(order, shards, late):
+def test_samples_fetched_ahead_have_the_order_of_local_files(order, shards, late):
     local, there = opened(shards), opened(late)
     random.seed(0)
     Late.delay = 0.003
@@ -104,17 +104,17 @@ def test_what_is_fetched_ahead_comes_in_the_order_of_local_files(order, shards, 
     assert [n for n, _ in there.stream_shards([1, 2], 3)] == [n for n, _ in local.stream_shards([1, 2], 3)]
 
 
-def test_a_batch_waits_for_one_answer_and_the_next_ones_are_under_way(late):
+def test_a_batch_waits_for_one_answer_while_the_next_ones_are_fetched(late):
     there = opened(late)
     Late.delay, Late.asked = 0.1, []
     begin = time.perf_counter()
     for _ in itertools.islice(Shuffled(there, 4, 1), 8):
         pass
-    assert time.perf_counter() - begin < 8 * 0.1 / 2  # 32 samples by one after the other would take 3.2 s
+    assert time.perf_counter() - begin < 8 * 0.1 / 2  # 32 samples, one after the other, would take 3.2 s
     assert Late.most > 4
 
 
-def test_no_more_is_held_than_allowed():
+def test_no_more_than_allowed_is_fetched_ahead():
     groups = numbers(100)
     Late.delay = 0.02
     stream = fetched(iter(groups), most=3000)
@@ -126,14 +126,14 @@ def test_no_more_is_held_than_allowed():
     next(stream)
     time.sleep(0.1)
     assert len(Late.asked) <= 33 + MAX_AHEAD + 1
-    stream = fetched(iter(groups), most=1)  # one is always fetched ahead
+    stream = fetched(iter(groups), most=1)  # one group is always fetched ahead
     Late.asked = []
     next(stream)
     time.sleep(0.1)
     assert len(Late.asked) == 2
 
 
-def test_what_is_no_longer_wanted_is_given_up():
+def test_requests_that_are_no_longer_needed_are_cancelled():
     Late.delay = 0.0
     stream = fetched(iter(numbers(50)))
     next(stream)
@@ -150,7 +150,7 @@ def test_what_is_no_longer_wanted_is_given_up():
     assert Late.cancelled > 0
 
 
-def test_an_end_is_an_end_and_nothing_is_nothing():
+def test_every_group_is_fetched_once_and_no_groups_give_nothing():
     assert list(fetched(iter([]))) == []
     Late.delay = 0.0
     groups = numbers(40)
@@ -161,7 +161,7 @@ def test_an_end_is_an_end_and_nothing_is_nothing():
 @given(
     st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 4 * MAX_JOINED), st.integers(0, MAX_JOINED)), max_size=20)
 )
-def test_joined_ranges_hold_what_was_asked_for(ranges):
+def test_joined_ranges_contain_the_requested_ranges(ranges):
     out, places = joined(ranges)
     assert len(places) == len(ranges)
     for (url, begin, size), (number, at) in zip(ranges, places, strict=True):
@@ -174,7 +174,7 @@ def test_joined_ranges_hold_what_was_asked_for(ranges):
     assert all(size <= MAX_JOINED for *_, size in out)
 
 
-def test_neighbours_are_one_request(late):
+def test_neighbouring_ranges_are_one_request(late):
     there = opened(late)
     Late.asked = []
     found = there.batch([4, 3, 20, 5])
@@ -187,7 +187,7 @@ def test_neighbours_are_one_request(late):
     )
 
 
-def test_a_server_without_ranges_is_named(late, monkeypatch):
+def test_a_server_that_ignores_ranges_is_named(late, monkeypatch):
     there = opened(late)
 
     async def whole(self, path, start=None, end=None, **_):
@@ -200,7 +200,7 @@ def test_a_server_without_ranges_is_named(late, monkeypatch):
         there.batch([3])
 
 
-def test_a_file_system_that_is_not_asynchronous_is_asked_when_its_turn_comes(monkeypatch):
+def test_a_synchronous_file_system_is_read_when_its_turn_comes(monkeypatch):
     store, asked = fsspec.filesystem("memory"), []
     for i in range(5):
         store.pipe_file(f"/ranges/{i}", bytes([i]) * 10)
@@ -217,7 +217,7 @@ def test_a_file_system_that_is_not_asynchronous_is_asked_when_its_turn_comes(mon
     assert [one for (one,) in stream] == [bytes([i]) * 3 for i in range(1, 5)]
 
 
-def test_s3_gets_as_many_connections_as_are_used_at_a_time(monkeypatch):
+def test_s3_gets_as_many_connections_as_are_used_concurrently(monkeypatch):
     pytest.importorskip("s3fs")
     system, _ = remote.file_system("s3://bucket/key")
     assert system.config_kwargs["max_pool_connections"] == remote.CONNECTIONS
@@ -226,20 +226,20 @@ def test_s3_gets_as_many_connections_as_are_used_at_a_time(monkeypatch):
     assert system.config_kwargs == {"max_pool_connections": 7, "read_timeout": 3}
 
 
-def test_a_range_that_fails_does_not_harm_the_others_of_its_group():
+def test_a_failed_range_does_not_affect_the_others_of_its_group():
     groups = numbers(3)
     Late.delay = 0.0
     ranges = [groups[0][0], ("late://set/none", 0, 5), groups[2][0]]
     found = Fetch(ranges).result()
     assert found[0] == bytes([0]) * 1000
     assert isinstance(found[1], FileNotFoundError)
-    assert len(Late.asked) == 3  # what is not there is not asked for again
+    assert len(Late.asked) == 3  # a missing file is not requested again
     assert found[2] == bytes([2]) * 1000
 
 
 @pytest.fixture
 def served(shards):
-    """The shards with an index, on a server that keeps connections open."""
+    """Index the shards and serve them by a server that keeps connections open."""
 
     class Handler(SimpleHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -270,8 +270,8 @@ def served(shards):
     server.server_close()
 
 
-def test_a_process_goes_on_reading_while_and_after_its_workers_read(served, shards):
-    """Workers are forked, and must leave the connections of their parent alone."""
+def test_a_process_can_read_while_and_after_its_workers_read(served, shards):
+    """Workers are forked, and must not close the connections of their parent."""
     local, there = opened(shards), opened(served)
     answers = []
 
@@ -291,7 +291,7 @@ def test_a_process_goes_on_reading_while_and_after_its_workers_read(served, shar
     assert answers == [(ids, [3, 20, 11]), True] * 4
 
 
-def test_what_a_short_outage_cut_is_asked_for_again_and_is_no_damage(late):
+def test_requests_cut_by_a_short_outage_are_retried_and_are_not_damage(late):
     for policy in (Policy(), Policy("skip", 0.1)):
         there = opened(late, policy)
         Late.failing, ids = 4, []
@@ -302,7 +302,7 @@ def test_what_a_short_outage_cut_is_asked_for_again_and_is_no_damage(late):
         assert there.lost == 0
 
 
-def test_a_network_that_does_not_answer_is_an_error_in_time(late, monkeypatch):
+def test_a_network_that_does_not_answer_is_a_timeout(late, monkeypatch):
     monkeypatch.setattr(remote, "PAUSES", (0.01,))
     monkeypatch.setattr(remote, "PATIENCE", 0.2)
     there = opened(late)
@@ -314,7 +314,7 @@ def test_a_network_that_does_not_answer_is_an_error_in_time(late, monkeypatch):
     Late.delay = 0.0
 
 
-def test_captions_of_some_samples_are_there_for_any_number_of_workers(tmp_path):
+def test_captions_of_some_samples_are_returned_for_any_number_of_workers(tmp_path):
     with wds.TarWriter(str(tmp_path / "train-0000.tar"), encoder=False) as tar:
         for k in range(64):
             stream = io.BytesIO()

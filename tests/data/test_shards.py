@@ -1,4 +1,4 @@
-"""A folder of shards is read as it was written, or what is wrong with it is named."""
+"""A folder of shards is read as it was written, or a message says what is wrong with it."""
 
 import io
 import os
@@ -39,7 +39,7 @@ def test_gzipped_shards_read_the_same(shards):
     assert again.digest != plain.digest  # other bytes
 
 
-def test_the_digest_sees_one_byte(shards):
+def test_the_digest_changes_with_one_byte(shards):
     before = opened(shards).digest
     file = shards / "train-0001.tar"
     content = bytearray(file.read_bytes())
@@ -48,7 +48,7 @@ def test_the_digest_sees_one_byte(shards):
     assert opened(shards).digest != before
 
 
-def test_a_shard_that_was_replaced_is_read_anew(shards):
+def test_a_replaced_shard_is_read_again(shards):
     save_index(shards)
     assert opened(shards).batch([12])["label"].tolist() == [12]
     (shards / "train-0002.tar").replace(shards / "train-0001.tar")
@@ -113,7 +113,7 @@ def test_the_digits_are_the_scans_of_scikit_learn(digits):
 
 
 def test_a_file_stays_open_while_it_is_read(shards, monkeypatch):
-    # another thread that opens many shards, or this one at the same moment, makes the cache let go of it
+    # another thread that opens many shards, or this shard at the same moment, evicts it from the cache
     save_index(shards)
     data, read = opened(shards), os.pread
 

@@ -1,4 +1,4 @@
-"""One rule for the names of splits: as a word anywhere, in any case, with synonyms."""
+"""The single rule for names of splits: a word anywhere in the name, in any case, with synonyms."""
 
 import pytest
 from making import write
@@ -87,7 +87,7 @@ def test_shards_named_as_webdataset_and_timm_name_them(tmp_path):
     assert names(find(tmp_path, "imagenet-train-*")) == ["imagenet-train-0.tar", "imagenet-train-1.tar"]
 
 
-def test_shards_that_name_no_split_are_those_of_any(tmp_path):
+def test_shards_without_a_split_in_their_names_belong_to_any(tmp_path):
     for name in ("00000.tar", "00001.tar.gz"):
         write(tmp_path / name, [])
     assert names(find(tmp_path, "train")) == ["00000.tar", "00001.tar.gz"]

@@ -1,4 +1,4 @@
-"""An object store reads as a folder does, and what fails there is answered as it is here."""
+"""An object store is read like a folder, and failures are handled like those of local files."""
 
 import itertools
 
@@ -21,7 +21,7 @@ REMOTE = ["memory://{name}", "simplecache::memory://{name}", "file://{folder}"]
 
 @pytest.fixture
 def remote(shards, request):
-    """Puts the shards, as they are then, where fsspec finds them."""
+    """Return a function that copies the current shards to where fsspec finds them."""
 
     def put(form):
         name = request.node.name.replace("/", "-").replace(":", "-").replace("[", "-").replace("]", "")
@@ -53,7 +53,7 @@ def test_an_object_store_reads_as_a_folder(form, packed, regions, shards, remote
     assert torch.equal(whole.images, expected.images)
     assert whole.labels.tolist() == list(range(30))
     assert [n for n, members in there.stream(1, 3)] == [13, 14, 15, 16]
-    batch = 1 if form.startswith("memory") else 4  # fsspec's memory has one position per file, whoever opens it
+    batch = 1 if form.startswith("memory") else 4  # a file in fsspec's memory has one shared position
     orders = [Streamed(source, batch, 1, buffer=8) for source in (here, there)]
     if regions and not packed:
         orders += [Shuffled(source, 4, 1) for source in (here, there)]
@@ -79,11 +79,11 @@ def test_a_batch_is_one_request_for_ranges(shards, remote, monkeypatch):
 
 
 class ClientError(Exception):
-    """Of an object store's client: no OSError."""
+    """An exception of an object store's client that is not an OSError."""
 
 
 @pytest.mark.parametrize("times", [1, 1000])
-def test_a_request_that_fails_is_repeated_and_then_names_its_samples(times, shards, remote, monkeypatch):
+def test_a_failed_request_is_retried_and_then_names_its_samples(times, shards, remote, monkeypatch):
     save_index(shards)
     monkeypatch.setattr("lightning_tdisent.data.remote.PAUSES", (0.0, 0.01))
     url = remote("memory://{name}")
@@ -100,7 +100,7 @@ def test_a_request_that_fails_is_repeated_and_then_names_its_samples(times, shar
         there = opened(url, policy)
         if times == 1:
             assert there.batch([3, 20, 11])["id"].tolist() == [3, 20, 11]
-        else:  # a network that is down says nothing of samples: none is skipped
+        else:  # a network failure does not make samples bad: none is skipped
             wanted = BadSample if policy.on_bad == "stop" else Halted
             with pytest.raises(wanted, match=r"sample 0003 .* cannot be read.*SlowDown:\s+reduce your rate$"):
                 there.batch([3, 20, 11])
@@ -109,7 +109,7 @@ def test_a_request_that_fails_is_repeated_and_then_names_its_samples(times, shar
 
 
 @pytest.mark.parametrize("form", [form for form in REMOTE if not form.startswith("file:")])  # which is a folder
-def test_without_an_index_an_object_store_is_refused_in_a_line(form, remote):
+def test_an_object_store_without_an_index_is_refused_in_one_line(form, remote):
     with pytest.raises(InputError, match=r"train.index.safetensors does not exist, .*data index") as refusal:
         opened(remote(form))
     assert "\n" not in str(refusal.value)
@@ -142,14 +142,14 @@ def test_damage_and_loss_in_an_object_store_are_named(shards, remote):
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/set", "memory://not-there", "file:///not/there", "nosuch::file:///x"])
-def test_a_url_that_cannot_be_opened_is_refused_in_a_line(url):
+def test_a_url_that_cannot_be_opened_is_refused_in_one_line(url):
     with pytest.raises(InputError, match=r"data.path: ") as refusal:
         find(url, "train")
     assert "\n" not in str(refusal.value)
     assert url in str(refusal.value)
 
 
-def test_an_index_saved_to_an_object_store_lies_beside_the_shards(shards, remote):
+def test_an_index_saved_to_an_object_store_is_next_to_the_shards(shards, remote):
     url = remote("memory://{name}")
     build(find(url, "train")).save(path_of(url, "train"))
     assert same(Index.load(path_of(url, "train")), build(find(shards, "train")))

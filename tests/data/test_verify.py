@@ -1,4 +1,4 @@
-"""Every difference between a shard and its index is said, sample by sample."""
+"""Every difference between a shard and its index is reported, sample by sample."""
 
 import gzip
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_differences_name_every_damaged_sample(packed, shards):
     assert (f"now {size + 512:,}" in only) is not packed
 
 
-def test_differences_of_shards_that_are_gone_cut_off_or_not_listed(shards):
+def test_differences_of_missing_truncated_and_unlisted_shards(shards):
     index, rows = save_index(shards), save_index(shards, regions=False)
     url = find(shards, "train")[2]
     content = (shards / "train-0002.tar").read_bytes()
