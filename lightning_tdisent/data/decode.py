@@ -110,14 +110,14 @@ def to_mode(image: Image.Image, mode: str, span: Span | None = None, where: obje
     without a span, for another span of 16-bit colour, and for values that are not finite or outside the span.
     """
     if (kind := depth(image)) != "8 bits":
-        image = _narrowed(image, kind, span, where)
+        image = _to_8_bits(image, kind, span, where)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == mode else image.convert("RGB").convert(mode)
 
 
-def _narrowed(image: Image.Image, kind: str, span: Span | None, where: object) -> Image.Image:
+def _to_8_bits(image: Image.Image, kind: str, span: Span | None, where: object) -> Image.Image:
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):  # colour: Pillow kept the upper bytes only
         if span not in (None, (0, 65535)):
             raise BadSample(
@@ -173,7 +173,7 @@ def decode_image(content: bytes, channels: int, size: int | None, where: object)
 
     Raises `BadSample` if it cannot be decoded.
     """
-    pixels = _fast(content, channels, where) if content[:3] == b"\xff\xd8\xff" else None
+    pixels = _decode_jpeg(content, channels, where) if content[:3] == b"\xff\xd8\xff" else None
     if pixels is None:
         image = to_mode(open_image(content, where), MODES[channels], where=where)
         if size is not None and image.size != (size, size):
@@ -185,9 +185,9 @@ def decode_image(content: bytes, channels: int, size: int | None, where: object)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _fast(content: bytes, channels: int, where: object) -> np.ndarray[Any, Any] | None:
+def _decode_jpeg(content: bytes, channels: int, where: object) -> np.ndarray[Any, Any] | None:
     """Decode a plain upright JPEG to uint8 (H, W, channels). Return None if Pillow has to decode it."""
-    if _may_be_turned(content):
+    if _may_be_rotated(content):
         return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(content)
@@ -202,7 +202,7 @@ def _fast(content: bytes, channels: int, where: object) -> np.ndarray[Any, Any] 
         return None
 
 
-def _may_be_turned(content: bytes) -> bool:
+def _may_be_rotated(content: bytes) -> bool:
     """Return whether a JPEG may not be upright: EXIF or XMP set an orientation, or its segments cannot be parsed."""
     if len(content) < 8192 and b"Exif\0\0" not in content and b"tiff:" not in content:  # faster than parsing segments
         return False

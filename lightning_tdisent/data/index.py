@@ -284,7 +284,7 @@ class Index:
             arrays.pop("content", None)
             shards = tuple(Shard(**row) for row in table["shards"])
             index = cls(shards, tuple(table["extensions"]), None if "none" in arrays else Regions(**arrays))
-            if wrong := _misfit(index):
+            if wrong := _inconsistency(index):
                 raise ValueError(wrong)
             return index
         except (
@@ -307,7 +307,7 @@ class Index:
             raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _misfit(index: Index) -> str:
+def _inconsistency(index: Index) -> str:
     """Return what is inconsistent in an index that was read from a file; empty if nothing is."""
     for s in index.shards:
         numbers = all(isinstance(number, int) and number >= 0 for number in (s.bytes, s.samples, s.unusable[0]))

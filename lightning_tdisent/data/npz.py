@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_tdisent.data.tars import hash_file
 from lightning_tdisent.errors import InputError
 
-_UNREADABLE = (OSError, ValueError, EOFError, TypeError, AttributeError, KeyError, MemoryError, NotImplementedError,
+_READ_ERRORS = (OSError, ValueError, EOFError, TypeError, AttributeError, KeyError, MemoryError, NotImplementedError,
                OverflowError, RecursionError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)  # fmt: skip
 MOST_EXPANDED = 1 << 30  # maximum bytes of an array that is compressed to less than a hundredth of its size
 
@@ -31,14 +31,14 @@ def read_npz(path: str | Path) -> tuple[Tensor, Tensor, str]:
     expected = "expected arr_0: uint8 (N, H, W, C) with C 1 or 3"
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            _refuse_lies(file.zip)
+            _check_sizes(file.zip)
             if "arr_0" not in file.files:
                 raise InputError(f"{path} holds {', '.join(file.files) or 'nothing'}; {expected}")
             images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file.files else None
         digest = hash_file(str(path))[1][:16]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except _UNREADABLE as error:
+    except _READ_ERRORS as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}; {expected}") from None
@@ -54,7 +54,7 @@ def read_npz(path: str | Path) -> tuple[Tensor, Tensor, str]:
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64)), digest
 
 
-def _refuse_lies(archive: zipfile.ZipFile) -> None:
+def _check_sizes(archive: zipfile.ZipFile) -> None:
     """Raise `ValueError`, before memory is allocated, for arrays whose declared size cannot be trusted.
 
     These are arrays whose header does not match their size in the archive, and arrays that would expand too much.

@@ -182,7 +182,7 @@ class Streamed(Batches):
         low, high = max(begin - place, 0), min(end - place, each)
         steps = max(16, self.buffer // self.lanes[-1])  # batches per window
         first = start // steps * steps
-        stream = self._turned(epoch, lane, first * each)
+        stream = self._rotated(epoch, lane, first * each)
         for window in range(first, len(self), steps):
             size = (min(window + steps, len(self)) - window) * each
             order = torch.randperm(size, generator=self._generator(epoch, WINDOW, lane, window)).tolist()
@@ -196,7 +196,7 @@ class Streamed(Batches):
             for batch in range(max(start - window, 0), size // each):
                 yield [kept.pop(batch * each + at) for at in range(low, high)]
 
-    def _turned(self, epoch: int, lane: int, taken: int) -> Iterator[tuple[int, Members | BadSample]]:
+    def _rotated(self, epoch: int, lane: int, taken: int) -> Iterator[tuple[int, Members | BadSample]]:
         """Yield the samples of a lane, from its taken-th sample on.
 
         In each epoch, the ring begins at a random sample, and a lane at a random sample of its share of the ring.

@@ -122,7 +122,7 @@ def prepare(
     }  # fmt: skip
     files = [out / name for name in planned(split, len(source), options.samples)]
     try:
-        with _held(out, split, files, record):
+        with _locked(out, split, files, record):
             return _Run(source, split, files, options, latents, progress).run(jobs)
     except OSError as error:
         raise Halted(
@@ -171,7 +171,7 @@ def _check(source: Source, options: Options, split: str, jobs: int) -> None:
 
 
 @contextlib.contextmanager
-def _held(out: Path, split: str, files: list[Path], record: dict[str, Any]) -> Iterator[None]:
+def _locked(out: Path, split: str, files: list[Path], record: dict[str, Any]) -> Iterator[None]:
     """Lock a folder for this run, and remove the temporary files of a killed one.
 
     Raises `InputError` if another process has the lock, or if the folder has shards of this split from another source,
@@ -195,7 +195,7 @@ def _held(out: Path, split: str, files: list[Path], record: dict[str, Any]) -> I
             pass
         if there := shards():
             handle.seek(0)
-            _same(file, handle.read(), record)
+            _check_same(file, handle.read(), record)
         else:  # there are no shards to resume from
             handle.truncate(0)
             handle.write(json.dumps(record, indent=1).encode() + b"\n")
@@ -206,7 +206,7 @@ def _held(out: Path, split: str, files: list[Path], record: dict[str, Any]) -> I
         yield
 
 
-def _same(file: Path, content: bytes, record: dict[str, Any]) -> None:
+def _check_same(file: Path, content: bytes, record: dict[str, Any]) -> None:
     """Raise `InputError`, with all differences, if the shards were begun with another source or other options."""
     try:
         begun, asked = parse_json(content), json.loads(json.dumps(record))
@@ -250,7 +250,7 @@ class _Run:
         self.order = np.random.RandomState(options.seed).permutation(n) if options.shuffle else np.arange(n)
 
     @property
-    def _anew(self) -> str:
+    def _how_to_restart(self) -> str:
         """Return, for messages, what to do after a change of the source or the options."""
         there = any(file.exists() for file in self.files)
         return f"start again: remove {self.files[0].parent}/{self.split}-*.tar" if there else "run this command again"
@@ -301,7 +301,7 @@ class _Run:
                             replace(s, members={**s.members, LATENT: z}) for s, z in zip(good, latents, strict=True)
                         ]
                     for sample in good:
-                        self._stop_if_unlike(sample)
+                        self._stop_if_mixed_classes(sample)
                         self.depths[sample.depth] += 1
                         tar.write({"__key__": _key(sample), **sample.members})
                     written += len(good)
@@ -325,7 +325,7 @@ class _Run:
                 f"{len(self.skipped)} of the first {self.skipped[-1].number + 1:,} samples are bad, and "
                 f"bad={self.options.bad:g} allows {self.allowed} of {len(self.source):,}. The first is {first.name}: "
                 f"{first.reason}. {self.skipped_file} lists them; allow more with --bad and resume, or repair them and "
-                f"{self._anew}"
+                f"{self._how_to_restart}"
             )
 
     def _stop_if_another_split(self, file: Path) -> None:
@@ -343,14 +343,14 @@ class _Run:
                     "(for data toy, another --seed)"
                 )
 
-    def _stop_if_unlike(self, sample: Made) -> None:
+    def _stop_if_mixed_classes(self, sample: Made) -> None:
         """Raise `InputError` unless all samples have a class, or none has. The index checks it only at the end."""
         self.first = self.first or sample
         if ("cls" in sample.members) != ("cls" in self.first.members):
             with_it, without = (sample, self.first) if "cls" in sample.members else (self.first, sample)
             raise InputError(
                 f"{with_it.name} has a class, but {without.name} has none. Give all samples a class, or none, "
-                f"and {self._anew}"
+                f"and {self._how_to_restart}"
             )
 
     def _skipped_before(self) -> list[Skipped]:

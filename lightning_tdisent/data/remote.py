@@ -27,7 +27,7 @@ SLOWEST = 100_000  # bytes per second
 PAUSES = (0.5, 2.0, 8.0)  # seconds before each retry of a failed request
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # errors that are not retried
 
-_kept: dict[int, Any] = {}  # file systems by their id, so that none is finalised (see `file_system`)
+_file_systems: dict[int, Any] = {}  # file systems by their id, so that none is finalised (see `file_system`)
 
 Range = tuple[str, int, int]  # URL, first byte, number of bytes
 Content = bytes | Exception
@@ -55,7 +55,7 @@ def file_system(url: str, key: str = "data.path: ") -> tuple[Any, str]:
     except (ValueError, ImportError) as error:
         raise InputError(f"{key}{url}: cannot be opened: {error}") from None
     if system.cachable:
-        _kept[id(system)] = system
+        _file_systems[id(system)] = system
     return system, path
 
 

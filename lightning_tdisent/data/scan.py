@@ -36,7 +36,7 @@ def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
         unread: Unread = {}
         with open_tar(url) as stream:
             found, places = layout(stream, name, unread)
-            read = list(_read(stream, found, places)) if hashed else []
+            read = list(_read_samples(stream, found, places)) if hashed else []
         size, sha256 = hash_file(url) if hashed else (size_of(url), "")
     except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError) as error:
         if isinstance(error, InputError):
@@ -80,7 +80,7 @@ def scan(url: str, hashed: bool = True, regions: bool = True) -> Index:
     )
 
 
-def _read(stream: IO[bytes], found: Sequence[Layout], places: Sequence[Span]) -> Iterator[tuple[int, int, str]]:
+def _read_samples(stream: IO[bytes], found: Sequence[Layout], places: Sequence[Span]) -> Iterator[tuple[int, int, str]]:
     """Yield for each sample its CRC-32, the key of its image (0 for none), and what is wrong with its class."""
     stream.seek(0)
     for (_, _, members), (begin, end) in zip(found, places, strict=True):

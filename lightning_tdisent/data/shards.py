@@ -165,12 +165,12 @@ class Shards:
         split has captions. raw: the members of each sample, or why it is bad. flip: bool (B,), which ones to mirror.
         Raises `InputError` for images of different sizes.
         """
-        samples = [self.use(n, m) or self._instead(n) for n, m in zip(numbers, raw, strict=True)]
+        samples = [self.use(n, m) or self._replacement(n) for n, m in zip(numbers, raw, strict=True)]
         kind = "latent" if "latent" in samples[0] else "image"
         first = samples[0]
         for sample in samples:
             if kind not in sample or sample[kind].shape != first[kind].shape:
-                raise self._unequal(first, sample)
+                raise self._size_mismatch(first, sample)
         out: Sample = {
             kind: mirrored(torch.stack([sample[kind] for sample in samples]), flip),
             "label": torch.tensor([sample["label"] for sample in samples]),
@@ -180,7 +180,7 @@ class Shards:
             out["caption"] = [sample.get("caption", "") for sample in samples]
         return out
 
-    def _instead(self, number: int) -> Sample:
+    def _replacement(self, number: int) -> Sample:
         """Return the replacement of a skipped sample: the next one of the split that can be used.
 
         It is the first such one of the split if single samples cannot be read. Raises `InputError` if there is none.
@@ -189,12 +189,12 @@ class Shards:
             for other in itertools.chain(range(number + 1, len(self)), range(number)):
                 if self.known[other] != BAD and (sample := self.use(other, self.read([other])[0])):
                     return sample
-        if self._good is None:
+        if self._first_usable is None:
             raise InputError(f"{self.where}: none of {len(self):,} samples can be used")
-        return self._good
+        return self._first_usable
 
     @cached_property
-    def _good(self) -> Sample | None:
+    def _first_usable(self) -> Sample | None:
         return next((sample for place in self if (sample := self.use(*place))), None)
 
     def use(self, number: int, members: Members | BadSample) -> Sample | None:
@@ -234,8 +234,8 @@ class Shards:
         """Return the members of these samples, with one read for each (in object stores, all at the same time)."""
         ranges = self._ranges(numbers)
         if is_remote(self.urls[0]):
-            return self._found(numbers, Fetch(ranges).result())
-        return self._found(numbers, [_pread(*place) for place in ranges])
+            return self._members_or_errors(numbers, Fetch(ranges).result())
+        return self._members_or_errors(numbers, [_pread(*place) for place in ranges])
 
     def read_ahead(
         self, groups: Iterable[Sequence[int]], most: int = BYTES_AHEAD
@@ -249,7 +249,7 @@ class Shards:
             return
         one, other = itertools.tee(groups)
         for numbers, found in zip(one, fetched(map(self._ranges, other), most), strict=True):
-            yield self._found(numbers, found)
+            yield self._members_or_errors(numbers, found)
 
     def _ranges(self, numbers: Sequence[int]) -> list[Range]:
         r, chosen = self.index.regions, np.asarray(numbers)
@@ -257,7 +257,9 @@ class Shards:
         urls = [self.urls[i] for i in (np.searchsorted(self.index.starts, chosen, "right") - 1).tolist()]
         return list(zip(urls, r.begin[chosen].tolist(), r.size[chosen].tolist(), strict=True))
 
-    def _found(self, numbers: Sequence[int], found: Sequence[bytes | Exception]) -> list[Members | BadSample]:
+    def _members_or_errors(
+        self, numbers: Sequence[int], found: Sequence[bytes | Exception]
+    ) -> list[Members | BadSample]:
         if self.policy.on_bad == "skip" and is_remote(self.urls[0]):  # a network failure does not make samples bad
             for number, region in zip(numbers, found, strict=True):
                 if isinstance(region, Exception) and may_pass(region):
@@ -314,7 +316,9 @@ class Shards:
         number, end = (int(n) for n in self.index.starts[shard : shard + 2])
         number += start
         try:
-            for members in self._whole(shard, start) if self.index.regions is None else self._regions(shard, start):
+            for members in (
+                self._parse_tar(shard, start) if self.index.regions is None else self._read_regions(shard, start)
+            ):
                 yield number, members
                 number += 1
             reason = "it holds fewer samples than its index says"
@@ -333,7 +337,7 @@ class Shards:
         """
         wanted = len(self) if limit is None else min(limit, len(self))
         spread = spread and wanted < len(self)
-        members = self._some(spaced(wanted, len(self)).tolist()) if spread else iter(self)
+        members = self._chosen_samples(spaced(wanted, len(self)).tolist()) if spread else iter(self)
         images, captions = torch.empty(0), list[str]()
         labels, numbers = torch.empty(wanted, dtype=torch.int64), torch.empty(wanted, dtype=torch.int64)
         first: Sample = {}
@@ -344,7 +348,7 @@ class Shards:
                 self._check_room(wanted, image)
                 images = torch.empty(wanted, *image.shape, dtype=image.dtype)
             elif image.shape != images.shape[1:]:
-                raise self._unequal(first, sample)
+                raise self._size_mismatch(first, sample)
             images[len(captions)] = image
             labels[len(captions)], numbers[len(captions)] = sample["label"], sample["id"]
             captions.append(sample.get("caption", ""))
@@ -353,7 +357,7 @@ class Shards:
         known = numbers[:kept] if self.lost or spread else None
         return ImageSet(images[:kept], labels[:kept], self.digest, named, known)
 
-    def _some(self, chosen: Sequence[int]) -> Iterator[tuple[int, Members | BadSample]]:
+    def _chosen_samples(self, chosen: Sequence[int]) -> Iterator[tuple[int, Members | BadSample]]:
         """Yield number and members of some samples, in ascending order; read all if single ones cannot be read."""
         if not self.random_access:
             wanted = set(chosen)
@@ -363,7 +367,7 @@ class Shards:
         for numbers, found in zip(groups, self.read_ahead(groups), strict=True):
             yield from zip(numbers, found, strict=True)
 
-    def _unequal(self, one: Sample, other: Sample) -> InputError:
+    def _size_mismatch(self, one: Sample, other: Sample) -> InputError:
         shapes = [list((s["latent"] if "latent" in s else s["image"]).shape) for s in (one, other)]
         return InputError(
             f"the images differ in size: {self.name(one['id'])} has {shapes[0]}, {self.name(other['id'])} has "
@@ -381,7 +385,7 @@ class Shards:
                 "(data.val_limit, --held-out)"
             )
 
-    def _regions(self, shard: int, start: int) -> Iterator[Members | BadSample]:
+    def _read_regions(self, shard: int, start: int) -> Iterator[Members | BadSample]:
         r, url = self.index.regions, self.urls[shard]
         assert r is not None
         first, end = int(self.index.starts[shard]), int(self.index.starts[shard + 1])
@@ -406,7 +410,7 @@ class Shards:
             raise BadSample(differences(self.urls[shard], self.index.part(shard))[0])
         self._verified.add(shard)
 
-    def _whole(self, shard: int, start: int) -> Iterator[Members]:
+    def _parse_tar(self, shard: int, start: int) -> Iterator[Members]:
         """Yield the members of samples that are not listed: parse the tar, after its SHA-256 has been compared."""
         row, url = self.index.shards[shard], self.urls[shard]
         if self.checked:

@@ -30,7 +30,7 @@ def by_pillow(*_):
 def reader(request, monkeypatch):
     """Run the test with both JPEG decoders."""
     if request.param == "Pillow":
-        monkeypatch.setattr(decode, "_fast", by_pillow)
+        monkeypatch.setattr(decode, "_decode_jpeg", by_pillow)
     return request.param
 
 
@@ -88,7 +88,7 @@ def test_a_jpeg_has_pillows_pixels(subsampling, options, width, height, reader):
     content = encoded(scene(width, height), "jpeg", subsampling=subsampling, **options)
     assert np.array_equal(decoded(content), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
     assert np.array_equal(decoded(content, 1), np.asarray(Image.open(io.BytesIO(content)).convert("RGB").convert("L")))
-    assert reader == "Pillow" or decode._fast(content, 3, "") is not None
+    assert reader == "Pillow" or decode._decode_jpeg(content, 3, "") is not None
 
 
 def test_a_grey_jpeg_and_one_with_trailing_bytes(reader):
@@ -240,7 +240,7 @@ def test_cmyk(ink, colour, reader):
     content = encoded(Image.new("CMYK", (16, 16), ink), "jpeg", quality=95)
     assert b"Adobe" in content
     assert error(decoded(content), colour).max() <= 3
-    assert decode._fast(content, 3, "") is None
+    assert decode._decode_jpeg(content, 3, "") is None
 
 
 def test_a_cmyk_photograph_equals_pillows(reader):
@@ -326,7 +326,7 @@ def test_unusual_exif_is_applied_as_pillow_does_or_is_a_bad_sample(odd, monkeypa
         except BadSample:
             found = None
         assert np.array_equal(found, expected)
-        monkeypatch.setattr(decode, "_fast", by_pillow)
+        monkeypatch.setattr(decode, "_decode_jpeg", by_pillow)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_both_decoders_rotate_alike(segments, monkeypatch):
     content = content[:2] + b"".join(segments) + content[2:]
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
     assert np.array_equal(decoded(content), expected)
-    monkeypatch.setattr(decode, "_fast", by_pillow)
+    monkeypatch.setattr(decode, "_decode_jpeg", by_pillow)
     assert np.array_equal(decoded(content), expected)
 
 
@@ -453,7 +453,7 @@ def test_pillow_alone_gives_the_same_results(monkeypatch):
     contents = [encoded(scene(w, h, m, w), "jpeg") for w, h in ((90, 60), (200, 161), (31, 40)) for m in ("RGB", "L")]
     cases = [(content, channels, size) for content in contents for channels in (1, 3) for size in (None, 32, 48)]
     before = [decoded(*case) for case in cases]
-    monkeypatch.setattr(decode, "_fast", by_pillow)
+    monkeypatch.setattr(decode, "_decode_jpeg", by_pillow)
     for case, was in zip(cases, before, strict=True):
         now = decoded(*case)
         if case[2] is None:
@@ -667,7 +667,7 @@ def test_damaged_images_raise_nothing_but_bad_sample(content, changes, keep, fli
         for variant in (changed, repaired(changed)) if changed[:4] == b"\x89PNG" else (changed,):
             survives(variant, channels, size)
             if changed[:2] == b"\xff\xd8":
-                patch.setattr(decode, "_fast", by_pillow)
+                patch.setattr(decode, "_decode_jpeg", by_pillow)
                 survives(variant, channels, size)
 
 

@@ -121,7 +121,7 @@ def _dataset_json(table: Table, known: set[str], out: Beside) -> None:
     for row in rows:
         if not (isinstance(row, list) and len(row) == 2 and isinstance(row[0], str)):
             raise InputError(f"{file}: labels: {str(row)[:60]} is not a pair of a name and a class")
-    image_of = _matched(table, [name for name, _ in rows], known, out, refuse=out.wanted)
+    image_of = _match_images(table, [name for name, _ in rows], known, out, refuse=out.wanted)
     for name, value in rows:
         if name in image_of:
             _label(file, table.name, image_of[name], value, known, out)
@@ -131,7 +131,7 @@ def _dataset_json(table: Table, known: set[str], out: Beside) -> None:
         out.notes.append(f"{table.name}: {strange:,} of its {len(rows):,} labels are of files that do not exist")
 
 
-def _matched(table: Table, given: list[str], known: set[str], out: Beside, refuse: bool) -> dict[str, str]:
+def _match_images(table: Table, given: list[str], known: set[str], out: Beside, refuse: bool) -> dict[str, str]:
     """Return the images that a table names: {name in the table: name of the image}.
 
     A name that differs from that of an image only in upper and lower case, or in the Unicode form, counts if it can
@@ -201,7 +201,7 @@ def _metadata(table: Table, known: set[str], out: Beside) -> None:
         rows.append((str(row["file_name"]), row))
     roles = [(role_of(row, "label"), role_of(row, "text")) for _, row in rows]
     refuse = any((label and out.wanted) or text for label, text in roles)
-    image_of = _matched(table, [given for given, _ in rows], known, out, refuse)
+    image_of = _match_images(table, [given for given, _ in rows], known, out, refuse)
     for (given, row), (label, text) in zip(rows, roles, strict=True):
         if given not in image_of:
             continue

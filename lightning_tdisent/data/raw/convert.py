@@ -158,7 +158,7 @@ def _plain(text: str) -> str:
 _worker: list[Convert] = []  # the converter of this worker process; empty in the main process
 
 
-def _start(convert: Convert) -> None:
+def _init_worker(convert: Convert) -> None:
     """Initialise a worker process: ignore Ctrl-C, which the parent handles; exit with the parent, even if killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -172,7 +172,7 @@ def _start(convert: Convert) -> None:
     _worker[:] = [convert]
 
 
-def _work(task: Task) -> Samples:
+def _convert_in_worker(task: Task) -> Samples:
     return _worker[0](task)
 
 
@@ -187,12 +187,12 @@ def in_order(convert: Convert, tasks: Sequence[Task], jobs: int) -> Iterator[Ite
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])  # torch is imported once, not once per process
-    pool = ProcessPoolExecutor(jobs, context, _start, (convert,))
+    pool = ProcessPoolExecutor(jobs, context, _init_worker, (convert,))
 
     def results() -> Iterator[tuple[int, Samples]]:
         ahead: deque[Future[Samples]] = deque()
         for n, (first, _) in enumerate(tasks):
-            ahead.extend(pool.submit(_work, task) for task in tasks[n + len(ahead) : n + 2 * jobs + 1])
+            ahead.extend(pool.submit(_convert_in_worker, task) for task in tasks[n + len(ahead) : n + 2 * jobs + 1])
             yield first, ahead.popleft().result()
 
     try:

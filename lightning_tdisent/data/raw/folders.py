@@ -133,7 +133,7 @@ def open_folder(path: Path, ask: Ask) -> Files:
     return _by_folder("folder", path, roots, train, ask, notes)
 
 
-def _whole(name: str) -> bool:
+def _is_split_name(name: str) -> bool:
     """Return whether a name consists of nothing but a split's name, such as Train, validation or val2017."""
     return len(splits.named(name)) == 1 and splits.canonical(re.sub(r"[\W\d_]+$", "", name)) in splits.SYNONYMS
 
@@ -145,7 +145,7 @@ def _roots(path: Path, ask: Ask) -> tuple[list[Root], list[str]]:
     those in each class folder (cat/train, dog/train). If no folder names a split, it is ``path`` itself.
     """
     inner = subfolders(path, ask)
-    if named := _naming(path, inner, ask):
+    if named := _split_folders(path, inner, ask):
         exact = [n for n in named if n == ask.split] or [n for n in named if n.lower() == ask.split.lower()]
         mine = exact or splits.of_split(named, ask.split, str(path))
         mine = [n for n in mine if len(mine) == 1 or find_folder(path / n, ask)]
@@ -154,7 +154,7 @@ def _roots(path: Path, ask: Ask) -> tuple[list[Root], list[str]]:
         if len(mine) > 1:
             raise InputError(f"{path} has several folders of {ask.split}: {some(mine)}. Name one of them as the split")
         left = [n for n in names_in(path, ask) if n not in named and not is_table(n)]
-        return [("", path / mine[0])], _seen(ask, mine, named, left)
+        return [("", path / mine[0])], _split_notes(ask, mine, named, left)
     if inner and not any(map(_is_image, names_in(path, ask))):
         if len(inner) > 1:
             return _in_classes(path, inner, ask)
@@ -164,7 +164,7 @@ def _roots(path: Path, ask: Ask) -> tuple[list[Root], list[str]]:
     return [("", path)], []
 
 
-def _naming(path: Path, inner: list[str], ask: Ask) -> list[str]:
+def _split_folders(path: Path, inner: list[str], ask: Ask) -> list[str]:
     """Return those of the folders ``inner`` of a folder that are splits; an empty list if all of them are classes.
 
     Next to folders of images that name no split, a folder of a single split may also be a class (car, bus, train).
@@ -172,7 +172,7 @@ def _naming(path: Path, inner: list[str], ask: Ask) -> list[str]:
     """
     named = [n for n in inner if n == ask.split or splits.named(n)]
     others = [n for n in inner if n not in named]
-    if len(splits.found(filter(_whole, named))) > 1 or (
+    if len(splits.found(filter(_is_split_name, named))) > 1 or (
         ask.split in named and splits.canonical(ask.split) not in splits.SYNONYMS
     ):
         return named
@@ -180,7 +180,7 @@ def _naming(path: Path, inner: list[str], ask: Ask) -> list[str]:
     if not with_images or ask.labels == "folders":
         return [] if with_images else named
     found = splits.found(named)
-    first = [n for n in named if _whole(n) or splits.named(re.findall(r"[^\W_]+", n)[0])]
+    first = [n for n in named if _is_split_name(n) or splits.named(re.findall(r"[^\W_]+", n)[0])]
     if first or len(found) > 1 or splits.canonical(ask.split) not in found:
         raise _ambiguous(path, named, with_images)
     return []
@@ -197,7 +197,8 @@ def _in_classes(path: Path, inner: list[str], ask: Ask) -> tuple[list[Root], lis
     """Return the folders of a split that are in class folders (cat/train, dog/train), or the folder itself."""
     below = {n: subfolders(path / n, ask) for n in inner}
     below = {
-        n: list(filter(_whole, _naming(path / n, d, ask))) if any(map(_whole, d)) else [] for n, d in below.items()
+        n: list(filter(_is_split_name, _split_folders(path / n, d, ask))) if any(map(_is_split_name, d)) else []
+        for n, d in below.items()
     }
     found = sorted(splits.found(d for names in below.values() for d in names))
     others = [n for n in inner if not below[n] and len(found) == 1 and find_folder(path / n, ask)]
@@ -215,10 +216,10 @@ def _in_classes(path: Path, inner: list[str], ask: Ask) -> tuple[list[Root], lis
         raise InputError(f"{path}: a folder has several folders of {ask.split}. Name one of them as the split")
     left = sorted(set(inner).difference(n for n, _ in chosen))
     names = [str(folder.relative_to(path)) for _, folder in chosen]
-    return ([("", chosen[0][1])] if len(chosen) == 1 else chosen), _seen(ask, names, found, left)
+    return ([("", chosen[0][1])] if len(chosen) == 1 else chosen), _split_notes(ask, names, found, left)
 
 
-def _seen(ask: Ask, mine: list[str], found: list[str], left: list[str]) -> list[str]:
+def _split_notes(ask: Ask, mine: list[str], found: list[str], left: list[str]) -> list[str]:
     beside = [f"not read: {some(left)} (next to the folders of splits)"] if left else []
     return [f"split {ask.split}: {some(mine)}; splits found: {some(found)}", *beside]
 
@@ -244,12 +245,12 @@ def _by_folder(kind: str, path: Path, roots: list[Root], train: list[Root], ask:
         _refuse_link(file, bound)
     beside = look_beside(base, sizes, images, ask.labels == "auto", above)
     if beside.labels:
-        labels, classes, line = _by_table(beside.labels, images, path, train, ask)
+        labels, classes, line = _labels_by_table(beside.labels, images, path, train, ask)
         line = f"classes: labels of {some(beside.tables)}{line}"
     elif ask.labels == "none" or beside.no_classes:
         labels, classes, line = [-1] * len(images), [], ""
     else:
-        labels, classes, line = _by_names(images, base, roots, train, ask)
+        labels, classes, line = _labels_by_folder(images, base, roots, train, ask)
     captioned = [beside.files.get(n, "") for n in images]
     ends = [c.removeprefix(n.rpartition(".")[0]) for n, c in zip(images, captioned, strict=True)]
     number = {end: k for k, end in enumerate(sorted(set(filter(None, ends))))}
@@ -295,7 +296,7 @@ def _of_split(images: list[str], ask: Ask, root: Path) -> tuple[list[str], list[
     return chosen, [f"split {ask.split}: by the names of the images; splits found: {there}"]
 
 
-def _by_table(
+def _labels_by_table(
     given: dict[str, int | str], images: list[str], path: Path, train: list[Root], ask: Ask
 ) -> tuple[list[int], list[str], str]:
     """Return labels and classes by a table, and text for a note.
@@ -313,7 +314,7 @@ def _by_table(
     return [number[str(given[n])] for n in images], classes, ", numbered in the order of their names"
 
 
-def _by_names(
+def _labels_by_folder(
     images: list[str], base: Path, roots: list[Root], train: list[Root], ask: Ask
 ) -> tuple[list[int], list[str], str]:
     """Return labels by class folders, the names of the classes, and a note on them."""

@@ -175,7 +175,7 @@ def files_of(path: Path, ask: Ask, endings: tuple[str, ...]) -> tuple[list[Path]
             raise InputError(
                 f"{path} has no files {ask.split}*{endings[0]}, but {has}. Name one, or a pattern of files"
             )
-        return [path / n for n in chosen], _told(ask.split, chosen, names, "files")
+        return [path / n for n in chosen], _split_notes(ask.split, chosen, names, "files")
     inner = subfolders(path, ask)
     named = [n for n in inner if n == ask.split or splits.named(n)]
     if not named:
@@ -193,10 +193,10 @@ def files_of(path: Path, ask: Ask, endings: tuple[str, ...]) -> tuple[list[Path]
         raise InputError(f"{path} has several folders of {ask.split}: {some(chosen)}. Name one of them as the split")
     inside = files_of(path / chosen[0], ask, endings)
     assert inside is not None
-    return inside[0], [*_told(ask.split, chosen, holding, "folders"), *inside[1]]
+    return inside[0], [*_split_notes(ask.split, chosen, holding, "folders"), *inside[1]]
 
 
-def _told(split: str, chosen: list[str], names: list[str], what: str) -> list[str]:
+def _split_notes(split: str, chosen: list[str], names: list[str], what: str) -> list[str]:
     """Return notes on which files or folders belong to which split."""
     found = splits.found(names)
     if not found:

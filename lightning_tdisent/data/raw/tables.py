@@ -141,7 +141,7 @@ def open_parquet(found: tuple[list[Path], list[str], Path], ask: Ask) -> Parquet
             )
     classes, words = names or [], kinds.get("label") == "text"
     if words:
-        classes = _words(path, files, roles["label"], ask)
+        classes = _label_names(path, files, roles["label"], ask)
         if all(word.isascii() and word.isdecimal() for word in classes):
             classes, words = [], False
     said = ", ".join(f"{role} from {name}" for role, name in roles.items())
@@ -201,7 +201,7 @@ def _class_names(schema: Any, column: str | None) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def _words(path: Path, files: list[Path], column: str, ask: Ask) -> list[str]:
+def _label_names(path: Path, files: list[Path], column: str, ask: Ask) -> list[str]:
     """Return the sorted class names in a column of labels; those of the training split if there is one."""
     own = _distinct(files, column)
     train: set[str] = set()
