@@ -54,7 +54,7 @@ def add_commands(commands: Commands) -> None:
 
     t = add("toy", _toy, "make shards of generated pictures with classes and captions, without a download", made=True)
     t.add_argument("out", type=Path, help="folder for the shards")
-    t.add_argument("-n", type=int, default=2000, help="number of pictures (default 2000), in 4 shards")
+    t.add_argument("-n", type=int, default=2000, help="number of pictures (default 2000), in at most 4 shards")
     t.add_argument("--size", type=int, default=32, help="width and height in pixels (default 32)")
     t.add_argument("--seed", type=int, default=0, help="seed of the pictures; use another one for each split")
 
