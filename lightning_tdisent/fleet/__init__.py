@@ -1,1 +1,1 @@
-"""Fleets: plans of independent jobs, and what runs them."""
+"""Fleets: plan many independent training jobs, and run them with workers on one or more machines."""

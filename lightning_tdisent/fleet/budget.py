@@ -1,18 +1,20 @@
-"""How many images each expert sees: rules fixed beforehand, and one that follows the curves of their errors.
+"""Split a budget of training images among experts: by a fixed rule, or adaptively from their error curves.
 
-The sampler's criterion. A DDIM step from row s to r = s - 1 is x_r = c0 x0_hat(x_s) + cx x_s with c0 = c - d a/b,
-cx = d/b ((a, b) at s, (c, d) at r). An error of x0_hat at row s, independent of those at other rows and of mean square
-e_s per value, becomes c0 times itself at r, and every later row q multiplies it by the step's derivative there,
-J_q = c0_q k_q + cx_q, k_q the derivative of x0_hat. Along a principal component of the data with variance v, taken as
-Gaussian, k_q = a v / (a^2 v + b^2). So the final image is off by sum_s w_s e_s with the effect
+Criterion of the adaptive rule. A DDIM step from row s to r = s - 1 is x_r = c0 x0_hat(x_s) + cx x_s with
+c0 = c - d a/b, cx = d/b ((a, b) at s, (c, d) at r). Let the error of x0_hat at row s have mean square e_s per value and
+be independent of the errors at other rows. At row r it is multiplied by c0. Every later row q multiplies it by the
+derivative of its own step, J_q = c0_q k_q + cx_q, where k_q is the derivative of x0_hat. Along a principal component
+of the data with variance v, assumed to be Gaussian, k_q = a v / (a^2 v + b^2). The mean squared error of the final
+image is therefore sum_s w_s e_s with the effect
 
-    w_s = mean over components of (c0_s prod_{q < s} J_q)^2,        w_1 = 1,
+    w_s = mean over components of (c0_s prod_{q < s} J_q)^2,        w_1 = 1.
 
-in which a component counts by its share of the variance: x0_hat has its signal there, and with it its error.
+The mean weights each component by its share of the variance, because the signal of x0_hat, and with it its error, is
+distributed in this way.
 
-An expert of rows R whose curve is E(n) = sum_{s in R} w_s e_s(n) after n images, each of cost c, gets the next images
-if it has the largest -E'(n)/c: where a sum of convex curves is to be least at a given total cost, these are equal.
-What no training removes, the variance of x_0 given x_s, is part of E and has no derivative.
+Let an expert own the rows R, with the curve E(n) = sum_{s in R} w_s e_s(n) after n images of cost c each. The next
+images go to the expert with the largest -E'(n)/c: a sum of convex curves is minimal at a given total cost where these
+values are equal. The irreducible error, the variance of x_0 given x_s, is part of E, but its derivative is zero.
 """
 
 from bisect import bisect_right
@@ -25,19 +27,27 @@ import numpy as np
 from lightning_tdisent.errors import InputError, nearest
 
 RULES = ("uniform", "taper", "snr", "explicit", "adaptive")
-Curve = list[tuple[int, float]]  # images seen, weighted error
-# floor, amplitude, exponent, images that the start was worth, and the error of the start where the curve has it
+Curve = list[tuple[int, float]]  # (images seen, weighted error)
+# floor, amplitude, exponent, offset (images that the initial weights are worth) and, if the curve has a point at
+# n = 0, the error of the initial weights
 Fit = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Images of all jobs of a fleet together, a shared model's included, and how the experts share them.
+    """Total number of images for all jobs of a fleet, including a shared model, and the rule that splits it.
 
-    rule: ``uniform`` the same for every row; ``taper`` falls linearly from row 1 to ``end`` of that at row S; ``snr``
-    in proportion to a_s = (SNR / (1 + SNR))^(1/2); ``explicit`` in proportion to ``shares``, one per expert;
-    ``adaptive`` the ``first`` part of it as ``uniform``, the rest in ``rounds`` by the criterion of this module.
-    least: no expert gets less than this part of the mean.
+    images: total images, at least 1.
+    rule: ``uniform``: the same number for every row. ``taper``: falls linearly from row 1 to ``end`` times that
+        number at row S. ``snr``: in proportion to a_s = (SNR / (1 + SNR))^(1/2). ``explicit``: in proportion to
+        ``shares``. ``adaptive``: the fraction ``first`` of the budget as in ``uniform``, the rest in ``rounds``
+        rounds by the criterion of this module.
+    least: smallest number of images of an expert, as a fraction of the mean, in [0, 1].
+    end: for ``taper``: value at row S relative to row 1, in [0, 1].
+    shares: for ``explicit``: one non-negative number per expert.
+    first: for ``adaptive``: fraction of the budget spent before the first decision, in [0.01, 1].
+    rounds: for ``adaptive``: number of later rounds, from 1 to 10,000.
+    Raises InputError for an unknown rule or a value out of range.
     """
 
     images: int
@@ -66,7 +76,7 @@ class Budget:
 
     @classmethod
     def of(cls, data: Any, where: str) -> "Budget":
-        """Budget of a mapping, or of a number of images."""
+        """Create a budget from a mapping or from a number of images; ``where`` is named in error messages."""
         data = {"images": data} if isinstance(data, int) and not isinstance(data, bool) else data
         names = [f.name for f in fields(cls)]
         if not isinstance(data, dict) or "images" not in data:
@@ -80,7 +90,7 @@ class Budget:
             raise InputError(f"{where}.{error}") from None
 
     def content(self) -> dict[str, Any]:
-        """As written: what differs from the defaults."""
+        """Return the fields that differ from their defaults, as they are written to a plan."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {f.name: f.default for f in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v != plain[k]}
@@ -89,10 +99,17 @@ class Budget:
         self, images: float, batch: int, log_snr: Sequence[Sequence[float]], costs: Sequence[float] = (),
         where: str = "budget",
     ) -> list[int]:  # fmt: skip
-        """Images of each expert, whole batches, which cost ``images`` or, where no batch more fits, less.
+        """Return the number of images of each expert.
 
-        log_snr: of the rows of each expert, in order; costs: of an image of each, 1 if not given. An adaptive budget
-        splits its first part.
+        Each number is a multiple of ``batch``. The total cost is at most ``images``, and another batch would exceed it.
+        With the rule ``adaptive`` only the first part of the budget is split.
+
+        images: images for the experts, in images of cost 1.
+        batch: images per optimizer step.
+        log_snr: log-SNR of the rows of each expert, in the order of the experts.
+        costs: cost per image of each expert; 1 if not given.
+        where: prefix of error messages.
+        Raises InputError if ``shares`` do not fit the experts, or the budget is less than one batch per expert.
         """
         rows = [L for block in log_snr for L in block]
         if self.rule == "explicit":
@@ -129,7 +146,10 @@ class Budget:
 
 
 def _apportion(shares: np.ndarray, total: int, least: int) -> np.ndarray:
-    """Whole numbers >= least of this total in proportion to shares (largest remainders), those at the least apart."""
+    """Return integers >= ``least`` with the sum ``total``, in proportion to ``shares`` (largest remainders).
+
+    Entries that would fall below ``least`` are set to it; the remainder is split among the other entries.
+    """
     held = np.zeros(len(shares), bool)
     while True:
         free = total - least * int(held.sum())
@@ -146,9 +166,13 @@ def _apportion(shares: np.ndarray, total: int, least: int) -> np.ndarray:
 
 
 def effects(log_snr: Sequence[float], variances: Sequence[float]) -> list[float]:
-    """Effect w_s of rows 1..S on the sampled image (see the module): what a mean squared error of x0_hat at s does.
+    """Return the effects w_s of rows 1..S: weights of the mean squared errors of x0_hat in the error of the sample.
 
-    log_snr: of rows 1..S, falling; variances: of the data along its principal components.
+    The module docstring defines w_s.
+
+    log_snr: log-SNR of rows 1..S, decreasing.
+    variances: variances of the data along its principal components; non-negative, not all zero.
+    Raises InputError for invalid variances.
     """
     v = np.array(variances, float)
     if not v.size or v.min() < 0 or not v.sum() > 0:
@@ -165,11 +189,14 @@ def effects(log_snr: Sequence[float], variances: Sequence[float]) -> list[float]
 
 
 def fit_curve(curve: Curve) -> Fit:
-    """Floor f, amplitude A, exponent p and offset m of E(n) = f + A (n + m)^-p, by relative least squares.
+    """Fit E(n) = f + A (n + m)^-p by relative least squares; return floor f, amplitude A, exponent p and offset m.
 
-    f, A >= 0; p and m are searched on a grid: m is what the weights that it started from were worth. Two points at
-    least, at different n. A curve that first rises is fitted from its highest point on, if another one follows. Where
-    it has a point at n = 0 no value exceeds that: the start is kept unless training makes it better.
+    f and A are non-negative; p and m are chosen from a grid. m is the number of images that the initial weights are
+    worth. A curve that first rises is fitted from its highest point onwards, if at least one point follows. If the
+    curve has a point at n = 0, its error is the last element of the result, and `value` never exceeds it, because the
+    initial weights are kept unless training improves them.
+
+    curve: at least two points at different n.
     """
     n, e = (np.array(values, float) for values in zip(*sorted(set(curve)), strict=True))
     start = [float(e[0])] if n[0] == 0 else []
@@ -191,7 +218,7 @@ def fit_curve(curve: Curve) -> Fit:
 
 
 def _two(basis: np.ndarray, one: np.ndarray) -> tuple[float, float]:
-    """Non-negative (floor, amplitude) that bring floor one + amplitude basis nearest to 1."""
+    """Return non-negative (floor, amplitude) that minimise the squares of floor * one + amplitude * basis - 1."""
     matrix = np.stack([one, basis], 1)
     floor, amplitude = np.linalg.lstsq(matrix, np.ones(len(one)), rcond=None)[0]
     if floor < 0:
@@ -202,17 +229,23 @@ def _two(basis: np.ndarray, one: np.ndarray) -> tuple[float, float]:
 
 
 def value(fit: Fit, n: float) -> float:
-    """E(n) of a fit."""
+    """Return E(n) of a fit of `fit_curve`."""
     floor, amplitude, p, m, *start = fit
     return float(min([floor + amplitude * (n + m) ** -p, *start]))
 
 
 def grant(fits: Sequence[Fit], seen: Sequence[int], costs: Sequence[float], unit: int, total: float) -> list[int]:
-    """New targets: ``unit`` images at a time go where they lower E most per cost, while cost is left of ``total``.
+    """Return new target numbers of images: grant ``unit`` images at a time to the expert that gains most per cost.
 
-    seen: images so far; costs: of one image, in units of ``total``. With convex curves this greedy way is optimal. No
-    curve is believed beyond twice of what it has seen, as long as there are others that gain anything. Where nobody
-    gains anything, images go to whoever has the fewest.
+    The gain is the decrease of E. Granting stops when the rest of ``total`` does not pay for another unit. For convex
+    curves this greedy allocation is optimal. A fit is not extrapolated beyond twice the images seen while other experts
+    gain anything. If no expert gains anything, the unit goes to the expert with the fewest images.
+
+    fits: one fit per expert.
+    seen: images that each expert has seen.
+    costs: cost of one image of each expert, in the unit of ``total``.
+    unit: images granted at a time.
+    total: cost to spend.
     """
     target, left = list(seen), total
     while able := [k for k, cost in enumerate(costs) if cost * unit <= left + 1e-9]:

@@ -1,4 +1,4 @@
-"""A fleet's YAML expanded into its plan: one training per expert."""
+"""Expand the YAML file of a fleet into its plan, which lists one training per expert."""
 
 import contextlib
 import json
@@ -34,11 +34,11 @@ from lightning_tdisent.fleet.plan import (
 from lightning_tdisent.fleet.store import Store
 from lightning_tdisent.runs import new_identity
 
-PREVIOUS = "plan.previous.yaml"  # a plan that another has replaced before it began
+PREVIOUS = "plan.previous.yaml"  # the plan that the current one replaced before any training started
 KEYS = {"title": TEXT, "out": TEXT, "seed": SEED, "configs": ANY, "set": SETTINGS, "experts": ANY, "rows": ANY,
         "for_rows": ANY, "start": "text or a mapping", "budget": ANY, "batch": COUNT}  # fmt: skip
 STARTS = "scratch, common, neighbour, {shared: {configs: .., images: ..}}, or a file or run folder with weights"
-Copies = dict[str, tuple[bytes, Path]]  # contents of configs by the names of their copies, and where they come from
+Copies = dict[str, tuple[bytes, Path]]  # name of the copy of a config -> its content and the path of the original
 
 
 def draft(
@@ -46,11 +46,19 @@ def draft(
     overrides: Sequence[str] = (), changes: dict[str, Any] | None = None, begun: bool = False,
     check: Callable[[Fleet], Any] | None = None,
 ) -> Fleet:  # fmt: skip
-    """Expand a fleet's YAML into a plan, and write it with copies of all configs; refuses a folder that has another.
+    """Expand the YAML file of a fleet into a plan; write the plan and copies of all configs.
 
-    overrides: KEY=VALUE of all trainings' configs; changes: keys of the YAML itself; what it has under ``set`` stays.
-    begun: whether work that the plan belongs to has begun; if not, and no expert has, another plan is replaced. check:
-    called with the plan as written; if it refuses it, what was there before is put back.
+    config: YAML file of the fleet.
+    describe: returns the facts of a ``fit`` command line.
+    out: folder or URL of the fleet; by default ``out`` of the YAML, or ``runs/NAME``.
+    seed: seed of all trainings; by default ``seed`` of the YAML, or 0.
+    overrides: words KEY=VALUE that override config keys of every training.
+    changes: top-level keys that replace those of the YAML; its ``set`` is updated, not replaced.
+    begun: whether work that contains this fleet, such as a study, has started. A different plan in the folder is
+        replaced only if neither that work nor any expert has started.
+    check: called with the fleet after its plan is written. If it raises InputError, the previous files are restored.
+    Raises InputError for an invalid YAML file or config, and if the folder holds other files or a different plan that
+        has started.
     """
     file = Path(config)
     data = read_yaml(file)
@@ -118,8 +126,8 @@ def draft(
     for k, (name, rows) in enumerate(zip(names, blocks, strict=True)):
         begin = SHARED if shared else "scratch" if start == "common" else str(start)
         if any(key.startswith("model.network") for key in specials[k]):
-            begin = "scratch"  # no other network's weights fit
-        elif start == "neighbour":  # a chain from the highest noise, which is learned first, down
+            begin = "scratch"  # weights of a different network do not fit
+        elif start == "neighbour":  # a chain: the expert of the noisiest rows is trained first
             begin = names[k + 1] if k + 1 < len(names) else "scratch"
         elif begin not in ("scratch", SHARED):
             begin = _place(file, begin)
@@ -144,14 +152,18 @@ def draft(
             elif store.read(name) != content:
                 store.write(name, content)
         for folder in () if store.remote else (store.path(CONFIGS), store.path("")):
-            with contextlib.suppress(OSError):  # unless there was something in it
+            with contextlib.suppress(OSError):  # rmdir removes only empty folders
                 folder.rmdir()
         raise
     return fleet
 
 
 def _claim(fleet: Fleet, copies: dict[str, bytes], begun: bool) -> None:
-    """Write plan and configs; the plan last, as it says that all is there."""
+    """Write the configs and the plan.
+
+    The plan is written last: its presence means that the configs are complete. Refuses a folder with other files or
+    with a different plan that has started.
+    """
     fleet.store.check()
     text = fleet.text().encode()
     there = fleet.store.read(FILE)
@@ -181,7 +193,7 @@ def _claim(fleet: Fleet, copies: dict[str, bytes], begun: bool) -> None:
 
 
 def _others(store: Store) -> list[str]:
-    """Return what lies where a fleet is to be planned, but for the copies of configs that come before a plan."""
+    """Return the names in the place of a new fleet, except the copies of configs, which are written before the plan."""
     if store.remote:
         return store.names("")
     return sorted(p.name for p in Path(store.where).iterdir() if p.name != CONFIGS and not p.name.startswith("."))
@@ -209,11 +221,11 @@ def _blocks(data: dict[str, Any], sizes: Sequence[int], file: str) -> list[list[
 
 
 def _for_rows(data: Any, blocks: Sequence[Sequence[int]], S: int, file: str) -> list[dict[str, Any]]:
-    """What each expert's config sets besides: that of the ranges of rows which hold all of its rows."""
+    """Return each expert's additional settings: those of each range of ``for_rows`` that contains all its rows."""
     if not isinstance(data, dict):
         raise InputError(f"{file}: for_rows: expected a mapping of FIRST..LAST to config keys, got {data!r}")
     out: list[dict[str, Any]] = [{} for _ in blocks]
-    said: list[dict[str, str]] = [{} for _ in blocks]  # by which range
+    said: list[dict[str, str]] = [{} for _ in blocks]  # range that set each key
     for key, chosen in data.items():
         first, _, last = str(key).partition("..")
         if not first.isdigit() or not (last or first).isdigit() or not 1 <= int(first) <= int(last or first) <= S:
@@ -238,7 +250,7 @@ def _for_rows(data: Any, blocks: Sequence[Sequence[int]], S: int, file: str) -> 
 
 
 def _copies(file: Path, names: Any, key: str, taken: Copies) -> tuple[dict[str, str], Copies]:
-    """Digests by the names of copies, and contents with where they come from."""
+    """Read configs; return the digest of each by the name of its copy, and the copies with their original paths."""
     if not isinstance(names, list) or not names:
         raise InputError(f"{file}: {key}: expected a list of YAML files, got {names!r}")
     digests: dict[str, str] = {}
@@ -256,7 +268,7 @@ def _copies(file: Path, names: Any, key: str, taken: Copies) -> tuple[dict[str, 
 
 
 def _place(file: Path, start: str) -> str:
-    """Absolute path of weights to start from, named from where the command is given or beside the YAML."""
+    """Return the absolute path of initial weights, given relative to the working directory or to the YAML file."""
     for path in (Path(start), file.parent / start):
         if path.exists():
             return str(path.resolve())

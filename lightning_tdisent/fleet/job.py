@@ -1,4 +1,4 @@
-"""One training of many: what it is called, how it is started, what it waits for, when it is done."""
+"""One training job: its name, command line, dependencies and completion test."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,17 +11,22 @@ from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS
 if TYPE_CHECKING:
     from lightning_tdisent.models.expert import Card
 
-Report = Callable[[int, int, dict[str, float]], None]  # step, of how many, and numbers worth showing
-# runs command lines in this process, those of one call together; returns what ended each before its time
+Report = Callable[[int, int, dict[str, float]], None]  # (step, total steps, numbers to show)
+# runs the command lines of one call at the same time in this process; returns for each the exception that ended it
+# early, or None
 Train = Callable[[Sequence[list[str]], Sequence[Report]], list[BaseException | None]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command line of ``fit`` with the folder it fills and the names of the jobs whose weights it needs.
+    """A ``fit`` command line with its run folder and the jobs whose weights it requires.
 
-    images: how many it is to see, None where its config alone says so; expect: fields that the card of its weights
-    must have, such as rows and fingerprint.
+    name: name of the job.
+    argv: the command line, without the program.
+    folder: run folder that the command line writes.
+    needs: names of the jobs that must be done first.
+    images: number of images to train on; None if only the config defines it.
+    expect: values that the card of the exported weights must have, such as rows and fingerprint.
     """
 
     name: str
@@ -33,15 +38,15 @@ class Job:
 
     @property
     def weights(self) -> Path:
-        """What a whole training of a model leaves."""
+        """Path of the weights that a completed training exports."""
         return self.folder / WEIGHTS
 
     @property
     def card(self) -> "Card | None":
-        """Card of the weights there; refuses those of another training."""
+        """Card of the exported weights, or None if there are none; raises InputError for those of another training."""
         if not self.weights.exists():
             return None
-        # and torch, which a watcher of others does without
+        # imported here because it imports torch, which a process that only shows the status does not need
         from lightning_tdisent.models.expert import read_card, refuse_foreign
 
         card = read_card(self.weights)
@@ -57,7 +62,7 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether all its images have been seen; refuses the weights of another training."""
+        """Whether the job has seen all its images; raises InputError for the weights of another training."""
         if self.images is None and not self.expect:
             return self.weights.exists() or (self.folder / PRIOR).exists()
         card = self.card

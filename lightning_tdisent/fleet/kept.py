@@ -1,4 +1,4 @@
-"""Keep copies of the files that a folder was made from, and name the keys in which two versions differ."""
+"""Copy the configs that a folder was made from, and list the keys in which two versions of a config differ."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -18,7 +18,10 @@ def copy_name(stem: str, taken: Collection[str]) -> str:
 
 
 def edits(theirs: bytes, mine: bytes) -> list[str]:
-    """Return the keys in which two YAML files differ; none if they differ in comments or layout alone."""
+    """Return the keys in which two YAML files differ; an empty list if only comments or layout differ.
+
+    For a file that is not valid YAML, return the error message.
+    """
     try:
         return differences(load_yaml(theirs, "as it was"), load_yaml(mine, "as it is"))
     except InputError as error:
@@ -26,7 +29,7 @@ def edits(theirs: bytes, mine: bytes) -> list[str]:
 
 
 def write_copies(folder: Path, copies: dict[str, bytes]) -> None:
-    """Write copies under their names, each whole or not at all."""
+    """Write copies under their names, each atomically; skip those that are unchanged."""
     for name, content in copies.items():
         if not (folder / name).exists() or (folder / name).read_bytes() != content:
             write_whole(folder / name, content)

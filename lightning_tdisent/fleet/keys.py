@@ -1,4 +1,4 @@
-"""Read the YAML of studies, fleets and plans: known keys, and values of the type that each key has."""
+"""Read the YAML files of studies, fleets and plans; check their keys and the type of each value."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,17 +34,17 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def refuse_kind(value: Any, kind: str, where: str) -> None:
-    """Refuse a value that is not of a kind, or of none of several that are joined by `` or ``."""
+    """Raise InputError unless a value is of the given kind; several kinds are joined by `` or ``."""
     if not any(_KINDS[one](value) for one in kind.split(" or ")):
         quotes = "; write it in quotes" if kind == TEXT and isinstance(value, (int, float)) else ""
         raise InputError(f"{where}: expected {kind}, got {value!r}{quotes}")
 
 
 def known(data: Any, keys: Mapping[str, str], where: str, required: Sequence[str] = ()) -> dict[str, Any]:
-    """Return a mapping without the keys that are null, but for required ones.
+    """Return a mapping without its null keys; required keys are kept.
 
-    Refuses what is no mapping, has a key that is not among these or a value that is not of the key's kind, or lacks a
-    required key.
+    Raises InputError if ``data`` is not a mapping, has a key that is not in ``keys``, lacks a required key, or has a
+    value that is not of the kind of its key.
     """
     if not isinstance(data, dict):
         raise InputError(f"{where}: expected keys {', '.join(keys)}, got {data!r}")
@@ -61,7 +61,10 @@ def known(data: Any, keys: Mapping[str, str], where: str, required: Sequence[str
 
 
 def _kept(resolved: Any, given: Any, keep: bool) -> Any:
-    """Return resolved data with the values that name variables of the environment as they were given, where kept."""
+    """Restore unresolved ``${oc.env:..}`` values in resolved data.
+
+    They are restored below ``set`` and ``for_rows``, and everywhere if ``keep`` is true.
+    """
     if isinstance(given, str):
         return given if keep and "${oc.env" in given else resolved
     if isinstance(given, dict):
@@ -70,10 +73,11 @@ def _kept(resolved: Any, given: Any, keep: bool) -> Any:
 
 
 def read_yaml(file: Path, secrets: bool = True) -> Any:
-    """Return the content of a YAML file with its ``${...}``, ``~`` and ``$NAME`` replaced.
+    """Return the content of a YAML file with ``${...}``, ``~`` and ``$NAME`` replaced.
 
-    Settings of trainings (below ``set`` and ``for_rows``) keep ``${oc.env:NAME}``, which `fit` replaces; with
-    ``secrets`` false all values that name a variable keep it, for what is written to files.
+    Settings of trainings (below ``set`` and ``for_rows``) keep ``${oc.env:NAME}``, which `fit` resolves. With
+    ``secrets`` false every value that refers to an environment variable stays unresolved, so that the content of the
+    variable is not written to files.
     """
     try:
         compose_yaml(file.read_bytes())

@@ -1,9 +1,10 @@
-"""Leases: who trains which job, so that two workers never train the same one, and a dead worker's is taken up.
+"""Leases: ensure that only one worker trains a job, and that another worker resumes the job if the first one dies.
 
-A lease is a file ``leases/JOB.N.json``; the one with the largest N holds. Whoever wants the job creates the next N,
-which only one can; its holder rewrites it every few seconds, with its progress. A lease is dead when its process is
-gone (on the same machine), or when the file has not changed for ``ttl`` seconds of the watcher's own clock: the clocks
-of machines need not agree, and a watcher of a dead worker waits that long once.
+A lease is a file ``leases/JOB.N.json``; the file with the largest N is in force. To take a job, a worker creates the
+file with the next N, which only one worker can do. The holder rewrites the file every few seconds (heartbeat) with its
+progress. A lease is dead if the process of its holder has ended (known only on the same machine), or if the file has
+not changed for ``ttl`` seconds by the observer's own clock. The clocks of machines therefore need not agree; an
+observer waits ``ttl`` seconds once for each dead worker.
 """
 
 import contextlib
@@ -20,13 +21,16 @@ from lightning_tdisent.processes import began, host, me
 
 FOLDER = "leases"
 TTL = 60.0
-BEATS = 6  # in the life of a lease
+BEATS = 6  # heartbeats per ttl of a lease
 
 Content = dict[str, Any]
 
 
 def current(store: Store, job: str, names: Sequence[str] | None = None) -> tuple[int, Content | None]:
-    """Number and content of the lease that holds; (0, None) if there never was one. names: of all leases, if listed."""
+    """Return the number and content of the lease in force, (0, None) if the job never had one.
+
+    A lease that is not valid JSON has an empty content. names: file names of all leases, if they are already listed.
+    """
     prefix = f"{job}."
     numbers = [
         int(name[len(prefix) : -5])
@@ -50,7 +54,7 @@ def _name(job: str, number: int) -> str:
 
 
 def gone(content: Content) -> bool:
-    """Whether the holder is known to be gone: it gave the lease back, or was a process of this machine that ended."""
+    """Return True if the holder released the lease, or was a process of this machine that has ended."""
     if content.get("released"):
         return True
     if content.get("host") != host() or not isinstance(content.get("pid"), int):
@@ -59,20 +63,23 @@ def gone(content: Content) -> bool:
 
 
 def awake() -> float:
-    """Return seconds of a clock that goes on while the machine is suspended, where there is one."""
+    """Return seconds of a clock that also runs while the machine is suspended, if the system has one."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class Watch:
-    """Tells dead leases from live ones, by its own clock alone."""
+    """Distinguish dead leases from live ones, using only the clock of this process.
+
+    clock: returns the time in seconds.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self._seen: dict[tuple[str, int], tuple[Any, float]] = {}
-        self.asked: set[str] = set()  # tokens of takings of which it is not known whether they succeeded
+        self.asked: set[str] = set()  # tokens of attempts to take a lease whose outcome is not known
 
     def dead(self, job: str, number: int, content: Content) -> bool:
-        """Whether nobody holds it any more, as far as can be known by now."""
+        """Return True if the lease is known to have no holder: `gone`, or no heartbeat for longer than its ttl."""
         if gone(content):
             return True
         beat, now = content.get("beat"), self.clock()
@@ -84,12 +91,20 @@ class Watch:
 
 
 class Lease:
-    """A job that this process holds, until it lets go, stops beating, or another worker takes it.
+    """Hold a job until it is released, its heartbeat stops, or another worker takes it.
 
-    ``number`` only grows from holder to holder. `check` compares it with the newest one: every write of the job asks it
-    (`files.guarded`), so that a holder that was stopped, suspended or cut off for longer than ``ttl`` comes back, and
-    writes nothing. ``progress`` (a dict of plain numbers) travels with every beat; ``deaths`` counts the holders before
-    this one that died in a row without getting further.
+    ``number`` increases from holder to holder. `check` compares it with the newest number before every write of the job
+    (`files.guarded`), so that a holder that was stopped, suspended or disconnected for longer than ``ttl`` writes
+    nothing when it resumes. Each heartbeat writes ``progress``, a dict of plain numbers. ``deaths`` is the number of
+    consecutive previous holders that died without saving a newer checkpoint. ``lost`` is the reason why the job is no
+    longer held, or empty. A thread sends the heartbeats, `BEATS` per ``ttl``.
+
+    store: where the lease is kept.
+    job: name of the job.
+    number: number of the lease that this process has created.
+    content: content of the lease.
+    ttl: seconds without a heartbeat after which other workers take the lease for dead.
+    clock: returns the time in seconds; it must run while the machine is suspended.
     """
 
     def __init__(
@@ -98,22 +113,23 @@ class Lease:
         self.store, self.job, self.number, self.ttl = store, job, number, ttl
         self.progress: Content = {}
         self.deaths: int = content["deaths"]
-        self.lost = ""  # why it is no longer held
+        self.lost = ""
         self._clock, self._content, self._end = clock, content, threading.Event()
-        self._good = clock()  # start of the last beat that arrived: nobody can take the job for a ttl from then
+        self._good = clock()  # start of the last successful heartbeat; nobody can take the job until ttl after it
         self._thread = threading.Thread(target=self._beat, name=f"lease of {job}", daemon=True)
         self._thread.start()
 
     @property
     def held(self) -> bool:
-        """Whether no other worker has taken the job meanwhile."""
+        """Whether this process still holds the job; reads the newest lease from the store."""
         number, content = current(self.store, self.job)
         return not self.lost and number == self.number and (content or {}).get("token") == self._content.get("token")
 
     def check(self, quick: bool = False) -> None:
-        """Raise Lost unless the job is held; quick: unless it is known not to be.
+        """Raise Lost unless the job is held.
 
-        A store that does not answer is believed for as long as the lease lives.
+        If the store does not answer, the job counts as held until ``ttl`` seconds after the last heartbeat. quick: do
+        not ask the store within ``ttl`` seconds of the last heartbeat.
         """
         if not quick or self._clock() - self._good > self.ttl:
             self._ask()
@@ -121,7 +137,7 @@ class Lease:
             raise Lost(f"{self.job}: {self.lost}; this worker lets go of it, and has saved nothing since")
 
     def _ask(self) -> bool:
-        """Ask the store who holds the job; False if it does not answer."""
+        """Update ``lost`` from the store; return False if the store does not answer."""
         try:
             if not self.lost and not self.held:
                 self.lost = "another worker holds its lease by now"
@@ -139,19 +155,19 @@ class Lease:
         while not self.lost and not self._end.wait(self.ttl / BEATS):
             begun = self._clock()
             if self._ask() and not self.lost:
-                with contextlib.suppress(OSError, InputError):  # the next one may arrive
+                with contextlib.suppress(OSError, InputError):  # the next heartbeat may succeed
                     self._write()
                     self._good = begun
 
     def release(self) -> None:
-        """Stop beating, and give the job back."""
+        """Stop the heartbeat, and mark the lease as released."""
         self._end.set()
-        self._thread.join(self.ttl)  # a store may hang
+        self._thread.join(self.ttl)  # with a time limit, since a store may hang
         try:
             if self.held:
                 self._write(released=True)
         except OSError:
-            pass  # it dies of age
+            pass  # the lease expires after ttl seconds
 
 
 def take(
@@ -161,12 +177,18 @@ def take(
     ttl: float = TTL,
     saved: int = 0,
 ) -> Lease | None:
-    """Take the lease of a job if nobody holds it; None if somebody does, or has been faster.
+    """Take the lease of a job; return None if another worker holds it or takes it first.
 
-    saved: step of the job's newest checkpoint, by which its holders' deaths are judged.
+    store: where leases are kept.
+    job: name of the job.
+    watch: decides whether the current lease is dead.
+    ttl: seconds without a heartbeat after which the new lease counts as dead.
+    saved: step of the job's newest checkpoint. A previous holder that died with a newer step than the holder before it
+        resets the count of consecutive deaths.
     """
     number, before = current(store, job)
-    if before is not None and before.get("token") in watch.asked:  # it was cut off before it heard that it got this
+    # an earlier attempt of this process created this lease, but was disconnected before the answer arrived
+    if before is not None and before.get("token") in watch.asked:
         watch.asked.discard(before["token"])
         return Lease(store, job, number, before, ttl)
     if before is not None and not watch.dead(job, number, before):
@@ -179,8 +201,9 @@ def take(
     created = store.create(_name(job, number + 1), dump_json(content))
     newest, found = current(store, job)
     watch.asked.discard(token)
-    if newest != number + 1 or (found or {}).get("token") != token:  # by another one; a put that was repeated is mine
-        if created:  # a listing of old had let us create a number that was gone already
+    # The token decides, not ``created``: a client that repeats its request is told that the file exists already.
+    if newest != number + 1 or (found or {}).get("token") != token:
+        if created:  # with an outdated listing: a lease with a larger number exists
             store.remove(_name(job, number + 1))
         return None
     if number:

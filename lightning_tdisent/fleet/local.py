@@ -1,4 +1,4 @@
-"""Workers on this machine: some processes that take one job after another, watched and replaced when they die."""
+"""Run jobs in worker processes on this machine, and replace workers that die."""
 
 import contextlib
 import multiprocessing
@@ -24,13 +24,23 @@ def run(
     work: Work, train: Train, workers: int = 0, session: Session | None = None, show: bool = True,
     gpus: Sequence[str] | None = None, title: str = "", threads: int = 1,
 ) -> None:  # fmt: skip
-    """Do all jobs that are not done; a failed one stops what needs it, the rest go on, then all failures are named.
+    """Run all jobs that are not done.
 
-    train: called in a fresh process with the jobs' command lines and progress reports; must be importable. workers:
-    processes at a time; if 0 one per GPU, or per core where there is none. gpus: names for CUDA_VISIBLE_DEVICES, all
-    that this process may use if None: each worker sees its own alone, in turn. threads: of torch in each, its share of
-    the cores if 0; small networks are fastest with one, and another number gives other last bits. Raises InputError for
-    failed jobs at the end.
+    If a job fails, the jobs that need it are not started, and all others are still run.
+
+    work: the jobs and their state.
+    train: called in a worker process with command lines and progress callbacks; must be importable by name.
+    workers: number of processes; if 0, one per GPU, or one per core if there is no GPU.
+    session: options of this launch.
+    show: show a live status board if the output is a terminal.
+    gpus: values for CUDA_VISIBLE_DEVICES, assigned to the workers in turn, one each; if None, all GPUs that this
+        process may use.
+    title: title of the board.
+    threads: torch threads per worker; if 0, the cores divided by the number of workers. Small networks are fastest
+        with one thread. Results with different numbers of threads differ in the last bits.
+
+    Raises InputError at the end that lists all jobs that are not done, and Halted if a worker ends with status 2 or
+    workers die too often.
     """
     session, jobs = session or Session(), work.jobs()
     names = [job.name for job in jobs]
@@ -45,7 +55,7 @@ def run(
     context = multiprocessing.get_context("spawn")
 
     def start(number: int) -> multiprocessing.process.BaseProcess:
-        mine = {"OMP_NUM_THREADS": str(threads or max(1, cores // count))}  # before torch is imported there
+        mine = {"OMP_NUM_THREADS": str(threads or max(1, cores // count))}  # torch reads it when it is imported
         if gpus:
             mine["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
         process = context.Process(target=_serve, args=(work, train, session, os.getpid()))
@@ -62,7 +72,7 @@ def run(
                 live.start()
             while running := [p for p in pool if p.exitcode != 0]:
                 wait([p.sentinel for p in running], timeout=1.0)
-                with contextlib.suppress(OSError, InputError):  # it is to be looked at, no more
+                with contextlib.suppress(OSError, InputError):  # display only; ignore errors
                     if show:
                         live.update(LiveBoard(tiles(work), title))
                 for k, process in enumerate(pool):
@@ -72,14 +82,14 @@ def run(
                             raise Halted(
                                 f"a worker ended with status {process.exitcode} after {starts} in all; see above"
                             )
-                        pool[k] = start(k)  # which takes up what that one had
+                        pool[k] = start(k)  # the new worker resumes the job of the dead one
         finally:
             if show:
                 live.stop()
             for process in pool:
                 process.terminate()
             for process in pool:
-                process.join(60)  # which may take a checkpoint
+                process.join(60)  # the worker may have to save a checkpoint
                 if process.is_alive():
                     process.kill()
                     process.join()
@@ -87,7 +97,7 @@ def run(
 
 
 def visible_gpus() -> list[str]:
-    """Names of all GPUs that this process may use, for CUDA_VISIBLE_DEVICES of others."""
+    """Return the GPUs that this process may use, as values for CUDA_VISIBLE_DEVICES of its workers."""
     import torch
 
     count, told = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -95,7 +105,10 @@ def visible_gpus() -> list[str]:
 
 
 def refuse_undone(work: Work, session: Session) -> None:
-    """Name every job that this session was to do and has not done, with its reason."""
+    """Raise InputError that lists each job of this session that is not done, with the reason.
+
+    The error is Crashed if the training of a job ended with an unexpected error.
+    """
     found = {name: f for name, f in failures(work).items() if session.name in f["sessions"]}
     failed = {**session.said, **{name: str(f["reason"]) for name, f in found.items()}}
     crashed = any(f.get("crashed") for f in found.values())
@@ -129,11 +142,11 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def _serve(work: Work, train: Train, session: Session, parent: int) -> None:
-    """Be a worker; a process of its own, that goes when its parent has gone."""
+    """Run a worker in this process; it exits when its parent process ends."""
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     try:
         work_through(work, train, session)
-    except InputError as error:  # of no job, but of the plan or the place
+    except InputError as error:  # concerns the plan or the store, not a single job
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -141,7 +154,7 @@ def _serve(work: Work, train: Train, session: Session, parent: int) -> None:
 
 
 def _leave_with(parent: int) -> None:
-    """Go as one who was told to, with a checkpoint, when nobody is there any more who would replace this process."""
+    """Send SIGTERM to this process when its parent has ended, so that it saves a checkpoint and exits."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -149,13 +162,16 @@ def _leave_with(parent: int) -> None:
 
 @contextmanager
 def told_to_go() -> Iterator[None]:
-    """Turn SIGTERM, SIGUSR1 and SIGHUP into an exit with 143, so that the workers are told as well."""
+    """Turn SIGTERM, SIGUSR1 and SIGHUP into SystemExit(143), so that the workers are stopped as well.
+
+    Does nothing outside the main thread.
+    """
 
     def leave(*_: object) -> None:
         raise SystemExit(143)
 
     numbers = [signal.SIGTERM, signal.SIGUSR1] if threading.current_thread() is threading.main_thread() else []
-    if numbers and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup asks for
+    if numbers and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup sets SIG_IGN
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, leave) for number in numbers}
     try:

@@ -1,4 +1,4 @@
-"""A run folder here and its copy in an object store: all that another worker needs to go on."""
+"""Mirror a local run folder to an object store, so that another worker can resume the run."""
 
 import contextlib
 import json
@@ -16,23 +16,31 @@ from lightning_tdisent.models.checkpoint import manifest_of
 from lightning_tdisent.runs import AVERAGES, CHECKPOINTS, NEWEST, WEIGHTS, identity_in, identity_of
 
 POINTER = f"{CHECKPOINTS}/{NEWEST}"
-OWNER = ".fleet.json"  # in a scratch folder: whose runs it has
+OWNER = ".fleet.json"  # in a scratch folder: names the fleet whose runs it holds
 FOLDERS = ("", CHECKPOINTS, AVERAGES)
-Mark = tuple[int, int]  # size and time of a file
-UNKNOWN: Mark = (-1, -1)  # of one whose copy may be there, or not
+Mark = tuple[int, int]  # size in bytes and modification time in ns of a file
+UNKNOWN: Mark = (-1, -1)  # the transfer of the file was started, and may have failed
 
 
 class Mirror:
-    """Copies of a run folder's files under a name of a store; its pointer names a checkpoint that is there, whole."""
+    """Copy the files of a run folder to a store.
+
+    The pointer in the store always names a checkpoint that is complete there.
+
+    store: store of the fleet.
+    name: prefix of the copies in the store.
+    folder: local run folder.
+    """
 
     def __init__(self, store: Store, name: str, folder: Path) -> None:
         self.store, self.name, self.folder = store, name, folder
         self._sent: dict[str, Mark] = {}
 
     def pull(self) -> None:
-        """Bring what the store has and this folder lacks, or has otherwise.
+        """Download the files that are missing in the local folder or differ from the store.
 
-        Where the last copy did not succeed, and this folder has gone further, its own files stay, and are pushed.
+        If the newest local checkpoint is newer than that of the store, because the last upload failed, existing local
+        files are kept, and the next `push` uploads them.
         """
         self._set_aside()
         younger = step_of(Store(self.folder).read(POINTER)) > step_of(self.store.read(f"{self.name}/{POINTER}"))
@@ -51,7 +59,7 @@ class Mirror:
                 self._sent[str(name)] = self._files()[str(name)]
 
     def _set_aside(self) -> None:
-        """Move this folder away if it is of another run: one that began here, and of which the store has nothing."""
+        """Rename the local folder if it holds a different run than the store."""
         mine, theirs = identity_of(self.folder), identity_in(self.store.read(f"{self.name}/config.yaml"))
         if mine and theirs and mine != theirs:
             aside = self.folder.with_name(f".{self.folder.name}.{mine}")
@@ -59,12 +67,13 @@ class Mirror:
             self.folder.rename(aside)
 
     def push(self, check: Guard) -> None:
-        """Send what has changed since the last time; remove there what is gone here.
+        """Upload the files that changed since the last call, and remove those that were deleted locally.
 
-        The newest checkpoint is sent before its manifest, both before the pointer that names them, and the weights
-        last. It is read before anything of it is sent, so that it may be pruned here meanwhile. Nothing is removed
-        before the pointer has moved. check: asked before each file and while it is sent; raises Lost where the copy is
-        another worker's by now.
+        Order: other files, then the newest checkpoint, its manifest and the pointer to it, then the weights. The
+        checkpoint and its manifest are read before they are uploaded, so that the training may prune them meanwhile.
+        Files are removed only after the pointer is uploaded.
+
+        check: called before each file and while it is sent; raises Lost if another worker holds the job by now.
         """
         here, newest = self._files(), self._newest()
         rest = [name for name in here if not name.startswith(f"{CHECKPOINTS}/") and name != WEIGHTS]
@@ -74,20 +83,23 @@ class Mirror:
                 continue
             try:
                 content = (self.folder / name).read_bytes() if content is None else content
-            except FileNotFoundError:  # removed meanwhile
+            except FileNotFoundError:  # deleted since it was listed
                 continue
             check(False)
             self._sent[name] = UNKNOWN
             self.store.write(f"{self.name}/{name}", content, check)
             self._sent[name] = mark
         gone = [name for name in self._sent if name not in here and name not in newest] if newest else []
-        for name in sorted(gone, reverse=True):  # a manifest before its checkpoint
+        for name in sorted(gone, reverse=True):  # this order removes a manifest before its checkpoint
             check(False)
             self.store.remove(f"{self.name}/{name}")
             del self._sent[name]
 
     def _newest(self) -> dict[str, tuple[Mark, bytes]]:
-        """Mark and content of the newest checkpoint, its manifest and the pointer to it; empty if there is none."""
+        """Return mark and content of the newest checkpoint, its manifest and the pointer to it, in this order.
+
+        Empty if there is no complete checkpoint. The content of a file that is already in the store is empty.
+        """
         pointer = self.folder / POINTER
         while True:
             try:
@@ -102,7 +114,7 @@ class Mirror:
                     was = _mark(file)
                     out[name] = was, b"" if self._sent.get(name) == was else file.read_bytes()
                 return out | {POINTER: (mark, content)}
-            except FileNotFoundError:  # pruned meanwhile: there is a newer one, or the pointer is a lie
+            except FileNotFoundError:  # pruned: the pointer has moved to a newer checkpoint, or it is wrong
                 if pointer.read_bytes() == content:
                     return {}
 
@@ -122,7 +134,7 @@ def _mark(path: Path) -> Mark:
 
 
 def step_of(pointer: bytes | None) -> int:
-    """Step of the newest checkpoint by the pointer to it, 0 if there is none."""
+    """Return the step of the newest checkpoint from the content of its pointer, 0 if there is none."""
     try:
         found = parse_json(pointer or b"{}")
     except ValueError:
@@ -134,10 +146,14 @@ def step_of(pointer: bytes | None) -> int:
 
 
 def scratch_of(store: Store, identity: str, given: Path | None, cache: Callable[[], Path]) -> Path:
-    """Return the folder in which the runs of a fleet in an object store are trained: one of the cache, or that given.
+    """Return the local folder for the runs of a fleet in an object store.
 
-    A given one keeps a note of whose it is. Raises InputError if it holds the runs of another fleet, or of one that was
-    planned at this URL before.
+    store: store of the fleet.
+    identity: id of the fleet.
+    given: folder chosen by the user, or None to use a folder of the cache. The file `OWNER` in it names the fleet.
+    cache: returns the cache folder.
+
+    Raises InputError if ``given`` holds the runs of another fleet, including one planned earlier at the same URL.
     """
     key = digest(str(store), identity)[:16]
     if given is None:

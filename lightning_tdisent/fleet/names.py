@@ -1,19 +1,21 @@
-"""The one rule for names of runs, experts, priors and contenders: they become folders, files of leases and labels."""
+"""Check the names of runs, experts, priors and contenders, which are used for folders, lease files and labels."""
 
 import unicodedata
 from collections.abc import Collection, Sequence
 from itertools import groupby
 from typing import Any
 
-MARKS = " ._-+,()=&%"  # allowed in a name beside letters and digits
-LONGEST = 100
+MARKS = " ._-+,()=&%"  # characters allowed in a name in addition to letters and digits
+LONGEST = 100  # bytes
 
 
 def fault(name: Any, reserved: Collection[str] = (), marks: str = MARKS) -> str | None:
-    """Return why something cannot be a name, or None if it can.
+    """Return why ``name`` is not a valid name, or None if it is valid.
 
-    A name is text of letters, digits and ``marks`` that begins with a letter or a digit and does not end with a space
-    or a dot; reserved: files and folders that lie beside those that are named.
+    A name is text of letters, digits and ``marks`` that begins with a letter or digit and does not end with a space or
+    dot. It has at most `LONGEST` bytes and is in Unicode normal form C.
+
+    reserved: names of files and folders in the same place; compared without regard to case.
     """
     if not isinstance(name, str):
         return "a name is text; write it in quotes"
@@ -31,9 +33,9 @@ def fault(name: Any, reserved: Collection[str] = (), marks: str = MARKS) -> str 
 
 
 def clashes(claims: Sequence[tuple[str, str]]) -> list[str]:
-    """Return a line for each name that several claim, of pairs (name, who claims it); upper and lower case are equal.
+    """Return a line for each name that occurs several times in ``claims``, pairs (name, where it is used).
 
-    Some file systems do not tell upper from lower case.
+    Names that differ only in case count as equal, because some file systems do not distinguish case.
     """
     out = []
     for _, some in groupby(sorted(claims, key=lambda claim: claim[0].casefold()), key=lambda c: c[0].casefold()):

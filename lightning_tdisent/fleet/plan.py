@@ -1,6 +1,6 @@
-"""The plan of a fleet: a file with a line for each training, to be read, compared and edited (`draft` writes it).
+"""The plan of a fleet: a YAML file with one line per training. `draft` writes it; users may read, compare and edit it.
 
-The file is long because every mistake that an edit can bring is looked for before anything is trained.
+Every mistake that an edit can introduce is checked before anything is trained.
 """
 
 import json
@@ -26,11 +26,11 @@ from lightning_tdisent.fleet.store import Store, read_json
 SCHEMA = 1
 FILE = "plan.yaml"
 SHARED = "shared"
-DEVICES = "trainer.devices"  # one, unless the plan sets another number, however many a machine has
+DEVICES = "trainer.devices"  # 1 unless the plan sets it, regardless of the devices of the machine
 BEGUN = "begun"
-FIRST = ("name", "rows", "images", "batch", "seed")  # keys that every line has had from the first version on
-IDENTITY = "fleet.json"  # of a fleet in an object store, whose runs lie elsewhere
-# what lies in a fleet's folder, and is the name of no expert
+FIRST = ("name", "rows", "images", "batch", "seed")  # keys that the lines of all versions of plans have
+IDENTITY = "fleet.json"  # id of a fleet in an object store, whose runs are trained in a local folder
+# names in a fleet's folder that an expert must not have
 FOLDERS = (SHARED, FILE, IDENTITY, BEGUN, CONFIGS, "scratch", "done", "failed", "leases", "logs", "rounds", "start")
 RESERVED = {
     "run": "--out",
@@ -39,8 +39,8 @@ RESERVED = {
     "data.batch_size": "batch",
     "model.warm_start": "start",
     **dict.fromkeys(("model.rows", "model.expert", "model.experts"), "rows"),
-}  # config keys that a plan decides, and by what of it
-POINTS = 3  # of a curve that is to be continued
+}  # config keys that the plan sets, and the key of the plan that sets each
+POINTS = 3  # minimum number of points of an error curve that an adaptive budget extrapolates
 SHARED_KEYS = {"configs": ANY, "images": ANY, "batch": COUNT, "set": SETTINGS, "cost": ANY, "parts": COUNT}
 PLAN_KEYS = {"schema": ANY, "title": TEXT, "seed": SEED, "table": MAPPING, "budget": ANY, "configs": MAPPING,
              "set": SETTINGS, "shared": MAPPING, "experts": ANY}  # fmt: skip
@@ -55,14 +55,26 @@ HEADER = """\
 
 @dataclass(frozen=True)
 class Facts:
-    """What a command line of ``fit`` amounts to: table, batch, network, how it is trained.
+    """Properties of the training that a ``fit`` command line defines: table, batch, network, training options.
 
-    log_snr: of rows 1..S, first column; flops: of a forward pass of one image; decay: course of the learning rate;
-    validate: steps from one validation to the next, 0 if that goes by epochs; fits: network and prediction, which are
-    equal where one may start from another's weights; sizes: of the runs of rows that one network can answer for, all if
-    not given; K: columns of the table; accumulate, world: batches of ``batch`` images in an optimizer step, by
-    accumulation and on devices; devices: as the config has it, ``auto`` for all that are there; sees_state: whether the
-    network is told the state, and so cannot start from the weights of another.
+    module: full name of the module class.
+    fingerprint: fingerprint of the table.
+    S: number of rows of the table, without row 0.
+    index: index t of rows 1..S.
+    log_snr: log-SNR of rows 1..S, first column of the table.
+    batch: images per batch.
+    weights: number of parameters.
+    flops: FLOPs of a forward pass of one image.
+    decay: learning rate schedule.
+    max_steps: optimizer steps.
+    validate: optimizer steps between validations, 0 if validation follows epochs.
+    fits: description of network and prediction; equal if one training can start from the other's weights.
+    sizes: numbers of consecutive rows that one network can serve; empty: one block of all rows.
+    K: columns of the table.
+    accumulate: batches per optimizer step and device (gradient accumulation).
+    world: number of devices; an optimizer step has accumulate x world batches.
+    devices: trainer.devices of the config; ``auto`` for all available devices.
+    sees_state: whether the network is conditioned on the state, so that it cannot start from weights for other rows.
     """
 
     module: str
@@ -86,7 +98,7 @@ class Facts:
 
     @property
     def parts(self) -> int:
-        """Batches of an optimizer step."""
+        """Batches per optimizer step."""
         return self.accumulate * self.world
 
 
@@ -95,10 +107,17 @@ Describe = Callable[[list[str]], Facts]
 
 @dataclass(frozen=True)
 class Planned:
-    """One expert: rows it owns, images it is to see, images of a batch, seed, start, and what else its config sets.
+    """One expert of a plan.
 
-    cost: of one image, in those of the experts' largest network, in which a budget counts; parts: batches of an
-    optimizer step, if gradients are accumulated or several devices train it.
+    name: name of the expert and of its folder.
+    rows: rows that it owns, ascending.
+    images: images to train on.
+    batch: images per batch.
+    seed: seed of its training.
+    start: initial weights: ``scratch``, ``shared``, the name of another expert, or a file or run folder.
+    set: further config keys.
+    cost: cost of one image relative to an image of the largest expert network; budgets are counted in this unit.
+    parts: batches per optimizer step; more than 1 with gradient accumulation or several devices.
     """
 
     name: str
@@ -113,13 +132,26 @@ class Planned:
 
     @property
     def step(self) -> int:
-        """Images of an optimizer step."""
+        """Images per optimizer step."""
         return self.batch * self.parts
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """A plan and where it is kept; experts own every row 1..S exactly once."""
+    """A plan and its store. The experts own every row 1..S exactly once.
+
+    store: folder or object store of the fleet.
+    title: title for status boards.
+    seed: seed of the data order, and of the trainings unless an expert has another one.
+    table: fingerprint, S, index and log_snr of the table that all experts share.
+    budget: budget of images.
+    configs: name of each copied config -> its digest.
+    set: config keys of all trainings.
+    shared: configs, images, batch and settings of a shared model that is trained first, or None.
+    experts: the experts.
+    extra: further words of each ``fit`` command line, for this machine only.
+    scratch: local folder for the runs of a fleet in an object store.
+    """
 
     store: Store
     title: str
@@ -135,26 +167,29 @@ class Fleet:
 
     @property
     def root(self) -> Path:
-        """The folder in which runs are trained: the fleet's own, or a local one where that is a store."""
+        """Local folder of the runs: the scratch folder if there is one, otherwise the folder of the fleet."""
         return self.scratch if self.scratch is not None else Path(self.store.where)
 
     @property
     def config_files(self) -> dict[str, str]:
-        """Copies of all configs in the folder, with their digests."""
+        """Names of the copies of all configs, with their digests."""
         return {**self.configs, **(self.shared["configs"] if self.shared else {})}
 
     @property
     def shared_cost(self) -> float:
-        """Images of the shared model, in those of the experts' largest network."""
+        """Cost of the shared model, counted as images of the largest expert network."""
         return self.shared["images"] * self.shared.get("cost", 1.0) if self.shared else 0.0
 
     @property
     def names(self) -> list[str]:
-        """Names of all jobs."""
+        """Names of all jobs: the shared model, if there is one, and the experts."""
         return [*([SHARED] if self.shared else []), *(e.name for e in self.experts)]
 
     def identity(self) -> str:
-        """Return what tells this fleet from another one that was planned at its URL before; empty for early plans."""
+        """Return the random id that distinguishes this fleet from earlier fleets at its URL.
+
+        Empty for plans of versions that wrote no id.
+        """
         try:
             found = parse_json(self.store.read(IDENTITY) or b"{}")
             return str(found.get("id", ""))
@@ -162,11 +197,14 @@ class Fleet:
             raise InputError(f"{self.store}/{IDENTITY}: cannot be read: {error}") from None
 
     def folder(self, name: str) -> str:
-        """Run folder of a job, relative to the fleet's; that of the shared model is not among the experts'."""
+        """Return the run folder of a job relative to the fleet's folder; that of the shared model is in ``start``."""
         return f"start/{name}" if name == SHARED else name
 
     def jobs(self, images: dict[str, int] | None = None, number: int = 0) -> list[Job]:
-        """Return all trainings, with other numbers of images where given, in a round of an adaptive budget."""
+        """Return the jobs of all trainings.
+
+        images: images of experts that replace those of the plan. number: round of an adaptive budget.
+        """
         out = []
         if self.shared:
             out.append(self._job(SHARED, list(self.shared["configs"]), self.shared, self.seed, {}, ()))
@@ -174,7 +212,7 @@ class Fleet:
             words: dict[str, Any] = {"model.rows": e.rows} | ({"round": number} if number else {})
             needs: tuple[str, ...] = ()
             if e.seed != self.seed:
-                words["data.seed"] = self.seed  # the same images for all, so that they are decoded once
+                words["data.seed"] = self.seed  # all experts read the same images, so that they are decoded once
             if e.start in self.names:
                 needs = (e.start,)
                 words["model.warm_start"] = str(self.root / self.folder(e.start))
@@ -202,7 +240,7 @@ class Fleet:
         return Job(name, argv, folder, needs, steps * step, expect or {})
 
     def content(self) -> dict[str, Any]:
-        """As written."""
+        """Return the content of the plan file."""
         plain = [("cost", 1.0), ("parts", 1)]
         experts = [{k: v for k, v in vars(e).items() if v != {} and (k, v) not in plain} for e in self.experts]
         out = {"schema": SCHEMA, "title": self.title, "seed": self.seed, "table": self.table}
@@ -210,7 +248,7 @@ class Fleet:
         return {**out, "experts": experts}
 
     def text(self) -> str:
-        """The file: a line for each expert."""
+        """Return the text of the plan file, with one line per expert."""
         content = self.content()
         lines = [HEADER]
         for key, value in content.items():
@@ -224,7 +262,11 @@ class Fleet:
 
     @classmethod
     def load(cls, where: str | Path, extra: Sequence[str] = ()) -> "Fleet":
-        """Read the plan of a folder or URL, as it was written or edited; every mistake in it is named."""
+        """Read and check the plan in a folder or at a URL.
+
+        extra: further words of each ``fit`` command line. Raises InputError for an invalid plan, and for configs that
+        are missing or differ from their digests.
+        """
         store = Store(where)
         file = f"{store}/{FILE}"
         try:
@@ -269,7 +311,11 @@ class Fleet:
         return fleet
 
     def check(self, describe: Describe, names: Sequence[str] = ()) -> list[Facts]:
-        """Facts of these jobs, all if none are named; refuses what its config cannot train, or with another table."""
+        """Return the facts of the named jobs, of all jobs if none are named.
+
+        Raises InputError for initial weights that do not exist or do not fit, and for a config that cannot be trained,
+        has another table or another number of batches per step than the plan, or does not suit an adaptive budget.
+        """
         out: dict[str, Facts] = {}
         away = [e for e in self.experts if e.start not in ("scratch", *self.names) and not Path(e.start).exists()]
         if lost := [f"{e.name}: start: {e.start}" for e in away if not names or e.name in names]:
@@ -334,12 +380,12 @@ class Fleet:
         return list(out.values())
 
     def begun(self, name: str) -> dict[str, Any]:
-        """What stays of an expert's line once it has begun: all but its images."""
+        """Return the settings of a job that must not change once it has started: all except its images."""
         line = next((vars(e) for e in self.experts if e.name == name), dict(self.shared or {}))
         return {k: v for k, v in line.items() if k != "images"} | {"common": self.set}
 
     def refuse_late(self, names: Sequence[str] = ()) -> None:
-        """Refuse edits of experts that have begun; names: of these alone, of all if empty."""
+        """Raise InputError if jobs that have started were edited or removed; names: jobs to check, all if empty."""
         late = []
         for file in self.store.names(BEGUN):
             name = file.removesuffix(".json")
@@ -348,7 +394,8 @@ class Fleet:
             if name not in self.names:
                 late.append(f"{name}: is gone from the plan")
                 continue
-            absent = {k: v for k, v in vars(Planned("", [], 0, 0, 0)).items() if k not in FIRST}  # in older lines
+            # defaults of the keys that older versions did not write
+            absent = {k: v for k, v in vars(Planned("", [], 0, 0, 0)).items() if k not in FIRST}
             then = absent | (read_json(self.store, f"{BEGUN}/{file}") or {})
             now = absent | json.loads(json.dumps(self.begun(name)))
             differ = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
@@ -364,7 +411,12 @@ class Fleet:
 
 
 def refuse_unfit(experts: Sequence[Planned], S: int, shared: bool, where: str) -> None:
-    """Refuse experts that do not own the rows 1..S exactly once, or whose names or starts do not fit together."""
+    """Raise InputError, with all problems, for experts that do not form a valid plan.
+
+    Every row 1..S must be owned exactly once, names must differ, starts must exist and not be circular, and each expert
+    must have at least the images of one optimizer step. shared: whether the plan has a shared model. where: prefix of
+    the message.
+    """
     problems = []
     owners: dict[int, list[str]] = {s: [] for s in range(1, S + 1)}
     for e in experts:
@@ -424,7 +476,7 @@ def _expert(entry: Any, where: str) -> Planned:
 
 
 def whole_steps(entry: dict[str, Any], where: str) -> int:
-    """Return the images of a shared model rounded down to whole optimizer steps; refuse fewer than one step."""
+    """Return the images of a shared model rounded down to whole optimizer steps; raise InputError for less than one."""
     images, batch, parts = entry["images"], entry["batch"], entry.get("parts", 1)
     step = batch * parts
     if isinstance(images, bool) or not isinstance(images, int) or images < step:
@@ -434,36 +486,36 @@ def whole_steps(entry: dict[str, Any], where: str) -> int:
 
 
 def refuse_cost(entry: dict[str, Any], where: str) -> None:
-    """Refuse what is no cost of an image, in those of the experts' largest network."""
+    """Raise InputError unless ``cost`` is a finite number above 0 (relative to the largest expert network)."""
     cost = entry.get("cost", 1.0)
     if isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 0 < cost < float("inf"):
         raise InputError(f"{where}: cost: {cost!r} is no number above 0 (of an image, in those of the largest network)")
 
 
 def config_digest(content: bytes) -> str:
-    """Return the hash of a config by which a plan knows it."""
+    """Return the digest of a config that plans store: the first 16 hexadecimal digits of its SHA-256."""
     return digest(content)[:16]
 
 
 def word_of(value: Any) -> str:
-    """A value as the command line takes it."""
+    """Return a value as a word of the command line: text as it is, other values as YAML."""
     return (
         value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n")[0]
     )
 
 
 def flow(value: Any) -> str:
-    """A value as YAML on one line."""
+    """Return a value as YAML on one line."""
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()
 
 
 def words(overrides: Sequence[str]) -> list[str]:
-    """Options of ``fit`` for words KEY=VALUE."""
+    """Return the options of ``fit`` for words KEY=VALUE."""
     return [word for key, value in settings(overrides) for word in (f"--{key}", word_of(value))]
 
 
 def settings(pairs: Sequence[str], option: str = "--set") -> list[tuple[str, Any]]:
-    """Keys and values of words KEY=VALUE."""
+    """Return the keys and parsed values of words KEY=VALUE; ``option`` is named in error messages."""
     for word in pairs:
         key, _, value = word.partition("=")
         if not key or not value:
@@ -475,13 +527,13 @@ def settings(pairs: Sequence[str], option: str = "--set") -> list[tuple[str, Any
 
 
 def _value(text: str) -> Any:
-    """What a word means in YAML; numbers in base 60 and 8, such as the time 00:12:00:00, are words."""
+    """Parse a word as YAML; numbers in base 60 or 8, such as the time 00:12:00:00, stay text."""
     value = yaml.safe_load(text)
     return text if isinstance(value, (int, float)) and re.search(r":|^[-+]?0\d", text) else value
 
 
 def refuse_reserved(data: Any, where: str) -> None:
-    """Refuse settings that are no mapping, or of keys that the plan itself decides."""
+    """Raise InputError for settings that are not a mapping, and for keys that the plan itself sets."""
     if data is not None and not isinstance(data, dict):
         raise InputError(f"{where}: expected a mapping of config keys, got {data!r}")
     if odd := [key for key in data or {} if key in RESERVED]:

@@ -1,4 +1,4 @@
-"""Adaptive budgets: after every round of training, who goes on for how long, decided from the curves of all."""
+"""Adaptive budgets: after each round of training, decide from all error curves how many images each expert gets."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ FOLDER = "rounds"
 
 
 def newest(fleet: "Fleet") -> tuple[int, dict[str, Any] | None]:
-    """Number and content of the last decision; (0, None) while the first part of the budget is spent."""
+    """Return the number and content of the last decision; (0, None) before the first one."""
     numbers = [int(name[:-5]) for name in fleet.store.names(FOLDER) if name.endswith(".json") and name[:-5].isdigit()]
     if not numbers:
         return 0, None
@@ -23,17 +23,22 @@ def newest(fleet: "Fleet") -> tuple[int, dict[str, Any] | None]:
 
 
 def targets(fleet: "Fleet") -> tuple[int, dict[str, int]]:
-    """Number of the round, and the images that each expert is to see in it."""
+    """Return the number of the current round and the images that each expert has seen at its end.
+
+    The images are rounded down to whole optimizer steps.
+    """
     number, decided = newest(fleet) if fleet.budget.rule == "adaptive" else (0, None)
     images = decided["images"] if decided else {e.name: e.images for e in fleet.experts}
     return number, {e.name: images[e.name] // e.step * e.step for e in fleet.experts}
 
 
 def advance(fleet: "Fleet", number: int) -> bool:
-    """Decide what comes after round ``number``, whose targets all experts have reached; False if nothing does.
+    """Decide the targets of the round after ``number``, whose targets all experts have reached.
 
-    A function of the curves alone, so whoever comes first writes what anybody would have written; True as well where
-    another worker has decided it already.
+    Return False if there is no further round, and True if one was decided, by this or another worker. The decision
+    depends only on the curves, so that every worker would write the same.
+
+    Raises InputError if a curve is missing, has fewer than two points, or is not finite.
     """
     if fleet.budget.rule != "adaptive":
         return False
@@ -83,18 +88,21 @@ def advance(fleet: "Fleet", number: int) -> bool:
 
 
 def last(fleet: "Fleet") -> bool:
-    """Whether no round follows the one of now."""
+    """Return True if no round follows the current one."""
     left, step = _left(fleet, *targets(fleet))
     return fleet.budget.rule != "adaptive" or left < step
 
 
 def _left(fleet: "Fleet", number: int, images: dict[str, int]) -> tuple[float, int]:
-    """Return the images of the largest network left for later rounds, and those of whole steps of every expert."""
+    """Return the images left for later rounds, and the least common multiple of the images per step of all experts.
+
+    Images left are counted as images of the largest expert network.
+    """
     spent = sum(e.cost * images[e.name] for e in fleet.experts) + fleet.shared_cost
     left = fleet.budget.images - spent if number < fleet.budget.rounds else 0.0
     return left, math.lcm(*(e.step for e in fleet.experts))
 
 
 def curve(fleet: "Fleet", name: str) -> dict[str, Any] | None:
-    """Return the curve of a job of a fleet, the shared model's included; None if it has written none."""
+    """Return the error curve of an expert or of the shared model; None if it has not written one."""
     return read_json(fleet.store, f"{fleet.folder(name)}/{CURVE}")

@@ -1,4 +1,4 @@
-"""What a fleet will take, before anything runs: its jobs on N workers, event by event, with their failures."""
+"""Predict the time and compute of a fleet before it runs: a discrete-event simulation of N workers with failures."""
 
 import heapq
 import random
@@ -17,20 +17,25 @@ from lightning_tdisent.fleet.store import Store
 if TYPE_CHECKING:
     from lightning_tdisent.fleet.plan import Facts, Fleet
 
-PROCESS = 450e6  # bytes of a worker with Lightning and torch on a CPU, before it trains anything
-PER_WEIGHT = 20  # bytes in training: value, gradient, AdamW's two, average
-REHEARSED = (16, 64)  # steps
-VALIDATIONS = 4
-DEATHS = 5  # in a row without a checkpoint, as `work.Session` has it
+PROCESS = 450e6  # bytes of memory of a worker with Lightning and torch on a CPU, before it trains anything
+PER_WEIGHT = 20  # bytes per parameter in training: value, gradient, two moments of AdamW, average
+REHEARSED = (16, 64)  # steps of the short and of the long rehearsal
+VALIDATIONS = 4  # in the rehearsal that measures them
+DEATHS = 5  # consecutive deaths without a checkpoint after which a job is given up; equal to `work.Session.deaths`
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Workers, and how they work.
+    """A number of equal workers and their speed.
 
-    workers: how many; speed: images a second of one of them, for the fleet's largest network; start: seconds until a
-    new process trains; job: seconds of a training beside its steps; validation: seconds of one; checkpoint: seconds
-    from one checkpoint to the next; failures: of a worker, per hour; seed: of their times.
+    workers: number of workers.
+    speed: images per second of one worker, for the fleet's largest network.
+    start: seconds until a new process can train.
+    job: seconds of a training in addition to its steps and validations.
+    validation: seconds of one validation.
+    checkpoint: seconds between checkpoints; 0: no progress is ever lost.
+    failures: failures of one worker per hour.
+    seed: seed of the random failure times.
     """
 
     workers: int
@@ -44,7 +49,7 @@ class Pool:
 
     @classmethod
     def of(cls, text: str) -> tuple["Pool", set[str]]:
-        """Pool of words ``workers=8,speed=900``, with the names of what was given."""
+        """Parse a pool such as ``workers=8,speed=900``; return it with the names of the values given."""
         names = [f.name for f in fields(cls)]
         given: dict[str, float] = {}
         for word in text.split(","):
@@ -68,7 +73,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Load:
-    """One job as the simulation sees it; images are those of the largest network."""
+    """One job of the simulation; ``images`` are counted as images of the largest network."""
 
     name: str
     images: float
@@ -79,8 +84,16 @@ class Load:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds from the first process to the last image; seconds of all workers; images trained, and done twice after
-    failures; failures; jobs in the order of their ends, and those that died too often in a row."""
+    """Result of a simulation.
+
+    wall: seconds from the start of the first process to the last image.
+    busy: seconds that all workers together train.
+    images: images trained, without repetitions.
+    repeated: images trained again after failures.
+    failures: number of failures.
+    order: names of the jobs in the order in which they end.
+    given_up: names of the jobs that died too often in a row.
+    """
 
     wall: float
     busy: float
@@ -92,17 +105,17 @@ class Forecast:
 
 
 def simulate(loads: Sequence[Load], pool: Pool) -> Forecast:
-    """Run the jobs on the workers as `work_through` would: the longest that is ready first.
+    """Simulate the jobs on the workers in the order of `work_through`: the longest ready job first.
 
-    A job waits for its needs, and for all jobs of the round before its own. A worker that fails loses what its job has
-    done since the last checkpoint, and is there again after ``start``.
+    A job waits for the jobs it needs, and for all jobs of earlier rounds. A worker that fails loses the progress of its
+    job since the last checkpoint, and is available again after ``pool.start`` seconds.
     """
     chance = random.Random(pool.seed)  # noqa: S311
     of = {load.name: load for load in loads}
     todo = {n: pool.job + load.validations * pool.validation + load.images / pool.speed for n, load in of.items()}
     waiting, ended = set(of), dict[str, float]()
-    free = [(pool.start, k) for k in range(pool.workers)]  # when each is there
-    running: list[tuple[float, int, str, float, bool]] = []  # end, worker, job, begin, whether it ends well
+    free = [(pool.start, k) for k in range(pool.workers)]  # (time from which it is free, worker)
+    running: list[tuple[float, int, str, float, bool]] = []  # (end, worker, job, begin, whether the job is done then)
     busy = again = 0.0
     failures, now, deaths, given_up = 0, 0.0, dict.fromkeys(of, 0), list[str]()
     while len(ended) < len(of):
@@ -141,7 +154,7 @@ def simulate(loads: Sequence[Load], pool: Pool) -> Forecast:
 
 
 def loads_of(fleet: "Fleet", facts: Sequence["Facts"]) -> list[Load]:
-    """The fleet's jobs; the later rounds of an adaptive budget are foreseen as equal for all experts."""
+    """Return the loads of a fleet's jobs; later rounds of an adaptive budget are assumed equal for all experts."""
     top = max(fact.flops for fact in facts)
     out = []
     jobs = list(zip(fleet.jobs(), facts, strict=True))
@@ -163,16 +176,20 @@ def loads_of(fleet: "Fleet", facts: Sequence["Facts"]) -> list[Load]:
 
 
 def _validations(fact: "Facts", steps: int, job: Job) -> int:
-    """Return how often a job validates in a round: at its start, as its config says, and at its end if it is warm."""
+    """Return the number of validations of a job in a round: one at its start, those of its config, and one at its end.
+
+    The one at the end is made only by warm-started jobs, and only if the config does not validate there.
+    """
     every = fact.validate or 1e9
     warm = "--model.warm_start" in job.argv
     return 1 + int(steps // every) + (warm and bool(steps % every))
 
 
 def footprint(facts: Sequence["Facts"], workers: int, keep: int = 2, averages: int = 1) -> tuple[float, float]:
-    """Bytes on the disk at the end, and of memory at the peak of all workers, data and activations not counted.
+    """Return the bytes on disk at the end and the peak bytes of memory of all workers, without data and activations.
 
-    Of each job ``keep`` checkpoints (weights, AdamW's two moments, averages, in float32) and the weights stay.
+    Each job leaves ``keep`` checkpoints (weights, two moments of AdamW, ``averages`` averages; all float32) and its
+    exported weights.
     """
     disk = sum(4.0 * fact.weights * (keep * (3 + averages) + 1) for fact in facts)
     largest = sorted((fact.weights for fact in facts), reverse=True)[:workers]
@@ -180,10 +197,11 @@ def footprint(facts: Sequence["Facts"], workers: int, keep: int = 2, averages: i
 
 
 def rehearse(fleet: "Fleet", train: Train, workers: int, accumulate: int = 1) -> Pool:
-    """Measure a pool on this machine: workers at once, each with three short trainings of the largest expert.
+    """Measure a pool on this machine with short trainings of the largest expert in ``workers`` simultaneous processes.
 
-    Their times are those of the steps, of a validation, and of all else, as three equations; the time that a process
-    takes to start comes on top.
+    Each worker runs one training to warm up, then three with few steps, many steps, and validations. Their durations
+    give three equations for the time of a step, of a validation, and of the rest of a job. The start time of a process
+    is measured separately. accumulate: batches per optimizer step and device.
     """
     from lightning_tdisent.fleet.local import run
     from lightning_tdisent.fleet.state import Jobs
@@ -191,7 +209,7 @@ def rehearse(fleet: "Fleet", train: Train, workers: int, accumulate: int = 1) ->
     expert = next(e for e in fleet.experts if e.cost == max(e.cost for e in fleet.experts))
     argv = next(job.argv for job in fleet.jobs() if job.name == expert.name)
     argv = argv[: argv.index("--run")]
-    if "--model.warm_start" in argv:  # it is not there yet
+    if "--model.warm_start" in argv:  # the initial weights may not exist yet
         at = argv.index("--model.warm_start")
         argv = argv[:at] + argv[at + 2 :]
     few, many = REHEARSED
@@ -205,7 +223,8 @@ def rehearse(fleet: "Fleet", train: Train, workers: int, accumulate: int = 1) ->
                 words = ["--trainer.max_steps", str(steps), "--run", str(folder)]
                 every = steps // validations if validations else steps + 1
                 words += ["--trainer.val_check_interval", str(every * accumulate)]
-                words += [] if validations else ["--trainer.limit_val_batches", "0"]  # not before the first step either
+                # limit_val_batches 0 also skips the validation before the first step
+                words += [] if validations else ["--trainer.limit_val_batches", "0"]
                 jobs.append(Job(f"{what}_{k}", [*argv, *words], folder, before))
                 before = (f"{what}_{k}",)
         begun = time.time()
@@ -220,13 +239,14 @@ def rehearse(fleet: "Fleet", train: Train, workers: int, accumulate: int = 1) ->
                 start += (end - begun) / workers
     step = max(1e-6, (seconds["many"] - seconds["few"]) / (many - few))
     rest = max(0.0, seconds["few"] - few * step)
-    validation = max(0.0, (seconds["validated"] - seconds["few"]) / (VALIDATIONS + 1))  # and one before the first step
+    # + 1: the validation before the first step
+    validation = max(0.0, (seconds["validated"] - seconds["few"]) / (VALIDATIONS + 1))
     return Pool(workers, expert.step / step, max(0.0, start - rest - 2 * step), rest, validation)
 
 
 @dataclass(frozen=True)
 class _Timed:
-    """Train, and leave beside it when that began and ended."""
+    """Call ``train``, and write its start and end time to ``times.txt`` in the run folder."""
 
     train: Train
 
@@ -239,7 +259,7 @@ class _Timed:
 
 
 def lines(fleet: "Fleet", facts: Sequence["Facts"], pool: Pool) -> list[tuple[str, str]]:
-    """What to tell of a simulation, as pairs."""
+    """Simulate a fleet on a pool; return the results as pairs (label, text)."""
     loads = loads_of(fleet, facts)
     said, alone = simulate(loads, pool), simulate(loads, replace(pool, workers=1, failures=0.0))
     jobs = fleet.jobs()

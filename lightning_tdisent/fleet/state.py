@@ -1,4 +1,4 @@
-"""Jobs and where their state is kept: a fixed list beside its folders, or the plan of a fleet and its store."""
+"""Jobs and their state: a fixed list with local run folders, or the plan of a fleet with its store."""
 
 import contextlib
 from collections.abc import Sequence
@@ -18,49 +18,49 @@ from lightning_tdisent.runs import CURVE, WEIGHTS
 
 
 class Work(Protocol):
-    """Jobs and the place where their state is kept."""
+    """Interface of a set of jobs and the store of their state."""
 
     @property
     def store(self) -> Store:
-        """Where it is kept."""
+        """Store of the state."""
 
     def jobs(self) -> list[Job]:
-        """All jobs as they stand now."""
+        """Return all jobs of the current round."""
 
     def done(self, job: Job) -> bool:
-        """Whether a job is finished; refuses foreign weights in its folder."""
+        """Return True if a job is finished; raise InputError for weights of another training in its folder."""
 
     def begin(self, job: Job) -> Mirror | None:
-        """Prepare a job's folder; what keeps a copy of it, if one is kept."""
+        """Prepare the folder of a job; return the mirror that copies it to a store, if any."""
 
     def saved(self, job: Job) -> int:
-        """Step of its newest checkpoint, 0 if it has none."""
+        """Return the step of the newest checkpoint of a job, 0 if it has none."""
 
     def round(self) -> int:
-        """Which round of its jobs this is."""
+        """Return the number of the current round."""
 
     def more(self, number: int) -> bool:
-        """Whether, all jobs of a round being done, there is something new to do."""
+        """Start the round after ``number``, whose jobs are all done; return False if there is none."""
 
     def last(self) -> bool:
-        """Whether nothing comes after the jobs of this round."""
+        """Return True if no round follows the current one."""
 
     def foreseen(self) -> dict[str, float]:
-        """Errors of x0_hat that the plan foresees at the end of jobs, where it does."""
+        """Return predicted errors of x0_hat at the end of the round, by names of jobs; empty if there are none."""
 
     def curve(self, job: Job) -> dict[str, Any] | None:
-        """The curve of a job, where it has written one."""
+        """Return the error curve of a job, None if it has not written one."""
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """A fixed list of jobs, trained where they are."""
+    """A fixed list of jobs in a single round, trained in their own local folders."""
 
     store: Store
     listed: list[Job]
 
     def jobs(self) -> list[Job]:
-        """The list."""
+        """Return the list."""
         return self.listed
 
     def done(self, job: Job) -> bool:
@@ -68,54 +68,64 @@ class Jobs:
         return job.done
 
     def begin(self, job: Job) -> Mirror | None:
-        """Nothing to prepare."""
+        """Do nothing: there is nothing to prepare, and no mirror."""
         return None
 
     def saved(self, job: Job) -> int:
-        """By the pointer beside it."""
+        """Return the step of the newest checkpoint from the pointer in the job's folder."""
         return step_of(Store(job.folder).read(POINTER))
 
     def round(self) -> int:
-        """The only one."""
+        """Return 0, the only round."""
         return 0
 
     def more(self, number: int) -> bool:
-        """Never."""
+        """Return False: there is only one round."""
         return False
 
     def last(self) -> bool:
-        """Always."""
+        """Return True: there is only one round."""
         return True
 
     def foreseen(self) -> dict[str, float]:
-        """None."""
+        """Return no predictions."""
         return {}
 
     def curve(self, job: Job) -> dict[str, Any] | None:
-        """Read it from the job's folder."""
+        """Return the error curve in the job's folder, None if there is none."""
         return read_json(Store(job.folder), CURVE)
 
 
 @dataclass(frozen=True)
 class FleetWork:
-    """The jobs of a fleet; of one in an object store a copy of each run folder is kept there."""
+    """The jobs of a fleet. If the fleet is in an object store, each run folder is mirrored there.
+
+    fleet: plan and store.
+    describe: returns the facts of a ``fit`` command line.
+    """
 
     fleet: Fleet
     describe: Describe
 
     @property
     def store(self) -> Store:
-        """Of the fleet."""
+        """Store of the fleet."""
         return self.fleet.store
 
     def jobs(self) -> list[Job]:
-        """With the images that the last round granted; after the first one all have begun, and need nobody."""
+        """Return all jobs with the images granted for the current round.
+
+        After the first round every job has started from its initial weights, so that it needs no other job.
+        """
         number, images = rounds.targets(self.fleet)
         jobs = self.fleet.jobs(images, number)
         return [replace(job, needs=()) for job in jobs] if number else jobs
 
     def done(self, job: Job) -> bool:
-        """Whether its images have been seen, by the weights or, in a store, by what their trainer said of them."""
+        """Return True if a job has seen all its images: from its weights or, in an object store, its ``done`` file.
+
+        Raises InputError for weights of another training.
+        """
         if not self.store.remote:
             return job.done
         said = read_json(self.store, f"done/{job.name}.json")
@@ -129,7 +139,12 @@ class FleetWork:
         return int(said["images_seen"]) >= (job.images or 0)
 
     def begin(self, job: Job) -> Mirror | None:
-        """Bring configs, the weights it starts from, and what there is of its run; refuse a config that has changed."""
+        """Check the config of a job and record that it has started.
+
+        If the fleet is in an object store, first download the configs, the weights that the job starts from, and its
+        run folder; return the mirror of that folder. Raises InputError if the weights are missing or `Fleet.check`
+        refuses the job.
+        """
         mirror = None
         self.fetch_configs()
         if self.store.remote:
@@ -146,24 +161,24 @@ class FleetWork:
         return mirror
 
     def fetch_configs(self) -> None:
-        """Bring the configs of a fleet in a store to this machine."""
+        """Download the configs if the fleet is in an object store."""
         if self.store.remote:
             for config in self.fleet.config_files:
                 Store(self.fleet.root).write(config, self.store.read(config) or b"")
 
     def saved(self, job: Job) -> int:
-        """By the pointer beside it."""
+        """Return the step of the newest checkpoint from the pointer in the store."""
         return step_of(self.store.read(f"{self.fleet.folder(job.name)}/{POINTER}"))
 
     def refuse_fewer(self, names: Sequence[str] = ()) -> None:
-        """Refuse images of jobs (all if none are named) that are fewer than these have seen already."""
+        """Raise InputError for jobs whose planned images are fewer than they have seen; names: jobs, all if empty."""
         step = {e.name: e.step for e in self.fleet.experts}
         if shared := self.fleet.shared:
             step[SHARED] = shared["batch"] * shared.get("parts", 1)
         wrong = []
         for job in [job for job in self.jobs() if not names or job.name in names]:
             seen = self.saved(job) * step[job.name]
-            with contextlib.suppress(InputError):  # foreign or damaged weights fail their own job, and no other
+            with contextlib.suppress(InputError):  # foreign or damaged weights are reported by their own job
                 said = read_json(self.store, f"done/{job.name}.json") if self.store.remote else None
                 card = None if self.store.remote else job.card
                 seen = max(seen, card.images_seen if card else int((said or {}).get("images_seen", 0)))
@@ -176,19 +191,22 @@ class FleetWork:
             )
 
     def round(self) -> int:
-        """Of an adaptive budget."""
+        """Return the number of the current round of an adaptive budget, 0 for other budgets."""
         return rounds.targets(self.fleet)[0]
 
     def more(self, number: int) -> bool:
-        """Whether an adaptive budget has another round."""
+        """Decide the round after ``number`` of an adaptive budget; return False if there is none."""
         return rounds.advance(self.fleet, number)
 
     def last(self) -> bool:
-        """Whether its budget is spent when the targets of now are reached."""
+        """Return True if the budget is spent once the current targets are reached."""
         return rounds.last(self.fleet)
 
     def weights(self, place: Path) -> tuple[list[Path], list[str]]:
-        """Files of the experts' weights, brought to a folder from a store; and who has not seen all its images."""
+        """Return the weight files of the experts, and a line for each expert that has not seen all its images.
+
+        place: folder to which the files are downloaded if the fleet is in an object store.
+        """
         files, unfinished = list[Path](), list[str]()
         for job in self.jobs():
             if job.name == SHARED:
@@ -205,11 +223,14 @@ class FleetWork:
         return files, unfinished
 
     def curve(self, job: Job) -> dict[str, Any] | None:
-        """See `rounds.curve`."""
+        """Return the error curve of a job from the store; see `rounds.curve`."""
         return rounds.curve(self.fleet, job.name)
 
     def foreseen(self) -> dict[str, float]:
-        """By the fits of the last round of an adaptive budget."""
+        """Return the errors that the last decision of an adaptive budget predicts, by names of experts.
+
+        The error of an expert is the mean over its rows, weighted by their effects.
+        """
         _, decided = rounds.newest(self.fleet)
         if decided is None:
             return {}

@@ -1,4 +1,4 @@
-"""Where every expert of a fleet stands, read from its files, as tiles in a terminal and as HTML."""
+"""Status of every job of a fleet, read from its files, shown as tiles in a terminal or as HTML."""
 
 import html
 import time
@@ -25,10 +25,18 @@ HTML = {"done": "#2e7d32", "training": "#00838f", "silent": "#f9a825", "waiting"
 
 @dataclass(frozen=True)
 class Tile:
-    """One job: state is done, training, silent (its worker has not been heard of), waiting or failed.
+    """Status of one job.
 
-    seen, images: so far, and planned; loss: of training, lately; x0: held-out error of x0_hat; predicted: the same as
-    the plan foresees it at its end, where an adaptive budget does; eta: seconds to its end; note: who, or why.
+    name: name of the job.
+    state: done, training, silent (no heartbeat of its worker for longer than the ttl), waiting or failed.
+    rows: rows that it owns.
+    seen: images seen so far.
+    images: images planned.
+    loss: recent training loss.
+    x0: held-out error of x0_hat.
+    predicted: held-out error of x0_hat that an adaptive budget predicts for the end of the round.
+    eta: seconds until it is done.
+    note: the worker, or the reason of the state.
     """
 
     name: str
@@ -43,7 +51,7 @@ class Tile:
     note: str = ""
 
     def lines(self) -> list[str]:
-        """Its text below the name."""
+        """Return the lines of text below the name."""
         rows = f"row{'s' * (len(self.rows) > 1)} {_span(self.rows)}" if self.rows else ""
         of = f" of {self.images:,}" if self.images else ""
         numbers = [f"loss {self.loss:.4g}"] if self.loss is not None else []
@@ -55,7 +63,7 @@ class Tile:
 
 
 def tiles(work: Work, now: float | None = None) -> list[Tile]:
-    """Of all jobs, as their files are now."""
+    """Return the status of all jobs from their files; now: seconds since the epoch, for the age of heartbeats."""
     now = time.time() if now is None else now
     failed, jobs = failures(work), work.jobs()
     out = []
@@ -66,7 +74,7 @@ def tiles(work: Work, now: float | None = None) -> list[Tile]:
         if tile.state == "done":
             done.add(job.name)
         out.append(replace(tile, predicted=foreseen.get(tile.name)))
-    if not work.last():  # a shared model is done for good
+    if not work.last():  # done experts wait for the next round; a shared model, which has no rows, stays done
         note = "for the others, and more images"
         out = [replace(t, state="waiting", note=note) if t.state == "done" and t.rows else t for t in out]
     return out
@@ -104,7 +112,7 @@ def _tile(
 
 
 def _curve(work: Work, job: Job) -> float | None:
-    """Return the held-out error of the weights it left: of the last point of its curve, or of the start if better."""
+    """Return the held-out error of the exported weights: the last point of the curve, or the point at 0 if smaller."""
     try:
         points = (work.curve(job) or {})["points"]
         return min(fmean(errors) for n, errors in points if n == 0 or n == points[-1][0])
@@ -113,7 +121,7 @@ def _curve(work: Work, job: Job) -> float | None:
 
 
 def board(found: Sequence[Tile], title: str = "") -> RenderableType:
-    """The tiles, and a line that sums them up."""
+    """Return the tiles as panels below a summary line."""
     panels = []
     for tile in found:
         text = Text("\n".join(tile.lines()), overflow="fold")
@@ -122,7 +130,10 @@ def board(found: Sequence[Tile], title: str = "") -> RenderableType:
 
 
 class LiveBoard:
-    """The board if the terminal is high enough, else one line per job, failed and running jobs first."""
+    """Show the board if it fits the height of the terminal, otherwise one line per job, failed and running jobs first.
+
+    If there are more jobs than lines, the rest is only counted.
+    """
 
     def __init__(self, found: Sequence[Tile], title: str = "") -> None:
         self.found, self.title = found, title
@@ -145,7 +156,7 @@ class LiveBoard:
 
 
 def summary(found: Sequence[Tile]) -> str:
-    """How many are in which state, and the images seen."""
+    """Return a line with the number of jobs in each state and the images seen."""
     count = Counter(tile.state for tile in found)
     states = ", ".join(f"{count[state]} {state}" for state in COLOURS if count[state])
     seen, planned = sum(tile.seen for tile in found), sum(tile.images or 0 for tile in found)
@@ -154,7 +165,7 @@ def summary(found: Sequence[Tile]) -> str:
 
 
 def page(found: Sequence[Tile], title: str) -> str:
-    """The board as a piece of HTML that stands alone."""
+    """Return the board as an HTML section that needs no style sheet."""
     boxes = []
     for tile in found:
         share = min(1.0, tile.seen / tile.images) if tile.images else float(tile.state == "done")
@@ -179,7 +190,7 @@ def _span(rows: Sequence[int]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours and minutes, or minutes and seconds."""
+    """Return a duration as text, in hours and minutes, minutes and seconds, or seconds."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -1,7 +1,7 @@
-"""Where a fleet keeps its state: files of a shared folder, or objects of a store that fsspec opens.
+"""Storage of a fleet's state: files of a shared folder, or objects in a store that fsspec can open.
 
-Three properties are all that leases and checkpoints need of it: a file is seen whole or not at all, of several who
-create one name only one succeeds, and who lists sees what was written before.
+Leases and checkpoints require three properties: writes are atomic; if several processes create the same name, exactly
+one succeeds; a listing includes everything written before it.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ from lightning_tdisent.data.remote import file_system, store_errors
 from lightning_tdisent.errors import Halted, InputError, Lost
 from lightning_tdisent.files import URL, Guard, expand, temporary, whole
 
-SCHEMA = 1  # of the files of JSON in a store: leases, failed, done, begun, rounds, curves
-PATIENCE = 10.0  # seconds for an answer: a sixth of the usual ttl of a lease, so that a silent network is noticed
-SHORTEST, LONGEST = 2.0, 30.0  # limits of it: to open a connection takes a while; nobody waits longer for an answer
-SLOWEST = 2**18  # bytes per second; a slower transfer is given up
+SCHEMA = 1  # of the JSON files in a store: leases, failed, done, begun, rounds, curves
+PATIENCE = 10.0  # default timeout of a request in seconds: a sixth of a lease's ttl, to notice a silent network early
+SHORTEST, LONGEST = 2.0, 30.0  # limits of the timeout; the shortest allows for opening a connection
+SLOWEST = 2**18  # bytes per second; a slower transfer times out
 CARELESS = (
     "this store cannot create a file only if it is not there (a conditional put, If-None-Match), so two workers could "
     "train one expert; use a shared folder, or a store that can, such as s3:// of AWS, gs:// or az://"
@@ -35,11 +35,14 @@ CARELESS = (
 
 
 class Store:
-    """Files under one folder or URL, named by relative paths with slashes.
+    """Read and write files under one folder or URL; file names are relative paths with slashes.
 
-    Raises OSError for what may pass (a network that is down or silent, a full disk); Lost for a folder that has gone
-    since it was first used, which is not made again; InputError for a URL that cannot be opened. ``patience``: seconds
-    that an object store may take to answer; see `wait_for`.
+    ``patience`` is the timeout of a request to an object store in seconds; see `wait_for`.
+
+    where: folder or URL.
+
+    Raises OSError for errors that may be temporary (network down, timeout, disk full), Lost if the folder was removed
+    since it was first used (it is not created again), and InputError for a URL that cannot be opened.
     """
 
     def __init__(self, where: str | Path) -> None:
@@ -49,10 +52,10 @@ class Store:
             raise InputError(f"{where}: not a URL: it has lost a slash, as in a pathlib.Path. Give it as text")
         self.patience = PATIENCE
         self._fs: Any = None
-        self._seen = False  # whether the folder has been there: then it is not made again
+        self._seen = False  # whether the folder has existed; if it has, it is not created again
 
     def wait_for(self, seconds: float) -> None:
-        """Set the time that an object store may take to answer, within `SHORTEST` and `LONGEST`."""
+        """Set the timeout of requests to an object store, limited to `SHORTEST`..`LONGEST` seconds."""
         self.patience = min(max(seconds, SHORTEST), LONGEST)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -63,16 +66,16 @@ class Store:
 
     @property
     def fs(self) -> Any:
-        """The fsspec file system of a URL, opened when first needed."""
+        """The fsspec file system of the URL, opened on first use."""
         if self._fs is None:
             self._fs, _ = file_system(self.where, key="")
         return self._fs
 
     def _ask(self, method: str, *args: Any, size: int = 0, check: Guard | None = None, **options: Any) -> Any:
-        """Call a method of the file system; raises TimeoutError if a store does not answer in time.
+        """Call a method of the file system; raise TimeoutError if an asynchronous store does not answer in time.
 
-        size: bytes that are transferred, which may take longer. check: asked every second meanwhile; what it raises
-        ends the request. File systems that are not asynchronous have the time limits of their own clients.
+        size: bytes to transfer, which extend the timeout. check: called every second while waiting; an exception that
+        it raises cancels the request. File systems that are not asynchronous use the timeouts of their own clients.
         """
         with store_errors():
             if not isinstance(self.fs, AsyncFileSystem):
@@ -91,12 +94,12 @@ class Store:
                 request.cancel()
 
     def path(self, name: str) -> Path:
-        """The file of a name, where the store is a folder."""
+        """Return the path of a file; only for a store that is a folder."""
         self._seen = self._seen or Path(self.where).is_dir()
         return Path(self.where) / name
 
     def _target(self, name: str) -> Path:
-        """The file of a name, in a folder that is made if need be; raises Lost if the store's own folder has gone."""
+        """Return the path of a file and create its folder; raise Lost if the folder of the store was removed."""
         target = self.path(name)
         if self._seen and not Path(self.where).is_dir():
             raise Lost(f"{self.where}: is gone: it was removed or moved while it was in use")
@@ -108,9 +111,10 @@ class Store:
         return f"{self.where}/{name}" if name else self.where
 
     def read(self, name: str, large: bool = False, check: Guard | None = None) -> bytes | None:
-        """Content of a file, None where there is none.
+        """Return the content of a file, None if it does not exist.
 
-        large: its size decides how long that may take; check: asked meanwhile, and ends that with what it raises.
+        large: extend the timeout in proportion to the size of the file. check: called while waiting; an exception that
+        it raises cancels the request.
         """
         try:
             if self.remote:
@@ -122,7 +126,10 @@ class Store:
             return None
 
     def write(self, name: str, content: bytes, check: Guard | None = None) -> None:
-        """Write a file, whole; check: asked while it is sent to a store, and ends that with what it raises."""
+        """Write a file atomically.
+
+        check: called while the content is sent to an object store; an exception that it raises cancels the request.
+        """
         if self.remote:
             self._ask("pipe_file", self._url(name), content, size=len(content), check=check)
             return
@@ -130,7 +137,7 @@ class Store:
             stream.write(content)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a file that is not there yet; False if somebody has been first."""
+        """Create a file; return False if it exists already."""
         if self.remote:
             try:
                 self._ask("pipe_file", self._url(name), content, mode="create")
@@ -144,7 +151,7 @@ class Store:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.link(beside, target)  # the one way to a new name that is atomic on NFS as well
+            os.link(beside, target)  # the only exclusive creation that is atomic on NFS as well
         except FileExistsError:
             return False
         finally:
@@ -152,7 +159,7 @@ class Store:
         return True
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         if self.remote:
             with contextlib.suppress(FileNotFoundError):
                 self._ask("rm_file", self._url(name))
@@ -160,7 +167,10 @@ class Store:
             self.path(name).unlink(missing_ok=True)
 
     def names(self, folder: str) -> list[str]:
-        """Names of the files right in a folder, sorted; those being written are none."""
+        """Return the sorted names of the files directly in a folder, without unfinished ones.
+
+        Empty if the folder does not exist.
+        """
         if self.remote:
             self.fs.invalidate_cache()
             try:
@@ -174,15 +184,17 @@ class Store:
             return []
 
     def check(self) -> None:
-        """Refuse, before any work, a place that cannot be written, or where two could create one file.
+        """Check that the store can be written, and that a file can be created only once; call it before any work.
 
-        A file is created twice, and the second time must be refused: some stores ignore the condition.
+        A file is created twice, and the second attempt must fail, because some stores ignore the condition. Raises
+        Halted if the store cannot be written, and InputError if it does not support exclusive creation.
         """
         if self.remote:
             self._refuse_private()
         name, first, second = f".writable-{uuid.uuid4().hex}", uuid.uuid4().bytes, uuid.uuid4().bytes
         try:
-            created = self.create(name, first) or self.read(name) == first  # a put that its client had to repeat
+            # a client that repeats its own request is told that the file exists; then the content decides
+            created = self.create(name, first) or self.read(name) == first
             again = created and self.create(name, second)
             content = self.read(name)
             self.remove(name)
@@ -194,7 +206,7 @@ class Store:
             raise InputError(f"{self.where}: {CARELESS}")
 
     def _refuse_private(self) -> None:
-        """Refuse what other processes do not see, or what is known to look for a name and then to write it."""
+        """Refuse stores that other processes cannot see, and those known not to create files exclusively."""
         if "::" in self.where:
             raise InputError(
                 f"{self.where}: others would not see what is cached here; name the store alone, without ::"
@@ -209,7 +221,10 @@ class Store:
 
 
 def read_json(store: Store, name: str) -> dict[str, Any] | None:
-    """Content of a file of JSON, None where there is none; refuses what is no object, or cut short, by its name."""
+    """Return the content of a JSON file without its schema, None if the file does not exist.
+
+    Raises InputError with the name of the file if it is truncated or not a JSON object.
+    """
     content = store.read(name)
     if content is None:
         return None
@@ -219,10 +234,10 @@ def read_json(store: Store, name: str) -> dict[str, Any] | None:
         data = None
     if not isinstance(data, dict):
         raise InputError(f"{store}/{name}: damaged: not an object of JSON. Remove it, and run the fleet again")
-    check_schema(data, f"{store}/{name}", SCHEMA, absent=1)  # the first versions wrote none
+    check_schema(data, f"{store}/{name}", SCHEMA, absent=1)  # the first versions wrote no schema
     return {key: value for key, value in data.items() if key != "schema"}
 
 
 def dump_json(data: dict[str, Any], indent: int | None = None) -> bytes:
-    """Return the content of a file of JSON that `read_json` reads."""
+    """Return data as the content of a JSON file for `read_json`."""
     return json.dumps({"schema": SCHEMA, **data}, indent=indent).encode()

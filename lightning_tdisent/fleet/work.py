@@ -1,6 +1,6 @@
-"""What every worker does, whoever started it: take a job that nobody holds, train it, take the next.
+"""The loop of a worker: take a job that no other worker holds, train it, take the next.
 
-Workers know nothing of each other; they meet in the files of the fleet alone.
+It is the same however the worker was started. Workers coordinate only through the files of the fleet.
 """
 
 import contextlib
@@ -28,16 +28,20 @@ from lightning_tdisent.processes import me
 from lightning_tdisent.runs import LOG, busy
 
 FAILED = "failed"
-POLL = 1.0
+POLL = 1.0  # seconds between attempts to take a job
 
 
 @dataclass
 class Session:
-    """One launch of workers: what has failed under its name is not tried again by any of them.
+    """Options of one launch of workers. A job that fails is not tried again by any worker of the same session.
 
-    only: names of jobs, all if empty; ttl: seconds that a silent worker is believed to live; deaths: how often in a row
-    a job's process may die without a newer checkpoint; together: jobs that a worker trains at a time; quiet: output of
-    trainings goes to log.txt of their folders; said: what this process found of jobs, also where it cannot be written.
+    only: names of the jobs to train, all if empty.
+    ttl: seconds without a heartbeat after which a worker is considered dead.
+    deaths: consecutive deaths of a job's process without a newer checkpoint after which the job is given up.
+    together: number of jobs that a worker trains at the same time.
+    quiet: write the output of trainings to log.txt in their folders.
+    name: random name of the session, under which failures are recorded.
+    said: failure reasons found by this process, kept even if they cannot be written to the store.
     """
 
     only: Sequence[str] = ()
@@ -50,14 +54,14 @@ class Session:
 
 
 def failures(work: Work) -> dict[str, dict[str, Any]]:
-    """What kept jobs from being done, the last time somebody tried."""
+    """Return the recorded failure of each job whose last attempt failed."""
     out = {}
     for name in work.store.names(FAILED):
         try:
             content = read_json(work.store, f"{FAILED}/{name}")
         except Newer:
             raise
-        except InputError:  # half-written on a full disk: as if there were none
+        except InputError:  # truncated on a full disk: ignore it
             continue
         if content is not None and isinstance(content.get("sessions"), list):
             out[name.removesuffix(".json")] = content
@@ -65,10 +69,10 @@ def failures(work: Work) -> dict[str, dict[str, Any]]:
 
 
 def work_through(work: Work, train: Train, session: Session) -> dict[str, str]:
-    """Train what there is to train until nothing is left for this session; returns what is not done, and why.
+    """Train jobs until none is left for this session; return the jobs that are not done, with reasons.
 
-    Raises SystemExit when told to go, once the training in hand has been saved, and Halted if the place of the work
-    fails for as long as a lease lives: what passes sooner (a network, a full disk) is waited for.
+    Raises SystemExit after a stop signal, once the current training is saved, and Halted if the store keeps failing for
+    longer than the ttl of a lease. Shorter failures (network, full disk) are waited for.
     """
     watch, since = Watch(), None
     work.store.wait_for(session.ttl / lease.BEATS)
@@ -85,8 +89,8 @@ def work_through(work: Work, train: Train, session: Session) -> dict[str, str]:
 
 
 def _turn(work: Work, train: Train, session: Session, watch: Watch) -> dict[str, str] | None:
-    """Train some jobs, or wait a little; what is not done, and why, once nothing is left."""
-    number = work.round()  # before the jobs: if another worker decides a round meanwhile, these are of a later one
+    """Train some jobs, or wait a little; return None, or, if nothing is left, the jobs not done with reasons."""
+    number = work.round()  # read before the jobs, which may belong to a later round if another worker decides one now
     jobs = {job.name: job for job in work.jobs()}
     unknown = [name for name in session.only if name not in jobs]
     if unknown:
@@ -109,7 +113,7 @@ def _turn(work: Work, train: Train, session: Session, watch: Watch) -> dict[str,
     ready = [jobs[n] for n in free if not any(need in undone for need in jobs[n].needs)]
     chosen: list[_Held] = []
     for job in sorted(ready, key=lambda job: -(job.images or 0)):
-        if holder := busy(job.folder):  # nothing has failed: it is waited for, and its lease is left alone
+        if holder := busy(job.folder):  # not a failure: wait for the holder, and do not take the lease
             if not _in_hand(work, job.name, session.ttl):
                 said = f"{job.name}: {job.folder} is in use by {holder}, whose end is waited for"
                 _say_once(f"{job.name} in use", said)
@@ -139,7 +143,7 @@ def _done(work: Work, job: Job, reasons: dict[str, str], session: Session) -> bo
 def _fail(work: Work, job: Job, reason: str, crashed: bool, session: Session) -> None:
     print(f"{job.name}: {reason}", file=sys.stderr)
     session.said[job.name] = reason
-    with contextlib.suppress(OSError):  # a full disk: it has been said
+    with contextlib.suppress(OSError):  # e.g. full disk; the reason is already printed and in ``session.said``
         before = failures(work).get(job.name, {"sessions": []})["sessions"]
         content = {"reason": reason, "sessions": [*before, session.name], "crashed": crashed, "when": time.time()}
         content |= me()
@@ -150,13 +154,13 @@ _told: set[str] = set()
 
 
 def _in_hand(work: Work, name: str, ttl: float) -> bool:
-    """Return whether a worker of this fleet has a job, and was heard of: then its folder is in use, as it should be."""
+    """Return True if a worker of this fleet holds a job and sends heartbeats, so that its folder is rightly in use."""
     _, content = lease.current(work.store, name)
     return content is not None and not content.get("released") and time.time() - content.get("written", 0) < ttl
 
 
 def _say_who(work: Work, name: str, session: Session) -> None:
-    """Say once who holds the only job that was asked for, and how long a silent one is waited for."""
+    """Print once which process holds the only requested job, and after how long it is considered dead."""
     _, content = lease.current(work.store, name)
     if content:
         ago = time.time() - content.get("written", 0)
@@ -175,14 +179,14 @@ def _say_once(name: str, text: str) -> None:
 
 @dataclass
 class _Held:
-    """A job in the hands of this worker."""
+    """A job that this worker holds, with its lease and its mirror, if any."""
 
     job: Job
     lease: Lease
     mirror: Mirror | None = None
 
     def report(self, step: int, steps: int, numbers: dict[str, float]) -> None:
-        """Let the next beat tell of it."""
+        """Pass progress to the next heartbeat."""
         self.lease.progress.update(step=step, steps=steps, **numbers)
 
     @property
@@ -191,7 +195,7 @@ class _Held:
 
 
 def _train(work: Work, chosen: Sequence[_Held], train: Train, session: Session) -> None:
-    """Train jobs under their leases, in one process; what is wrong with one is written down, and stops no other."""
+    """Train jobs in this process while holding their leases; record a job's failure without stopping the others."""
     with contextlib.ExitStack() as letting_go:
         for held in chosen:
             letting_go.callback(held.lease.release)
@@ -199,13 +203,13 @@ def _train(work: Work, chosen: Sequence[_Held], train: Train, session: Session) 
         for held in chosen:
             letting_go.enter_context(guarded(held.job.folder, held.lease.check))
             error = _caught(partial(_begin, work, held, session))
-            if isinstance(error, OSError) and not isinstance(error, NAMED):  # of the place, not of the job
+            if isinstance(error, OSError) and not isinstance(error, NAMED):  # concerns the store, not the job
                 raise error
             if isinstance(error, Lost):
                 print(f"{error}", file=sys.stderr)
             elif error is not None:
                 _fail(work, held.job, *_reason(error, held), session)
-            elif not work.done(held.job):  # by whoever held it before
+            elif not work.done(held.job):  # the previous holder may have completed it
                 ready.append(held)
         if not ready:
             return
@@ -220,9 +224,9 @@ def _train(work: Work, chosen: Sequence[_Held], train: Train, session: Session) 
         lost: Exception | None = None
         for held, end in zip(ready, ends, strict=True):
             ended = _caught(partial(_conclude, work, held)) if end is None else None
-            if isinstance(ended, OSError):  # it is trained, and will be done as soon as that can be said
+            if isinstance(ended, OSError):  # trained, but this could not be recorded; a later attempt records it
                 lost = ended
-            elif isinstance(reason := end or ended, (Busy, Lost)):  # the next turn sees whether somebody trains it
+            elif isinstance(reason := end or ended, (Busy, Lost)):  # not a failure: another process has the job
                 print(f"{held.job.name}: {reason}", file=sys.stderr)
             elif reason:
                 _fail(work, held.job, *_reason(reason, held), session)
@@ -245,15 +249,15 @@ def _begin(work: Work, held: _Held, session: Session) -> None:
             f"its process died {held.lease.deaths} times in a row without saving anything beyond step "
             f"{work.saved(job)} (see {held.log})"
         )
-    held.lease.check()  # so that a fleet that has been moved is not begun again where it was
+    held.lease.check()  # so that the folder of a fleet that was moved is not created again
     job.folder.mkdir(parents=True, exist_ok=True)
     if session.quiet:
-        open_own(held.log).close()  # refuses a link, before any work
+        open_own(held.log).close()  # raises InputError for a link, before any work
     held.mirror = work.begin(job)
 
 
 def _conclude(work: Work, held: _Held) -> None:
-    """Say in a store what was done; refuses a training that ended before its time."""
+    """Upload the results and mark the job as done; raise InputError if its training ended early."""
     if held.mirror is not None:
         held.mirror.push(held.lease.check)
     held.lease.check()
@@ -266,7 +270,10 @@ def _conclude(work: Work, held: _Held) -> None:
 
 
 def _reason(error: BaseException, held: _Held) -> tuple[str, bool]:
-    """What to say of it, and whether it came out of the blue: on another machine it may go well."""
+    """Return the failure reason, and whether the error was unexpected, so that a retry elsewhere may succeed.
+
+    The traceback of an unexpected error is appended to the log of the job.
+    """
     if isinstance(error, InputError):
         return str(error), False
     if isinstance(error, SystemExit):
@@ -278,7 +285,7 @@ def _reason(error: BaseException, held: _Held) -> tuple[str, bool]:
 
 @contextlib.contextmanager
 def _copying(mirror: Mirror | None, held: Lease) -> Iterator[None]:
-    """Keep the copy up to date, from beside the training, and whole at its end."""
+    """Upload the run folder from a thread during the training, and once more at the end."""
     if mirror is None:
         yield
         return
@@ -286,7 +293,7 @@ def _copying(mirror: Mirror | None, held: Lease) -> Iterator[None]:
 
     def copy() -> None:
         while not end.wait(held.ttl / lease.BEATS):
-            with contextlib.suppress(OSError, Lost):  # comes with the next one
+            with contextlib.suppress(OSError, Lost):  # the next upload includes it
                 mirror.push(held.check)
 
     thread = threading.Thread(target=copy, name=f"copy of {held.job}", daemon=True)
@@ -298,7 +305,7 @@ def _copying(mirror: Mirror | None, held: Lease) -> Iterator[None]:
         thread.join()
         try:
             mirror.push(held.check)
-        except Lost:  # the copy is another worker's by now
+        except Lost:  # another worker writes the copy by now
             pass
         except OSError as error:
             print(f"{held.job}: its copy in {mirror.store} is behind: {error}", file=sys.stderr)
@@ -314,7 +321,7 @@ def _log(held: _Held, quiet: bool) -> Iterator[None]:
 
 
 class _Log(io.TextIOBase):
-    """A file to print to; what a full disk does not take is lost, and ends nothing."""
+    """Text stream that appends to a log file and ignores OSError, such as a full disk."""
 
     def __init__(self, path: Path) -> None:
         self._file = open_own(path)
