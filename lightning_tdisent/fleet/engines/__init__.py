@@ -1,16 +1,16 @@
-"""Engines: what runs the jobs of a fleet on many machines, each by the command that a person can run by hand.
+"""Engines: run the jobs of a fleet on a cluster, each with the command that a user could run by hand.
 
-An engine is a function ``launch(jobs, command, logs, **options) -> failures``: it returns when every job has ended,
-with one line for each that is not done. It knows nothing of training. The command keeps the job's lease, goes on from
-its newest good checkpoint, and says by its exit status how it ended:
+An engine is a function ``launch(jobs, command, logs, **options) -> failures``. It returns when every job has ended,
+with one line for each job that is not done. An engine does not depend on training code. The command holds the lease of
+the job, resumes from its newest good checkpoint, and reports the result as its exit status:
 
-    0                 done, now or before
-    1, 2              halted or refused: the last line of its log says why; trying again would not help
-    130, 138, 143     told to go (Ctrl-C, SIGUSR1, SIGTERM): saved, to be run again
-    anything else     died (70: of an error that nobody foresaw, 75: of a disk or a network): run again, from its
-                      checkpoint, as often as ``retries`` says
+    0                 done, now or earlier
+    1, 2              halted or refused: the last line of the log has the reason; a retry would not help
+    130, 138, 143     stopped by SIGINT (Ctrl-C), SIGUSR1 or SIGTERM: a checkpoint is saved; run it again
+    anything else     died (70: unexpected error, 75: disk or network): run it again from its checkpoint, at most
+                      ``retries`` times
 
-A signal is counted as a shell does, 128 + its number. The folders and the logs are on a disk that all machines share.
+As in a shell, the status for a signal is 128 + its number. The folders and logs are on a disk that all machines share.
 """
 
 import os
@@ -25,21 +25,21 @@ from lightning_tdisent.errors import InputError
 Command = Callable[["Job"], list[str]]
 Fate = Literal["done", "refused", "told", "died"]
 
-# Lightning takes a process that has SLURM_NTASKS for one of srun's (SLURMEnvironment.detect, 2.6.6): it would leave the
-# requeueing of the job to itself and share hpc_ckpt files among experts. SLURM_PROCID would be its rank.
+# If SLURM_NTASKS is set, Lightning assumes that srun started the process (SLURMEnvironment.detect, 2.6.6). It would
+# then requeue the job by itself, share hpc_ckpt files among experts, and take SLURM_PROCID for its rank.
 SRUN = ("SLURM_NTASKS", "SLURM_PROCID")
-# and where srun is installed it warns whoever does not use it
+# if srun is installed, Lightning warns processes that were not started by it
 NO_SRUN_WARNING = "ignore:The `srun` command is available on your system but is not used"
 IMPORTABLE = (
     "lightning_tdisent, and what --import names, must be importable on every node, by the Python that runs its jobs: "
     "install it there"
 )
-LOST = 256  # in place of an exit status, where whoever ran the command was lost before it could tell one
+LOST = 256  # stands for the exit status if the process that ran the command was lost before it could report one
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Job(Protocol):
-    """What an engine knows of a job: its name, which is also that of its log, and the names of those it needs."""
+    """Properties of a job that engines use."""
 
     @property
     def name(self) -> str:
@@ -47,11 +47,14 @@ class Job(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Jobs that must be done before; one that is not among those launched counts as done."""
+        """Names of the jobs that must be done first; a job that is not in the launch counts as done."""
 
 
 def fate(status: int) -> Fate:
-    """What an exit status of the command means; negative ones are signals, as `subprocess` has them."""
+    """Return the meaning of an exit status of the command; a negative status is a signal, as in `subprocess`.
+
+    ``told`` means stopped by a signal, to be run again.
+    """
     status = 128 - status if status < 0 else status
     if status in (1, 2):
         return "refused"
@@ -59,7 +62,7 @@ def fate(status: int) -> Fate:
 
 
 def words(status: int) -> str:
-    """An exit status as one says it."""
+    """Return an exit status as text, with the name of the signal if it stands for one."""
     if status == LOST:
         return "no exit status"
     number = -status if status < 0 else status - 128
@@ -68,7 +71,10 @@ def words(status: int) -> str:
 
 
 def reason(status: int, log: Path, last: str, tries: int = 1) -> str:
-    """One line on a job that is not done: the last one of its log, and where to read more."""
+    """Return a line on a job that is not done: the reason, and the path of its log.
+
+    status: exit status. log: path of the log. last: last line of the log. tries: number of attempts.
+    """
     if fate(status) == "refused":
         said = re.sub(r"^(error|- [\w.-]+): ", "", last)
         return f"{said or f'ended with {words(status)}'}{_remedy(last)} (see {log})"
@@ -77,7 +83,7 @@ def reason(status: int, log: Path, last: str, tries: int = 1) -> str:
 
 
 def cause(last: str) -> str:
-    """Return what follows the words for an end: the last line that was said, and the remedy where one is known."""
+    """Return ``: LAST LINE`` with a remedy if one is known, to be appended to the description of an end."""
     return f": {last}{_remedy(last)}" if last else ""
 
 
@@ -86,7 +92,10 @@ def _remedy(last: str) -> str:
 
 
 def last_line(log: Path, since: int = 0) -> str:
-    """Last line of a log that says something, of what was written after its first ``since`` bytes."""
+    """Return the last line of a log that is neither empty nor a header of an attempt.
+
+    since: number of bytes at the start of the log to ignore.
+    """
     try:
         with log.open("rb") as stream:
             stream.seek(max(since, log.stat().st_size - 4096))
@@ -97,16 +106,19 @@ def last_line(log: Path, since: int = 0) -> str:
 
 
 def environment(cpus: float) -> dict[str, str]:
-    """This process's variables for a command that has ``cpus`` cores and was not started by srun."""
+    """Return this process's environment variables, adapted to a command that uses ``cpus`` cores and not srun."""
     out = {key: value for key, value in os.environ.items() if key not in SRUN}
-    out["PYTHONUNBUFFERED"] = "1"  # so that the last line of the log is the last that was said
+    out["PYTHONUNBUFFERED"] = "1"  # so that the last line of the log is the last one printed
     out["OMP_NUM_THREADS"] = str(max(1, int(cpus)))
     out["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), NO_SRUN_WARNING]))
     return out
 
 
 def resources(cpus: float, gpus: float, memory: str | None) -> int | None:
-    """Bytes of ``memory`` (such as 16G, in powers of 1024), None for no limit; refuses what cannot be meant."""
+    """Return ``memory`` (such as 16G, in powers of 1024) in bytes, None for no limit.
+
+    Raises InputError for invalid memory, less than one core, or a negative number of GPUs.
+    """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)i?B?", memory.strip(), re.IGNORECASE) if memory is not None else None
     least = (("cpus", cpus, 1), ("gpus", gpus, 0))
     wrong = [f"{name} {value}: at least {low}" for name, value, low in least if value < low]
@@ -118,7 +130,7 @@ def resources(cpus: float, gpus: float, memory: str | None) -> int | None:
 
 
 def named(jobs: Sequence[Job]) -> str:
-    """Names of jobs for a message."""
+    """Return the names of jobs for a message, abbreviated if there are more than four."""
     names = [job.name for job in jobs]
     if len(names) > 4:
         names = [*names[:2], "..", f"{names[-1]} ({len(names)} jobs)"]
@@ -126,5 +138,5 @@ def named(jobs: Sequence[Job]) -> str:
 
 
 def not_started(job: Job, failed: dict[str, str]) -> str:
-    """Why a job whose needs were not met was not run."""
+    """Return the reason why a job was not run: the jobs that it needs and that failed."""
     return f"not started, it needs {', '.join(n for n in job.needs if n in failed) or ', '.join(job.needs)}"

@@ -1,7 +1,8 @@
-"""Jobs as tasks of a Ray cluster, on whichever of its nodes has the cores, GPUs and memory that one asks for.
+"""Run jobs as tasks of a Ray cluster, on any node that has the requested cores, GPUs and memory.
 
-A task starts the job's command and waits for it. The command's life is that of its task (see `tied`): when the worker
-or the launcher dies, or the launch is interrupted, it saves and ends. What died is started again where there is room.
+A task starts the command of its job and waits for it. The command ends with its task (see `tied`): if the worker or the
+launcher dies, or the launch is interrupted, the command saves and exits. A job that died is started again on any node
+with free resources.
 """
 
 import contextlib
@@ -24,8 +25,8 @@ from lightning_tdisent.files import open_own
 from lightning_tdisent.fleet import engines
 from lightning_tdisent.fleet.engines import Command, Job, tied
 
-Result = tuple[int, str, str]  # status, last line of the log, host
-TOLERANCE = 10.0  # seconds for Ray's own part of ending a task
+Result = tuple[int, str, str]  # (status, last line of the log, host)
+TOLERANCE = 10.0  # seconds that Ray itself may take to end a task
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 PROBE = """
 import sys
@@ -49,14 +50,26 @@ def launch(
     patience: float = 60.0,
     say: Callable[[str], None] = print,
 ) -> dict[str, str]:
-    """Run jobs on the cluster at ``address`` until each is done or has failed; returns the failures with their reasons.
+    """Run jobs on a Ray cluster until each is done or has failed; return the reasons of the failures by names of jobs.
 
-    address: HOST:PORT of `ray start --head`, "auto" for the one on this machine, or None for $RAY_ADDRESS, and without
-    that a Ray of this launch alone with this machine's cores and GPUs. resources: custom ones of `ray start
-    --resources`, which place jobs on the nodes that have them; a fraction of a GPU is shared with other jobs. retries:
-    how often a job is started again whose command, worker or node died. grace: seconds for a command that is told to go
-    to save. patience: seconds for a cluster to answer. Interrupted, it tells all commands to go and waits for that.
-    Raises InputError if Ray is not installed or not reached, and for what the cluster can never give.
+    If the launch is interrupted, it stops all commands and waits until they have saved.
+
+    jobs: the jobs.
+    command: returns the command of a job.
+    logs: folder of the logs, shared by all nodes.
+    retries: how often a job is started again after its command, worker or node has died.
+    cpus: cores per job.
+    gpus: GPUs per job; a fraction shares a GPU with other jobs.
+    memory: memory per job, such as 16G.
+    resources: custom resources of `ray start --resources`; a job runs only on nodes that have them.
+    address: HOST:PORT of `ray start --head`, or "auto" for the cluster on this machine. None: $RAY_ADDRESS, or if it is
+        not set, a temporary Ray instance with the cores and GPUs of this machine.
+    grace: seconds that a stopped command may take to save.
+    patience: seconds that the cluster may take to answer.
+    say: prints a message.
+
+    Raises InputError if Ray is not installed, if the cluster is not reachable, and if it can never provide the
+    requested resources.
     """
     size = engines.resources(cpus, gpus, memory)
     ray = _ray(jobs)
@@ -68,7 +81,7 @@ def launch(
     done, failed, tries = set[str](), dict[str, str](), dict.fromkeys(names, 0)
     with _cluster(ray, address, jobs, patience) as grows:
         _room(ray, ask, jobs, grows, say)
-        task = ray.remote(max_retries=0, **ask)(_work)  # deaths are counted below, whoever died
+        task = ray.remote(max_retries=0, **ask)(_work)  # retries are counted below, whichever process died
         try:
             while waiting or running:
                 for job in [job for job in waiting if done.issuperset(names.intersection(job.needs))]:
@@ -78,7 +91,7 @@ def launch(
                     running[ref.future()] = job, ref
                 if not running:
                     break
-                # not by ray.wait, in which a SystemExit of a signal's handler becomes another one, of status 1
+                # not ray.wait, which would replace the SystemExit of a signal handler by one with status 1
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job, _ = running.pop(future)
                     status, last, host = _result(ray, future)
@@ -107,7 +120,7 @@ def launch(
 def _work(
     name: str, words: list[str], folder: str, logs: str, cpus: float, gpus: float, grace: float
 ) -> tuple[int, str, str]:
-    """Run a command on this node; returns its status, the last line of its log, and the host."""
+    """Run a command on this node; return its exit status, the last line of its log, and the host name."""
     import ray
 
     log, host = Path(logs) / f"{name}.log", socket.gethostname()
@@ -129,24 +142,24 @@ def _work(
             stderr=stream,
             cwd=folder,
             env=engines.environment(cpus)
-            | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),  # else they are Ray's choice
-            start_new_session=True,  # Ctrl-C in a terminal is the launcher's
+            | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),  # with GPUs, Ray sets the variable
+            start_new_session=True,  # Ctrl-C in a terminal must reach only the launcher
         )
         assert tie.stdin
         try:
-            while tie.poll() is None:  # Ray cancels between two lines of Python, never within a call
+            while tie.poll() is None:  # poll, because Ray can cancel between two lines of Python, not during a call
                 time.sleep(0.2)
-        finally:  # cancelled: let go, and keep the resources until the command has ended
+        finally:  # if cancelled: stop the command, and keep the resources until it has ended
             tie.stdin.close()
             status = tie.wait()
     return status, engines.last_line(log, start), host
 
 
 def _result(ray: Any, future: Future[Result]) -> Result:
-    """Return the result of a task; if it failed, or its worker or node was lost, a death with the cause in Ray's words.
+    """Return the result of a task, or `engines.LOST` with Ray's message if the task failed or its worker was lost.
 
-    The error of a task that failed, also before it began, is a traceback, whose last line is the cause; the others
-    begin with it.
+    If a task failed, even before it started, Ray's message is a traceback whose last line is the cause. Other messages
+    of Ray start with the cause.
     """
     try:
         return future.result()
@@ -155,20 +168,21 @@ def _result(ray: Any, future: Future[Result]) -> Result:
         if lines and isinstance(error, ray.exceptions.RayTaskError):
             said = lines[-1]
         else:
-            first = ". ".join(lines[0].split(". ")[:2]) if lines else "no more is known"  # then come its remedies
+            # two sentences; Ray's advice follows them
+            first = ". ".join(lines[0].split(". ")[:2]) if lines else "no more is known"
             said = f"{type(error).__name__}: {first}"
         return engines.LOST, said, "a worker of Ray"
 
 
 def _ray(jobs: Sequence[Job]) -> Any:
-    """The module, which is a large download that only this engine needs.
+    """Import and return Ray, an optional dependency; raise Unavailable if it is not installed.
 
-    It is told to print nothing of its own: of a lost node it would print the end of that node's log (20 lines), which
-    `log_to_driver` does not change (2.60). What was lost is said by `launch`.
+    Ray's own output is suppressed: for a lost node it would print the last 20 lines of that node's log, even with
+    ``log_to_driver=False`` (2.60). `launch` reports what was lost.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        with _variable("RAY_DEDUP_LOGS_SKIP_REGEX", "."):  # read on import: no line that matches is printed
+        with _variable("RAY_DEDUP_LOGS_SKIP_REGEX", "."):  # read on import; lines that match are not printed
             import ray
     except ImportError:
         raise Unavailable(
@@ -180,7 +194,7 @@ def _ray(jobs: Sequence[Job]) -> Any:
 
 @contextlib.contextmanager
 def _variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable that has no value yet."""
+    """Set an environment variable inside the context, unless it is already set."""
     if name in os.environ:
         yield
         return
@@ -193,7 +207,10 @@ def _variable(name: str, value: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _cluster(ray: Any, address: str | None, jobs: Sequence[Job], patience: float) -> Iterator[bool]:
-    """Connect, unless the caller is connected already, and leave; gives whether nodes may join later."""
+    """Connect to a cluster, unless this process is connected already; disconnect at the end.
+
+    Yields True if nodes may join the cluster later.
+    """
     if ray.is_initialized():
         if address:
             raise InputError(f"engine ray: address {address}: this process is connected to a cluster; leave it out")
@@ -205,7 +222,7 @@ def _cluster(ray: Any, address: str | None, jobs: Sequence[Job], patience: float
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    for number, handler in before.items():  # Ray's would leave with status 15, and without the caller
+    for number, handler in before.items():  # Ray's handlers would exit with status 15 and bypass the caller
         signal.signal(number, handler)
     try:
         yield address != "local"
@@ -214,9 +231,9 @@ def _cluster(ray: Any, address: str | None, jobs: Sequence[Job], patience: float
 
 
 def _reach(address: str, jobs: Sequence[Job], patience: float) -> None:
-    """Refuse an address where no cluster answers.
+    """Raise InputError if no cluster answers at an address.
 
-    `ray.init` tries for two minutes and then ends the process (2.60), so that a process of its own tries first.
+    `ray.init` tries for two minutes and then ends the process (2.60). Therefore a child process tries first.
     """
     why = None
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -248,7 +265,7 @@ def _reach(address: str, jobs: Sequence[Job], patience: float) -> None:
 
 
 def _room(ray: Any, ask: Mapping[str, Any], jobs: Sequence[Job], grows: bool, say: Callable[[str], None]) -> None:
-    """Refuse what no node has; where nodes may join, say that one is waited for."""
+    """Raise InputError if no node has the requested resources; if nodes may join (``grows``), only print a message."""
     need = {"CPU": ask["num_cpus"], "GPU": ask["num_gpus"], "memory": ask.get("memory", 0), **ask["resources"]}
     need = {key: value for key, value in need.items() if value}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,9 +1,10 @@
-"""Jobs as arrays of SLURM: one task is one job, submitted with sbatch and nothing else.
+"""Run jobs as SLURM job arrays with plain sbatch; each array task is one job.
 
-The batch script starts the job's command and passes on what SLURM tells it. Near the time limit (`--signal`), and when
-the job is preempted with a grace time, the command saves and ends, and the task is requeued; what died is started
-again in its place. The script leaves the exit status in a file beside the logs, so that no accounting is needed and a
-launch may be left and taken up again: tasks that are in the queue are watched, not submitted twice.
+The batch script starts the command of the job and forwards the signals that SLURM sends. Near the time limit
+(`--signal`), and if the job is preempted with a grace time, the command saves and exits, and the task is requeued. A
+command that died is started again by the same script. The script writes the exit status to a file next to the logs, so
+that SLURM accounting is not needed. A launch may be interrupted and repeated: tasks that are still in the queue are
+watched, not submitted again.
 """
 
 import re
@@ -22,7 +23,7 @@ from lightning_tdisent.fleet import engines
 from lightning_tdisent.fleet.engines import Command, Job
 from lightning_tdisent.fleet.store import Store, dump_json, read_json
 
-LARGEST = 1000  # jobs of an array, by SLURM's default of MaxArraySize
+LARGEST = 1000  # maximum number of jobs in an array, from SLURM's default of MaxArraySize
 OURS = "array dependency error job-name kill-on-invalid-dep no-requeue open-mode output parsable requeue signal wrap"
 GONE = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"}
 SCRIPT = r"""#!/bin/bash
@@ -71,7 +72,12 @@ exit $status
 
 @dataclass
 class Submission:
-    """Where each job is in the queue (array, task), and which arrays this submission has added."""
+    """Jobs in the queue.
+
+    logs: folder of the logs.
+    tasks: array and task number of each job.
+    added: arrays that this submission added.
+    """
 
     logs: Path
     tasks: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -79,7 +85,7 @@ class Submission:
 
     @property
     def words(self) -> str:
-        """How to look after it."""
+        """A line on how to watch and cancel the jobs."""
         ids = ",".join(dict.fromkeys(array for array, _ in self.tasks.values()))
         new = f"submitted as {','.join(self.added)}" if self.added else "in the queue already"
         cancel = f"scancel {ids.replace(',', ' ')}"
@@ -99,13 +105,25 @@ def submit(
     grace: int = 60,
     sbatch: Mapping[str, str] | None = None,
 ) -> Submission:
-    """Put jobs into the queue, but for those which are there from a submission before, and come back at once.
+    """Submit jobs to the queue, except those still in the queue from an earlier submission; do not wait for them.
 
-    Jobs with the same needs are one array; it waits (`afterok`) for those that they need, and is cancelled if these
-    fail. cpus, gpus, memory: of one job, on one node. at_once: how many tasks of an array may run together. grace:
-    seconds before the time limit at which a job is told to save and is requeued (SLURM may take a minute more).
-    sbatch: further options of sbatch without their dashes, such as partition, account, time, constraint.
-    Raises InputError if SLURM is not here, cannot be reached or refuses; nothing of this submission stays then.
+    Jobs with the same needs form one array. It waits (`afterok`) for the jobs that they need, and is cancelled if one
+    of these fails.
+
+    jobs: the jobs.
+    command: returns the command of a job.
+    logs: folder of the logs, shared by all nodes.
+    retries: how often a command that died is started again.
+    cpus: cores per job, on one node.
+    gpus: GPUs per job.
+    memory: memory per job, such as 16G.
+    at_once: maximum number of tasks of an array that run at the same time.
+    grace: seconds before the time limit at which a job is signalled to save and is requeued (SLURM may signal up to a
+        minute earlier).
+    sbatch: further options of sbatch without leading dashes, such as partition, account, time, constraint.
+
+    Raises InputError if SLURM is not installed or not reachable, or refuses a job; everything that this call has
+    submitted is then cancelled.
     """
     size, options = engines.resources(cpus, gpus, memory), dict(sbatch or {})
     if gpus != int(gpus) or cpus != int(cpus):
@@ -137,7 +155,7 @@ def submit(
     try:
         while waiting:
             ready = [job for job in waiting if all(n in out.tasks or n not in all_names for n in job.needs)]
-            if not ready:  # a circle: they are not started, and will be named
+            if not ready:  # circular needs: these jobs are not started, and `watch` reports them
                 break
             group = [job for job in ready if set(job.needs) == set(ready[0].needs)][:LARGEST]
             waiting = [job for job in waiting if job not in group]
@@ -168,7 +186,7 @@ def _script(jobs: Sequence[Job], command: Command, logs: Path, cpus: float, retr
 
 
 def cancel(submission: Submission) -> None:
-    """Take what this submission has added out of the queue; commands that run save first."""
+    """Cancel the arrays that this submission has added; running commands save first."""
     if submission.added:
         subprocess.run(["scancel", *submission.added], check=False)  # noqa: S603, S607
 
@@ -182,10 +200,14 @@ def watch(
     lag: float = 60.0,
     say: Callable[[str], None] = print,
 ) -> dict[str, str]:
-    """Wait until no job is in the queue; returns failures with their reasons, says how many are in which state.
+    """Wait until no job is in the queue; return the reasons of the failures by names of jobs.
 
-    every: seconds between two looks. patience: how long the controller may not answer. lag: how long the file with a
-    status may take to be seen on this machine after its task has left the queue.
+    submission: the jobs in the queue.
+    jobs: all jobs of the launch.
+    every: seconds between queries.
+    patience: seconds for which the controller may fail to answer.
+    lag: seconds that the status file of a task may take to appear on this machine after the task has left the queue.
+    say: prints the numbers of jobs in each state, whenever they change.
     """
     here, failed, left, text = dict(submission.tasks), dict[str, str](), dict[str, float](), ""
     heard = time.monotonic()
@@ -214,7 +236,7 @@ def watch(
             if status is not None and engines.fate(status) != "done":
                 failed[name] = engines.reason(status, log, engines.last_line(log), tries)
             elif status is None and state != "COMPLETED":
-                own = submission.logs / f"slurm_{array}_{k}.log"  # of the batch script itself
+                own = submission.logs / f"slurm_{array}_{k}.log"  # log of the batch script itself
                 how = f"left the queue as {state or 'an unknown one'}" + f" ({why})" * (why not in ("None", ""))
                 how += f" before it was done{engines.cause(engines.last_line(own))}"
                 failed[name] = f"{how} (see {log} and {own}); launched again, it goes on from its checkpoint"
@@ -239,7 +261,10 @@ def launch(
     say: Callable[[str], None] = print,
     **options: Any,
 ) -> dict[str, str]:
-    """`submit` with its options, and `watch`; interrupted, it cancels what it has submitted."""
+    """Submit jobs and wait for them (`submit`, `watch`); if interrupted, cancel what this call has submitted.
+
+    every: seconds between queries. say: prints a message. options: further options of `submit`.
+    """
     submission = submit(jobs, command, logs, **options)
     say(submission.words)
     try:
@@ -250,7 +275,10 @@ def launch(
 
 
 def _ended(file: Path, array: str) -> tuple[int | None, int]:
-    """Status and tries that a task of the array has left; None if there is none, or one of an older array."""
+    """Return the exit status and attempts that a task of the array has recorded.
+
+    The status is None if there is no record, or only one of an earlier array.
+    """
     try:
         mine, status, tries = file.read_text(encoding="utf-8").split()
     except (OSError, ValueError):
@@ -259,11 +287,11 @@ def _ended(file: Path, array: str) -> tuple[int | None, int]:
 
 
 def _queue(arrays: Sequence[str], jobs: Sequence[Job]) -> dict[tuple[str, int], tuple[str, str]]:
-    """State and its reason by array and task, of those that SLURM still knows."""
+    """Return state and reason of each (array, task) that SLURM still knows."""
     try:
         text = _ask(["squeue", "-h", "-r", "-t", "all", "-j", ",".join(arrays), "-o", "%F|%K|%T|%r"], jobs)
     except InputError as error:
-        if "Invalid job id" in str(error):  # it has forgotten all of them
+        if "Invalid job id" in str(error):  # SLURM no longer knows any of them
             return {}
         raise
     rows = (line.split("|", 3) for line in text.splitlines() if line.count("|") >= 3)
@@ -271,7 +299,10 @@ def _queue(arrays: Sequence[str], jobs: Sequence[Job]) -> dict[tuple[str, int], 
 
 
 def _ask(words: list[str], jobs: Sequence[Job], script: str | None = None) -> str:
-    """Output of a command of SLURM; refuses with its words."""
+    """Run a SLURM command and return its output.
+
+    Raises InputError with SLURM's message if it fails or does not answer, and Unavailable if it is not installed.
+    """
     if shutil.which(words[0]) is None:
         raise Unavailable(
             f"engine slurm: {words[0]} is not on this machine. Launch {engines.named(jobs)} from a login node of the "

@@ -1,12 +1,13 @@
-"""Run a command for as long as somebody holds the other end of this process's standard input.
+"""Watchdog: run a command for as long as the other end of this process's standard input is open.
 
     python tied.py SECONDS WORD..
 
-When that end closes, because its holder was killed or wants it, the command gets SIGTERM, and if it has not ended
-after SECONDS, it is killed with all its processes. A process of its own does this, since one that may be killed can
-promise nothing. Should this one be killed instead (Ray kills what its workers have started), then on Linux the command
-gets SIGTERM by PR_SET_PDEATHSIG; elsewhere it goes on alone, and its lease keeps others away. The exit status is the
-command's, 128 + N for signal N. It imports nothing of the package: it must start at once.
+When the other end is closed, on purpose or because its process was killed, the command gets SIGTERM. If it has not
+ended after SECONDS, it is killed with all its processes. The watchdog is a separate process because a process that may
+be killed cannot clean up after itself. If the watchdog itself is killed (Ray kills the child processes of its workers),
+the command gets SIGTERM by PR_SET_PDEATHSIG on Linux; on other systems it continues alone, and its lease keeps other
+workers away. The exit status is that of the command, 128 + N for signal N. The module imports nothing of the package,
+so that it starts quickly.
 """
 
 import contextlib
@@ -21,7 +22,10 @@ PR_SET_PDEATHSIG = 1
 
 
 def run(seconds: float, words: list[str]) -> int:
-    """Run the command to its end, or to that of standard input."""
+    """Run a command until it ends or standard input is closed; return its exit status.
+
+    seconds: time between SIGTERM and SIGKILL. words: the command.
+    """
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
     me = os.getpid()
 
@@ -51,7 +55,7 @@ def run(seconds: float, words: list[str]) -> int:
         signal.signal(number, leave)
     threading.Thread(target=listen, daemon=True).start()
     status = child.wait()
-    end()  # loaders and ranks that it has left
+    end()  # kill child processes that it has left, such as data loaders and ranks
     return status if status >= 0 else 128 - status
 
 
