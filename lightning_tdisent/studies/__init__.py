@@ -1,1 +1,1 @@
-"""Studies: one YAML becomes trainings, composites, evaluations and a report."""
+"""Studies: trainings, composites, evaluations and a report, all defined by one YAML file."""

@@ -1,4 +1,4 @@
-"""The plan of a study as its folder keeps it: what was trained stays as it was, what is measured may change."""
+"""The plan of a study as stored in its folder. Started trainings must not change; evaluations may."""
 
 import json
 import os
@@ -17,17 +17,25 @@ from lightning_tdisent.fleet.plan import config_digest
 from lightning_tdisent.studies.sweep import overrides_of, unrolled
 
 FILE, SCHEMA = "plan.json", 2
-SAID = ("seed", "runs", "priors", "out", "title", "notes")  # keys whose changes are looked at elsewhere, or are no news
+SAID = ("seed", "runs", "priors", "out", "title", "notes")  # keys not compared here: checked elsewhere, or irrelevant
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Jobs and fleets with their folders, composites to make of experts, and the evaluation as plain data.
+    """Plan of a study: jobs, fleets, composites of experts, priors, and the evaluation.
 
-    runs: by name the folder that contenders find its weights in; members: the names of its jobs; fleets: by name the
-    YAML of a fleet, and keys of it that this study has otherwise; priors: by the folder that each is fitted into its
-    model, where it starts, and its class path with arguments; configs: by key (its path relative to the YAML) where
-    each config lies and what it says; content: what `FILE` keeps.
+    out: folder of the study.
+    jobs: training jobs, without those of fleets.
+    runs: name of a run -> folder in which contenders find its weights.
+    members: name of a run -> names of its jobs.
+    composites: name of a run of several experts -> folder of its composite.
+    fleets: name of a run -> YAML file of its fleet, and the keys of that file which the study overrides.
+    priors: folder of a fitted prior -> folder of its model, row or share of the rows at which it starts, and its class
+        path with arguments.
+    seed: seed of all trainings.
+    evaluation: fields of `results.Study`.
+    content: content of the file `FILE`.
+    configs: key (path relative to the study's YAML file) -> path and content of a config.
     """
 
     out: Path
@@ -44,7 +52,7 @@ class Plan:
 
     @property
     def begun(self) -> bool:
-        """True if a training of the study in the folder has begun."""
+        """True if a training of the study in the folder has started."""
         before = kept(self.out)
         runs = before["study"]["runs"] if before else {}
         singles = [name for name, run in runs.items() if "fleet" not in run]
@@ -52,7 +60,10 @@ class Plan:
         return any((self.out / name).exists() for name in singles) or any(place.exists() for place in leases)
 
     def compare(self) -> list[str]:
-        """Refuse a folder with other trainings; returns what of its study is measured or said otherwise by now."""
+        """Compare with the study in the folder; return a line for each difference that is allowed.
+
+        Raises InputError if the folder has other content, or if a training that has started would change.
+        """
         before = kept(self.out)
         if before is None:
             if self.out.exists() and any(p.name != CONFIGS for p in self.out.iterdir()):
@@ -60,7 +71,7 @@ class Plan:
             return []
         differ = trained_otherwise(before, self.content)
         for key, entry in before["configs"].items():
-            copy = self.out / entry["copy"] if isinstance(entry, dict) else None  # plans of old have a digest alone
+            copy = self.out / entry["copy"] if isinstance(entry, dict) else None  # older plans have only a digest
             digest = entry["sha256"] if isinstance(entry, dict) else entry
             if copy and copy.exists() and config_digest(copy.read_bytes()) != digest:
                 differ.append(f"{copy}: has been changed since it was copied")
@@ -79,14 +90,17 @@ class Plan:
         return differences(then, now)
 
     def claim(self) -> "Plan":
-        """Take the folder, or go on in it; returns the plan whose jobs read the copies of configs that it keeps.
+        """Write the plan and copies of its configs to the folder, and return the plan to run.
 
-        The plan is written after the copies, since it says that they are there.
+        The folder may already hold the same study; it is then continued.
+
+        The jobs of the returned plan read the copies. The plan file is written after the copies: its presence means
+        that they are complete.
         """
         self.compare()
         copies = {self.content["configs"][key]["copy"]: content for key, (_, content) in self.configs.items()}
         before = kept(self.out)
-        if before is not None and self.begun:  # files that were edited in their comments alone
+        if before is not None and self.begun:  # the configs differ in comments at most: keep the stored copies
             for key, entry in before["configs"].items():
                 if isinstance(entry, dict) and (self.out / entry["copy"]).exists() and key in self.configs:
                     copies[entry["copy"]] = (self.out / entry["copy"]).read_bytes()
@@ -102,7 +116,7 @@ class Plan:
 
 
 def kept(folder: Path) -> dict[str, Any] | None:
-    """Return what a study's folder keeps of its plan, None if there is none."""
+    """Return the content of the plan file in a study's folder, None if there is none; raise InputError if damaged."""
     try:
         content = parse_json((folder / FILE).read_bytes())
         check_schema(content, str(folder / FILE), SCHEMA, oldest=1, absent=1)
@@ -119,9 +133,10 @@ def kept(folder: Path) -> dict[str, Any] | None:
 
 
 def trained_otherwise(theirs: dict[str, Any], mine: dict[str, Any], seed: bool = True) -> list[str]:
-    """Return in which keys two plans train or fit otherwise; runs and priors may be added, priors left out.
+    """Return a line for each difference between two plans in their trainings and fitted priors.
 
-    seed: whether another seed counts.
+    Additional runs and priors in ``mine`` are not differences, nor are priors that it lacks. seed: compare the seeds as
+    well.
     """
     (a, there), (b, now) = _trained(theirs), _trained(mine)
     lines = differences({"seed": theirs["seed"]}, {"seed": mine["seed"]}) if seed else []
@@ -132,7 +147,7 @@ def trained_otherwise(theirs: dict[str, Any], mine: dict[str, Any], seed: bool =
 
 
 def _trained(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Runs of a plan, each with what the command line sets for it, and its priors."""
+    """Return the runs of a plan, each with its overrides from the command line, and its priors."""
     study = content["study"]
     extra = overrides_of(content["overrides"], study["runs"])
     runs = {name: {**run, **({"--set": extra[name]} if extra[name] else {})} for name, run in study["runs"].items()}
@@ -140,7 +155,10 @@ def _trained(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def refuse_no_repeats(folders: Sequence[Path]) -> None:
-    """Refuse to pool studies whose trainings differ in more than the seed, or that share one."""
+    """Raise InputError unless the studies in ``folders`` differ only in the seed, and no two have the same seed.
+
+    Folders without a plan are ignored.
+    """
     plans = {folder: found for folder in folders if (found := kept(folder)) is not None}
     lines: list[str] = []
     order = list(plans)
@@ -164,7 +182,7 @@ def refuse_no_repeats(folders: Sequence[Path]) -> None:
 
 
 def _text_of(folder: Path, entry: Any) -> bytes | str:
-    """The copy of a config, or its digest where a folder has no copy."""
+    """Return the content of a copied config, or its digest if the folder has no copy."""
     if isinstance(entry, dict) and (folder / entry["copy"]).exists():
         return (folder / str(entry["copy"])).read_bytes()
     return str(entry["sha256"] if isinstance(entry, dict) else entry)

@@ -1,4 +1,4 @@
-"""A study: one YAML expanded into independent jobs, composites, and what is compared at the end."""
+"""Expand the YAML file of a study into independent jobs, composites, and contenders to evaluate."""
 
 import json
 import os
@@ -42,13 +42,21 @@ DECIDED = {
     "seed_everything": "seed",
     "model.warm_start": "warm_start",
     **dict.fromkeys(("model.expert", "model.experts"), "experts"),
-}  # config keys that a study decides, and by what of it
+}  # config keys that the study sets, and the key of the study that sets each
 
 
 def plan(
     config: str | Path, out: str | Path | None = None, seed: int | None = None, overrides: Sequence[str] = ()
 ) -> Plan:
-    """Read a study's YAML; every config it names must exist, every key must be known, every name must be one."""
+    """Read the YAML file of a study and return its plan; nothing is written.
+
+    config: YAML file of the study.
+    out: folder of the study; by default ``out`` of the YAML, or ``runs/NAME``.
+    seed: seed of all trainings; by default ``seed`` of the YAML, or 0.
+    overrides: words RUN.KEY=VALUE that override config keys of runs.
+
+    Raises InputError for unknown keys, invalid names or values, references to unknown runs, and missing configs.
+    """
     file = Path(config)
     study = known(read_yaml(file), KEYS, str(file), required=("runs", "data", "protocol"))
     written = {key: value for key, value in read_yaml(file, secrets=False).items() if value is not None}
@@ -159,7 +167,7 @@ def plan(
 
 
 def _refuse_names(study: dict[str, Any], file: str) -> None:
-    """Refuse names that cannot be those of files, that would share one, or runs of no experts; all at once."""
+    """Raise InputError, with all problems, for names that are invalid or collide, and for runs with invalid values."""
     problems, claims = [], []
     for key in ("runs", "priors", "contenders"):
         for name in study[key]:
@@ -191,7 +199,7 @@ def _refuse_names(study: dict[str, Any], file: str) -> None:
 
 
 def _changes(run: dict[str, Any], extra: dict[str, str]) -> dict[str, Any]:
-    """Keys of a fleet's YAML that a study has otherwise."""
+    """Return the keys of a fleet's YAML file that a study overrides."""
     changes = {key: run[key] for key in ("budget", "start") if key in run}
     settings = {**(run.get("set") or {}), **extra}
     return changes | ({"set": settings} if settings else {})
@@ -200,7 +208,7 @@ def _changes(run: dict[str, Any], extra: dict[str, str]) -> dict[str, Any]:
 def _fleet_configs(
     file: Path, entry: str, fleet: tuple[Path, dict[str, Any]], configs: dict[str, tuple[Path, bytes]]
 ) -> None:
-    """Add the configs that a fleet's YAML names, to notice edits while the study runs; `draft` says what is wrong."""
+    """Add the configs named by a fleet's YAML file, so that later edits of them are detected; `draft` checks them."""
     path, changes = fleet
     data = read_yaml(path)
     data = data | changes if isinstance(data, dict) else {}
@@ -213,9 +221,11 @@ def _fleet_configs(
 
 
 class Role(NamedTuple):
-    """The kind of a run (a ``model`` of images, a ``prior``, or neither), its class, and its table if it has one.
+    """What a run trains.
 
-    That of a prior ends at its row.
+    kind: ``model`` (of images), ``prior``, or empty for neither.
+    name: name of its class.
+    states: its table, if it has one; the table of a prior ends at the row of the prior.
     """
 
     kind: str
@@ -224,9 +234,9 @@ class Role(NamedTuple):
 
 
 def refuse_roles(todo: Plan, roles: dict[str, Role]) -> bool:
-    """Refuse runs that cannot be what a study takes them for, all at once; roles: by the names of runs.
+    """Raise InputError, with all problems, for runs that the study uses for a purpose that they do not fit.
 
-    Returns whether a contender is conditional.
+    roles: roles by names of runs. Returns True if a contender is conditional.
     """
     by_folder = {str(place): name for name, place in todo.runs.items()}
     contenders = {
@@ -254,7 +264,7 @@ def refuse_roles(todo: Plan, roles: dict[str, Role]) -> bool:
     one = [(f"priors.{name}.run", run, "priors are fitted on") for name, run in fitted.items()]
     cut_off = {c["name"] for c in todo.evaluation["contenders"] if str(c.get("prior")).startswith("cut:")}
     one += [(f"contenders.{name}.prior", contenders[name][0], "a chain is cut off on") for name in sorted(cut_off)]
-    if todo.evaluation["bits"] is not None:  # columns of channels have bits, those of components have none
+    if todo.evaluation["bits"] is not None:  # defined for columns that are channels, not for columns of components
         measured = [(name, run) for name, (run, _) in contenders.items() if run in tables and tables[run].image_shape]
         one += [(f"contenders.{name}", run, "bits are measured on") for name, run in measured]
     problems += [
@@ -272,17 +282,17 @@ def refuse_roles(todo: Plan, roles: dict[str, Role]) -> bool:
 
 
 def _ends(states: LatentStates, cut: LatentStates) -> bool:
-    """Return True if a table that is cut off at the last row of another equals that one."""
+    """Return True if ``states`` truncated at the last row of ``cut`` equals ``cut``."""
     return states.K == 1 and cut.S <= states.S and states.truncate(cut.S).fingerprint == cut.fingerprint
 
 
 def refuse_samplers(todo: Plan, roles: dict[str, Role]) -> None:
-    """Refuse contenders whose sampler cannot walk the table of the run that it samples; roles: by the names of runs."""
+    """Raise InputError for contenders whose sampler does not fit the table of their run; roles: by names of runs."""
     by_folder, problems = {str(place): name for name, place in todo.runs.items()}, []
     for contender in todo.evaluation["contenders"]:
         states, start = roles[by_folder[contender["source"]]].states, contender.get("prior")
         try:
-            if start in by_folder:  # a run that trains a prior, whose table ends where that stands
+            if start in by_folder:  # a run that trains a prior; its table ends at the row of the prior
                 states = roles[by_folder[start]].states
             elif start is not None and states is not None:
                 at = row_or_share(start[4:], start) if start.startswith("cut:") else todo.priors[Path(start)][1]
@@ -296,7 +306,11 @@ def refuse_samplers(todo: Plan, roles: dict[str, Role]) -> None:
 
 
 def refuse_cuts(todo: Plan, describe: Callable[[list[str]], Any], fleets: dict[str, int]) -> None:
-    """Refuse starts at rows that a model does not have, before it is trained; fleets: their rows by name."""
+    """Raise InputError for priors and truncated chains at rows that their model does not have, before any training.
+
+    describe: returns the table of a ``fit`` command line, or another object with its number of rows ``S``. fleets:
+    number of rows by names of fleets.
+    """
     rows = {str(todo.composites[name]): S for name, S in fleets.items()}
     starts = [(source, at) for source, at, _ in todo.priors.values()]
     cuts = [(c["source"], c["prior"][4:]) for c in todo.evaluation["contenders"] if "cut:" in c.get("prior", "")]
@@ -310,7 +324,10 @@ def refuse_cuts(todo: Plan, describe: Callable[[list[str]], Any], fleets: dict[s
 
 
 def _part(entry: Any, default: str, kind: type[SomePart], where: str) -> tuple[dict[str, Any], SomePart]:
-    """Class path and arguments of a part given as a name, a short or a full class path, or nothing; and the part."""
+    """Return the class path and arguments of a part, and the part.
+
+    entry: short or full class path, a mapping of class_path and init_args, or None for the class ``default``.
+    """
     entry = {"class_path": entry} if isinstance(entry, str) else {"class_path": default} if entry is None else entry
     entry = known(entry, PART_KEYS, where, required=("class_path",))
     path = entry["class_path"]
@@ -323,7 +340,7 @@ def _part(entry: Any, default: str, kind: type[SomePart], where: str) -> tuple[d
 
 
 def _config(file: Path, entry: Any, where: str, configs: dict[str, tuple[Path, bytes]]) -> Path:
-    """Path of a config that a study names, after adding it to those that are kept."""
+    """Return the path of a config that a study names, and add it to ``configs``."""
     path = file.parent / str(entry)
     if not path.is_file():
         near = nearest(str(entry), [p.name for p in file.parent.glob("*.yaml")])

@@ -1,4 +1,4 @@
-"""A finished comparison on disk: what was compared, the numbers, the first samples, and the page made of them."""
+"""Evaluate the contenders of a study, store the results in its folder, and write the report."""
 
 import functools
 import json
@@ -43,23 +43,37 @@ from lightning_tdisent.report.table import WideTable, costs, notes, refuse_texts
 from lightning_tdisent.sampling.sampler import Sampler
 
 FILE, RESULTS, SAMPLES = "study.json", "results.json", "samples.safetensors"
-SCHEMA = 2  # of `FILE`, which speaks for the two beside it
-HELD_OUT = 1000  # held-out images that are taken, if a study does not say how many
-BOARDS = "fleets.html"  # where the fleets of a study stood when it ended
-NEAREST = 500_000_000  # bytes of real images among which the report looks for copies
+SCHEMA = 2  # of `FILE`; covers `RESULTS` and `SAMPLES` as well
+HELD_OUT = 1000  # default number of held-out images
+BOARDS = "fleets.html"  # status of the study's fleets at the end of their training
+NEAREST = 500_000_000  # maximum bytes of real images that the report searches for copies
 
 
 @dataclass
 class Study:
-    """Contenders, the real images they are measured on, and the folder that keeps the results.
+    """An evaluation of several contenders, and the folder of its results.
 
-    contenders: dicts of name, source and sampler (class path and arguments), or None where the source holds images;
-    residency, fill: of those that are composites, see `load_model`; protocol: a preset, or a mapping of ``preset`` and
-    fields of `Protocol` that differ; n, first_seed, reference (its split): those that most often do; weights: of its
-    feature network, where it needs a file. split: held-out images, its first n_held_out, for the errors per state, and
-    to observe; if None 1000, or as many as n images of conditional models need;
-    bits: fields of `Bits` for bits per dimension, where they are measured; lpips: file of its weights, or "", where
-    conditional models are to be measured by it; runs: folders with event files for curves.
+    out: folder of the results.
+    title: title of the report.
+    contenders: mappings with name, source, sampler (class path and arguments; None if the source holds images) and
+        optionally prior.
+    data: data set with the real images: a folder of shards, or an .npz file.
+    protocol: name of a preset, or a mapping of ``preset`` and the fields of `Protocol` that differ.
+    weights: weights of the protocol's feature network, if they are not shipped.
+    split: split with the held-out images, for the errors per state and for observations of conditional models.
+    reference: split, or .npz file, that distances are measured to; by default that of the protocol.
+    n_held_out: number of held-out images, the first of ``split``. If None, `HELD_OUT`, or more if the conditional
+        models need more for n images.
+    n: images drawn of each model; by default that of the protocol.
+    first_seed: first seed of the images; by default that of the protocol.
+    batch_size: images drawn at a time.
+    device: torch device.
+    residency: where composites keep the weights of their experts; see `load_model`.
+    fill: replacement for missing experts of composites; see `load_model`.
+    notes: plain text for the report, below the title.
+    bits: fields of `Bits` if bits per dimension are to be measured.
+    lpips: weights of LPIPS, or "" for the default, if conditional models are to be measured with it.
+    runs: name of a training -> folder with its TensorBoard event files, for the training curves.
     """
 
     out: str
@@ -84,14 +98,15 @@ class Study:
 
     @property
     def folder(self) -> Path:
-        """Where everything is kept."""
+        """Folder of the results."""
         return output_path(self.out)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read the study that a folder keeps, wherever it is by now.
+        """Read the study in a folder, which may have been moved since it was written.
 
-        What lies below the folder is looked for there alone, even if something else is at its old place by now.
+        Paths below the folder are resolved relative to its current place, even if they exist at the old place as well.
+        Raises InputError if the folder has no finished study, or a damaged one.
         """
         folder = Path(folder)
         try:
@@ -119,7 +134,10 @@ class Study:
             raise _damaged(folder / FILE, error) from None
 
     def check(self, conditional: bool = False) -> None:
-        """Refuse, before anything is trained, what could only fail after it; conditional: models are to be."""
+        """Raise InputError for a study whose evaluation cannot succeed; call it before training.
+
+        conditional: whether models that are still to be trained are conditional.
+        """
         names = [c["name"] for c in self.contenders]
         if len(set(names)) < len(names):
             raise InputError(f"contenders must have different names, got {names}")
@@ -152,17 +170,17 @@ class Study:
 
     @property
     def _conditional(self) -> bool:
-        """Whether a contender whose weights are there is conditional."""
+        """Whether a contender whose weights exist is conditional."""
         return any(build(card.states, LatentStates).observation is not None for card in self._cards.values())
 
     @property
     def _cards(self) -> dict[str, Card]:
-        """A card of each model among the contenders whose weights are there."""
+        """Card of the first weight file of each contender that is a model and whose weights exist."""
         models = [c for c in self._contenders() if c.sampler is not None and holds_weights(c.source)]
         return {c.name: read_card(find_files(c.source)[0]) for c in models}
 
     def _held_out(self, conditional: bool) -> int:
-        """How many held-out images are taken, if there are so many."""
+        """Return the number of held-out images to use; the data set may have fewer."""
         return self.n_held_out or max(HELD_OUT, self._protocol.n // DRAWS if conditional else 0)
 
     @property
@@ -185,7 +203,7 @@ class Study:
 
     @property
     def _reference(self) -> tuple[str, str]:
-        """Data and split that distances are taken to."""
+        """Data set and split that distances are measured to."""
         return (str(self.reference) if is_npz(self.reference) else self.data, self._protocol.split)
 
     def _contenders(self) -> list[Contender]:
@@ -211,11 +229,11 @@ class Study:
 
     @property
     def _channels(self) -> int:
-        """Of the images: the first model's, else what the protocol is for."""
+        """Channels of the images: those of the first model, or if there is none, those of the protocol's features."""
         return self._model_shape[0] if self._model_shape else 1 if self._protocol.features in ("digits", "mnist") else 3
 
     def _size(self) -> tuple[int, int | None]:
-        """Channels of the images, and their side where a model or the features say it and they are square."""
+        """Return the channels of the images, and their side length if it is known and the images are square."""
         shape = self._model_shape or self._network.shape
         return (shape[0], side_of(shape)) if shape else (self._channels, None)
 
@@ -230,7 +248,7 @@ class Study:
         return bits, self._real("train", bits.n)
 
     def evaluate(self) -> None:
-        """Measure every contender that has not been, and keep the results; the first rank writes them."""
+        """Measure all contenders, except those whose stored numbers are still valid, and write the results (rank 0)."""
         contenders, protocol, (channels, size) = self._contenders(), self._protocol, self._size()
         self.n_held_out = self._held_out(self._conditional)
         observations = dict[str, Observations]()
@@ -251,7 +269,7 @@ class Study:
             return
         if measured.reused:
             print(f"{measured.reused} of {len(contenders)} contenders had been measured; their numbers are kept")
-        (self.folder / FILE).unlink(missing_ok=True)  # until all of it is of this evaluation
+        (self.folder / FILE).unlink(missing_ok=True)  # written again once all other files are of this evaluation
         for line in self._replaced(rows):
             print(line)
         for row in rows:
@@ -267,10 +285,10 @@ class Study:
         measured.prune()
 
     def _replaced(self, rows: Sequence[dict[str, Any]]) -> list[str]:
-        """Return a line for each contender that is measured with other weights or images than the last time."""
+        """Return a line for each contender whose weights or images have changed since the last evaluation."""
         try:
             before = {row["name"]: row for row in self.rows}
-        except InputError:  # nothing has been measured, or it is measured anew
+        except InputError:  # no earlier results, or damaged ones
             return []
         keys = ("sha256", "images")
         changed = [r for r in rows if any(before.get(r["name"], r).get(k, r.get(k)) != r.get(k) for k in keys)]
@@ -282,7 +300,7 @@ class Study:
         ]
 
     def _content(self) -> dict[str, Any]:
-        """The study as kept: paths below its folder are relative to it, others absolute."""
+        """Return the content of `FILE`; paths below the folder are relative to it, other paths are absolute."""
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "out"}
         kept["contenders"] = [
             {k: self._portable(v) if k in ("source", "prior") and not v.startswith("cut:") else v for k, v in c.items()}
@@ -303,7 +321,7 @@ class Study:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The numbers kept."""
+        """Stored results, one row per contender; raises InputError if they are missing or damaged."""
         file = self.folder / RESULTS
         try:
             rows: list[dict[str, Any]] = parse_json(file.read_bytes())
@@ -317,7 +335,7 @@ class Study:
         return rows
 
     def _observations(self, name: str) -> Path:
-        """Where what a conditional contender was given is kept."""
+        """Return the file with the observations of a conditional contender."""
         number = [c["name"] for c in self.contenders].index(name)
         text = "".join(c if c.isalnum() else "_" for c in name)
         return self.folder / "observations" / f"{number:02d}_{text}.safetensors"
@@ -335,7 +353,7 @@ class Study:
         return {c["name"]: kept[c["name"]] for c in self.contenders if c["name"] in kept}
 
     def refuse_gone(self) -> None:
-        """Refuse contenders whose weights are gone, or are others than those that were measured; all at once."""
+        """Raise InputError, with all problems, for contenders whose weights or prior are missing or have changed."""
         rows, problems = {row["name"]: row for row in self.rows}, []
         for c in [c for c in self._contenders() if c.sampler is not None and c.name in rows]:
             start = Path(c.prior) if c.prior and not c.prior.startswith("cut:") else None
@@ -356,7 +374,7 @@ class Study:
             )
 
     def lines(self) -> list[WideTable | str]:
-        """For the terminal: a table per protocol, what the models cost, and what must be known of the numbers."""
+        """Return the output for the terminal: a table per protocol, the costs of the models, and notes."""
         out: list[WideTable | str] = [WideTable(line, table(rows)) for line, rows in tables(self.rows)]
         cost = costs(self.rows)
         said = notes(self.rows)
@@ -378,7 +396,11 @@ class Study:
         return [self.title, *out, *costly, *(f"note: {line}" for line in said)]
 
     def write_report(self) -> Path:
-        """Write report.html; refuses contenders that are gone, and says which folders with curves are."""
+        """Write report.html and return its path.
+
+        Raises InputError for contenders that are missing or have changed. Missing folders of training curves are named
+        in the notes of the report.
+        """
         self.refuse_gone()
         held_out = self._real(self.split, self._held_out(self._conditional))
         gone = [name for name, folder in self.runs.items() if not Path(folder).is_dir()]
@@ -400,7 +422,7 @@ class Study:
 
 
 def _damaged(file: Path, error: Exception) -> InputError:
-    """Return a refusal of a file of results that cannot be read."""
+    """Return the InputError for a results file that cannot be read."""
     what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
     return InputError(
         f"{file}: damaged or gone ({what}); put it back, give study again, or evaluate into another folder"
@@ -408,7 +430,11 @@ def _damaged(file: Path, error: Exception) -> InputError:
 
 
 def _here(path: str, folder: Path, schema: int, old: str) -> str:
-    """A path as kept, from where the study's folder is by now; before schema 2 it went from the working directory."""
+    """Return the current path of a stored path.
+
+    path: the stored path. folder: current folder of the study. schema: schema of `FILE`; in schema 1 paths are relative
+    to the working directory. old: folder of the study when it was written, for schema 1.
+    """
     if schema == 1 and not (old and Path(path).is_relative_to(old)):
         return path
     return str(folder / (Path(path).relative_to(old) if schema == 1 else path))

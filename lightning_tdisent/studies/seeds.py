@@ -1,4 +1,4 @@
-"""One study repeated with other training seeds: means, their spread, and quality against total compute."""
+"""Pool repetitions of a study with different training seeds: means, standard deviations, quality over compute."""
 
 import html
 import json
@@ -16,20 +16,23 @@ from lightning_tdisent.report.page import document, html_cells, html_table
 from lightning_tdisent.report.table import costs, mean_eps_mse, notes, tables
 from lightning_tdisent.studies.results import Study
 
-# fields of a row that repeats of one study have in common, however they are seeded
+# fields of a row that must be equal in all repetitions of a study
 SAME = (
     *("protocol", "given", "draws", "images", "sampler", "nfe", "rows", "table", "prior", "cut", "networks", "weights"),
     *("weights_kind", "recipe", "images_a_step", "training_data", "bpd_how", "preview", "differs"),
 )
-OWN = ("sha256", "seeds")  # fields that no two repeats share
-ROUNDING = 0.01  # by which the images seen may differ: an adaptive budget spends whole validations
+OWN = ("sha256", "seeds")  # fields that must differ between repetitions
+ROUNDING = 0.01  # relative tolerance of the images seen: an adaptive budget is spent in whole validations
 
 
 def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Rows of repeated studies as one set: every number is a mean, ``NAME_sd`` its standard deviation (of n - 1).
+    """Merge the rows of repeated studies: each number becomes the mean, ``NAME_sd`` the standard deviation (n - 1).
 
-    names: of the repeats, for messages. Raises InputError, with all that differs, for repeats that compare other
-    models, measure by another protocol, or share a seed.
+    repeats: rows of each repetition.
+    names: names of the repetitions, for messages.
+
+    Raises InputError, with all differences, for repetitions that compare different models, use different protocols, or
+    share a seed or weights.
     """
     names = names or [f"repeat {i + 1}" for i in range(len(repeats))]
     measured = [{row["name"]: row for row in rows if "refused" not in row} for rows in repeats]
@@ -42,7 +45,7 @@ def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ())
             first, other = kinds[name], rows[name]
             both = [key for key in SAME if key in first and key in other]
             differ = [key for key in both if _comparable(key, first[key]) != _comparable(key, other[key])]
-            if "source" in first:  # a folder of images, made by another training; real images are the same ones
+            if "source" in first:  # a folder of generated images differs between trainings; real images do not
                 differ = [key for key in differ if key != "images"]
             differ += [key for key in ("prior", "preview", "given") if (key in first) != (key in other)]
             seen, others = first.get("images_seen", 0), other.get("images_seen", 0)
@@ -85,7 +88,10 @@ def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ())
 
 
 def _not_of_all(alike: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the keys of numbers that not all repeats of a row have: the mean of some would pass for that of all."""
+    """Return the keys of numbers that some repetitions of a row lack.
+
+    A mean over the others could be mistaken for a mean over all repetitions.
+    """
     numbers = {k for row in alike for k, v in row.items() if isinstance(v, float) or k in ("x0_mse", "eps_mse")}
     lacking = {k for k in numbers if not all(isinstance(row.get(k), float | dict) for row in alike)}
     if any("bpd_refused" in row for row in alike):
@@ -94,7 +100,10 @@ def _not_of_all(alike: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _comparable(key: str, value: Any) -> Any:
-    """Return a field without what a training decides: how many steps were averaged, and which rows kept their start."""
+    """Return a field without the parts that may differ between trainings.
+
+    These are the number of averaged steps, and which rows kept their initial weights.
+    """
     if key == "weights_kind":
         return ", ".join(sorted(set(str(value).split(", ")) - {"start"})) or "ema"
     if key != "recipe" or not isinstance(value, list):
@@ -108,7 +117,7 @@ def _comparable(key: str, value: Any) -> Any:
 
 
 def write_page(studies: Sequence[Study], path: Path) -> list[dict[str, Any]]:
-    """Write the page of repeated studies; returns its rows."""
+    """Write the HTML page of repeated studies to ``path``; return its rows."""
     path = output_path(path)
     if len({study.folder.resolve() for study in studies}) < len(studies):
         raise InputError(f"a folder is named twice: {', '.join(str(study.folder) for study in studies)}")
@@ -131,6 +140,6 @@ def write_page(studies: Sequence[Study], path: Path) -> list[dict[str, Any]]:
 
 
 def notes_of(kept: dict[str, list[dict[str, Any]]], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what must be known of pooled rows, and, by folder, of rows of repeats that have no numbers."""
+    """Return the notes on pooled rows, and a note with the folder for each row that could not be measured."""
     refused = [(folder, row) for folder, own in kept.items() for row in own if "refused" in row]
     return notes(rows) + [f"{folder}: {row['name']}: {row['refused']}" for folder, row in refused]

@@ -1,4 +1,4 @@
-"""Expand a study's YAML: contenders and priors of a sweep, rows to start at, settings of runs."""
+"""Expand parts of a study's YAML: sweeps over the diffusion time, rows given as a share, and overrides of runs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +10,10 @@ TIME_KEYS = dict.fromkeys(("run", "sampler", "cuts", "priors"), ANY)
 
 
 def unrolled(study: dict[str, Any], file: str, strict: bool = True) -> dict[str, Any]:
-    """Add contenders and priors of a sweep over the cut: each row, from N(0, I) and from each prior (2206.05173).
+    """Return a study with the contenders and priors of its ``diffusion_time`` sweep (2206.05173) added.
 
-    strict: refuse a contender or prior of the study that has the name of one of the sweep.
+    The sweep has the whole chain, and for each cut the chain truncated at that row, started from N(0, I) and from each
+    prior. strict: raise InputError if the study has another contender or prior with the name of one of the sweep.
     """
     study = {**study, **{key: dict(study.get(key) or {}) for key in ("priors", "contenders")}}
     if (sweep := study.get("diffusion_time")) is None:
@@ -38,7 +39,7 @@ def unrolled(study: dict[str, Any], file: str, strict: bool = True) -> dict[str,
 
 
 def row_or_share(value: Any, where: str) -> int | float:
-    """A row, or a share of the rows as a float, from a number or its text."""
+    """Parse a row (int, from 1) or a share of the rows (float), given as a number or as text."""
     try:
         number = float(value)
         if isinstance(value, bool) or not 0 < number < float("inf"):
@@ -49,7 +50,10 @@ def row_or_share(value: Any, where: str) -> int | float:
 
 
 def overrides_of(words: Sequence[str], runs: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Return what words RUN.KEY=VALUE set for each run; * is every run, and a run's name may have dots."""
+    """Return the keys and values that words RUN.KEY=VALUE set for each run.
+
+    RUN is the name of a run, which may contain dots, or * for all runs.
+    """
     out: dict[str, dict[str, str]] = {name: {} for name in runs}
     for word in words:
         target, _, value = word.partition("=")
