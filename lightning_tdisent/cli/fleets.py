@@ -1,4 +1,4 @@
-"""Commands on fleets: plan, run, status."""
+"""The commands `fleet plan`, `fleet run` and `fleet status`."""
 
 import argparse
 import inspect
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from lightning_tdisent.fleet.plan import Facts, Fleet
     from lightning_tdisent.fleet.state import FleetWork
 
-TEXTS = ("memory", "address", "sbatch", "resources")  # options that are no numbers
+TEXTS = ("memory", "address", "sbatch", "resources")  # engine options that are not numbers
 TEXT = "plan, run and watch the trainings of many independent experts"
 
 
 def add_commands(commands: Commands) -> None:
-    """Add their options."""
+    """Add the command `fleet` with its subcommands and their options."""
     commands = commands.add_parser("fleet", help=TEXT, description=TEXT).add_subparsers(
         dest="fleet_command", metavar="COMMAND", required=True
     )
@@ -87,7 +87,7 @@ def _fleet_plan(a: argparse.Namespace) -> None:
     facts: list[Facts] = []
 
     def check(fleet: "Fleet") -> None:
-        if not fleet.store.remote:  # the configs of one in a store are brought here first
+        if not fleet.store.remote:  # the configs of a fleet in an object store are downloaded first, below
             facts[:] = fleet.check(describe)
 
     where = a.folder
@@ -163,7 +163,7 @@ def _fleet_run(a: argparse.Namespace) -> None:
     work.store.check()
     names = [name for words in a.only for name in words.split(",")]
     only = [f"expert_{int(name):03d}" if name.isdigit() else name for name in names]
-    work.fleet.refuse_late(only)  # one of many workers does not read what all the others do
+    work.fleet.refuse_late(only)  # only these jobs: a single worker need not read the files of all the others
     work.refuse_fewer(only)
     if a.engine != "local":
         _launch(a, work, only)
@@ -177,7 +177,7 @@ def _fleet_run(a: argparse.Namespace) -> None:
         raise InputError(f"--only {', '.join(unknown)}: no such expert; there are {', '.join(work.fleet.names)}")
     session, train = Session(only, a.ttl, together=together, quiet=not here), partial(fits, stacked=a.stacked)
     if here:
-        for name in SRUN:  # Lightning would take a task of somebody's own batch script for one of srun's
+        for name in SRUN:  # in a user's own batch script, Lightning would assume that srun started this process
             os.environ.pop(name, None)
         if a.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = "" if a.gpus == "none" else a.gpus
@@ -194,7 +194,7 @@ def _fleet_run(a: argparse.Namespace) -> None:
 
 
 def _launch(a: argparse.Namespace, work: "FleetWork", only: Sequence[str]) -> None:
-    """Let a cluster run `fleet run --only` for each expert; an adaptive budget does so round by round."""
+    """Let a cluster run `fleet run --only` for each expert; with an adaptive budget once per round."""
     import sys
 
     from lightning_tdisent.fleet.engines import ray, slurm
@@ -208,7 +208,7 @@ def _launch(a: argparse.Namespace, work: "FleetWork", only: Sequence[str]) -> No
     options: dict[str, Any] = {}
     for (key, value), word in zip(settings(a.options, "--option"), a.options, strict=True):
         group, _, name = key.rpartition(".")
-        if group:  # sbatch's own are passed on as they stand: in YAML 8:00:00 is a number
+        if group:  # values for sbatch are passed on as text: in YAML 8:00:00 is a number
             options.setdefault(group, {})[name] = word.partition("=")[2] if group == "sbatch" else value
         else:
             options[key] = word.partition("=")[2] if key in ("memory", "address") else value
