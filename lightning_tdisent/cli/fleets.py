@@ -26,53 +26,51 @@ def add_commands(commands: Commands) -> None:
     commands = commands.add_parser("fleet", help=TEXT, description=TEXT).add_subparsers(
         dest="fleet_command", metavar="COMMAND", required=True
     )
-    p = command(
-        commands, "plan", _fleet_plan, "expand a fleet's YAML into a plan, one training per expert; or check one"
-    )
-    p.add_argument("folder", nargs="?", help="of a fleet that is planned already: check its plan, as edited")
-    p.add_argument("--config", type=Path, help="the YAML, e.g. experiments/digits/fleet8.yaml")
-    p.add_argument("--out", help="folder or URL of the fleet (default: that of the YAML)")
-    p.add_argument("--seed", type=int, help="of all trainings (default: that of the YAML)")
+    p = command(commands, "plan", _fleet_plan, "expand the YAML file of a fleet into a plan, or check an existing plan")
+    p.add_argument("folder", nargs="?", help="folder or URL of an existing fleet: check its plan, including edits")
+    p.add_argument("--config", type=Path, help="YAML file of a new fleet, e.g. experiments/digits/fleet8.yaml")
+    p.add_argument("--out", help="folder or URL of the fleet (default: out of the YAML file)")
+    p.add_argument("--seed", type=int, help="seed of all trainings (default: seed of the YAML file)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                   help="config key of every training, e.g. trainer.val_check_interval=100")  # fmt: skip
+                   help="set a config key of every training, e.g. trainer.val_check_interval=100")  # fmt: skip
 
     p.add_argument("--simulate", metavar="workers=N[,speed=..,failures=..]",
-                   help="say what it will take; without speed= a few steps are rehearsed here first")  # fmt: skip
+                   help="predict time and compute; without speed=, first measure a few steps here")  # fmt: skip
 
     r = command(
         commands,
         "run",
         _fleet_run,
-        "train what is not trained yet; the same command goes on, on any number of machines",
+        "train all experts that are not done; repeat the command to resume, or run it on several machines",
     )
-    r.add_argument("folder", help="of the fleet, or its URL")
+    r.add_argument("folder", help="folder or URL of the fleet")
     r.add_argument("--only", action="append", default=[], metavar="EXPERT",
-                   help="a number or name, or several by commas; a single one is trained right here")  # fmt: skip
-    r.add_argument("--workers", type=int, help="processes at a time (default: one per GPU, or core if there is none)")
-    r.add_argument("--threads", type=int, help="of each worker; 0: its share of the cores (default 1)")
+                   help="number or name, or several with commas; a single one is trained in this process")  # fmt: skip
+    r.add_argument("--workers", type=int, help="worker processes (default: one per GPU, or per core without a GPU)")
+    r.add_argument("--threads", type=int, help="threads per worker; 0: cores divided by workers (default 1)")
     r.add_argument("--together", type=int, metavar="M",
-                   help="experts that a worker trains at a time, from images that are decoded once")  # fmt: skip
+                   help="experts that each worker trains at a time; images are decoded only once")  # fmt: skip
     r.add_argument("--stacked", action="store_true",
-                   help="with --together: steps of like experts at once: faster, with other last bits")  # fmt: skip
-    r.add_argument("--gpus", help="names for CUDA_VISIBLE_DEVICES by commas, e.g. 0,1: each worker sees one, in turn "
-                   "(default: all that are here; none: no worker sees any)")  # fmt: skip
+                   help="with --together: compute steps of like experts jointly; faster, last bits differ")  # fmt: skip
+    r.add_argument("--gpus", help="values for CUDA_VISIBLE_DEVICES, separated by commas, e.g. 0,1; assigned to the "
+                   "workers in turn, one each (default: all GPUs; none: no GPU)")  # fmt: skip
     r.add_argument("--engine", choices=("local", "ray", "slurm"), default="local",
-                   help="who starts the workers: this machine, a Ray cluster, or SLURM")  # fmt: skip
+                   help="where workers run: this machine, a Ray cluster, or SLURM (default local)")  # fmt: skip
     r.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", dest="options",
-                   help="of ray or slurm, e.g. cpus=4, gpus=1, memory=16G, retries=3, address=HOST:PORT, "
+                   help="option of ray or slurm, e.g. cpus=4, gpus=1, memory=16G, retries=3, address=HOST:PORT, "
                    "sbatch.partition=gpu, sbatch.time=8:00:00")  # fmt: skip
-    r.add_argument("--detach", action="store_true", help="with slurm: submit, and do not wait")
+    r.add_argument("--detach", action="store_true", help="with slurm: submit the jobs, and do not wait for them")
     r.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                   help="what is different on this machine, e.g. data.path=/data/digits")  # fmt: skip
-    r.add_argument("--scratch", type=Path, help="folder for runs of a fleet in an object store (default: the cache)")
+                   help="set a config key on this machine only, e.g. data.path=/data/digits")  # fmt: skip
+    r.add_argument("--scratch", type=Path, help="local folder for runs of a fleet in an object store (default: cache)")
     r.add_argument(
-        "--ttl", type=float, default=60.0, help="seconds of silence after which a worker is taken for dead (default 60)"
+        "--ttl", type=float, default=60.0, help="seconds without a heartbeat until a worker counts as dead (default 60)"
     )
 
-    s = command(commands, "status", _fleet_status, "where every expert stands")
-    s.add_argument("folder", help="of the fleet, or its URL")
-    s.add_argument("--watch", action="store_true", help="show it until all is done, or Ctrl-C")
-    s.add_argument("--html", type=Path, help="write it to this file, too")
+    s = command(commands, "status", _fleet_status, "show the status of every expert")
+    s.add_argument("folder", help="folder or URL of the fleet")
+    s.add_argument("--watch", action="store_true", help="update it until all experts are done or failed, or Ctrl-C")
+    s.add_argument("--html", type=Path, help="also write it to this HTML file")
 
 
 def _fleet_plan(a: argparse.Namespace) -> None:
@@ -80,9 +78,9 @@ def _fleet_plan(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.simulate import Pool, lines, rehearse
 
     if (a.folder is None) == (a.config is None):
-        raise InputError("fleet plan wants --config FILE for a new fleet, or the folder of one that is planned")
+        raise InputError("fleet plan: give either --config FILE for a new fleet, or the folder of an existing fleet")
     if a.folder and (a.out or a.seed is not None or a.overrides):
-        raise InputError("--out, --seed and --set are for --config; edit plan.yaml of a fleet that is planned")
+        raise InputError("--out, --seed and --set require --config; edit plan.yaml to change an existing fleet")
     simulated = Pool.of(a.simulate) if a.simulate else None
     facts: list[Facts] = []
 
@@ -103,9 +101,9 @@ def _fleet_plan(a: argparse.Namespace) -> None:
     if fleet.budget.rule == "adaptive":
         first = fleet.shared_cost + sum(e.cost * e.images for e in fleet.experts)
         print(
-            f"this is the first round: {first:,.0f} of the budget of {fleet.budget.images:,} images (in those of the "
-            f"experts' largest network); the other {fleet.budget.images - first:,.0f} follow the curves of the errors, "
-            f"in {fleet.budget.rounds} more rounds"
+            f"this is the first round: {first:,.0f} of the budget of {fleet.budget.images:,} images (of the largest "
+            f"expert network); the other {fleet.budget.images - first:,.0f} follow from the error curves, in "
+            f"{fleet.budget.rounds} more rounds"
         )
     if simulated:
         pool, given = simulated
@@ -152,12 +150,12 @@ def _fleet_run(a: argparse.Namespace) -> None:
     local = {"--workers": a.workers, "--threads": a.threads, "--together": a.together, "--gpus": a.gpus}
     odd = [name for name, given in {**local, "--stacked": a.stacked or None}.items() if given is not None]
     if odd and a.engine != "local":
-        raise InputError(f"{', '.join(odd)}: of --engine local; --engine {a.engine} has --option cpus=, gpus=, ..")
+        raise InputError(f"{', '.join(odd)}: only for --engine local; for {a.engine} use --option cpus=.., gpus=.., ..")
     workers, threads, together = a.workers or 0, 1 if a.threads is None else a.threads, a.together or 1
     if a.ttl <= 0 or workers < 0 or threads < 0 or together < 1 or (a.stacked and together == 1):
         raise InputError(
-            f"--ttl {a.ttl:g} --workers {workers} --together {together}: a time above 0, a number of processes, "
-            "and of experts at a time in each, at least 1 (2 with --stacked)"
+            f"--ttl {a.ttl:g} --workers {workers} --together {together}: --ttl must be above 0, --workers and "
+            "--threads not negative, and --together at least 1 (2 with --stacked)"
         )
     work = open_fleet(a.folder, a.overrides, a.scratch)
     work.store.check()
@@ -170,7 +168,7 @@ def _fleet_run(a: argparse.Namespace) -> None:
         print(summary(tiles(work)))
         return
     if a.options or a.detach:
-        raise InputError("--option and --detach belong to --engine ray or slurm")
+        raise InputError("--option and --detach require --engine ray or slurm")
     here = len(only) == 1
     unknown = [name for name in only if name not in work.fleet.names]
     if unknown:
@@ -202,7 +200,7 @@ def _launch(a: argparse.Namespace, work: "FleetWork", only: Sequence[str]) -> No
     from lightning_tdisent.fleet.plan import settings
 
     if work.store.remote and a.engine == "slurm":
-        raise InputError(f"{a.folder}: --engine slurm wants a folder that all nodes share")
+        raise InputError(f"{a.folder}: --engine slurm requires a folder that all nodes share")
     place = a.folder if work.store.remote else str(Path(a.folder).resolve())
     logs = (Path(work.fleet.root) if work.store.remote else Path(place)) / "logs"
     options: dict[str, Any] = {}
@@ -225,14 +223,15 @@ def _launch(a: argparse.Namespace, work: "FleetWork", only: Sequence[str]) -> No
     taken.remove("say")
     odd = [f"{k}={v}" for k, v in options.items() if k in taken and k not in TEXTS and not isinstance(v, (int, float))]
     if odd:
-        raise InputError(f"--option {odd[0]}: a number is wanted")
+        raise InputError(f"--option {odd[0]}: expected a number")
     if odd := [key for key in options if key not in taken]:
         raise InputError(
-            f"--option {odd[0]}: none of --engine {a.engine}.{nearest(odd[0], taken)} It has: {', '.join(taken)}"
+            f"--option {odd[0]}: unknown for --engine {a.engine}.{nearest(odd[0], taken)} Known: {', '.join(taken)}"
         )
     if a.detach and (a.engine == "ray" or work.fleet.budget.rule == "adaptive"):
         raise InputError(
-            "--detach is for --engine slurm, and for budgets whose end is known: an adaptive one is decided on the way"
+            "--detach requires --engine slurm and a budget that is not adaptive: the rounds of an adaptive budget are "
+            "decided during the training"
         )
     while True:
         number = work.round()

@@ -60,19 +60,22 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
-            raise InputError(f"rule: {self.rule!r} is none.{nearest(str(self.rule), RULES)} Rules: {', '.join(RULES)}")
+            raise InputError(f"rule: unknown {self.rule!r}.{nearest(str(self.rule), RULES)} Known: {', '.join(RULES)}")
         if isinstance(self.images, bool) or not isinstance(self.images, int) or self.images < 1:
-            raise InputError(f"images: of all jobs together, at least 1, got {self.images!r}")
+            raise InputError(f"images: expected the images of all jobs, an integer of at least 1, got {self.images!r}")
         for name, low, high in (("least", 0, 1), ("end", 0, 1), ("first", 0.01, 1), ("rounds", 1, 10_000)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise InputError(f"{name}: must lie in [{low}, {high}], got {value!r}")
         if self.rounds != int(self.rounds):
-            raise InputError(f"rounds: a whole number, got {self.rounds}")
+            raise InputError(f"rounds: expected an integer, got {self.rounds}")
         if not all(isinstance(share, (int, float)) and 0 <= share < float("inf") for share in self.shares):
-            raise InputError(f"shares: numbers from 0 on, got {list(self.shares)}")
+            raise InputError(f"shares: expected finite numbers of at least 0, got {list(self.shares)}")
         if bool(self.shares) != (self.rule == "explicit"):
-            raise InputError(f"shares: belong to the rule explicit, one number per expert; the rule is {self.rule}")
+            raise InputError(
+                "shares: give one number per expert with the rule explicit, and none with other rules; the rule is "
+                f"{self.rule}"
+            )
 
     @classmethod
     def of(cls, data: Any, where: str) -> "Budget":
@@ -80,7 +83,10 @@ class Budget:
         data = {"images": data} if isinstance(data, int) and not isinstance(data, bool) else data
         names = [f.name for f in fields(cls)]
         if not isinstance(data, dict) or "images" not in data:
-            raise InputError(f"{where}: expected images: N, and maybe {', '.join(names[1:])}; got {data!r}")
+            raise InputError(
+                f"{where}: expected a number of images, or a mapping with images and optionally "
+                f"{', '.join(names[1:])}; got {data!r}"
+            )
         if odd := [key for key in data if key not in names]:
             raise InputError(f"{where}: unknown key {odd[0]!r}.{nearest(str(odd[0]), names)} Known: {', '.join(names)}")
         try:
@@ -114,7 +120,10 @@ class Budget:
         rows = [L for block in log_snr for L in block]
         if self.rule == "explicit":
             if len(self.shares) != len(log_snr) or min(self.shares) < 0 or not any(self.shares):
-                raise InputError(f"{where}: budget.shares: {len(log_snr)} numbers >= 0, one per expert, {self.shares}")
+                raise InputError(
+                    f"{where}: budget.shares: expected {len(log_snr)} numbers >= 0, one per expert and not all 0, got "
+                    f"{self.shares}"
+                )
             shares = np.array(self.shares, float)
         else:
             if self.rule == "taper":
@@ -140,7 +149,7 @@ class Budget:
         if not count:
             raise InputError(
                 f"{where}: budget.images: {images} images for the experts are less than a batch of {batch} for each of "
-                f"the {len(shares)}"
+                f"the {len(shares)} experts"
             )
         return [int(n) * batch for n in parts(possible[count - 1])]
 
@@ -176,7 +185,7 @@ def effects(log_snr: Sequence[float], variances: Sequence[float]) -> list[float]
     """
     v = np.array(variances, float)
     if not v.size or v.min() < 0 or not v.sum() > 0:
-        raise InputError(f"variances of data: numbers >= 0, not all 0, got {variances}")
+        raise InputError(f"variances of the data: expected numbers >= 0, not all 0, got {variances}")
     L = np.array(log_snr, float)
     a = np.concatenate([[1.0], np.sqrt(1 / (1 + np.exp(-L)))])
     b = np.concatenate([[0.0], np.sqrt(1 / (1 + np.exp(L)))])

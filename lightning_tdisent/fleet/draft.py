@@ -96,7 +96,7 @@ def draft(
     if facts.devices not in ("auto", "-1", -1, "1", 1):
         common.setdefault(DEVICES, facts.devices)
     if not facts.module.endswith("SingleState"):
-        raise InputError(f"{file}: configs make a {facts.module}; an expert is a SingleState")
+        raise InputError(f"{file}: configs define a {facts.module}, but an expert must be a SingleState")
     blocks = _blocks(data, facts.sizes or [facts.S], str(file))
     specials = _for_rows(data.get("for_rows") or {}, blocks, facts.S, str(file))
     batch = int(data.get("batch") or facts.batch)
@@ -121,7 +121,7 @@ def draft(
     images = budget.split(free, step, [[facts.log_snr[s - 1] for s in rows] for rows in blocks], costs, str(file))
     start = data.get("start", "common")
     names = [f"expert_{k:03d}" for k in range(1, len(blocks) + 1)]
-    refuse_kind(seed + len(blocks) - 1, SEED, f"{file}: seed: that of {names[-1]}")
+    refuse_kind(seed + len(blocks) - 1, SEED, f"{file}: seed of {names[-1]}")
     experts = []
     for k, (name, rows) in enumerate(zip(names, blocks, strict=True)):
         begin = SHARED if shared else "scratch" if start == "common" else str(start)
@@ -176,14 +176,14 @@ def _claim(fleet: Fleet, copies: dict[str, bytes], begun: bool) -> None:
     if differ and (begun or fleet.store.names("leases")):
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise InputError(
-            f"{fleet.store} holds another plan, which has begun ({'; '.join(differ[:5])}{more}). Look at it with "
+            f"{fleet.store} holds another plan, which has started ({'; '.join(differ[:5])}{more}). Show it with "
             f"{typed('fleet', 'plan', str(fleet.store))}, edit {FILE} there, or choose another --out"
         )
     if there is not None and not differ and all(fleet.store.read(name) == content for name, content in copies.items()):
         return
     if differ and there is not None:
         fleet.store.write(PREVIOUS, there)
-        print(f"{fleet.store}: nothing of the plan that was there has begun; it is replaced, and kept as {PREVIOUS}:")
+        print(f"{fleet.store}: its plan has not started; it is replaced, and kept as {PREVIOUS}. Differences:")
         print("\n".join(f"  - {line}" for line in differ))
     for name, content in copies.items():
         fleet.store.write(name, content)
@@ -216,7 +216,7 @@ def _blocks(data: dict[str, Any], sizes: Sequence[int], file: str) -> list[list[
         return split_rows(sizes, owners)
     except (InputError, TypeError) as error:
         raise InputError(
-            f"{file}: {error if isinstance(error, InputError) else f'experts: {owners!r} is no number'}"
+            f"{file}: {error if isinstance(error, InputError) else f'experts: expected a number, got {owners!r}'}"
         ) from None
 
 
@@ -229,20 +229,20 @@ def _for_rows(data: Any, blocks: Sequence[Sequence[int]], S: int, file: str) -> 
     for key, chosen in data.items():
         first, _, last = str(key).partition("..")
         if not first.isdigit() or not (last or first).isdigit() or not 1 <= int(first) <= int(last or first) <= S:
-            raise InputError(f"{file}: for_rows: {key!r} is no range FIRST..LAST within 1..{S}")
+            raise InputError(f"{file}: for_rows: {key!r} is not a range FIRST..LAST within 1..{S}")
         if not isinstance(chosen, dict):
             raise InputError(f"{file}: for_rows.{key}: expected a mapping of config keys, got {chosen!r}")
         span = range(int(first), int(last or first) + 1)
         for k, rows in enumerate(blocks):
             inside = [s in span for s in rows]
             if any(inside) and not all(inside):
-                raise InputError(f"{file}: for_rows: {key} cuts the rows {list(rows)} of one expert")
+                raise InputError(f"{file}: for_rows: {key} contains only some of the rows {list(rows)} of one expert")
             if all(inside):
                 for name in chosen:
                     if name in out[k] and out[k][name] != chosen[name]:
                         raise InputError(
-                            f"{file}: for_rows: {name} of rows {list(rows)} is {out[k][name]!r} by {said[k][name]} and "
-                            f"{chosen[name]!r} by {key}; let one range say it"
+                            f"{file}: for_rows: {name} of rows {list(rows)} is {out[k][name]!r} in {said[k][name]} and "
+                            f"{chosen[name]!r} in {key}; set it in only one range"
                         )
                 out[k] |= chosen
                 said[k] |= dict.fromkeys(chosen, str(key))
@@ -259,7 +259,7 @@ def _copies(file: Path, names: Any, key: str, taken: Copies) -> tuple[dict[str, 
         path = file.parent / str(name)
         if not path.is_file():
             near = nearest(str(name), [p.name for p in file.parent.glob("*.yaml")])
-            raise InputError(f"{file}: {key}: {path} is no file.{near}")
+            raise InputError(f"{file}: {key}: {path}: no such file.{near}")
         content = path.read_bytes()
         clash = {**copies, **{name: 0 for name, (other, _) in taken.items() if other != content}}
         copy = copy_name(f"{path.parent.resolve().name}_{path.stem}", clash)
@@ -272,7 +272,7 @@ def _place(file: Path, start: str) -> str:
     for path in (Path(start), file.parent / start):
         if path.exists():
             return str(path.resolve())
-    raise InputError(f"{file}: start: {start!r} is nothing that is here; give {STARTS}")
+    raise InputError(f"{file}: start: no file or folder {start!r}; give {STARTS}")
 
 
 def _items(data: Any) -> list[tuple[str, Any]]:

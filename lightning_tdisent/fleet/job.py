@@ -55,8 +55,8 @@ class Job:
         if wrong:
             run = any((self.folder / name).exists() for name in (CONFIG, CHECKPOINTS))
             raise InputError(
-                f"{self.weights} is of another training: it has {', '.join(wrong)}. Put {self.folder if run else 'it'} "
-                "elsewhere, and run the fleet again"
+                f"{self.weights} belongs to another training: it has {', '.join(wrong)}. Move "
+                f"{self.folder if run else 'it'} elsewhere, and run the fleet again"
             )
         return card
 

@@ -12,8 +12,8 @@ from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.files import compose_yaml, expand_all
 
 ANY, TEXT, LIST, MAPPING = "", "text", "a list", "a mapping"
-SETTINGS, WHOLE, COUNT = "a mapping of config keys", "a whole number", "a whole number from 1 on"
-SEED = "a whole number in [0, 2^32)"
+SETTINGS, WHOLE, COUNT = "a mapping of config keys", "an integer", "an integer of at least 1"
+SEED = "an integer in [0, 2^32)"
 
 
 def _is_whole(value: Any) -> bool:
@@ -25,7 +25,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     TEXT: lambda value: isinstance(value, str),
     LIST: lambda value: isinstance(value, list),
     MAPPING: lambda value: isinstance(value, dict),
-    "a mapping of a name to its settings": lambda value: isinstance(value, dict),
+    "a mapping of names to settings": lambda value: isinstance(value, dict),
     SETTINGS: lambda value: isinstance(value, dict),
     WHOLE: _is_whole,
     COUNT: lambda value: _is_whole(value) and value >= 1,
@@ -47,7 +47,7 @@ def known(data: Any, keys: Mapping[str, str], where: str, required: Sequence[str
     value that is not of the kind of its key.
     """
     if not isinstance(data, dict):
-        raise InputError(f"{where}: expected keys {', '.join(keys)}, got {data!r}")
+        raise InputError(f"{where}: expected a mapping with the keys {', '.join(keys)}, got {data!r}")
     for key in data:
         if key not in keys:
             raise InputError(f"{where}: unknown key {key!r}.{nearest(str(key), list(keys))} Known: {', '.join(keys)}")

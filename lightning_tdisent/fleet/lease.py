@@ -134,7 +134,7 @@ class Lease:
         if not quick or self._clock() - self._good > self.ttl:
             self._ask()
         if self.lost:
-            raise Lost(f"{self.job}: {self.lost}; this worker lets go of it, and has saved nothing since")
+            raise Lost(f"{self.job}: {self.lost}; this worker stops training it, and has saved nothing since then")
 
     def _ask(self) -> bool:
         """Update ``lost`` from the store; return False if the store does not answer."""

@@ -80,7 +80,7 @@ def run(
                         starts += 1
                         if process.exitcode == 2 or starts > session.deaths * (len(jobs) + 1):
                             raise Halted(
-                                f"a worker ended with status {process.exitcode} after {starts} in all; see above"
+                                f"a worker ended with status {process.exitcode} ({starts} were started); see above"
                             )
                         pool[k] = start(k)  # the new worker resumes the job of the dead one
         finally:

@@ -63,7 +63,7 @@ class Mirror:
         mine, theirs = identity_of(self.folder), identity_in(self.store.read(f"{self.name}/config.yaml"))
         if mine and theirs and mine != theirs:
             aside = self.folder.with_name(f".{self.folder.name}.{mine}")
-            print(f"{self.folder} has run {mine}, the store goes on with {theirs}: moved to {aside}", file=sys.stderr)
+            print(f"{self.folder} holds run {mine}, but the store run {theirs}: moved to {aside}", file=sys.stderr)
             self.folder.rename(aside)
 
     def push(self, check: Guard) -> None:
@@ -167,11 +167,11 @@ def scratch_of(store: Store, identity: str, given: Path | None, cache: Callable[
         write_whole(file, json.dumps({"schema": 1, "fleet": str(store), "key": key}).encode())
         return given
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: damaged: {error}; name another --scratch, or remove it") from None
+        raise InputError(f"{file}: damaged: {error}; choose another --scratch, or remove it") from None
     check_schema(found, str(file), 1)
     if theirs != key:
         raise InputError(
-            f"--scratch {given}: holds runs of {of}, planned earlier or elsewhere than {store}. Name another folder, "
+            f"--scratch {given}: holds runs of {of}, planned earlier or elsewhere than {store}. Choose another folder, "
             "or remove this one"
         )
     return given

@@ -22,9 +22,9 @@ def fault(name: Any, reserved: Collection[str] = (), marks: str = MARKS) -> str 
     if not name:
         return "a name must not be empty"
     if name != unicodedata.normalize("NFC", name) or len(name.encode()) > LONGEST:
-        return f"a name has at most {LONGEST} bytes, in Unicode's normal form C"
+        return f"a name has at most {LONGEST} bytes and is in Unicode normal form C"
     if odd := sorted({c for c in name if not (c.isalnum() or c in marks)}):
-        return f"a name has letters, digits and any of {marks.strip()!r}, not {' '.join(map(repr, odd))}"
+        return f"a name consists of letters, digits and any of {marks.strip()!r}, not {' '.join(map(repr, odd))}"
     if not name[0].isalnum() or name[-1] in " .":
         return "a name begins with a letter or a digit, and does not end with a space or a dot"
     if name.casefold() in {r.casefold() for r in reserved}:
@@ -41,5 +41,7 @@ def clashes(claims: Sequence[tuple[str, str]]) -> list[str]:
     for _, some in groupby(sorted(claims, key=lambda claim: claim[0].casefold()), key=lambda c: c[0].casefold()):
         found = list(some)
         if len(found) > 1:
-            out.append(f"{' and '.join(dict.fromkeys(f'{who} ({name})' for name, who in found))} would be one")
+            out.append(
+                f"{' and '.join(dict.fromkeys(f'{who} ({name})' for name, who in found))} would have the same name"
+            )
     return out

@@ -47,8 +47,8 @@ PLAN_KEYS = {"schema": ANY, "title": TEXT, "seed": SEED, "table": MAPPING, "budg
 TABLE_KEYS = {"fingerprint": ANY, "S": COUNT, "index": LIST, "log_snr": LIST}
 EXPERT_KEYS = dict.fromkeys(("name", "rows", "images", "batch", "seed", "start", "set", "cost", "parts"), ANY)
 HEADER = """\
-# The plan of a fleet: every line below `experts` is one training. Edit rows, batch, seed, start or set of an expert as
-# long as it has not begun, and images of any; `python -m lightning_tdisent fleet plan FOLDER` checks the whole.
+# The plan of a fleet. Every line below `experts` is one training. You may edit images of every expert, and rows, batch,
+# seed, start and set of experts that have not started. `python -m lightning_tdisent fleet plan FOLDER` checks the plan.
 # start: scratch, shared (the run above), the name of another expert, or a file or run folder with weights.
 """
 
@@ -278,7 +278,7 @@ class Fleet:
             raise InputError(f"{file}: there is no plan here; write one with {make}")
         data = load_yaml(text, file)
         if twice := repeated_keys(text):
-            raise InputError(f"{file}: {'; '.join(twice)}: a key that this mapping has already")
+            raise InputError(f"{file}: {'; '.join(twice)}: duplicate key")
         if isinstance(data, dict):
             check_schema(data, file, SCHEMA)
         data = known(data, PLAN_KEYS, file, required=[k for k in PLAN_KEYS if k not in ("set", "shared", "title")])
@@ -305,8 +305,8 @@ class Fleet:
                 problems.append(f"{store}/{name} {'is missing' if found is None else 'has been changed'}")
         if problems:
             raise InputError(
-                f"{file}: {'; '.join(problems)}. Configs of a fleet stay as they were planned: put them back, say what "
-                "is to differ under set, or plan anew in another folder"
+                f"{file}: {'; '.join(problems)}. The configs of a fleet must stay as they were planned: restore them, "
+                "put your changes under set, or plan another fleet in another folder"
             )
         return fleet
 
@@ -329,34 +329,35 @@ class Fleet:
             if facts.parts != parts:
                 raise InputError(
                     f"{job.name}: a step of its config has {facts.parts} batches (trainer.accumulate_grad_batches x "
-                    f"devices), its line in the plan counts parts: {parts}. Make both agree: set trainer.devices and "
-                    "trainer.accumulate_grad_batches, or write parts into the line"
+                    f"devices), but its line in the plan has parts: {parts}. Make both agree: set trainer.devices and "
+                    "trainer.accumulate_grad_batches, or change parts in the line"
                 )
             want = self.table["fingerprint"]
             if job.name != SHARED and facts.fingerprint != want:
                 raise InputError(
-                    f"{job.name}: its config gives a table of fingerprint {facts.fingerprint}, the plan has {want}; "
-                    "all experts of a fleet share one table"
+                    f"{job.name}: its config defines a table with fingerprint {facts.fingerprint}, but the plan has "
+                    f"{want}; all experts of a fleet share one table"
                 )
             if self.budget.rule == "adaptive" and facts.decay != "constant" and job.name != SHARED:
                 raise InputError(
-                    f"{job.name}: model.decay is {facts.decay}, whose course needs the end to be known; an adaptive "
-                    "budget wants model.decay: constant (and ema.lengths: [0.1], which averages as long as it trains)"
+                    f"{job.name}: model.decay is {facts.decay}, which requires a known number of steps; with an "
+                    "adaptive budget set model.decay: constant (and ema.lengths: [0.1], an average whose length grows "
+                    "with the training)"
                 )
             if self.budget.rule == "adaptive" and facts.K > 1:
                 raise InputError(
-                    f"{job.name}: an adaptive budget knows what errors do to an image in tables of one column, this "
-                    f"has {facts.K}; choose budget.rule: uniform, taper, snr or explicit"
+                    f"{job.name}: an adaptive budget supports only tables with one column, but this table has "
+                    f"{facts.K}; choose budget.rule: uniform, taper, snr or explicit"
                 )
             if self.budget.rule == "adaptive" and job.name != SHARED and not facts.validate:
                 raise InputError(
-                    f"{job.name}: an adaptive budget follows its curve: set trainer.val_check_interval to a number of "
-                    "steps, and trainer.check_val_every_n_epoch to null"
+                    f"{job.name}: an adaptive budget requires an error curve: set trainer.val_check_interval to a "
+                    "number of steps, and trainer.check_val_every_n_epoch to null"
                 )
             if self.budget.rule == "adaptive" and job.name != SHARED and facts.max_steps < POINTS * facts.validate:
                 raise InputError(
-                    f"{job.name}: an adaptive budget follows its curve, and wants {POINTS} validations at least in its "
-                    f"first {facts.max_steps} steps; there is one every {facts.validate:g} (trainer.val_check_interval)"
+                    f"{job.name}: an adaptive budget requires at least {POINTS} validations in the first "
+                    f"{facts.max_steps} steps; there is one every {facts.validate:g} (trainer.val_check_interval)"
                 )
             out[job.name] = facts
         if misfits := [
@@ -364,7 +365,7 @@ class Fleet:
             for e in self.experts
             if {e.name, e.start} <= out.keys() and out[e.name].fits != out[e.start].fits
         ]:
-            raise InputError("weights of another network or prediction do not fit: " + "; ".join(misfits))
+            raise InputError("initial weights of another network or prediction do not fit: " + "; ".join(misfits))
         rows = {e.name: e.rows for e in self.experts}
         if strange := [
             f"{e.name} (rows {e.rows}) starts from {e.start} (rows {rows[e.start]})"
@@ -373,9 +374,9 @@ class Fleet:
             if out[e.name].sees_state or out[e.start].sees_state
         ]:
             raise InputError(
-                f"{'; '.join(strange)}: only a time-agnostic expert may start as one of another state, if that is "
-                "time-agnostic, too. Give each expert one row and leave model.network.conditioning unset, or choose "
-                "another start"
+                f"{'; '.join(strange)}: an expert can start from an expert of other rows only if both are "
+                "time-agnostic. Give each expert one row and leave model.network.conditioning unset, or choose another "
+                "start"
             )
         return list(out.values())
 
@@ -392,20 +393,20 @@ class Fleet:
             if names and name not in names:
                 continue
             if name not in self.names:
-                late.append(f"{name}: is gone from the plan")
+                late.append(f"{name}: was removed from the plan")
                 continue
             # defaults of the keys that older versions did not write
             absent = {k: v for k, v in vars(Planned("", [], 0, 0, 0)).items() if k not in FIRST}
             then = absent | (read_json(self.store, f"{BEGUN}/{file}") or {})
             now = absent | json.loads(json.dumps(self.begun(name)))
             differ = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
-            said = {"common": "set (of all)"}
-            late += [f"{name}: {said.get(k, k)} was {then.get(k)} when it began, and is {now.get(k)}" for k in differ]
+            said = {"common": "set (of all trainings)"}
+            late += [f"{name}: {said.get(k, k)} was {then.get(k)} at its start, now it is {now.get(k)}" for k in differ]
         if late:
             raise InputError(
-                f"{self.store}/{FILE}: experts that have begun stay as they are, but for images:\n"
+                f"{self.store}/{FILE}: experts that have started must not change, except for their images:\n"
                 + "\n".join(f"  - {line}" for line in late)
-                + "\nPut the lines back; or, to train it anew, remove the expert's folder and its files in "
+                + "\nRestore the lines; or, to train an expert from the beginning, remove its folder and its files in "
                 f"{self.store}/{BEGUN} and, in an object store, {self.store}/done"
             )
 
@@ -433,7 +434,7 @@ def refuse_unfit(experts: Sequence[Planned], S: int, shared: bool, where: str) -
     starts = {e.name: e.start for e in experts}
     for e in experts:
         if e.start == SHARED and not shared:
-            problems.append(f"{e.name} starts from the shared model, of which the plan has none")
+            problems.append(f"{e.name} starts from the shared model, but the plan has none")
         seen, at = {e.name}, e.start
         while at in starts:
             if at in seen:
@@ -443,7 +444,7 @@ def refuse_unfit(experts: Sequence[Planned], S: int, shared: bool, where: str) -
             at = starts[at]
         if e.images < e.step:
             what = f"{e.parts} batches of {e.batch}" if e.parts > 1 else f"one batch of {e.batch}"
-            problems.append(f"{e.name}: {e.images} images are less than {what}, and train nothing")
+            problems.append(f"{e.name}: {e.images} images are less than {what}, so that nothing would be trained")
     if problems:
         raise InputError(f"{where}: this plan cannot be run:\n" + "\n".join(f"  - {p}" for p in problems))
 
@@ -458,7 +459,7 @@ def _expert(entry: Any, where: str) -> Planned:
             wrong.append(str(error))
     rows = entry["rows"]
     if not isinstance(rows, list) or not rows or not all(isinstance(s, int) for s in rows) or sorted(set(rows)) != rows:
-        wrong.append(f"rows: {rows!r} (ascending row numbers)")
+        wrong.append(f"rows: {rows!r} (expected ascending row numbers)")
     name = entry["name"]
     if odd := fault(name, FOLDERS, "._-+") or ("numbers stand for expert_NNN" if name.isdigit() else None):
         wrong.append(f"name: {name!r} ({odd})")
@@ -466,9 +467,9 @@ def _expert(entry: Any, where: str) -> Planned:
     if not isinstance(entry["start"], str):
         wrong.append(f"start: {entry['start']!r}")
     if not isinstance(entry.get("set", {}), dict):
-        wrong.append(f"set: {entry['set']!r} (a mapping of config keys)")
+        wrong.append(f"set: {entry['set']!r} (expected a mapping of config keys)")
     if not isinstance(entry.get("parts", 1), int) or entry.get("parts", 1) < 1:
-        wrong.append(f"parts: {entry['parts']!r} (batches of a step, at least 1)")
+        wrong.append(f"parts: {entry['parts']!r} (expected the batches per step, at least 1)")
     if wrong:
         raise InputError(f"{where} ({name}): {'; '.join(wrong)}")
     refuse_reserved(entry.get("set"), f"{where} ({name}): set")
@@ -481,7 +482,7 @@ def whole_steps(entry: dict[str, Any], where: str) -> int:
     step = batch * parts
     if isinstance(images, bool) or not isinstance(images, int) or images < step:
         least = f"{parts} batches" if parts > 1 else "one batch"
-        raise InputError(f"{where}: at least {least} of {batch} images, got {images!r}")
+        raise InputError(f"{where}: expected at least {least} of {batch} images, got {images!r}")
     return int(images // step * step)
 
 
@@ -489,7 +490,7 @@ def refuse_cost(entry: dict[str, Any], where: str) -> None:
     """Raise InputError unless ``cost`` is a finite number above 0 (relative to the largest expert network)."""
     cost = entry.get("cost", 1.0)
     if isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 0 < cost < float("inf"):
-        raise InputError(f"{where}: cost: {cost!r} is no number above 0 (of an image, in those of the largest network)")
+        raise InputError(f"{where}: cost: expected a number above 0 (the largest network has cost 1), got {cost!r}")
 
 
 def config_digest(content: bytes) -> str:
@@ -537,4 +538,4 @@ def refuse_reserved(data: Any, where: str) -> None:
     if data is not None and not isinstance(data, dict):
         raise InputError(f"{where}: expected a mapping of config keys, got {data!r}")
     if odd := [key for key in data or {} if key in RESERVED]:
-        raise InputError(f"{where}: {', '.join(odd)}: the plan says it itself, by {RESERVED[odd[0]]}")
+        raise InputError(f"{where}: {', '.join(odd)}: set by the plan itself; change {RESERVED[odd[0]]} instead")

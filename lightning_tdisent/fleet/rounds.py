@@ -62,13 +62,13 @@ def advance(fleet: "Fleet", number: int) -> bool:
         ]
         if bad := [n for n, error in points if not math.isfinite(error)]:
             raise InputError(
-                f"{e.name}: its held-out error after {bad[0]:,} images is not finite, so no budget follows from it: "
-                "the training diverged; lower model.lr (set: {model.lr: ..}) in a new fleet"
+                f"{e.name}: its held-out error after {bad[0]:,} images is not finite, so that the budget cannot be "
+                "split: the training diverged. Plan a new fleet with a lower model.lr (set: {model.lr: ..})"
             )
         if len({n for n, _ in points}) < 2:
             raise InputError(
-                f"{e.name}: its curve has {len(points)} points, a fit needs two at least: validate more often (set: "
-                "{trainer.val_check_interval: ..}) in a new fleet"
+                f"{e.name}: its curve has {len(points)} points, but a fit needs at least two. Plan a new fleet that "
+                "validates more often (set: {trainer.val_check_interval: ..})"
             )
         fits[e.name], curve_of[e.name] = fit_curve(points), points
     part = left if number == fleet.budget.rounds - 1 else left / (fleet.budget.rounds - number)

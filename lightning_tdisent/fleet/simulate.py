@@ -55,18 +55,18 @@ class Pool:
         for word in text.split(","):
             key, _, value = word.partition("=")
             if key not in names:
-                raise InputError(f"--simulate: no {key!r}.{nearest(key, names)} Known: {', '.join(names)}")
+                raise InputError(f"--simulate: unknown key {key!r}.{nearest(key, names)} Known: {', '.join(names)}")
             try:
                 given[key] = float(value)
             except ValueError:
-                raise InputError(f"--simulate: {key}={value!r} is no number") from None
+                raise InputError(f"--simulate: {key}: expected a number, got {value!r}") from None
             good = key not in ("workers", "seed") or given[key] == given[key] // 1
             if not given[key] < float("inf") or not good:
-                raise InputError(f"--simulate: {key}={value} is no number of them")
+                raise InputError(f"--simulate: {key}={value}: expected a finite number, workers and seed integers")
             if given[key] < 0 or (key in ("workers", "speed") and given[key] <= 0):
-                raise InputError(f"--simulate: {key}={value} must be above 0")
+                raise InputError(f"--simulate: {key}={value}: must be at least 0, and above 0 for workers and speed")
         if "workers" not in given:
-            raise InputError("--simulate: say at least workers=N")
+            raise InputError("--simulate: give at least workers=N")
         whole = {k: int(v) for k, v in given.items() if k in ("workers", "seed")}
         return cls(**{"speed": 1.0, **given, **whole}), set(given)  # type: ignore[arg-type]
 
@@ -269,18 +269,18 @@ def lines(fleet: "Fleet", facts: Sequence["Facts"], pool: Pool) -> list[tuple[st
     disk, memory = footprint(facts, pool.workers)
     rare = f", {said.failures} failures" if pool.failures else ""
     if said.given_up:
-        rare += f", {len(said.given_up)} jobs given up, which died {DEATHS} times before a checkpoint"
-    again = f" and {said.repeated:,.0f} again after failures" if said.repeated else ""
+        rare += f", {len(said.given_up)} jobs given up after {DEATHS} deaths in a row without a checkpoint"
+    again = f" and {said.repeated:,.0f} repeated after failures" if said.repeated else ""
     passes = sum(load.validations for load in loads)
     validating = passes * pool.validation
     share = said.busy / (said.wall * pool.workers)
     flops *= 1 + said.repeated / said.images
     return [
         ("workers", f"{pool.workers} of {pool.speed:,.0f} images/s, {pool.start:.1f} s to start"),
-        ("a training", f"{pool.job:.1f} s beside its steps, {pool.validation:.2f} s a validation"),
+        ("a training", f"{pool.job:.1f} s in addition to its steps, {pool.validation:.2f} s per validation"),
         ("wall clock", f"{duration(said.wall)}{rare}; one worker alone {duration(alone.wall)}"),
-        ("workers' time", f"{duration(said.busy)}, {share:.0%} of what they are there"),
-        ("validations", f"{passes:,}, {duration(validating)}: as much as {validating * pool.speed:,.0f} images more"),
+        ("workers' time", f"{duration(said.busy)}, {share:.0%} of the wall clock of all workers"),
+        ("validations", f"{passes:,}, {duration(validating)}: as long as {validating * pool.speed:,.0f} more images"),
         ("total compute", f"{said.images:,.0f} images{again}, {flops / 1e12:,.3g} TFLOP"),
         ("disk", f"{disk / 1e6:,.0f} MB"),
         ("memory, all workers", f"{memory / 1e6:,.0f} MB, without data and activations"),

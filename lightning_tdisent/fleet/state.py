@@ -134,7 +134,7 @@ class FleetWork:
         wrong = [f"{k} {said.get(k)}, not {v}" for k, v in job.expect.items() if said.get(k) != v]
         if wrong:
             raise InputError(
-                f"{job.name}: what {self.store} has of it is of another training: it has {', '.join(wrong)}"
+                f"{job.name}: its results in {self.store} belong to another training: they have {', '.join(wrong)}"
             )
         return int(said["images_seen"]) >= (job.images or 0)
 
@@ -152,7 +152,7 @@ class FleetWork:
                 weights = f"{self.fleet.folder(name)}/{WEIGHTS}"
                 content = self.store.read(weights, large=True, check=partial(ask_guards, job.weights))
                 if content is None:
-                    raise InputError(f"{job.name} starts from {name}, whose {self.store}/{weights} is gone")
+                    raise InputError(f"{job.name} starts from {name}, but {self.store}/{weights} does not exist")
                 Store(self.fleet.root).write(weights, content)
             mirror = Mirror(self.store, self.fleet.folder(job.name), job.folder)
             mirror.pull()
@@ -186,8 +186,8 @@ class FleetWork:
                 wrong.append(f"{job.name}: images: {job.images:,} in the plan, {seen:,} seen already")
         if wrong:
             raise InputError(
-                f"{self.store}/{FILE}: {'; '.join(wrong)}. Images may be raised, not lowered below what was seen; to "
-                "train with fewer, plan another fleet"
+                f"{self.store}/{FILE}: {'; '.join(wrong)}. Images may be increased, but not reduced below the number "
+                "already seen; to train with fewer, plan another fleet"
             )
 
     def round(self) -> int:

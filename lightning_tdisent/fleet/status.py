@@ -56,7 +56,7 @@ class Tile:
         of = f" of {self.images:,}" if self.images else ""
         numbers = [f"loss {self.loss:.4g}"] if self.loss is not None else []
         numbers += [f"x0 {self.x0:.4g}"] if self.x0 is not None else []
-        numbers += [f"plan {self.predicted:.4g}"] if self.predicted is not None else []
+        numbers += [f"predicted {self.predicted:.4g}"] if self.predicted is not None else []
         time_left = f", {duration(self.eta)} left" if self.eta is not None else ""
         lines = [f"{self.state}{time_left}", rows, f"{self.seen:,}{of} images", " ".join(numbers), self.note]
         return [line for line in lines if line]
@@ -75,7 +75,7 @@ def tiles(work: Work, now: float | None = None) -> list[Tile]:
             done.add(job.name)
         out.append(replace(tile, predicted=foreseen.get(tile.name)))
     if not work.last():  # done experts wait for the next round; a shared model, which has no rows, stays done
-        note = "for the others, and more images"
+        note = "for the next round"
         out = [replace(t, state="waiting", note=note) if t.state == "done" and t.rows else t for t in out]
     return out
 

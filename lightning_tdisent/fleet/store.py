@@ -49,7 +49,7 @@ class Store:
         where = expand(str(where))
         self.where, self.remote = where.rstrip("/"), "://" in where
         if not self.remote and URL.match(where):
-            raise InputError(f"{where}: not a URL: it has lost a slash, as in a pathlib.Path. Give it as text")
+            raise InputError(f"{where}: not a URL: it has lost a slash, as in a pathlib.Path. Pass it as a string")
         self.patience = PATIENCE
         self._fs: Any = None
         self._seen = False  # whether the folder has existed; if it has, it is not created again
@@ -102,7 +102,7 @@ class Store:
         """Return the path of a file and create its folder; raise Lost if the folder of the store was removed."""
         target = self.path(name)
         if self._seen and not Path(self.where).is_dir():
-            raise Lost(f"{self.where}: is gone: it was removed or moved while it was in use")
+            raise Lost(f"{self.where}: no longer exists: it was removed or moved while it was in use")
         target.parent.mkdir(parents=True, exist_ok=True)
         self._seen = True
         return target
@@ -201,7 +201,7 @@ class Store:
         except OSError as error:
             raise Halted(f"{self.where}: cannot be written: {error.strerror or error}") from None
         if not created:
-            raise Halted(f"{self.where}: says of a new name that it is taken")
+            raise Halted(f"{self.where}: reports that a file with a new random name already exists")
         if again or content != first:
             raise InputError(f"{self.where}: {CARELESS}")
 
@@ -233,7 +233,7 @@ def read_json(store: Store, name: str) -> dict[str, Any] | None:
     except ValueError:
         data = None
     if not isinstance(data, dict):
-        raise InputError(f"{store}/{name}: damaged: not an object of JSON. Remove it, and run the fleet again")
+        raise InputError(f"{store}/{name}: damaged: not a JSON object. Remove it, and run the fleet again")
     check_schema(data, f"{store}/{name}", SCHEMA, absent=1)  # the first versions wrote no schema
     return {key: value for key, value in data.items() if key != "schema"}
 

@@ -84,7 +84,9 @@ def work_through(work: Work, train: Train, session: Session) -> dict[str, str]:
         except OSError as error:
             since = since or time.monotonic()
             if time.monotonic() - since > session.ttl:
-                raise Halted(f"{work.store}: fails for {session.ttl:.0f} s: {error}. Run the fleet again") from None
+                raise Halted(
+                    f"{work.store}: has been failing for {session.ttl:.0f} s: {error}. Run the fleet again"
+                ) from None
             time.sleep(min(POLL, session.ttl / 4))
 
 
@@ -166,8 +168,8 @@ def _say_who(work: Work, name: str, session: Session) -> None:
         ago = time.time() - content.get("written", 0)
         _say_once(
             name,
-            f"{name} is held by process {content.get('pid')} on {str(content.get('host')).partition('/')[0]}, heard of "
-            f"{max(0, ago):.0f} s ago; waiting for its end, or for {session.ttl:.0f} s of silence",
+            f"{name} is held by process {content.get('pid')} on {str(content.get('host')).partition('/')[0]} (last "
+            f"heartbeat {max(0, ago):.0f} s ago); waiting until it ends, or sends none for {session.ttl:.0f} s",
         )
 
 
@@ -217,7 +219,9 @@ def _train(work: Work, chosen: Sequence[_Held], train: Train, session: Session) 
             around.enter_context(_log(ready[0], session.quiet))
             for held in ready[1:]:
                 with open_own(held.log) as log:
-                    log.write(f"trained beside {ready[0].job.name}: see {ready[0].log}\n".encode(errors="replace"))
+                    log.write(
+                        f"trained together with {ready[0].job.name}: see {ready[0].log}\n".encode(errors="replace")
+                    )
             for held in ready:
                 around.enter_context(_copying(held.mirror, held.lease))
             ends = train([held.job.argv for held in ready], [held.report for held in ready])
@@ -265,7 +269,7 @@ def _conclude(work: Work, held: _Held) -> None:
         content = {"images_seen": card.images_seen, "rows": card.rows, "fingerprint": card.fingerprint}
         work.store.write(f"done/{held.job.name}.json", dump_json(content))
     if not work.done(held.job):
-        raise InputError(f"its training ended before its images were seen (see {held.log})")
+        raise InputError(f"its training ended before it had seen all its images (see {held.log})")
     work.store.remove(f"{FAILED}/{held.job.name}.json")
 
 
@@ -308,7 +312,7 @@ def _copying(mirror: Mirror | None, held: Lease) -> Iterator[None]:
         except Lost:  # another worker writes the copy by now
             pass
         except OSError as error:
-            print(f"{held.job}: its copy in {mirror.store} is behind: {error}", file=sys.stderr)
+            print(f"{held.job}: its copy in {mirror.store} is not up to date: {error}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -77,15 +77,15 @@ class Plan:
                 differ.append(f"{copy}: has been changed since it was copied")
             if key not in self.configs or config_digest(mine := self.configs[key][1]) == digest:
                 continue
-            found = edits(copy.read_bytes(), mine) if copy and copy.exists() else ["not what it was"]
+            found = edits(copy.read_bytes(), mine) if copy and copy.exists() else ["changed"]
             differ += [f"{self.configs[key][0]}: {line}" for line in found]
         if differ and self.begun:
             raise InputError(
-                f"{self.out} holds another study ({'; '.join(differ)}). Trainings that have begun stay as they are: "
-                "put that back, choose another --out, or remove the folder"
+                f"{self.out} holds another study ({'; '.join(differ)}). Trainings that have started must not change: "
+                "undo these changes, choose another --out, or remove the folder"
             )
         if differ:
-            return [f"planned anew, since no training has begun: {line}" for line in differ]
+            return [f"the plan is replaced, since no training has started: {line}" for line in differ]
         then, now = ({k: v for k, v in c["study"].items() if k not in SAID} for c in (before, self.content))
         return differences(then, now)
 
@@ -166,17 +166,17 @@ def refuse_no_repeats(folders: Sequence[Path]) -> None:
         first, theirs, mine = order[0], plans[order[0]], plans[folder]
         differ = trained_otherwise(theirs, mine, seed=False)
         added = mine["study"]["runs"].keys() - theirs["study"]["runs"].keys()
-        differ += [f"runs.{name}: nothing there, a run now" for name in sorted(added)]
+        differ += [f"runs.{name}: not in the first study" for name in sorted(added)]
         for key in sorted(theirs["configs"].keys() & mine["configs"].keys()):
             a, b = (_text_of(place, plan["configs"][key]) for place, plan in ((first, theirs), (folder, mine)))
             other = edits(a, b) if isinstance(a, bytes) and isinstance(b, bytes) else ["another file"] * (a != b)
             differ += [f"{key}: {line}" for line in other]
         lines += [f"{folder}: {line}" for line in differ]
         same = [str(other) for other in order[:k] if plans[other]["seed"] == mine["seed"]]
-        lines += [f"{folder}: seed {mine['seed']}, as {', '.join(same)}"] if same else []
+        lines += [f"{folder}: has the same seed {mine['seed']} as {', '.join(same)}"] if same else []
     if lines:
         raise InputError(
-            f"these are not one study with other seeds; {order[0]} is compared with the others:\n"
+            f"these are not one study with other seeds; each folder is compared with {order[0]}:\n"
             + "\n".join(f"  - {line}" for line in lines)
         )
 

@@ -23,7 +23,7 @@ from lightning_tdisent.studies.sweep import overrides_of, row_or_share, unrolled
 
 KEYS = {
     **dict.fromkeys(("title", "out", "data", "split", "reference", "weights", "notes"), TEXT),
-    **dict.fromkeys(("runs", "priors", "contenders"), "a mapping of a name to its settings"),
+    **dict.fromkeys(("runs", "priors", "contenders"), "a mapping of names to settings"),
     **dict.fromkeys(("n", "n_held_out"), WHOLE),
     **dict.fromkeys(("seed", "first_seed"), SEED),
     "protocol": "text or a mapping",
@@ -31,7 +31,7 @@ KEYS = {
     "diffusion_time": ANY,
 }
 RUN_KEYS = dict.fromkeys(("configs", "experts", "warm_start", "set"), ANY)
-FLEET_KEYS = {"fleet": TEXT, "budget": "a whole number or a mapping", "start": "text or a mapping", "set": SETTINGS}
+FLEET_KEYS = {"fleet": TEXT, "budget": "an integer or a mapping", "start": "text or a mapping", "set": SETTINGS}
 PRIOR_KEYS = dict.fromkeys(("run", "at", "prior"), ANY)
 CONTENDER_KEYS = dict.fromkeys(("run", "sampler", "prior"), ANY)
 PART_KEYS = {"class_path": TEXT, "init_args": MAPPING}
@@ -61,7 +61,7 @@ def plan(
     study = known(read_yaml(file), KEYS, str(file), required=("runs", "data", "protocol"))
     written = {key: value for key, value in read_yaml(file, secrets=False).items() if value is not None}
     if not study["runs"]:
-        raise InputError(f"{file}: runs: name at least one")
+        raise InputError(f"{file}: runs: at least one run is required")
     study = unrolled(study, str(file))
     if not study["contenders"]:
         raise InputError(f"{file}: contenders, or diffusion_time, is missing")
@@ -89,7 +89,7 @@ def plan(
             argv += ["--config", str(_config(file, entry, f"runs.{name}.configs", configs))]
         chosen = {**(run.get("set") or {}), **extra[name]}
         if odd := [key for key in chosen if key in DECIDED]:
-            raise InputError(f"{file}: runs.{name}: set: {odd[0]}: the study says it itself, by {DECIDED[odd[0]]}")
+            raise InputError(f"{file}: runs.{name}: set: {odd[0]}: set by the study; change {DECIDED[odd[0]]} instead")
         for key, value in {**chosen, "seed_everything": seed}.items():
             argv += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
         needs: tuple[str, ...] = ()
@@ -97,7 +97,7 @@ def plan(
             if not members.get(warm) or warm in composites:
                 singles = [m for m in members if m not in composites and m != name]
                 raise InputError(
-                    f"{file}: runs.{name}.warm_start: {warm!r} is no run above it of one network."
+                    f"{file}: runs.{name}.warm_start: {warm!r} is not an earlier run of a single network."
                     f"{nearest(warm, singles)}"
                 )
             needs, argv = tuple(members[warm]), [*argv, "--model.warm_start", str(folder / warm)]
@@ -189,13 +189,13 @@ def _refuse_names(study: dict[str, Any], file: str) -> None:
         if count is None:
             continue
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            problems.append(f"{where}.experts: a number of experts from 1 on, got {count!r}")
+            problems.append(f"{where}.experts: expected an integer of at least 1, got {count!r}")
             continue
         claims += [(f"{name}_{k:03d}", f"{where}.experts") for k in range(1, count + 1)]
         claims.append((f"{name}_composite", where))
     problems += clashes(claims) + clashes([(str(name), "contenders") for name in study["contenders"]])
     if problems:
-        raise InputError(f"{file}: these names cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise InputError(f"{file}: invalid names or settings:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 def _changes(run: dict[str, Any], extra: dict[str, str]) -> dict[str, Any]:
@@ -251,31 +251,31 @@ def refuse_roles(todo: Plan, roles: dict[str, Role]) -> bool:
     ]
     uses += [(f"runs.{name}.warm_start", start, "model") for name, start in warm]
     problems = [
-        f"runs.{name}: its config makes a {role.name}, neither a model of images nor a prior"
+        f"runs.{name}: its config defines a {role.name}, which is neither a model of images nor a prior"
         for name, role in roles.items()
         if not role.kind
     ]
     problems += [
-        f"{where}: {run} trains a {roles[run].kind} ({roles[run].name}), a {kind} is wanted"
+        f"{where}: {run} trains a {roles[run].kind} ({roles[run].name}), but a {kind} is required"
         for where, run, kind in uses
         if roles[run].kind not in ("", kind)
     ]
     tables = {run: role.states for run, role in roles.items() if role.kind == "model" and role.states is not None}
-    one = [(f"priors.{name}.run", run, "priors are fitted on") for name, run in fitted.items()]
+    one = [(f"priors.{name}.run", run, "priors are fitted only on") for name, run in fitted.items()]
     cut_off = {c["name"] for c in todo.evaluation["contenders"] if str(c.get("prior")).startswith("cut:")}
-    one += [(f"contenders.{name}.prior", contenders[name][0], "a chain is cut off on") for name in sorted(cut_off)]
+    one += [(f"contenders.{name}.prior", contenders[name][0], "a chain is cut only on") for name in sorted(cut_off)]
     if todo.evaluation["bits"] is not None:  # defined for columns that are channels, not for columns of components
         measured = [(name, run) for name, (run, _) in contenders.items() if run in tables and tables[run].image_shape]
-        one += [(f"contenders.{name}", run, "bits are measured on") for name, run in measured]
+        one += [(f"contenders.{name}", run, "bits are measured only on") for name, run in measured]
     problems += [
-        f"{where}: {run} has a table of {tables[run].K} columns; {what} tables of one"
+        f"{where}: {run} has a table of {tables[run].K} columns, but {what} tables of one column"
         for where, run, what in one
         if run in tables and tables[run].K > 1
     ]
     for name, (run, start) in contenders.items():
         cut = roles[start].states if start and roles[start].kind == "prior" else None
         if cut is not None and run in tables and not _ends(tables[run], cut):
-            problems.append(f"contenders.{name}.prior: {start} is at row {cut.S} of another table than that of {run}")
+            problems.append(f"contenders.{name}.prior: {start} is at row {cut.S} of a table that differs from {run}'s")
     if problems:
         raise InputError("this study cannot be run:\n" + "\n".join(f"  - {p}" for p in problems))
     return any(tables[run].condition is not None for run, _ in contenders.values())
@@ -344,6 +344,6 @@ def _config(file: Path, entry: Any, where: str, configs: dict[str, tuple[Path, b
     path = file.parent / str(entry)
     if not path.is_file():
         near = nearest(str(entry), [p.name for p in file.parent.glob("*.yaml")])
-        raise InputError(f"{file}: {where}: {path} is no file.{near}")
+        raise InputError(f"{file}: {where}: {path}: no such file.{near}")
     configs.setdefault(os.path.normpath(str(entry)), (path, path.read_bytes()))
     return configs[os.path.normpath(str(entry))][0]

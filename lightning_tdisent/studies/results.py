@@ -126,7 +126,7 @@ class Study:
             return study
         except OSError as error:
             raise InputError(
-                f"{folder} keeps no finished study ({error}); run study or evaluate with --out {folder} first"
+                f"{folder} keeps no finished study ({error}); first run study or evaluate with --out {folder}"
             ) from None
         except InputError:
             raise
@@ -148,11 +148,11 @@ class Study:
             raise InputError(f"n_held_out: a whole number from 2 on, got {limit!r}")
         self._contenders()
         if self.bits is not None and not any(c["sampler"] for c in self.contenders):
-            raise InputError("bits per dimension are those of a model, and there are folders of images alone here")
+            raise InputError("bits per dimension are those of a model, but all contenders are folders of images")
         if self.bits is not None:
             Bits.of_mapping(self.bits)
             if is_npz(self.data):
-                raise InputError(f"bits: {self.data}: they need training images too; give a folder of shards as data")
+                raise InputError(f"bits: {self.data}: training images are needed too; give a folder of shards as data")
             find(self.data, "train")
         _ = self._network, self._lpips
         trained = {name: card.data for name, card in self._cards.items()}
@@ -268,7 +268,7 @@ class Study:
         if not first:
             return
         if measured.reused:
-            print(f"{measured.reused} of {len(contenders)} contenders had been measured; their numbers are kept")
+            print(f"{measured.reused} of {len(contenders)} contenders had been measured; their numbers are reused")
         (self.folder / FILE).unlink(missing_ok=True)  # written again once all other files are of this evaluation
         for line in self._replaced(rows):
             print(line)
@@ -294,7 +294,7 @@ class Study:
         changed = [r for r in rows if any(before.get(r["name"], r).get(k, r.get(k)) != r.get(k) for k in keys)]
         return [
             f"{row['name']}: {row['source']} holds other weights or images than were measured before; it is measured "
-            "anew under this name"
+            "again under this name"
             for row in changed
             if "source" in row
         ]
@@ -365,12 +365,12 @@ class Study:
             if row.get("sha256", now) != now:
                 problems.append(f"{c.name}: {c.source} holds other weights than were measured")
             if start and row.get("prior_sha256", digest := start_digest(c.prior)) != digest:
-                problems.append(f"{c.name}: {start} holds another prior than was measured")
+                problems.append(f"{c.name}: {start} holds a different prior than the one measured")
         if problems:
             raise InputError(
-                f"{self.folder}: its report cannot be written anew:\n"
+                f"{self.folder}: its report cannot be written:\n"
                 + "\n".join(f"  - {line}" for line in problems)
-                + "\nPut these back where they were, give study again, or evaluate into another folder"
+                + "\nRestore them, run study again, or evaluate into another folder"
             )
 
     def lines(self) -> list[WideTable | str]:
@@ -381,7 +381,7 @@ class Study:
         path, reference = self._reference
         if path == self.data and (self.split == reference or is_npz(path)):
             what = path if is_npz(path) else self.split
-            said.append(f"the reference and the held-out images are both of {what}: no distance")
+            said.append(f"the reference and the held-out images are both of {what}: their distance means nothing")
         if self.n is not None:
             others = {
                 r["name"]: r["n"] for r in self.rows if "networks" not in r and "source" in r and r["n"] != self.n
@@ -404,7 +404,7 @@ class Study:
         self.refuse_gone()
         held_out = self._real(self.split, self._held_out(self._conditional))
         gone = [name for name, folder in self.runs.items() if not Path(folder).is_dir()]
-        lost = f" No training curves of {', '.join(gone)}: their folders are gone." if gone else ""
+        lost = f" No training curves of {', '.join(gone)}: their folders do not exist." if gone else ""
         channels, size = self._size()
         return write_report(
             self.folder / "report.html",
@@ -424,9 +424,7 @@ class Study:
 def _damaged(file: Path, error: Exception) -> InputError:
     """Return the InputError for a results file that cannot be read."""
     what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-    return InputError(
-        f"{file}: damaged or gone ({what}); put it back, give study again, or evaluate into another folder"
-    )
+    return InputError(f"{file}: damaged or gone ({what}); restore it, run study again, or evaluate into another folder")
 
 
 def _here(path: str, folder: Path, schema: int, old: str) -> str:

@@ -81,8 +81,8 @@ def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ())
         if lacking:
             repeat = dict(zip(names, alike, strict=True))
             why = [f"{who}: {other['bpd_refused']}" for who, other in repeat.items() if "bpd_refused" in other]
-            why = why or [f"not of {who}" for who, other in repeat.items() if not other.keys() >= set(lacking)]
-            row["not_pooled"] = f"{', '.join(lacking)} left out, as they are not of all trainings ({'; '.join(why)})"
+            why = why or [f"missing in {who}" for who, other in repeat.items() if not other.keys() >= set(lacking)]
+            row["not_pooled"] = f"{', '.join(lacking)} left out, since not all trainings have them ({'; '.join(why)})"
         out.append(row)
     return out
 
@@ -120,7 +120,7 @@ def write_page(studies: Sequence[Study], path: Path) -> list[dict[str, Any]]:
     """Write the HTML page of repeated studies to ``path``; return its rows."""
     path = output_path(path)
     if len({study.folder.resolve() for study in studies}) < len(studies):
-        raise InputError(f"a folder is named twice: {', '.join(str(study.folder) for study in studies)}")
+        raise InputError(f"a folder is given twice: {', '.join(str(study.folder) for study in studies)}")
     kept = {str(study.folder): study.rows for study in studies}
     rows = pool(list(kept.values()), list(kept))
     title = html.escape(studies[0].title)
@@ -132,7 +132,7 @@ def write_page(studies: Sequence[Study], path: Path) -> list[dict[str, Any]]:
     parts.append(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in said)}</ul>" if said else "")
     models = [row for row in rows if "networks" in row]
     if models:
-        parts.append("<h2>What it cost, on average over the trainings</h2>" + html_cells(costs(models), []))
+        parts.append("<h2>Mean cost of the trainings</h2>" + html_cells(costs(models), []))
         parts += [figures.quality_over_compute(models), figures.errors_per_state(models)]
     parts.append(html_facts({folder: facts(own) for folder, own in kept.items()}))
     write_whole(path, document(studies[0].title, parts).encode())

@@ -21,9 +21,9 @@ def unrolled(study: dict[str, Any], file: str, strict: bool = True) -> dict[str,
     known(sweep, TIME_KEYS, f"{file}: diffusion_time", required=("run", "cuts"))
     cuts, priors = sweep["cuts"], sweep.get("priors") or {}
     if not isinstance(cuts, list) or not cuts or not isinstance(priors, dict):
-        raise InputError(f"{file}: diffusion_time: cuts is a list of rows, priors a mapping of a name to its class")
+        raise InputError(f"{file}: diffusion_time: cuts must be a list of rows, priors a mapping of names to classes")
     if len({str(cut) for cut in cuts}) < len(cuts):
-        raise InputError(f"{file}: diffusion_time: cuts: {cuts} names a row twice")
+        raise InputError(f"{file}: diffusion_time: cuts: {cuts} contains a row twice")
     common = {"run": sweep["run"], "sampler": sweep.get("sampler")}
     made: dict[str, dict[str, Any]] = {"priors": {}, "contenders": {"whole chain": common}}
     for cut in cuts:
@@ -33,7 +33,7 @@ def unrolled(study: dict[str, Any], file: str, strict: bool = True) -> dict[str,
             made["contenders"][f"cut {cut}, {name}"] = {**common, "prior": f"{name}_{cut}"}
     taken = [f"{key}.{name}" for key in made for name, e in made[key].items() if study[key].get(name, e) != e]
     if taken and strict:
-        raise InputError(f"{file}: {', '.join(taken)}: diffusion_time makes some of these names; choose others")
+        raise InputError(f"{file}: {', '.join(taken)}: diffusion_time generates some of these names; choose others")
     study.setdefault("bits", {})
     return {**study, **{key: {**study[key], **made[key]} for key in made}}
 
@@ -45,7 +45,7 @@ def row_or_share(value: Any, where: str) -> int | float:
         if isinstance(value, bool) or not 0 < number < float("inf"):
             raise ValueError
     except (TypeError, ValueError):
-        raise InputError(f"{where}: a row from 1 on, or a share of the rows such as 0.6, got {value!r}") from None
+        raise InputError(f"{where}: expected a row of at least 1, or a share such as 0.6, got {value!r}") from None
     return int(number) if number.is_integer() and "." not in str(value) else number
 
 

@@ -74,13 +74,13 @@ def test_what_is_held_at_the_least_leaves_the_rest_in_proportion():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"images": 0}, "images: of all jobs together, at least 1, got 0"),
-        ({"images": 10, "rule": "tapir"}, "'tapir' is none. Did you mean 'taper'"),
+        ({"images": 0}, "images: expected the images of all jobs, an integer of at least 1, got 0"),
+        ({"images": 10, "rule": "tapir"}, "rule: unknown 'tapir'. Did you mean 'taper'"),
         ({"images": 10, "rul": "taper"}, "unknown key 'rul'. Did you mean 'rule'"),
-        ({"rule": "taper"}, "expected images: N"),
+        ({"rule": "taper"}, "expected a number of images, or a mapping"),
         ({"images": 10, "least": 2}, r"budget.least: must lie in \[0, 1\], got 2"),
-        ({"images": 10, "rule": "explicit"}, "shares: belong to the rule explicit"),
-        ({"images": 10, "shares": [1]}, "shares: belong to the rule explicit"),
+        ({"images": 10, "rule": "explicit"}, "shares: give one number per expert with the rule explicit"),
+        ({"images": 10, "shares": [1]}, "shares: give one number per expert with the rule explicit"),
     ],
 )
 def test_a_wrong_budget_is_refused(data, message):

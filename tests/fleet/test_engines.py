@@ -90,13 +90,13 @@ def test_a_missing_ray_or_slurm_says_what_to_install_and_for_what(monkeypatch, t
     with pytest.raises(InputError, match=r'pip install "lightning_tdisent\[ray\]".* for a, b, c'):
         ray.launch(JOBS, lambda job: [], tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InputError, match=r"sbatch is not on this machine. Launch a, b from a login node"):
+    with pytest.raises(InputError, match=r"sbatch is not installed on this machine. Launch a, b from a login node"):
         slurm.submit(JOBS, lambda job: [], tmp_path)
 
 
 def test_what_slurm_cannot_give_is_refused_before_anything_is_submitted(tmp_path):
     for options, why in (
-        ({"gpus": 0.5}, "gpus 0.5: SLURM gives whole ones"),
+        ({"gpus": 0.5}, "gpus 0.5: SLURM allocates whole numbers"),
         ({"sbatch": {"array": "1-9", "Time": "1", "partition": "x"}}, "sbatch options array, Time"),
         ({"memory": "much"}, "memory 'much'"),
     ):
@@ -229,7 +229,7 @@ MISSING = "/usr/bin/python3: No module named lightning_tdisent"
 @pytest.mark.parametrize("status", [1, 137, engines.LOST])
 def test_a_package_that_a_node_lacks_is_named_with_what_to_do(status, tmp_path):
     said = engines.reason(status, tmp_path / "a.log", MISSING, 4)
-    assert "No module named lightning_tdisent. lightning_tdisent, and what --import names, must be importable" in said
+    assert "No module named lightning_tdisent. lightning_tdisent and the modules of --import must be importable" in said
     assert "status 25" not in said
 
 
@@ -253,7 +253,7 @@ TRACEBACK = (
         (Failed(TRACEBACK), "ModuleNotFoundError: No module named 'lightning_tdisent'"),
         (Failed("\x1b[36mray::_work()\x1b[39m (pid=7)\nPermissionError: logs"), "PermissionError: logs"),
         (Wrong("The node is dead. Node IP: 10. To see more, do this."), "Wrong: The node is dead. Node IP: 10"),
-        (Wrong(""), "Wrong: no more is known"),
+        (Wrong(""), "Wrong: no details"),
     ],
 )  # fmt: skip
 def test_what_ray_lost_says_its_cause(error, said):

@@ -61,7 +61,7 @@ def test_a_worker_may_train_several_at_a_time(planned, same_weights):
     assert main(["fleet", "run", str(beside.root), "--workers", "1", "--together", "3"]) == 0
     for e in alone.experts:
         same_weights(alone.root / e.name, beside.root / e.name)
-    assert "trained beside expert_001" in (beside.root / "expert_003" / "log.txt").read_text(encoding="utf-8")
+    assert "trained together with expert_001" in (beside.root / "expert_003" / "log.txt").read_text(encoding="utf-8")
 
 
 def test_one_expert_of_all_rows_is_the_reduced_model(planned, configs, tmp_path, same_weights):
@@ -234,7 +234,7 @@ def test_what_is_wrong_with_one_expert_s_folder_stops_no_other(planned):
 def test_a_place_that_stays_away_is_named_with_its_error(planned):
     fleet = planned(experts=1, budget=32)
     away = replace(fleet, store=Failing(fleet.root, 10**9, "leases", "names"))
-    with pytest.raises(Halted, match=r"fleet0: fails for 1 s: .*Connection timed out.*Run the fleet again"):
+    with pytest.raises(Halted, match=r"fleet0: has been failing for 1 s: .*Connection timed out.*Run the fleet again"):
         work_through(FleetWork(away, describe), fits, Session(ttl=1.0))
 
 
@@ -283,7 +283,9 @@ def test_weights_of_another_training_in_an_experts_folder_are_named(planned, tmp
         train(fleet)
     text = str(refusal.value)
     assert "2 of 4 jobs are not done" in text
-    assert "expert_001/model.safetensors is of another training: it has rows [2], not [1]. Put it elsewhere" in text
+    assert (
+        "expert_001/model.safetensors belongs to another training: it has rows [2], not [1]. Move it elsewhere" in text
+    )
     assert "expert_003/model.safetensors: not an expert written by this project" in text
     states = {tile.name: tile.state for tile in tiles(FleetWork(fleet, describe))}
     assert states == {"expert_001": "failed", "expert_002": "done", "expert_003": "failed", "expert_004": "done"}
@@ -334,7 +336,7 @@ def test_between_two_rounds_experts_wait_and_after_the_first_they_need_nobody(pl
     assert {tile.state for tile in tiles(work)} == {"done"}
     fleet.store.remove("rounds/0001.json")
     assert not work.last()
-    assert {(tile.state, tile.note) for tile in tiles(work)} == {("waiting", "for the others, and more images")}
+    assert {(tile.state, tile.note) for tile in tiles(work)} == {("waiting", "for the next round")}
 
 
 def test_an_unfinished_fleet_is_composed_with_a_word_on_it(planned, tmp_path, capsys):

@@ -84,17 +84,20 @@ def test_a_plan_is_for_one_device_where_the_config_takes_all(planned):
 def test_a_machine_whose_steps_are_of_another_size_is_refused(planned):
     fleet = planned(experts=1, budget=64)
     other = Fleet.load(fleet.root, ["--trainer.accumulate_grad_batches", "2"])
-    with pytest.raises(InputError, match=r"a step of its config has 2 batches .* counts parts: 1"):
+    with pytest.raises(InputError, match=r"a step of its config has 2 batches .* its line in the plan has parts: 1"):
         train(other)
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"images": 15, "parts": 2}, "expert_001: 15 images are less than 2 batches of 8, and train nothing"),
-        ({"images": 0}, "images: expected a whole number from 1 on, got 0"),
+        (
+            {"images": 15, "parts": 2},
+            "expert_001: 15 images are less than 2 batches of 8, so that nothing would be trained",
+        ),
+        ({"images": 0}, "images: expected an integer of at least 1, got 0"),
         ({"images": 7}, "7 images are less than one batch of 8"),
-        ({"parts": 0}, r"parts: 0 \(batches of a step, at least 1\)"),
+        ({"parts": 0}, r"parts: 0 \(expected the batches per step, at least 1\)"),
     ],
 )
 def test_a_line_that_trains_nothing_is_refused(planned, edit, message):
@@ -111,7 +114,7 @@ def test_a_shared_model_that_trains_nothing_is_refused(planned):
     content = yaml.safe_load((fleet.root / "plan.yaml").read_text(encoding="utf-8"))
     content["shared"]["images"] = 0
     (fleet.root / "plan.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    with pytest.raises(InputError, match=r"shared\.images: at least one batch of 8 images, got 0"):
+    with pytest.raises(InputError, match=r"shared\.images: expected at least one batch of 8 images, got 0"):
         Fleet.load(fleet.root)
 
 

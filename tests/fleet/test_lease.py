@@ -193,7 +193,7 @@ def test_a_folder_of_a_store_that_has_gone_is_not_made_again(tmp_path):
     place.write("plan", b"1")
     (tmp_path / "fleet").rename(tmp_path / "moved")
     for act in (place.write, place.create):
-        with pytest.raises(Lost, match="fleet: is gone: it was removed or moved"):
+        with pytest.raises(Lost, match="fleet: no longer exists: it was removed or moved"):
             act("leases/a", b"2")
     assert not (tmp_path / "fleet").exists()
     assert place.read("plan") is None

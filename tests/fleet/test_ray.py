@@ -184,7 +184,7 @@ def test_a_node_that_lacks_the_package_says_so(cluster, tmp_path, monkeypatch):
     failed = t.launch([Job("a")], retries=1)
     assert re.match(
         r"died 2 times, now with no exit status: ModuleNotFoundError: No module named 'not_on_any_node'\. "
-        r"lightning_tdisent, and what --import names, must be importable on every node",
+        r"lightning_tdisent and the modules of --import must be importable on every node",
         failed["a"],
     )
     assert "a worker of Ray with no exit status: ModuleNotFoundError" in t.said[0]
@@ -310,7 +310,7 @@ def test_what_this_machine_can_never_give_is_refused(disconnected, tmp_path, mon
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(
-        InputError, match=r"a want CPU 1, GPU 99, special 2 on one node; the most .* CPU \d+, GPU \d+, spe"
+        InputError, match=r"a: each job needs CPU 1, GPU 99, special 2 on one node; the most .* CPU \d+, GPU \d+, spe"
     ):
         engine.launch([Job("a")], lambda job: [], tmp_path, gpus=99, resources={"special": 2})
     assert signal.getsignal(signal.SIGTERM) is before

@@ -85,7 +85,10 @@ def test_single_states_of_a_multi_scale_table(planned, tmp_path):
     ("settings", "why"),
     [
         ({"experts": 3}, r"3 owners cannot share the intervals of \[2, 2\] rows"),
-        ({"experts": 2, "budget": {"images": 640, "rule": "adaptive"}}, "in tables of one column, this has 2"),
+        (
+            {"experts": 2, "budget": {"images": 640, "rule": "adaptive"}},
+            "only tables with one column, but this table has 2",
+        ),
         ({"rows": [[1, 2, 3], [4]]}, r"rows 1..3 have states of \[1, 8, 8\] and \[1, 4, 4\]"),
         ({"experts": 2, "start": {"shared": {"configs": ["shared.yaml"], "images": 16}}}, r"rows 1..4 have states of"),
     ],

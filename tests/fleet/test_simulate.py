@@ -74,13 +74,13 @@ def test_failures_repeat_what_was_not_saved():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("speed=3", "say at least workers=N"),
-        ("workers=0", "workers=0 must be above 0"),
-        ("workers=2,sped=3", "no 'sped'. Did you mean 'speed'"),
-        ("workers=0.5", "workers=0.5 is no number of them"),
-        ("workers=inf", "workers=inf is no number of them"),
-        ("workers=two", "workers='two' is no number"),
-        ("workers=2,failures=-1", "failures=-1 must be above 0"),
+        ("speed=3", "give at least workers=N"),
+        ("workers=0", "workers=0: must be at least 0, and above 0 for workers and speed"),
+        ("workers=2,sped=3", "unknown key 'sped'. Did you mean 'speed'"),
+        ("workers=0.5", "workers=0.5: expected a finite number, workers and seed integers"),
+        ("workers=inf", "workers=inf: expected a finite number"),
+        ("workers=two", "workers: expected a number, got 'two'"),
+        ("workers=2,failures=-1", "failures=-1: must be at least 0"),
     ],
 )
 def test_wrong_pools_are_refused(text, message):

@@ -110,34 +110,46 @@ def test_a_folder_keeps_one_plan(study, tmp_path):
     [
         ({"runz": {}}, "unknown key 'runz'. Did you mean 'runs'"),
         ({"runs": {"a": {"config": []}}}, "runs.a: unknown key 'config'. Did you mean 'configs'"),
-        ({"runs": {"a": {"configs": ["aa.yaml"]}}}, "aa.yaml is no file. Did you mean 'a.yaml'"),
-        ({"runs": {"a": {"configs": ["a.yaml"], "warm_start": "b"}}}, "'b' is no run above it"),
+        ({"runs": {"a": {"configs": ["aa.yaml"]}}}, "aa.yaml: no such file. Did you mean 'a.yaml'"),
+        ({"runs": {"a": {"configs": ["a.yaml"], "warm_start": "b"}}}, "'b' is not an earlier run"),
         ({"contenders": {"x": {"run": "expert"}}}, "no run 'expert'. Did you mean 'experts'"),
         ({"features": "${nope}"}, "not valid: .*nope"),
         ({"contenders": {}}, "contenders, or diffusion_time, is missing"),
         ({"contenders": {"x": {"run": "shared", "prior": "mx"}}}, "contenders.x.prior: no prior 'mx'"),
         ({"priors": {"p": {"run": "shared", "at": 1}}}, "priors.p: prior is missing"),
         ({"priors": {"p": {"run": "share", "at": 1, "prior": "Gaussian"}}}, "no run 'share'. Did you mean 'shared'"),
-        ({"diffusion_time": {"run": "shared", "cuts": 3}}, "cuts is a list of rows"),
-        ({"diffusion_time": {"run": "shared", "cuts": []}}, "cuts is a list of rows"),
-        ({"diffusion_time": {"run": "shared", "cuts": ["x"]}}, "cut:x: a row from 1 on, or a share .* got 'x'"),
+        ({"diffusion_time": {"run": "shared", "cuts": 3}}, "cuts must be a list of rows"),
+        ({"diffusion_time": {"run": "shared", "cuts": []}}, "cuts must be a list of rows"),
+        (
+            {"diffusion_time": {"run": "shared", "cuts": ["x"]}},
+            "cut:x: expected a row of at least 1, or a share .* got 'x'",
+        ),
         ({"diffusion_time": {"run": "shared", "cuts": [2], "priors": {"a": "Gausian"}}}, "Gausian"),
-        ({"diffusion_time": {"run": "shared", "cuts": [2], "priors": {"a": 3}}}, "priors.a_2.prior: expected keys"),
-        ({"priors": {"p": {"run": "shared", "at": "z", "prior": "Gaussian"}}}, "priors.p.at: a row from 1 on"),
+        (
+            {"diffusion_time": {"run": "shared", "cuts": [2], "priors": {"a": 3}}},
+            "priors.a_2.prior: expected a mapping with the keys",
+        ),
+        (
+            {"priors": {"p": {"run": "shared", "at": "z", "prior": "Gaussian"}}},
+            "priors.p.at: expected a row of at least 1",
+        ),
         ({"priors": {"p": {"run": "shared", "at": 2, "prior": "Flow"}}}, "is trained: make it a run with PriorModule"),
         ({"diffusion_time": {"run": "shared", "cut": [3]}}, "unknown key 'cut'. Did you mean 'cuts'"),
         ({"title": 17}, "study.yaml: title: expected text, got 17; write it in quotes"),
         ({"notes": [1, 2]}, r"study.yaml: notes: expected text, got \[1, 2\]"),
         ({"data": None}, "study.yaml: data: expected text, got None"),
         ({"split": 1.5}, "study.yaml: split: expected text, got 1.5"),
-        ({"n": "many"}, "study.yaml: n: expected a whole number, got 'many'"),
-        ({"seed": -1}, r"study.yaml: seed: expected a whole number in \[0, 2\^32\), got -1"),
-        ({"first_seed": 2**32}, "study.yaml: first_seed: expected a whole number in"),
+        ({"n": "many"}, "study.yaml: n: expected an integer, got 'many'"),
+        ({"seed": -1}, r"study.yaml: seed: expected an integer in \[0, 2\^32\), got -1"),
+        ({"first_seed": 2**32}, "study.yaml: first_seed: expected an integer in"),
         ({"protocol": 3}, "study.yaml: protocol: expected text or a mapping, got 3"),
         ({"bits": True}, "study.yaml: bits: expected a mapping, got True"),
-        ({"runs": [1]}, "study.yaml: runs: expected a mapping of a name to its settings"),
+        ({"runs": [1]}, "study.yaml: runs: expected a mapping of names to settings"),
         ({"runs": {"f": {"fleet": 3}}, "contenders": {"f": {"run": "f"}}}, "runs.f: fleet: expected text, got 3"),
-        ({"contenders": {"x": {"run": "shared", "sampler": 5}}}, "contenders.x.sampler: expected keys class_path"),
+        (
+            {"contenders": {"x": {"run": "shared", "sampler": 5}}},
+            "contenders.x.sampler: expected a mapping with the keys class_path",
+        ),
         ({"contenders": {"x": {"run": "shared", "sampler": "DDMI"}}}, "study.yaml: contenders.x.sampler: .*DDMI"),
     ],
 )
@@ -148,7 +160,7 @@ def test_a_wrong_study_is_refused(changes, message, study):
 
 def test_a_seed_of_the_command_line_has_the_same_range(study):
     for seed in (-1, 99999999999):
-        with pytest.raises(InputError, match=rf"--seed: expected a whole number in \[0, 2\^32\), got {seed}"):
+        with pytest.raises(InputError, match=rf"--seed: expected an integer in \[0, 2\^32\), got {seed}"):
             plan(study(), seed=seed)
     assert plan(study(title=None, notes=None, split=None, n=None)).evaluation["title"] == "study"
 
@@ -166,20 +178,29 @@ RUN = {"configs": ["a.yaml"]}
 @pytest.mark.parametrize(
     ("runs", "messages"),
     [
-        ({"../evil": RUN, "/abs": RUN, "": RUN}, ["runs: '../evil': a name has", "runs: '/abs': a name has", "empty"]),
+        (
+            {"../evil": RUN, "/abs": RUN, "": RUN},
+            ["runs: '../evil': a name consists of", "runs: '/abs': a name consists of", "empty"],
+        ),
         ({".hid": RUN, "a.": RUN, "..": RUN}, ["'.hid': a name begins with a letter", "'a.'", "'..'"]),
         (
             {"leases": RUN, "Plan.json": RUN, "priors": RUN},
             ["'leases': this name is reserved", "'Plan.json'", "'priors'"],
         ),
         ({"configs": RUN, "x\u0000": RUN}, ["'configs': this name is reserved", "not '\\x00'"]),
-        ({"e": {**RUN, "experts": 2}, "e_001": RUN}, ["runs.e_001 (e_001) and runs.e.experts (e_001) would be one"]),
+        (
+            {"e": {**RUN, "experts": 2}, "e_001": RUN},
+            ["runs.e_001 (e_001) and runs.e.experts (e_001) would have the same name"],
+        ),
         ({"x": {**RUN, "experts": 2}, "x_composite": RUN}, ["runs.x_composite (x_composite) and runs.x (x_composite)"]),
         ({"x": {"fleet": "a.yaml"}, "x_composite": RUN}, ["runs.x_composite (x_composite) and runs.x (x_composite)"]),
-        ({"run": RUN, "Run": RUN}, ["runs.run (run) and runs.Run (Run) would be one"]),
-        ({"e": {**RUN, "experts": 0}, "f": {**RUN, "experts": True}}, ["from 1 on, got 0", "runs.f.experts: a number"]),
+        ({"run": RUN, "Run": RUN}, ["runs.run (run) and runs.Run (Run) would have the same name"]),
+        (
+            {"e": {**RUN, "experts": 0}, "f": {**RUN, "experts": True}},
+            ["runs.e.experts: expected an integer of at least 1, got 0", "runs.f.experts: expected an integer"],
+        ),
         ({"a": {"configs": "a.yaml"}}, ["runs.a.configs: expected a list of YAML files, got 'a.yaml'"]),
-        ({"mix": RUN}, ["runs.mix (mix) and priors.mix (mix) would be one"]),
+        ({"mix": RUN}, ["runs.mix (mix) and priors.mix (mix) would have the same name"]),
         ({"n" * 101: RUN, "e\u0301": RUN}, ["a name has at most 100 bytes", "normal form C"]),
     ],
 )
@@ -202,9 +223,9 @@ def test_numbers_are_no_names_and_contenders_follow_the_rule(tmp_path, study):
         plan(tmp_path / "s.yaml")
     text = str(refusal.value)
     assert "runs: 1: a name is text; write it in quotes" in text
-    assert "contenders: 'a/b': a name has" in text
+    assert "contenders: 'a/b': a name consists of" in text
     assert "contenders: '__metadata__': a name begins with" in text
-    assert "contenders (C) and contenders (c) would be one" in text
+    assert "contenders (C) and contenders (c) would have the same name" in text
 
 
 def test_names_of_the_experiments_are_names(study):
@@ -237,19 +258,19 @@ def test_references_that_are_numbers_or_lists_are_names_or_refused(study, tmp_pa
 def test_a_sweep_replaces_no_contender_of_the_users(study):
     sweep = {"run": "shared", "cuts": [2], "priors": {"mix": "Gaussian"}}
     for key, name in (("contenders", "cut 2, N(0, I)"), ("contenders", "whole chain"), ("contenders", "cut 2, mix")):
-        with pytest.raises(InputError, match=re.escape(f"{key}.{name}: diffusion_time makes some of these names")):
+        with pytest.raises(InputError, match=re.escape(f"{key}.{name}: diffusion_time generates some of these names")):
             plan(study(diffusion_time=sweep, contenders={name: {"run": "experts"}}))
     own = {"mix_2": {"run": "shared", "at": 3, "prior": "Gaussian"}}
-    with pytest.raises(InputError, match=r"priors.mix_2: diffusion_time makes"):
+    with pytest.raises(InputError, match=r"priors.mix_2: diffusion_time generates"):
         plan(study(diffusion_time=sweep, priors=own))
-    with pytest.raises(InputError, match="names a row twice"):
+    with pytest.raises(InputError, match="contains a row twice"):
         plan(study(diffusion_time={**sweep, "cuts": [2, 3, 2]}))
 
 
 def test_what_a_study_decides_is_not_set_by_its_runs(study):
-    with pytest.raises(InputError, match=r"runs.a: set: seed_everything: the study says it itself, by seed"):
+    with pytest.raises(InputError, match=r"runs.a: set: seed_everything: set by the study; change seed instead"):
         plan(study(runs={"a": {**RUN, "set": {"seed_everything": 4}}}, contenders={"a": {"run": "a"}}))
-    with pytest.raises(InputError, match=r"'experts' is no run above it of one network"):
+    with pytest.raises(InputError, match=r"'experts' is not an earlier run of a single network"):
         plan(study(runs={**STUDY["runs"], "late": {**RUN, "warm_start": "experts"}}))
 
 
@@ -268,7 +289,7 @@ def test_jobs_read_copies_and_an_edit_is_refused_with_key_and_values(study, tmp_
     assert {Path(word) for word in words} == {out / "configs" / "a.yaml", out / "configs" / "b.yaml"}
     (tmp_path / "a.yaml").write_text("model: {objective: X0, lr: 0.1}\n", encoding="utf-8")
     assert (out / "configs" / "a.yaml").read_text(encoding="utf-8") == "model: {objective: V, lr: 0.1}\n"
-    assert any("planned anew" in line for line in plan(file, out).compare())  # nothing has begun
+    assert any("the plan is replaced" in line for line in plan(file, out).compare())  # nothing has begun
     first.jobs[0].folder.mkdir()
     with pytest.raises(InputError, match=r"another study \(.*a.yaml: model.objective: 'V' there, 'X0' now\)"):
         plan(file, out).compare()
@@ -347,7 +368,7 @@ def test_studies_are_pooled_if_they_differ_in_the_seed_alone(study, tmp_path):
         plan(study(), tmp_path / f"s{seed}", seed).claim()
     refuse_no_repeats([tmp_path / "s0", tmp_path / "s1", tmp_path])  # of what is no study nothing is known
     plan(study(), tmp_path / "again", 1).claim()
-    with pytest.raises(InputError, match=r"again: seed 1, as .*s1"):
+    with pytest.raises(InputError, match=r"again: has the same seed 1 as .*s1"):
         refuse_no_repeats([tmp_path / f for f in ("s0", "s1", "again")])
     plan(study(), tmp_path / "other", 2, ["shared.trainer.max_steps=9"]).claim()
     with pytest.raises(InputError, match=r"other: runs.shared.--set.trainer.max_steps: nothing there, '9' now"):
@@ -379,15 +400,15 @@ def test_runs_that_are_not_what_they_are_taken_for_are_refused(study, tmp_path):
     with pytest.raises(InputError) as refusal:
         refuse_roles(todo, {**roles, **more})
     for line in (
-        "contenders.a.run: flow trains a prior (PriorModule), a model is wanted",
-        "contenders.b.prior: other trains a model (ReducedStates), a prior is wanted",
-        "contenders.c.prior: flow is at row 3 of another table than that of cde",
-        "priors.p.run: flow trains a prior (PriorModule), a model is wanted",
+        "contenders.a.run: flow trains a prior (PriorModule), but a model is required",
+        "contenders.b.prior: other trains a model (ReducedStates), but a prior is required",
+        "contenders.c.prior: flow is at row 3 of a table that differs from cde's",
+        "priors.p.run: flow trains a prior (PriorModule), but a model is required",
         f"priors.q.run: cde has a table of {inpainting.K} columns",
-        "contenders.d.prior: cde has a table of 2 columns; a chain is cut off on tables of one",
-        "contenders.c: cde has a table of 2 columns; bits are measured on tables of one",
+        "contenders.d.prior: cde has a table of 2 columns, but a chain is cut only on tables of one column",
+        "contenders.c: cde has a table of 2 columns, but bits are measured only on tables of one column",
         "runs.late.warm_start: flow trains a prior",
-        "runs.odd: its config makes a BoringModel, neither a model of images nor a prior",
+        "runs.odd: its config defines a BoringModel, which is neither a model of images nor a prior",
     ):
         assert line in str(refusal.value)
 

@@ -31,8 +31,8 @@ SRUN = ("SLURM_NTASKS", "SLURM_PROCID")
 # if srun is installed, Lightning warns processes that were not started by it
 NO_SRUN_WARNING = "ignore:The `srun` command is available on your system but is not used"
 IMPORTABLE = (
-    "lightning_tdisent, and what --import names, must be importable on every node, by the Python that runs its jobs: "
-    "install it there"
+    "lightning_tdisent and the modules of --import must be importable on every node, by the Python that runs its jobs: "
+    "install them there"
 )
 LOST = 256  # stands for the exit status if the process that ran the command was lost before it could report one
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -78,7 +78,7 @@ def reason(status: int, log: Path, last: str, tries: int = 1) -> str:
     if fate(status) == "refused":
         said = re.sub(r"^(error|- [\w.-]+): ", "", last)
         return f"{said or f'ended with {words(status)}'}{_remedy(last)} (see {log})"
-    again = "; launched again, it goes on from there"
+    again = "; launch it again to resume it from its checkpoint"
     return f"died {tries} times, now with {words(status)}{cause(last)} (see {log}){again}"
 
 
@@ -123,7 +123,7 @@ def resources(cpus: float, gpus: float, memory: str | None) -> int | None:
     least = (("cpus", cpus, 1), ("gpus", gpus, 0))
     wrong = [f"{name} {value}: at least {low}" for name, value, low in least if value < low]
     if memory is not None and (found is None or float(found[1]) == 0):
-        wrong.append(f"memory {memory!r}: a number with K, M, G or T, such as 16G")
+        wrong.append(f"memory {memory!r}: expected a number with K, M, G or T, such as 16G")
     if wrong:
         raise InputError("resources of a job: " + "; ".join(wrong))
     return int(float(found[1]) * UNITS[found[2].upper()]) if found else None

@@ -99,7 +99,7 @@ def launch(
                     if fate == "done":
                         done.add(job.name)
                     elif fate == "told":
-                        say(f"{job.name}: was told to go on {host}, is started again")
+                        say(f"{job.name}: was stopped by a signal on {host}; is started again")
                         tries[job.name] -= 1
                         waiting.append(job)
                     elif fate == "died" and tries[job.name] <= retries:
@@ -126,7 +126,7 @@ def _work(
     log, host = Path(logs) / f"{name}.log", socket.gethostname()
     missing = [place for place in (folder, logs) if not Path(place).is_dir()]
     if missing:
-        return 2, f"{host} has no folder {missing[0]}: all nodes must share it under one name", host
+        return 2, f"{host} has no folder {missing[0]}: all nodes must share it under the same path", host
     try:
         stream = open_own(log)
     except InputError as error:
@@ -169,7 +169,7 @@ def _result(ray: Any, future: Future[Result]) -> Result:
             said = lines[-1]
         else:
             # two sentences; Ray's advice follows them
-            first = ". ".join(lines[0].split(". ")[:2]) if lines else "no more is known"
+            first = ". ".join(lines[0].split(". ")[:2]) if lines else "no details"
             said = f"{type(error).__name__}: {first}"
         return engines.LOST, said, "a worker of Ray"
 
@@ -186,7 +186,7 @@ def _ray(jobs: Sequence[Job]) -> Any:
             import ray
     except ImportError:
         raise Unavailable(
-            f'engine ray: Ray is not installed; pip install "lightning_tdisent[ray]", or take another engine for '
+            f'engine ray: Ray is not installed; pip install "lightning_tdisent[ray]", or use another engine for '
             f"{engines.named(jobs)}"
         ) from None
     return ray
@@ -213,7 +213,7 @@ def _cluster(ray: Any, address: str | None, jobs: Sequence[Job], patience: float
     """
     if ray.is_initialized():
         if address:
-            raise InputError(f"engine ray: address {address}: this process is connected to a cluster; leave it out")
+            raise InputError(f"engine ray: address {address}: this process is connected to a cluster already; omit it")
         yield True
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -258,9 +258,9 @@ def _reach(address: str, jobs: Sequence[Job], patience: float) -> None:
             why = f"no answer in {patience:g} s"
     if why is not None:
         raise InputError(
-            f"engine ray: no cluster at {address} ({why}), so that {engines.named(jobs)} cannot be started. On its "
-            "head node `ray status` must answer, and its port (6379) be open from here; or start one with `ray start "
-            "--head`, or leave the address out to use this machine"
+            f"engine ray: no cluster answers at {address} ({why}), so that {engines.named(jobs)} cannot be started. "
+            "Check that `ray status` works on its head node, and that its port (6379) is reachable from here; or start "
+            "a cluster with `ray start --head`, or omit the address to use this machine"
         )
 
 
@@ -273,7 +273,7 @@ def _room(ray: Any, ask: Mapping[str, Any], jobs: Sequence[Job], grows: bool, sa
         return
     wants = ", ".join(f"{key} {value:g}" for key, value in need.items())
     most = ", ".join(f"{key} {max(node.get(key, 0) for node in nodes):g}" for key in need)
-    text = f"engine ray: {engines.named(jobs)} want {wants} on one node; the most that a node has is {most}"
+    text = f"engine ray: {engines.named(jobs)}: each job needs {wants} on one node; the most that a node has is {most}"
     if not grows:
-        raise InputError(f"{text}. Ask for less, or give the address of a cluster")
-    say(f"{text}. Waiting for a node that has it; Ctrl-C to stop")
+        raise InputError(f"{text}. Request less, or give the address of a cluster")
+    say(f"{text}. Waiting for such a node to join the cluster; press Ctrl-C to stop")

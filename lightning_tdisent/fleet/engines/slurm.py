@@ -27,14 +27,14 @@ LARGEST = 1000  # maximum number of jobs in an array, from SLURM's default of Ma
 OURS = "array dependency error job-name kill-on-invalid-dep no-requeue open-mode output parsable requeue signal wrap"
 GONE = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"}
 SCRIPT = r"""#!/bin/bash
-# One task of this array is one job of a fleet; its command can be run by hand as it stands here.
+# Each task of this array is one job of a fleet; its command below can be run by hand.
 logs={logs}
 case $SLURM_ARRAY_TASK_ID in
 {cases}
 esac
 log=$logs/$name.log
-task=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID  # SLURM_JOB_ID of one of the tasks is that of the whole array
-unset {srun}  # else Lightning takes the command for one of srun's
+task=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID  # one task's SLURM_JOB_ID equals the array's id
+unset {srun}  # otherwise Lightning assumes that srun started the command
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS={threads} PYTHONWARNINGS="${{PYTHONWARNINGS:+$PYTHONWARNINGS,}}"{warning}
 tell() {{ told=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null; }}
 trap tell TERM USR1
@@ -47,7 +47,7 @@ while :; do
     "${{command[@]}}" </dev/null >>"$log" 2>&1 &
     child=$!
     [ -z "$told" ] || kill -TERM "$child"
-    while :; do  # a signal ends a wait, not the command
+    while :; do  # a signal interrupts wait, not the command
         wait "$child"
         kill -0 "$child" 2>/dev/null || break
     done
@@ -87,7 +87,7 @@ class Submission:
     def words(self) -> str:
         """A line on how to watch and cancel the jobs."""
         ids = ",".join(dict.fromkeys(array for array, _ in self.tasks.values()))
-        new = f"submitted as {','.join(self.added)}" if self.added else "in the queue already"
+        new = f"submitted as {','.join(self.added)}" if self.added else "already in the queue"
         cancel = f"scancel {ids.replace(',', ' ')}"
         return f"jobs: {len(self.tasks)}, {new}. Watch: squeue -r -j {ids}; cancel: {cancel}; logs: {self.logs}"
 
@@ -127,10 +127,12 @@ def submit(
     """
     size, options = engines.resources(cpus, gpus, memory), dict(sbatch or {})
     if gpus != int(gpus) or cpus != int(cpus):
-        raise InputError(f"engine slurm: cpus {cpus:g}, gpus {gpus:g}: SLURM gives whole ones")
+        raise InputError(f"engine slurm: cpus {cpus:g}, gpus {gpus:g}: SLURM allocates whole numbers only")
     wrong = [key for key in options if key in OURS.split() or not re.fullmatch(r"[a-z][a-z-]*", key)]
     if wrong:
-        raise InputError(f"engine slurm: sbatch options {', '.join(wrong)}: not options, or the fleet's own ({OURS})")
+        raise InputError(
+            f"engine slurm: sbatch options {', '.join(wrong)}: invalid, or set by the fleet itself ({OURS})"
+        )
     logs = logs.resolve()
     logs.mkdir(parents=True, exist_ok=True)
     record = logs / "slurm.json"
@@ -237,9 +239,9 @@ def watch(
                 failed[name] = engines.reason(status, log, engines.last_line(log), tries)
             elif status is None and state != "COMPLETED":
                 own = submission.logs / f"slurm_{array}_{k}.log"  # log of the batch script itself
-                how = f"left the queue as {state or 'an unknown one'}" + f" ({why})" * (why not in ("None", ""))
+                how = f"left the queue as {state or 'UNKNOWN'}" + f" ({why})" * (why not in ("None", ""))
                 how += f" before it was done{engines.cause(engines.last_line(own))}"
-                failed[name] = f"{how} (see {log} and {own}); launched again, it goes on from its checkpoint"
+                failed[name] = f"{how} (see {log} and {own}); launch it again to resume it from its checkpoint"
         now = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
         if now and now != text:
             say(f"slurm: {now}")
@@ -305,19 +307,19 @@ def _ask(words: list[str], jobs: Sequence[Job], script: str | None = None) -> st
     """
     if shutil.which(words[0]) is None:
         raise Unavailable(
-            f"engine slurm: {words[0]} is not on this machine. Launch {engines.named(jobs)} from a login node of the "
-            "cluster, or with another engine"
+            f"engine slurm: {words[0]} is not installed on this machine. Launch {engines.named(jobs)} from a login "
+            "node of the cluster, or with another engine"
         )
     try:
         done = subprocess.run(  # noqa: S603
             words, input=script, capture_output=True, encoding="utf-8", errors="replace", timeout=120, check=False
         )
     except subprocess.TimeoutExpired:
-        raise InputError(f"engine slurm: {words[0]} does not answer in 120 s ({engines.named(jobs)})") from None
+        raise InputError(f"engine slurm: {words[0]} did not answer within 120 s ({engines.named(jobs)})") from None
     if done.returncode:
         said = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
         raise InputError(
             f"engine slurm: {words[0]} refused {engines.named(jobs)}: {said or f'status {done.returncode}'}. `sinfo` "
-            "says whether the controller answers and which partitions there are"
+            "shows whether the controller answers and which partitions exist"
         )
     return done.stdout
