@@ -148,9 +148,11 @@ def _fleet_run(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.work import Session, work_through
 
     local = {"--workers": a.workers, "--threads": a.threads, "--together": a.together, "--gpus": a.gpus}
-    odd = [name for name, given in {**local, "--stacked": a.stacked or None}.items() if given is not None]
-    if odd and a.engine != "local":
-        raise InputError(f"{', '.join(odd)}: only for --engine local; for {a.engine} use --option cpus=.., gpus=.., ..")
+    invalid = [name for name, given in {**local, "--stacked": a.stacked or None}.items() if given is not None]
+    if invalid and a.engine != "local":
+        raise InputError(
+            f"{', '.join(invalid)}: only for --engine local; for {a.engine} use --option cpus=.., gpus=.., .."
+        )
     workers, threads, together = a.workers or 0, 1 if a.threads is None else a.threads, a.together or 1
     if a.ttl <= 0 or workers < 0 or threads < 0 or together < 1 or (a.stacked and together == 1):
         raise InputError(
@@ -221,12 +223,15 @@ def _launch(a: argparse.Namespace, work: "FleetWork", only: Sequence[str]) -> No
     known: list[Any] = [ray.launch] if a.engine == "ray" else [slurm.submit, slurm.launch]
     taken = [p.name for f in known for p in inspect.signature(f).parameters.values() if p.kind is p.KEYWORD_ONLY]
     taken.remove("say")
-    odd = [f"{k}={v}" for k, v in options.items() if k in taken and k not in TEXTS and not isinstance(v, (int, float))]
-    if odd:
-        raise InputError(f"--option {odd[0]}: expected a number")
-    if odd := [key for key in options if key not in taken]:
+    invalid = [
+        f"{k}={v}" for k, v in options.items() if k in taken and k not in TEXTS and not isinstance(v, (int, float))
+    ]
+    if invalid:
+        raise InputError(f"--option {invalid[0]}: expected a number")
+    if invalid := [key for key in options if key not in taken]:
         raise InputError(
-            f"--option {odd[0]}: unknown for --engine {a.engine}.{nearest(odd[0], taken)} Known: {', '.join(taken)}"
+            f"--option {invalid[0]}: unknown for --engine {a.engine}.{nearest(invalid[0], taken)} Known: "
+            f"{', '.join(taken)}"
         )
     if a.detach and (a.engine == "ray" or work.fleet.budget.rule == "adaptive"):
         raise InputError(

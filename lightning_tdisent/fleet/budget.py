@@ -87,8 +87,10 @@ class Budget:
                 f"{where}: expected a number of images, or a mapping with images and optionally "
                 f"{', '.join(names[1:])}; got {data!r}"
             )
-        if odd := [key for key in data if key not in names]:
-            raise InputError(f"{where}: unknown key {odd[0]!r}.{nearest(str(odd[0]), names)} Known: {', '.join(names)}")
+        if unknown := [key for key in data if key not in names]:
+            raise InputError(
+                f"{where}: unknown key {unknown[0]!r}.{nearest(str(unknown[0]), names)} Known: {', '.join(names)}"
+            )
         try:
             shares = data.get("shares") or ()
             return cls(**{**data, "shares": tuple(shares) if isinstance(shares, (list, tuple)) else (shares,)})
@@ -218,7 +220,7 @@ def fit_curve(curve: Curve) -> Fit:
             continue
         for p in np.geomspace(0.1, 3, 30):
             basis = (n + m) ** -p * (n[-1] + m) ** p
-            floor, amplitude = _two(basis / e, 1 / e)
+            floor, amplitude = _fit_linear(basis / e, 1 / e)
             error = float(np.square((floor + amplitude * basis) / e - 1).sum())
             if best is None or error < best[0] - 1e-15:
                 best = error, (floor, amplitude * (n[-1] + m) ** p, float(p), float(m), *start)
@@ -226,7 +228,7 @@ def fit_curve(curve: Curve) -> Fit:
     return best[1]
 
 
-def _two(basis: np.ndarray, one: np.ndarray) -> tuple[float, float]:
+def _fit_linear(basis: np.ndarray, one: np.ndarray) -> tuple[float, float]:
     """Return non-negative (floor, amplitude) that minimise the squares of floor * one + amplitude * basis - 1."""
     matrix = np.stack([one, basis], 1)
     floor, amplitude = np.linalg.lstsq(matrix, np.ones(len(one)), rcond=None)[0]

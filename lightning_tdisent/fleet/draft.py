@@ -73,14 +73,14 @@ def draft(
     for where, found in (("set", data.get("set")), *((f"for_rows.{k}", v) for k, v in _items(data.get("for_rows")))):
         refuse_reserved(found, f"{file}: {where}")
     common = {**(data.get("set") or {}), **dict(settings(overrides))}
-    configs, copies = _copies(file, data["configs"], "configs", {})
+    configs, copies = _read_configs(file, data["configs"], "configs", {})
     shared = None
     if isinstance(data.get("start"), dict):
         known(data["start"], {SHARED: ANY}, f"{file}: start", required=(SHARED,))
         where = f"{file}: start.{SHARED}"
         shared = known(data["start"][SHARED], SHARED_KEYS, where, required=("configs", "images"))
         refuse_reserved(shared.get("set"), f"{file}: start.{SHARED}.set")
-        shared["configs"], more = _copies(file, shared["configs"], f"start.{SHARED}.configs", copies)
+        shared["configs"], more = _read_configs(file, shared["configs"], f"start.{SHARED}.configs", copies)
         copies |= more
 
     def facts_of(names: Sequence[str], settings: dict[str, Any]) -> Facts:
@@ -130,7 +130,7 @@ def draft(
         elif start == "neighbour":  # a chain: the expert of the noisiest rows is trained first
             begin = names[k + 1] if k + 1 < len(names) else "scratch"
         elif begin not in ("scratch", SHARED):
-            begin = _place(file, begin)
+            begin = _resolve_start(file, begin)
         own = seed + k if start == "scratch" else seed
         experts.append(Planned(name, rows, images[k], batch, own, begin, specials[k], costs[k], parts[k]))
     table = {"fingerprint": facts.fingerprint, "S": facts.S, "index": facts.index}
@@ -141,7 +141,7 @@ def draft(
     )  # fmt: skip
     refuse_unfit(experts, facts.S, shared is not None, str(file))
     before = {name: store.read(name) for name in (FILE, PREVIOUS, IDENTITY, *copies)}
-    _claim(fleet, {name: content for name, (content, _) in copies.items()}, begun)
+    _write_plan(fleet, {name: content for name, (content, _) in copies.items()}, begun)
     try:
         if check is not None:
             check(fleet)
@@ -158,7 +158,7 @@ def draft(
     return fleet
 
 
-def _claim(fleet: Fleet, copies: dict[str, bytes], begun: bool) -> None:
+def _write_plan(fleet: Fleet, copies: dict[str, bytes], begun: bool) -> None:
     """Write the configs and the plan.
 
     The plan is written last: its presence means that the configs are complete. Refuses a folder with other files or
@@ -167,7 +167,7 @@ def _claim(fleet: Fleet, copies: dict[str, bytes], begun: bool) -> None:
     fleet.store.check()
     text = fleet.text().encode()
     there = fleet.store.read(FILE)
-    if there is None and (others := _others(fleet.store)):
+    if there is None and (others := _other_names(fleet.store)):
         raise InputError(
             f"{fleet.store} is not empty and holds no plan of a fleet (it has {', '.join(others[:5])}); choose another "
             "--out"
@@ -192,7 +192,7 @@ def _claim(fleet: Fleet, copies: dict[str, bytes], begun: bool) -> None:
     fleet.store.write(FILE, text)
 
 
-def _others(store: Store) -> list[str]:
+def _other_names(store: Store) -> list[str]:
     """Return the names in the place of a new fleet, except the copies of configs, which are written before the plan."""
     if store.remote:
         return store.names("")
@@ -225,7 +225,7 @@ def _for_rows(data: Any, blocks: Sequence[Sequence[int]], S: int, file: str) -> 
     if not isinstance(data, dict):
         raise InputError(f"{file}: for_rows: expected a mapping of FIRST..LAST to config keys, got {data!r}")
     out: list[dict[str, Any]] = [{} for _ in blocks]
-    said: list[dict[str, str]] = [{} for _ in blocks]  # range that set each key
+    set_by: list[dict[str, str]] = [{} for _ in blocks]  # range that set each key
     for key, chosen in data.items():
         first, _, last = str(key).partition("..")
         if not first.isdigit() or not (last or first).isdigit() or not 1 <= int(first) <= int(last or first) <= S:
@@ -241,15 +241,15 @@ def _for_rows(data: Any, blocks: Sequence[Sequence[int]], S: int, file: str) -> 
                 for name in chosen:
                     if name in out[k] and out[k][name] != chosen[name]:
                         raise InputError(
-                            f"{file}: for_rows: {name} of rows {list(rows)} is {out[k][name]!r} in {said[k][name]} and "
-                            f"{chosen[name]!r} in {key}; set it in only one range"
+                            f"{file}: for_rows: {name} of rows {list(rows)} is {out[k][name]!r} in {set_by[k][name]} "
+                            f"and {chosen[name]!r} in {key}; set it in only one range"
                         )
                 out[k] |= chosen
-                said[k] |= dict.fromkeys(chosen, str(key))
+                set_by[k] |= dict.fromkeys(chosen, str(key))
     return out
 
 
-def _copies(file: Path, names: Any, key: str, taken: Copies) -> tuple[dict[str, str], Copies]:
+def _read_configs(file: Path, names: Any, key: str, taken: Copies) -> tuple[dict[str, str], Copies]:
     """Read configs; return the digest of each by the name of its copy, and the copies with their original paths."""
     if not isinstance(names, list) or not names:
         raise InputError(f"{file}: {key}: expected a list of YAML files, got {names!r}")
@@ -267,7 +267,7 @@ def _copies(file: Path, names: Any, key: str, taken: Copies) -> tuple[dict[str, 
     return digests, copies
 
 
-def _place(file: Path, start: str) -> str:
+def _resolve_start(file: Path, start: str) -> str:
     """Return the absolute path of initial weights, given relative to the working directory or to the YAML file."""
     for path in (Path(start), file.parent / start):
         if path.exists():

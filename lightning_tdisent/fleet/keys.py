@@ -60,7 +60,7 @@ def known(data: Any, keys: Mapping[str, str], where: str, required: Sequence[str
     return {key: value for key, value in data.items() if value is not None or key in required}
 
 
-def _kept(resolved: Any, given: Any, keep: bool) -> Any:
+def _restore_env(resolved: Any, given: Any, keep: bool) -> Any:
     """Restore unresolved ``${oc.env:..}`` values in resolved data.
 
     They are restored below ``set`` and ``for_rows``, and everywhere if ``keep`` is true.
@@ -68,8 +68,12 @@ def _kept(resolved: Any, given: Any, keep: bool) -> Any:
     if isinstance(given, str):
         return given if keep and "${oc.env" in given else resolved
     if isinstance(given, dict):
-        return {k: _kept(v, given[k], keep or k in ("set", "for_rows")) for k, v in resolved.items()}
-    return [_kept(*pair, keep) for pair in zip(resolved, given, strict=True)] if isinstance(given, list) else resolved
+        return {k: _restore_env(v, given[k], keep or k in ("set", "for_rows")) for k, v in resolved.items()}
+    return (
+        [_restore_env(*pair, keep) for pair in zip(resolved, given, strict=True)]
+        if isinstance(given, list)
+        else resolved
+    )
 
 
 def read_yaml(file: Path, secrets: bool = True) -> Any:
@@ -83,7 +87,7 @@ def read_yaml(file: Path, secrets: bool = True) -> Any:
         compose_yaml(file.read_bytes())
         loaded = OmegaConf.load(file)
         given = OmegaConf.to_container(loaded)
-        return expand_all(_kept(OmegaConf.to_container(loaded, resolve=True), given, not secrets), str(file))
+        return expand_all(_restore_env(OmegaConf.to_container(loaded, resolve=True), given, not secrets), str(file))
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:

@@ -115,7 +115,7 @@ class Lease:
         self.deaths: int = content["deaths"]
         self.lost = ""
         self._clock, self._content, self._end = clock, content, threading.Event()
-        self._good = clock()  # start of the last successful heartbeat; nobody can take the job until ttl after it
+        self._last_beat = clock()  # start of the last successful heartbeat; nobody can take the job until ttl after it
         self._thread = threading.Thread(target=self._beat, name=f"lease of {job}", daemon=True)
         self._thread.start()
 
@@ -131,18 +131,18 @@ class Lease:
         If the store does not answer, the job counts as held until ``ttl`` seconds after the last heartbeat. quick: do
         not ask the store within ``ttl`` seconds of the last heartbeat.
         """
-        if not quick or self._clock() - self._good > self.ttl:
-            self._ask()
+        if not quick or self._clock() - self._last_beat > self.ttl:
+            self._refresh()
         if self.lost:
             raise Lost(f"{self.job}: {self.lost}; this worker stops training it, and has saved nothing since then")
 
-    def _ask(self) -> bool:
+    def _refresh(self) -> bool:
         """Update ``lost`` from the store; return False if the store does not answer."""
         try:
             if not self.lost and not self.held:
                 self.lost = "another worker holds its lease by now"
         except (OSError, InputError) as error:
-            if self._clock() - self._good > self.ttl:
+            if self._clock() - self._last_beat > self.ttl:
                 self.lost = f"{self.store} has not been reached for {self.ttl:.0f} s ({error})"
             return False
         return True
@@ -154,10 +154,10 @@ class Lease:
     def _beat(self) -> None:
         while not self.lost and not self._end.wait(self.ttl / BEATS):
             begun = self._clock()
-            if self._ask() and not self.lost:
+            if self._refresh() and not self.lost:
                 with contextlib.suppress(OSError, InputError):  # the next heartbeat may succeed
                     self._write()
-                    self._good = begun
+                    self._last_beat = begun
 
     def release(self) -> None:
         """Stop the heartbeat, and mark the lease as released."""

@@ -58,7 +58,7 @@ def run(
         mine = {"OMP_NUM_THREADS": str(threads or max(1, cores // count))}  # torch reads it when it is imported
         if gpus:
             mine["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-        process = context.Process(target=_serve, args=(work, train, session, os.getpid()))
+        process = context.Process(target=_run_worker, args=(work, train, session, os.getpid()))
         with _environment(mine):
             process.start()
         return process
@@ -100,8 +100,8 @@ def visible_gpus() -> list[str]:
     """Return the GPUs that this process may use, as values for CUDA_VISIBLE_DEVICES of its workers."""
     import torch
 
-    count, told = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [str(k) for k in range(count)] if told is None else told.split(",")[:count]
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(k) for k in range(count)] if visible is None else visible.split(",")[:count]
 
 
 def refuse_undone(work: Work, session: Session) -> None:
@@ -141,9 +141,9 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _serve(work: Work, train: Train, session: Session, parent: int) -> None:
+def _run_worker(work: Work, train: Train, session: Session, parent: int) -> None:
     """Run a worker in this process; it exits when its parent process ends."""
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     try:
         work_through(work, train, session)
     except InputError as error:  # concerns the plan or the store, not a single job
@@ -153,7 +153,7 @@ def _serve(work: Work, train: Train, session: Session, parent: int) -> None:
         sys.exit(130)
 
 
-def _leave_with(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     """Send SIGTERM to this process when its parent has ended, so that it saves a checkpoint and exits."""
     while os.getppid() == parent:
         time.sleep(0.5)

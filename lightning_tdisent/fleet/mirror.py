@@ -42,7 +42,7 @@ class Mirror:
         If the newest local checkpoint is newer than that of the store, because the last upload failed, existing local
         files are kept, and the next `push` uploads them.
         """
-        self._set_aside()
+        self._move_foreign_run()
         younger = step_of(Store(self.folder).read(POINTER)) > step_of(self.store.read(f"{self.name}/{POINTER}"))
         for part in FOLDERS:
             place = f"{self.name}/{part}".rstrip("/")
@@ -58,7 +58,7 @@ class Mirror:
                 name = target.relative_to(self.folder)
                 self._sent[str(name)] = self._files()[str(name)]
 
-    def _set_aside(self) -> None:
+    def _move_foreign_run(self) -> None:
         """Rename the local folder if it holds a different run than the store."""
         mine, theirs = identity_of(self.folder), identity_in(self.store.read(f"{self.name}/config.yaml"))
         if mine and theirs and mine != theirs:

@@ -23,8 +23,8 @@ def fault(name: Any, reserved: Collection[str] = (), marks: str = MARKS) -> str 
         return "a name must not be empty"
     if name != unicodedata.normalize("NFC", name) or len(name.encode()) > LONGEST:
         return f"a name has at most {LONGEST} bytes and is in Unicode normal form C"
-    if odd := sorted({c for c in name if not (c.isalnum() or c in marks)}):
-        return f"a name consists of letters, digits and any of {marks.strip()!r}, not {' '.join(map(repr, odd))}"
+    if invalid := sorted({c for c in name if not (c.isalnum() or c in marks)}):
+        return f"a name consists of letters, digits and any of {marks.strip()!r}, not {' '.join(map(repr, invalid))}"
     if not name[0].isalnum() or name[-1] in " .":
         return "a name begins with a letter or a digit, and does not end with a space or a dot"
     if name.casefold() in {r.casefold() for r in reserved}:

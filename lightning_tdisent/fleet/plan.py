@@ -277,8 +277,8 @@ class Fleet:
             make = typed("fleet", "plan", "--config", "FILE", "--out", where)
             raise InputError(f"{file}: there is no plan here; write one with {make}")
         data = load_yaml(text, file)
-        if twice := repeated_keys(text):
-            raise InputError(f"{file}: {'; '.join(twice)}: duplicate key")
+        if repeated := repeated_keys(text):
+            raise InputError(f"{file}: {'; '.join(repeated)}: duplicate key")
         if isinstance(data, dict):
             check_schema(data, file, SCHEMA)
         data = known(data, PLAN_KEYS, file, required=[k for k in PLAN_KEYS if k not in ("set", "shared", "title")])
@@ -287,7 +287,7 @@ class Fleet:
             raise InputError(f"{file}: experts: expected a list of experts, got {entries!r}")
         known(data["table"], TABLE_KEYS, f"{file}: table", required=("fingerprint", "S", "log_snr"))
         refuse_reserved(data.get("set"), f"{file}: set")
-        experts = [_expert(entry, f"{file}: experts[{i}]") for i, entry in enumerate(entries)]
+        experts = [_parse_expert(entry, f"{file}: experts[{i}]") for i, entry in enumerate(entries)]
         refuse_unfit(experts, data["table"]["S"], bool(data.get("shared")), file)
         if data.get("shared"):
             shared = known(data["shared"], SHARED_KEYS, f"{file}: shared", required=("configs", "images", "batch"))
@@ -318,8 +318,8 @@ class Fleet:
         """
         out: dict[str, Facts] = {}
         away = [e for e in self.experts if e.start not in ("scratch", *self.names) and not Path(e.start).exists()]
-        if lost := [f"{e.name}: start: {e.start}" for e in away if not names or e.name in names]:
-            raise InputError(f"{'; '.join(lost)}: no such file or folder on this machine")
+        if missing_starts := [f"{e.name}: start: {e.start}" for e in away if not names or e.name in names]:
+            raise InputError(f"{'; '.join(missing_starts)}: no such file or folder on this machine")
         for job in [job for job in self.jobs() if not names or job.name in names]:
             try:
                 facts = describe(job.argv)
@@ -360,21 +360,23 @@ class Fleet:
                     f"{facts.max_steps} steps; there is one every {facts.validate:g} (trainer.val_check_interval)"
                 )
             out[job.name] = facts
-        if misfits := [
+        if unfit_networks := [
             f"{e.name} ({out[e.name].fits}) starts from {e.start} ({out[e.start].fits})"
             for e in self.experts
             if {e.name, e.start} <= out.keys() and out[e.name].fits != out[e.start].fits
         ]:
-            raise InputError("initial weights of another network or prediction do not fit: " + "; ".join(misfits))
+            raise InputError(
+                "initial weights of another network or prediction do not fit: " + "; ".join(unfit_networks)
+            )
         rows = {e.name: e.rows for e in self.experts}
-        if strange := [
+        if unfit_rows := [
             f"{e.name} (rows {e.rows}) starts from {e.start} (rows {rows[e.start]})"
             for e in self.experts
             if {e.name, e.start} <= out.keys() & rows.keys() and not {*e.rows} <= {*rows[e.start]}
             if out[e.name].sees_state or out[e.start].sees_state
         ]:
             raise InputError(
-                f"{'; '.join(strange)}: an expert can start from an expert of other rows only if both are "
+                f"{'; '.join(unfit_rows)}: an expert can start from an expert of other rows only if both are "
                 "time-agnostic. Give each expert one row and leave model.network.conditioning unset, or choose another "
                 "start"
             )
@@ -400,8 +402,10 @@ class Fleet:
             then = absent | (read_json(self.store, f"{BEGUN}/{file}") or {})
             now = absent | json.loads(json.dumps(self.begun(name)))
             differ = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
-            said = {"common": "set (of all trainings)"}
-            late += [f"{name}: {said.get(k, k)} was {then.get(k)} at its start, now it is {now.get(k)}" for k in differ]
+            labels = {"common": "set (of all trainings)"}
+            late += [
+                f"{name}: {labels.get(k, k)} was {then.get(k)} at its start, now it is {now.get(k)}" for k in differ
+            ]
         if late:
             raise InputError(
                 f"{self.store}/{FILE}: experts that have started must not change, except for their images:\n"
@@ -449,7 +453,7 @@ def refuse_unfit(experts: Sequence[Planned], S: int, shared: bool, where: str) -
         raise InputError(f"{where}: this plan cannot be run:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def _expert(entry: Any, where: str) -> Planned:
+def _parse_expert(entry: Any, where: str) -> Planned:
     known(entry, EXPERT_KEYS, where, required=("name", "rows", "images", "batch", "seed", "start"))
     wrong = []
     for key, kind in (("images", COUNT), ("batch", COUNT), ("seed", SEED)):
@@ -461,8 +465,8 @@ def _expert(entry: Any, where: str) -> Planned:
     if not isinstance(rows, list) or not rows or not all(isinstance(s, int) for s in rows) or sorted(set(rows)) != rows:
         wrong.append(f"rows: {rows!r} (expected ascending row numbers)")
     name = entry["name"]
-    if odd := fault(name, FOLDERS, "._-+") or ("numbers stand for expert_NNN" if name.isdigit() else None):
-        wrong.append(f"name: {name!r} ({odd})")
+    if invalid := fault(name, FOLDERS, "._-+") or ("numbers stand for expert_NNN" if name.isdigit() else None):
+        wrong.append(f"name: {name!r} ({invalid})")
     refuse_cost(entry, f"{where} ({name})")
     if not isinstance(entry["start"], str):
         wrong.append(f"start: {entry['start']!r}")
@@ -522,12 +526,12 @@ def settings(pairs: Sequence[str], option: str = "--set") -> list[tuple[str, Any
         if not key or not value:
             raise InputError(f"{option} {word}: expected KEY=VALUE")
     try:
-        return [(word.partition("=")[0], _value(word.partition("=")[2])) for word in pairs]
+        return [(word.partition("=")[0], _parse_value(word.partition("=")[2])) for word in pairs]
     except yaml.YAMLError as error:
         raise InputError(f"{option}: not valid: {' '.join(str(error).split())}") from None
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     """Parse a word as YAML; numbers in base 60 or 8, such as the time 00:12:00:00, stay text."""
     value = yaml.safe_load(text)
     return text if isinstance(value, (int, float)) and re.search(r":|^[-+]?0\d", text) else value
@@ -537,5 +541,7 @@ def refuse_reserved(data: Any, where: str) -> None:
     """Raise InputError for settings that are not a mapping, and for keys that the plan itself sets."""
     if data is not None and not isinstance(data, dict):
         raise InputError(f"{where}: expected a mapping of config keys, got {data!r}")
-    if odd := [key for key in data or {} if key in RESERVED]:
-        raise InputError(f"{where}: {', '.join(odd)}: set by the plan itself; change {RESERVED[odd[0]]} instead")
+    if invalid := [key for key in data or {} if key in RESERVED]:
+        raise InputError(
+            f"{where}: {', '.join(invalid)}: set by the plan itself; change {RESERVED[invalid[0]]} instead"
+        )

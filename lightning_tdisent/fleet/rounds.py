@@ -45,7 +45,7 @@ def advance(fleet: "Fleet", number: int) -> bool:
     now, images = targets(fleet)
     if now != number:
         return True
-    left, step = _left(fleet, number, images)
+    left, step = _remaining(fleet, number, images)
     if left < step:
         return False
     curves = {e.name: curve(fleet, e.name) or {} for e in fleet.experts}
@@ -89,11 +89,11 @@ def advance(fleet: "Fleet", number: int) -> bool:
 
 def last(fleet: "Fleet") -> bool:
     """Return True if no round follows the current one."""
-    left, step = _left(fleet, *targets(fleet))
+    left, step = _remaining(fleet, *targets(fleet))
     return fleet.budget.rule != "adaptive" or left < step
 
 
-def _left(fleet: "Fleet", number: int, images: dict[str, int]) -> tuple[float, int]:
+def _remaining(fleet: "Fleet", number: int, images: dict[str, int]) -> tuple[float, int]:
     """Return the images left for later rounds, and the least common multiple of the images per step of all experts.
 
     Images left are counted as images of the largest expert network.

@@ -116,7 +116,7 @@ def simulate(loads: Sequence[Load], pool: Pool) -> Forecast:
     waiting, ended = set(of), dict[str, float]()
     free = [(pool.start, k) for k in range(pool.workers)]  # (time from which it is free, worker)
     running: list[tuple[float, int, str, float, bool]] = []  # (end, worker, job, begin, whether the job is done then)
-    busy = again = 0.0
+    busy = repeated = 0.0
     failures, now, deaths, given_up = 0, 0.0, dict.fromkeys(of, 0), list[str]()
     while len(ended) < len(of):
         rounds = [of[n].round for n in of if n not in ended]
@@ -140,7 +140,7 @@ def simulate(loads: Sequence[Load], pool: Pool) -> Forecast:
             failures += 1
             saved = (end - begin - pool.job) // pool.checkpoint * pool.checkpoint if pool.checkpoint else end - begin
             saved = max(0.0, saved)
-            again += end - begin - saved
+            repeated += end - begin - saved
             todo[name] -= saved
             deaths[name] = 0 if saved else deaths[name] + 1
             if deaths[name] < DEATHS:
@@ -150,7 +150,7 @@ def simulate(loads: Sequence[Load], pool: Pool) -> Forecast:
                 given_up.append(name)
             heapq.heappush(free, (end + pool.start, worker))
     images, order = sum(load.images for load in loads), sorted(of, key=lambda n: ended[n])
-    return Forecast(max(ended.values()), busy, images, again * pool.speed, failures, order, given_up)
+    return Forecast(max(ended.values()), busy, images, repeated * pool.speed, failures, order, given_up)
 
 
 def loads_of(fleet: "Fleet", facts: Sequence["Facts"]) -> list[Load]:
@@ -228,7 +228,7 @@ def rehearse(fleet: "Fleet", train: Train, workers: int, accumulate: int = 1) ->
                 jobs.append(Job(f"{what}_{k}", [*argv, *words], folder, before))
                 before = (f"{what}_{k}",)
         begun = time.time()
-        run(Jobs(Store(place), jobs), _Timed(train), workers, show=False)
+        run(Jobs(Store(place), jobs), _TimedTrain(train), workers, show=False)
         seconds = dict.fromkeys(plans, 0.0)
         start = 0.0
         for job in jobs:
@@ -245,7 +245,7 @@ def rehearse(fleet: "Fleet", train: Train, workers: int, accumulate: int = 1) ->
 
 
 @dataclass(frozen=True)
-class _Timed:
+class _TimedTrain:
     """Call ``train``, and write its start and end time to ``times.txt`` in the run folder."""
 
     train: Train
@@ -261,27 +261,27 @@ class _Timed:
 def lines(fleet: "Fleet", facts: Sequence["Facts"], pool: Pool) -> list[tuple[str, str]]:
     """Simulate a fleet on a pool; return the results as pairs (label, text)."""
     loads = loads_of(fleet, facts)
-    said, alone = simulate(loads, pool), simulate(loads, replace(pool, workers=1, failures=0.0))
+    forecast, alone = simulate(loads, pool), simulate(loads, replace(pool, workers=1, failures=0.0))
     jobs = fleet.jobs()
     flops = sum(3.0 * fact.flops * (job.images or 0) for job, fact in zip(jobs, facts, strict=True))
     if fleet.budget.rule == "adaptive":
         flops += 3.0 * max(fact.flops for fact in facts) * sum(load.images for load in loads if load.round)
     disk, memory = footprint(facts, pool.workers)
-    rare = f", {said.failures} failures" if pool.failures else ""
-    if said.given_up:
-        rare += f", {len(said.given_up)} jobs given up after {DEATHS} deaths in a row without a checkpoint"
-    again = f" and {said.repeated:,.0f} repeated after failures" if said.repeated else ""
+    failure_text = f", {forecast.failures} failures" if pool.failures else ""
+    if forecast.given_up:
+        failure_text += f", {len(forecast.given_up)} jobs given up after {DEATHS} deaths in a row without a checkpoint"
+    repeat_text = f" and {forecast.repeated:,.0f} repeated after failures" if forecast.repeated else ""
     passes = sum(load.validations for load in loads)
     validating = passes * pool.validation
-    share = said.busy / (said.wall * pool.workers)
-    flops *= 1 + said.repeated / said.images
+    share = forecast.busy / (forecast.wall * pool.workers)
+    flops *= 1 + forecast.repeated / forecast.images
     return [
         ("workers", f"{pool.workers} of {pool.speed:,.0f} images/s, {pool.start:.1f} s to start"),
         ("a training", f"{pool.job:.1f} s in addition to its steps, {pool.validation:.2f} s per validation"),
-        ("wall clock", f"{duration(said.wall)}{rare}; one worker alone {duration(alone.wall)}"),
-        ("workers' time", f"{duration(said.busy)}, {share:.0%} of the wall clock of all workers"),
+        ("wall clock", f"{duration(forecast.wall)}{failure_text}; one worker alone {duration(alone.wall)}"),
+        ("workers' time", f"{duration(forecast.busy)}, {share:.0%} of the wall clock of all workers"),
         ("validations", f"{passes:,}, {duration(validating)}: as long as {validating * pool.speed:,.0f} more images"),
-        ("total compute", f"{said.images:,.0f} images{again}, {flops / 1e12:,.3g} TFLOP"),
+        ("total compute", f"{forecast.images:,.0f} images{repeat_text}, {flops / 1e12:,.3g} TFLOP"),
         ("disk", f"{disk / 1e6:,.0f} MB"),
         ("memory, all workers", f"{memory / 1e6:,.0f} MB, without data and activations"),
     ]  # fmt: skip

@@ -52,7 +52,7 @@ class Store:
             raise InputError(f"{where}: not a URL: it has lost a slash, as in a pathlib.Path. Pass it as a string")
         self.patience = PATIENCE
         self._fs: Any = None
-        self._seen = False  # whether the folder has existed; if it has, it is not created again
+        self._existed = False  # whether the folder has existed; if it has, it is not created again
 
     def wait_for(self, seconds: float) -> None:
         """Set the timeout of requests to an object store, limited to `SHORTEST`..`LONGEST` seconds."""
@@ -71,7 +71,7 @@ class Store:
             self._fs, _ = file_system(self.where, key="")
         return self._fs
 
-    def _ask(self, method: str, *args: Any, size: int = 0, check: Guard | None = None, **options: Any) -> Any:
+    def _request(self, method: str, *args: Any, size: int = 0, check: Guard | None = None, **options: Any) -> Any:
         """Call a method of the file system; raise TimeoutError if an asynchronous store does not answer in time.
 
         size: bytes to transfer, which extend the timeout. check: called every second while waiting; an exception that
@@ -95,16 +95,16 @@ class Store:
 
     def path(self, name: str) -> Path:
         """Return the path of a file; only for a store that is a folder."""
-        self._seen = self._seen or Path(self.where).is_dir()
+        self._existed = self._existed or Path(self.where).is_dir()
         return Path(self.where) / name
 
     def _target(self, name: str) -> Path:
         """Return the path of a file and create its folder; raise Lost if the folder of the store was removed."""
         target = self.path(name)
-        if self._seen and not Path(self.where).is_dir():
+        if self._existed and not Path(self.where).is_dir():
             raise Lost(f"{self.where}: no longer exists: it was removed or moved while it was in use")
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._seen = True
+        self._existed = True
         return target
 
     def _url(self, name: str) -> str:
@@ -118,8 +118,8 @@ class Store:
         """
         try:
             if self.remote:
-                size = self._ask("info", self._url(name))["size"] if large else 0
-                content: bytes = self._ask("cat_file", self._url(name), size=size, check=check)
+                size = self._request("info", self._url(name))["size"] if large else 0
+                content: bytes = self._request("cat_file", self._url(name), size=size, check=check)
                 return content
             return self.path(name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -131,7 +131,7 @@ class Store:
         check: called while the content is sent to an object store; an exception that it raises cancels the request.
         """
         if self.remote:
-            self._ask("pipe_file", self._url(name), content, size=len(content), check=check)
+            self._request("pipe_file", self._url(name), content, size=len(content), check=check)
             return
         with whole(self._target(name)) as stream:
             stream.write(content)
@@ -140,29 +140,29 @@ class Store:
         """Create a file; return False if it exists already."""
         if self.remote:
             try:
-                self._ask("pipe_file", self._url(name), content, mode="create")
+                self._request("pipe_file", self._url(name), content, mode="create")
             except FileExistsError:
                 return False
             return True
         target = self._target(name)
-        beside = temporary(target)
+        temp = temporary(target)
         try:
-            with beside.open("xb") as stream:
+            with temp.open("xb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.link(beside, target)  # the only exclusive creation that is atomic on NFS as well
+            os.link(temp, target)  # the only exclusive creation that is atomic on NFS as well
         except FileExistsError:
             return False
         finally:
-            beside.unlink(missing_ok=True)
+            temp.unlink(missing_ok=True)
         return True
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
         if self.remote:
             with contextlib.suppress(FileNotFoundError):
-                self._ask("rm_file", self._url(name))
+                self._request("rm_file", self._url(name))
         else:
             self.path(name).unlink(missing_ok=True)
 
@@ -174,7 +174,7 @@ class Store:
         if self.remote:
             self.fs.invalidate_cache()
             try:
-                entries = self._ask("ls", self._url(folder), detail=True)
+                entries = self._request("ls", self._url(folder), detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 return []
             return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file")

@@ -78,7 +78,7 @@ def work_through(work: Work, train: Train, session: Session) -> dict[str, str]:
     work.store.wait_for(session.ttl / lease.BEATS)
     while True:
         try:
-            if (left := _turn(work, train, session, watch)) is not None:
+            if (left := _poll_once(work, train, session, watch)) is not None:
                 return left
             since = None
         except OSError as error:
@@ -90,7 +90,7 @@ def work_through(work: Work, train: Train, session: Session) -> dict[str, str]:
             time.sleep(min(POLL, session.ttl / 4))
 
 
-def _turn(work: Work, train: Train, session: Session, watch: Watch) -> dict[str, str] | None:
+def _poll_once(work: Work, train: Train, session: Session, watch: Watch) -> dict[str, str] | None:
     """Train some jobs, or wait a little; return None, or, if nothing is left, the jobs not done with reasons."""
     number = work.round()  # read before the jobs, which may belong to a later round if another worker decides one now
     jobs = {job.name: job for job in work.jobs()}
@@ -113,21 +113,21 @@ def _turn(work: Work, train: Train, session: Session, watch: Watch) -> dict[str,
         needed = {n: [need for need in jobs[n].needs if need in undone] for n in mine}
         return reasons | {n: f"not started, it needs {', '.join(needs)}" for n, needs in needed.items()}
     ready = [jobs[n] for n in free if not any(need in undone for need in jobs[n].needs)]
-    chosen: list[_Held] = []
+    chosen: list[_HeldJob] = []
     for job in sorted(ready, key=lambda job: -(job.images or 0)):
         if holder := busy(job.folder):  # not a failure: wait for the holder, and do not take the lease
-            if not _in_hand(work, job.name, session.ttl):
+            if not _held_by_worker(work, job.name, session.ttl):
                 said = f"{job.name}: {job.folder} is in use by {holder}, whose end is waited for"
-                _say_once(f"{job.name} in use", said)
+                _print_once(f"{job.name} in use", said)
         elif held := lease.take(work.store, job.name, watch, session.ttl, work.saved(job)):
-            chosen.append(_Held(job, held))
+            chosen.append(_HeldJob(job, held))
         if len(chosen) == session.together:
             break
     if chosen:
         _train(work, chosen, train, session)
     else:
         if list(session.only) == free and len(free) == 1:
-            _say_who(work, free[0], session)
+            _print_holder(work, free[0], session)
         time.sleep(min(POLL, session.ttl / 4))
     return None
 
@@ -137,12 +137,12 @@ def _done(work: Work, job: Job, reasons: dict[str, str], session: Session) -> bo
         return work.done(job)
     except InputError as error:
         if job.name not in reasons:
-            _fail(work, job, str(error), False, session)
+            _record_failure(work, job, str(error), False, session)
             reasons[job.name] = str(error)
         return False
 
 
-def _fail(work: Work, job: Job, reason: str, crashed: bool, session: Session) -> None:
+def _record_failure(work: Work, job: Job, reason: str, crashed: bool, session: Session) -> None:
     print(f"{job.name}: {reason}", file=sys.stderr)
     session.said[job.name] = reason
     with contextlib.suppress(OSError):  # e.g. full disk; the reason is already printed and in ``session.said``
@@ -152,35 +152,35 @@ def _fail(work: Work, job: Job, reason: str, crashed: bool, session: Session) ->
         work.store.write(f"{FAILED}/{job.name}.json", dump_json(content))
 
 
-_told: set[str] = set()
+_printed: set[str] = set()
 
 
-def _in_hand(work: Work, name: str, ttl: float) -> bool:
+def _held_by_worker(work: Work, name: str, ttl: float) -> bool:
     """Return True if a worker of this fleet holds a job and sends heartbeats, so that its folder is rightly in use."""
     _, content = lease.current(work.store, name)
     return content is not None and not content.get("released") and time.time() - content.get("written", 0) < ttl
 
 
-def _say_who(work: Work, name: str, session: Session) -> None:
+def _print_holder(work: Work, name: str, session: Session) -> None:
     """Print once which process holds the only requested job, and after how long it is considered dead."""
     _, content = lease.current(work.store, name)
     if content:
         ago = time.time() - content.get("written", 0)
-        _say_once(
+        _print_once(
             name,
             f"{name} is held by process {content.get('pid')} on {str(content.get('host')).partition('/')[0]} (last "
             f"heartbeat {max(0, ago):.0f} s ago); waiting until it ends, or sends none for {session.ttl:.0f} s",
         )
 
 
-def _say_once(name: str, text: str) -> None:
-    if name not in _told:
-        _told.add(name)
+def _print_once(name: str, text: str) -> None:
+    if name not in _printed:
+        _printed.add(name)
         print(text, file=sys.stderr)
 
 
 @dataclass
-class _Held:
+class _HeldJob:
     """A job that this worker holds, with its lease and its mirror, if any."""
 
     job: Job
@@ -196,49 +196,49 @@ class _Held:
         return self.job.folder / LOG
 
 
-def _train(work: Work, chosen: Sequence[_Held], train: Train, session: Session) -> None:
+def _train(work: Work, chosen: Sequence[_HeldJob], train: Train, session: Session) -> None:
     """Train jobs in this process while holding their leases; record a job's failure without stopping the others."""
-    with contextlib.ExitStack() as letting_go:
+    with contextlib.ExitStack() as leases:
         for held in chosen:
-            letting_go.callback(held.lease.release)
+            leases.callback(held.lease.release)
         ready = []
         for held in chosen:
-            letting_go.enter_context(guarded(held.job.folder, held.lease.check))
-            error = _caught(partial(_begin, work, held, session))
+            leases.enter_context(guarded(held.job.folder, held.lease.check))
+            error = _exception_of(partial(_begin, work, held, session))
             if isinstance(error, OSError) and not isinstance(error, NAMED):  # concerns the store, not the job
                 raise error
             if isinstance(error, Lost):
                 print(f"{error}", file=sys.stderr)
             elif error is not None:
-                _fail(work, held.job, *_reason(error, held), session)
+                _record_failure(work, held.job, *_failure_reason(error, held), session)
             elif not work.done(held.job):  # the previous holder may have completed it
                 ready.append(held)
         if not ready:
             return
-        with contextlib.ExitStack() as around:
-            around.enter_context(_log(ready[0], session.quiet))
+        with contextlib.ExitStack() as contexts:
+            contexts.enter_context(_log(ready[0], session.quiet))
             for held in ready[1:]:
                 with open_own(held.log) as log:
                     log.write(
                         f"trained together with {ready[0].job.name}: see {ready[0].log}\n".encode(errors="replace")
                     )
             for held in ready:
-                around.enter_context(_copying(held.mirror, held.lease))
+                contexts.enter_context(_mirrored(held.mirror, held.lease))
             ends = train([held.job.argv for held in ready], [held.report for held in ready])
-        lost: Exception | None = None
+        unrecorded: Exception | None = None
         for held, end in zip(ready, ends, strict=True):
-            ended = _caught(partial(_conclude, work, held)) if end is None else None
+            ended = _exception_of(partial(_conclude, work, held)) if end is None else None
             if isinstance(ended, OSError):  # trained, but this could not be recorded; a later attempt records it
-                lost = ended
+                unrecorded = ended
             elif isinstance(reason := end or ended, (Busy, Lost)):  # not a failure: another process has the job
                 print(f"{held.job.name}: {reason}", file=sys.stderr)
             elif reason:
-                _fail(work, held.job, *_reason(reason, held), session)
-        if lost is not None:
-            raise lost
+                _record_failure(work, held.job, *_failure_reason(reason, held), session)
+        if unrecorded is not None:
+            raise unrecorded
 
 
-def _caught(act: Callable[[], None]) -> Exception | None:
+def _exception_of(act: Callable[[], None]) -> Exception | None:
     try:
         act()
     except Exception as error:
@@ -246,7 +246,7 @@ def _caught(act: Callable[[], None]) -> Exception | None:
     return None
 
 
-def _begin(work: Work, held: _Held, session: Session) -> None:
+def _begin(work: Work, held: _HeldJob, session: Session) -> None:
     job = held.job
     if held.lease.deaths >= session.deaths:
         raise InputError(
@@ -260,7 +260,7 @@ def _begin(work: Work, held: _Held, session: Session) -> None:
     held.mirror = work.begin(job)
 
 
-def _conclude(work: Work, held: _Held) -> None:
+def _conclude(work: Work, held: _HeldJob) -> None:
     """Upload the results and mark the job as done; raise InputError if its training ended early."""
     if held.mirror is not None:
         held.mirror.push(held.lease.check)
@@ -273,7 +273,7 @@ def _conclude(work: Work, held: _Held) -> None:
     work.store.remove(f"{FAILED}/{held.job.name}.json")
 
 
-def _reason(error: BaseException, held: _Held) -> tuple[str, bool]:
+def _failure_reason(error: BaseException, held: _HeldJob) -> tuple[str, bool]:
     """Return the failure reason, and whether the error was unexpected, so that a retry elsewhere may succeed.
 
     The traceback of an unexpected error is appended to the log of the job.
@@ -288,7 +288,7 @@ def _reason(error: BaseException, held: _Held) -> tuple[str, bool]:
 
 
 @contextlib.contextmanager
-def _copying(mirror: Mirror | None, held: Lease) -> Iterator[None]:
+def _mirrored(mirror: Mirror | None, held: Lease) -> Iterator[None]:
     """Upload the run folder from a thread during the training, and once more at the end."""
     if mirror is None:
         yield
@@ -316,7 +316,7 @@ def _copying(mirror: Mirror | None, held: Lease) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _log(held: _Held, quiet: bool) -> Iterator[None]:
+def _log(held: _HeldJob, quiet: bool) -> Iterator[None]:
     if not quiet:
         yield
         return

@@ -138,7 +138,7 @@ def trained_otherwise(theirs: dict[str, Any], mine: dict[str, Any], seed: bool =
     Additional runs and priors in ``mine`` are not differences, nor are priors that it lacks. seed: compare the seeds as
     well.
     """
-    (a, there), (b, now) = _trained(theirs), _trained(mine)
+    (a, there), (b, now) = _training_parts(theirs), _training_parts(mine)
     lines = differences({"seed": theirs["seed"]}, {"seed": mine["seed"]}) if seed else []
     lines += differences({"runs": a}, {"runs": {k: v for k, v in b.items() if k in a}})
     both = there.keys() & now.keys()
@@ -146,7 +146,7 @@ def trained_otherwise(theirs: dict[str, Any], mine: dict[str, Any], seed: bool =
     return lines + differences(then, here)
 
 
-def _trained(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _training_parts(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the runs of a plan, each with its overrides from the command line, and its priors."""
     study = content["study"]
     extra = overrides_of(content["overrides"], study["runs"])

@@ -80,16 +80,21 @@ def plan(
         runs[name], members[name] = folder / name, []
         if "fleet" in run:
             known(run, FLEET_KEYS, f"{file}: runs.{name}")
-            fleets[name] = (_config(file, run["fleet"], f"runs.{name}.fleet", configs), _changes(run, extra[name]))
-            _fleet_configs(file, str(run["fleet"]), fleets[name], configs)
+            fleets[name] = (
+                _add_config(file, run["fleet"], f"runs.{name}.fleet", configs),
+                _overridden_keys(run, extra[name]),
+            )
+            _add_fleet_configs(file, str(run["fleet"]), fleets[name], configs)
             runs[name] = composites[name] = folder / f"{name}_composite"
             continue
         argv = ["fit"]
         for entry in run["configs"]:
-            argv += ["--config", str(_config(file, entry, f"runs.{name}.configs", configs))]
+            argv += ["--config", str(_add_config(file, entry, f"runs.{name}.configs", configs))]
         chosen = {**(run.get("set") or {}), **extra[name]}
-        if odd := [key for key in chosen if key in DECIDED]:
-            raise InputError(f"{file}: runs.{name}: set: {odd[0]}: set by the study; change {DECIDED[odd[0]]} instead")
+        if invalid := [key for key in chosen if key in DECIDED]:
+            raise InputError(
+                f"{file}: runs.{name}: set: {invalid[0]}: set by the study; change {DECIDED[invalid[0]]} instead"
+            )
         for key, value in {**chosen, "seed_everything": seed}.items():
             argv += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
         needs: tuple[str, ...] = ()
@@ -117,7 +122,7 @@ def plan(
         known(entry, PRIOR_KEYS, f"{file}: priors.{name}", required=tuple(PRIOR_KEYS))
         if str(entry["run"]) not in runs:
             raise InputError(f"{file}: priors.{name}.run: no run {entry['run']!r}.{nearest(str(entry['run']), runs)}")
-        part, prior = _part(entry["prior"], "Gaussian", Prior, f"{file}: priors.{name}.prior")
+        part, prior = _parse_part(entry["prior"], "Gaussian", Prior, f"{file}: priors.{name}.prior")
         at = row_or_share(entry["at"], f"{file}: priors.{name}.at")
         if prior.learned:
             raise InputError(f"{file}: priors.{name}: {part['class_path']} is trained: make it a run with PriorModule")
@@ -129,7 +134,7 @@ def plan(
         if str(entry["run"]) not in runs:
             raise InputError(f"{where}.run: no run {entry['run']!r}.{nearest(str(entry['run']), runs)}")
         source = str(runs[str(entry["run"])])
-        part, _ = _part(entry.get("sampler"), "DDIM", Sampler, f"{where}.sampler")
+        part, _ = _parse_part(entry.get("sampler"), "DDIM", Sampler, f"{where}.sampler")
         contenders.append({"name": name, "source": source, "sampler": part})
         if start := str(entry.get("prior") or ""):
             if start.startswith("cut:"):
@@ -171,8 +176,8 @@ def _refuse_names(study: dict[str, Any], file: str) -> None:
     problems, claims = [], []
     for key in ("runs", "priors", "contenders"):
         for name in study[key]:
-            if odd := fault(name, RESERVED if key == "runs" else ()):
-                problems.append(f"{key}: {name!r}: {odd}")
+            if invalid := fault(name, RESERVED if key == "runs" else ()):
+                problems.append(f"{key}: {name!r}: {invalid}")
             if key != "contenders":
                 claims.append((str(name), f"{key}.{name}"))
     for name, run in study["runs"].items():
@@ -198,14 +203,14 @@ def _refuse_names(study: dict[str, Any], file: str) -> None:
         raise InputError(f"{file}: invalid names or settings:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def _changes(run: dict[str, Any], extra: dict[str, str]) -> dict[str, Any]:
+def _overridden_keys(run: dict[str, Any], extra: dict[str, str]) -> dict[str, Any]:
     """Return the keys of a fleet's YAML file that a study overrides."""
     changes = {key: run[key] for key in ("budget", "start") if key in run}
     settings = {**(run.get("set") or {}), **extra}
     return changes | ({"set": settings} if settings else {})
 
 
-def _fleet_configs(
+def _add_fleet_configs(
     file: Path, entry: str, fleet: tuple[Path, dict[str, Any]], configs: dict[str, tuple[Path, bytes]]
 ) -> None:
     """Add the configs named by a fleet's YAML file, so that later edits of them are detected; `draft` checks them."""
@@ -217,7 +222,7 @@ def _fleet_configs(
     for named in (data.get("configs"), shared.get("configs") if isinstance(shared, dict) else None):
         for name in named if isinstance(named, list) else []:
             if (path.parent / str(name)).is_file():
-                _config(file, Path(entry).parent / str(name), entry, configs)
+                _add_config(file, Path(entry).parent / str(name), entry, configs)
 
 
 class Role(NamedTuple):
@@ -261,27 +266,29 @@ def refuse_roles(todo: Plan, roles: dict[str, Role]) -> bool:
         if roles[run].kind not in ("", kind)
     ]
     tables = {run: role.states for run, role in roles.items() if role.kind == "model" and role.states is not None}
-    one = [(f"priors.{name}.run", run, "priors are fitted only on") for name, run in fitted.items()]
+    one_column = [(f"priors.{name}.run", run, "priors are fitted only on") for name, run in fitted.items()]
     cut_off = {c["name"] for c in todo.evaluation["contenders"] if str(c.get("prior")).startswith("cut:")}
-    one += [(f"contenders.{name}.prior", contenders[name][0], "a chain is cut only on") for name in sorted(cut_off)]
+    one_column += [
+        (f"contenders.{name}.prior", contenders[name][0], "a chain is cut only on") for name in sorted(cut_off)
+    ]
     if todo.evaluation["bits"] is not None:  # defined for columns that are channels, not for columns of components
         measured = [(name, run) for name, (run, _) in contenders.items() if run in tables and tables[run].image_shape]
-        one += [(f"contenders.{name}", run, "bits are measured only on") for name, run in measured]
+        one_column += [(f"contenders.{name}", run, "bits are measured only on") for name, run in measured]
     problems += [
         f"{where}: {run} has a table of {tables[run].K} columns, but {what} tables of one column"
-        for where, run, what in one
+        for where, run, what in one_column
         if run in tables and tables[run].K > 1
     ]
     for name, (run, start) in contenders.items():
         cut = roles[start].states if start and roles[start].kind == "prior" else None
-        if cut is not None and run in tables and not _ends(tables[run], cut):
+        if cut is not None and run in tables and not _is_truncation(tables[run], cut):
             problems.append(f"contenders.{name}.prior: {start} is at row {cut.S} of a table that differs from {run}'s")
     if problems:
         raise InputError("this study cannot be run:\n" + "\n".join(f"  - {p}" for p in problems))
     return any(tables[run].condition is not None for run, _ in contenders.values())
 
 
-def _ends(states: LatentStates, cut: LatentStates) -> bool:
+def _is_truncation(states: LatentStates, cut: LatentStates) -> bool:
     """Return True if ``states`` truncated at the last row of ``cut`` equals ``cut``."""
     return states.K == 1 and cut.S <= states.S and states.truncate(cut.S).fingerprint == cut.fingerprint
 
@@ -323,7 +330,7 @@ def refuse_cuts(todo: Plan, describe: Callable[[list[str]], Any], fleets: dict[s
             raise InputError(f"{source}: {error}") from None
 
 
-def _part(entry: Any, default: str, kind: type[SomePart], where: str) -> tuple[dict[str, Any], SomePart]:
+def _parse_part(entry: Any, default: str, kind: type[SomePart], where: str) -> tuple[dict[str, Any], SomePart]:
     """Return the class path and arguments of a part, and the part.
 
     entry: short or full class path, a mapping of class_path and init_args, or None for the class ``default``.
@@ -339,7 +346,7 @@ def _part(entry: Any, default: str, kind: type[SomePart], where: str) -> tuple[d
         raise InputError(f"{where}: {error}") from None
 
 
-def _config(file: Path, entry: Any, where: str, configs: dict[str, tuple[Path, bytes]]) -> Path:
+def _add_config(file: Path, entry: Any, where: str, configs: dict[str, tuple[Path, bytes]]) -> Path:
     """Return the path of a config that a study names, and add it to ``configs``."""
     path = file.parent / str(entry)
     if not path.is_file():

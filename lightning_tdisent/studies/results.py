@@ -117,8 +117,10 @@ class Study:
             for contender in kept["contenders"]:
                 for key in ("source", "prior"):
                     if contender.get(key) and not contender[key].startswith("cut:"):
-                        contender[key] = _here(contender[key], folder, schema, old)
-            kept["runs"] = {name: _here(place, folder, schema, old) for name, place in kept.get("runs", {}).items()}
+                        contender[key] = _current_path(contender[key], folder, schema, old)
+            kept["runs"] = {
+                name: _current_path(place, folder, schema, old) for name, place in kept.get("runs", {}).items()
+            }
             study = cls(**{**kept, "out": str(folder)})
             texts = (study.title, study.notes, study.data, study.split, *(c["name"] for c in study.contenders))
             if not all(isinstance(text, str) for text in texts) or not all("sampler" in c for c in study.contenders):
@@ -166,7 +168,7 @@ class Study:
                 f"bpd_ode integrates from row to row, and wants {ODE_ROWS} of them; no model here has as many. Take bpd"
             )
         if conditional or self._conditional:
-            refuse_number(self._protocol.n, min(self._held_out(True), self._n_held_out_there))
+            refuse_number(self._protocol.n, min(self._held_out(True), self._n_held_out_available))
 
     @property
     def _conditional(self) -> bool:
@@ -184,7 +186,7 @@ class Study:
         return self.n_held_out or max(HELD_OUT, self._protocol.n // DRAWS if conditional else 0)
 
     @property
-    def _n_held_out_there(self) -> int:
+    def _n_held_out_available(self) -> int:
         return real_images(self.data, self.split, *self._size()).n
 
     @functools.cached_property
@@ -237,7 +239,7 @@ class Study:
         shape = self._model_shape or self._network.shape
         return (shape[0], side_of(shape)) if shape else (self._channels, None)
 
-    def _real(self, split: str, limit: int | None = None) -> ImageSet:
+    def _load_real(self, split: str, limit: int | None = None) -> ImageSet:
         channels, size = self._size()
         return load(self.data, split, channels, limit, size)
 
@@ -245,7 +247,7 @@ class Study:
         if self.bits is None:
             return None
         bits = Bits.of_mapping(self.bits)
-        return bits, self._real("train", bits.n)
+        return bits, self._load_real("train", bits.n)
 
     def evaluate(self) -> None:
         """Measure all contenders, except those whose stored numbers are still valid, and write the results (rank 0)."""
@@ -261,7 +263,7 @@ class Study:
             }
             rows, images = evaluate(
                 contenders, protocol, self._network, real_images(*self._reference, channels, size),
-                self._real(self.split, self.n_held_out), self.batch_size, self.device,
+                self._load_real(self.split, self.n_held_out), self.batch_size, self.device,
                 progress=lambda name, count: bar.advance(tasks[name], count), bits=self._bits(),
                 observations=observations, lpips=self._lpips, measured=measured,
             )  # fmt: skip
@@ -270,21 +272,21 @@ class Study:
         if measured.reused:
             print(f"{measured.reused} of {len(contenders)} contenders had been measured; their numbers are reused")
         (self.folder / FILE).unlink(missing_ok=True)  # written again once all other files are of this evaluation
-        for line in self._replaced(rows):
+        for line in self._changed_contenders(rows):
             print(line)
         for row in rows:
             if "source" in row:
-                row["source"] = self._portable(row["source"])
+                row["source"] = self._stored_path(row["source"])
         write_whole(self.folder / RESULTS, json.dumps(rows, indent=1).encode())
         for path in (self.folder / "observations").glob("*.safetensors"):
             path.unlink()
         for name, some in observations.items():
-            some.save(self._observations(name))
+            some.save(self._observations_file(name))
         write_whole(self.folder / SAMPLES, save({k: v.contiguous() for k, v in images.items()}))
         write_whole(self.folder / FILE, json.dumps(self._content(), indent=1).encode())
         measured.prune()
 
-    def _replaced(self, rows: Sequence[dict[str, Any]]) -> list[str]:
+    def _changed_contenders(self, rows: Sequence[dict[str, Any]]) -> list[str]:
         """Return a line for each contender whose weights or images have changed since the last evaluation."""
         try:
             before = {row["name"]: row for row in self.rows}
@@ -303,10 +305,13 @@ class Study:
         """Return the content of `FILE`; paths below the folder are relative to it, other paths are absolute."""
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "out"}
         kept["contenders"] = [
-            {k: self._portable(v) if k in ("source", "prior") and not v.startswith("cut:") else v for k, v in c.items()}
+            {
+                k: self._stored_path(v) if k in ("source", "prior") and not v.startswith("cut:") else v
+                for k, v in c.items()
+            }
             for c in self.contenders
         ]
-        kept["runs"] = {name: self._portable(folder) for name, folder in self.runs.items()}
+        kept["runs"] = {name: self._stored_path(folder) for name, folder in self.runs.items()}
         for key in ("data", "weights", "lpips", "reference"):
             if kept[key] and Path(kept[key]).exists():
                 kept[key] = os.path.abspath(kept[key])
@@ -314,7 +319,7 @@ class Study:
             kept["fill"] = f"shared:{os.path.abspath(kept['fill'].removeprefix('shared:'))}"
         return {"schema": SCHEMA, **kept}
 
-    def _portable(self, path: str) -> str:
+    def _stored_path(self, path: str) -> str:
         place = os.path.abspath(path)
         below = Path(place).is_relative_to(os.path.abspath(self.folder))
         return os.path.relpath(place, os.path.abspath(self.folder)) if below else place
@@ -334,15 +339,15 @@ class Study:
             raise _damaged(file, error) from None
         return rows
 
-    def _observations(self, name: str) -> Path:
+    def _observations_file(self, name: str) -> Path:
         """Return the file with the observations of a conditional contender."""
         number = [c["name"] for c in self.contenders].index(name)
         text = "".join(c if c.isalnum() else "_" for c in name)
         return self.folder / "observations" / f"{number:02d}_{text}.safetensors"
 
-    def _given(self) -> dict[str, Observations]:
+    def _saved_observations(self) -> dict[str, Observations]:
         names = [c["name"] for c in self.contenders]
-        return {name: Observations.load(file) for name in names if (file := self._observations(name)).exists()}
+        return {name: Observations.load(file) for name in names if (file := self._observations_file(name)).exists()}
 
     def _images(self) -> dict[str, Tensor]:
         file = self.folder / SAMPLES
@@ -377,23 +382,23 @@ class Study:
         """Return the output for the terminal: a table per protocol, the costs of the models, and notes."""
         out: list[WideTable | str] = [WideTable(line, table(rows)) for line, rows in tables(self.rows)]
         cost = costs(self.rows)
-        said = notes(self.rows)
+        remarks = notes(self.rows)
         path, reference = self._reference
         if path == self.data and (self.split == reference or is_npz(path)):
             what = path if is_npz(path) else self.split
-            said.append(f"the reference and the held-out images are both of {what}: their distance means nothing")
+            remarks.append(f"the reference and the held-out images are both of {what}: their distance has no meaning")
         if self.n is not None:
             others = {
                 r["name"]: r["n"] for r in self.rows if "networks" not in r and "source" in r and r["n"] != self.n
             }
-            said += [
+            remarks += [
                 f"{name}: all of its {n:,} images are measured; n = {self.n:,} is of models"
                 for name, n in others.items()
             ]
-        if (there := self._n_held_out_there) > (taken := self.n_held_out or HELD_OUT):
-            said.append(f"held-out images: the first {taken:,} of the {there:,} of {self.split} (n_held_out)")
+        if (there := self._n_held_out_available) > (taken := self.n_held_out or HELD_OUT):
+            remarks.append(f"held-out images: the first {taken:,} of the {there:,} of {self.split} (n_held_out)")
         costly = [WideTable("what it cost", cost)] if len(cost) > 1 else []
-        return [self.title, *out, *costly, *(f"note: {line}" for line in said)]
+        return [self.title, *out, *costly, *(f"note: {line}" for line in remarks)]
 
     def write_report(self) -> Path:
         """Write report.html and return its path.
@@ -402,7 +407,7 @@ class Study:
         in the notes of the report.
         """
         self.refuse_gone()
-        held_out = self._real(self.split, self._held_out(self._conditional))
+        held_out = self._load_real(self.split, self._held_out(self._conditional))
         gone = [name for name, folder in self.runs.items() if not Path(folder).is_dir()]
         lost = f" No training curves of {', '.join(gone)}: their folders do not exist." if gone else ""
         channels, size = self._size()
@@ -416,7 +421,7 @@ class Study:
             load(*self._reference, channels, NEAREST // held_out.images[0].numel(), size).images,
             {name: Path(folder) for name, folder in self.runs.items() if name not in gone},
             self.notes + lost,
-            observations=self._given(),
+            observations=self._saved_observations(),
             boards=boards.read_text(encoding="utf-8") if (boards := self.folder / BOARDS).exists() else "",
         )
 
@@ -427,7 +432,7 @@ def _damaged(file: Path, error: Exception) -> InputError:
     return InputError(f"{file}: damaged or gone ({what}); restore it, run study again, or evaluate into another folder")
 
 
-def _here(path: str, folder: Path, schema: int, old: str) -> str:
+def _current_path(path: str, folder: Path, schema: int, old: str) -> str:
     """Return the current path of a stored path.
 
     path: the stored path. folder: current folder of the study. schema: schema of `FILE`; in schema 1 paths are relative

@@ -66,7 +66,7 @@ def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ())
     for name in kinds:
         alike = [next(row for row in rows if row["name"] == name) for rows in repeats]
         own = ("measured", "start_note")
-        lacking = _not_of_all(alike)
+        lacking = _incomplete_keys(alike)
         row = {k: v for k, v in alike[0].items() if not k.endswith(("_images", "_terms")) and k not in (*own, *lacking)}
         for key, value in row.copy().items():
             if isinstance(value, float):
@@ -87,7 +87,7 @@ def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ())
     return out
 
 
-def _not_of_all(alike: Sequence[dict[str, Any]]) -> list[str]:
+def _incomplete_keys(alike: Sequence[dict[str, Any]]) -> list[str]:
     """Return the keys of numbers that some repetitions of a row lack.
 
     A mean over the others could be mistaken for a mean over all repetitions.
@@ -128,8 +128,8 @@ def write_page(studies: Sequence[Study], path: Path) -> list[dict[str, Any]]:
     parts.append(f"{html.escape(', '.join(kept))}.</p>")
     for line, alike in tables(rows):
         parts.append(f"<p>{html.escape(line)}</p>{html_table(alike)}")
-    said = notes_of(kept, rows)
-    parts.append(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in said)}</ul>" if said else "")
+    remarks = notes_of(kept, rows)
+    parts.append(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in remarks)}</ul>" if remarks else "")
     models = [row for row in rows if "networks" in row]
     if models:
         parts.append("<h2>Mean cost of the trainings</h2>" + html_cells(costs(models), []))

@@ -80,7 +80,7 @@ def launch(
     names, waiting, running = {job.name for job in jobs}, list(jobs), dict[Future[Result], tuple[Job, Any]]()
     done, failed, tries = set[str](), dict[str, str](), dict.fromkeys(names, 0)
     with _cluster(ray, address, jobs, patience) as grows:
-        _room(ray, ask, jobs, grows, say)
+        _check_resources(ray, ask, jobs, grows, say)
         task = ray.remote(max_retries=0, **ask)(_work)  # retries are counted below, whichever process died
         try:
             while waiting or running:
@@ -182,7 +182,7 @@ def _ray(jobs: Sequence[Job]) -> Any:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        with _variable("RAY_DEDUP_LOGS_SKIP_REGEX", "."):  # read on import; lines that match are not printed
+        with _default_variable("RAY_DEDUP_LOGS_SKIP_REGEX", "."):  # read on import; lines that match are not printed
             import ray
     except ImportError:
         raise Unavailable(
@@ -193,7 +193,7 @@ def _ray(jobs: Sequence[Job]) -> Any:
 
 
 @contextlib.contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
+def _default_variable(name: str, value: str) -> Iterator[None]:
     """Set an environment variable inside the context, unless it is already set."""
     if name in os.environ:
         yield
@@ -218,7 +218,7 @@ def _cluster(ray: Any, address: str | None, jobs: Sequence[Job], patience: float
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
-        _reach(address, jobs, patience)
+        _check_reachable(address, jobs, patience)
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -230,7 +230,7 @@ def _cluster(ray: Any, address: str | None, jobs: Sequence[Job], patience: float
         ray.shutdown()
 
 
-def _reach(address: str, jobs: Sequence[Job], patience: float) -> None:
+def _check_reachable(address: str, jobs: Sequence[Job], patience: float) -> None:
     """Raise InputError if no cluster answers at an address.
 
     `ray.init` tries for two minutes and then ends the process (2.60). Therefore a child process tries first.
@@ -264,7 +264,9 @@ def _reach(address: str, jobs: Sequence[Job], patience: float) -> None:
         )
 
 
-def _room(ray: Any, ask: Mapping[str, Any], jobs: Sequence[Job], grows: bool, say: Callable[[str], None]) -> None:
+def _check_resources(
+    ray: Any, ask: Mapping[str, Any], jobs: Sequence[Job], grows: bool, say: Callable[[str], None]
+) -> None:
     """Raise InputError if no node has the requested resources; if nodes may join (``grows``), only print a message."""
     need = {"CPU": ask["num_cpus"], "GPU": ask["num_gpus"], "memory": ask.get("memory", 0), **ask["resources"]}
     need = {key: value for key, value in need.items() if value}

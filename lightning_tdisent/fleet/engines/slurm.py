@@ -140,7 +140,7 @@ def submit(
     known: dict[str, list[str]]
     known = read_json(Store(logs), record.name) or {}
     if known:
-        states = _queue(list(known), jobs)
+        states = _queue_states(list(known), jobs)
     known = {array: names for array, names in known.items() if any((array, k) in states for k in range(len(names)))}
     for array, names in known.items():
         for k, name in enumerate(names):
@@ -164,7 +164,8 @@ def submit(
             words = [*fixed, f"--array=0-{len(group) - 1}" + (f"%{at_once}" if at_once else "")]
             if needs := [out.tasks[n] for n in group[0].needs if n in out.tasks]:
                 words.append("--dependency=" + ",".join(f"afterok:{array}_{k}" for array, k in needs))
-            array = _ask(["sbatch", *words], group, _script(group, command, logs, cpus, retries)).strip().split(";")[0]
+            script = _script(group, command, logs, cpus, retries)
+            array = _run_slurm(["sbatch", *words], group, script).strip().split(";")[0]
             out.added.append(array)
             out.tasks |= {job.name: (array, k) for k, job in enumerate(group)}
             known[array] = [job.name for job in group]
@@ -215,7 +216,7 @@ def watch(
     heard = time.monotonic()
     while here:
         try:
-            states = _queue(list({array for array, _ in here.values()}), jobs)
+            states = _queue_states(list({array for array, _ in here.values()}), jobs)
             heard = time.monotonic()
         except InputError:
             if time.monotonic() - heard > patience:
@@ -288,10 +289,10 @@ def _ended(file: Path, array: str) -> tuple[int | None, int]:
     return (int(status), int(tries)) if mine == array else (None, 0)
 
 
-def _queue(arrays: Sequence[str], jobs: Sequence[Job]) -> dict[tuple[str, int], tuple[str, str]]:
+def _queue_states(arrays: Sequence[str], jobs: Sequence[Job]) -> dict[tuple[str, int], tuple[str, str]]:
     """Return state and reason of each (array, task) that SLURM still knows."""
     try:
-        text = _ask(["squeue", "-h", "-r", "-t", "all", "-j", ",".join(arrays), "-o", "%F|%K|%T|%r"], jobs)
+        text = _run_slurm(["squeue", "-h", "-r", "-t", "all", "-j", ",".join(arrays), "-o", "%F|%K|%T|%r"], jobs)
     except InputError as error:
         if "Invalid job id" in str(error):  # SLURM no longer knows any of them
             return {}
@@ -300,7 +301,7 @@ def _queue(arrays: Sequence[str], jobs: Sequence[Job]) -> dict[tuple[str, int], 
     return {(array, int(task)): (state, why) for array, task, state, why in rows if task.isdigit()}
 
 
-def _ask(words: list[str], jobs: Sequence[Job], script: str | None = None) -> str:
+def _run_slurm(words: list[str], jobs: Sequence[Job], script: str | None = None) -> str:
     """Run a SLURM command and return its output.
 
     Raises InputError with SLURM's message if it fails or does not answer, and Unavailable if it is not installed.
