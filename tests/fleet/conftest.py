@@ -17,7 +17,7 @@ NETWORK = {
 
 @pytest.fixture
 def configs(tmp_path, digits):
-    """A folder with the config of an expert and of a shared model, 4 rows, a few steps."""
+    """Write the configs of an expert and of a shared model (4 rows, a few steps); return their folder."""
     folder = tmp_path / "yaml"
     folder.mkdir()
     for name, cls in (("expert", "SingleState"), ("shared", "ReducedStates")):
@@ -30,7 +30,7 @@ def configs(tmp_path, digits):
 
 @pytest.fixture
 def planned(configs, tmp_path):
-    """Make a fleet of the YAML's settings given, in a folder of its own."""
+    """Return a function that plans a fleet with the given settings of the YAML file, in a new folder."""
 
     def make(out: object = None, **settings: object):
         content = {"configs": ["expert.yaml"], "budget": 4 * 32, "seed": 3, **settings}
@@ -43,7 +43,7 @@ def planned(configs, tmp_path):
 
 @pytest.fixture
 def same_weights():
-    """Refuse two run folders whose weights are not the same bit for bit."""
+    """Return a function that asserts that two run folders have bitwise equal weights."""
     import torch
     from safetensors.torch import load_file
 

@@ -1,10 +1,10 @@
-"""Places for fleets that stand for object stores."""
+"""File systems that stand for object stores in tests."""
 
 from fsspec.implementations.local import LocalFileSystem
 
 
 class Careless(LocalFileSystem):
-    """A store that looks whether a name is taken, and then takes it."""
+    """A store without exclusive creation."""
 
     protocol = "careless"
 
@@ -17,7 +17,7 @@ class Careless(LocalFileSystem):
 
 
 class Shared(Careless):
-    """An object store, as far as a fleet asks: somewhere else, and a name is created once."""
+    """A store with what a fleet requires: a URL, and exclusive creation of files."""
 
     protocol = "shared"
 

@@ -1,7 +1,7 @@
-"""A SLURM of its own on this machine: munged, slurmctld and two nodes of two cores, each its own slurmd.
+"""Run a private SLURM cluster on this machine: munged, slurmctld and two nodes of two cores, each with its slurmd.
 
-As root on a Debian with ``apt-get install slurm-wlm munge``; needs no systemd, cgroups, database or network, and
-touches nothing but its folder. By hand: ``python tests/fleet/slurm_cluster.py``, until Ctrl-C.
+Requires root on Debian with ``apt-get install slurm-wlm munge``, but no systemd, cgroups, database or network. It
+writes only to its own folder. To run it by hand until Ctrl-C: ``python tests/fleet/slurm_cluster.py``.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# a requeued job is held back for as long as its old credential may be alive
+# a requeued job is held until its old credential has expired
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmctldPort={controller}
 StateSaveLocation={folder}/state
@@ -66,12 +66,12 @@ NodeName=node[1-2] Name=gpu File=/dev/zero
 
 
 def end_with_parent():
-    """Have this process told to go (SIGTERM) when the tests end, however they do."""
+    """Send SIGTERM to this process when the test process ends for any reason."""
     ctypes.CDLL(None).prctl(tied.PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class CannotStart(Exception):
-    """Why there is no cluster here."""
+    """The cluster cannot be started; the message has the reason."""
 
 
 class Slurm:
@@ -105,7 +105,7 @@ class Slurm:
 
     @property
     def nodes(self):
-        """State of each node."""
+        """State of each node by its name."""
         return dict(line.split() for line in self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").splitlines())
 
     def until(self, condition, what, seconds=30):
@@ -146,7 +146,7 @@ def free_ports(count):
 
 @contextlib.contextmanager
 def running():
-    """A cluster whose nodes are idle; raises `CannotStart`."""
+    """Start a cluster and yield it once its nodes are idle; stop it at the end. Raises `CannotStart`."""
     path = os.environ["PATH"] + os.pathsep + "/usr/sbin"
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
@@ -154,7 +154,7 @@ def running():
     if os.geteuid() != 0:
         raise CannotStart("slurmd and munged start as root alone")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    folder.chmod(0o755)  # munge's clients must reach its socket
+    folder.chmod(0o755)  # clients of munge need access to its socket
     slurm = Slurm(folder)
     slurm.env["PATH"] = path
     controller, node1, node2 = free_ports(3)

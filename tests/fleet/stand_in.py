@@ -1,7 +1,8 @@
-"""A training's behaviour towards an engine, without the training: steps, checkpoints, signals, exit statuses.
+"""Stand-in for a training in tests of engines: steps, checkpoints, signals and exit statuses, without a model.
 
 python stand_in.py FOLDER STEPS SECONDS [FATES..]: the Nth start has the Nth fate: "refuse", "die STEP", "go".
-In the folder are left "steps" (step, process), "kept" (the checkpoint, of every fifth step and of a signal) and "ends".
+It writes to the folder: "steps" (step, process), "kept" (the checkpoint, saved at every fifth step and on a signal),
+and "ends" (exit status, step).
 """
 
 import fcntl
@@ -21,7 +22,7 @@ def main(folder, steps, seconds, *fates):
         file.write(f"{os.getpid()}\n")
     fate = dict(enumerate(fates, 1)).get(len(starts.read_text(encoding="utf-8").splitlines()), "go")
     lock = (folder / "lock").open("w", encoding="utf-8")
-    fcntl.flock(lock, fcntl.LOCK_EX)  # in the place of the lease: who comes while another is there waits
+    fcntl.flock(lock, fcntl.LOCK_EX)  # stands for the lease: a second process waits for the first
     told = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda n, _: told.append(n))

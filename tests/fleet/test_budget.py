@@ -27,7 +27,7 @@ def blocks_of(S, experts):
     S=st.integers(1, 40), share=st.floats(0, 1), batch=st.integers(1, 64), more=st.integers(0, 5000),
     rule=st.sampled_from(["uniform", "taper", "snr", "adaptive"]), least=st.floats(0, 1), end=st.floats(0, 1),
 )  # fmt: skip
-def test_a_budget_is_spent_to_the_last_batch_and_nobody_is_left_out(S, share, batch, more, rule, least, end):
+def test_a_budget_is_spent_to_the_last_batch_and_every_expert_gets_images(S, share, batch, more, rule, least, end):
     experts = max(1, round(share * S))
     images = 2 * experts * batch + more
     budget = Budget(images, rule, least, end)
@@ -44,7 +44,7 @@ def test_a_budget_is_spent_to_the_last_batch_and_nobody_is_left_out(S, share, ba
     images=st.integers(2_000, 100_000),
     least=st.sampled_from([0, 0.125, 1]),
 )
-def test_what_is_bought_at_different_costs_is_paid_for_and_no_more(costs, rule, images, least):
+def test_images_of_different_costs_do_not_exceed_the_budget(costs, rule, images, least):
     blocks = blocks_of(len(costs), len(costs))
     found = Budget(images, rule, least=least).split(images, 8, blocks, costs)
     spent = sum(n * c for n, c in zip(found, costs, strict=True))
@@ -53,7 +53,7 @@ def test_what_is_bought_at_different_costs_is_paid_for_and_no_more(costs, rule, 
         assert max(found) - min(found) <= 8
 
 
-def test_shares_of_the_rules_are_those_of_their_formulas():
+def test_the_rules_split_images_by_their_formulas():
     L = rows_of(8)
     one_each = [[x] for x in L]
     assert Budget(8000).split(8000, 10, one_each) == [1000] * 8
@@ -63,10 +63,10 @@ def test_shares_of_the_rules_are_those_of_their_formulas():
     a = LatentStates(S=8).a[1:, 0].numpy()
     assert np.allclose(snr, 1e6 * a / a.sum(), atol=1)
     assert Budget(700, "explicit", shares=(4, 2, 1), least=0).split(700, 10, one_each[:3]) == [400, 200, 100]
-    assert Budget(900, least=0).split(900, 10, [L[:2], L[2:3]]) == [600, 300]  # a row is a row
+    assert Budget(900, least=0).split(900, 10, [L[:2], L[2:3]]) == [600, 300]  # rows count equally
 
 
-def test_what_is_held_at_the_least_leaves_the_rest_in_proportion():
+def test_experts_at_the_minimum_leave_the_others_in_proportion():
     out = Budget(1000, "explicit", shares=(6, 3, 0, 0), least=0.5).split(1000, 1, [[1.0], [0.0], [-1.0], [-2.0]])
     assert out == [500, 250, 125, 125]
 
@@ -96,7 +96,7 @@ def test_a_budget_too_small_for_a_batch_each_is_refused():
 
 
 class Gaussian:
-    """The exact denoiser of N(0, diag(variances)), with an error of its own at one row."""
+    """The exact denoiser of N(0, diag(variances)), with an added error at one row."""
 
     def __init__(self, states, variances, row, error):
         self.states, self.v, self.row, self.error = states, variances, row, error
@@ -112,12 +112,12 @@ class Gaussian:
 
 
 @pytest.mark.parametrize("S", [4, 8, 20])
-def test_the_effect_of_a_row_is_what_the_sampler_makes_of_an_error_there(S):
+def test_the_effect_of_a_row_equals_the_effect_of_its_error_in_the_sampler(S):
     states = LatentStates(S=S, spacing="trailing")
     v = torch.tensor([4.0, 1.0, 0.3, 0.01], dtype=torch.float64)
     found, noise = effects(states.log_snr[1:, 0].tolist(), v.tolist()), torch.randn(3, 1, 1, 4).double()
     for row in (1, 2, S // 2, S):
-        error = v.sqrt()  # whose mean square is shared out as the variance is
+        error = v.sqrt()  # its mean square is distributed over the components like the variance
         images = [
             list(DDIM(clip=None).walk(Gaussian(states, v, row, e), [0, 1, 2], start=noise))[-1][1] for e in (0.0, error)
         ]
@@ -128,7 +128,7 @@ def test_the_effect_of_a_row_is_what_the_sampler_makes_of_an_error_there(S):
 
 @settings(max_examples=40, deadline=None)
 @given(floor=st.floats(0, 1), amplitude=st.floats(0.1, 50), p=st.floats(0.2, 1.5), m=st.sampled_from([0, 0.3, 1]))
-def test_a_curve_of_its_own_kind_is_continued_well(floor, amplitude, p, m):
+def test_a_curve_of_the_fitted_form_is_extrapolated_accurately(floor, amplitude, p, m):
     def truth(n):
         return floor + amplitude * (n / 1000 + m) ** -p
 
@@ -138,13 +138,13 @@ def test_a_curve_of_its_own_kind_is_continued_well(floor, amplitude, p, m):
     assert math.isclose(value(fit, 8000) - value(fit, 12000), gain, rel_tol=0.35, abs_tol=0.01 * truth(8000))
 
 
-def test_a_flat_or_rising_curve_promises_nothing():
+def test_a_flat_or_rising_curve_predicts_no_gain():
     for curve in ([(1, 2.0), (2, 2.0), (3, 2.0)], [(1, 1.0), (2, 1.5), (3, 2.0)]):
         fit = fit_curve(curve)
         assert value(fit, 3) - value(fit, 300) == pytest.approx(0, abs=1e-9)
 
 
-def test_images_go_where_they_lower_the_sum_most():
+def test_images_go_where_they_reduce_the_sum_most():
     fits = [(0.5, 100.0, 1.0, 0.0), (0.0, 25.0, 1.0, 0.0), (3.0, 0.0, 1.0, 0.0)]
     out = grant(fits, [100, 100, 100], [1.0, 1.0, 1.0], 1, 100)
     assert sum(out) == 400
@@ -155,13 +155,13 @@ def test_images_go_where_they_lower_the_sum_most():
     assert 4 * (dear[0] - 100) + (dear[1] - 100) <= 300
 
 
-def test_a_curve_is_not_believed_far_beyond_its_end_while_there_are_others():
+def test_a_curve_is_not_extrapolated_far_while_others_gain():
     steep, flat = (0.0, 1000.0, 0.5, 0.0), (0.0, 1.0, 0.5, 0.0)
     assert grant([steep, flat], [100, 100], [1.0, 1.0], 10, 150) == [200, 150]
-    assert grant([steep, flat], [100, 100], [1.0, 1.0], 10, 400)[1] == 200  # and then the steep one has the rest
+    assert grant([steep, flat], [100, 100], [1.0, 1.0], 10, 400)[1] == 200  # then the steep one gets the rest
 
 
-def test_a_curve_is_fitted_from_its_highest_point_and_never_promises_more_than_its_start():
+def test_a_curve_is_fitted_from_its_highest_point_and_never_exceeds_its_start():
     rising = [(0, 1.0), (100, 1.2), (200, 1.3), (300, 1.4)]
     fit = fit_curve(rising)
     assert fit[-1] == 1.0
@@ -173,12 +173,12 @@ def test_a_curve_is_fitted_from_its_highest_point_and_never_promises_more_than_i
     assert value(fit, 900) == pytest.approx(0.5 + 80 / 950, rel=0.03)
 
 
-def test_who_gains_nothing_gets_nothing_while_another_gains():
+def test_an_expert_without_gain_gets_no_images_while_another_gains():
     # power laws: one steep curve and seven that have converged
     steep, done = (0.0, 1000.0, 0.5, 0.0), (1.0, 0.0, 1.0, 0.0)
     assert grant([steep, *[done] * 7], [100] * 8, [1.0] * 8, 10, 1600) == [1700, *[100] * 7]
 
 
-def test_where_nobody_gains_the_budget_is_spent_evenly():
+def test_without_any_gain_the_budget_is_spent_evenly():
     done = (1.0, 0.0, 1.0, 0.0)
     assert grant([done] * 4, [100, 140, 100, 100], [1.0] * 4, 20, 120) == [140] * 4

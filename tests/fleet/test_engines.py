@@ -1,4 +1,4 @@
-"""What the engines share, and their scripts without a cluster; on real ones they are in test_ray and test_slurm."""
+"""Code shared by the engines, and their scripts without a cluster; test_ray and test_slurm use real clusters."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from lightning_tdisent.fleet.engines import ray, slurm, tied
 JOBS = [Job("a"), Job("b"), Job("c", ("a", "b"))]
 
 
-def test_an_exit_status_says_whether_to_try_again():
+def test_an_exit_status_decides_whether_to_retry():
     said = {
         status: engines.fate(status) for status in (0, 1, 2, 3, 130, 138, 143, 137, 139, 255, -2, -10, -15, -9, -11)
     }
@@ -34,7 +34,7 @@ def test_an_exit_status_says_whether_to_try_again():
     }
 
 
-def test_the_reason_is_the_last_line_of_this_try(tmp_path):
+def test_the_reason_is_the_last_line_of_the_last_attempt(tmp_path):
     log = tmp_path / "a.log"
     log.write_text("== first\nerror: old\n", encoding="utf-8")
     since = log.stat().st_size
@@ -52,11 +52,11 @@ def test_the_reason_is_the_last_line_of_this_try(tmp_path):
 @pytest.mark.parametrize(
     ("text", "size"), [("16G", 2**34), ("1.5M", 1572864), ("100", 100), ("2gb", 2**31), ("1TiB", 2**40), (None, None)]
 )
-def test_memory_has_powers_of_1024(text, size):
+def test_memory_units_are_powers_of_1024(text, size):
     assert engines.resources(1, 0.5, text) == size
 
 
-def test_resources_that_cannot_be_meant_are_all_named():
+def test_all_invalid_resources_are_named():
     with pytest.raises(InputError, match=r"cpus 0: at least 1; gpus -1: at least 0; memory '16 apples'"):
         engines.resources(0, -1, "16 apples")
     with pytest.raises(InputError, match=r"memory '0G'"):
@@ -85,7 +85,7 @@ def test_the_command_s_environment_hides_srun_from_lightning(monkeypatch, tmp_pa
     assert str(heard[0].message).startswith(engines.NO_SRUN_WARNING.removeprefix("ignore:"))
 
 
-def test_a_missing_ray_or_slurm_says_what_to_install_and_for_what(monkeypatch, tmp_path):
+def test_a_missing_ray_or_slurm_is_reported_with_the_jobs_and_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r'pip install "lightning_tdisent\[ray\]".* for a, b, c'):
         ray.launch(JOBS, lambda job: [], tmp_path)
@@ -94,7 +94,7 @@ def test_a_missing_ray_or_slurm_says_what_to_install_and_for_what(monkeypatch, t
         slurm.submit(JOBS, lambda job: [], tmp_path)
 
 
-def test_what_slurm_cannot_give_is_refused_before_anything_is_submitted(tmp_path):
+def test_invalid_slurm_options_are_refused_before_anything_is_submitted(tmp_path):
     for options, why in (
         ({"gpus": 0.5}, "gpus 0.5: SLURM allocates whole numbers"),
         ({"sbatch": {"array": "1-9", "Time": "1", "partition": "x"}}, "sbatch options array, Time"),
@@ -104,7 +104,7 @@ def test_what_slurm_cannot_give_is_refused_before_anything_is_submitted(tmp_path
             slurm.submit(JOBS, lambda job: [], tmp_path, **options)
 
 
-# the process between an engine's worker and the command
+# tied.py, the process between an engine's worker and the command
 
 
 def tie(folder, *words, seconds=5.0):
@@ -113,7 +113,7 @@ def tie(folder, *words, seconds=5.0):
 
 
 @pytest.mark.parametrize("how", ["let go", "SIGTERM", "SIGUSR1", "SIGKILL"])
-def test_a_tied_command_saves_and_goes_with_who_holds_it(how, tmp_path):
+def test_a_tied_command_saves_and_ends_with_its_holder(how, tmp_path):
     t = Trainings(tmp_path, 1000, 0.01)
     process = tie(tmp_path, *t.command(Job("a")))
     until(lambda: t.lines("a", "steps"))
@@ -128,7 +128,7 @@ def test_a_tied_command_saves_and_goes_with_who_holds_it(how, tmp_path):
     assert t.lines("a", "ends") == [(143, t.lines("a", "steps")[-1][0])]
 
 
-def test_a_tied_command_that_does_not_go_is_killed_with_all_its_processes(tmp_path):
+def test_a_tied_command_that_ignores_sigterm_is_killed_with_all_its_processes(tmp_path):
     script = "trap '' TERM; sleep 600 & echo $! $$ >begun.new; mv begun.new begun; wait"
     process = tie(tmp_path, "bash", "-c", script, seconds=0.2)
     until((tmp_path / "begun").exists)
@@ -140,7 +140,7 @@ def test_a_tied_command_that_does_not_go_is_killed_with_all_its_processes(tmp_pa
     until(lambda: not any(alive(child) for child in children))
 
 
-def test_a_tied_command_s_status_is_its_own(tmp_path):
+def test_the_exit_status_is_that_of_the_tied_command(tmp_path):
     for script, status in (("exit 7", 7), ("kill -SEGV $$", 139), ("sleep 600 & echo $! >left", 0)):
         process = tie(tmp_path, "bash", "-c", script)
         assert process.wait(20) == status
@@ -157,7 +157,10 @@ def test_a_tied_command_s_status_is_its_own(tmp_path):
 
 @pytest.fixture
 def batch(tmp_path):
-    """Run a job's task of the script; `squeue` says the state given, `scontrol` writes down what it is asked."""
+    """Return a function that runs one task of the script with fake SLURM commands.
+
+    `squeue` prints the given state, `scontrol` records its arguments.
+    """
     bin_folder, logs = tmp_path / "bin", tmp_path / "logs"
     bin_folder.mkdir()
     logs.mkdir()
@@ -182,7 +185,7 @@ def batch(tmp_path):
     ("state", "requeued"), [("RUNNING", True), ("SIGNALING", True), ("COMPLETING", False), ("", False)]
 )
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_task_that_is_told_to_go_is_requeued_unless_slurm_has_decided(number, state, requeued, batch, tmp_path):
+def test_a_signalled_task_is_requeued_unless_slurm_has_decided(number, state, requeued, batch, tmp_path):
     t = Trainings(tmp_path, 1000, 0.01)
 
     def tell(process):
@@ -198,7 +201,7 @@ def test_a_task_that_is_told_to_go_is_requeued_unless_slurm_has_decided(number, 
     assert not (batch.logs / "b.ended").exists()
 
 
-def test_a_task_tries_again_what_died_and_leaves_its_status(batch, tmp_path):
+def test_a_task_retries_a_command_that_died_and_records_its_status(batch, tmp_path):
     t = Trainings(tmp_path, 4, 0.0, a=["die 2"] * 3, b=["refuse"], c=["die 2", "die 3"])
     assert [batch(t.command, JOBS, k) for k in range(3)] == [137, 2, 0]
     assert [(batch.logs / f"{name}.ended").read_text(encoding="utf-8") for name in "abc"] == [
@@ -214,7 +217,7 @@ def test_a_task_tries_again_what_died_and_leaves_its_status(batch, tmp_path):
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=9), max_size=4))
-def test_words_of_a_command_reach_it_through_the_script_as_they_are(tmp_path_factory, words):
+def test_the_script_passes_the_words_of_a_command_unchanged(tmp_path_factory, words):
     logs = tmp_path_factory.mktemp("it's $HOME {x} %A")
     script = slurm._script([Job("a")], lambda job: ["printf", r"<%s>\n", "{first} `id` \\", *words], logs, 1, 0)
     env = {**os.environ, "SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "1"}
@@ -227,18 +230,18 @@ MISSING = "/usr/bin/python3: No module named lightning_tdisent"
 
 
 @pytest.mark.parametrize("status", [1, 137, engines.LOST])
-def test_a_package_that_a_node_lacks_is_named_with_what_to_do(status, tmp_path):
+def test_a_package_missing_on_a_node_is_named_with_the_remedy(status, tmp_path):
     said = engines.reason(status, tmp_path / "a.log", MISSING, 4)
     assert "No module named lightning_tdisent. lightning_tdisent and the modules of --import must be importable" in said
     assert "status 25" not in said
 
 
 class Wrong(Exception):
-    """As Ray's."""
+    """Stands for ray.exceptions.RayError."""
 
 
 class Failed(Wrong):
-    """As Ray's, of a task that raised, or could not begin."""
+    """Stands for ray.exceptions.RayTaskError: a task raised, or could not start."""
 
 
 TRACEBACK = (
@@ -256,7 +259,7 @@ TRACEBACK = (
         (Wrong(""), "Wrong: no details"),
     ],
 )  # fmt: skip
-def test_what_ray_lost_says_its_cause(error, said):
+def test_a_task_lost_by_ray_is_reported_with_its_cause(error, said):
     future = Future()
     future.set_exception(error)
     module = SimpleNamespace(exceptions=SimpleNamespace(RayError=Wrong, RayTaskError=Failed))

@@ -1,4 +1,4 @@
-"""Whole fleets of real trainings, small ones; the same in other processes is in tests/faults."""
+"""Complete fleets of small real trainings; tests/faults runs them in other processes."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def by_hand(configs, folder, *words, config="expert"):
     assert main([str(word) for word in argv]) == 0
 
 
-def test_experts_are_the_same_by_hand_one_at_a_time_and_by_local_workers(planned, configs, tmp_path, same_weights):
+def test_experts_are_equal_trained_by_hand_one_at_a_time_or_by_local_workers(planned, configs, tmp_path, same_weights):
     fleet = planned()
     assert main(["fleet", "run", str(fleet.root), "--only", "2"]) == 0
     assert [e.name for e in fleet.experts if (fleet.root / e.name / "model.safetensors").exists()] == ["expert_002"]
@@ -64,14 +64,14 @@ def test_a_worker_may_train_several_at_a_time(planned, same_weights):
     assert "trained together with expert_001" in (beside.root / "expert_003" / "log.txt").read_text(encoding="utf-8")
 
 
-def test_one_expert_of_all_rows_is_the_reduced_model(planned, configs, tmp_path, same_weights):
+def test_one_expert_of_all_rows_equals_the_reduced_model(planned, configs, tmp_path, same_weights):
     fleet = planned(experts=1, budget=32)
     train(fleet)
     by_hand(configs, tmp_path / "reduced", config="shared")
     same_weights(fleet.root / "expert_001", tmp_path / "reduced")
 
 
-def test_shared_model_first_then_its_experts_which_begin_where_it_ended(planned):
+def test_experts_start_from_a_shared_model_trained_first(planned):
     fleet = planned(start={"shared": {"configs": ["shared.yaml"], "images": 32}}, budget=32 + 4 * 16)
     with pytest.raises(InputError, match="expert_001: not started, it needs shared"):
         train(fleet, "expert_001")
@@ -80,7 +80,7 @@ def test_shared_model_first_then_its_experts_which_begin_where_it_ended(planned)
     assert (card.images_seen, [p["images_seen"] for p in card.parents]) == (16, [32])
 
 
-def test_a_start_of_other_rows_is_refused_before_anything_is_trained(planned, configs):
+def test_initial_weights_of_other_rows_are_refused_before_training(planned, configs):
     fleet = planned(start="neighbour", rows=[[1], [2], [3, 4]], budget=3 * 16)  # a block sees its state
     with pytest.raises(InputError, match=r"expert_002 \(rows \[2\]\) starts from expert_003 \(rows \[3, 4\]\)"):
         fleet.check(describe)
@@ -100,7 +100,7 @@ def test_a_start_of_other_rows_is_refused_before_anything_is_trained(planned, co
         planned(start=start, budget=4 * 16, set={"model.objective": "Eps"}).check(describe)
 
 
-def test_a_chain_of_neighbours_begins_with_the_most_noise(planned):
+def test_a_chain_of_neighbours_starts_with_the_noisiest_rows(planned):
     fleet = planned(start="neighbour", budget=4 * 16)
     train(fleet)
     card = read_card(fleet.root / "expert_001" / "model.safetensors")
@@ -108,14 +108,14 @@ def test_a_chain_of_neighbours_begins_with_the_most_noise(planned):
     assert card.parents[-1]["sha256"] == sha256(fleet.root / "expert_002" / "model.safetensors")
 
 
-def test_an_adaptive_budget_is_spent_by_rounds_that_anybody_would_decide_alike(planned):
+def test_rounds_of_an_adaptive_budget_do_not_depend_on_the_worker_that_decides(planned):
     budget = {"images": 240, "rule": "adaptive", "first": 0.8, "rounds": 2}
     fleets = [planned(budget=budget, rows=[[1], [2, 3, 4]], set={"trainer.val_check_interval": 1}) for _ in range(2)]
     train(fleets[0])
     for name in ("expert_002", "expert_001", ""):  # in another order
         train(fleets[1], *[name] * bool(name))
     assert not advance(fleets[0], 2)
-    assert advance(fleets[0], 1)  # which another worker has decided
+    assert advance(fleets[0], 1)  # already decided by another worker
     assert fleets[0].store.names("rounds") == ["0001.json", "0002.json"]
     decided = [(f.root / "rounds" / "0002.json").read_bytes() for f in fleets]
     assert decided[0] == decided[1]
@@ -123,12 +123,12 @@ def test_an_adaptive_budget_is_spent_by_rounds_that_anybody_would_decide_alike(p
     assert 240 - 8 < sum(images.values()) <= 240
     assert images["expert_001"] != images["expert_002"]
     at_end = [tile.predicted / tile.x0 for tile in tiles(FleetWork(fleets[0], describe))]
-    assert all(0.3 < ratio < 3 for ratio in at_end)  # the plan's errors are of the same kind as those on the board
+    assert all(0.3 < ratio < 3 for ratio in at_end)  # predicted and measured errors have the same scale
     cards = {name: read_card(fleets[0].root / name / "model.safetensors") for name in images}
     assert {name: card.images_seen for name, card in cards.items()} == images
 
 
-def test_a_fleet_in_an_object_store_goes_on_on_another_machine(planned, configs, tmp_path, same_weights):
+def test_a_fleet_in_an_object_store_resumes_on_another_machine(planned, configs, tmp_path, same_weights):
     fsspec.register_implementation("shared", Shared, clobber=True)
     where = f"shared:/{tmp_path}/store"
     fleet = planned(where, experts=2, start={"shared": {"configs": ["shared.yaml"], "images": 16}}, budget=16 + 64)
@@ -167,7 +167,7 @@ def test_a_fleet_in_an_object_store_goes_on_on_another_machine(planned, configs,
 
 
 class Failing(Store):
-    """A folder on a network that is away for so many calls of some kinds from the first one on a name."""
+    """A store whose first ``calls`` calls of some kinds for names that contain ``name`` time out."""
 
     def __init__(self, where, calls, name, *kinds):
         super().__init__(where)
@@ -198,7 +198,7 @@ class Failing(Store):
 @pytest.mark.parametrize(
     ("name", "kinds"), [("leases", ("names",)), ("leases", ("create",)), ("begun", ("create",)), ("failed", ("names",))]
 )
-def test_a_place_that_is_away_for_a_while_is_waited_for(name, kinds, planned, monkeypatch):
+def test_a_store_that_is_unavailable_for_a_while_is_waited_for(name, kinds, planned, monkeypatch):
     monkeypatch.setattr("lightning_tdisent.fleet.work.POLL", 0.05)
     fleet = planned(experts=1, budget=32)
     away = replace(fleet, store=Failing(fleet.root, 3, name, *kinds))
@@ -207,7 +207,7 @@ def test_a_place_that_is_away_for_a_while_is_waited_for(name, kinds, planned, mo
     assert FleetWork(fleet, describe).done(fleet.jobs()[0])
 
 
-def test_what_was_trained_while_the_store_went_away_is_said_when_it_is_back(planned, configs, tmp_path):
+def test_a_training_finished_during_an_outage_is_recorded_after_it(planned, configs, tmp_path):
     fsspec.register_implementation("shared", Shared, clobber=True)
     fleet = planned(f"shared:/{tmp_path}/store", experts=1, budget=32)
     store = Failing(fleet.store.where, 2, "done/", "write")
@@ -219,11 +219,11 @@ def test_what_was_trained_while_the_store_went_away_is_said_when_it_is_back(plan
         return fits(argvs, reports)
 
     assert work_through(work, train, Session(ttl=30.0)) == {}
-    assert (store.failed, len(tried)) == (2, 3)  # and the later two find that nothing is left to train
+    assert (store.failed, len(tried)) == (2, 3)  # the later two have nothing left to train
     assert summary(tiles(FleetWork(fleet, describe))) == "1 jobs: 1 done, 32 of 32 images (100%)"
 
 
-def test_what_is_wrong_with_one_expert_s_folder_stops_no_other(planned):
+def test_a_fault_in_the_folder_of_one_expert_stops_no_other(planned):
     fleet = planned()
     (fleet.root / "expert_001").write_text("a file where a folder should be", encoding="utf-8")
     with pytest.raises(InputError, match=r"(?s)1 of 4 jobs are not done:.*expert_001: FileExistsError"):
@@ -231,14 +231,14 @@ def test_what_is_wrong_with_one_expert_s_folder_stops_no_other(planned):
     assert [tile.state for tile in tiles(FleetWork(fleet, describe))] == ["failed", "done", "done", "done"]
 
 
-def test_a_place_that_stays_away_is_named_with_its_error(planned):
+def test_a_store_that_stays_unavailable_is_named_with_its_error(planned):
     fleet = planned(experts=1, budget=32)
     away = replace(fleet, store=Failing(fleet.root, 10**9, "leases", "names"))
     with pytest.raises(Halted, match=r"fleet0: has been failing for 1 s: .*Connection timed out.*Run the fleet again"):
         work_through(FleetWork(away, describe), fits, Session(ttl=1.0))
 
 
-def test_what_nobody_foresaw_may_be_tried_elsewhere_and_a_refusal_not(planned):
+def test_an_unexpected_error_may_be_retried_and_a_refusal_not(planned):
     fleet = planned(experts=1, budget=32)
     for error, kind, code in ((RuntimeError("CUDA error"), Crashed, 70), (InputError("no"), InputError, 2)):
         session, work = Session(), FleetWork(fleet, describe)
@@ -248,7 +248,7 @@ def test_what_nobody_foresaw_may_be_tried_elsewhere_and_a_refusal_not(planned):
         assert (type(ended.value), ended.value.code) == (kind, code)
 
 
-def test_what_cannot_be_written_down_is_not_tried_again_for_ever(planned):
+def test_a_failure_that_cannot_be_recorded_is_not_retried_forever(planned):
     fleet, tried = planned(experts=1, budget=32), []
     full = replace(fleet, store=Failing(fleet.root, 10**9, "failed", "write"))
 
@@ -263,7 +263,7 @@ def test_what_cannot_be_written_down_is_not_tried_again_for_ever(planned):
         refuse_undone(FleetWork(full, describe), session)
 
 
-def test_a_store_that_cannot_create_a_file_once_is_refused():
+def test_a_store_without_exclusive_creation_is_refused():
     fsspec.register_implementation("careless", Careless, clobber=True)
     with pytest.raises(InputError, match="cannot create a file only if it is not there"):
         Store("careless://tmp/fleet").check()
@@ -291,7 +291,7 @@ def test_weights_of_another_training_in_an_experts_folder_are_named(planned, tmp
     assert states == {"expert_001": "failed", "expert_002": "done", "expert_003": "failed", "expert_004": "done"}
 
 
-def test_what_a_config_refuses_fails_its_expert_alone(planned):
+def test_a_refused_config_fails_only_its_expert(planned):
     fleet = planned()
     broken = Fleet.load(fleet.root, ["--data.path", "nowhere"])
     with pytest.raises(InputError, match=r"expert_001: .*nowhere"):
@@ -299,7 +299,7 @@ def test_what_a_config_refuses_fails_its_expert_alone(planned):
     failed = tiles(FleetWork(fleet, describe))[0]
     assert failed.state == "failed"
     assert "nowhere" in failed.note
-    train(fleet, "expert_001")  # mended, it is tried again
+    train(fleet, "expert_001")  # corrected, it is tried again
     assert tiles(FleetWork(fleet, describe))[0].state == "done"
 
 
@@ -312,7 +312,7 @@ def test_a_round_is_decided_once_its_targets_are_reached(planned):
     assert fleet.store.names("rounds") == ["0001.json"]
 
 
-def test_no_budget_follows_from_an_error_that_is_not_finite(planned):
+def test_a_held_out_error_that_is_not_finite_is_refused(planned):
     fleet = planned(budget={"images": 240, "rule": "adaptive"}, rows=[[1], [2, 3, 4]])
     for e in fleet.experts:
         points = [[8 * k, [math.nan if (e.rows, k) == ([1], 3) else 1 / k] * len(e.rows)] for k in range(1, 9)]
@@ -322,7 +322,7 @@ def test_no_budget_follows_from_an_error_that_is_not_finite(planned):
     assert fleet.store.names("rounds") == []
 
 
-def test_between_two_rounds_experts_wait_and_after_the_first_they_need_nobody(planned):
+def test_experts_wait_between_rounds_and_need_no_other_after_the_first(planned):
     fleet = planned(
         budget={"images": 512, "rule": "adaptive", "first": 0.25, "rounds": 1},
         start="neighbour",
@@ -330,7 +330,7 @@ def test_between_two_rounds_experts_wait_and_after_the_first_they_need_nobody(pl
     )
     work = FleetWork(fleet, describe)
     assert [job.needs for job in work.jobs()] == [("expert_002",), ("expert_003",), ("expert_004",), ()]
-    train(fleet, *fleet.names)  # named, they go on to the next round as well
+    train(fleet, *fleet.names)  # experts that are named also continue with the next round
     assert (work.round(), work.last()) == (1, True)
     assert [job.needs for job in work.jobs()] == [()] * 4
     assert {tile.state for tile in tiles(work)} == {"done"}
@@ -339,7 +339,7 @@ def test_between_two_rounds_experts_wait_and_after_the_first_they_need_nobody(pl
     assert {(tile.state, tile.note) for tile in tiles(work)} == {("waiting", "for the next round")}
 
 
-def test_an_unfinished_fleet_is_composed_with_a_word_on_it(planned, tmp_path, capsys):
+def test_an_unfinished_fleet_is_composed_with_a_note(planned, tmp_path, capsys):
     fleet = planned()
     train(fleet, "expert_001", "expert_003")
     words = ["compose", f"file://{fleet.root}", "--out", str(tmp_path / "composite")]
@@ -351,7 +351,7 @@ def test_an_unfinished_fleet_is_composed_with_a_word_on_it(planned, tmp_path, ca
     assert "is not finished: expert_002, none of 32 images; expert_004, none of 32" in capsys.readouterr().out
 
 
-def test_what_fails_for_one_session_is_not_tried_by_it_again_because_of_another(planned):
+def test_a_failure_is_not_retried_by_its_session_after_another_session_failed(planned):
     fleet, tried = planned(experts=1, budget=32), []
 
     def fail(argvs, reports):
@@ -365,7 +365,7 @@ def test_what_fails_for_one_session_is_not_tried_by_it_again_because_of_another(
     assert len(tried) == 2
 
 
-def test_a_copy_that_did_not_succeed_is_made_up_for(tmp_path):
+def test_a_failed_upload_is_repeated(tmp_path):
     store, here = Store(tmp_path / "store"), tmp_path / "here"
     pointer = b'{"step": 9, "file": "step-9.ckpt"}'
     for name in ("checkpoints/step-9.ckpt", "checkpoints/step-9.ckpt.json"):
@@ -389,7 +389,7 @@ def test_unknown_experts_are_refused(planned):
         train(planned(), "expert_009")
 
 
-def test_a_board_higher_than_the_terminal_has_a_line_a_job_and_names_what_failed():
+def test_a_board_higher_than_the_terminal_has_one_line_per_job_failed_jobs_first():
     states = ["done"] * 40 + ["training", "failed", "silent", "waiting"]
     found = [Tile(f"expert_{k:03d}", state, [k], 5, 10) for k, state in enumerate(states)]
     for height, whole in ((500, True), (24, False)):
@@ -404,7 +404,7 @@ def test_a_board_higher_than_the_terminal_has_a_line_a_job_and_names_what_failed
         assert "44 jobs: 40 done, 1 training, 1 silent, 1 waiting, 1 failed" in text
 
 
-def test_the_board_tells_training_silent_waiting_and_dead_apart(planned):
+def test_the_board_distinguishes_training_silent_waiting_and_dead_jobs(planned):
     fleet = planned(start="neighbour")
 
     def hold(name, **content):

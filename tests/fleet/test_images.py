@@ -1,4 +1,4 @@
-"""Images are counted alike by the plan, the trainer, the card, the curve, the board and the simulation."""
+"""Plan, trainer, card, curve, board and simulation count images in the same way."""
 
 import json
 
@@ -27,7 +27,7 @@ def train(fleet, *only):
 
 
 @pytest.mark.parametrize(("accumulate", "steps"), [(2, 4), (3, 2)])
-def test_accumulated_batches_are_counted_by_everybody(planned, accumulate, steps):
+def test_accumulated_batches_are_counted_everywhere(planned, accumulate, steps):
     images = steps * accumulate * 8
     fleet = planned(experts=2, budget=2 * images + 7, set={"trainer.accumulate_grad_batches": accumulate})
     assert [(e.images, e.batch, e.parts) for e in fleet.experts] == [(images, 8, accumulate)] * 2
@@ -69,19 +69,19 @@ def test_two_devices_are_counted(planned):
     assert (card.images_seen, card.steps) == (64, 4)
 
 
-def test_processes_that_would_repeat_the_worker_are_refused(planned):
+def test_a_strategy_that_repeats_the_command_line_is_refused(planned):
     with pytest.raises(InputError, match=r"trainer.devices: 2 .*trainer.strategy: ddp_fork"):
         planned(set={"trainer.devices": 2, "trainer.strategy": "ddp"})
 
 
-def test_a_plan_is_for_one_device_where_the_config_takes_all(planned):
+def test_a_plan_uses_one_device_if_the_config_uses_all(planned):
     two = {"trainer.devices": 2, "trainer.strategy": "ddp_fork"}
     for fleet, devices in ((planned(), "1"), (planned(set=two), "2")):
         argv = fleet.jobs()[0].argv
         assert argv[argv.index("--trainer.devices") + 1] == devices
 
 
-def test_a_machine_whose_steps_are_of_another_size_is_refused(planned):
+def test_a_machine_with_another_number_of_batches_per_step_is_refused(planned):
     fleet = planned(experts=1, budget=64)
     other = Fleet.load(fleet.root, ["--trainer.accumulate_grad_batches", "2"])
     with pytest.raises(InputError, match=r"a step of its config has 2 batches .* its line in the plan has parts: 1"):
@@ -118,7 +118,7 @@ def test_a_shared_model_that_trains_nothing_is_refused(planned):
         Fleet.load(fleet.root)
 
 
-def test_images_that_are_no_whole_steps_are_counted_as_they_are_trained(planned):
+def test_images_are_rounded_down_to_whole_steps(planned):
     fleet = planned()
     content = yaml.safe_load((fleet.root / "plan.yaml").read_text(encoding="utf-8"))
     content["experts"][0]["images"] = 39
@@ -145,7 +145,7 @@ class Sizes(Callback):
 
 
 @pytest.mark.parametrize(("accumulate", "batch"), [(2, 300), (3, 400), (4, 700), (3, 1500)])
-def test_every_optimizer_step_sees_as_many_images(configs, tmp_path, accumulate, batch):
+def test_every_optimizer_step_sees_the_same_number_of_images(configs, tmp_path, accumulate, batch):
     # 1,500 training images: epochs of 5, 3, 2 and 1 batches
     sizes = Sizes()
     words = ["fit", "--config", str(configs / "expert.yaml"), "--run", str(tmp_path / "run"),

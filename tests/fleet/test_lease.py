@@ -28,7 +28,7 @@ def write(store, job, number, **content):
     store.write(f"leases/{job}.{number:05d}.json", json.dumps(content).encode())
 
 
-def test_one_holder_at_a_time_and_the_next_after_it_lets_go(store):
+def test_one_holder_at_a_time_and_the_next_after_its_release(store):
     first = take(store, "expert_001", Watch())
     assert first is not None
     assert first.held
@@ -51,10 +51,10 @@ def _race(folder, barrier, wins):
     for round_ in range(20):
         if take(Store(folder), f"job{round_}", Watch()) is not None:
             wins.put(round_)
-    barrier.wait()  # nobody dies before all have tried
+    barrier.wait()  # no process ends before all have tried
 
 
-def test_of_many_processes_exactly_one_gets_each_job(tmp_path):
+def test_exactly_one_of_many_processes_gets_each_job(tmp_path):
     context = multiprocessing.get_context("fork")
     barrier, wins = context.Barrier(4), context.Queue()
     processes = [context.Process(target=_race, args=(tmp_path, barrier, wins)) for _ in range(4)]
@@ -67,7 +67,7 @@ def test_of_many_processes_exactly_one_gets_each_job(tmp_path):
     assert wins.empty()
 
 
-def test_a_dead_process_of_this_machine_is_known_at_once(store):
+def test_a_dead_process_of_this_machine_is_detected_at_once(store):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     began = processes.began(child.pid)
     write(store, "a", 3, **{**me(), "pid": child.pid, "began": began}, beat=5, saved=7, deaths=1, ttl=60)
@@ -77,11 +77,11 @@ def test_a_dead_process_of_this_machine_is_known_at_once(store):
     held = take(store, "a", Watch(), saved=7)
     assert held is not None
     assert held.number == 4
-    assert held.deaths == 2  # no newer checkpoint than when it began
+    assert held.deaths == 2  # no newer checkpoint since the previous holder started
     held.release()
 
 
-def test_a_new_process_with_an_old_number_is_not_the_holder():
+def test_a_new_process_with_a_reused_pid_is_not_the_holder():
     mine = me()
     assert not gone(mine)
     assert gone({**mine, "began": mine["began"] - 1})
@@ -94,7 +94,7 @@ def test_a_silent_worker_of_another_machine_is_waited_for(store):
     write(
         store, "a", 1, host="elsewhere/1", pid=1, began=1, beat=0, saved=0, deaths=4, ttl=60, written=time.time() + 9e9
     )
-    assert take(store, "a", watch) is None  # its clock says nothing to us
+    assert take(store, "a", watch) is None  # the clock of the other machine is ignored
     now = 50.0
     write(store, "a", 1, host="elsewhere/1", pid=1, began=1, beat=1, saved=0, deaths=4, ttl=60, written=0)
     assert take(store, "a", watch) is None
@@ -103,12 +103,12 @@ def test_a_silent_worker_of_another_machine_is_waited_for(store):
     now = 111.0
     held = take(store, "a", watch, saved=10)
     assert held is not None
-    assert held.deaths == 1  # it had got further
+    assert held.deaths == 1  # the previous holder had saved a newer checkpoint
     held.release()
 
 
 @pytest.mark.parametrize("spoiled", [b"", b"{", b"[1]", b"\xff"])
-def test_a_spoiled_lease_dies_of_age(spoiled, store):
+def test_a_damaged_lease_expires_after_its_ttl(spoiled, store):
     now = 0.0
     watch = Watch(lambda: now)
     store.write("leases/a.00001.json", spoiled)
@@ -119,7 +119,7 @@ def test_a_spoiled_lease_dies_of_age(spoiled, store):
     held.release()
 
 
-def test_a_holder_beats_with_its_progress_and_learns_that_it_was_replaced(store):
+def test_heartbeats_carry_progress_and_detect_a_replacement(store):
     held = take(store, "a", Watch(), ttl=0.12)
     assert held is not None
     held.progress.update(step=3, loss=0.5)
@@ -134,11 +134,11 @@ def test_a_holder_beats_with_its_progress_and_learns_that_it_was_replaced(store)
     with pytest.raises(Lost, match="a: another worker holds its lease by now"):
         held.check(quick=True)
     held.release()
-    assert content_of(store, "a")["host"] == "elsewhere/1"  # letting go does not touch the new holder's
+    assert content_of(store, "a")["host"] == "elsewhere/1"  # the release does not change the new holder's lease
     assert not content_of(store, "a").get("released")
 
 
-def test_a_holder_whose_store_is_gone_lets_go_after_the_life_of_its_lease(tmp_path):
+def test_a_holder_without_its_store_loses_the_lease_after_the_ttl(tmp_path):
     held = take(Store(tmp_path / "shared"), "a", Watch(), ttl=0.2)
     assert held is not None
 
@@ -154,12 +154,12 @@ def test_a_holder_whose_store_is_gone_lets_go_after_the_life_of_its_lease(tmp_pa
     held.release()
 
 
-def test_a_holder_that_was_asleep_asks_before_it_writes(store):
+def test_a_holder_that_was_suspended_checks_before_it_writes(store):
     now = 0.0
     write(store, "a", 1, **me(), beat=0)
     held = Lease(store, "a", 1, {**me(), "beat": 0, "deaths": 0}, ttl=600, clock=lambda: now)
     held.check(quick=True)
-    now = 601.0  # nobody has come meanwhile
+    now = 601.0  # no other worker has taken the job
     held.check(quick=True)
     write(store, "a", 2, host="elsewhere/1", pid=1, beat=0)
     with pytest.raises(Lost, match="another worker"):
@@ -168,11 +168,11 @@ def test_a_holder_that_was_asleep_asks_before_it_writes(store):
     assert not content_of(store, "a").get("released")
 
 
-def test_a_holder_that_is_awake_and_asks_learns_at_once(store):
+def test_a_running_holder_that_asks_the_store_learns_at_once(store):
     held = take(store, "a", Watch(), ttl=600)
     held.check()
     write(store, "a", held.number + 1, host="elsewhere/1", pid=1, beat=0)
-    held.check(quick=True)  # it has beaten a moment ago: who believes it gone has not waited a ttl
+    held.check(quick=True)  # does not ask the store: the last heartbeat is less than a ttl ago
     with pytest.raises(Lost, match="another worker"):
         held.check()
     with pytest.raises(Lost, match="another worker"):
@@ -180,7 +180,7 @@ def test_a_holder_that_is_awake_and_asks_learns_at_once(store):
     held.release()
 
 
-def test_a_lease_of_the_same_number_with_another_token_is_another_worker_s(store):
+def test_a_lease_with_the_same_number_and_another_token_belongs_to_another_worker(store):
     held = take(store, "a", Watch(), ttl=600)
     write(store, "a", held.number, **me(), beat=0, token="f" * 16)
     with pytest.raises(Lost, match="another worker"):
@@ -188,7 +188,7 @@ def test_a_lease_of_the_same_number_with_another_token_is_another_worker_s(store
     held.release()
 
 
-def test_a_folder_of_a_store_that_has_gone_is_not_made_again(tmp_path):
+def test_a_removed_folder_of_a_store_is_not_created_again(tmp_path):
     place = Store(tmp_path / "fleet")
     place.write("plan", b"1")
     (tmp_path / "fleet").rename(tmp_path / "moved")
@@ -199,7 +199,7 @@ def test_a_folder_of_a_store_that_has_gone_is_not_made_again(tmp_path):
     assert place.read("plan") is None
 
 
-def test_a_store_that_does_not_answer_is_believed_as_long_as_the_lease_lives(store):
+def test_a_job_counts_as_held_for_the_ttl_if_the_store_does_not_answer(store):
     now = 0.0
     held = Lease(store, "a", 1, {**me(), "beat": 0, "deaths": 0}, ttl=600, clock=lambda: now)
 
@@ -215,7 +215,7 @@ def test_a_store_that_does_not_answer_is_believed_as_long_as_the_lease_lives(sto
 
 
 @pytest.mark.parametrize("arrived", [True, False])
-def test_a_worker_cut_off_while_it_takes_a_lease_does_not_wait_for_itself(arrived, store, monkeypatch):
+def test_a_worker_disconnected_while_it_takes_a_lease_does_not_wait_for_itself(arrived, store, monkeypatch):
     watch, create = Watch(), store.create
 
     def cut(name, content):
@@ -234,7 +234,7 @@ def test_a_worker_cut_off_while_it_takes_a_lease_does_not_wait_for_itself(arrive
     held.release()
 
 
-def test_a_put_that_the_client_repeated_is_no_other_worker_s(store, monkeypatch):
+def test_a_request_that_the_client_repeated_is_not_another_worker_s(store, monkeypatch):
     create = store.create
     monkeypatch.setattr(store, "create", lambda *args: create(*args) and create(*args))
     held = take(store, "a", Watch())
@@ -242,7 +242,7 @@ def test_a_put_that_the_client_repeated_is_no_other_worker_s(store, monkeypatch)
     held.release()
 
 
-def test_who_listed_long_ago_cannot_take_a_number_that_is_gone(store, monkeypatch):
+def test_an_outdated_listing_cannot_take_an_old_number(store, monkeypatch):
     write(store, "a", 5, **me(), beat=0, ttl=60)
     answers = itertools.chain([(3, {"released": True})], itertools.repeat(None))
     true = lease.current
@@ -255,7 +255,7 @@ def test_who_listed_long_ago_cannot_take_a_number_that_is_gone(store, monkeypatc
     assert store.names("leases") == ["a.00005.json"]
 
 
-def test_names_that_begin_alike_are_told_apart(store):
+def test_jobs_whose_names_start_alike_have_separate_leases(store):
     write(store, "expert_1", 4, **me(), beat=0)
     write(store, "expert_1.2", 9, **me(), beat=0)
     assert current(store, "expert_1")[0] == 4

@@ -29,7 +29,7 @@ def works(argvs, reports):
 
 
 def work(argv, report):
-    """A job that says what it saw, or fails as it is told."""
+    """Run a fake job that records which of its needs exist, or fails as its arguments say."""
     folder, what, *needs = argv
     report(1, 2, {})
     if what == "refuse":
@@ -45,7 +45,7 @@ def work(argv, report):
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "sleep":
         time.sleep(0.5)
-    if what == "hold":  # as a training does
+    if what == "hold":  # hold the run folder, as a training does
         with RunFolder(folder):
             time.sleep(3)
     seen = {need: (Path(need) / "model.safetensors").exists() for need in needs}
@@ -73,20 +73,20 @@ def test_jobs_run_after_what_they_need_in_several_processes(tmp_path):
     assert os.getpid() not in {r["pid"] for r in results.values()}
 
 
-def test_jobs_in_the_hands_of_other_workers_are_no_news(tmp_path, capfd):
+def test_jobs_held_by_other_workers_are_not_reported(tmp_path, capfd):
     jobs = [job(tmp_path, name, "hold") for name in ("a", "b")]
     go(jobs, 2)
     assert all(one.weights.exists() for one in jobs)
     assert "in use" not in capfd.readouterr().err
 
 
-def test_a_job_in_use_by_somebody_else_is_said_once_and_waited_for(tmp_path, capfd):
+def test_a_job_in_use_by_another_process_is_reported_once_and_waited_for(tmp_path, capfd):
     jobs = [job(tmp_path, "a")]
     with RunFolder(jobs[0].folder):
         waiting = threading.Thread(target=go, args=(jobs,))
         waiting.start()
         said, end = "", time.monotonic() + 120
-        while "in use by" not in said and time.monotonic() < end:  # its workers have to start
+        while "in use by" not in said and time.monotonic() < end:  # the workers need time to start
             time.sleep(0.1)
             said += capfd.readouterr().err
         time.sleep(3)
@@ -104,7 +104,7 @@ def test_done_jobs_are_not_done_again(tmp_path):
     assert (done.folder / "model.safetensors").read_text(encoding="utf-8") == "kept"
 
 
-def test_failures_are_all_named_and_the_rest_is_finished(tmp_path):
+def test_all_failures_are_named_and_the_other_jobs_finish(tmp_path):
     jobs = [
         job(tmp_path, "refused", "refuse"),
         job(tmp_path, "bug", "raise"),
@@ -125,7 +125,7 @@ def test_failures_are_all_named_and_the_rest_is_finished(tmp_path):
     assert "Traceback" in (tmp_path / "bug" / "log.txt").read_text(encoding="utf-8")
 
 
-def test_what_a_dead_process_had_is_taken_up_by_another(tmp_path):
+def test_the_job_of_a_dead_process_is_resumed_by_another(tmp_path):
     jobs = [job(tmp_path, "a", "die once"), job(tmp_path, "b", needs=("a",))]
     go(jobs, 2)
     assert all(j.done for j in jobs)

@@ -39,7 +39,7 @@ def test_a_plan_has_a_line_for_each_expert_and_reads_back_as_it_was(planned):
     assert [f.max_steps for f in fleet.check(describe)] == [4] * 4
 
 
-def test_the_same_yaml_plans_the_same_and_another_is_refused(planned, tmp_path, capsys):
+def test_the_same_yaml_gives_the_same_plan_and_another_is_refused_after_the_start(planned, tmp_path, capsys):
     fleet = planned(tmp_path / "fleet")
     assert planned(tmp_path / "fleet").content() == fleet.content()
     assert capsys.readouterr().out == ""
@@ -49,13 +49,13 @@ def test_the_same_yaml_plans_the_same_and_another_is_refused(planned, tmp_path, 
     said = capsys.readouterr().out.splitlines()
     assert "it is replaced, and kept as plan.previous.yaml" in said[0]
     assert said[1:3] == ["  - seed: 3 there, 4 now", "  - experts[0].seed: 3 there, 4 now"]
-    assert fleet.store.read("plan.previous.yaml") == edited  # with what may have been written into it by hand
+    assert fleet.store.read("plan.previous.yaml") == edited  # including edits by hand
     take(other.store, "expert_001", Watch()).release()
     with pytest.raises(InputError, match="holds another plan, which has started"):
         planned(tmp_path / "fleet", seed=5)
 
 
-def test_a_fleet_that_moved_is_the_same_plan_and_an_edit_names_its_keys(planned, tmp_path):
+def test_a_moved_fleet_has_the_same_plan_and_an_edit_is_named_by_its_keys(planned, tmp_path):
     fleet = planned(tmp_path / "fleet")
     take(fleet.store, "expert_001", Watch()).release()
     text = fleet.store.path("plan.yaml").read_text(encoding="utf-8")
@@ -79,11 +79,11 @@ def test_every_part_of_the_yaml_reaches_the_command_of_its_expert(planned):
     )
     shared, *experts = fleet.jobs()
     assert shared.folder == fleet.root / "start" / "shared"
-    cost = fleet.experts[3].cost  # of the small network, which leaves a batch more for the others
+    cost = fleet.experts[3].cost  # the small network is cheaper, which leaves one more batch for the others
     assert 0.4 < cost < 0.6
     assert (shared.images, [job.images for job in experts]) == (40, [72, 32, 32, 32])
     assert 72 + 32 + 32 + 32 * cost <= 160
-    assert [job.needs for job in experts] == [("shared",)] * 3 + [()]  # the last has a network of its own
+    assert [job.needs for job in experts] == [("shared",)] * 3 + [()]  # the last has another network
     words = " ".join(experts[0].argv)
     for part in (
         f"--config {fleet.root}/configs/yaml_expert.yaml",
@@ -102,12 +102,12 @@ def test_every_part_of_the_yaml_reaches_the_command_of_its_expert(planned):
     assert facts[4].weights < facts[1].weights
 
 
-def test_starts_are_what_they_say(planned, configs):
+def test_each_kind_of_start_gives_its_initial_weights(planned, configs):
     chain = planned(start="neighbour")
     assert [e.start for e in chain.experts] == ["expert_002", "expert_003", "expert_004", "scratch"]
     scratch = planned(start="scratch")
     assert [e.seed for e in scratch.experts] == [3, 4, 5, 6]
-    assert "--data.seed 3" in " ".join(scratch.jobs()[2].argv)  # their images come in one order all the same
+    assert "--data.seed 3" in " ".join(scratch.jobs()[2].argv)  # all experts read images in the same order
     (configs / "weights.safetensors").touch()
     warm = planned(start="weights.safetensors")
     assert warm.experts[0].start == str(configs / "weights.safetensors")
@@ -117,7 +117,7 @@ def test_starts_are_what_they_say(planned, configs):
 
 @settings(max_examples=80, deadline=None)
 @given(owner=st.lists(st.integers(0, 4), min_size=1, max_size=12), spoil=st.sampled_from(["", "lose", "double", "far"]))
-def test_rows_are_owned_once_or_every_offender_is_named(owner, spoil):
+def test_rows_are_owned_once_or_each_wrong_row_is_named(owner, spoil):
     S = len(owner)
     owned: dict[int, list[int]] = {}
     for s, k in enumerate(owner, 1):
@@ -268,7 +268,7 @@ def test_a_wrong_yaml_is_refused(changes, message, planned):
     assert message in str(refusal.value)
 
 
-def test_configs_of_one_name_are_kept_apart(planned, configs):
+def test_configs_of_the_same_name_have_separate_copies(planned, configs):
     for folder in ("a", "b"):
         (configs / folder / "x").mkdir(parents=True)
         (configs / folder / "x" / "c.yaml").write_text(
@@ -279,7 +279,7 @@ def test_configs_of_one_name_are_kept_apart(planned, configs):
     assert len({fleet.store.read(name) for name in fleet.configs}) == 3
 
 
-def test_an_edit_by_hand_that_is_planned_over_is_printed(planned, tmp_path, capsys):
+def test_an_edit_by_hand_that_a_new_plan_replaces_is_printed(planned, tmp_path, capsys):
     fleet = planned(tmp_path / "fleet")
     edited = edit(fleet, "name: expert_003, rows: [3], images: 32", "name: expert_003, rows: [3], images: 64")
     edited = edited.read_bytes()
@@ -307,14 +307,14 @@ def test_a_plan_that_is_refused_leaves_the_folder_as_it_was(configs, tmp_path, c
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_a_start_that_is_not_here_is_named(planned):
+def test_missing_initial_weights_are_named(planned):
     fleet = planned()
     edit(fleet, "start: scratch", "start: nowhere/at/all")
     with pytest.raises(InputError, match="expert_001: start: nowhere/at/all"):
         Fleet.load(fleet.store.where).check(describe)
 
 
-def test_rows_may_be_shared_out_in_any_way(planned, configs):
+def test_rows_may_be_split_in_any_way(planned, configs):
     fleet = planned(rows=[[1, 3], [2, 4]])
     assert [e.rows for e in fleet.experts] == [[1, 3], [2, 4]]
     assert yaml.safe_load(fleet.store.path("plan.yaml").read_text(encoding="utf-8"))["experts"][0]["rows"] == [1, 3]
@@ -389,7 +389,7 @@ def test_a_plan_of_an_adaptive_budget_says_what_is_its_first_round(configs, tmp_
     assert "the other 256 follow from the error curves" in said
 
 
-def test_an_expert_that_has_begun_may_be_given_more_images_and_nothing_else(planned):
+def test_only_the_images_of_a_started_expert_may_change(planned):
     fleet = planned()
     FleetWork(fleet, describe).begin(fleet.jobs()[1])
     edit(fleet, "name: expert_002, rows: [2], images: 32", "name: expert_002, rows: [2], images: 64")
@@ -423,5 +423,5 @@ def test_an_expert_that_has_begun_may_be_given_more_images_and_nothing_else(plan
         ("null", None),
     ],
 )
-def test_words_are_yaml_but_for_numbers_in_strange_bases(word, value):
+def test_words_are_yaml_except_for_numbers_in_base_8_and_60(word, value):
     assert values_of([f"trainer.max_time={word}"]) == [("trainer.max_time", value)]

@@ -43,7 +43,7 @@ class Trainings(trainings.Trainings):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A head that runs nothing, and two nodes, which look as if they had been started by srun; connected."""
+    """Start and connect to a cluster of a head without cores and two nodes that appear to be started by srun."""
     os.environ["SLURM_NTASKS"] = "1"
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     here = {
@@ -91,7 +91,7 @@ def test_jobs_are_placed_where_the_resource_is(cluster, tmp_path):
     assert t.said == []
 
 
-def test_as_many_at_once_as_there_is_room_and_each_with_its_threads(cluster, tmp_path):
+def test_jobs_run_at_the_same_time_if_resources_allow_with_their_threads(cluster, tmp_path):
     program = (
         "import os, sys, time; from pathlib import Path\n"
         "mine = Path(sys.argv[1], str(os.getpid())); mine.touch(); time.sleep(.3)\n"
@@ -111,7 +111,7 @@ def test_as_many_at_once_as_there_is_room_and_each_with_its_threads(cluster, tmp
     assert {rest for _, rest in said} == {f"2 ['', None] {Path.cwd()}"}
 
 
-def test_a_lost_node_s_jobs_go_on_elsewhere_from_their_checkpoints(cluster, tmp_path):
+def test_jobs_of_a_lost_node_resume_elsewhere_from_their_checkpoints(cluster, tmp_path):
     nodes, here = cluster
     doomed = nodes.add_node(num_cpus=2, resources={"room": 2})
     nodes.wait_for_nodes()
@@ -145,7 +145,7 @@ from pathlib import Path
 from lightning_tdisent.fleet.engines import ray as engine
 
 if __name__ == "__main__":
-    engine._ray([])  # before anything of it is imported, as `fleet run` does
+    engine._ray([])  # before any other import of Ray, as in `fleet run`
     from ray.cluster_utils import Cluster
     from trainings import Job, Trainings, until
 
@@ -168,7 +168,7 @@ if __name__ == "__main__":
 """
 
 
-def test_of_a_lost_node_nothing_is_printed_but_that(tmp_path):
+def test_a_lost_node_is_reported_without_the_output_of_ray(tmp_path):
     script = tmp_path / "launch.py"
     script.write_text(LOST_NODE, encoding="utf-8")
     words = [sys.executable, script, Path(__file__).parent, tmp_path]
@@ -177,7 +177,7 @@ def test_of_a_lost_node_nothing_is_printed_but_that(tmp_path):
     assert "raylet" not in done.stdout + done.stderr
 
 
-def test_a_node_that_lacks_the_package_says_so(cluster, tmp_path, monkeypatch):
+def test_a_package_missing_on_a_node_is_reported(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(engine._work, "__module__", "not_on_any_node")
     monkeypatch.setitem(sys.modules, "not_on_any_node", engine)
     t = Trainings(tmp_path)
@@ -190,7 +190,7 @@ def test_a_node_that_lacks_the_package_says_so(cluster, tmp_path, monkeypatch):
     assert "a worker of Ray with no exit status: ModuleNotFoundError" in t.said[0]
 
 
-def test_a_real_fleet_that_loses_a_node_ends_as_the_unbroken_one(cluster, planned, same_weights, tmp_path):
+def test_a_real_fleet_that_loses_a_node_equals_the_uninterrupted_one(cluster, planned, same_weights, tmp_path):
     nodes, _ = cluster
     whole, broken = planned(**REAL), planned(**REAL)
     assert work_through(FleetWork(whole, describe), fits, Session()) == {}
@@ -218,7 +218,7 @@ def test_a_real_fleet_that_loses_a_node_ends_as_the_unbroken_one(cluster, planne
         same_weights(unbroken.folder, job.folder)
 
 
-def test_a_killed_worker_takes_its_command_with_it_which_saves(cluster, tmp_path):
+def test_the_command_of_a_killed_worker_saves_and_ends(cluster, tmp_path):
     t = Trainings(tmp_path, 60, 0.03)
 
     def kill():
@@ -280,7 +280,7 @@ def test_an_interrupted_launch_ends_with_all_its_commands_which_save(where, numb
 
 @pytest.fixture
 def disconnected(cluster):
-    """As a fresh process is."""
+    """Disconnect from the cluster during the test."""
     ray.shutdown()
     yield
     ray.init(address=cluster[0].address)
@@ -298,7 +298,7 @@ def test_a_cluster_that_does_not_answer_is_refused_in_time(disconnected, tmp_pat
             assert time.monotonic() - began < 10
             assert address in str(refusal.value)
             assert "expert_000, expert_001, .., expert_008 (9 jobs)" in str(refusal.value)
-            server.listen()  # from here on it accepts, and says nothing
+            server.listen()  # from now on it accepts connections, and does not answer
 
 
 def test_a_second_connection_is_refused(cluster, tmp_path):
@@ -306,7 +306,7 @@ def test_a_second_connection_is_refused(cluster, tmp_path):
         engine.launch([Job("a")], lambda job: [], tmp_path, address="10.0.0.1:1")
 
 
-def test_what_this_machine_can_never_give_is_refused(disconnected, tmp_path, monkeypatch):
+def test_resources_that_this_machine_cannot_provide_are_refused(disconnected, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""What the rounds of an adaptive budget cost, wait for, and show."""
+"""Rounds of an adaptive budget: cost, order and status."""
 
 import dataclasses
 import json
@@ -121,7 +121,7 @@ def test_the_board_of_an_object_store_shows_the_shared_model_s_error(planned, tm
     assert (found["shared"], found["expert_001"]) == (0.5, 0.25)
 
 
-def test_warm_experts_are_what_they_are_alone_when_trained_together(planned, same_weights):
+def test_warm_started_experts_trained_together_equal_those_trained_alone(planned, same_weights):
     shared = {"shared": {"configs": ["shared.yaml"], "images": 64}}
     alone, beside = (planned(start=shared, budget=64 + 4 * 24) for _ in range(2))
     for fleet, count in ((alone, 1), (beside, 4)):

@@ -1,4 +1,4 @@
-"""Multi-scale and conditional models as fleets: one expert a scale, or a row, trained, composed, sampled, evaluated."""
+"""Multi-scale and conditional models as fleets of one expert per scale or row: train, compose, sample, evaluate."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def by_hand(configs, folder, *words, config="expert"):
 
 
 def test_a_multi_scale_model_is_a_fleet(planned, configs, tmp_path, same_weights, capsys):
-    """An expert a scale, of its own network; by hand, by a worker, side by side: the same bit for bit; then images."""
+    """Train one expert per scale, each with its own network: bitwise equal by hand and by a worker; then sample."""
     fleet = planned(experts=2, for_rows=SMALL, set={"model.states": SCALES}, budget=160)
     assert [e.rows for e in fleet.experts] == [[1, 2], [3, 4]]
     assert 0 < fleet.experts[1].cost < 0.5  # an image of 4x4 pixels
@@ -70,7 +70,7 @@ def test_a_multi_scale_model_is_a_fleet(planned, configs, tmp_path, same_weights
 
 
 def test_single_states_of_a_multi_scale_table(planned, tmp_path):
-    """An expert a row, time-agnostic, in step and stacked within a scale."""
+    """Train one time-agnostic expert per row, in lockstep and stacked within each scale."""
     fleet = planned(for_rows=SMALL, set={"model.states": SCALES}, budget=4 * 16)
     assert main(["fleet", "run", str(fleet.root), "--workers", "1", "--together", "4", "--stacked"]) == 0
     stacked = [json.loads((fleet.root / e.name / "stacked.json").read_text(encoding="utf-8")) for e in fleet.experts]
@@ -93,20 +93,20 @@ def test_single_states_of_a_multi_scale_table(planned, tmp_path):
         ({"experts": 2, "start": {"shared": {"configs": ["shared.yaml"], "images": 16}}}, r"rows 1..4 have states of"),
     ],
 )
-def test_plans_that_no_network_can_follow_are_refused(planned, settings, why):
+def test_plans_that_no_network_can_serve_are_refused(planned, settings, why):
     with pytest.raises(InputError, match=why):
         planned(**{"for_rows": {}, "set": {"model.states": SCALES}, "budget": 160, **settings}).check(describe)
 
 
 @pytest.mark.parametrize("condition", [{}, {"schedule": SLOW}, {"schedule": SLOW, "anneal": 6, "draw": "bridge"}])
-def test_conditional_training_goes_on_as_if_unbroken(configs, tmp_path, same_weights, condition):
-    """Masks are drawn anew at every step, and by the step: a run in two parts ends in the same weights."""
+def test_a_resumed_conditional_training_equals_an_uninterrupted_one(configs, tmp_path, same_weights, condition):
+    """Masks are drawn at every step and depend on the step only: a run in two parts ends with the same weights."""
     states = ["--model.states", json.dumps(conditional(**condition))]
     by_hand(configs, tmp_path / "whole", *states, "--trainer.max_steps", 8, config="shared")
     by_hand(configs, tmp_path / "parts", *states, "--trainer.max_steps", 3, config="shared")
     by_hand(configs, tmp_path / "parts", *states, "--trainer.max_steps", 8, config="shared")
     same_weights(tmp_path / "whole", tmp_path / "parts")
-    if condition.get("anneal"):  # the table of the first steps is another one, and it counts
+    if condition.get("anneal"):  # annealing changes the table of the first steps
         fixed = ["--model.states", json.dumps(conditional(schedule=SLOW, draw="bridge"))]
         by_hand(configs, tmp_path / "fixed", *fixed, "--trainer.max_steps", 8, config="shared")
         with pytest.raises(AssertionError):
@@ -114,7 +114,7 @@ def test_conditional_training_goes_on_as_if_unbroken(configs, tmp_path, same_wei
 
 
 def test_a_conditional_model_of_two_scales(planned, tmp_path):
-    """CMDE on the Haar basis: the observation is taken apart, too."""
+    """CMDE on the Haar basis: the observation is decomposed as well."""
     states = {**SCALES, "init_args": {**SCALES["init_args"], "observation": y(schedule=SLOW)}}
     fleet = planned(experts=2, for_rows=SMALL, set={"model.states": states}, budget=64)
     assert main(["fleet", "run", str(fleet.root), "--workers", "1"]) == 0
@@ -171,7 +171,7 @@ def test_two_ranks_measure_a_conditional_model_as_one_does(inpainting, tmp_path)
     assert [one[k] for k in names] == pytest.approx([two[k] for k in names], rel=1e-9)
 
 
-def test_observations_that_do_not_belong_are_refused(inpainting, tmp_path, capsys):
+def test_observations_that_do_not_fit_the_model_are_refused(inpainting, tmp_path, capsys):
     images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
     right = Observations.of(Inpainting(0.25), images, torch.arange(4))
     shifted = Observations(right.y, right.item.roll(1), right.original, right.kernel, right.operator)
@@ -220,7 +220,7 @@ def test_an_unconditional_model_takes_no_observations(configs, tmp_path, capsys)
     assert "--observe is for conditional models" in capsys.readouterr().err
 
 
-def test_a_stored_mask_is_that_of_its_item_alone():
+def test_a_stored_mask_belongs_to_its_item():
     images = torch.randint(256, (6, 1, 8, 8), dtype=torch.uint8)
     whole = Observations.of(Inpainting(0.25), images, torch.arange(6))
     some = whole.take([4, 1])
@@ -234,7 +234,7 @@ def test_a_stored_mask_is_that_of_its_item_alone():
 
 
 class Stencil(Operator):
-    """A mask in a file."""
+    """Operator with a mask that is read from a file."""
 
     def __init__(self, file: str) -> None:
         self.file, self.values = file, torch.tensor(json.loads(Path(file).read_text(encoding="utf-8")))
@@ -246,8 +246,8 @@ class Stencil(Operator):
         return x0 * self.values
 
 
-def test_a_run_does_not_go_on_with_another_file_under_the_name(configs, tmp_path, capsys):
-    """The mask of an operator is part of what a run is, by its content."""
+def test_a_run_does_not_resume_if_a_file_it_names_has_changed(configs, tmp_path, capsys):
+    """The content of an operator's mask file is part of the identity of a run."""
     mask = tmp_path / "mask.json"
     mask.write_text(json.dumps(torch.eye(8).tolist()), encoding="utf-8")
     stencil = {"class_path": f"{__name__}.Stencil", "init_args": {"file": str(mask)}}

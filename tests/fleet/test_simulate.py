@@ -18,26 +18,26 @@ def equal(n, images=1000.0, **more):
     return [Load(f"e{k}", images, **more) for k in range(n)]
 
 
-def test_equal_jobs_take_as_many_turns_as_there_are():
+def test_equal_jobs_run_in_turns_of_all_workers():
     said = simulate(equal(10, validations=4), POOL)
     assert said.wall == pytest.approx(5 + 3 * (2 + 4 * 0.5 + 10))
     assert said.busy == pytest.approx(10 * 14)
     assert (said.images, said.failures, said.repeated) == (10_000, 0, 0)
 
 
-def test_who_is_needed_comes_first_and_a_chain_uses_one_worker():
+def test_needed_jobs_run_first_and_a_chain_uses_one_worker():
     chain = [Load("a", 100, ("b",)), Load("b", 100, ("c",)), Load("c", 100)]
     said = simulate(chain, POOL)
     assert said.order == ["c", "b", "a"]
     assert said.wall == pytest.approx(5 + 3 * 3)
 
 
-def test_rounds_wait_for_their_slowest():
+def test_a_round_waits_for_the_slowest_job_of_the_round_before():
     loads = [Load("long", 1000), Load("short", 100), Load("long 1", 100, round=1), Load("short 1", 100, round=1)]
     assert simulate(loads, POOL).wall == pytest.approx(5 + 12 + 3)
 
 
-def test_the_longest_goes_first():
+def test_the_longest_job_starts_first():
     loads = [Load("s", 100), Load("t", 100), Load("long", 800)]
     assert simulate(loads, Pool(2, 100.0, 0.0, 0.0)).wall == pytest.approx(8)
 
@@ -59,11 +59,11 @@ def test_no_schedule_beats_its_bounds(images, workers, failures, seed):
         assert said.wall <= 3 + sum(work) / workers + max(work) + 1e-6  # list scheduling
 
 
-def test_failures_repeat_what_was_not_saved():
+def test_failures_repeat_the_progress_that_was_not_saved():
     loads = equal(40, 36_000.0)
     pool = Pool(1, 100.0, 0.0, 0.0, checkpoint=60.0, failures=20.0)
     said = simulate(loads, pool)
-    assert said.failures == pytest.approx(80, rel=0.3)  # 4 hours of 20 each, and what is done again
+    assert said.failures == pytest.approx(80, rel=0.3)  # 4 hours with 20 failures each, and the repeated work
     assert said.repeated / 100 / said.failures == pytest.approx(30, rel=0.35)  # half a checkpoint's time each
     hopeless = simulate([Load("e", 36_000.0), Load("f", 0.1)], Pool(1, 10, 0.0, 0.0, failures=3600))
     assert hopeless.given_up == ["e"]
@@ -88,7 +88,7 @@ def test_wrong_pools_are_refused(text, message):
         Pool.of(text)
 
 
-def test_a_fleet_is_counted_as_it_is_planned(planned, capsys):
+def test_the_loads_of_a_fleet_match_its_plan(planned, capsys):
     shared = {"shared": {"configs": ["shared.yaml"], "images": 80}}
     fleet = planned(start=shared, budget={"images": 80 + 240, "rule": "adaptive", "rounds": 2},
                     set={"trainer.val_check_interval": 1})  # fmt: skip
@@ -109,7 +109,7 @@ def test_a_fleet_is_counted_as_it_is_planned(planned, capsys):
 
 
 def sleep(argvs, reports):
-    """Train as a machine does that takes 1 s, 0.01 s a step and 0.1 s a validation."""
+    """Stand for a training that takes 0.2 s, 0.01 s per step and 0.1 s per validation."""
     word = dict(zip(argvs[0][1::2], argvs[0][2::2], strict=False))
     steps, every = int(word["--trainer.max_steps"]), int(word["--trainer.val_check_interval"])
     time.sleep(0.2 + 0.01 * steps + 0.1 * (steps // every))
@@ -117,7 +117,7 @@ def sleep(argvs, reports):
     return [None]
 
 
-def test_a_rehearsal_finds_the_three_times(planned):
+def test_a_rehearsal_measures_the_three_times(planned):
     pool = rehearse(planned(), sleep, 1)
     assert pool.speed == pytest.approx(8 / 0.01, rel=0.2)
     assert pool.job == pytest.approx(0.2, abs=0.1)

@@ -1,4 +1,4 @@
-"""The SLURM engine on a real SLURM: tasks requeued, cancelled, preempted, lost. Runs with `make test-slurm`."""
+"""The SLURM engine on a real SLURM: tasks are requeued, cancelled, preempted or lost. Runs with `make test-slurm`."""
 
 import json
 import os
@@ -25,7 +25,7 @@ if not os.environ.get("CLUSTER"):
 
 
 def submitted(logs):
-    """Names of the tasks of each job array."""
+    """Return the names of the tasks of each job array."""
     record = json.loads((logs / "slurm.json").read_text(encoding="utf-8"))
     return {array: names for array, names in record.items() if array != "schema"}
 
@@ -49,7 +49,7 @@ class Trainings(trainings.Trainings):
         return [line.split("Z ")[1] for line in log.splitlines() if line.startswith("== ")]
 
     def task(self, name):
-        """Number of the job's task, as scontrol wants it."""
+        """Return ARRAY_TASK of a job, the form that scontrol requires."""
         arrays = submitted(self.logs)
         return next(f"{array}_{names.index(name)}" for array, names in arrays.items() if name in names)
 
@@ -73,7 +73,7 @@ def slurm():
 
 @pytest.fixture
 def at(tmp_path):
-    """Make trainings in a folder, and run what disturbs them beside the launch."""
+    """Return a function that creates trainings in a folder and runs ``disturb`` in a thread during the launch."""
     threads = []
 
     def make(*args, disturb=None, **fates):
@@ -88,7 +88,7 @@ def at(tmp_path):
         thread.join()
 
 
-def test_requeued_and_cancelled_tasks_go_on(slurm, at):
+def test_requeued_and_cancelled_tasks_resume(slurm, at):
     def disturb(t):
         t.train_to(7, "requeued", "cancelled")
         assert slurm.ask("scontrol", "requeue", t.task("requeued")) == ""
@@ -131,7 +131,7 @@ def test_deaths_are_retried_refusals_are_not(slurm, at):
     assert [s.rpartition(" ")[2] for s in t.starts("dies")] == ["1", "2", "3"]
 
 
-def test_near_its_time_limit_a_task_saves_and_comes_back(slurm, at):
+def test_a_task_saves_near_its_time_limit_and_is_requeued(slurm, at):
     t = at(1200, 0.04)
     assert t.launch([Job("long")], grace=45, sbatch={"time": "1"}) == {}
     starts = t.done_steps("long")
@@ -142,7 +142,7 @@ def test_near_its_time_limit_a_task_saves_and_comes_back(slurm, at):
 
 
 @pytest.mark.parametrize("partition", ["main", "graceful"])
-def test_a_preempted_task_saves_at_once_and_comes_back(partition, slurm, at):
+def test_a_preempted_task_saves_at_once_and_is_requeued(partition, slurm, at):
     def disturb(t):
         t.train_to(7, "a", "b")
         urgent = ["--partition=urgent", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null", "--wrap=sleep 1"]
@@ -151,15 +151,15 @@ def test_a_preempted_task_saves_at_once_and_comes_back(partition, slurm, at):
     t = at(150, 0.03, disturb=disturb)
     began = time.monotonic()
     assert t.launch([Job("a"), Job("b")], sbatch={"partition": partition}) == {}
-    assert time.monotonic() - began < 50  # it does not wait for the end of the grace time
+    assert time.monotonic() - began < 50  # does not wait for the end of the grace time
     for name in "ab":
         (_, _, saved), (_, again, last) = t.done_steps(name)
         assert (again, last) == (saved + 1, 150)
         assert t.lines(name, "ends") == [(143, saved), (0, 150)]
 
 
-def test_a_lost_node_s_tasks_go_on_elsewhere_from_their_checkpoints(slurm, at):
-    """The node's daemon and all that it has started are killed, as if it had lost its power."""
+def test_tasks_of_a_lost_node_resume_elsewhere_from_their_checkpoints(slurm, at):
+    """Kill the daemon of a node and all its processes, as in a power failure."""
     where = {}
 
     def disturb(t):
@@ -188,7 +188,7 @@ def test_a_lost_node_s_tasks_go_on_elsewhere_from_their_checkpoints(slurm, at):
         assert "restart 1" in t.starts(name)[-1] or name not in lost
 
 
-def test_a_real_fleet_requeued_and_killed_ends_as_the_unbroken_one(slurm, planned, same_weights, tmp_path):
+def test_a_real_fleet_requeued_and_killed_equals_the_uninterrupted_one(slurm, planned, same_weights, tmp_path):
     whole, broken = planned(**REAL), planned(**REAL)
     assert work_through(FleetWork(whole, describe), fits, Session()) == {}
     jobs = broken.jobs()
@@ -213,7 +213,7 @@ def test_a_real_fleet_requeued_and_killed_ends_as_the_unbroken_one(slurm, planne
         assert "srun" not in log
 
 
-def test_a_real_refusal_is_the_reason(slurm, planned, tmp_path):
+def test_the_refusal_of_a_real_command_is_the_reason(slurm, planned, tmp_path):
     fleet = planned(experts=2)
     command = real_command(fleet)
     words = ["--set", "data.path=nowhere"]
@@ -221,7 +221,7 @@ def test_a_real_refusal_is_the_reason(slurm, planned, tmp_path):
     assert failed["expert_001"].startswith("data.path: nowhere is not a folder.")
 
 
-def test_a_submission_is_left_and_taken_up_again(slurm, at):
+def test_an_interrupted_submission_is_continued(slurm, at):
     t = at(120, 0.02)
     jobs = [Job("a"), Job("b"), Job("c"), Job("last", ("a",))]
     first = t.submit(jobs[:2], at_once=1)
@@ -262,7 +262,7 @@ def test_an_interrupted_launch_cancels_what_it_has_submitted(number, code, slurm
     t.train_to(3, "a")
     launcher.send_signal(number)
     assert launcher.wait(30) == code
-    if number == signal.SIGKILL:  # nothing can be done by it: the jobs are SLURM's, and are found again
+    if number == signal.SIGKILL:  # the launcher could not cancel: the jobs stay in the queue, and are found again
         assert alive(t.lines("a", "starts")[0][0])
         again = t.submit([Job("a"), Job("b", ("a",))])
         assert again.added == []
@@ -275,7 +275,7 @@ def test_an_interrupted_launch_cancels_what_it_has_submitted(number, code, slurm
     until(lambda: slurm.ask("squeue", "-h") == "")
 
 
-def test_the_command_has_its_cores_and_gpu_and_is_not_taken_for_srun_s(slurm, tmp_path):
+def test_the_command_has_its_cores_and_gpu_and_lightning_does_not_detect_srun(slurm, tmp_path):
     program = (
         "import os\n"
         "from lightning.fabric.plugins.environments import SLURMEnvironment\n"
@@ -293,7 +293,7 @@ def test_the_command_has_its_cores_and_gpu_and_is_not_taken_for_srun_s(slurm, tm
     assert (logs / "a.log").read_text(encoding="utf-8").splitlines()[-1] == "False 2 None"
 
 
-def test_what_sbatch_refuses_leaves_nothing_in_the_queue(slurm, at):
+def test_a_refusal_of_sbatch_leaves_nothing_in_the_queue(slurm, at):
     t = at(2000)
     with pytest.raises(InputError, match=r"sbatch refused a: .*invalid partition specified: nowhere") as refusal:
         t.submit([Job("a")], sbatch={"partition": "nowhere"})

@@ -1,4 +1,4 @@
-"""Jobs for the engines' tests, whose command is a stand-in for a training, and what these have left."""
+"""Jobs for tests of engines whose commands are stand-ins for trainings, and readers of the files that they write."""
 
 import contextlib
 import json
@@ -19,12 +19,12 @@ class Job:
 
 
 def real_command(fleet):
-    """The command that a person would give."""
+    """Return the command that a user would run for a job."""
     return lambda job: [sys.executable, "-m", "lightning_tdisent", "fleet", "run", str(fleet.root), "--only", job.name]
 
 
 def saved_step(fleet, name):
-    """Step of the newest checkpoint, 0 if there is none."""
+    """Return the step of the newest checkpoint, 0 if there is none."""
     pointer = fleet.root / name / "checkpoints" / "newest.json"
     return json.loads(pointer.read_text(encoding="utf-8"))["step"] if pointer.exists() else 0
 
@@ -38,7 +38,7 @@ REAL = {  # of 80 steps each, after a shared model
 
 
 class Trainings:
-    """Stand-ins for trainings, and what they have left."""
+    """Stand-ins for trainings in a folder, and the files that they have written."""
 
     def __init__(self, folder, steps=12, seconds=0.03, **fates):
         self.folder, self.steps, self.seconds, self.fates, self.said = folder, steps, seconds, fates, []
@@ -56,16 +56,18 @@ class Trainings:
         )
 
     def done_steps(self, name):
-        """All steps in order; fails if one was left out, or if two processes were at it at once."""
+        """Return (process, first step, last step) of each start; fail for missing steps or simultaneous processes."""
         by = defaultdict(list)
         for step, process in self.lines(name, "steps"):
             by[process].append(step)
         starts = [(process, steps[0], steps[-1]) for process, steps in by.items()]
         order = [process for _, process in self.lines(name, "steps")]
         changes = sum(a != b for a, b in pairwise(order))
-        assert changes == len(starts) - 1, "two processes took turns"
+        assert changes == len(starts) - 1, "two processes ran at the same time"
         for (_, _, last), (_, first, _) in pairwise(starts):
-            assert first == last + 1 or first == last - last % 5 + 1, "neither saved when told, nor from the checkpoint"
+            assert first == last + 1 or first == last - last % 5 + 1, (
+                "resumed neither after a saved step nor from the checkpoint"
+            )
         for steps in by.values():
             assert steps == list(range(steps[0], steps[-1] + 1))
         return starts
@@ -74,7 +76,7 @@ class Trainings:
 def until(condition, seconds=180):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it has not come to that"
+        assert time.monotonic() < end, "the condition was not met in time"
         time.sleep(0.02)
 
 

@@ -59,7 +59,7 @@ def test_a_plan_has_one_job_per_expert_with_its_needs(study, tmp_path):
     assert todo.evaluation["contenders"][1]["source"] == str(tmp_path / "out" / "experts_composite")
 
 
-def test_a_sweep_over_the_cut_is_unrolled(study, tmp_path):
+def test_a_sweep_over_the_cut_is_expanded(study, tmp_path):
     sweep = {
         "run": "shared",
         "cuts": [2, 0.6],
@@ -83,7 +83,7 @@ def test_a_sweep_over_the_cut_is_unrolled(study, tmp_path):
         tmp_path / "out" / "priors" / "mix_0.6": (model, 0.6, part),
     }
     assert todo.evaluation["bits"] == {"n": 9}
-    assert "whole chain" not in str(todo.content)  # a study is what was written, whatever it means
+    assert "whole chain" not in str(todo.content)  # the plan stores the YAML as written, not expanded
 
 
 def test_a_folder_keeps_one_plan(study, tmp_path):
@@ -92,7 +92,7 @@ def test_a_folder_keeps_one_plan(study, tmp_path):
     first.claim()
     first.jobs[0].folder.mkdir()
     (first.jobs[0].folder / "half").write_text("", encoding="utf-8")
-    plan(file, out).claim()  # the same plan goes on, and keeps what its jobs go on from
+    plan(file, out).claim()  # the same plan resumes, and keeps the files of its jobs
     assert (first.jobs[0].folder / "half").exists()
     with pytest.raises(InputError, match=r"another study \(seed: 0 there, 3 now\)"):
         plan(file, out, 3).claim()
@@ -158,7 +158,7 @@ def test_a_wrong_study_is_refused(changes, message, study):
         plan(study(**changes))
 
 
-def test_a_seed_of_the_command_line_has_the_same_range(study):
+def test_a_seed_on_the_command_line_has_the_same_range(study):
     for seed in (-1, 99999999999):
         with pytest.raises(InputError, match=rf"--seed: expected an integer in \[0, 2\^32\), got {seed}"):
             plan(study(), seed=seed)
@@ -204,7 +204,7 @@ RUN = {"configs": ["a.yaml"]}
         ({"n" * 101: RUN, "e\u0301": RUN}, ["a name has at most 100 bytes", "normal form C"]),
     ],
 )
-def test_names_that_cannot_be_files_are_refused_all_at_once(runs, messages, study):
+def test_invalid_names_are_refused_all_at_once(runs, messages, study):
     first = next(iter(runs))
     priors = {"mix": {"run": first, "at": 2, "prior": "Gaussian"}} if "mix" in runs else {}
     with pytest.raises(InputError) as refusal:
@@ -212,7 +212,7 @@ def test_names_that_cannot_be_files_are_refused_all_at_once(runs, messages, stud
     assert all(message in str(refusal.value) for message in messages), str(refusal.value)
 
 
-def test_numbers_are_no_names_and_contenders_follow_the_rule(tmp_path, study):
+def test_numbers_are_not_names_and_names_of_contenders_are_checked(tmp_path, study):
     study()
     (tmp_path / "s.yaml").write_text(
         "runs: {1: {configs: [a.yaml]}, yes: {configs: [a.yaml]}}\n"
@@ -228,7 +228,7 @@ def test_numbers_are_no_names_and_contenders_follow_the_rule(tmp_path, study):
     assert "contenders (C) and contenders (c) would have the same name" in text
 
 
-def test_names_of_the_experiments_are_names(study):
+def test_names_used_in_the_experiments_are_valid(study):
     names = [
         "reduced, half",
         "4x, CDE",
@@ -244,7 +244,7 @@ def test_names_of_the_experiments_are_names(study):
     assert ["--model.lr" in job.argv for job in todo.jobs] == [n == "v1.0" for n in names]
 
 
-def test_references_that_are_numbers_or_lists_are_names_or_refused(study, tmp_path):
+def test_references_by_number_are_resolved_and_lists_are_refused(study, tmp_path):
     runs = {"1": RUN, "2": {**RUN, "warm_start": 1}}
     todo = plan(study(runs=runs, contenders={"a": {"run": 1, "prior": 2}}), tmp_path / "out")
     (contender,) = todo.evaluation["contenders"]
@@ -255,7 +255,7 @@ def test_references_that_are_numbers_or_lists_are_names_or_refused(study, tmp_pa
             plan(study(runs=runs, contenders={"a": odd}))
 
 
-def test_a_sweep_replaces_no_contender_of_the_users(study):
+def test_a_sweep_does_not_replace_contenders_of_the_study(study):
     sweep = {"run": "shared", "cuts": [2], "priors": {"mix": "Gaussian"}}
     for key, name in (("contenders", "cut 2, N(0, I)"), ("contenders", "whole chain"), ("contenders", "cut 2, mix")):
         with pytest.raises(InputError, match=re.escape(f"{key}.{name}: diffusion_time generates some of these names")):
@@ -267,7 +267,7 @@ def test_a_sweep_replaces_no_contender_of_the_users(study):
         plan(study(diffusion_time={**sweep, "cuts": [2, 3, 2]}))
 
 
-def test_what_a_study_decides_is_not_set_by_its_runs(study):
+def test_keys_that_the_study_sets_are_refused_in_runs(study):
     with pytest.raises(InputError, match=r"runs.a: set: seed_everything: set by the study; change seed instead"):
         plan(study(runs={"a": {**RUN, "set": {"seed_everything": 4}}}, contenders={"a": {"run": "a"}}))
     with pytest.raises(InputError, match=r"'experts' is not an earlier run of a single network"):
@@ -275,7 +275,7 @@ def test_what_a_study_decides_is_not_set_by_its_runs(study):
 
 
 def begin(todo):
-    """Claim a study's folder and leave what a training that has begun would."""
+    """Claim the folder of a study, and create the run folder of a training that has started."""
     todo = todo.claim()
     todo.jobs[0].folder.mkdir(exist_ok=True)
     return todo
@@ -289,7 +289,7 @@ def test_jobs_read_copies_and_an_edit_is_refused_with_key_and_values(study, tmp_
     assert {Path(word) for word in words} == {out / "configs" / "a.yaml", out / "configs" / "b.yaml"}
     (tmp_path / "a.yaml").write_text("model: {objective: X0, lr: 0.1}\n", encoding="utf-8")
     assert (out / "configs" / "a.yaml").read_text(encoding="utf-8") == "model: {objective: V, lr: 0.1}\n"
-    assert any("the plan is replaced" in line for line in plan(file, out).compare())  # nothing has begun
+    assert any("the plan is replaced" in line for line in plan(file, out).compare())  # no training has started
     first.jobs[0].folder.mkdir()
     with pytest.raises(InputError, match=r"another study \(.*a.yaml: model.objective: 'V' there, 'X0' now\)"):
         plan(file, out).compare()
@@ -318,7 +318,7 @@ def test_an_edited_config_of_a_fleet_is_refused(study, tmp_path):
         plan(file, out).compare()
 
 
-def test_what_is_measured_may_change_when_a_study_goes_on(study, tmp_path):
+def test_the_evaluation_may_change_when_a_study_resumes(study, tmp_path):
     out = tmp_path / "out"
     begin(plan(study(n=100, notes="a"), out))
     more = {**STUDY["contenders"], "more": {"run": "shared", "sampler": "Ancestral"}}
@@ -338,14 +338,14 @@ def test_what_is_measured_may_change_when_a_study_goes_on(study, tmp_path):
         plan(study(), out).compare()
 
 
-def test_a_study_killed_while_it_takes_its_folder_begins_anew(study, tmp_path):
+def test_a_study_killed_while_it_claims_its_folder_starts_again(study, tmp_path):
     out = tmp_path / "out"
     first = plan(study(), out).claim()
     (out / "plan.json").unlink()  # it is written last
     assert [job.argv for job in plan(study(), out).claim().jobs] == [job.argv for job in first.jobs]
 
 
-def test_a_plan_of_an_older_version_goes_on(study, tmp_path):
+def test_a_plan_of_an_older_version_is_continued(study, tmp_path):
     out = tmp_path / "out"
     begin(plan(study(), out))
     content = json.loads((out / "plan.json").read_text(encoding="utf-8"))
@@ -363,10 +363,10 @@ def test_a_plan_of_an_older_version_goes_on(study, tmp_path):
         plan(study(), out)
 
 
-def test_studies_are_pooled_if_they_differ_in_the_seed_alone(study, tmp_path):
+def test_studies_are_pooled_if_they_differ_only_in_the_seed(study, tmp_path):
     for seed in (0, 1):
         plan(study(), tmp_path / f"s{seed}", seed).claim()
-    refuse_no_repeats([tmp_path / "s0", tmp_path / "s1", tmp_path])  # of what is no study nothing is known
+    refuse_no_repeats([tmp_path / "s0", tmp_path / "s1", tmp_path])  # folders without a study are ignored
     plan(study(), tmp_path / "again", 1).claim()
     with pytest.raises(InputError, match=r"again: has the same seed 1 as .*s1"):
         refuse_no_repeats([tmp_path / f for f in ("s0", "s1", "again")])
@@ -380,7 +380,7 @@ def test_studies_are_pooled_if_they_differ_in_the_seed_alone(study, tmp_path):
         refuse_no_repeats([tmp_path / "s0", tmp_path / "edited"])
 
 
-def test_runs_that_are_not_what_they_are_taken_for_are_refused(study, tmp_path):
+def test_runs_used_for_the_wrong_purpose_are_refused(study, tmp_path):
     inpainting = ComponentStates([1, 8, 8], observation=Observation(Inpainting()), S=6)
     runs = dict.fromkeys(("model", "flow", "other", "cde", "scales"), RUN)
     contenders = {"a": {"run": "model", "prior": "flow"}, "b": {"run": "model"}}
@@ -413,7 +413,7 @@ def test_runs_that_are_not_what_they_are_taken_for_are_refused(study, tmp_path):
         assert line in str(refusal.value)
 
 
-def test_a_cut_is_looked_for_in_the_run_that_it_is_of(study, tmp_path):
+def test_a_cut_is_checked_against_the_table_of_its_run(study, tmp_path):
     contenders = {"a": {"run": "experts", "prior": "cut:3"}, "b": {"run": "shared", "prior": "cut:3"}}
     todo = plan(study(contenders=contenders), tmp_path / "out")
     asked = []

@@ -14,7 +14,7 @@ NETWORK = {"shape": [1, 8, 8], "channels": [8, 16], "layers": 1, "groups": 4, "m
 
 @pytest.fixture
 def study(tmp_path, digits, monkeypatch):
-    """Write a study of one class-conditional run; its jobs are trained in this process."""
+    """Return a function that writes a study of one class-conditional run; its jobs are trained in this process."""
     trainer = {"accelerator": "cpu", "max_steps": 2, "max_epochs": -1, "limit_val_batches": 0, "callbacks": []}
     model = {"network": {"class_path": "UNet", "init_args": NETWORK}, "states": {"S": 4}, "objective": "V"}
     data = {"class_path": "ImageShards", "init_args": {"path": str(digits), "channels": 1, "batch_size": 8}}
@@ -40,7 +40,7 @@ def study(tmp_path, digits, monkeypatch):
     return write
 
 
-def test_a_study_goes_on_where_it_was_killed_wherever_it_lies(study, tmp_path, monkeypatch, capsys):
+def test_a_killed_study_resumes_even_if_its_folder_was_moved(study, tmp_path, monkeypatch, capsys):
     out, config = tmp_path / "out", tmp_path / "a.yaml"
     whole, text, train = local.run, config.read_text(encoding="utf-8"), study.trained
 
@@ -69,7 +69,7 @@ def test_a_study_goes_on_where_it_was_killed_wherever_it_lies(study, tmp_path, m
     out.rename(moved)
     seen = []
     monkeypatch.setattr(evaluating, "_of_model", lambda c, *rest: seen.append(c.name) or measure(c, *rest))
-    assert main(["study", study(), "--out", str(moved)]) == 0  # n = 50 is no multiple of 4, and need not be
+    assert main(["study", study(), "--out", str(moved)]) == 0  # n = 50 need not be a multiple of 4
     assert not (moved / "fleets.html").exists()
     weights, rows = (
         (moved / "cls" / "model.safetensors").read_bytes(),
@@ -87,7 +87,7 @@ def test_a_study_goes_on_where_it_was_killed_wherever_it_lies(study, tmp_path, m
     assert main(["evaluate", str(moved / "cls"), "--data", "x", "--protocol", "digits", "--out", str(moved)]) == 2
 
 
-def test_a_refusal_of_a_config_names_its_run_and_file(study, tmp_path, capsys):
+def test_a_refused_config_is_named_with_its_run_and_file(study, tmp_path, capsys):
     text = (tmp_path / "a.yaml").read_text(encoding="utf-8") if (tmp_path / "a.yaml").exists() else ""
     (tmp_path / "a.yaml").write_text(text.replace("objective: V", "objectiv: V"), encoding="utf-8")
     assert main(["study", study(), "--out", str(tmp_path / "out")]) == 2
@@ -96,7 +96,7 @@ def test_a_refusal_of_a_config_names_its_run_and_file(study, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_all_damaged_files_are_named_at_once_and_a_composite_is_made_again(study, tmp_path, capsys):
+def test_all_damaged_files_are_named_at_once_and_a_damaged_composite_is_rebuilt(study, tmp_path, capsys):
     out = tmp_path / "out"
     config = yaml.safe_load((tmp_path / "a.yaml").read_text(encoding="utf-8"))
     config["model"]["class_path"] = "SingleState"
@@ -108,7 +108,7 @@ def test_all_damaged_files_are_named_at_once_and_a_composite_is_made_again(study
     numbers = json.loads((out / "results.json").read_text(encoding="utf-8"))
     rows = sorted((out / "exp_composite").glob("rows_*.safetensors"))
     shutil.copyfile(rows[0], tmp_path / "whole")
-    rows[0].unlink()  # which was one file with the expert's
+    rows[0].unlink()  # it was a hard link to the expert's file
     shutil.copyfile(tmp_path / "whole", rows[0])
     hurt = [rows[0], out / "cls" / "model.safetensors", out / "exp" / "expert_002" / "model.safetensors"]
     whole = {path: path.read_bytes() for path in hurt}
