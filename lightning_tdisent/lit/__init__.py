@@ -1,11 +1,11 @@
-"""Floor 3: the only place that imports Lightning."""
+"""Training with Lightning: modules, data module, callbacks, checkpoints. The only package that imports Lightning."""
 
 import lightning
 from packaging.version import Version
 
 from lightning_tdisent.errors import InputError
 
-# a library that is too old runs code hidden in a checkpoint (CVE-2026-58659), whatever setup.cfg asked for
+# older versions run code hidden in a checkpoint (CVE-2026-58659); setup.cfg cannot prevent that one is installed
 if Version(lightning.__version__) < Version("2.6.6"):
     raise InputError(
         f"lightning {lightning.__version__} is installed; 2.6.6 or later is needed: earlier ones run code hidden in a "

@@ -1,7 +1,7 @@
-"""Checkpoint files that are whole, verified, and found again.
+"""Write checkpoints atomically, verify them, and find the newest good one.
 
-Lightning and torch make and read the content; this adds what their files lack: a checkpoint is written beside its
-target, flushed to the disk, read back, renamed, and counts only once its manifest stands beside it.
+Lightning and torch create and read the content. This module adds durability: a checkpoint is written to a temporary
+file next to its target, flushed to the disk, read back and renamed. It counts only once its manifest is written.
 """
 
 import datetime
@@ -35,26 +35,28 @@ from lightning_tdisent.models.checkpoint import (
 )
 from lightning_tdisent.runs import CHECKPOINTS, NEWEST, checkpoints_in
 
-PIECE = 2**26  # bytes that are written, and read back, at a time; a read gives 2 GB at most
-FACTS = ("images_seen", "fingerprint", "rows", "module", "data", "version")  # of the card, repeated in the manifest
+PIECE = 2**26  # bytes written, and read back, at a time; one read returns at most 2 GB
+FACTS = ("images_seen", "fingerprint", "rows", "module", "data", "version")  # card fields repeated in the manifest
 
 
 class DurableIO(TorchCheckpointIO):
-    """Lightning's checkpoint plugin, with files that are whole or not there.
+    """Checkpoint plugin for Lightning whose files are either complete or absent.
 
-    Saving: a temporary file beside the target, fsync, read back, rename, fsync of the folder, then the manifest
-    (sha256, bytes, schema, step, images seen, table fingerprint, rows) and ``newest.json`` of the folder, in the same
-    way. What is not finite is not saved. Raises Halted when nothing could be written, and InputError for a checkpoint
-    that is remote, damaged, not finite, or more than data.
+    Saving writes a temporary file next to the target, calls fsync, reads the file back, renames it and calls fsync on
+    the folder. The manifest (sha256, bytes, schema, step, images seen, table fingerprint, rows) and the folder's
+    ``newest.json`` follow in the same way. Values that are not finite are not saved.
 
-    newest: path of a checkpoint that was chosen as the newest of its folder; if it is removed before it is read, since
-    its training goes on, the newest of then is read.
+    Raises Halted if the checkpoint could not be written, and InputError for a checkpoint that is remote, damaged, not
+    finite, or contains more than data.
+
+    newest: path of the checkpoint that was chosen as the newest of its folder. If a training that is still running
+        removes this file before it is read, the checkpoint that is then the newest is read instead.
     """
 
     newest: Path | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write the checkpoint with its manifest; those at other paths survive a failure."""
+        """Write the checkpoint and its manifest; a failure leaves checkpoints at other paths untouched."""
         if storage_options is not None:
             raise TypeError("storage_options: checkpoints are local files")
         path, step = local(path), checkpoint.get("global_step", 0)
@@ -70,7 +72,7 @@ class DurableIO(TorchCheckpointIO):
         except Lost:
             raise
         except (OSError, RuntimeError, Halted) as error:
-            told = error if isinstance(error, OSError) else error.__context__  # torch's writer hides what stopped it
+            told = error if isinstance(error, OSError) else error.__context__  # torch's writer hides the OSError
             if not isinstance(told, OSError):
                 raise
             raise Halted(
@@ -79,7 +81,7 @@ class DurableIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
-        """Return the content, verified; ``weights_only`` is always true."""
+        """Verify a checkpoint and return its content; it is always read with ``weights_only=True``."""
         while True:
             try:
                 content = load(path, map_location)
@@ -96,7 +98,7 @@ class DurableIO(TorchCheckpointIO):
         return content
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove the manifest, then the file."""
+        """Remove the manifest, then the checkpoint."""
         path = local(path)
         ask_guards(path)
         manifest_of(path).unlink(missing_ok=True)
@@ -108,14 +110,15 @@ def _refuse_to_load(cls: type, checkpoint_path: str | Path, *_: Any, **__: Any) 
     raise InputError(f"{checkpoint_path}: a {cls.__name__} is in no checkpoint")
 
 
-# for classes whose ``load_from_checkpoint`` by Lightning would fetch what is elsewhere, and call what the file names
+# replaces Lightning's ``load_from_checkpoint``, which would fetch remote files and call code that the file names
 refuse_to_load: Any = classmethod(_refuse_to_load)
 
 
 def newest(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
-    """Newest good checkpoint of a folder with its manifest, and why each newer one is not good.
+    """Return the newest good checkpoint of a folder, its manifest, and for each newer one the reason it is not good.
 
-    A training that goes on meanwhile may remove what has just been listed: then its newer ones are taken.
+    If no checkpoint is good, return None and an empty manifest. A training that is still running may remove a
+    checkpoint that has just been listed; the folder is then listed again.
     """
     while True:
         bad, gone = list[str](), False
@@ -130,7 +133,10 @@ def newest(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
 
 
 def resolve(path: str) -> Path:
-    """Checkpoint behind ``--ckpt_path``: a file, or the newest good one of a run folder; names bad ones passed over."""
+    """Return the checkpoint that ``--ckpt_path`` names.
+
+    path: a checkpoint, or a run folder, whose newest good checkpoint is returned; bad ones passed over are printed.
+    """
     found = local(path)
     if path and found.is_dir():
         place = found if checkpoints_in(found) else found / CHECKPOINTS
@@ -145,9 +151,9 @@ def resolve(path: str) -> Path:
 
 
 def refuse_other_run(trainer: L.Trainer, files: Sequence[Path]) -> None:
-    """Refuse files of an earlier run in a trainer's folder that a new run would remove.
+    """Raise InputError if a new run would remove files of an earlier run from the trainer's folder.
 
-    A trainer continues the run of its folder if it resumes from a checkpoint below that folder (``ckpt_path``), or if
+    A trainer continues the run of its folder if it resumes from a checkpoint inside that folder (``ckpt_path``), or if
     it has already trained (``fit`` called again).
     """
     folder, resumed = Path(trainer.default_root_dir), trainer.ckpt_path
@@ -163,10 +169,10 @@ def refuse_other_run(trainer: L.Trainer, files: Sequence[Path]) -> None:
 
 
 class _VerifiedFile:
-    """A file being written, and read back right behind by another thread, which hashes what the file gives.
+    """Writable file that a second thread reads back and hashes while it is being written.
 
-    Each piece read back is compared with the one written by the sum of its bytes: two SHA-256 would cost more than the
-    rest of a save.
+    Each piece read back is compared with the piece written by a checksum (a sum of its words). Computing SHA-256 on
+    both sides would cost more than the rest of a save.
     """
 
     def __init__(self, path: Path) -> None:
@@ -196,7 +202,7 @@ class _VerifiedFile:
         pass
 
     def finish(self) -> str:
-        """Put it on the disk, and return its SHA-256; refuses a file that gives back something else."""
+        """Flush to the disk and return the SHA-256; raise OSError if the bytes read back differ from those written."""
         self._pieces.put((0, 0))
         os.fsync(self._file.fileno())
         return self._hash.result()
@@ -225,7 +231,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
     card = checkpoint.get("card", {})
     try:
         with _VerifiedFile(beside) as file:
-            torch.save(checkpoint, file)  # type: ignore[arg-type]  # all that torch asks of a file is write
+            torch.save(checkpoint, file)  # type: ignore[arg-type]  # torch only calls write and flush
             digest = file.finish()
         manifest = {
             "schema": SCHEMA,
@@ -237,12 +243,12 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
             **{k: card[k] for k in ("run", *FACTS) if k in card},
         }
         ask_guards(path)
-        manifest_of(path).unlink(missing_ok=True)  # an old one never stands beside new bytes
+        manifest_of(path).unlink(missing_ok=True)  # so that no old manifest lies next to a new checkpoint
         beside.replace(path)
         sync_folder(path.parent)
         try:
             _write_json(manifest_of(path), {**manifest, "check": check_of(manifest)})
-        except Halted:  # it counts for nothing without
+        except Halted:  # a checkpoint without a manifest does not count
             path.unlink(missing_ok=True)
             raise
     finally:

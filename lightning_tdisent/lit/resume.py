@@ -1,4 +1,4 @@
-"""Going on with a run: the same command, from the newest good checkpoint of its folder, or a refusal that says why."""
+"""Resume a run with the same command from the newest good checkpoint of its folder, or refuse and say why."""
 
 import contextlib
 import math
@@ -22,33 +22,35 @@ from lightning_tdisent.lit.checkpoints import Manifest, newest
 from lightning_tdisent.models.checkpoint import manifest_of, read_manifest
 from lightning_tdisent.runs import AVERAGES, CHECKPOINTS, CONFIG, WEIGHTS, checkpoints_in
 
-# what a run is: a change here makes another run. The rest (limits, logging, devices, paths) may change on the way;
-# the data's digest, the table and the images in a step are compared with those of the checkpoint when it is loaded
+# options that define a run: changing one makes another run. All others (limits, logging, devices, paths) may change
+# when a run is resumed. The digest of the data, the table and the images per step are compared with those of the
+# checkpoint when it is loaded
 FIXED = ("model", "data", "ema", "seed_everything", "trainer.precision", "trainer.accumulate_grad_batches",
          "trainer.limit_train_batches", "trainer.overfit_batches")  # fmt: skip
-FREE = (
+FREE = (  # exceptions to FIXED
     "model.init_args.sampler",
-    "model.init_args.warm_start",  # a path, and over when it has been taken; the card keeps what it was
+    "model.init_args.warm_start",  # a path, not needed after the start; the card records the parent
     *(f"data.init_args.{name}" for name in ("path", "index", "workers", "val", "val_limit", "batch_size")),
     *(f"data.init_args.{name}" for name in ("verify", "on_bad_shard", "bad_ceiling")),
 )
-# of these, what a training that goes on elsewhere from a checkpoint chooses anew: the rate, its course, the decay
+# options in FIXED that a training branched from a checkpoint may set: learning rate, its schedule, weight decay
 BRANCH = tuple(f"model.init_args.{name}" for name in ("lr", "warmup", "decay", "weight_decay"))
-# what the card of a checkpoint says, which is compared in itself
+# options that the card of a checkpoint records, which are compared by means of the card
 CARD = ("model.class_path", *(f"model.init_args.{name}" for name in
         ("network", "states", "objective", "expert", "experts", "rows", "prior", "at")))  # fmt: skip
 
 
 def options_of(trainer: L.Trainer) -> dict[str, Any]:
-    """Return the trainer's options that a run keeps, by their keys in a config."""
+    """Return the trainer options that define a run, by their keys in a config."""
     return {key: getattr(trainer, key.removeprefix("trainer.")) for key in FIXED if key.startswith("trainer.")}
 
 
 def refuse_changes(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to continue a checkpoint with other options of training than it was made with, by their keys in a config.
+    """Raise InputError if the options of a training differ from those that its checkpoint was made with.
 
-    Those of `BRANCH` may be others, which is printed. Compared is what both know: an older checkpoint does not say
-    everything.
+    then, now: options of the checkpoint and of this training, by their keys in a config. Only options in both are
+    compared, because older checkpoints do not record all of them. The options in `BRANCH` may differ, and a note on
+    stderr names the change.
     """
     mine, theirs = _flat(identity(now)), _flat(identity(then))
     both = sorted(mine.keys() & theirs.keys())
@@ -70,10 +72,10 @@ def refuse_changes(then: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def seed_of(then: int, now: int) -> int:
-    """Return the seed of a training that is continued: the one it began with.
+    """Return the seed of a resumed training, which is the seed it began with.
 
-    then: the seed it began with; now: the seed of torch's generator. Refuses another one that was set by
-    ``seed_everything``. Where none was, ``now`` is random, and nobody's choice.
+    then: the seed it began with. now: the seed of torch's generator, which is random unless ``seed_everything`` set
+    it. Raises InputError if ``seed_everything`` set another seed.
     """
     said = os.environ.get("PL_GLOBAL_SEED")
     if said is not None and str(then) not in (said, str(now)):
@@ -84,11 +86,11 @@ def seed_of(then: int, now: int) -> int:
     return then
 
 
-SCHEMA = 1  # of config.yaml
+SCHEMA = 1  # schema of config.yaml
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """Return the config that a run folder keeps; refuses one that cannot be read."""
+    """Return the config stored in a run folder; raise InputError if it cannot be read."""
     file = folder / CONFIG
     try:
         text = file.read_bytes()
@@ -102,9 +104,10 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of the run in a folder; refuse one that differs from it in what makes a run what it is.
+    """Return the config stored in a run folder; raise InputError if ``config`` differs in an option that defines a run.
 
-    An option that the older config lacks has the default of then, which is printed (see `filled`).
+    An option that the stored config lacks takes the default of the version that wrote it, which is printed (see
+    `filled`).
     """
     old = absolute_paths(config_of(folder))
     there, old = _flat(old), filled(_completed(old))
@@ -125,7 +128,7 @@ def check_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _branch(folder: Path, differ: Sequence[str], config: dict[str, Any]) -> str:
-    """Return what lets another folder begin with what this one's training has learned, empty if nothing does."""
+    """Return text that names the options to start another run from this one's weights, empty if that is impossible."""
     if all(_under(key, BRANCH) for key in differ):
         words, kept = ["--ckpt_path", str(folder)], "weights and optimizer"
     elif "model.init_args.warm_start" in config and not any(_under(key, CARD) for key in differ):
@@ -139,29 +142,29 @@ def _branch(folder: Path, differ: Sequence[str], config: dict[str, Any]) -> str:
 
 
 def header() -> str:
-    """Return the first line of a run's config, which says its schema: a comment, as options have no other place."""
+    """Return the first line of a run's config, which names its schema; a comment, since all keys are options."""
     return f"# config of lightning_tdisent, schema {SCHEMA}\n"
 
 
 def check_header(text: bytes, file: Path) -> None:
-    """Refuse a config whose first line says that a newer version wrote it; without that line it is of schema 1."""
+    """Raise InputError if the first line says that a newer version wrote the config; without it the schema is 1."""
     if match := re.match(rb"# config of lightning_tdisent, schema (\d{1,9})\s", text):
         check_schema({"schema": int(match[1])}, str(file), SCHEMA)
 
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config whose groups of options have those that it lacks, as of then."""
-    from lightning_tdisent.lit.callbacks.weights import EMA  # which imports what imports this module
+    """Return a config with missing options of ema and trainer set to the defaults of the version that wrote it."""
+    from lightning_tdisent.lit.callbacks.weights import EMA  # imported here because it imports this module indirectly
 
-    groups: dict[str, type] = {"ema": EMA, "trainer": L.Trainer}  # options that belong to no class path
+    groups: dict[str, type] = {"ema": EMA, "trainer": L.Trainer}  # option groups without a class path
     return config | {name: {**defaults_of_then(cls), **(config.get(name) or {})} for name, cls in groups.items()}
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
-    """Newest good checkpoint of a run folder, None if none was written yet, and why newer ones were passed over.
+    """Return the newest good checkpoint of a run folder, its manifest, and why each newer one is not good.
 
-    Raises InputError if all its checkpoints are damaged, or if one is of another run. One without a manifest was cut
-    short before it counted.
+    The path is None if no checkpoint was written yet. A checkpoint without a manifest was interrupted while it was
+    written and does not count. Raises InputError if all checkpoints are damaged, or if one belongs to another run.
     """
     if (folder / CONFIG).exists():
         refuse_other_runs(folder, str(config_of(folder).get("id") or ""))
@@ -176,13 +179,13 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
 
 
 def what_is_trained(folder: Path) -> str:
-    """Return what of a run folder a training that begins anew would not overwrite, for messages."""
+    """Return the paths in a run folder to remove before training starts from scratch there, as text for messages."""
     there = [folder / CHECKPOINTS, *sorted(folder.glob("*.safetensors")), folder / AVERAGES]
     return " and ".join(str(path) for path in there if path.exists())
 
 
 def refuse_other_runs(folder: Path, run: str) -> None:
-    """Refuse checkpoints of another run than the one of the folder; those of older versions do not say of which."""
+    """Raise InputError if a folder holds checkpoints of another run; those of older versions do not name their run."""
     others = {}
     for path in checkpoints_in(folder / CHECKPOINTS):
         with contextlib.suppress(InputError):
@@ -197,9 +200,9 @@ def refuse_other_runs(folder: Path, run: str) -> None:
 
 
 def refuse_other_data(folder: Path, manifest: Manifest, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse a config of other data, or other batches, than a finished run was trained with.
+    """Raise InputError if data or images per step differ from those that a finished run was trained with.
 
-    A training that goes on compares both when it loads its checkpoint; of one that has ended nothing is loaded.
+    A training that resumes compares both when it loads its checkpoint; for a run that has ended nothing is loaded.
     """
     data, lines = now.get("data", {}).get("init_args", {}), list[str]()
     theirs, mine = (_factors(config) for config in (then, now))
@@ -223,7 +226,7 @@ def refuse_other_data(folder: Path, manifest: Manifest, then: dict[str, Any], no
 
 
 def _factors(config: dict[str, Any]) -> list[Any]:
-    """Return what the images of a step are the product of; `auto` devices are no number."""
+    """Return the factors of the number of images per step; the devices may be ``auto``, which is not a number."""
     trainer, data = config["trainer"], config.get("data", {}).get("init_args", {})
     keys = ("devices", "num_nodes", "accumulate_grad_batches")
     return [data.get("batch_size"), *(trainer.get(key) for key in keys)]
