@@ -1,7 +1,4 @@
-"""The one DataModule: WebDataset shards to batches of uint8 images, for every module of the project.
-
-The file is long because what is read, where a run stands in it and who shares it are decided together.
-"""
+"""The data modules: batches of uint8 images (or latents) from WebDataset shards, and seeds for `predict`."""
 
 import itertools
 import os
@@ -26,16 +23,23 @@ from lightning_tdisent.files import expand
 from lightning_tdisent.lit.checkpoints import refuse_to_load
 from lightning_tdisent.lit.shared import Shared
 
-MAX_LOOKED_AT = 100_000  # samples of a set that is not kept in memory whose classes are read before a training
+MAX_LOOKED_AT = 100_000  # classes of a data set that is not resident are read before training up to this many samples
 
 
 class ResumableLoader:
-    """Goes through the batches of a run, ``len`` an epoch, from wherever the last epoch, or the last process, stopped.
+    """Iterate over the training batches of a run, resuming where the last epoch, or the last process, stopped.
 
-    Its state is the number of batches handed out, which Lightning stores and returns to it; the workers keep running
-    from one epoch to the next. Where ``shared`` is set, it gives the batches from a number on. ``group`` is the number
-    of batches of an optimizer step: an epoch is rounded up to whole groups, because Lightning steps at the end of an
-    epoch, with however many batches there are.
+    One iteration is one epoch of ``len(loader)`` batches. The state is the number of batches handed out, which
+    Lightning stores in checkpoints and restores. Workers keep running from one epoch to the next.
+
+    dataset: the order of the batches.
+    workers: number of worker processes, 0 to read in this process.
+    start: number of the first batch, counted from the start of the run.
+    rewind: give the same batches, from number 0, in every epoch (for ``overfit_batches``).
+    group: batches per optimizer step. An epoch is rounded up to whole groups, because Lightning makes an optimizer
+        step at the end of an epoch with however many batches there are.
+
+    If the attribute ``shared`` is set, it is called with the number of a batch and returns the batches from there on.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[Sample]:
         if self._stream is None and self.shared is not None:
             self._stream = self.shared(self.done)
-        elif self._stream is None or self.rewind:  # for overfit_batches: the same ones in every epoch
+        elif self._stream is None or self.rewind:
             self.source.first = 0 if self.rewind else self.done
             self._stream = self._open() if self.parts == 1 else self._whole(self._open())
         try:
@@ -70,21 +74,21 @@ class ResumableLoader:
                 yield batch
         except InputError as error:
             self.close()
-            said = str(error).strip()  # a worker's comes wrapped in its traceback
+            said = str(error).strip()  # an error of a worker comes with its traceback
             if said.startswith("Caught "):
                 said = re.sub(r"^lightning_tdisent\.[\w.]+: ", "", said.splitlines()[-1])
             raise InputError(said) from None
 
     def _whole(self, stream: Iterator[Sample]) -> Iterator[Sample]:
-        """Batches put together from the parts that the workers make."""
+        """Yield whole batches, each concatenated from the parts that the workers make."""
         while True:
             parts = list(itertools.islice(stream, self.parts))
             yield {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Shut down the workers."""
         self._stream = None
-        if self._workers is not None:  # else a cycle of references may keep them for 20 s after an error
+        if self._workers is not None:  # otherwise a reference cycle may keep them alive for 20 s after an error
             self._workers._shutdown_workers()
             self._workers = None
 
@@ -96,11 +100,11 @@ class ResumableLoader:
         return self._workers
 
     def state_dict(self) -> dict[str, int]:
-        """Batches handed out, images in each over all ranks, and what their order depends on."""
+        """Return the batches handed out, the images in each over all ranks, and what the order depends on."""
         return {"batches": self.done, "seed": self.source.seed, "flip": self.source.flip, **self.source.state()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind them; refuses batches of another size or order."""
+        """Continue after the stored batches; raise InputError if the size or the order of batches differs."""
         mine = self.state_dict()
         if (seed := state.get("seed", mine["seed"])) != mine["seed"]:
             raise InputError(
@@ -129,14 +133,17 @@ def _joined(values: list[Any]) -> Any:
 
 
 def _ignore_signals(_: int) -> None:
-    """A signal to the whole group is for the trainer to heed, which needs its workers until the step is done."""
+    """Ignore SIGUSR1 and SIGINT in a worker, and end it 10 seconds after SIGTERM.
+
+    The trainer handles a signal that is sent to the whole process group, and needs its workers until the step is done.
+    """
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 class FixedBatches:
-    """Batches made beforehand; an object of our own, so that Lightning neither counts loaders nor adds a sampler."""
+    """Loader over a list of batches. Not a `DataLoader`, so that Lightning neither counts it nor adds a sampler."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
@@ -149,24 +156,32 @@ class FixedBatches:
 
 
 class ImageShards(L.LightningDataModule):
-    """Images, or pre-encoded latents, of a folder of shards ``{split}-*.tar(.gz)``, local or of an object store.
+    """Images, or pre-encoded latents, from a folder of shards ``{split}-*.tar(.gz)``, local or in an object store.
 
     Batches are dicts of ``image`` uint8 (B, C, H, W) or ``latent`` float16 (B, 2, C, h, w), ``label`` int64 (B,),
-    ``id`` int64 (B,), the position in the split, and ``caption`` where there are any. The order of an epoch is a
-    function of (seed, epoch) alone, the same for any number of ranks and workers; an incomplete last batch is left out.
+    ``id`` int64 (B,) (the position in the split), and ``caption`` if the samples have captions. The order of an epoch
+    is a function of (seed, epoch) alone, the same for any number of ranks and workers. An incomplete last batch is
+    left out.
 
-    path: the folder; channels: 1 or 3; size: side that images are cropped and resized to as ADM does it, if not given
-    they are taken as they are; batch_size: images per rank and step; train, val: names of the two splits, or patterns
-    of their shards; val_limit: held-out images used during training (the first ones); flip: mirror a random half.
-
-    resident: decode once and keep everything in memory, or on the device, for sets that fit. Otherwise ``workers``
-    processes read as they go: single samples in a new permutation every epoch (``access`` random), or shards from end
-    to end, shuffled through a ``buffer`` of samples (sequential, for .tar.gz and for an index without samples).
-
-    verify: compare every sample with the index when it is first read. on_bad_shard: stop at what is damaged, or skip
-    up to a share of ``bad_ceiling`` of the samples. seed: of the order, that of the run if not given (a run that is
-    resumed has the seed it began with). index: the folder of the index files, where it is not that of the shards
-    (``data index --out``).
+    path: folder of the shards, a local path or the URL of an object store.
+    channels: channels of the images, 1 or 3.
+    size: side that images are cropped and resized to, as in ADM; images keep their size if not given.
+    batch_size: images per rank and step.
+    train, val: names of the training split and of the held-out split, or patterns of their shards.
+    val_limit: number of held-out images used during training (the first ones), null for all.
+    flip: mirror a random half of the training images.
+    resident: decode the training images once and keep them in memory (true) or on the device (``device``), for data
+        sets that fit; if false, ``workers`` processes read samples during training.
+    access: how to read samples if not resident, ``random`` (single samples in a new permutation every epoch),
+        ``sequential`` (shards from end to end, for .tar.gz and for an index without samples) or ``auto`` (random where
+        the shards allow it).
+    buffer: size of the shuffle buffer of sequential access, in samples.
+    workers: number of processes that read samples if not resident, 0 for the main process.
+    verify: compare every sample with the index when it is first read.
+    on_bad_shard: ``stop`` at a damaged sample, or ``skip`` it.
+    bad_ceiling: largest share of the samples that may be skipped.
+    seed: seed of the order, that of the run if not given (a resumed run has the seed it began with).
+    index: folder of the index files if it is not that of the shards (``data index --out``).
     """
 
     load_from_checkpoint = refuse_to_load
@@ -218,18 +233,19 @@ class ImageShards(L.LightningDataModule):
                 f"data.index: {index} is a file; name its folder (data index --out), which has that of each split"
             )
         self.decoder, self.policy = Decoder(channels, size), Policy(on_bad_shard, bad_ceiling, verify)
-        self.run_seed: int | None = None  # that of the module in training, which sets it
+        self.run_seed: int | None = None  # seed of the training, set by the module
         self._loader: ResumableLoader | None = None
         self._shared: Shared | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy, or another process, needs: not the trainer, nor its loader and workers."""
+        """Return the state for a copy or another process, without the trainer, the loader and its workers."""
         return {**vars(self), "trainer": None, "_loader": None, "_shared": None}
 
     def share(self, shared: Shared) -> None:
-        """Take what equal data modules of this process have opened, decoded and read, and let them have the rest.
+        """Share open shards, decoded images and batches with the equal data modules of this process.
 
-        Call it after `setup`. Where samples are read as they are needed and may be skipped, each counts its own, alone.
+        Call it after `setup`. Nothing is shared if samples are read during training and damaged ones may be skipped:
+        each data module then counts its own skipped samples.
         """
         self._shared = shared
         if self._together:
@@ -248,7 +264,7 @@ class ImageShards(L.LightningDataModule):
 
     @cached_property
     def held_out(self) -> ImageSet:
-        """The held-out images in memory; what is damaged among them always stops."""
+        """The held-out images in memory; a damaged one always raises InputError."""
         what = (self.path, self.val, self.decoder, Policy(verify=self.policy.verify), self.index)
         return self._once((*what, self.val_limit), lambda: Shards.open(*what).decoded(self.val_limit))
 
@@ -269,11 +285,11 @@ class ImageShards(L.LightningDataModule):
 
     @property
     def lost(self) -> int:
-        """Training samples skipped so far by this process and its workers."""
+        """Number of training samples skipped so far by this process and its workers."""
         return self.shards.lost if "shards" in vars(self) else 0
 
     def images(self, split: str, limit: int) -> ImageSet:
-        """The first images of a split, taken from memory where the training images are kept there."""
+        """Return the first ``limit`` images of a split, from the resident training images if possible."""
         if split == self.train and self.resident:
             whole = self.training
             return ImageSet(whole.images[:limit], whole.labels[:limit], whole.digest)
@@ -288,29 +304,29 @@ class ImageShards(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def setup(self, stage: str) -> None:
-        """Refuse held-out images that are trained on; let samples have no other classes than the network knows."""
+        """Refuse held-out images that are also trained on, and have labels checked against the network's classes."""
         self.run_seed = None
         if stage == "fit" and not (self.trainer and self.trainer.overfit_batches):
             what = f"data.train {self.train}, data.val {self.val}"
             held_out = Shards.open(self.path, self.val, self.decoder, self.policy, self.index)
             refuse_shared(held_out, self.shards, what, "Name other splits, or their shards by patterns")
             for split, shards in ((self.train, self.shards), (self.val, held_out)):
-                if not shards.index.hashed and self._place()[0] == 0:  # whoever made an index has been told
+                if not shards.index.hashed and self._place()[0] == 0:  # an index prints its notes when it is made
                     print("".join(f"note: {split}: {line}\n" for line in shards.index.notes), end="", file=sys.stderr)
-        from lightning_tdisent.lit.inference import DenoiserModule  # which imports this module
+        from lightning_tdisent.lit.inference import DenoiserModule  # imported here because it imports this module
 
         module = self.trainer.lightning_module if self.trainer else None
         decoder = replace(self.decoder, classes=module.classes if isinstance(module, DenoiserModule) else None)
         if stage == "fit" and decoder != self.shards.decoder:
             self.shards.decoder = decoder
-            vars(self).pop("training", None)  # decoded for another network
+            vars(self).pop("training", None)  # images that were decoded for another network
         local = not is_remote(self.path) and (self.resident or len(self.shards) <= MAX_LOOKED_AT)
         if stage == "fit" and decoder.classes is not None and local:
             what = f"the {len(self.shards):,} training images of {self.path}"
             note_classes("model.network.classes", self.shards.classes(), what, decoder.classes)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches of this rank."""
+        """Return the loader of this rank's training batches."""
         seed = self.run_seed if self.seed is None else self.seed
         if seed is None:
             seed = torch.initial_seed() & 0xFFFFFFFF
@@ -342,7 +358,7 @@ class ImageShards(L.LightningDataModule):
         return self._loader
 
     def _group(self, batches: int) -> int:
-        """Return the batches of an optimizer step; refuse limits that leave the last step of an epoch fewer."""
+        """Return the batches per optimizer step; refuse limits that leave fewer for the last step of an epoch."""
         group = self.trainer.accumulate_grad_batches if self.trainer else 1
         if group == 1 or self.trainer.fast_dev_run:
             return group
@@ -357,18 +373,18 @@ class ImageShards(L.LightningDataModule):
         return group
 
     def teardown(self, stage: str) -> None:
-        """Let the workers go."""
+        """Shut down the workers, and release what is shared."""
         if self._loader is not None:
             self._loader.close()
         if self._shared is not None:
             self._shared.leave(id(self))
 
     def on_exception(self, exception: BaseException) -> None:
-        """Let the workers go."""
+        """Shut down the workers, and release what is shared."""
         self.teardown("fit")
 
     def val_dataloader(self) -> FixedBatches:
-        """Batches of every world-th held-out image: nothing padded, nothing left out."""
+        """Return batches of this rank's held-out images: every world-th image, none padded or left out."""
         rank, world = self._place()
         ids = torch.arange(len(self.held_out))[rank::world]
         data = self.held_out
@@ -378,12 +394,17 @@ class ImageShards(L.LightningDataModule):
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> FixedBatches:
-        """Refuse: `predict` draws from seeds."""
+        """Raise InputError: `predict` draws images from seeds."""
         raise InputError("predict draws images from seeds, not from data: use --data Seeds --data.n 64")
 
 
 class Seeds(L.LightningDataModule):
-    """Seeds first .. first + n - 1 for `predict`, this rank's share of them, in batches."""
+    """Seeds ``first`` .. ``first + n - 1`` for `predict`: batches of this rank's share.
+
+    n: number of seeds, at most 2^32.
+    first: the first seed.
+    batch_size: seeds per batch.
+    """
 
     load_from_checkpoint = refuse_to_load
 
@@ -395,7 +416,7 @@ class Seeds(L.LightningDataModule):
         self.n, self.first, self.batch_size = n, first, batch_size
 
     def predict_dataloader(self) -> FixedBatches:
-        """Lists of seeds."""
+        """Return batches that are lists of seeds."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         seeds = list(range(self.first, self.first + self.n)[rank::world])
         return FixedBatches([seeds[i : i + self.batch_size] for i in range(0, len(seeds), self.batch_size)])

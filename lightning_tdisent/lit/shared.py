@@ -1,4 +1,4 @@
-"""What the data modules of several fits in one process have in common: sets decoded once, batches read once."""
+"""Share decoded data sets and batches between the data modules of several trainings in one process."""
 
 import itertools
 from collections.abc import Callable, Hashable, Iterator
@@ -6,20 +6,20 @@ from typing import Any, Protocol
 
 from lightning_tdisent.data.shards import Sample
 
-WINDOW = 4  # batches kept: fits in step are at most two apart, since Lightning asks for one in advance
+WINDOW = 4  # recent batches kept: co-trained runs are at most two batches apart, as Lightning prefetches one
 
 
 class Loader(Protocol):
-    """Batches, an epoch at a time, going on where the last one ended."""
+    """Loader whose iteration is one epoch, and the next iteration the next epoch."""
 
     def __iter__(self) -> Iterator[Sample]: ...
 
     def close(self) -> None:
-        """Let workers go."""
+        """Shut down the workers."""
 
 
 class Reader:
-    """The batches of an order from the first-th on, each read once; the last ``WINDOW`` stay for who comes later."""
+    """Read each batch of an order once, from number ``first`` on, and keep the last ``WINDOW`` for other users."""
 
     def __init__(self, loader: Loader, first: int) -> None:
         self.loader, self.next = loader, first
@@ -28,11 +28,11 @@ class Reader:
         self._recent: dict[int, Sample] = {}
 
     def has(self, number: int) -> bool:
-        """Whether it can give this one without reading others first."""
+        """Return whether batch ``number`` is available without reading others first."""
         return number in self._recent or number == self.next
 
     def batch(self, number: int) -> Sample:
-        """One of those that it has, in a dict of the caller's own."""
+        """Return batch ``number``, for which `has` is true, as a new dict."""
         if number == self.next:
             self._recent[number] = next(self._stream)
             self._recent.pop(number - WINDOW, None)
@@ -41,22 +41,23 @@ class Reader:
 
 
 class Shared:
-    """Sets by what they are made of, and readers by the order that they read in."""
+    """Cache of data sets by the key of their content, and of readers by the order of their batches."""
 
     def __init__(self) -> None:
         self._made: dict[Hashable, Any] = {}
         self._readers: dict[Hashable, list[Reader]] = {}
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What was made first under this key."""
+        """Return the object stored under ``key``; call ``make`` to create it the first time."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     def batches(self, order: Hashable, first: int, user: int, start: Callable[[int], Loader]) -> Iterator[Sample]:
-        """Endless batches of an order from the first-th on: as another user has read them, or from a loader started.
+        """Yield the batches of an order without end, from number ``first`` on; each is read once for all users.
 
-        A user who is elsewhere in the order, having begun there or being faster, has a loader to himself.
+        user: identifies the caller. start: opens a loader at the number of a batch. A user at another position of the
+        order, because it began there or is faster, gets a loader of its own.
         """
         readers = self._readers.setdefault(order, [])
         for number in itertools.count(first):
@@ -68,14 +69,14 @@ class Shared:
                 reader.users.add(user)
             try:
                 batch = reader.batch(number)
-            except BaseException:  # the next one to come sees for himself
+            except BaseException:  # the next user opens a new reader
                 readers.remove(reader)
                 reader.loader.close()
                 raise
             yield batch
 
     def leave(self, user: int) -> None:
-        """Close what nobody else reads."""
+        """Remove a user from all readers, and close those that have no other user."""
         for readers in self._readers.values():
             for reader in [r for r in readers if user in r.users]:
                 reader.users.discard(user)
