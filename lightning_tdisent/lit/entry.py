@@ -1,7 +1,7 @@
-"""fit, validate, test and predict: LightningCLI over the modules of this package.
+"""The commands fit, validate, test and predict: LightningCLI with the modules of this package.
 
-Configs compose left to right, `${...}` follows overrides on the command line, and a mistake is answered with one
-message whose last line names file, key and the nearest allowed word.
+Configs are merged from left to right, and `${...}` sees overrides on the command line. An error in them is reported in
+one message whose last line names the file, the key and the closest valid word.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
-# imported so that a YAML may name them by their short names
+# imported so that a config can use the short names of their classes
 from lightning_tdisent.diffusion import components, objectives, operators, schedules, spaces  # noqa: F401
 from lightning_tdisent.diffusion.spec import said
 from lightning_tdisent.errors import InputError, check_number, nearest
@@ -68,16 +68,16 @@ from lightning_tdisent.priors import flow, gaussian, mixture  # noqa: F401
 from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS, RunFolder, checkpoints_in, held, new_identity
 from lightning_tdisent.sampling import sampler  # noqa: F401
 
-_MARKS = (CHECKPOINTS, WEIGHTS, PRIOR)  # one of them lies beside the config of a run
+_MARKS = (CHECKPOINTS, WEIGHTS, PRIOR)  # at least one of these lies next to the config of a run
 COMMANDS = ("fit", "validate", "test", "predict")
-# of the command that runs, in each thread its own: its words with their config files, and what it holds until it ends
+# of the running command, per thread: its command line and config files, and the locks it holds until it ends
 LINE: ContextVar[tuple[Sequence[str], Sequence[Path]]] = ContextVar("LINE", default=((), ()))
 LOCKS: ContextVar[contextlib.ExitStack] = ContextVar("LOCKS")
-UNRESOLVED: ContextVar[str] = ContextVar("UNRESOLVED", default="")  # its config with ${oc.env:..} as it was given
+UNRESOLVED: ContextVar[str] = ContextVar("UNRESOLVED", default="")  # its config with ${oc.env:..} not yet replaced
 
 
 class Parser(LightningArgumentParser):
-    """Answers a mistake with the message alone, made readable by `explain`."""
+    """Parser whose errors are a single message, rewritten by `explain`."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the explained message as an `InputError`."""
@@ -86,23 +86,23 @@ class Parser(LightningArgumentParser):
         raise InputError(explain(str(message), *LINE.get(), self)) from None
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
-        """Parse; a null in the value of a nested option stays one.
+        """Parse the arguments, keeping a null inside the value of a nested option.
 
-        jsonargparse hands such a value to the parser of the class as Python's text, ``None``, which is no null in YAML.
+        jsonargparse passes such a value to the parser of the class as Python's ``None``, which YAML reads as text.
         """
         if getattr(self, "_inner_parser", False) and args is not None:
             args = [self._as_typed(word) if "None" in word else word for word in args]
         return super().parse_args(args, *rest, **options)
 
     def dump(self, *args: Any, **options: Any) -> Any:
-        """Dump; remember the config in which jsonargparse is about to replace ``${..}``, where it names variables."""
+        """Dump the config; remember the one in which jsonargparse is about to replace ``${oc.env:..}``."""
         text = super().dump(*args, **options)
         if options.get("skip_link_targets") is False and "oc.env" in text:
             UNRESOLVED.set(text)
         return text
 
     def _as_typed(self, word: str) -> str:
-        """Return ``--key=value`` with the value as the command line has it, if it is the same one."""
+        """Return ``--key=value`` with the value as typed on the command line, if it is the same value."""
         key, _, value = word.partition("=")
         for option, typed in typed_values(LINE.get()[0]):
             if f".{option}".replace(".init_args", "").endswith(f".{key[2:]}".replace(".init_args", "")):
@@ -113,10 +113,10 @@ class Parser(LightningArgumentParser):
 
 
 class CLI(LightningCLI):
-    """Adds the run folder and the callbacks that every run has."""
+    """LightningCLI with a run folder, and with the callbacks that every run has."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Options beside model, data and trainer."""
+        """Add the options other than model, data and trainer."""
         parser.add_argument("--run", type=str, default="runs/unnamed", help="folder of this run: everything goes there")
         parser.add_argument(
             "--resume", type=Literal["auto", "never"], default="auto", help="fit: go on with the run in that folder"
@@ -129,14 +129,14 @@ class CLI(LightningCLI):
             parser.add_lightning_class_args(callback, name)
 
     def _set_seed(self) -> None:
-        """Seed all generators; refuse a seed that Lightning would replace, or that NumPy does not take."""
+        """Seed all generators; refuse a seed that Lightning would replace, or that NumPy does not accept."""
         seed = self._get(self.config, "seed_everything")
         if seed is not False:
             check_number("seed_everything", seed, most=2**32 - 1, whole=True)
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Expand paths and choose the checkpoint before anything is built; checkpoints are data and never more."""
+        """Expand paths and choose the checkpoint before anything is built; checkpoints are read as data only."""
         config = expand_all(self.config[self.subcommand], str(self.subcommand))
         if config.trainer.default_root_dir is not None:
             raise InputError(f"trainer.default_root_dir: {config.trainer.default_root_dir}: give the folder as --run")
@@ -155,17 +155,17 @@ class CLI(LightningCLI):
             self._enter(config)
         elif (
             output_path(config.run, "--run") / CONFIG
-        ).exists():  # what is not a training writes nothing among its files
+        ).exists():  # other commands than fit write to a subfolder of the run
             self.trained = config.run
             config.run = str(Path(config.run) / str(self.subcommand))
 
-    trained: str | None = None  # run folder that the config of another command than fit belongs to
+    trained: str | None = None  # if the command is not fit: the run folder that its config belongs to
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Take the newest weights of the run where none are named: a new network has nothing to say."""
+        """Use the newest checkpoint of the run if none is given; refuse to evaluate an untrained network."""
         out: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "predict" and isinstance(self.datamodule, datamodule.ImageShards):
-            self.datamodule.predict_dataloader()  # which says what to give instead
+            self.datamodule.predict_dataloader()  # raises an error that names the right data module
         if subcommand != "fit" and isinstance(self.model, modules.Diffusion) and out.get("ckpt_path") is None:
             folder = Path(self.trained or self._get(self.config_init, "run"))
             path = find_checkpoint(folder)[0]
@@ -185,14 +185,15 @@ class CLI(LightningCLI):
         return out
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing in a checkpoint names code or changes the config."""
+        """Do nothing: a checkpoint neither names code nor changes the config."""
 
     purge_step: int | None = None
-    ended: int | None = None  # step at which a run that goes on had ended
+    ended: int | None = None  # step at which a run that is resumed had ended
 
     def _enter(self, config: Any) -> None:
+        """Hold the run folder and choose the checkpoint to resume from; refuse the folder of another run."""
         folder, asked = output_path(config.run, "--run"), config.ckpt_path and Path(config.ckpt_path)
-        if config.trainer.fast_dev_run:  # a rehearsal, which neither reads nor writes
+        if config.trainer.fast_dev_run:  # reads and writes no checkpoint
             return
         if any(word == "--id" or word.startswith("--id=") for word in LINE.get()[0]):
             raise InputError("--id: is made when a run begins, and kept in its config.yaml")
@@ -213,7 +214,7 @@ class CLI(LightningCLI):
         mine = absolute_paths(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False)))
         mine = without_secrets(mine)
         theirs = check_config(folder, mine)
-        run = str(theirs.get("id") or new_identity())  # those of older versions have none
+        run = str(theirs.get("id") or new_identity())  # configs of older versions have no id
         refuse_other_runs(folder, run)
         if place is not None:
             place.name(run)
@@ -226,7 +227,7 @@ class CLI(LightningCLI):
                 if rank_zero_only.rank == 0:
                     print(f"{folder}: {why} to go on")
                 raise SystemExit(0)
-        if not 0 < limit <= step:  # curves that run beyond the checkpoint are drawn again
+        if not 0 < limit <= step:  # points logged after the checkpoint are purged and logged again
             self.purge_step = manifest.get("images_seen", 0)
         config.ckpt_path = path and str(path)
         if rank_zero_only.rank == 0:
@@ -237,12 +238,12 @@ class CLI(LightningCLI):
                 print(f"rolled back: {later} goes with the next checkpoint")
 
     def before_fit(self) -> None:
-        """Tell the module which round of an adaptive budget this is."""
+        """Set the module's round of an adaptive budget."""
         if self.config.fit.round:
             self.model.round = self.config.fit.round
 
     def instantiate_classes(self) -> None:
-        """Build everything; refuse in one line what a constructor does not take, or a package that is missing."""
+        """Build all parts; report in one line an argument that a constructor refuses, or a missing package."""
         try:
             super().instantiate_classes()
         except (InputError, MisconfigurationException, OmegaConfBaseException, OSError, MemoryError):
@@ -257,13 +258,13 @@ class CLI(LightningCLI):
             raise InputError(f"the config cannot be built: {where}{said(causes[-1])}{hint}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Point logger and checkpoints to the run folder."""
+        """Build the trainer with its logger and checkpoints in the run folder."""
         run, options = self._get(self.config_init, "run"), self._get(self.config_init, "trainer")
         if options["logger"] in (None, True):
             place = held(run)
             suffix = f".{place.run}" if place and place.run else ""
             logger = _Logger(run, "", "", default_hp_metric=False, purge_step=self.purge_step, filename_suffix=suffix)
-            refuse_link(Path(run) / logger.NAME_HPARAMS_FILE)  # which the logger would follow
+            refuse_link(Path(run) / logger.NAME_HPARAMS_FILE)  # the logger would follow a link
             kwargs.setdefault("logger", logger)
         if not options["profiler"]:
             kwargs.setdefault("profiler", Unprofiled())
@@ -274,13 +275,13 @@ class CLI(LightningCLI):
         kwargs.setdefault("default_root_dir", run)
         callbacks = options["callbacks"] or []
         self._choose_progress(callbacks if isinstance(callbacks, list) else [callbacks], options["enable_progress_bar"])
-        kwargs.setdefault("enable_progress_bar", None)  # decided: Lightning refuses false beside any `ProgressBar`
+        kwargs.setdefault("enable_progress_bar", None)  # decided above; Lightning refuses false with any `ProgressBar`
         return super().instantiate_trainer(**kwargs)
 
     def _choose_progress(self, callbacks: list[L.Callback], shown: bool | None) -> None:
-        """Silence `StepProgress` if no progress is to be shown, and leave it out beside a user's own progress bar.
+        """Silence `StepProgress` if progress is disabled; remove it if the user gives another progress bar.
 
-        One that reports to a worker draws nothing and stays.
+        A `StepProgress` that reports to a worker draws nothing and is kept.
         """
         ours = self.trainer_defaults["callbacks"]
         drawn = [c for c in ours if isinstance(c, StepProgress) and c.report is None]
@@ -288,14 +289,14 @@ class CLI(LightningCLI):
             self.trainer_defaults["callbacks"] = [c for c in ours if c not in drawn]
             return
         if "verbose" in (options := self.config_init[self.subcommand]):
-            options.verbose = False  # `StepProgress` prints the numbers that are measured
+            options.verbose = False  # `StepProgress` prints the metrics
         if shown is False:
             for callback in drawn:
                 callback.disable()
 
 
 def _why_ended(step: int, mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """Say why a run that has ended would not go on with these options of the trainer; None if it may."""
+    """Return why a run that has ended would train no further with these trainer options, None if it may."""
     if 0 < mine["max_steps"] <= step:
         return f"all {step} steps are done; give a larger --trainer.max_steps"
     if all(theirs.get(k) == mine.get(k) for k in ("max_steps", "max_epochs", "max_time", "callbacks")):
@@ -305,7 +306,7 @@ def _why_ended(step: int, mine: dict[str, Any], theirs: dict[str, Any]) -> str |
 
 
 def _exported(folder: Path, run: str) -> int | None:
-    """Steps behind the weights that a finished training left in its folder, None if there are none."""
+    """Return the number of steps of the weights that a finished training exported, None if there are none."""
     card: Any
     if (file := folder / WEIGHTS).exists():
         card = read_card(file)
@@ -313,7 +314,7 @@ def _exported(folder: Path, run: str) -> int | None:
         card = start.read_prior_card(folder)
     else:
         return None
-    if card.run not in ("", run):  # of an older version, or this one
+    if card.run not in ("", run):  # cards of older versions do not name the run
         raise InputError(
             f"run: {folder} is the folder of run {run}, and {file.name} in it of run {card.run}. Move it away"
         )
@@ -321,10 +322,10 @@ def _exported(folder: Path, run: str) -> int | None:
 
 
 class Parsed(CLI):
-    """Stops where the command would begin."""
+    """CLI that builds everything and does not run the command."""
 
     def before_instantiate_classes(self) -> None:
-        """Expand paths; any folder will do."""
+        """Expand paths; the run folder is not checked."""
         expand_all(self.config[self.subcommand], str(self.subcommand))
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -332,7 +333,7 @@ class Parsed(CLI):
 
 
 class Unprofiled(PassThroughProfiler):
-    """Profiles nothing, without building a generator fifty times a step."""
+    """Profiler without effect, which avoids creating a generator fifty times per step as the default does."""
 
     _nothing = contextlib.nullcontext()
 
@@ -342,20 +343,20 @@ class Unprofiled(PassThroughProfiler):
 
 
 class _Logger(TensorBoardLogger):
-    """Make no folder where a run folder was that this process no longer holds."""
+    """TensorBoard logger that writes only while this process holds the run folder."""
 
     @property
     def experiment(self) -> Any:
-        """Return the writer of events."""
+        """Return the event writer; raise Lost if this process has lost the run folder."""
         ask_guards(Path(self.log_dir) / "events", quick=True)
         return super().experiment
 
 
 class SaveConfig(SaveConfigCallback):
-    """The resolved config as ``config.yaml`` of the run folder, on rank 0, for `fit` alone."""
+    """Write the resolved config to ``config.yaml`` of the run folder, on rank 0 and for `fit` only."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse values that a file cannot hold; nothing is written yet: a refused run must not claim its folder."""
+        """Refuse values that YAML cannot represent. Nothing is written yet: a refused run must not claim its folder."""
         if stage == "fit" and not trainer.fast_dev_run and (lost := _unserializable(self._kept(trainer))):
             raise InputError(
                 f"{', '.join(lost)}: a value that config.yaml cannot hold, so that the run could not be resumed. Give "
@@ -364,25 +365,25 @@ class SaveConfig(SaveConfigCallback):
 
     def _kept(self, trainer: L.Trainer) -> dict[str, Any]:
         config = self.config.clone()
-        config.ckpt_path = None  # the run goes on from its newest, not from where it went on this time
+        config.ckpt_path = None  # a later resume uses the newest checkpoint, not the one used this time
         kept: dict[str, Any] = absolute_paths(yaml.safe_load(self.parser.dump(config, skip_none=False)))
         kept = without_secrets(kept)
-        del kept["run"]  # it is where the file lies
+        del kept["run"]  # it is the folder of the file
         place = held(trainer.default_root_dir)
         kept["id"] = place.run if place else None
         return kept
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write before the first step."""
+        """Write the config before the first step."""
         if trainer.is_global_zero and not trainer.fast_dev_run:
             kept = self._kept(trainer)
-            # the width lets each key have a line of its own
+            # a large width keeps each key on one line
             text = yaml.dump(kept, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
             write_whole(Path(trainer.default_root_dir) / CONFIG, (header() + text).encode())
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what the parser of configs would take for a number, and PyYAML would not: 1e5."""
+    """Quote text such as 1e5, which the config parser would read as a number and PyYAML would not."""
 
 
 _NUMBER = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
@@ -390,9 +391,9 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+012345
 
 
 def without_secrets(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config for a file: values that come from the environment (``${oc.env:NAME}``) are as they were given.
+    """Return a config in which values from the environment are again references such as ``${oc.env:NAME}``.
 
-    So is a value that another ``${..}`` takes from there. The default of a variable that is not set is no secret.
+    So are values that another ``${..}`` takes from the environment. The default of an unset variable is kept.
     """
     text = UNRESOLVED.get()
     given = yaml.safe_load(text) if text else {}
@@ -418,7 +419,7 @@ def without_secrets(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unserializable(value: Any, key: str = "") -> list[str]:
-    """Return the keys of values in whose place jsonargparse has put a text that says so."""
+    """Return the keys of the values that jsonargparse could not serialise and replaced by a text."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         found = [name for k, v in items for name in _unserializable(v, f"{key}.{k}" if key else str(k))]
@@ -432,7 +433,11 @@ def parse(argv: Sequence[str]) -> CLI:
 
 
 def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CLI"] | None = None) -> CLI:
-    """Run one of Lightning's commands on a command line; callbacks take the place of the progress line."""
+    """Run fit, validate, test or predict on a command line, and return the CLI with its trainer and module.
+
+    argv: the command and its options. callbacks: added to the trainer in place of the progress line. cls: the CLI
+    class. Raises InputError for an invalid config or command line.
+    """
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     _quiet()
     files = _config_files(argv)
@@ -446,7 +451,7 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
     if argv[0] == "predict":
         always.append(pictures.WriteImages())
     try:
-        with contextlib.ExitStack() as locks:  # the folder is free again when the command ends, however it does
+        with contextlib.ExitStack() as locks:  # releases the run folder when the command ends, also by an exception
             LOCKS.set(locks)
             cli = _cli(argv, always, cls or CLI)
             if argv[0] == "fit" and cls is None:
@@ -456,19 +461,19 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
         raise InputError(str(error)) from None
     except OmegaConfBaseException as error:
         raise InputError(explain_interpolation(str(error), files)) from None
-    except ValueError as error:  # a part refused its arguments: jsonargparse wraps that in its own words
+    except ValueError as error:  # a constructor refused its arguments; jsonargparse wraps the InputError
         refusal = next((cause for cause in _causes(error) if isinstance(cause, InputError)), None)
         if refusal is None:
             raise
         raise refusal from None
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into 1
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns it into an exit with code 1
             raise KeyboardInterrupt from None
         raise
 
 
 def _say_end(cli: CLI, quiet: bool) -> None:
-    """Print where the weights are; refuse a fit that was to go on with a run that had ended, and trained nothing."""
+    """Print the path of the weights; raise InputError if a fit resumed a run that had ended and trained no step."""
     trainer, folder = cli.trainer, Path(cli.trainer.default_root_dir)
     if cli.ended is not None and trainer.global_step == cli.ended:
         raise InputError(
@@ -481,7 +486,7 @@ def _say_end(cli: CLI, quiet: bool) -> None:
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     seen: list[BaseException] = []
-    while error is not None and error not in seen:  # an error that is raised again may stand in its own chain
+    while error is not None and error not in seen:  # an error raised again may occur in its own chain
         seen.append(error)
         yield error
         error = error.__cause__ or error.__context__
@@ -504,15 +509,15 @@ def _cli(argv: Sequence[str], always: list[L.Callback], cls: type[CLI]) -> CLI:
 
 
 def _quiet() -> None:
-    """Drop messages that say nothing a user could act on."""
+    """Silence messages that a user cannot act on."""
     for text in (
         ".*does not have many workers.*",
         ".*treespec, LeafSpec.*",
-        ".*is smaller than the logging interval.*",  # steps are counted over epochs
+        ".*is smaller than the logging interval.*",  # here steps are counted across epochs
         ".*LightningCLI's args parameter.*",
-        ".*Couldn't infer the batch indices.*",  # seeds are their own names
+        ".*Couldn't infer the batch indices.*",  # images are named by their seeds
         ".*The dirpath has changed from.*",  # a checkpoint validated from another folder
-        ".*`srun` command is available.*",  # a run of one process needs none
+        ".*`srun` command is available.*",  # a run of one process does not need it
     ):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|torch|lightning")
@@ -534,15 +539,15 @@ def _config_files(argv: Sequence[str]) -> list[Path]:
 
 
 def _config_words(argv: Sequence[str]) -> list[int]:
-    """Positions of the words ``--config FILE`` and ``--config=FILE``."""
+    """Return the positions of the words ``--config FILE`` and ``--config=FILE``."""
     alone = [i for i, word in enumerate(argv[:-1]) if word in ("--config", "-c")]
     return sorted(alone + [i for i, word in enumerate(argv) if word.startswith("--config=")])
 
 
 def _configs_first(argv: Sequence[str]) -> list[str]:
-    """Return a command line whose options follow all config files, so that an option always counts.
+    """Return the command line with all config files first, so that every option overrides them.
 
-    The config that a run keeps in its own folder is the config of that folder, wherever it has been moved to.
+    The config stored in a run folder selects that folder as ``--run``, also after the folder was moved.
     """
     configs, taken = [], {0}
     for i in _config_words(argv):
@@ -563,7 +568,7 @@ def _check_yaml(file: Path) -> None:
     try:
         text = file.read_bytes()
         if not text.isascii():
-            check_utf8_mode(f"--config {file}: holds letters beyond ASCII")  # jsonargparse reads it as the locale says
+            check_utf8_mode(f"--config {file}: holds letters beyond ASCII")  # jsonargparse uses the locale's encoding
         check_header(text, file)
         twice = repeated_keys(text)
     except FileNotFoundError:

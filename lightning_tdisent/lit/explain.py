@@ -1,4 +1,4 @@
-"""Turns jsonargparse's nested messages into one line: file, line, key, what was wrong, the nearest right word."""
+"""Rewrite jsonargparse's nested error messages as one line: file, line, key, the error and the closest valid word."""
 
 import inspect
 import re
@@ -16,11 +16,15 @@ from lightning_tdisent.diffusion.spec import Part, arguments
 from lightning_tdisent.errors import nearest
 from lightning_tdisent.files import compose_yaml
 
-HERE: ContextVar[Path] = ContextVar("HERE", default=Path())  # what configs are named from; the parser goes elsewhere
+# folder that the paths of config files are relative to; the parser changes the current folder
+HERE: ContextVar[Path] = ContextVar("HERE", default=Path())
 
 
 def explain(message: str, argv: Sequence[str], files: Sequence[Path], parser: jsonargparse.ArgumentParser) -> str:
-    """Return one line for a parser's message; the message itself where its form is not known."""
+    """Return one line for a parser's message; the message on one line if its form is unknown.
+
+    argv: the command line. files: its config files. parser: the parser that reported the error.
+    """
     if match := re.search(r"unrecognized arguments: (.*)", message):
         word = match[1].split()[0]
         return f"command line: {word}: no such option.{_meant(word, argv, _options(parser))}"
@@ -52,7 +56,7 @@ def explain(message: str, argv: Sequence[str], files: Sequence[Path], parser: js
 
 
 def explain_interpolation(message: str, files: Sequence[Path]) -> str:
-    """Return one line for a ``${...}`` that cannot be resolved, with the place that uses it."""
+    """Return one line for a ``${...}`` that cannot be resolved, with the file and line that use it."""
     name = re.search(r"'([^']+)' not found|\$\{([^}]+)\}", message)
     wanted = next((g for g in name.groups() if g), "").lstrip(".") if name else ""
     for file in files:
@@ -64,7 +68,7 @@ def explain_interpolation(message: str, files: Sequence[Path]) -> str:
 
 
 def _meant(word: str, argv: Sequence[str], options: set[str]) -> str:
-    """Return the option that a word leaves a part of its name out of, such as --model.lr for --lr, or the nearest."""
+    """Return a suggestion for an unknown option: one that ends in it, as --model.lr for --lr, or the closest one."""
     first, dot, rest = word.partition("=")[0].lstrip("-").partition(".")
     every = options.union(
         *({f"--model.{key}" for key in arguments(cls)} for cls in _classes(L.LightningModule)),
@@ -99,7 +103,7 @@ def _options(parser: jsonargparse.ArgumentParser) -> set[str]:
 
 
 def _no_such_class(message: str) -> str | None:
-    """Return what is wrong with the name of a class, with the nearest right one; None if that is not the trouble."""
+    """Return what is wrong with the name of a class, and the closest valid one; None if that is not the error."""
     forms = (
         r"dot import path string: (?P<path>\S+)",
         r"given class_path '(?P<path>[^']+)':\s+(?P<why>(?:module '[^']*' has no attribute|No module named) '[^']*')",
@@ -120,7 +124,7 @@ def _no_such_class(message: str) -> str | None:
 
 
 def _base(before: str) -> type | None:
-    """Return the class that is asked for where a message ends: the type last named, or that of the owner's argument."""
+    """Return the base class that is expected where a message ends: the last type named, or the argument's type."""
     types = list(re.finditer(r"Subtypes: \[(?:list\[)?(?:<class ')?([\w.]+)", before))
     keys = list(re.finditer(r'Parser key "([\w.]+)"', before))
     owners = re.findall(r"given class_path '([^']+)'", before)
@@ -136,7 +140,7 @@ def _base(before: str) -> type | None:
 
 
 def _classes(base: type | None) -> Iterator[type]:
-    """Yield the public subclasses of a class, or of all that a config may name."""
+    """Yield the public subclasses of a class; without one, of all classes that a config can name."""
     waiting: list[type] = [base] if base else [Part, L.LightningModule, L.LightningDataModule, L.Callback]
     while waiting:
         cls = waiting.pop()
@@ -147,7 +151,7 @@ def _classes(base: type | None) -> Iterator[type]:
 
 
 def place(key: str, argv: Sequence[str], files: Sequence[Path]) -> str:
-    """Return ``file:line: key`` of the config that says it last, or ``command line: --key``."""
+    """Return where a key was set: ``command line: --key``, or ``file:line: key`` of the last config that sets it."""
     if not key:
         return "command line"
     words = [w.partition("=")[0].lstrip("-") for w in argv if w.startswith("--")]
