@@ -1,4 +1,4 @@
-"""What every module does with a finished denoiser: held-out errors per row, and images from seeds."""
+"""Validation, test and prediction, which all modules share: held-out errors per row, and images from seeds."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,22 +18,24 @@ from lightning_tdisent.sampling.sampler import DDIM, Sampler, probe_rows, sample
 
 
 def clean(batch: dict[str, Any], generator: torch.Generator | None = None, look: bool = True) -> Tensor:
-    """Return x0 of a batch, float (B, C, H, W): its images in [-1, 1], or a draw from its latents (no generator: mean).
+    """Return x0 of a batch, float (B, C, H, W): its images in [-1, 1], or samples of its latents.
 
-    ``image`` is uint8. A loader that has floats says that they are in [-1, 1] by naming them ``x0``. A latent is
-    mean + deviation z, z ~ N(0, 1): what the autoencoder would have drawn (its ``latent_dist``). look: whether to check
-    the range of ``x0``, for which a GPU is waited for.
+    ``image`` is uint8. Floats must be named ``x0``, which declares that they are in [-1, 1]. A latent is sampled as
+    mean + deviation z, z ~ N(0, 1), as the autoencoder does (its ``latent_dist``).
+
+    generator: for sampling latents; without one their mean is returned. look: whether to check the range of ``x0``,
+    which synchronises with a GPU. Raises InputError for values in another range or of another dtype.
     """
     if "x0" in batch:
         x0: Tensor = batch["x0"]
-        most = 1.01  # a bit more than 1, by resizing or bfloat16; what is not finite is left to the guard
+        most = 1.01  # resizing and bfloat16 may exceed 1 slightly; `Guard` handles values that are not finite
         if not x0.is_floating_point() or (look and float(x0.abs().max()) > most):
             ends = f"{float(x0.min()):g} to {float(x0.max()):g}"
             raise InputError(f"the batch's 'x0' is {x0.dtype} from {ends}; expected floats in [-1, 1]")
         return x0.float()
     if "image" in batch:
         image: Tensor = batch["image"]
-        if image.dtype != torch.uint8 and bool(image.isfinite().all()):  # else it is the losses that are refused
+        if image.dtype != torch.uint8 and bool(image.isfinite().all()):  # if not finite, the loss is reported instead
             ends = f"{float(image.min()):g} to {float(image.max()):g}"
             raise InputError(
                 f"the batch's 'image' is {image.dtype} from {ends}; expected uint8, 0 to 255. Name floats in [-1, 1] "
@@ -47,11 +49,14 @@ def clean(batch: dict[str, Any], generator: torch.Generator | None = None, look:
 
 
 def as_batch(batch: Any, shape: list[int], classes: int | None, look: bool = True) -> dict[str, Any]:
-    """Return a batch of any loader as a dict of image (or latent) and label, as `ImageShards` gives it.
+    """Return the batch of any loader as a dict of image (or latent) and label, in the form of `ImageShards`.
 
-    Taken are a tensor of images, a pair of images and labels, and a dict that names them. Without labels they are -1:
-    none. Raises InputError for anything else, for images of another shape than the network's, and, if the network is
-    class-conditional, for labels that are missing or unknown to it.
+    batch: a tensor of images, a pair of images and labels, or a dict that names them. Missing labels become -1 (no
+    label). shape: (C, H, W) of the network. classes: number of its classes, None if it is unconditional. look:
+    whether to check the range of the labels, which synchronises with a GPU.
+
+    Raises InputError for any other form, for images of another shape, and, if the network is class-conditional, for
+    labels that are missing or out of range.
     """
     form = "a batch must be a tensor of images, a pair (images, labels), or a dict with image (x0, latent) and label"
     if isinstance(batch, Mapping):
@@ -83,37 +88,40 @@ def as_batch(batch: Any, shape: list[int], classes: int | None, look: bool = Tru
 
 
 class DenoiserModule(L.LightningModule):
-    """What every module does with a finished denoiser: held-out errors per row, images from seeds."""
+    """Base class of all modules: validation, test and prediction with a denoiser.
+
+    Validation logs held-out errors per row, and prediction samples images from seeds.
+    """
 
     denoiser: Denoiser | CompositeDenoiser
     sampler: Sampler
     images_seen = 0
     load_from_checkpoint = refuse_to_load
-    _returned: list[Any] = []  # assigned anew, never changed in place
+    _returned: list[Any] = []  # always reassigned, never changed in place
 
     @property
     def rows(self) -> list[int]:
-        """Rows this module answers for."""
+        """Rows of the table that this module owns."""
         return self.denoiser.rows if isinstance(self.denoiser, Denoiser) else self.denoiser.states.rows
 
     @property
     def classes(self) -> int | None:
-        """Classes that the network knows, None if it takes none."""
+        """Number of classes of the network, None if it is unconditional."""
         return self.denoiser.classes
 
     @property
     def whole(self) -> bool:
-        """Whether it owns every row, so that images can be sampled from it alone."""
+        """True if the module owns every row, so that it can sample images alone."""
         return self.rows == self.denoiser.states.rows
 
     @property
     def shards(self) -> ImageShards | None:
-        """The trainer's data module, if it is one of this project."""
+        """The trainer's data module if it is an `ImageShards`, else None."""
         data = self._trainer.datamodule if self._trainer else None
         return data if isinstance(data, ImageShards) else None
 
     def needed_shards(self, who: str) -> ImageShards:
-        """Return the trainer's `ImageShards`; refuse other data for a part that reads images itself."""
+        """Return the trainer's `ImageShards`; raise InputError, naming the part ``who``, if it has other data."""
         if self.shards is None:
             raise InputError(
                 f"{who} reads images from ImageShards, but the trainer has other data. Pass "
@@ -122,7 +130,7 @@ class DenoiserModule(L.LightningModule):
         return self.shards
 
     def setup(self, stage: str) -> None:
-        """Refuse data of another shape or with other classes, and a sampler that does not fit the table."""
+        """Refuse data whose shape or classes do not fit the network, and a sampler that does not fit the table."""
         if self.whole:
             self.sampler.check(self.denoiser.states)
         data = self.shards
@@ -145,10 +153,10 @@ class DenoiserModule(L.LightningModule):
                 )
 
     def known(self, batch: Any, training: bool = False, look: bool = True) -> dict[str, Any]:
-        """Return a batch of any loader in the form of `ImageShards`, with ids where it has none.
+        """Return a batch of any loader in the form of `ImageShards`, with ids if it has none.
 
-        In a validation an id keys the noise: it is the image's place among all. In training ids only name images (-1:
-        unknown).
+        In validation an id is the key of the noise: the position of the image among all held-out images. In training
+        ids only identify images in messages (-1: unknown).
         """
         if self.shards is not None:
             return dict(batch)
@@ -161,19 +169,19 @@ class DenoiserModule(L.LightningModule):
         return batch
 
     def on_validation_epoch_start(self) -> None:
-        """Start sums of errors over the probe rows."""
+        """Reset the sums of errors at the probe rows."""
         self._probe = probe_rows(self.rows)
         self._sums = torch.zeros(2 * len(self._probe) + 1, dtype=torch.float64)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Errors of x0_hat and eps_hat at the probe rows, on noise keyed by image and row."""
+        """Add up the errors of x0_hat and eps_hat at the probe rows, on noise keyed by image and row."""
         batch = self.known(batch)
         label = batch["label"] if self.denoiser.classes else None
         errors = state_errors(self.denoiser, clean(batch), batch["id"].tolist(), self._probe, label)
         self._sums += torch.cat([errors.sum(2).flatten(), torch.tensor([errors.shape[2]])])
 
     def on_validation_epoch_end(self, prefix: str = "val") -> None:
-        """Log eps-MSE and x0-MSE per probe row, exact over all ranks; eps-MSE of the rows with signal alone."""
+        """Log eps-MSE and x0-MSE per probe row, exact over all ranks; eps-MSE only at rows that contain signal."""
         self.errors = self.mean_errors()
         self.publish(self._named(prefix, *self.errors))
 
@@ -190,7 +198,7 @@ class DenoiserModule(L.LightningModule):
         return values
 
     def validated(self) -> list[str]:
-        """Return the names of the numbers that a validation logs."""
+        """Return the names of the metrics that a validation logs."""
         return list(self._named("val", *torch.zeros(2, len(probe_rows(self.rows)))))
 
     def mean_errors(self) -> Tensor:
@@ -199,7 +207,7 @@ class DenoiserModule(L.LightningModule):
         return (sums[:-1] / sums[-1]).view(2, -1)
 
     def publish(self, values: dict[str, float]) -> None:
-        """Log numbers that are the same on all ranks, over images seen."""
+        """Log metrics that are equal on all ranks; the x-axis is images seen."""
         self.log_dict(values, logger=False, sync_dist=True)  # for callbacks that monitor a metric
         fn, trainer = self.trainer.state.fn, self.trainer
         loop = {"validate": trainer.validate_loop, "test": trainer.test_loop}.get(str(fn and fn.value))
@@ -209,10 +217,10 @@ class DenoiserModule(L.LightningModule):
                 logger.log_metrics(values, self.images_seen)
 
     def on_validation_end(self) -> None:
-        """Add the published numbers to what ``trainer.validate`` and ``trainer.test`` return.
+        """Add the metrics of `publish` to what ``trainer.validate`` and ``trainer.test`` return.
 
-        Lightning returns what it has logged itself. That would put each number into the log twice: a second time over
-        steps. So the numbers are added to its list after it has logged, before it returns the list.
+        Lightning returns only metrics that it logs itself, and would log each of these a second time, over steps.
+        Therefore they are added to its list after it has logged and before it returns the list.
         """
         for outputs in self._returned:
             outputs.update(self.trainer.callback_metrics)
@@ -221,11 +229,11 @@ class DenoiserModule(L.LightningModule):
     on_test_epoch_start, test_step, on_test_end = on_validation_epoch_start, validation_step, on_validation_end
 
     def on_test_epoch_end(self) -> None:
-        """As in validation."""
+        """Log the errors as in validation, with the prefix ``test``."""
         self.on_validation_epoch_end("test")
 
     def predict_step(self, batch: list[int], batch_idx: int) -> Tensor:
-        """Images of a list of seeds, uint8 (B, C, H, W)."""
+        """Return the images of a list of seeds, uint8 (B, C, H, W)."""
         if not self.whole:
             raise InputError(f"this model owns rows {self.rows} only; compose it with the other experts to sample")
         if self.denoiser.states.observation is not None:
@@ -234,9 +242,10 @@ class DenoiserModule(L.LightningModule):
 
 
 class Composite(DenoiserModule):
-    """Experts behind one denoiser, for validate, test and predict; it has nothing to train.
+    """Composite of experts as one denoiser, for validate, test and predict; it cannot be trained.
 
-    path: a composite folder, a folder of experts' runs, or one file that owns all rows; sampler: DDIM if not given.
+    path: a composite folder, a folder of experts' runs, or one file that owns all rows.
+    sampler: sampler for images, DDIM if not given.
     """
 
     def __init__(self, path: str, sampler: Sampler | None = None) -> None:
@@ -245,8 +254,8 @@ class Composite(DenoiserModule):
         self.denoiser, self.cards = load_model(path)
 
     def configure_optimizers(self) -> None:
-        """Refuse to train."""
+        """Raise InputError: a composite cannot be trained."""
         raise InputError("a composite is not trained: fit its experts one by one (SingleState), then compose them")
 
     def training_step(self, *_: Any) -> None:
-        """Never reached: see `configure_optimizers`."""
+        """Do nothing; `configure_optimizers` raises before the first step."""

@@ -1,7 +1,7 @@
-"""The LightningModules: one training step, and who owns which rows.
+"""The LightningModules: the training step, and the rows of the table that each module trains.
 
-None of them holds a formula: the table, the loss and the sampler live below. EMA weights, kept by the `EMA` callback,
-are what is validated and exported.
+They contain no formula: the table, the loss and the sampler are defined in diffusion/ and sampling/. The EMA weights
+of the `EMA` callback are the ones that are validated and exported.
 """
 
 import dataclasses
@@ -46,23 +46,31 @@ from lightning_tdisent.runs import WEIGHTS
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.sampler import DDIM, Sampler
 
-FUSED = (torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # those that may be
+FUSED = (torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # optimizers with a fused kernel
 
 
 class Diffusion(Part, DenoiserModule):
-    """Trains one network for the rows it owns; `Baseline`, `ReducedStates` and `SingleState` differ in the rows.
+    """Train one network for the rows of the table that it owns.
 
-    network: the network, for images, built anew for the states of the rows owned where these are of another shape;
-    states: the table; objective: meaning of the output, V if not given; sampler: for pictures
-    and metrics during training, DDIM if not given; lr, warmup, decay: AdamW's rate, its linear warm-up in steps, and
-    its course after that (``cosine`` needs trainer.max_steps); weight_decay; clip_norm: bound of the gradient's norm,
-    null for none; draw: rows of a batch ``balanced`` over the rows owned or ``iid``; label_drop: share of labels
-    replaced by the null label; warm_start: weights of another run to start from, see `SingleState`.
+    `Baseline`, `ReducedStates` and `SingleState` differ in the rows they own.
+
+    network: the network, of the shape of the images; it is rebuilt if the states of the rows owned have another shape.
+    states: the table of latent states.
+    objective: meaning of the network's output and the weight of each row's loss, V if not given.
+    sampler: sampler for pictures and metrics during training, DDIM if not given.
+    lr: learning rate of AdamW.
+    warmup: number of steps over which the learning rate rises linearly.
+    decay: schedule of the learning rate after the warm-up, ``constant`` or ``cosine``, which needs trainer.max_steps.
+    weight_decay: weight decay of AdamW.
+    clip_norm: largest norm of the gradient, to which it is clipped, null for no clipping.
+    draw: how to draw the rows of a batch, ``balanced`` over the rows owned or ``iid``.
+    label_drop: share of the labels replaced by the null label, for classifier-free guidance.
+    warm_start: weights of another run to start from, see `SingleState`.
     """
 
-    names_files = False  # the weights it started warm from have been taken
-    file = WEIGHTS  # in the run folder, when training ends
-    same = ("network", "objective", "fingerprint", "rows", "image_range", "data")  # in the card of what is resumed
+    names_files = False  # the spec has no digest of the ``warm_start`` file, whose weights have been copied
+    file = WEIGHTS  # name of the export in the run folder
+    same = ("network", "objective", "fingerprint", "rows", "image_range", "data")  # card fields equal in a resumed run
 
     def __init__(
         self,
@@ -101,7 +109,7 @@ class Diffusion(Part, DenoiserModule):
     def _train(
         self, denoiser: Any, lr: float, warmup: int, decay: str, weight_decay: float, clip_norm: float | None
     ) -> None:
-        """Take what is trained, and how; nothing is counted yet."""
+        """Set the denoiser and the optimizer's options, and reset all counters."""
         lazy = [name for name, p in (*denoiser.named_parameters(), *denoiser.named_buffers()) if is_lazy(p)]
         if lazy:
             raise InputError(
@@ -120,13 +128,13 @@ class Diffusion(Part, DenoiserModule):
         self.register_buffer("row_choices", torch.tensor(denoiser.rows), persistent=False)
         self.generator, self.skipped, self.gradient_norm = torch.Generator(), torch.zeros(()), torch.zeros(())
         self.images_seen, self.seconds, self.seed = 0, 0.0, 0
-        self.initial = ""  # digest of the weights it began with, if these were random
+        self.initial = ""  # digest of the initial weights if they were random
         self.validation = {"passes": 0, "seconds": 0.0}
-        # of an adaptive budget: the number of the round, and what each past round ended with
+        # for an adaptive budget: number of this round, and images seen and seconds at the end of each past round
         self.round, self.rounds = 0, dict[str, dict[str, float]]()
-        self.run = ""  # identity of the run, once its folder is known
+        self.run = ""  # identity of the run, set once its folder is known
         self.parents: list[dict[str, Any]] = []
-        self.before = 0  # steps of the average that a warm start continues, 0 from scratch
+        self.before = 0  # steps of the average that a warm start continues, 0 when training from scratch
         self.measured: tuple[int, dict[int, float]] = (-1, {})  # images seen, errors of x0_hat by probe row
         self._since: float | None = None
 
@@ -136,22 +144,23 @@ class Diffusion(Part, DenoiserModule):
     denoiser: Denoiser
     row_choices: Tensor
     _hook: Any = None
-    _seeded = False  # whether the seed is that of a training, and not yet to be taken
-    _first = True  # whether no batch has been looked at, which a GPU has to be waited for
-    _counted: tuple[int, dict[str, float]] = (-1, {})  # images seen at the last validation, what was counted before it
-    _again: dict[str, float] = {}  # counted by a validation that is done again if the training goes on
+    _seeded = False  # whether ``seed`` is the seed of a training
+    _first = True  # whether the next batch is the first; only its values are checked on a GPU, to avoid synchronising
+    # images seen at the last validation, and ``validation`` before it
+    _counted: tuple[int, dict[str, float]] = (-1, {})
+    _again: dict[str, float] = {}  # cost of a validation that a resumed training repeats
 
     def owned(self, states: LatentStates) -> list[int]:
-        """Rows of the table that this module owns."""
+        """Return the rows of the table that this module owns: all of them."""
         return states.rows
 
     def setup(self, stage: str) -> None:
-        """Check the data, and take the weights of ``warm_start`` for a new run."""
+        """Check the data, the trainer and the weights, and load the weights of ``warm_start`` into a new run."""
         super().setup(stage)
         if stage != "fit":
             return
         seed = self.trainer.strategy.broadcast(torch.initial_seed() & 0xFFFFFFFF)
-        again = self._seeded and self.trainer.global_step > 0  # by the same trainer
+        again = self._seeded and self.trainer.global_step > 0  # ``fit`` is called again with the same trainer
         self._take_seed(seed_of(self.seed, seed) if again else seed)
         refuse_trainer(self.trainer)
         refuse_monitors(self.trainer, self)
@@ -175,41 +184,41 @@ class Diffusion(Part, DenoiserModule):
             self.initial = weights_digest(self.denoiser)
         if self.warm_start and not self.trainer.ckpt_path:
             self.parents = start_warm(self.denoiser, self.warm_start)
-            of_start = self.parents[-1]  # which has seen these rows in a share of its steps
+            of_start = self.parents[-1]  # it has trained these rows in a share of its steps
             self.before = max(1, round(of_start["steps"] * len(self.rows) / len(of_start["rows"])))
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return a `Guard` for a trainer without one: a step that is skipped is reported, and many end the run.
+        """Return a `Guard` if the trainer has none, so that skipped steps are reported and too many end the run.
 
-        Lightning calls this before the `setup` of callbacks, some of which are refused.
+        Lightning calls this before the `setup` of callbacks, so that unsupported callbacks are refused here.
         """
         if self.trainer.state.fn == "fit":
             refuse_callbacks(self.trainer)
-        from lightning_tdisent.lit.callbacks.guard import Guard  # which imports this module
+        from lightning_tdisent.lit.callbacks.guard import Guard  # imported here because it imports this module
 
         return [] if any(isinstance(c, Guard) for c in self.trainer.callbacks) else [Guard()]
 
     def on_fit_start(self) -> None:
-        """Put the generator of the training noise on the device, and try all that the run will need."""
+        """Create the generator of the training noise on the device, and run the preflight."""
         self.generator = torch.Generator(self.device)
         self.skipped = torch.zeros((), device=self.device)
         preflight(self.trainer, self)
 
     def _take_seed(self, seed: int) -> None:
-        """Let the noise and the order of the data come from this seed."""
+        """Use this seed for the training noise and the order of the data."""
         self.seed, self._seeded = seed, True
         if self.shards is not None:
             self.shards.run_seed = seed
 
     def rebuilt(self) -> Denoiser:
-        """The denoiser that a file of this one would give back; refuses one that computes another function."""
+        """Return the denoiser rebuilt from its card; raise InputError if it computes another function."""
         return rebuilt(self.denoiser)
 
     def on_train_start(self) -> None:
-        """Start the clock of ``seconds``, which runs while training, not while validating.
+        """Start the clock of ``seconds``, which runs during training but not during validation.
 
-        A checkpoint brings its rates; those of the config count. (They are the same unless a run was branched.) Rates
-        of an optimizer that a subclass configures are left alone.
+        The learning rate and weight decay of the config replace those restored from a checkpoint. (They are equal
+        unless the run was branched.) An optimizer that a subclass configures is left unchanged.
         """
         self._since, self._first = time.perf_counter(), True
         for name, counted in self._again.items():
@@ -228,7 +237,7 @@ class Diffusion(Part, DenoiserModule):
                     group["lr"] = self.lr * rate(scheduler.last_epoch)
 
     def _refuse_equal_noise(self) -> None:
-        """Two ranks that drew the same noise would train on fewer samples than they say."""
+        """Raise InputError if ranks draw equal noise: they would train on fewer samples than are counted."""
         generator = torch.Generator().manual_seed(key(self.seed, self.trainer.global_rank, 0))
         draws = all_gather(torch.randn(4, generator=generator).tolist())
         same = [r for r, draw in enumerate(draws) if draws.count(draw) > 1]
@@ -236,14 +245,14 @@ class Diffusion(Part, DenoiserModule):
             raise InputError(f"ranks {same} draw the same training noise: each must have a rank number of its own")
 
     def _note_validation(self) -> None:
-        """Say that a training will end before its first validation."""
-        trainer, every = self.trainer, self.trainer.val_check_batch  # None: validated by the clock
+        """Print a note if the training will end before its first validation."""
+        trainer, every = self.trainer, self.trainer.val_check_batch  # None: validated at intervals of time
         if not trainer.enable_validation or trainer.max_steps < 0 or every is None or not trainer.is_global_zero:
             return
-        if epochs := (trainer.check_val_every_n_epoch or 1) - 1:  # that pass before the one that validates
+        if epochs := (trainer.check_val_every_n_epoch or 1) - 1:  # epochs before the first one that validates
             every += epochs * trainer.num_training_batches
         first = every / trainer.accumulate_grad_batches
-        if trainer.max_steps < first < math.inf:  # a loader without a length ends when it ends
+        if trainer.max_steps < first < math.inf:  # infinite for a loader without a length
             print(
                 f"note: the first validation would be after {first:,.10g} steps (trainer.val_check_interval, "
                 f"trainer.check_val_every_n_epoch), and this training ends after {trainer.max_steps:,}: nothing is "
@@ -252,23 +261,23 @@ class Diffusion(Part, DenoiserModule):
             )
 
     def on_validation_start(self) -> None:
-        """Stop the clock of training, and count what validation costs."""
+        """Stop the clock of training, and start to count the network passes and seconds of validation."""
         self._tick(running=False)
         self._begun, self._passed = time.perf_counter(), 0
-        if isinstance(self.denoiser, Denoiser):  # not of a prior
+        if isinstance(self.denoiser, Denoiser):  # a prior has no network to count
             self._hook = self.denoiser.network.register_forward_pre_hook(self._count)
 
     def _count(self, network: nn.Module, args: tuple[Any, ...]) -> None:
         self._passed += len(args[0])
 
     def on_validation_epoch_end(self, prefix: str = "val") -> None:
-        """Log the errors, and keep them for whoever asks at the same step."""
+        """Log the errors, and keep them for other users at the same step."""
         super().on_validation_epoch_end(prefix)
         if prefix == "val" and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.measured = self.images_seen, dict(zip(self._probe, self.errors[0].tolist(), strict=True))
 
     def on_validation_end(self) -> None:
-        """Add up what validation cost, over all ranks, and start the clock again."""
+        """Add the passes of all ranks and the seconds of this validation to the total, and restart the clock."""
         super().on_validation_end()
         if self._hook is not None:
             self._hook.remove()
@@ -283,20 +292,20 @@ class Diffusion(Part, DenoiserModule):
             self._since = time.perf_counter()
 
     def start_errors(self) -> list[float]:
-        """Return the held-out error at each row owned before the first step, measured once (collective)."""
+        """Return the held-out error at each row owned, measured once before the first step (collective)."""
         if self.measured[0] != 0:
             self.measured = 0, self.held_out()
         return self.row_errors()
 
     def row_errors(self) -> list[float]:
-        """Return the errors last measured, one for each row owned: a row that is no probe row has that of the next."""
+        """Return the last measured errors, one per row owned; other rows have the error of the next probe row."""
         errors = self.measured[1]
         return [errors[next(p for p in errors if p >= s)] for s in self.rows] if errors else []
 
     def held_out(self) -> dict[int, float]:
-        """Return the held-out error of x0_hat at the probe rows, of the present weights (collective).
+        """Return the held-out error of x0_hat at each probe row for the current weights (collective).
 
-        It is measured as in a validation of `fit`, on the same batches; empty where there are none.
+        It is measured as in a validation of `fit`, on the same batches. Empty if there are no validation batches.
         """
         trainer = self.trainer
         loader, limit = trainer.val_dataloaders, trainer.limit_val_batches
@@ -307,7 +316,7 @@ class Diffusion(Part, DenoiserModule):
             return {}
         try:
             count = limit if isinstance(limit, int) else int(len(loader) * limit)
-        except TypeError:  # a stream without a length, which Lightning takes whole
+        except TypeError:  # a stream without a length, which Lightning reads to its end
             count = None
         counted = self._counted
         running, modes = self._since is not None, {module: module.training for module in self.modules()}
@@ -328,11 +337,11 @@ class Diffusion(Part, DenoiserModule):
         return errors
 
     def on_train_end(self) -> None:
-        """Stop the clock."""
+        """Stop the clock of training."""
         self.stop_clock()
 
     def stop_clock(self) -> None:
-        """Count no more seconds of training until it goes on."""
+        """Stop counting seconds of training until the clock is started again."""
         self._tick(running=False)
 
     def _tick(self, running: bool) -> None:
@@ -342,7 +351,7 @@ class Diffusion(Part, DenoiserModule):
         self._since = now if running and self._since is not None else None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make this step's randomness a function of (seed, rank, step)."""
+        """Seed the generators so that the randomness of this step is a function of (seed, rank, step)."""
         step_key = key(self.seed, self.trainer.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
         self.generator.manual_seed(step_key)
         if self.network_is_random:
@@ -350,12 +359,12 @@ class Diffusion(Part, DenoiserModule):
 
     @cached_property
     def network_is_random(self) -> bool:
-        """True if the network draws from the global generator: by a layer of dropout, or when it is tried."""
+        """True if the network draws from the global generator: it has dropout, or drew in a trial evaluation."""
         network = self.denoiser.network
         return any(isinstance(m, _DropoutNd) and m.p > 0 for m in network.modules()) or draws(network)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Noise the batch to rows owned, and take the loss of each image."""
+        """Noise the images of the batch to random rows owned, and return their losses with ids and rows."""
         look = self._first or self.device.type == "cpu"
         self._first = False
         batch = self.known(batch, training=True, look=look)
@@ -365,11 +374,11 @@ class Diffusion(Part, DenoiserModule):
         losses = self.denoiser.loss(x0, s, eps, self.drop_labels(batch["label"]))
         self.images_seen += len(x0) * self.trainer.world_size
         loss = losses.mean()
-        # times 1, or NaN where it is not finite: so all gradients, and after their reduction all ranks, know of it
+        # multiplied by 1, or by NaN if not finite: then all gradients, and after the all-reduce all ranks, are NaN
         return {"loss": loss * (loss.detach() * 0 + 1), "losses": losses.detach(), "row": s, "id": batch["id"]}
 
     def components(self, x0: Tensor) -> Tensor:
-        """State 0 of images; what is observed of them is degraded anew at every step."""
+        """Return state 0 of images; for a conditional model a new observation is drawn at every step."""
         if self.states.image_shape is None:
             return x0
         if self.states.observation is None:
@@ -380,15 +389,15 @@ class Diffusion(Part, DenoiserModule):
         return self.denoiser.encode(x0, item)
 
     def drop_labels(self, label: Tensor) -> Tensor | None:
-        """Replace a share of the labels by the null label; None for an unconditional network."""
+        """Replace a random share of the labels by the null label; return None for an unconditional network."""
         if self.denoiser.classes is None:
             return None
         drop = torch.rand(len(label), generator=self.generator, device=label.device) < self.label_drop
         return label.masked_fill(drop, self.denoiser.classes)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with linear warm-up; fused where the device has it."""
-        # under 16-mixed a fused optimizer unscales by itself, after the clipping: too late
+        """Return AdamW with linear warm-up; fused on CPU and CUDA except under 16-mixed."""
+        # under 16-mixed a fused optimizer unscales the gradients itself, after they were clipped
         fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
         optimizer = torch.optim.AdamW(
             self.denoiser.parameters(),
@@ -410,21 +419,22 @@ class Diffusion(Part, DenoiserModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Clip the norm of all gradients, and skip the step if it is not finite: nothing moves, and nobody waits.
+        """Clip the norm of all gradients, and skip the step if it is not finite.
 
-        The trainer's own clipping options are refused in `setup`. (Lightning's clipping refuses a fused optimizer under
-        mixed precision.)
+        A skipped step changes neither weights nor moments, and the decision does not synchronise the device for a
+        fused optimizer. The trainer's clipping options are refused in `setup`. (Lightning's clipping refuses a fused
+        optimizer under mixed precision.)
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.gradient_norm = clip_grad_norm_(parameters, math.inf if self.clip_norm is None else self.clip_norm)
         self.skipped = (~self.gradient_norm.isfinite()).float()
         if isinstance(optimizer, FUSED) and optimizer.defaults["fused"]:
-            optimizer.found_inf = self.skipped  # what a GradScaler sets: the kernel itself leaves the weights alone
+            optimizer.found_inf = self.skipped  # as a GradScaler does; the kernel then leaves the weights unchanged
         elif self.skipped:
-            self.zero_grad()  # AdamW passes over weights without a gradient
+            self.zero_grad()  # AdamW skips weights without a gradient
 
     def card(self, weights: str, average: dict[str, float] | None = None) -> Card:
-        """Card of the present weights."""
+        """Return the card of the current weights."""
         self._tick(running=True)
         return Card.of(
             self.denoiser,
@@ -454,26 +464,30 @@ class Diffusion(Part, DenoiserModule):
         self, path: Path, weights: dict[str, Tensor] | None = None, average: dict[str, float] | None = None,
         kind: str | None = None, errors: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
-        """Write weights, the live ones if none are given, with their card; kind: ``ema`` if not given."""
+        """Write weights with their card.
+
+        weights: the live ones if not given. average: the kind of average they are. kind: what the card calls them,
+        ``ema`` if weights are given, else ``live``. errors: held-out errors for the card.
+        """
         card = self.card(kind or ("live" if weights is None else "ema"), average)
         save_expert(path, self.denoiser, dataclasses.replace(card, errors=errors or {}), weights)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the checkpoint say what it holds, in plain data that loads with weights_only."""
+        """Add the description of the module to the checkpoint, as plain data that loads with weights_only."""
         checkpoint["module"] = spec(self)
         checkpoint["card"] = dataclasses.asdict(self.card("live"))
         checkpoint["training"] = {"seed": self.seed, **options_of(self.trainer)}
-        if self._counted[0] == self.images_seen:  # a validation at this step is done again by whoever goes on
+        if self._counted[0] == self.images_seen:  # a resumed training repeats a validation at this step
             checkpoint["validation"] = self._counted[1]
         if self.measured[0] == self.images_seen:
             checkpoint["measured"] = list(self.measured)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the counts, refusing a checkpoint of another table, rows, network, objective or data."""
+        """Restore the counters; raise InputError for another table, rows, network, objective, image range or data."""
         if "card" not in checkpoint:
             raise InputError("this checkpoint is none of this project: it has no card")
         mine, theirs = dataclasses.asdict(self.card("live")), checkpoint["card"]
-        theirs = dict.fromkeys(self.same) | theirs  # None: it is of something else
+        theirs = dict.fromkeys(self.same) | theirs  # None: the card is of another kind of model
         wrong = [
             k
             for k in self.same
@@ -498,17 +512,17 @@ class Diffusion(Part, DenoiserModule):
             self.measured = checkpoint["measured"][0], dict(checkpoint["measured"][1])
         if theirs.get("rounds") or self.round:
             self.rounds = theirs.get("rounds") or {"0": {"images_seen": self.images_seen, "seconds": self.seconds}}
-        if self.trainer.state.fn != "fit" and "ema" in checkpoint:  # what is evaluated are the averaged weights
+        if self.trainer.state.fn != "fit" and "ema" in checkpoint:  # the averaged weights are evaluated
             average = {f"denoiser.{name}": weight for name, weight in checkpoint["ema"]["weights"].items()}
             checkpoint["state_dict"] = {**checkpoint["state_dict"], **average}
 
     def _go_on(self, checkpoint: dict[str, Any]) -> None:
-        """Take the seed of a training that is resumed; refuse other options than it was begun with."""
-        then = dict(checkpoint.get("training", {}))  # older checkpoints have none
+        """Use the seed of the resumed training; refuse options, or averages, that differ from the checkpoint's."""
+        then = dict(checkpoint.get("training", {}))  # not in older checkpoints
         begun = then.pop("seed", checkpoint["card"].get("seed"))
         if not self.trainer.fast_dev_run:
             refuse_changes({"model": checkpoint["module"], **then}, {"model": spec(self), **options_of(self.trainer)})
-        from lightning_tdisent.lit.callbacks.weights import EMA  # which imports this module
+        from lightning_tdisent.lit.callbacks.weights import EMA  # imported here because it imports this module
 
         if "ema" in checkpoint and not any(isinstance(c, EMA) for c in self.trainer.callbacks):
             raise InputError(
@@ -527,7 +541,11 @@ class Diffusion(Part, DenoiserModule):
         weights: Literal["ema", "live"] = "ema",
         map_location: torch.device | str = "cpu",
     ) -> Self:
-        """Return the module that the checkpoint names, which must be a ``cls``, with its EMA weights if it has any."""
+        """Return the module of a checkpoint, built from the class and arguments that the checkpoint names.
+
+        checkpoint_path: a local checkpoint of an instance of ``cls``. weights: ``ema`` (if the checkpoint has averages,
+        else the live weights) or ``live``. Raises InputError for any other file.
+        """
         checkpoint = load(checkpoint_path)
         if "module" not in checkpoint or "card" not in checkpoint:
             raise InputError(f"{checkpoint_path}: not a checkpoint of this project: it has no card")
@@ -540,14 +558,14 @@ class Diffusion(Part, DenoiserModule):
 
 
 class Baseline(Diffusion):
-    """One network for every row of its table: by default all T = 1000 rows of the DDPM schedule."""
+    """Train one network for every row of its table, by default all T = 1000 rows of the DDPM schedule."""
 
 
 class ReducedStates(Diffusion):
-    """One network for S of the T rows (2508.14413, contribution 1); ``states.S`` must be given and below T."""
+    """Train one network for S of the T rows (2508.14413, contribution 1); ``states.S`` must be given and below T."""
 
     def owned(self, states: LatentStates) -> list[int]:
-        """All S rows; refuses the full chain."""
+        """Return all S rows; raise InputError for the full chain."""
         if states.S >= states.schedule.T:
             raise InputError(
                 f"ReducedStates trains S < T rows, but the table has all {states.S}. "
@@ -557,13 +575,18 @@ class ReducedStates(Diffusion):
 
 
 class SingleState(Diffusion):
-    """One expert: one row, or one block of rows, of a table shared by all (2508.14413, contribution 2).
+    """Train one expert: the network of one row, or of one block of rows, of a table that all experts share.
 
-    expert: which one, 1..experts; experts: how many share the rows 1..S in contiguous blocks, S (one row each) if not
-    given; rows: the rows themselves, instead of these two. An expert of one row is time-agnostic unless its network
-    says ``conditioning: state``: where that is left open, a time-agnostic network of the same arguments is built, with
-    new weights. With warm_start it begins as the shared model at its row, exactly: the time embedding of that row is
-    folded into the network; or as the expert of another row.
+    This is contribution 2 of 2508.14413.
+
+    An expert of one row is time-agnostic unless its network sets ``conditioning: state``: if that is not set, a
+    time-agnostic network with the same arguments and new weights is built. With ``warm_start`` the expert starts as an
+    exact copy of the shared model at its row, with the time embedding of that row folded into the network, or as a
+    copy of the expert of another row. The other arguments are those of `Diffusion`.
+
+    expert: number of this expert, 1..experts.
+    experts: number of experts that share the rows 1..S in contiguous blocks, S (one row each) if not given.
+    rows: the rows that the expert owns, in ascending order, instead of ``expert`` and ``experts``.
     """
 
     def __init__(
@@ -582,7 +605,7 @@ class SingleState(Diffusion):
         super().__init__(network, states, **kwargs)
 
     def owned(self, states: LatentStates) -> list[int]:
-        """The block of this expert, or the rows it was given."""
+        """Return the block of rows of this expert, or the rows it was given."""
         if self.chosen is not None:
             if self.chosen != sorted({*self.chosen} & {*states.rows}) or not self.chosen:
                 raise InputError(f"model.rows: {self.chosen} must be ascending rows of 1..{states.S}")

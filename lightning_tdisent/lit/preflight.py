@@ -1,4 +1,4 @@
-"""The preflight of a fit: whatever the run will need later is tried once, before its first step."""
+"""Preflight of a fit: try everything that the run needs later once, before the first step."""
 
 import contextlib
 import itertools
@@ -35,37 +35,38 @@ from lightning_tdisent.sampling.sampler import Sampler
 if TYPE_CHECKING:
     from lightning_tdisent.lit.modules import Diffusion
 
-N = 2  # images of everything that is tried
-EVALUATIONS = 4  # of the network, for the sample
-# errors of a device, which may be gone another time
+N = 2  # images in each trial
+EVALUATIONS = 4  # network evaluations for the sample
+# errors of a device, which may not occur at the next attempt
 DEVICE = tuple(getattr(torch, name) for name in ("OutOfMemoryError", "AcceleratorError") if hasattr(torch, name))
 
 
 class Rehearsed(L.Callback):
-    """A callback whose work at a validation is tried before the first step."""
+    """Base class of callbacks whose work at a validation is tried before the first step."""
 
     def rehearse(self, trainer: L.Trainer, module: "Diffusion", images: Tensor | None) -> None:
-        """Do it for a few images, uint8 on the device, sampled from the untrained module; None where it cannot sample.
+        """Do the work of a validation for a few images; log and write nothing, and use no collectives.
 
-        Nothing may be logged or written, and no rank may wait for another.
+        images: uint8 on the device, sampled from the untrained module; None if the module cannot sample.
         """
         raise NotImplementedError
 
 
 class Logs(L.Callback):
-    """A callback that says, before training, what it will log."""
+    """Base class of callbacks that declare before training which metrics they log."""
 
     def logged_by(self, trainer: L.Trainer, module: Any) -> list[str]:
-        """Return the names, or patterns of them."""
+        """Return the names of the metrics, or patterns of names."""
         raise NotImplementedError
 
 
 def preflight(trainer: L.Trainer, module: "Diffusion") -> None:
-    """Try what the run will need later on two images, and refuse in one line what fails.
+    """Try everything that the run needs later on two images; raise InputError in one line for what fails.
 
-    Tried are the model that a file would give back (see `sampling.expert.rebuilt`), and with it a training step with
-    its gradients, a validation batch, a sample of at most four network evaluations, and the work of callbacks. All of
-    it uses a copy of the weights: no weights, buffers, random generators, counts or data are moved.
+    The model is rebuilt as if loaded from its file (see `models.expert.rebuilt`). With the rebuilt model, the preflight
+    runs a training step with gradients, a validation batch, a sample of at most four network evaluations, and the work
+    of callbacks. Only a copy of the weights is used: weights, buffers, random generators, counters and the position in
+    the data do not change.
     """
     live, seen = module.denoiser, module.images_seen
     module.log = module.log_dict = _log_nothing
@@ -85,7 +86,7 @@ def preflight(trainer: L.Trainer, module: "Diffusion") -> None:
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:
-    """Stand in for `LightningModule.log`, which Lightning forbids before the first step."""
+    """Replace `LightningModule.log`, which Lightning forbids before the first step."""
 
 
 def _try_all(trainer: L.Trainer, module: "Diffusion", batch: dict[str, Any] | None) -> None:
@@ -112,7 +113,10 @@ def _try_all(trainer: L.Trainer, module: "Diffusion", batch: dict[str, Any] | No
 
 
 def _batch(trainer: L.Trainer, module: "Diffusion") -> dict[str, Any] | None:
-    """Held-out images of `ImageShards`, noise beside other data; None for a module that has batches of its own."""
+    """Return a batch for the trials: held-out images of `ImageShards`, or random images if the data are other.
+
+    Return None for other data if the module has its own training or validation step, which may need another batch.
+    """
     if module.shards is not None:
         held_out = module.shards.held_out
         batch: dict[str, Any] = held_out.batch(torch.arange(min(N, len(held_out))))
@@ -127,7 +131,7 @@ def _batch(trainer: L.Trainer, module: "Diffusion") -> dict[str, Any] | None:
 
 
 def _copied(denoiser: Any) -> Any:
-    """The same denoiser, with weights and buffers of its own."""
+    """Replace the weights and buffers of a denoiser by copies, and return it."""
     for module in denoiser.modules():
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.clone()
@@ -137,7 +141,7 @@ def _copied(denoiser: Any) -> Any:
 
 
 def _sampled(module: "Diffusion", batch: dict[str, Any] | None) -> Tensor:
-    """Images of two seeds along the first and the last rows of the sampler's path."""
+    """Return the images of two seeds, sampled along the first and the last rows of the sampler's path only."""
     denoiser, sampler = module.denoiser, module.sampler
     options: dict[str, Any] = {}
     blank = torch.zeros(N, *denoiser.shape, dtype=torch.uint8)
@@ -147,14 +151,14 @@ def _sampled(module: "Diffusion", batch: dict[str, Any] | None) -> Tensor:
     if type(sampler).walk is Sampler.walk and len(rows := sampler.rows(denoiser.states)) > EVALUATIONS:
         options["rows"] = rows[: EVALUATIONS // 2] + rows[-(EVALUATIONS // 2) :]
     label = torch.zeros(N, dtype=torch.long) if denoiser.classes else None
-    walk = sampler.walk(denoiser, range(N), label, **options)  # one that is written anew is cut short
+    walk = sampler.walk(denoiser, range(N), label, **options)  # an overridden walk is stopped after EVALUATIONS steps
     *_, (_, x, _) = itertools.islice(walk, EVALUATIONS + 1)
     return to_uint8(denoiser.states.decode(x))
 
 
 @contextlib.contextmanager
 def trying(what: str) -> Iterator[None]:
-    """Turn an error of somebody's code into a refusal that says what was tried; not those of a disk or of memory."""
+    """Turn exceptions into an InputError that names ``what`` was tried; except errors of disk, memory and device."""
     try:
         yield
     except (InputError, OSError, MemoryError, *DEVICE):
@@ -167,9 +171,9 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
 
 def refuse_trainer(trainer: L.Trainer) -> None:
-    """Refuse a trainer that trains nothing, that clips gradients, or whose weights are rounded or lie in pieces.
+    """Raise InputError for a trainer that trains nothing, clips gradients, or rounds or shards the weights.
 
-    Averages and exports are made of whole float weights.
+    Averages and exports need whole weights in full precision.
     """
     remedies = {
         "max_steps": "at least 1, or -1 for no limit",
@@ -207,22 +211,23 @@ REFUSED: dict[type[L.Callback], str] = {
 
 
 def refuse_callbacks(trainer: L.Trainer) -> None:
-    """Refuse callbacks of Lightning whose effect is lost when a run is resumed, or that look for a backbone."""
+    """Refuse Lightning callbacks whose effect is lost when a run is resumed, or that need a missing backbone."""
     for callback in trainer.callbacks:
         if isinstance(callback, BackboneFinetuning) and not hasattr(trainer.lightning_module, "backbone"):
             name = type(trainer.lightning_module).__name__
             raise InputError(f"trainer.callbacks: BackboneFinetuning needs a module with a backbone; {name} has none")
         for cls, why in REFUSED.items():
-            alone = isinstance(callback, BatchSizeFinder | LearningRateFinder) and callback._early_exit  # of a `Tuner`
+            # a `Tuner` runs the search alone, without a training
+            alone = isinstance(callback, BatchSizeFinder | LearningRateFinder) and callback._early_exit
             if isinstance(callback, cls) and not alone:
                 raise InputError(f"trainer.callbacks: {type(callback).__name__} {why}")
 
 
 def refuse_monitors(trainer: L.Trainer, module: "Diffusion") -> None:
-    """Refuse callbacks that monitor what nobody logs.
+    """Raise InputError for a callback that monitors a metric which nothing logs.
 
-    Only this project's and Lightning's own classes are known not to log anything else: where there are others, such a
-    callback ends the training at its first look.
+    This is checked only if the module and all callbacks are classes of this project or of Lightning, since others may
+    log any metric. In that case such a callback ends the training when it first looks for its metric.
     """
     callbacks = trainer.callbacks
     known = all(type(part).__module__.startswith(("lightning_tdisent.", "lightning.")) for part in (module, *callbacks))
@@ -263,9 +268,9 @@ def refuse_wrong_estimate(denoiser: Denoiser) -> None:
 
 
 def refuse_unweighted(denoiser: Denoiser) -> None:
-    """Refuse a loss that is 0 whatever the network says, at a row where an expert is alone or where sampling starts.
+    """Refuse a loss weight of 0 at all rows of an expert, or at the row where sampling starts.
 
-    At other rows of a shared model it is a warning.
+    A row with weight 0 is never trained. At other rows of a shared model a warning is given instead.
     """
     states, objective = denoiser.states, denoiser.objective
     zero = (denoiser.weights.float() == 0) & states.learned

@@ -1,4 +1,4 @@
-"""Training of a prior that is learned: a run like any other, whose export is a prior instead of a model."""
+"""Training of a learned prior: a run like any other, which exports a prior instead of a model."""
 
 import copy
 import math
@@ -19,12 +19,16 @@ from lightning_tdisent.priors.prior import Prior
 from lightning_tdisent.runs import PRIOR
 from lightning_tdisent.sampling.errors_by_row import HELD_OUT
 
-UNITS = {"nll": 1.0, "bits": math.log(2)}  # of -log p per value, in nats
-FIRST = 512  # images that a prior is initialised with
+UNITS = {"nll": 1.0, "bits": math.log(2)}  # units of -log p per value, in nats
+FIRST = 512  # number of images that a prior is initialised with
 
 
 class PriorAt(nn.Module):
-    """A prior at the last row of a table that is cut off there, with what a training asks of a denoiser."""
+    """Prior of the states at one row of a table, with the attributes and methods of a denoiser that training uses.
+
+    prior: the prior. states: the table, which is truncated so that ``at`` is its last row. at: the row (int), or a
+    share of the rows (float up to 1.0).
+    """
 
     classes = None
 
@@ -35,29 +39,37 @@ class PriorAt(nn.Module):
 
     @property
     def shape(self) -> list[int]:
-        """(C, H, W) of x."""
+        """Shape (C, H, W) of a state."""
         return list(self.prior.shape or [])
 
     @property
     def index(self) -> int:
-        """Original index of the row."""
+        """Index of the row in the full chain."""
         return int(self.states.index[-1])
 
     def states_of(self, x0: Tensor, eps: Tensor) -> Tensor:
-        """x = a x0 + b eps at the row."""
+        """Return the states x = a x0 + b eps at the row."""
         return noise(self.states, x0, self.rows[0], eps)
 
     def loss(self, x0: Tensor, s: Tensor, eps: Tensor, label: Tensor | None = None) -> Tensor:
-        """-log p(x)/D of x = a x0 + b eps in nats per value, float32 (B,): its mean is what 2206.05173 minimises."""
+        """Return -log p(x)/D of x = a x0 + b eps in nats per value, float32 (B,); 2206.05173 minimises its mean."""
         return (-self.prior.log_prob(self.states_of(x0, eps)) / self.prior.size).float()
 
 
 class PriorModule(Diffusion):
-    """Trains a learned prior of the states at one row, to start sampling from there (2206.05173).
+    """Train a prior of the states at one row, from which sampling can start (2206.05173).
 
-    prior: e.g. `Flow`, of the data's shape where it has none; states: the table of the model that will start from it;
-    at: the row, or a share of the rows; the others as in `Diffusion`. Validated is -log p of held-out states, ``nll``
-    in nats and ``bits`` in bits per value. The run leaves ``prior.safetensors`` for `sampling.start.load_prior`.
+    Validation logs -log p of held-out states, ``nll`` in nats and ``bits`` in bits per value. The run exports
+    ``prior.safetensors``, which `models.start.load_prior` reads.
+
+    prior: a learned prior such as `Flow`; it takes the shape of the data if it has none.
+    states: the table of the model that will start from the prior.
+    at: the row (an integer), or a share of the rows (a float up to 1.0).
+    lr: learning rate of AdamW.
+    warmup: number of steps over which the learning rate rises linearly.
+    decay: schedule of the learning rate after the warm-up, ``constant`` or ``cosine``, which needs trainer.max_steps.
+    weight_decay: weight decay of AdamW.
+    clip_norm: largest norm of the gradient, to which it is clipped, null for no clipping.
     """
 
     file = PRIOR
@@ -92,7 +104,7 @@ class PriorModule(Diffusion):
     rows = property(lambda self: self.denoiser.rows)
 
     def setup(self, stage: str) -> None:
-        """Give the prior the data's shape, or refuse another, and initialise that of a new run by the data."""
+        """Set the prior's shape to that of the data, or refuse another shape; initialise the prior of a new run."""
         data = self.needed_shards("PriorModule")
         shape = data.image_shape
         if self.prior.shape is None:
@@ -104,43 +116,43 @@ class PriorModule(Diffusion):
             )
         super().setup(stage)
         if stage == "fit" and not self.trainer.ckpt_path:
-            images = data.images(data.train, FIRST)  # on all ranks the same
+            images = data.images(data.train, FIRST)  # the same on all ranks
             x0 = clean(images.batch(torch.arange(len(images)))).to(self.device)
             eps = seed_noise(range(len(x0)), FITTING + self.denoiser.index, x0.shape[1:]).to(x0)
             self.prior.initialise(self.denoiser.states_of(x0, eps))
 
     def rebuilt(self) -> PriorAt:
-        """The prior that a file of this one would give back; see `rebuilt_prior`."""
+        """Return the prior as it would be loaded from its file; see `rebuilt_prior`."""
         return PriorAt(rebuilt_prior(self.prior), self.table, self.at)
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sum."""
+        """Reset the sum of -log p."""
         self._sums = torch.zeros(2, dtype=torch.float64)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """-log p of the held-out states, on noise keyed by image and row."""
+        """Add up -log p of the held-out states, on noise keyed by image and row."""
         x0 = clean(batch)
         eps = seed_noise(batch["id"].tolist(), HELD_OUT + self.denoiser.index, x0.shape[1:]).to(x0)
         total = -self.prior.log_prob(self.denoiser.states_of(x0, eps)).sum() / self.prior.size
         self._sums += torch.tensor([float(total), len(x0)], dtype=torch.float64)
 
     def on_validation_epoch_end(self, prefix: str = "val") -> None:
-        """Log its mean, exact over all ranks."""
+        """Log the mean of -log p, exact over all ranks."""
         total, n = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum").tolist()
         self.publish({f"{prefix}/{name}": total / n / unit for name, unit in UNITS.items()})
 
     def validated(self) -> list[str]:
-        """Return the names of the numbers that a validation logs."""
+        """Return the names of the metrics that a validation logs."""
         return [f"val/{name}" for name in UNITS]
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     def predict_step(self, batch: list[int], batch_idx: int) -> Tensor:
-        """Refuse: these are no images."""
+        """Raise InputError: a prior makes states, not images."""
         raise InputError("a prior makes states to start from, no images: sample a model that is cut off at its row")
 
     def card(self, weights: str, average: dict[str, float] | None = None) -> PriorCard:
-        """Card of the present weights."""
+        """Return the card of the current weights."""
         self._tick(running=True)
         data = self.shards
         kind = "".join(f", {name} {value:g}" for name, value in (average or {}).items())
@@ -160,7 +172,10 @@ class PriorModule(Diffusion):
     def export(
         self, path: Path, weights: dict[str, Tensor] | None = None, average: dict[str, float] | None = None
     ) -> None:
-        """Write the prior, with an average of its weights where one is given, and its card."""
+        """Write the prior and its card.
+
+        weights: an average of its weights, the live ones if not given. average: the kind of average they are.
+        """
         prior, state = copy.deepcopy(self.prior), self.denoiser.state_dict() if weights is None else weights
         prior.load_state_dict({name.removeprefix("prior."): tensor for name, tensor in state.items()})
         save_prior(path, prior, self.card("live" if weights is None else "ema", average))
