@@ -1,15 +1,13 @@
-"""Several experts trained on one device by one process, each as if it were alone.
+"""Co-training: train several experts on one device in one process, each with the result of training it alone.
 
-Every fit is the untouched command line in a thread of its own, and of all these threads exactly one ever runs: at each
-batch it passes the baton to the next. So a trainer, its callbacks, checkpoints and curves are what they are alone, bit
-for bit, while what equal data modules read and decode is read and decoded once.
+Every fit is an unchanged command line in its own thread. The threads take turns: exactly one runs at any time, and it
+hands over to the next at each batch. Therefore each trainer, its callbacks, checkpoints and curves are bit for bit
+those of training alone, while equal data modules read and decode their data only once.
 
-With ``stacked`` the losses and gradients of a step are computed for all experts of one make at once
-(`networks.stacked`). Each has its weights, gradients and moments in one vector then, so that clipping and AdamW are a
-few operations instead of a few per layer. Sums in another order make other last bits: such runs say so in
-``stacked.json``.
-
-The file is long because who runs, who waits for whom and what is computed when all have come is one protocol.
+With ``stacked``, the losses and gradients of a step are computed in one call for all experts of one configuration,
+that is with equal network, objective, table and precision (`networks.stacked`). Each expert then keeps its weights,
+gradients and moments in one vector, so that clipping and AdamW take a few operations instead of a few per layer. The
+order of summation differs, and with it the last bits of the results; ``stacked.json`` in the run folder records this.
 """
 
 import json
@@ -47,13 +45,16 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 def together(
     argvs: Sequence[Sequence[str]], callbacks: Sequence[Sequence[L.Callback]] | None = None, stacked: bool = False
 ) -> list[BaseException | None]:
-    """Run some ``fit`` command lines in one process, and return for each what ended it before its time, or None.
+    """Run several ``fit`` command lines in one process; return for each the exception that ended it early, or None.
 
-    argvs: as they would be given alone, each with a ``--run`` of its own. callbacks: of each fit, as for `entry.run`;
-    at most one may draw a progress line, and fits that are given none report nothing. A fit that fails or has a
-    smaller budget leaves the others alone. stacked: compute steps jointly where experts are of one make and an expert's
-    gradient comes out as it does alone; why not is printed. SIGTERM, SIGUSR1 and Ctrl-C, where this is the main thread,
-    are for all: each saves after its step in hand, and `Preempted` is raised as by a fit alone.
+    argvs: the command lines as they would be given alone, each with its own ``--run``.
+    callbacks: callbacks of each fit, as in `entry.run`. At most one may draw a progress line. Fits without callbacks
+        report nothing.
+    stacked: compute steps jointly for experts of one configuration, if each gradient agrees with that of the expert
+        alone. The reason why experts are not stacked is printed.
+
+    A fit that fails or has fewer steps does not affect the others. In the main thread, SIGTERM, SIGUSR1, SIGHUP and
+    Ctrl-C apply to all fits: each saves after its current step, and `Preempted` is raised as by a single fit.
     """
     group = Group(len(argvs), stacked)
     given = callbacks or [()] * len(argvs)
@@ -68,7 +69,7 @@ def together(
             group.turns[0].release()
         for thread in threads:
             while thread.is_alive():
-                thread.join(0.1)  # a signal may come to another thread, and is heeded only when this one wakes
+                thread.join(0.1)  # a signal may reach another thread, and is handled only when this thread wakes up
     if group.told:
         for argv, end in zip(argvs, group.ends, strict=True):
             if end is not None and not isinstance(end, Preempted):
@@ -79,10 +80,10 @@ def together(
 
 @contextmanager
 def own_randomness() -> Iterator[None]:
-    """Leave the global random generators as they were before, whatever others draw or seed within.
+    """Restore the global random generators on exit, whatever is drawn or seeded inside.
 
-    That of numpy is changed for another, as each fit has one of its own: to copy its state takes five times as long as
-    all the rest (`lightning.pytorch.utilities.seed.isolate_rng`).
+    NumPy's bit generator is replaced rather than copied, because each fit has its own: copying its state, as
+    `lightning.pytorch.utilities.seed.isolate_rng` does, takes five times as long as everything else.
     """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     state = torch.get_rng_state(), random.getstate(), np.random.get_bit_generator()
@@ -94,7 +95,7 @@ def own_randomness() -> Iterator[None]:
 
 
 class Group:
-    """The fits of one process, of which the one that holds the baton runs."""
+    """Cooperative scheduler of the fits in one process: exactly one training thread runs at a time."""
 
     def __init__(self, size: int, stacked: bool) -> None:
         self.stacked, self.shared, self.told = stacked, Shared(), 0
@@ -109,13 +110,13 @@ class Group:
 
     @property
     def code(self) -> int:
-        """Status of a process that ends as it was told to."""
+        """Exit code after the signal that was received."""
         return STATUS[signal.Signals(self.told)]
 
     def fit(self, number: int, argv: list[str], callbacks: Sequence[L.Callback]) -> None:
-        """Run one command line when its turn comes, then leave."""
+        """Run one command line when its turn comes, then leave the group."""
         self.turns[number].acquire()
-        np.random.set_bit_generator(np.random.MT19937())  # one of its own, which seeding changes in place
+        np.random.set_bit_generator(np.random.MT19937())  # one per fit; seeding changes it in place
         try:
             if self.told:
                 raise Preempted(self.code)
@@ -137,7 +138,7 @@ class Group:
         return next((n for n in self.running if n > number), self.running[0])
 
     def pass_on(self, number: int) -> None:
-        """Let the others run; the global random state is that of now when the turn comes back."""
+        """Let the other fits run until it is this one's turn again; the global random state is then restored."""
         if (follower := self._next(number)) == number:
             return
         with own_randomness():
@@ -148,11 +149,11 @@ class Group:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Pass signals on to all fits; those that have not begun do not begin."""
+        """Forward signals to all fits while inside; fits that have not started do not start after a signal."""
         before: dict[int, Any] = {}
 
         def tell(signum: int, _: Any) -> None:
-            if signum == signal.SIGINT and self.told == signal.SIGINT:  # now, not after the step
+            if signum == signal.SIGINT and self.told == signal.SIGINT:  # second Ctrl-C: stop at once
                 self.abandoned = True
                 raise KeyboardInterrupt
             self.told = signum
@@ -166,7 +167,10 @@ class Group:
                 signal.signal(number, handler)
 
     def loss(self, number: int, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Losses (B,) of an expert and the gradient of their mean, once all others have come here, or ended."""
+        """Return the losses (B,) of an expert and the gradient of their mean.
+
+        Waits until all other fits have called this method or ended, so that they can be computed together.
+        """
         self.waiting[number] = inputs
         while number not in self.ready:
             if all(n in self.waiting or (n in self.members and self.members[n].flat is None) for n in self.running):
@@ -187,7 +191,7 @@ class Group:
                     if numbers not in self._stacks:
                         self._stacks[numbers] = Stack(members)
                     found = self._stacks[numbers].losses(inputs)
-                except Exception as error:  # any layer may refuse, and memory end
+                except Exception as error:  # any layer may raise, and memory may run out
                     print(f"not stacked, each expert computes its own gradients: {error}", file=sys.stderr)
                     for member in members:
                         member.alone_for_good = True
@@ -196,15 +200,15 @@ class Group:
 
 
 class Member(L.Callback):
-    """One fit's place in its group."""
+    """Callback that connects one fit to its group."""
 
     def __init__(self, group: Group, number: int) -> None:
         self.group, self.number, self.make = group, number, ""
-        self.flat: nn.Parameter | None = None  # all weights, where they are stacked; the module's are views of it
+        self.flat: nn.Parameter | None = None  # if stacked: all weights in one vector, of which the module has views
         self.alone_for_good = False
 
     def setup(self, trainer: L.Trainer, pl_module: Diffusion, stage: str) -> None:
-        """Share the data, before anything is decoded."""
+        """Share the data with the group, before anything is decoded."""
         if trainer.world_size > 1:
             raise InputError(
                 f"trainer.devices: fits that run together have one device, this one has {trainer.world_size}; set "
@@ -214,7 +218,7 @@ class Member(L.Callback):
             pl_module.shards.share(self.group.shared)
 
     def heed(self, trainer: L.Trainer, *_: Any) -> None:
-        """Have `Checkpoint`, which comes after this, do what the group was told."""
+        """Forward a signal that the group received to `Checkpoint`, whose hooks run after this one."""
         if self.group.told:
             for callback in trainer.callbacks:
                 if isinstance(callback, Checkpoint):
@@ -223,7 +227,7 @@ class Member(L.Callback):
     on_train_batch_end = on_validation_start = on_validation_batch_end = heed
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Lay the weights into one vector, on the device by now."""
+        """Move the weights, which are on the device by now, into one vector if this expert can be stacked."""
         why = self._obstacle(trainer, pl_module) if self.group.stacked else ""
         if why is not None:
             if why:
@@ -239,7 +243,7 @@ class Member(L.Callback):
         denoiser.loss = self.loss
 
     def _obstacle(self, trainer: L.Trainer, module: Diffusion) -> str | None:
-        """What keeps this expert from being stacked."""
+        """Return why this expert cannot be stacked, None if it can."""
         if type(module.denoiser) is not Denoiser:
             return f"its denoiser is a {type(module.denoiser).__name__}"
         if module.network_is_random:
@@ -261,17 +265,17 @@ class Member(L.Callback):
         return None
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """Views of a vector, one for every weight in its shape."""
+        """Return views of a flat vector, one in the shape of each weight."""
         parts = flat.split([p.numel() for p in self.parameters])
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Give the averages, and the optimizer, restored by now, the one vector in place of its parts."""
+        """Make the averages and the optimizer, which are restored by now, use the flat vector instead of its parts."""
         if self.flat is None:
             return
         for callback in trainer.callbacks:
             if isinstance(callback, EMA):
-                callback.walked = [self.flat.detach()]  # it has looked up where the weights were before
+                callback.walked = [self.flat.detach()]  # it still refers to the previous weights
         (optimizer,) = trainer.optimizers
         states = [optimizer.state.pop(p) for p in self.parameters if p in optimizer.state]
         if states:
@@ -280,22 +284,22 @@ class Member(L.Callback):
         optimizer.param_groups[0]["params"] = [self.flat]
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
-        """Let the others take a step; stacked fits meet later, in the loss."""
+        """Let the other fits take a step; stacked fits hand over in the loss instead."""
         if self.flat is None:
             self.group.pass_on(self.number)
 
     def loss(self, x0: Tensor, s: Tensor, eps: Tensor, label: Tensor | None = None) -> Tensor:
-        """See `Denoiser.loss`; its gradient, with respect to ``flat``, is known already."""
+        """Return the losses as `Denoiser.loss` does; their gradient with respect to ``flat`` is already computed."""
         return _Given.apply(*self.group.loss(self.number, (x0, s, eps, label)), self.flat)
 
     def alone(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Losses (B,), and the gradient of their mean, by this expert's own network."""
+        """Return the losses (B,) and the gradient of their mean, computed by this expert's network alone."""
         losses = Denoiser.loss(self.denoiser, *inputs)
         gradients = torch.autograd.grad(losses.mean(), self.parameters, materialize_grads=True)
         return losses.detach(), torch.cat([g.flatten() for g in gradients])
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
-        """Save what a fit alone would: weights and moments by parameter, each by itself."""
+        """Save what a fit alone would save: weights and moments per parameter, as separate tensors."""
         if self.flat is None:
             return
         checkpoint["state_dict"] = {name: tensor.clone() for name, tensor in checkpoint["state_dict"].items()}
@@ -308,7 +312,10 @@ class Member(L.Callback):
 
 
 class _Given(torch.autograd.Function):
-    """Losses whose mean has a gradient that is known; what follows must treat all samples alike, as a mean does."""
+    """Attach the known gradient of the mean loss to the losses.
+
+    Only correct if later operations weight all samples equally, as a mean does.
+    """
 
     @staticmethod
     def forward(ctx: Any, losses: Tensor, gradient: Tensor, flat: Tensor) -> Tensor:
@@ -321,7 +328,7 @@ class _Given(torch.autograd.Function):
 
 
 class Stack:
-    """Some members' networks as one, and what it says of their batches."""
+    """Networks of several members evaluated as one."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members, first = members, members[0].denoiser
@@ -335,7 +342,10 @@ class Stack:
         self._checked = False
 
     def losses(self, inputs: Sequence[Inputs]) -> list[tuple[Tensor, Tensor]]:
-        """As `Member.alone`, of each member; the first time compared with that, and refused if it differs."""
+        """Return for each member what `Member.alone` returns; the first call compares both.
+
+        Raises InputError if they differ by more than the order of summation explains.
+        """
         leaves = list(self.weights.values())
         with torch.no_grad():
             torch.stack(self._flat, out=self._rows)
@@ -352,7 +362,10 @@ class Stack:
         return out
 
     def _check(self, inputs: Sequence[Inputs], found: list[tuple[Tensor, Tensor]]) -> None:
-        """Refuse what no order of sums explains, such as a layer that mixes samples; write down how far off it is."""
+        """Compare with each member alone and record the relative difference in ``stacked.json``.
+
+        Raises InputError if the order of summation cannot explain the difference, as with a layer that mixes samples.
+        """
         off: list[float] = []
         for member, own, (losses, gradient) in zip(self.members, inputs, found, strict=True):
             for alone, mine in zip(member.alone(own), (losses, gradient), strict=True):
