@@ -1,1 +1,1 @@
-"""Callbacks: weights (EMA, export), losses per state, pictures, quality. Any order in the list is right."""
+"""Callbacks: weights (EMA, export), losses per state, pictures, quality. Their order in the list does not matter."""

@@ -1,4 +1,4 @@
-"""When a checkpoint is made: every so often, before the end, and at once when the process is told to go."""
+"""Decide when to save a checkpoint: at intervals, at the end, and when a signal ends the process."""
 
 import contextlib
 import ctypes
@@ -30,17 +30,20 @@ from lightning_tdisent.lit.preflight import trying
 from lightning_tdisent.models.checkpoint import manifest_of
 from lightning_tdisent.runs import CHECKPOINTS, RunFolder, checkpoint_name, checkpoints_in, held, new_identity
 
-FILES = 4  # a checkpoint, its manifest, and the two beside them that become these
+FILES = 4  # files per checkpoint: the checkpoint, its manifest, and the temporary files of both
 STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 143, signal.SIGINT: 130}
 SAVE, TERMINATE, INTERRUPT = 1, 2, 3
 
 
 class Preempted(SystemExit):
-    """Training was told to go, and went: its code is that of a process ended by SIGTERM (143), or Ctrl-C (130)."""
+    """A training ended after a signal; the exit code is that of a process ended by SIGTERM (143) or Ctrl-C (130)."""
 
 
 class _Terminal:
-    """A terminal to write to, which may go before the signal that says so is heeded: then nothing is written."""
+    """Output stream to a terminal that discards its output once the terminal is closed.
+
+    The terminal may close before SIGHUP is handled.
+    """
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -49,12 +52,12 @@ class _Terminal:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write, unless the terminal has gone."""
+        """Write, unless the terminal is closed."""
         self._do(lambda: self.stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Flush, unless the terminal has gone."""
+        """Flush, unless the terminal is closed."""
         self._do(self.stream.flush)
 
     def _do(self, what: Callable[[], Any]) -> None:
@@ -67,22 +70,27 @@ class _Terminal:
 
 
 def _silence(descriptor: int) -> None:
-    """Let what is written there go nowhere."""
+    """Redirect a file descriptor to the null device."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
 
 
 class Checkpoint(LightningCheckpoint):
-    """Save ``checkpoints/step-N.ckpt`` of the run folder, and let no signal lose work.
+    """Save ``checkpoints/step-N.ckpt`` in the run folder: at intervals, at the end, and after a signal.
 
-    every: steps between two checkpoints, null for none by count; minutes: longest time between two; keep: how many
-    stay. One is also made at the end. SIGTERM, SIGUSR1, SIGHUP (a lost terminal) and Ctrl-C on any rank end the step in
-    hand (on a single rank also a validation), save on all ranks at the same step, and exit with 143 (130 for Ctrl-C,
-    which given twice stops at once). Use it with the `DurableIO` plugin, which verifies a new checkpoint before an old
-    one goes. A training that no longer holds its folder (`runs.RunFolder`) raises Lost instead of saving.
-    Raises InputError before training if the folder cannot be written, has no room for keep + 1 of them, or holds
-    checkpoints of a run that this one does not continue: they would be removed.
+    SIGTERM, SIGUSR1, SIGHUP (the terminal is closed) or Ctrl-C on any rank let the current step finish (on a single
+    rank a validation is stopped at once), save on all ranks at the same step, and exit with 143 (130 for Ctrl-C). A
+    second Ctrl-C stops immediately. Use this callback with the `DurableIO` plugin, which verifies a new checkpoint
+    before an old one is removed. A training that no longer holds its folder (`runs.RunFolder`) raises Lost instead of
+    saving.
+
+    Raises InputError before training if the folder is not writable, has no room for ``keep`` + 1 checkpoints, or
+    holds checkpoints of a run that this one does not continue, since they would be removed.
+
+    every: steps between two checkpoints, null to save by time only.
+    minutes: longest time between two checkpoints, in minutes.
+    keep: number of checkpoints to keep.
     """
 
     def __init__(self, every: int | None = None, minutes: float = 5.0, keep: int = 2) -> None:
@@ -95,10 +103,10 @@ class Checkpoint(LightningCheckpoint):
         self._stop, self._request = 0, torch.zeros((), dtype=torch.int64)
         self._group: Any = None
         self._epoch_counted: bool | None = None
-        self._own: RunFolder | None = None  # where no command line holds the folder
+        self._own: RunFolder | None = None  # the run folder if this callback holds it, not the command line
 
     def _preflight(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Make sure that checkpoints can be written, before anything is spent."""
+        """Raise InputError unless ``keep`` + 1 checkpoints can be written to the folder."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_orphans(self.folder)
@@ -106,12 +114,12 @@ class Checkpoint(LightningCheckpoint):
         except OSError as error:
             raise InputError(f"run: {self.folder} cannot be written: {error.strerror}. Choose another --run") from None
         found = checkpoints_in(self.folder)
-        if self._own is None:  # the command line has compared the run of the folder; one cut short is none of it
+        if self._own is None:  # the command line has checked the run; a checkpoint without manifest does not count
             found = [path for path in found if manifest_of(path).exists()]
         refuse_other_run(trainer, found)
         self._found = {path.name: _mark(path) for path in checkpoints_in(self.folder)}
         averages = [len(c.kinds) + bool(c.start) for c in trainer.callbacks if isinstance(c, EMA)]
-        copies = 3 + sum(averages)  # the weights and AdamW's two
+        copies = 3 + sum(averages)  # the weights and AdamW's two moments
         size = copies * sum(p.numel() * p.element_size() for p in pl_module.denoiser.parameters())
         there = sum(path.stat().st_size for path in checkpoints_in(self.folder)[-self.keep :])
         need, free = (self.keep + 1) * size - there, shutil.disk_usage(self.folder).free
@@ -135,7 +143,7 @@ class Checkpoint(LightningCheckpoint):
             ) from None
 
     def _enter(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Hold the run folder, unless the command line does, and agree with it on the identity of the run."""
+        """Hold the run folder unless the command line does, and give folder and module the same run identity."""
         root = Path(trainer.default_root_dir)
         place = held(root)
         if place is None:
@@ -151,7 +159,7 @@ class Checkpoint(LightningCheckpoint):
             self._own = None
 
     def setup(self, trainer: L.Trainer, pl_module: Diffusion, stage: str) -> None:
-        """Listen to signals from here on: there is much to do before the first step. Refuse a second `Checkpoint`."""
+        """Refuse a second `Checkpoint`, and handle signals from here on, since much is done before the first step."""
         if (n := sum(isinstance(callback, Checkpoint) for callback in trainer.callbacks)) > 1:
             raise InputError(
                 f"trainer.callbacks: {n} Checkpoint callbacks, which would remove each other's files. Keep one: "
@@ -170,7 +178,7 @@ class Checkpoint(LightningCheckpoint):
             signal.signal(number, lambda n, frame: self._on_signal(trainer, n, frame))
 
     def teardown(self, trainer: L.Trainer, pl_module: Diffusion, stage: str) -> None:
-        """Stop listening."""
+        """Restore the previous signal handlers and output streams, and release the run folder."""
         if stage == "fit" and threading.current_thread() is threading.main_thread():
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -181,7 +189,7 @@ class Checkpoint(LightningCheckpoint):
             self._leave()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Look at the folder before the run claims it."""
+        """Hold the run folder, check that it has room for checkpoints, and write one as a trial."""
         self.folder = Path(trainer.default_root_dir) / CHECKPOINTS
         if trainer.fast_dev_run:
             return
@@ -193,7 +201,7 @@ class Checkpoint(LightningCheckpoint):
                 self._rehearse(trainer)
 
     def _rehearse(self, trainer: L.Trainer) -> None:
-        """Write a checkpoint in a folder beside the others, read it back and remove it."""
+        """Write a checkpoint to a temporary folder next to the others, read it back and remove it."""
         content = trainer._checkpoint_connector.dump_checkpoint(False)
         if not trainer.is_global_zero:
             return
@@ -205,25 +213,25 @@ class Checkpoint(LightningCheckpoint):
             shutil.rmtree(folder, ignore_errors=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Listen to signals, and let the ranks agree beside the device's queue instead of in it."""
+        """Handle signals, and let the ranks agree through a CPU process group, which does not wait for the device."""
         self._clock, self._seen = time.monotonic(), trainer.global_step
         self.saved = trainer.global_step if trainer.ckpt_path else None
         self._first, self._mine = checkpoint_name(trainer.global_step), list[str]()
         if threading.current_thread() is threading.main_thread():
-            self._listen(trainer)  # instead of Lightning, which has come between
+            self._listen(trainer)  # again: Lightning has installed its own handlers since `setup`
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
             places: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(places, (str(trainer.ckpt_path), trainer.global_step), group=self._group)
             if len(set(places)) > 1:
                 raise InputError(f"run: the ranks would go on from different checkpoints, by rank: {places}")
-            # Lightning asks the device at every batch whether rank 0 was told to go; the vote below replaces that
+            # Lightning reads a flag of rank 0 from the device at every batch; the vote below replaces this
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _on_signal(self, trainer: L.Trainer, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._stop == INTERRUPT:
             raise KeyboardInterrupt
-        if number == signal.SIGHUP:  # writing to a terminal that is gone would raise
+        if number == signal.SIGHUP:  # writing to a closed terminal would raise
             for terminal in self._terminals:
                 _silence(terminal)
         if trainer.state.status != "running" and not self._stop:  # training has ended by an exception
@@ -236,18 +244,21 @@ class Checkpoint(LightningCheckpoint):
             self._exit(trainer)
 
     def tell(self, number: int) -> None:
-        """Tell a fit that has no signals, since it is not in the main thread, to save and go as if it had got this."""
+        """Save and exit as after signal ``number``; for fits outside the main thread, which receive no signals."""
         self._stop = INTERRUPT if number == signal.SIGINT else TERMINATE
 
     def _exit(self, trainer: L.Trainer) -> None:
-        # Lightning kills the first rank of a node as soon as another one ends with a code that is not 0
+        # Lightning kills the first rank of a node as soon as another rank exits with a code other than 0
         raise Preempted(0 if trainer.local_rank else 130 if self._stop == INTERRUPT else 143)
 
     def _wanted(self) -> int:
         return self._stop or (SAVE if time.monotonic() - self._clock > 60 * self.minutes else 0)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
-        """Look whether the folder is there, and ask all ranks, while the step computes, who wants a checkpoint."""
+        """Check that the run folder is still held, and start the vote of all ranks on whether to save or stop.
+
+        The vote, an all-reduce on the CPU, runs while the step computes.
+        """
         if trainer.is_global_zero:
             ask_guards(self.folder / "step", quick=True)
         if self._group is not None:
@@ -255,16 +266,16 @@ class Checkpoint(LightningCheckpoint):
             self._vote = dist.all_reduce(self._request, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
-        """Save if it is time, and go if told to, once the optimizer has stepped."""
+        """After an optimizer step, save if it is due, and exit if a signal was received."""
         wish = self._wanted()
         if self._group is not None:
             self._vote.wait()
             wish = int(self._request)
         step = trainer.global_step
-        if step == self._seen:  # in the middle of accumulated gradients
+        if step == self._seen:  # gradients are being accumulated
             return
         self._seen = step
-        last = step == trainer.max_steps  # saved after its validation, unless there is no time for that
+        last = step == trainer.max_steps  # saved at the end of training, after its validation; after a signal, now
         if wish >= TERMINATE or ((wish or (self.every and step % self.every == 0)) and not last):
             self.save(trainer)
         if wish >= TERMINATE:
@@ -272,20 +283,23 @@ class Checkpoint(LightningCheckpoint):
             self._exit(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
-        """Do not begin to validate, or go on with it, when told to go."""
+        """Stop a validation on a single rank if a signal was received."""
         if self._stop and trainer.validating and trainer.world_size == 1:
             self._exit(trainer)
 
     on_validation_batch_end = on_validation_start
 
     def save(self, trainer: L.Trainer, ended: bool = False) -> None:
-        """Write one checkpoint of this step, then remove those beyond ``keep``; ended: its epoch has been counted."""
+        """Write a checkpoint of this step, then remove those beyond ``keep`` and those that a rollback has undone.
+
+        ended: whether the loop has already counted the epoch of this step as processed.
+        """
         self._clock = time.monotonic()
         if trainer.global_step == self.saved or trainer.fast_dev_run:
             return
         name = checkpoint_name(trainer.global_step)
         ask_guards(self.folder / name)
-        for logger in trainer.loggers:  # the curves up to here must not be younger than the weights
+        for logger in trainer.loggers:  # flush first, so that no logged point before this checkpoint can be lost
             logger.save()
         self._epoch_counted = ended
         try:
@@ -296,7 +310,8 @@ class Checkpoint(LightningCheckpoint):
         if trainer.is_global_zero:
             self._found.pop(name, None)
             self._mine.append(name)
-            # bad, or of a past undone; without a manifest it is for a user to say what it is
+            # later than the first step of this training: bad, or undone by a rollback. Those that had no manifest at
+            # the start are kept
             undone = [self.folder / n for n, mark in self._found.items() if n > self._first and mark and mark[2]]
             there = [p for p in checkpoints_in(self.folder) if p.name <= name and p not in undone]
             known = [p for p in undone + there[: -self.keep] if p.name in self._mine or self._seen_at_start(p)]
@@ -304,33 +319,33 @@ class Checkpoint(LightningCheckpoint):
                 trainer.strategy.checkpoint_io.remove_checkpoint(path)
 
     def _seen_at_start(self, path: Path) -> bool:
-        """Return whether a checkpoint is the file that this training found at its start; it removes no other."""
+        """Return whether a checkpoint is the same file as at the start; files written by others are not removed."""
         found = self._found.get(path.name)
         return found is not None and found == _mark(path)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Save the end, with all seconds that an export of this training will ever name."""
+        """Stop the clock, then save the last step, so that checkpoint and export name the same seconds."""
         pl_module.stop_clock()
         self.save(trainer, ended=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Diffusion, exception: BaseException) -> None:
-        """Save what a signal in a validation would have lost; the live weights are back by now."""
+        """Save after a signal during a validation; the live weights are restored by now."""
         if isinstance(exception, Preempted):
             if trainer.world_size == 1:
                 self.save(trainer)
             if trainer.is_global_zero:
-                with contextlib.suppress(OSError):  # nobody may be there to be told
+                with contextlib.suppress(OSError):  # stderr may be closed
                     print(f"\ntold to go after step {trainer.global_step}; the same command goes on", file=sys.stderr)
         elif trainer.world_size > 1 and trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # ranks that this one started would wait for it
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # otherwise the ranks it started would wait for this one
         self._leave()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
-        """Describe the checkpoint as made right after its optimizer step, wherever in the loop it was made.
+        """Set the loop counters to those right after the optimizer step, wherever in the loop the checkpoint is made.
 
-        Lightning then does what comes after that step, such as a validation that is due, again and whole.
+        On resume Lightning then repeats everything that follows this step, such as a whole validation that is due.
         """
-        if self._epoch_counted is None:  # somebody else's
+        if self._epoch_counted is None:  # this callback is not the one that saves
             return
         loops = checkpoint["loops"]["fit_loop"]
         for count in map(loops["epoch_loop.batch_progress"].get, ("total", "current")):
@@ -346,13 +361,16 @@ class Checkpoint(LightningCheckpoint):
 
 
 def heeded() -> list[int]:
-    """Return the signals that end a training with a checkpoint; one started by nohup does not heed a lost terminal."""
+    """Return the signals that end a training with a checkpoint; without SIGHUP if it is ignored, as under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in STATUS if number != signal.SIGHUP or not ignored]
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:
-    """Return what tells a checkpoint from others of its name, None if it is gone; the last is 0 without a manifest."""
+    """Return (inode, mtime in ns, mtime of the manifest in ns) of a checkpoint, None if it does not exist.
+
+    The last value is 0 if there is no manifest. Another file of the same name has another mark.
+    """
     try:
         file, manifest = path.stat(), manifest_of(path)
         return file.st_ino, file.st_mtime_ns, manifest.stat().st_mtime_ns if manifest.exists() else 0
@@ -361,9 +379,9 @@ def _mark(path: Path) -> tuple[int, int, int] | None:
 
 
 def _reserve(folder: Path, sizes: Sequence[int]) -> None:
-    """Ask the file system for files of these sizes, and give them back: a quota is in no other number.
+    """Allocate temporary files of these sizes and release them: no other call tells whether a quota is sufficient.
 
-    Raises OSError where it refuses; does nothing where it cannot say without writing them.
+    Raises OSError if the file system refuses. Does nothing where it cannot allocate without writing.
     """
     try:
         fallocate = ctypes.CDLL(None, use_errno=True).fallocate

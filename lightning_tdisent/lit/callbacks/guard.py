@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite moves nothing, is named, and ends the run if it stays."""
+"""Report steps skipped because loss or gradient is not finite, and end the run if there are many in a row."""
 
 import sys
 from collections.abc import Mapping
@@ -13,11 +13,13 @@ from lightning_tdisent.lit.modules import Diffusion
 
 
 class Guard(L.Callback):
-    """Report steps that the module skipped, with the samples to blame, and stop after ``patience`` of them in a row.
+    """Report skipped steps with the responsible samples, and stop after ``patience`` of them in a row.
 
-    The module itself keeps optimizer and averages from moving, on the device. The report on a GPU comes one step
-    late, so that nobody waits for it. Samples that the data module skipped (data.on_bad_shard) are counted in
-    ``train/skipped_samples``, those of the first rank; every rank names its own on stderr.
+    The module skips the updates of optimizer and averages itself, on the device. On a GPU the report is one step late,
+    so that it does not synchronise the device. Samples that the data module skipped (data.on_bad_shard) are counted
+    in ``train/skipped_samples`` for the first rank; every rank names its skipped samples on stderr.
+
+    patience: number of consecutive skipped steps that end the run.
     """
 
     def __init__(self, patience: int = 10) -> None:
@@ -27,7 +29,7 @@ class Guard(L.Callback):
         self._waiting: tuple[int, list[tuple[Tensor, Tensor, Tensor]]] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Count from here; the flag travels to memory that is read without asking torch."""
+        """Prepare host memory (pinned for a GPU) that receives the module's flag of a skipped step."""
         self._seen, on_gpu = trainer.global_step, pl_module.device.type == "cuda"
         self._host, self._event = torch.zeros(1, pin_memory=on_gpu), torch.cuda.Event() if on_gpu else None
         self._flag = self._host.numpy()
@@ -35,8 +37,8 @@ class Guard(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], batch: Any, *_: Any
     ) -> None:
-        """Look at the last step whose flag has arrived."""
-        if outputs.keys() >= {"losses", "row"}:  # a training_step of one's own may return less
+        """Report the last step whose flag has reached the host, and start to copy the flag of this step."""
+        if outputs.keys() >= {"losses", "row"}:  # a user's training_step may return less
             named = outputs if "id" in outputs else batch if isinstance(batch, Mapping) and "id" in batch else {}
             ids = named.get("id", torch.full_like(outputs["row"], -1))
             self._parts.append((outputs["losses"], ids, outputs["row"]))
@@ -54,7 +56,7 @@ class Guard(L.Callback):
             self._event.record()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Look at the last step."""
+        """Report the last step."""
         self._count_samples(trainer, pl_module)
         self._look(trainer, pl_module)
 
@@ -81,7 +83,7 @@ class Guard(L.Callback):
         samples = ", ".join(f"{i} (state {s})" for i, s in named or zip(ids, rows, strict=True))
         what = f"step {step}, rank {trainer.global_rank}: the {what} is not finite, the step was skipped"
         samples = f"Samples: {samples}" if parts else "the training_step does not return its losses and rows"
-        sys.stderr.write(f"{what}. {samples}\n")  # in one piece: other ranks write there, too
+        sys.stderr.write(f"{what}. {samples}\n")  # one call, since other ranks also write to stderr
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped_steps": float(self.skipped)}, pl_module.images_seen)
         if self.streak >= self.patience:
@@ -90,9 +92,9 @@ class Guard(L.Callback):
             )
 
     def state_dict(self) -> dict[str, int]:
-        """Counts."""
+        """Return the counts of skipped steps."""
         return {"skipped": self.skipped, "streak": self.streak}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on counting."""
+        """Restore the counts of skipped steps."""
         self.skipped, self.streak = state_dict["skipped"], state_dict["streak"]

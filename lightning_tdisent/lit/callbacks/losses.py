@@ -1,4 +1,4 @@
-"""The training loss of every state, summed on the device and read only at log points."""
+"""Log the training loss per state; it is summed on the device and read only at log points."""
 
 import math
 from typing import Any
@@ -15,12 +15,14 @@ from lightning_tdisent.sampling.sampler import probe_rows
 
 
 class LossPerState(Logs):
-    """Log ``train/loss``, its mean per state (per bin of states above ``bins``), and the norm of the gradient.
+    """Log ``train/loss``, the mean loss per state, and the norm of the gradient.
 
-    Between two log points nothing is copied from the device; ``self.log`` and its half millisecond a step are not
-    used. The losses of ranks other than 0 are not in these curves, nor are losses that are not finite; validation is
-    exact over ranks. The x-axis is images seen. A resumed run goes on with the sums of the run it
-    resumes. On a single rank callbacks can monitor these values: ``EarlyStopping("train/loss", ..)``.
+    Between two log points nothing is copied from the device, and ``self.log``, which takes half a millisecond per
+    step, is not used. These curves contain only the finite losses of rank 0; validation is exact over all ranks. The
+    x-axis is images seen. A resumed run continues the sums of its checkpoint. On a single rank callbacks can monitor
+    these values: ``EarlyStopping("train/loss", ..)``.
+
+    bins: largest number of curves; more states are grouped into this many bins.
     """
 
     def __init__(self, bins: int = 32) -> None:
@@ -34,13 +36,13 @@ class LossPerState(Logs):
         return [f"train_loss/t{int(module.states.index[s]):04d}" for s in probe_rows(module.rows, self.bins)]
 
     def logged_by(self, trainer: L.Trainer, module: Diffusion) -> list[str]:
-        """Return the names that callbacks can monitor."""
+        """Return the names of the metrics that callbacks can monitor."""
         return ["train/loss", "train/gradient_norm", *self._named(module)] if trainer.world_size == 1 else []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Name the bins, and lay the curves of all states into one chart."""
+        """Name the bins, reset or restore the sums, and define one TensorBoard chart with the curves of all states."""
         ends = torch.tensor(probe_rows(pl_module.rows, self.bins))
-        # row -> number of its bin
+        # row -> index of its bin
         self.bin_of = torch.searchsorted(ends, torch.arange(int(ends[-1]) + 1)).to(pl_module.device)
         self.names = self._named(pl_module)
         self.logged = trainer.global_step
@@ -48,14 +50,14 @@ class LossPerState(Logs):
         if self._restored is not None and self._restored["sums"].shape == self.sums.shape:  # ``bins`` may have changed
             self.sums, self.last = self._restored["sums"].to(pl_module.device), self._restored["last"]
             self._restored = None
-            if self.last[0] == pl_module.images_seen:  # what was logged at the checkpoint was purged with what followed
+            if self.last[0] == pl_module.images_seen:  # the point at the checkpoint was purged with all later ones
                 self._log(trainer, *self.last)
         if isinstance(trainer.logger, TensorBoardLogger) and len(self.names) > 1:
             charts = {kind: ["Multiline", [f"{kind}/t.*"]] for kind in ("train_loss", "val_eps_mse", "val_x0_mse")}
             trainer.logger.experiment.add_custom_scalars({"by state": charts})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], *_: Any) -> None:
-        """Add to the sums; at a log point read, log and forget them."""
+        """Add the losses to the sums; at a log point read, log and reset them."""
         finite = outputs["losses"].isfinite()
         bins = self.bin_of[outputs["row"]]
         self.sums[0].index_add_(0, bins, outputs["losses"].where(finite, 0))
@@ -76,15 +78,15 @@ class LossPerState(Logs):
 
     def _log(self, trainer: L.Trainer, images_seen: int, values: dict[str, float]) -> None:
         self.last = (images_seen, values)
-        if trainer.world_size == 1:  # callbacks that monitor must see the same number on all ranks
+        if trainer.world_size == 1:  # a monitored value must be equal on all ranks
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, images_seen)
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums since the last log point, and what was logged there."""
+        """Return the sums since the last log point, and the values logged there."""
         return {"sums": self.sums.cpu(), "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep them until training starts."""
+        """Keep the stored sums until training starts."""
         self._restored = state_dict

@@ -1,4 +1,4 @@
-"""Pictures during training, from fixed seeds and images, by the code that also makes the report's."""
+"""Pictures during training from fixed seeds and images, made by the same code as those of reports."""
 
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,18 @@ from lightning_tdisent.sampling.sampler import probe_rows, sample
 
 
 class Pictures(Rehearsed):
-    """At each validation: a grid of samples, the forward strip of held-out images, the reverse strip of samples.
+    """Draw pictures at each validation.
 
-    samples: images of the grid, seeds first_seed ..; strips: images of each strip. Rank 0 draws them. A model that
-    owns only some rows cannot sample: its grid shows x0_hat from its highest row, under ``estimate``; the samples of a
-    prior are the states that chains start from; a conditional model is given what is observed of held-out images. Also
-    written as PNG under ``pictures/`` of the run folder. Of latents nothing is drawn: their decoder is no part of it.
-    Pictures that are not finite are left out, with a warning that says where they began not to be.
+    These are a grid of samples, the forward strip of held-out images and the reverse strip of samples. They are logged
+    to TensorBoard and written as PNG to ``pictures/`` of the run folder, by rank 0. A model that owns only some rows
+    cannot sample; its grid, ``estimate``, shows x0_hat from its highest row. The samples of a prior are the states that
+    chains start from. A conditional model receives observations of held-out images. Nothing is drawn of latents,
+    because their decoder is not available. Pictures that are not finite are left out, with a warning that names where
+    the values stopped being finite.
+
+    samples: number of images in the grid.
+    strips: number of images in each strip.
+    first_seed: the first seed; the others follow it.
     """
 
     def __init__(self, samples: int = 64, strips: int = 6, first_seed: int = 0) -> None:
@@ -44,7 +49,7 @@ class Pictures(Rehearsed):
             pl_module.needed_shards("Pictures")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: DenoiserModule) -> None:
-        """Draw and log."""
+        """Draw and log the pictures."""
         if not trainer.is_global_zero or pl_module.denoiser.shape[0] not in (1, 3):
             return
         try:
@@ -75,7 +80,7 @@ class Pictures(Rehearsed):
             self._show(trainer, "estimate", triple.flatten(0, 1), 3)
 
     def rehearse(self, trainer: L.Trainer, module: DenoiserModule, images: Tensor | None) -> None:
-        """Draw what there is of two images, and show it nowhere."""
+        """Draw the pictures of two images without logging or writing them."""
         denoiser, rows = module.denoiser, module.rows
         if not trainer.is_global_zero or denoiser.shape[0] not in (1, 3):
             return
@@ -96,13 +101,13 @@ class Pictures(Rehearsed):
 
 
 class WriteImages(BasePredictionWriter):
-    """Write the images of `predict` as ``images/SEED.png`` of its folder, which must not hold any yet."""
+    """Write the images of `predict` to ``images/SEED.png`` of its folder, which must not contain images yet."""
 
     def __init__(self) -> None:
         super().__init__("batch")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuse to mix these images with others, on all ranks."""
+        """Raise InputError on all ranks if the folder already contains images."""
         folder = Path(trainer.default_root_dir) / "images"
         if trainer.strategy.broadcast(any(folder.glob("*.png"))):
             raise InputError(f"predict: {folder} already holds images; choose another --run")
@@ -114,6 +119,6 @@ class WriteImages(BasePredictionWriter):
             save_png(image, Path(trainer.default_root_dir) / "images" / f"{seed:06d}.png")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Say where they are."""
+        """Print the folder of the images."""
         if trainer.is_global_zero:
             print(f"images: {Path(trainer.default_root_dir) / 'images'}")

@@ -1,4 +1,4 @@
-"""One line of progress, in steps of the whole run."""
+"""Show progress on one line, in steps of the whole run."""
 
 import time
 from collections.abc import Callable
@@ -14,10 +14,12 @@ Report = Callable[[int, int, dict[str, float]], None]
 
 
 class StepProgress(ProgressBar):
-    """Steps done, images per second and time left; told to ``report`` instead where one is given.
+    """Show steps done, images per second and time left, or pass them to ``report`` if it is given.
 
-    report: called with step, steps and numbers worth showing: images seen, images per second, the last training loss
-    that was logged and the last held-out error. Looks at the clock every 10 steps and at no tensor.
+    The clock is read every 10 steps, and no tensor is read.
+
+    report: called with the step, the number of steps, and a dict of numbers: images seen (``images``), images per
+        second (``rate``), the last logged training loss (``loss``) and the last held-out error (``x0_mse``).
     """
 
     def __init__(self, report: Report | None = None) -> None:
@@ -26,11 +28,11 @@ class StepProgress(ProgressBar):
         self._numbers: dict[str, float] = {}
 
     def disable(self) -> None:
-        """Ranks other than 0 show nothing."""
+        """Show nothing; Lightning calls this on ranks other than 0."""
         self.report = lambda step, steps, numbers: None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Say what is trained, and open the line."""
+        """Print what is trained, and open the progress line."""
         if self.report is None:
             weights = sum(p.numel() for p in pl_module.parameters())
             states = pl_module.denoiser.states

@@ -21,13 +21,17 @@ from lightning_tdisent.metrics.quality import Quality
 
 
 class SampleQuality(Rehearsed, Logs):
-    """Sample from fixed seeds at each validation and compare with real images, by the code of ``evaluate``.
+    """Sample from fixed seeds at each validation and compare with real images, with the code of ``evaluate``.
 
-    protocol: a preset (``digits``, ``cifar10``, ``adm``, ..) or a mapping of ``preset`` and the fields of `Protocol`
-    that differ from it; n, first_seed, split, n_real: the fields that most often do. weights: of the feature network,
-    where it needs a file. batch_size: images at a time, on a GPU. Numbers are logged as ``quality/NAME/HASH``: those
-    of other protocols make curves of their own. Each rank makes its share of the images. A model that owns only some
-    rows of its table cannot be sampled and is left out, and so is the metric if its network is not at hand.
+    Metrics are logged as ``quality/NAME/HASH`` with the hash of the protocol, so that each protocol has separate
+    curves. Each rank samples its share of the images. Nothing is measured for a model that owns only some rows of its
+    table, since it cannot sample, or if the feature network is not available.
+
+    protocol: a preset (``digits``, ``cifar10``, ``adm``, ..), or a mapping of ``preset`` and the fields of `Protocol`
+        that differ from it.
+    n, first_seed, split, n_real: the fields of the protocol that are changed most often.
+    weights: file of the feature network's weights, for networks that need one.
+    batch_size: images sampled at a time on a GPU.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class SampleQuality(Rehearsed, Logs):
         self._quality: Quality | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: DenoiserModule, stage: str) -> None:
-        """Load the features and the real images' statistics once; refuse images of another shape."""
+        """Load the feature network and the statistics of the real images once; refuse images of another shape."""
         if not pl_module.whole or stage == "predict" or self._quality is not None:
             return
         data, shape, p = pl_module.needed_shards("SampleQuality"), pl_module.denoiser.shape, self.protocol
@@ -69,25 +73,25 @@ class SampleQuality(Rehearsed, Logs):
             )
 
     def logged_by(self, trainer: L.Trainer, module: DenoiserModule) -> list[str]:
-        """Return the pattern of the names that callbacks can monitor."""
+        """Return the pattern of the metrics that callbacks can monitor."""
         return [] if self._quality is None else [f"quality/*/{self._quality.protocol.hash}"]
 
     def rehearse(self, trainer: L.Trainer, module: DenoiserModule, images: Tensor | None) -> None:
-        """Take the features of the images."""
+        """Compute the features of the images, and discard them."""
         if self._quality is not None and images is not None:
             quality = self._quality.to(module.device)
-            quality.reset()  # what `trainer.validate` has left cannot be changed any more
+            quality.reset()  # an earlier `trainer.validate` leaves tensors that cannot be changed here
             quality.add(images, torch.arange(len(images)))
             quality.reset()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: DenoiserModule) -> None:
-        """Score this rank's share of the seeds and log the numbers over all."""
+        """Score this rank's share of the seeds, and log the metrics over all ranks."""
         if self._quality is None or trainer.sanity_checking:
             return
         quality = self._quality.to(pl_module.device)
         given = observed(pl_module.denoiser.states, trainer.datamodule.held_out.images, quality.protocol.n)
         values = score(pl_module.denoiser, pl_module.sampler, quality, self.batch_size, given=given).values
-        if isinstance(values, InputError):  # images of an untrained model may all be the same
+        if isinstance(values, InputError):  # for example, all images of an untrained model may be equal
             rank_zero_warn(f"no quality at step {trainer.global_step}: {values}")
             return
         pl_module.publish({f"quality/{name}/{quality.protocol.hash}": v for name, v in values.items()})

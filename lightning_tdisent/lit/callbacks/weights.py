@@ -1,4 +1,4 @@
-"""The averaged weights: kept while training, seen by everything that validates, written at the end."""
+"""Averaged weights: updated during training, used by validation, exported at the end."""
 
 from pathlib import Path
 from statistics import fmean
@@ -19,22 +19,28 @@ from lightning_tdisent.runs import AVERAGES, snapshot_name, snapshots_in
 
 
 class EMA(L.Callback):
-    """Exponential moving averages of the network's weights, in float32.
+    """Exponential moving averages (EMA) of the network's weights, in float32.
 
-    One of fixed decay: after n updates min(decay, n/(9 + n)), the warm-up of diffusers' ``EMAModel``; its half-life
-    should be a few percent of the run, and decay 0 is the live weights. Or, with ``lengths``, one for each relative
-    length sigma_rel, of a width proportional to the time trained: beta_n = (1 - 1/n)^(gamma + 1) (2312.02696, section
-    3.1, see `averages.gamma`). Of several the first is validated and exported; all are also written to
-    ``averages/`` of the run folder every ``snapshot_every`` steps and at the end, and the command ``average`` makes
-    from these the average of any other length.
+    By default there is one average of fixed decay: after n updates the decay is min(decay, n/(9 + n)), the warm-up of
+    diffusers' ``EMAModel``. With ``lengths`` there is one average per relative length sigma_rel, whose width is
+    proportional to the time trained: beta_n = (1 - 1/n)^(gamma + 1) (2312.02696, section 3.1, see `averages.gamma`).
+    The first of them is validated and exported. All are also written to ``averages/`` of the run folder every
+    ``snapshot_every`` steps and at the end; the command ``average`` computes the average of any other length from
+    these snapshots.
 
-    A skipped step moves no average; that is decided on the device, which no library's average can (nor do they swap
-    as late: metrics and pictures at the end of a validation see the average too). The live weights come back bitwise,
-    also after an exception. After `fit`, ``trainer.validate``, ``test`` and ``predict`` see the average, too, unless
-    the module has been given other weights since.
+    A skipped step does not change the averages. This is decided on the device, which the averages of common libraries
+    do not support; nor do they restore the live weights as late, so that metrics and pictures at the end of a
+    validation use the average too. The live weights are restored bitwise, also after an exception. After `fit`,
+    ``trainer.validate``, ``test`` and ``predict`` also use the average, unless the weights of the module have been
+    changed since.
 
-    A warm start continues the average that it starts from: update n counts as ``before`` + n, with ``before`` the steps
-    that its source has taken at the rows owned. The start itself is kept beside the averages, for `Export`.
+    A warm start continues the average that it starts from: update n counts as ``before`` + n, where ``before`` is the
+    number of steps that its source has taken at the rows owned. The weights of the start are stored with the averages,
+    for `Export`.
+
+    decay: decay of the average, in [0, 1); its half-life should be a few percent of the run, 0 keeps the live weights.
+    lengths: relative lengths sigma_rel of several averages, which replace the one of fixed decay.
+    snapshot_every: steps between two snapshots of the averages of ``lengths``.
     """
 
     def __init__(self, decay: float = 0.999, lengths: list[float] | None = None, snapshot_every: int = 1000) -> None:
@@ -45,21 +51,21 @@ class EMA(L.Callback):
         if len({f"{length:g}" for length in self.lengths}) < len(self.lengths):
             raise InputError(f"ema.lengths: each must differ from the others, got {self.lengths}")
         self.gammas = [gamma(length) for length in self.lengths]
-        self.averages: list[Tensor] = []  # each flat: one cat and one lerp a step, however many parameters there are
+        self.averages: list[Tensor] = []  # flat vectors, so that a step is one cat and one lerp for all parameters
         self.updates, self.before = 0, 0
-        self.start: dict[str, Tensor] = {}  # weights of a warm start
+        self.start: dict[str, Tensor] = {}  # initial weights of a warm start
         self.start_error: float | None = None
         self._live: list[Tensor] | None = None
         self._restored: list[Tensor] | None = None
-        self._trained: Tensor | None = None  # the live weights when training ended
+        self._trained: Tensor | None = None  # the live weights at the end of training
 
     @property
     def kinds(self) -> list[dict[str, float]]:
-        """What each average is: its decay, or its relative length."""
+        """Decay or relative length of each average."""
         return [{"sigma_rel": length} for length in self.lengths] or [{"decay": self.decay}]
 
     def betas(self, n: int) -> list[float]:
-        """Return the weight of the past in each average at update n = 1, 2, .., those before a warm start included."""
+        """Return the decay of each average at update n = 1, 2, .., counted with the updates before a warm start."""
         return [(1 - 1 / n) ** (g + 1) for g in self.gammas] or [min(self.decay, n / (9 + n)) if n > 1 else 0.0]
 
     def _parameters(self, module: Diffusion) -> list[Tensor]:
@@ -75,7 +81,7 @@ class EMA(L.Callback):
         return self._trained is not None and torch.equal(self._whole(module).cpu(), self._trained)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a second EMA, and callbacks that change the weights at the end of a run or an epoch, behind it."""
+        """Refuse a second EMA, and callbacks that change weights at the end of an epoch or a run without its notice."""
         every = [c.kinds for c in trainer.callbacks if isinstance(c, EMA)]
         if len(every) > 1:
             raise InputError(
@@ -90,12 +96,12 @@ class EMA(L.Callback):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Start from the weights as they are, or as they were saved; refuse a folder with another run's snapshots."""
+        """Start the averages from the current or the restored weights; refuse a folder with another run's snapshots."""
         if self.lengths and not trainer.fast_dev_run:
             there = snapshots_in(Path(trainer.default_root_dir)) if trainer.is_global_zero else {}
             with shared_errors():
                 refuse_other_run(trainer, [*there])
-        self.walked = [p.detach() for p in self._parameters(pl_module)]  # what is averaged, in this order
+        self.walked = [p.detach() for p in self._parameters(pl_module)]  # the tensors that are averaged, in this order
         if self._restored is None:
             self.averages, self.updates, self.before = [self._flat() for _ in self.kinds], 0, pl_module.before
             state = pl_module.denoiser.state_dict() if self.before else {}
@@ -104,7 +110,7 @@ class EMA(L.Callback):
             self.averages, self._restored = [a.to(pl_module.device) for a in self._restored], None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Measure a warm start, and count from here; snapshots of a past that is being undone go."""
+        """Measure the error of a warm start, and delete snapshots newer than the checkpoint that is resumed."""
         self._seen = trainer.global_step
         if self.start and not trainer.global_step and (errors := pl_module.start_errors()):
             self.start_error = fmean(errors)
@@ -114,7 +120,7 @@ class EMA(L.Callback):
                     file.unlink()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
-        """Move the averages once per optimizer step."""
+        """Update the averages once per optimizer step."""
         if trainer.global_step == self._seen:
             return
         self._seen = trainer.global_step
@@ -143,7 +149,10 @@ class EMA(L.Callback):
     on_fit_end = _keep_end
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the average: in `fit`, and after it as long as the module holds the weights that training ended with."""
+        """Load the average into the module during `fit`.
+
+        After `fit` it is loaded as long as the module holds the weights that training ended with.
+        """
         if not self.averages or not isinstance(pl_module, Diffusion):
             return
         if trainer.state.fn == "fit" or self._ended_with(pl_module):
@@ -153,7 +162,7 @@ class EMA(L.Callback):
                 torch._foreach_copy_(parameters, list(self.weights(pl_module).values()))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Bring the live weights back."""
+        """Restore the live weights."""
         if self._live is not None:
             with torch.no_grad():
                 torch._foreach_copy_(self._parameters(pl_module), self._live)
@@ -163,12 +172,12 @@ class EMA(L.Callback):
     on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: Diffusion, exception: BaseException) -> None:
-        """Bring the live weights back before anything is saved."""
+        """Restore the live weights before anything is saved."""
         self.on_validation_end(trainer, pl_module)
         self._keep_end(trainer, pl_module)
 
     def weights(self, module: Diffusion, i: int = 0) -> dict[str, Tensor]:
-        """Average i by the denoiser's names."""
+        """Return average i as tensors by the names of the denoiser's parameters."""
         named = dict(module.denoiser.named_parameters())
         parts = self.averages[i].split([p.numel() for p in named.values()])
         return {name: part.view(p.shape) for (name, p), part in zip(named.items(), parts, strict=True)}
@@ -178,7 +187,10 @@ class EMA(L.Callback):
         return {**module.denoiser.state_dict(), **{k: w.clone() for k, w in self.weights(module, i).items()}}
 
     def describe(self, i: int = 0, steps: int | None = None) -> dict[str, float]:
-        """Return what the card says of average i."""
+        """Return the card's description of average i.
+
+        steps: number of steps averaged, all updates so far if not given.
+        """
         continued = {"before": self.before} if self.before else {}
         return self.kinds[i] | {"steps": self.updates if steps is None else steps} | continued
 
@@ -187,7 +199,7 @@ class EMA(L.Callback):
         module.export(path, self.state(module, i), self.describe(i))
 
     def measure(self, trainer: L.Trainer, module: Diffusion) -> list[float]:
-        """Return the held-out error of the first average at each row owned, measured once a step (collective)."""
+        """Return the held-out error of the first average at each row owned, measured once per step (collective)."""
         if module.measured[0] != module.images_seen:
             self.on_validation_start(trainer, module)
             try:
@@ -197,14 +209,14 @@ class EMA(L.Callback):
         return module.row_errors()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
-        """Store the averages beside the live weights."""
+        """Store the averages in addition to the live weights."""
         if self.averages:
             first, *others = [self.weights(pl_module, i) for i in range(len(self.averages))]
             checkpoint["ema"] = {"kinds": self.kinds, "step": self.updates, "weights": first, "others": others}
             checkpoint["ema"] |= {"before": self.before, "start": self.start, "start_error": self.start_error}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
-        """Keep the stored averages until the fit starts; refuses averages of another kind."""
+        """Keep the stored averages until the fit starts; raise InputError for averages of another kind."""
         stored = checkpoint.get("ema")
         if trainer.state.fn != "fit":
             return
@@ -215,7 +227,7 @@ class EMA(L.Callback):
             return
         if stored["kinds"] != self.kinds:
             raise InputError(f"ema: the checkpoint has averages {stored['kinds']}, the config {self.kinds}")
-        self.updates, self.before = stored["step"], stored.get("before", 0)  # older checkpoints did not continue any
+        self.updates, self.before = stored["step"], stored.get("before", 0)  # older checkpoints have no ``before``
         self.start_error = stored.get("start_error")
         self.start = {name: tensor.to(pl_module.device) for name, tensor in stored.get("start", {}).items()}
         kept = (stored["weights"], *stored["others"])
@@ -223,21 +235,22 @@ class EMA(L.Callback):
 
 
 class Export(L.Callback):
-    """Write ``model.safetensors``, or the module's own ``file``, when training ends: averaged weights and the card.
+    """Export the averaged weights with their card when training ends.
 
-    After a warm start the weights it began with are written instead, with ``weights: start`` in the card, if their
-    held-out error (mean over the rows owned) is below that of the average. The card has both errors.
+    The file is ``model.safetensors``, or the one that the module names (``file``). After a warm start the initial
+    weights are written instead, with ``weights: start`` in the card, if their held-out error (mean over the rows owned)
+    is below that of the average. The card has both errors.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Refuse a folder that holds the weights of another run."""
+        """Raise InputError for a folder that holds the weights of another run."""
         path = Path(trainer.default_root_dir) / pl_module.file
         if not trainer.fast_dev_run:
             with shared_errors():
                 refuse_other_run(trainer, [path] if trainer.is_global_zero and path.exists() else [])
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Write on rank 0, also when a resumed run finds its training complete."""
+        """Write the file on rank 0, also when a resumed run finds its training complete."""
         if trainer.interrupted or trainer.fast_dev_run or not trainer.global_step:
             return
         path = Path(trainer.default_root_dir) / pl_module.file
@@ -252,7 +265,7 @@ class Export(L.Callback):
             ema.export(path, pl_module)
         else:
             errors = {"start": start, "ema": fmean(own)}
-            if kept := not errors["ema"] <= errors["start"]:  # also where it is NaN
+            if kept := not errors["ema"] <= errors["start"]:  # also if the error is NaN
                 print(f"{path}: the start's weights are kept: held-out error {start:.4g}, trained {fmean(own):.4g}")
             weights, average = (ema.start, ema.describe(steps=0)) if kept else (ema.state(pl_module), ema.describe())
             pl_module.export(path, weights, average, "start" if kept else "ema", errors)
