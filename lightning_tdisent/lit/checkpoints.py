@@ -63,7 +63,7 @@ class DurableIO(TorchCheckpointIO):
         if bad := non_finite(checkpoint):
             raise Halted(
                 f"{path}: not saved at step {step}: {', '.join(bad[:3])} ({len(bad)} in all) hold values that are not "
-                "finite. The checkpoint before it is untouched."
+                "finite. The previous checkpoint is untouched."
             )
         try:
             ask_guards(path)
@@ -77,7 +77,8 @@ class DurableIO(TorchCheckpointIO):
                 raise
             raise Halted(
                 f"{path}: the checkpoint of step {step} cannot be written: {told.strerror or told}. Training stops, "
-                "since it could be lost; mend that and give the same command to go on from the checkpoint before it."
+                "since later work could be lost. Fix the cause, and run the same command to resume from the previous "
+                "checkpoint."
             ) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
@@ -89,7 +90,7 @@ class DurableIO(TorchCheckpointIO):
             except InputError:
                 if Path(path) != self.newest or Path(path).exists() or (found := newest(self.newest.parent)[0]) is None:
                     raise
-                print(f"weights: {found}, since {path} was removed meanwhile")
+                print(f"weights: {found}, since {path} was removed in the meantime")
                 path = self.newest = found
         if Path(path).name == TEMPORARY:
             return content
@@ -107,7 +108,7 @@ class DurableIO(TorchCheckpointIO):
 
 def _refuse_to_load(cls: type, checkpoint_path: str | Path, *_: Any, **__: Any) -> Any:
     load(checkpoint_path)
-    raise InputError(f"{checkpoint_path}: a {cls.__name__} is in no checkpoint")
+    raise InputError(f"{checkpoint_path}: checkpoints do not contain a {cls.__name__}")
 
 
 # replaces Lightning's ``load_from_checkpoint``, which would fetch remote files and call code that the file names
@@ -162,7 +163,7 @@ def refuse_other_run(trainer: L.Trainer, files: Sequence[Path]) -> None:
     if resumed is None or not Path(resumed).resolve().is_relative_to(folder.resolve()):
         raise InputError(
             f"{folder}: holds {files[-1].relative_to(folder)} ({len(files)} such files) of an earlier training, which "
-            f"this one would remove: it begins from {resumed or 'step 0'}. Resume that run (ckpt_path: a "
+            f"this one would remove: it starts from {resumed or 'step 0'}. Resume that run (ckpt_path: a "
             "checkpoint of this folder), choose another folder (--run, or default_root_dir in Python), or remove "
             "the files"
         )
@@ -216,7 +217,7 @@ class _VerifiedFile:
             size, total = piece
             back = os.pread(self._file.fileno(), size, at)
             if len(back) != size or _sum(back) != total:
-                raise OSError(None, f"bytes {at} to {at + size} read back are not those written")
+                raise OSError(None, f"bytes {at} to {at + size} read back differ from those written")
             yield back
             at += size
 

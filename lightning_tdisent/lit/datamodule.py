@@ -108,8 +108,8 @@ class ResumableLoader:
         mine = self.state_dict()
         if (seed := state.get("seed", mine["seed"])) != mine["seed"]:
             raise InputError(
-                f"data.seed: the checkpoint's images come in the order of seed {seed}, this run's in that of "
-                f"{mine['seed']}. Give data.seed {seed}; where that is left out, seed_everything {seed}"
+                f"data.seed: the checkpoint was trained with the image order of seed {seed}, this run has seed "
+                f"{mine['seed']}. Set data.seed {seed}, or seed_everything {seed} if data.seed is not given"
             )
         if (flip := state.get("flip", mine["flip"])) != mine["flip"]:
             raise InputError(f"data.flip: the checkpoint was trained with {flip}, this run has {mine['flip']}")
@@ -122,8 +122,8 @@ class ResumableLoader:
         order, here = ({k: v for k, v in data.items() if k not in known} for data in (state, mine))
         if order and order != here:
             raise InputError(
-                f"data: the checkpoint was trained in the order of {order}, this run has that of {here}; give it the "
-                "same shards, data.resident, data.access and data.buffer"
+                f"data: the checkpoint was trained with the image order of {order}, this run has that of {here}; use "
+                "the same shards, data.resident, data.access and data.buffer"
             )
         self.done, self._stream = state["batches"], None
 
@@ -216,21 +216,21 @@ class ImageShards(L.LightningDataModule):
                 check_number(f"data.{name}", limit, 1, whole=True)
         for name, text in (("path", path), ("train", train), ("val", val)):
             if not isinstance(text, str | os.PathLike) or not str(text):
-                raise InputError(f"data.{name}: a text, got {text!r}")
+                raise InputError(f"data.{name}: expected text, got {text!r}")
         for name, flag in (("verify", verify), ("flip", flip)):
             if not isinstance(flag, bool):
-                raise InputError(f"data.{name}: true or false, got {flag!r}")
+                raise InputError(f"data.{name}: expected true or false, got {flag!r}")
         if resident not in (True, False, "device"):
-            raise InputError(f"data.resident: true, false or device, got {resident}")
+            raise InputError(f"data.resident: expected true, false or device, got {resident}")
         if access not in ("auto", "random", "sequential"):
-            raise InputError(f"data.access: auto, random or sequential, got {access}")
+            raise InputError(f"data.access: expected auto, random or sequential, got {access}")
         self.path, self.batch_size, self.train, self.val = expand(str(path), "data.path"), batch_size, train, val
         self.val_limit, self.resident, self.buffer, self.access = val_limit, resident, buffer, access
         self.workers, self.seed, self.flip = workers, seed, flip
         self.index = index and expand(index, "data.index")
         if index is not None and index.endswith(".safetensors"):
             raise InputError(
-                f"data.index: {index} is a file; name its folder (data index --out), which has that of each split"
+                f"data.index: {index} is a file; name its folder (data index --out), which has the index of each split"
             )
         self.decoder, self.policy = Decoder(channels, size), Policy(on_bad_shard, bad_ceiling, verify)
         self.run_seed: int | None = None  # seed of the training, set by the module
@@ -309,7 +309,7 @@ class ImageShards(L.LightningDataModule):
         if stage == "fit" and not (self.trainer and self.trainer.overfit_batches):
             what = f"data.train {self.train}, data.val {self.val}"
             held_out = Shards.open(self.path, self.val, self.decoder, self.policy, self.index)
-            refuse_shared(held_out, self.shards, what, "Name other splits, or their shards by patterns")
+            refuse_shared(held_out, self.shards, what, "Choose other splits, or select their shards by patterns")
             for split, shards in ((self.train, self.shards), (self.val, held_out)):
                 if not shards.index.hashed and self._place()[0] == 0:  # an index prints its notes when it is made
                     print("".join(f"note: {split}: {line}\n" for line in shards.index.notes), end="", file=sys.stderr)

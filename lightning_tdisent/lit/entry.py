@@ -117,14 +117,14 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options other than model, data and trainer."""
-        parser.add_argument("--run", type=str, default="runs/unnamed", help="folder of this run: everything goes there")
+        parser.add_argument("--run", type=str, default="runs/unnamed", help="run folder, for all output of this run")
         parser.add_argument(
-            "--resume", type=Literal["auto", "never"], default="auto", help="fit: go on with the run in that folder"
+            "--resume", type=Literal["auto", "never"], default="auto", help="fit: resume the run in the run folder"
         )
         parser.add_argument(
-            "--id", type=str | None, help="of the run, kept in its config.yaml; a new run has a new one"
+            "--id", type=str | None, help="identity of the run, created with it and stored in its config.yaml"
         )
-        parser.add_argument("--round", type=int, default=0, help="of an adaptive fleet's budget, which sets it")
+        parser.add_argument("--round", type=int, default=0, help="round of an adaptive budget, set by the fleet")
         for name, callback in (("ema", EMA), ("losses", LossPerState), ("guard", Guard), ("checkpoint", Checkpoint)):
             parser.add_lightning_class_args(callback, name)
 
@@ -145,8 +145,8 @@ class CLI(LightningCLI):
         if config.trainer.enable_checkpointing is False:
             if self.subcommand == "fit":
                 raise InputError(
-                    "trainer.enable_checkpointing: false is not possible, every run can be resumed from its "
-                    "checkpoints. Leave it out; checkpoint.keep: 1 keeps one, trainer.fast_dev_run: true writes nothing"
+                    "trainer.enable_checkpointing: false is not possible, since runs are resumed from their "
+                    "checkpoints. Leave it out; checkpoint.keep: 1 keeps one, trainer.fast_dev_run: true writes none"
                 )
             config.trainer.enable_checkpointing = None
         if config.get("ckpt_path") is not None:
@@ -173,7 +173,7 @@ class CLI(LightningCLI):
                 exported = folder / self.model.file
                 words = shlex.join(["--model", "Composite", "--model.path", str(folder)])
                 usable = exported.exists() and self.model.file == WEIGHTS
-                instead = f"; of {exported}: {words}" if usable else ""
+                instead = f"; or use {exported}: {words}" if usable else ""
                 raise InputError(
                     f"{subcommand}: {folder} holds no checkpoint, and an untrained network says nothing. Give its "
                     f"weights: --ckpt_path CHECKPOINT or RUN FOLDER{instead}"
@@ -196,12 +196,12 @@ class CLI(LightningCLI):
         if config.trainer.fast_dev_run:  # reads and writes no checkpoint
             return
         if any(word == "--id" or word.startswith("--id=") for word in LINE.get()[0]):
-            raise InputError("--id: is made when a run begins, and kept in its config.yaml")
+            raise InputError("--id: cannot be set; it is created with a run and stored in its config.yaml")
         place = LOCKS.get().enter_context(RunFolder(folder, tidy=True)) if rank_zero_only.rank == 0 else None
         if not (folder / CONFIG).exists():
             if there := checkpoints_in(folder / CHECKPOINTS):
                 raise InputError(
-                    f"run: {folder} has {len(there)} checkpoints but no config.yaml to say of what. Put it back, "
+                    f"run: {folder} has {len(there)} checkpoints but no config.yaml that describes them. Put it back, "
                     f"remove {what_is_trained(folder)}, or choose another --run"
                 )
             if place is not None:
@@ -210,7 +210,9 @@ class CLI(LightningCLI):
         if config.resume == "never":
             raise InputError(f"run: {folder} already holds a run. Choose another folder with --run, or remove it")
         if asked and not asked.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"--ckpt_path {asked} is not of {folder}, which already holds a run; choose another --run")
+            raise InputError(
+                f"--ckpt_path {asked} does not belong to {folder}, which already holds a run; choose another --run"
+            )
         mine = absolute_paths(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False)))
         mine = without_secrets(mine)
         theirs = check_config(folder, mine)
@@ -225,7 +227,7 @@ class CLI(LightningCLI):
             if why := _why_ended(step, mine["trainer"], theirs["trainer"]):
                 refuse_other_data(folder, manifest, theirs, mine)
                 if rank_zero_only.rank == 0:
-                    print(f"{folder}: {why} to go on")
+                    print(f"{folder}: {why} to resume")
                 raise SystemExit(0)
         if not 0 < limit <= step:  # points logged after the checkpoint are purged and logged again
             self.purge_step = manifest.get("images_seen", 0)
@@ -235,7 +237,7 @@ class CLI(LightningCLI):
             seen = f"from step {step:,} ({manifest['images_seen']:,} images seen), {path}" if path else None
             print(f"going on with {folder} {seen or 'from the beginning: it has no checkpoint yet'}")
             for later in [p for p in checkpoints_in(folder / CHECKPOINTS) if asked and p.name > asked.name]:
-                print(f"rolled back: {later} goes with the next checkpoint")
+                print(f"rolled back: {later} will be removed with the next checkpoint")
 
     def before_fit(self) -> None:
         """Set the module's round of an adaptive budget."""
@@ -253,7 +255,7 @@ class CLI(LightningCLI):
             if any(isinstance(cause, InputError) for cause in causes):
                 raise
             named = re.search(r"given class_path '([\w.]+)'", str(error))
-            hint = " (dict_kwargs are for a class that takes **kwargs)" if "unexpected keyword" in str(error) else ""
+            hint = " (use dict_kwargs only for a class with **kwargs)" if "unexpected keyword" in str(error) else ""
             where = f"{named[1]}: " if named else ""
             raise InputError(f"the config cannot be built: {where}{said(causes[-1])}{hint}") from error
 
@@ -316,7 +318,7 @@ def _exported(folder: Path, run: str) -> int | None:
         return None
     if card.run not in ("", run):  # cards of older versions do not name the run
         raise InputError(
-            f"run: {folder} is the folder of run {run}, and {file.name} in it of run {card.run}. Move it away"
+            f"run: {folder} belongs to run {run}, but its {file.name} to run {card.run}. Move that file away"
         )
     return int(card.steps)
 
@@ -359,8 +361,8 @@ class SaveConfig(SaveConfigCallback):
         """Refuse values that YAML cannot represent. Nothing is written yet: a refused run must not claim its folder."""
         if stage == "fit" and not trainer.fast_dev_run and (lost := _unserializable(self._kept(trainer))):
             raise InputError(
-                f"{', '.join(lost)}: a value that config.yaml cannot hold, so that the run could not be resumed. Give "
-                "each as a number, a text or a class_path, or leave the part out"
+                f"{', '.join(lost)}: a value that config.yaml cannot store, so that the run could not be resumed. Give "
+                "each as a number, text or a class_path, or leave the option out"
             )
 
     def _kept(self, trainer: L.Trainer) -> dict[str, Any]:
@@ -478,7 +480,7 @@ def _say_end(cli: CLI, quiet: bool) -> None:
     if cli.ended is not None and trainer.global_step == cli.ended:
         raise InputError(
             f"run: {folder} had ended at step {cli.ended}, and no step was trained now: trainer.max_epochs, "
-            "trainer.max_time or a callback ended it again. Change that to go on"
+            "trainer.max_time or a callback ended it again. Change that to resume"
         )
     if not quiet and trainer.is_global_zero and not trainer.fast_dev_run and (file := folder / cli.model.file).exists():
         print(f"weights of step {trainer.global_step:,}: {file}")
@@ -558,7 +560,7 @@ def _configs_first(argv: Sequence[str]) -> list[str]:
         if file.name == CONFIG and (run or any((file.parent / name).exists() for name in _MARKS)):
             configs += [f"--run={file.parent}"]
         elif run and not any(re.fullmatch("--run(=.*)?", word) for word in argv):
-            raise InputError(f"--config {file}: is the config of a run ({run[0]}); say with --run which folder to use")
+            raise InputError(f"--config {file}: is the config of a run ({run[0]}); give the folder to use with --run")
         taken |= {i} if joined else {i, i + 1}
     return [*argv[:1], *configs, *(word for i, word in enumerate(argv) if i not in taken)]
 
@@ -568,7 +570,7 @@ def _check_yaml(file: Path) -> None:
     try:
         text = file.read_bytes()
         if not text.isascii():
-            check_utf8_mode(f"--config {file}: holds letters beyond ASCII")  # jsonargparse uses the locale's encoding
+            check_utf8_mode(f"--config {file}: contains non-ASCII text")  # jsonargparse uses the locale's encoding
         check_header(text, file)
         twice = repeated_keys(text)
     except FileNotFoundError:
@@ -580,5 +582,5 @@ def _check_yaml(file: Path) -> None:
         raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if twice:
         raise InputError(
-            f"{file}: {'; '.join(twice)}: a key that this mapping has already; the one before would be lost"
+            f"{file}: {'; '.join(twice)}: a key that this mapping has already; the earlier value would be lost"
         )

@@ -44,7 +44,7 @@ def explain(message: str, argv: Sequence[str], files: Sequence[Path], parser: js
         return f"{place(where, argv, files)}: {line}"
     if match := re.search(r'Key "?\'?([\w.]+)"?\'? is required|"?([\w.]+)"? is required|required: ([\w.]+)', message):
         key = next(g for g in match.groups() if g).replace(".init_args", "")
-        return f"{place(where, argv, files)}: the option {key} is required and not given"
+        return f"{place(where, argv, files)}: the option {key} is required but not given"
     expected = re.findall(r"Expected a <class '([^']+)'>", message)
     value = re.search(r"Got value: (.*)|Given value: (?!NestedArg)(.*)", message)
     if expected and value:
@@ -63,7 +63,7 @@ def explain_interpolation(message: str, files: Sequence[Path]) -> str:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             if f"${{{wanted}" in line:
                 key = line.partition(":")[0].strip(" -")
-                return f"{file}:{number}: {key}: ${{{wanted}}} names no option of this run"
+                return f"{file}:{number}: {key}: ${{{wanted}}} is not an option of this run"
     return message.splitlines()[0]
 
 
@@ -117,7 +117,7 @@ def _no_such_class(message: str) -> str | None:
     names = sorted({cls.__name__ for cls in _classes(base)})
     why = found.get("why") or ""
     if "No module" in why and not path.startswith(f"{__package__.partition('.')[0]}."):
-        return f"there is no class {path!r} ({why}). A module of your own must lie in a folder of PYTHONPATH"
+        return f"there is no class {path!r} ({why}). Your own modules must be in a folder on PYTHONPATH"
     near = nearest(path.rpartition(".")[2], names)
     choices = f" There are: {', '.join(names)}" if base and not near else ""
     return (f"{path} is no {found['base']}." if found.get("base") else f"there is no class {path!r}.") + near + choices

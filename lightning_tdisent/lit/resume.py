@@ -66,8 +66,8 @@ def refuse_changes(then: dict[str, Any], now: dict[str, Any]) -> None:
             f"\n  - {k.replace('.init_args', '')}: the checkpoint has {theirs[k]}, this run {mine[k]}" for k in differ
         )
         raise InputError(
-            f"this checkpoint was trained with other options:{lines}\nGive those of the checkpoint; or begin a "
-            "training of its own from its weights: load_from_checkpoint in Python, --model.warm_start and another --run"
+            f"this checkpoint was trained with other options:{lines}\nUse those of the checkpoint, or start a separate "
+            "training from its weights: load_from_checkpoint in Python, --model.warm_start and another --run"
         )
 
 
@@ -80,8 +80,8 @@ def seed_of(then: int, now: int) -> int:
     said = os.environ.get("PL_GLOBAL_SEED")
     if said is not None and str(then) not in (said, str(now)):
         raise InputError(
-            f"seed_everything: the training was begun with seed {then}, this process has {said}: the data would come "
-            f"in another order, with other noise. Give seed_everything {then}"
+            f"seed_everything: the training was started with seed {then}, this process has {said}: the order of the "
+            f"data and the noise would differ. Give seed_everything {then}"
         )
     return then
 
@@ -99,7 +99,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{file}: holds no config. Put it back, or choose another --run")
+        raise InputError(f"{file}: contains no config. Put it back, or choose another --run")
     return content
 
 
@@ -117,11 +117,11 @@ def check_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         added = [k for k in mine if _fixed(k) and k not in there and mine[k] is not None]
         print("".join(f"{k}: not in the config of then, taken as its default {mine[k]}\n" for k in added), end="")
         gone = [k for k in there if _fixed(k) and k not in mine]
-        print("".join(f"{k}: in the config of then, no option of this version\n" for k in gone), end="")
+        print("".join(f"{k}: in the stored config, but not an option of this version\n" for k in gone), end="")
     if differ:
         lines = "\n".join(f"  - {k}: {theirs.get(k)} there, {mine.get(k)} now" for k in differ)
         raise InputError(
-            f"run: {folder} holds a run of another config:\n{lines}\nGive the config of old, or choose another folder "
+            f"run: {folder} holds a run of another config:\n{lines}\nUse the stored config, or choose another folder "
             f"with --run{_branch(folder, differ, mine)}"
         )
     return old
@@ -171,7 +171,7 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, Manifest, list[str]]:
     path, manifest, bad = newest(folder / CHECKPOINTS)
     if path is None and any(manifest_of(p).exists() for p in checkpoints_in(folder / CHECKPOINTS)):
         raise InputError(
-            f"run: {folder} cannot go on, no checkpoint is good:\n"
+            f"run: {folder} cannot be resumed, no checkpoint is good:\n"
             + "\n".join(f"  - {why}" for why in bad)
             + f"\nRemove {what_is_trained(folder)} to begin anew, or choose another folder with --run"
         )
@@ -194,8 +194,8 @@ def refuse_other_runs(folder: Path, run: str) -> None:
     if others:
         lines = "\n".join(f"  - {path}: of run {theirs}" for path, theirs in others.items())
         raise InputError(
-            f"run: {folder} is the folder of run {run} (id in its config.yaml), with checkpoints of another run:\n"
-            f"{lines}\nMove them to a folder of their own, or put back the config.yaml that belongs to them"
+            f"run: {folder} belongs to run {run} (id in its config.yaml), but holds checkpoints of another run:\n"
+            f"{lines}\nMove them to another folder, or put back the config.yaml that belongs to them"
         )
 
 
@@ -221,7 +221,8 @@ def refuse_other_data(folder: Path, manifest: Manifest, then: dict[str, Any], no
     if lines:
         listed = "".join(f"\n  - {line}" for line in lines)
         raise InputError(
-            f"run: {folder} has ended, and was trained otherwise:{listed}\nChoose another folder with --run"
+            f"run: {folder} has ended, and was trained with other data or batches:{listed}\nChoose another folder "
+            "with --run"
         )
 
 

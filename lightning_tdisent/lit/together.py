@@ -211,7 +211,7 @@ class Member(L.Callback):
         """Share the data with the group, before anything is decoded."""
         if trainer.world_size > 1:
             raise InputError(
-                f"trainer.devices: fits that run together have one device, this one has {trainer.world_size}; set "
+                f"trainer.devices: co-trained fits use one device, this one has {trainer.world_size}; set "
                 "trainer.devices 1, or run it alone"
             )
         if pl_module.shards is not None:
@@ -374,7 +374,10 @@ class Stack:
         exact = self._rows.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         limit = 1e-4 if exact else 0.05
         if wrong := [value for value in off if not value < limit]:  # also where it is NaN
-            raise InputError(f"computed in one call they come out {wrong[0]:.1g} off those alone, more than {limit:g}")
+            raise InputError(
+                f"losses or gradients computed in one call differ by {wrong[0]:.1g} from those computed alone, more "
+                f"than {limit:g}"
+            )
         worst = max(off, default=0.0)
         self._checked = True
         record = {"experts": [str(member.folder) for member in self.members], "relative_difference": worst}

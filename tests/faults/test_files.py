@@ -323,7 +323,7 @@ def test_a_disk_that_gives_back_other_bytes_halts(tmp_path, monkeypatch):
         return bytes(data)
 
     monkeypatch.setattr(os, "pread", pread)
-    with pytest.raises(Halted, match=r"step-2.ckpt: .*read back are not those written"):
+    with pytest.raises(Halted, match=r"step-2.ckpt: .*read back differ from those written"):
         save(tmp_path, 2)
     monkeypatch.undo()
     assert newest(tmp_path)[0] == before

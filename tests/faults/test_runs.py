@@ -533,5 +533,5 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_to_their_step(fit, tmp_p
     until(lambda: checkpoints_in(run / "checkpoints"), process)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(30) == 143, process.text
-    assert "told to go" in process.text
+    assert "stopped by a signal" in process.text
     assert newest(run / "checkpoints")[0] is not None

@@ -188,8 +188,8 @@ def test_single_reads_by_workers_train_as_from_memory(digits, tmp_path, tiny):
         ({"bad_ceiling": 2}, "data.bad_ceiling: a share of the samples, 0 to 1, got 2"),
         ({"workers": -1}, "data.workers: at least 0, got -1"),
         ({"val_limit": 0}, "data.val_limit: at least 1, got 0"),
-        ({"access": "bogus"}, "data.access: auto, random or sequential, got bogus"),
-        ({"resident": "devise"}, "data.resident: true, false or device, got devise"),
+        ({"access": "bogus"}, "data.access: expected auto, random or sequential, got bogus"),
+        ({"resident": "devise"}, "data.resident: expected true, false or device, got devise"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, words):
@@ -265,7 +265,7 @@ def test_a_run_goes_on_in_the_same_order_or_not_at_all(digits, tmp_path):
     state = loader().state_dict()
     loader(resident=False).load_state_dict(state)  # single reads have the order of memory
     for options in ({"access": "sequential", "resident": False}, {"train": "test"}):
-        with pytest.raises(InputError, match=r"data: the checkpoint was trained in the order of .*, this run has that"):
+        with pytest.raises(InputError, match=r"data: the checkpoint was trained with the image order .*, this run has"):
             loader(**options).load_state_dict(state)
     with pytest.raises(InputError, match=r"data.batch_size: .* 100 images .* this run has 50"):
         ImageShards(str(folder), 1, batch_size=50, seed=0).train_dataloader().load_state_dict(state)

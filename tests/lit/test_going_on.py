@@ -67,16 +67,14 @@ def test_a_script_without_a_seed_goes_on_in_the_order_and_noise_that_it_began_wi
 
 def test_another_seed_is_refused_with_both_and_the_same_is_taken(fit):
     unbroken, _ = fit(5, seed=4, save=3)
-    with pytest.raises(InputError, match=r"begun with seed 4, this process has 7: .*Give seed_everything 4"):
+    with pytest.raises(InputError, match=r"started with seed 4, this process has 7: .*Give seed_everything 4"):
         fit(5, seed=7, resume=True)
     assert fit(5, seed=4, resume=True)[0] == unbroken[3:]
 
 
 def test_another_order_of_the_data_is_refused(data, fit):
     fit(4, save=3, shards={"seed": 5, "flip": True})
-    with pytest.raises(
-        InputError, match=r"data\.seed: .* order of seed 5, this run's in that of 6\. Give data\.seed 5"
-    ):
+    with pytest.raises(InputError, match=r"data\.seed: .* order of seed 5, this run has seed 6\. Set data\.seed 5"):
         fit(5, resume=True, shards={"seed": 6, "flip": True})
     with pytest.raises(InputError, match=r"data\.flip: the checkpoint was trained with True, this run has False"):
         fit(5, resume=True, shards={"seed": 5})
@@ -118,7 +116,7 @@ def test_averages_are_neither_lost_nor_begun_in_silence(fit, capsys):
     fit(1, save=1)
     capsys.readouterr()
     fit(2, EMA(0.9), resume=True)
-    assert "ema: the checkpoint has no averages; they begin with its weights, at step 1" in capsys.readouterr().out
+    assert "ema: the checkpoint has no averages; they start from its weights, at step 1" in capsys.readouterr().out
 
 
 def test_the_same_trainer_goes_on_with_its_seed(make, data, tiny, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_a_shard_that_is_in_both_is_refused_where_no_samples_are_listed(tmp_path
 
 def test_shards_that_name_no_split_are_no_held_out_ones(tmp_path):
     split(tmp_path, "00000", range(20), index=False)
-    with pytest.raises(InputError, match=r"20 of 20 held-out samples.*Name other splits, or their shards by patterns"):
+    with pytest.raises(InputError, match=r"20 of 20 held-out samples.*Choose other splits, or select their shards"):
         fit(tmp_path)
 
 

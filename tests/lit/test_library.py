@@ -263,7 +263,7 @@ def test_a_run_goes_on_in_its_own_folder(make, data, plain, tmp_path):
     assert [path.name[-6:-5] for path in checkpoints_in(folder)] == ["2", "4", "6", "8"]
     other = checkpoints_in(folder)[-1].rename(tmp_path.with_name("elsewhere.ckpt"))
     last = plain(Checkpoint(), enable_checkpointing=True, max_steps=9)
-    with pytest.raises(InputError, match=r"begins from .*elsewhere\.ckpt"):  # of no run of this folder
+    with pytest.raises(InputError, match=r"starts from .*elsewhere\.ckpt"):  # of no run of this folder
         last.fit(make(), datamodule=data(val_limit=64), ckpt_path=str(other), weights_only=True)
 
 

@@ -111,9 +111,9 @@ def test_arguments_of_modules_have_ranges(said, options, tiny):
         ("data.workers: at least 0, got -1", lambda: ImageShards("data/digits", 1, workers=-1)),
         ("data.workers: an integer, at least 0, got None", lambda: ImageShards("data/digits", 1, workers=None)),
         ("data.batch_size: an integer, at least 1, got None", lambda: ImageShards("data/digits", 1, batch_size=None)),
-        ("data.val: a text, got None", lambda: ImageShards("data/digits", 1, val=None)),
-        ("data.train: a text, got ''", lambda: ImageShards("data/digits", 1, train="")),
-        ("data.verify: true or false, got None", lambda: ImageShards("data/digits", 1, verify=None)),
+        ("data.val: expected text, got None", lambda: ImageShards("data/digits", 1, val=None)),
+        ("data.train: expected text, got ''", lambda: ImageShards("data/digits", 1, train="")),
+        ("data.verify: expected true or false, got None", lambda: ImageShards("data/digits", 1, verify=None)),
         ("data.batch_size: an integer, at least 1, got 8.5", lambda: ImageShards("data/digits", 1, batch_size=8.5)),
         ("data.n: from 1 to 4294967296, got 0", lambda: Seeds(0)),
         ("data.first: from 0 to 4294967232, got -1", lambda: Seeds(64, -1)),
@@ -283,7 +283,7 @@ def test_a_value_that_the_kept_config_cannot_hold_is_refused(tmp_path):
             return f"run: {tmp_path}\ntrainer: {{callbacks: [{part}]}}"
 
     save = SaveConfig(Dumps(), jsonargparse.Namespace(ckpt_path=None))
-    with pytest.raises(InputError, match=r"^trainer.callbacks.0.device: a value that config.yaml cannot hold"):
+    with pytest.raises(InputError, match=r"^trainer.callbacks.0.device: a value that config.yaml cannot store"):
         save.setup(own(tmp_path), None, "fit")
     assert not list(tmp_path.iterdir())
 
@@ -297,12 +297,12 @@ def test_fit_says_where_the_weights_are_and_why_it_does_not_go_on(tmp_path, caps
     epoch = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3"]
     assert fit(*epoch) == (0, [f"weights of step 3: {tmp_path / 'run' / 'model.safetensors'}"], [])
     ended = "ended at step 3 by trainer.max_epochs (1), trainer.max_time or a callback such as EarlyStopping"
-    assert fit(*epoch)[:2] == (0, [f"{tmp_path / 'run'}: {ended}; change that to go on"])
+    assert fit(*epoch)[:2] == (0, [f"{tmp_path / 'run'}: {ended}; change that to resume"])
     code, _, (said,) = fit(*epoch, "--trainer.max_steps", "20")  # which max_epochs ends again
     assert (code, "had ended at step 3, and no step was trained now: trainer.max_epochs, " in said) == (2, True)
     epoch[1] = "2"
     assert fit(*epoch)[1] == [f"weights of step 4: {tmp_path / 'run' / 'model.safetensors'}"]
-    assert fit(*epoch)[1] == [f"{tmp_path / 'run'}: all 4 steps are done; give a larger --trainer.max_steps to go on"]
+    assert fit(*epoch)[1] == [f"{tmp_path / 'run'}: all 4 steps are done; give a larger --trainer.max_steps to resume"]
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")

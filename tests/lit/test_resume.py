@@ -309,7 +309,7 @@ def test_a_run_with_bad_checkpoints_alone_is_refused_with_every_reason(command, 
         (["--trainer.precision", "bf16-mixed"], "trainer.precision: .* there, bf16-mixed now"),
         (["--resume", "never"], "already holds a run"),
         (["--data.batch_size", "32"], "trained with 64 images a step over all ranks, this run has 32"),
-        (["--ckpt_path", "LICENSE"], "is not of .* already holds a run"),
+        (["--ckpt_path", "LICENSE"], "does not belong to .* already holds a run"),
     ],
 )
 def test_another_config_is_refused_naming_both_values(words, said, command):
@@ -360,7 +360,7 @@ def test_a_run_of_its_own_can_be_branched_and_rolled_back(command, tmp_path):
 
 
 def test_the_config_of_a_run_must_be_readable(tmp_path):
-    for text, said in (("a: [", "cannot be read"), ("", "holds no config")):
+    for text, said in (("a: [", "cannot be read"), ("", "contains no config")):
         (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=rf"config.yaml: {said}"):
             check_config(tmp_path, {})

@@ -234,7 +234,7 @@ def test_several_devices_are_refused(argv, tmp_path, monkeypatch):
     monkeypatch.setattr(L.Trainer, "world_size", property(lambda _: 2))
     (end,) = together([argv(tmp_path, 1, 2)])
     assert isinstance(end, InputError)
-    assert "fits that run together have one device, this one has 2" in str(end)
+    assert "co-trained fits use one device, this one has 2" in str(end)
 
 
 def test_ctrl_c_given_twice_ends_all_at_once(argv, tmp_path):

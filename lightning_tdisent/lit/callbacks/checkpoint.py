@@ -162,8 +162,8 @@ class Checkpoint(LightningCheckpoint):
         """Refuse a second `Checkpoint`, and handle signals from here on, since much is done before the first step."""
         if (n := sum(isinstance(callback, Checkpoint) for callback in trainer.callbacks)) > 1:
             raise InputError(
-                f"trainer.callbacks: {n} Checkpoint callbacks, which would remove each other's files. Keep one: "
-                "checkpoint.every, minutes and keep set it"
+                f"trainer.callbacks: {n} Checkpoint callbacks, which would remove each other's files. Keep one, and "
+                "configure it with checkpoint.every, minutes and keep"
             )
         if stage == "fit" and threading.current_thread() is threading.main_thread():
             self._before: dict[int, Any] = {number: signal.getsignal(number) for number in heeded()}
@@ -224,7 +224,7 @@ class Checkpoint(LightningCheckpoint):
             places: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(places, (str(trainer.ckpt_path), trainer.global_step), group=self._group)
             if len(set(places)) > 1:
-                raise InputError(f"run: the ranks would go on from different checkpoints, by rank: {places}")
+                raise InputError(f"run: the ranks would resume from different checkpoints, by rank: {places}")
             # Lightning reads a flag of rank 0 from the device at every batch; the vote below replaces this
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
@@ -335,7 +335,10 @@ class Checkpoint(LightningCheckpoint):
                 self.save(trainer)
             if trainer.is_global_zero:
                 with contextlib.suppress(OSError):  # stderr may be closed
-                    print(f"\ntold to go after step {trainer.global_step}; the same command goes on", file=sys.stderr)
+                    print(
+                        f"\nstopped by a signal after step {trainer.global_step}; the same command resumes the run",
+                        file=sys.stderr,
+                    )
         elif trainer.world_size > 1 and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)  # otherwise the ranks it started would wait for this one
         self._leave()

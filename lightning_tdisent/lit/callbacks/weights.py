@@ -91,8 +91,8 @@ class EMA(L.Callback):
         changing = (ModelPruning, StochasticWeightAveraging, WeightAveraging)
         if stage == "fit" and (wrong := [type(c).__name__ for c in trainer.callbacks if isinstance(c, changing)]):
             raise InputError(
-                f"trainer.callbacks: {', '.join(wrong)} changes weights that EMA does not see, and EMA's averages are "
-                "what is exported. Leave it out: ema.decay and ema.lengths set the averages"
+                f"trainer.callbacks: {', '.join(wrong)} changes weights without EMA's notice, and EMA's averages are "
+                "exported. Leave it out: ema.decay and ema.lengths set the averages"
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
@@ -223,7 +223,7 @@ class EMA(L.Callback):
         if stored is None:
             if trainer.is_global_zero and trainer.ckpt_path:
                 step = checkpoint["global_step"]
-                print(f"ema: the checkpoint has no averages; they begin with its weights, at step {step:,}")
+                print(f"ema: the checkpoint has no averages; they start from its weights, at step {step:,}")
             return
         if stored["kinds"] != self.kinds:
             raise InputError(f"ema: the checkpoint has averages {stored['kinds']}, the config {self.kinds}")
@@ -266,6 +266,6 @@ class Export(L.Callback):
         else:
             errors = {"start": start, "ema": fmean(own)}
             if kept := not errors["ema"] <= errors["start"]:  # also if the error is NaN
-                print(f"{path}: the start's weights are kept: held-out error {start:.4g}, trained {fmean(own):.4g}")
+                print(f"{path}: the initial weights are kept: held-out error {start:.4g}, trained {fmean(own):.4g}")
             weights, average = (ema.start, ema.describe(steps=0)) if kept else (ema.state(pl_module), ema.describe())
             pl_module.export(path, weights, average, "start" if kept else "ema", errors)
