@@ -72,11 +72,11 @@ class DurableIO(TorchCheckpointIO):
         except Lost:
             raise
         except (OSError, RuntimeError, Halted) as error:
-            told = error if isinstance(error, OSError) else error.__context__  # torch's writer hides the OSError
-            if not isinstance(told, OSError):
+            cause = error if isinstance(error, OSError) else error.__context__  # torch's writer hides the OSError
+            if not isinstance(cause, OSError):
                 raise
             raise Halted(
-                f"{path}: the checkpoint of step {step} cannot be written: {told.strerror or told}. Training stops, "
+                f"{path}: the checkpoint of step {step} cannot be written: {cause.strerror or cause}. Training stops, "
                 "since later work could be lost. Fix the cause, and run the same command to resume from the previous "
                 "checkpoint."
             ) from error
@@ -180,13 +180,13 @@ class _VerifiedFile:
         self._file, self._pieces = path.open("x+b", buffering=0), SimpleQueue[tuple[int, int]]()
 
     def __enter__(self) -> Self:
-        self._other = ThreadPoolExecutor(1)
-        self._hash = self._other.submit(self._read_back)
+        self._reader = ThreadPoolExecutor(1)
+        self._hash = self._reader.submit(self._read_back)
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._pieces.put((0, 0))
-        self._other.shutdown()
+        self._reader.shutdown()
         self._file.close()
 
     def write(self, data: Any) -> int:
@@ -196,7 +196,7 @@ class _VerifiedFile:
             left = size = len(piece)
             while left:
                 left -= self._file.write(piece[size - left :])
-            self._pieces.put((size, _sum(piece)))
+            self._pieces.put((size, _checksum(piece)))
         return len(data)
 
     def flush(self) -> None:
@@ -209,35 +209,35 @@ class _VerifiedFile:
         return self._hash.result()
 
     def _read_back(self) -> str:
-        return digest_of(self._back())
+        return digest_of(self._pieces_back())
 
-    def _back(self) -> Iterator[bytes]:
+    def _pieces_back(self) -> Iterator[bytes]:
         at = 0
         while (piece := self._pieces.get())[0]:
             size, total = piece
             back = os.pread(self._file.fileno(), size, at)
-            if len(back) != size or _sum(back) != total:
+            if len(back) != size or _checksum(back) != total:
                 raise OSError(None, f"bytes {at} to {at + size} read back differ from those written")
             yield back
             at += size
 
 
-def _sum(data: Any) -> int:
+def _checksum(data: Any) -> int:
     words = len(data) // 8
     return int(np.frombuffer(data, np.uint64, words).sum()) + sum(bytes(data[words * 8 :]))
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    beside = temporary(path)
+    unfinished = temporary(path)
     card = checkpoint.get("card", {})
     try:
-        with _VerifiedFile(beside) as file:
+        with _VerifiedFile(unfinished) as file:
             torch.save(checkpoint, file)  # type: ignore[arg-type]  # torch only calls write and flush
             digest = file.finish()
         manifest = {
             "schema": SCHEMA,
             "sha256": digest,
-            "bytes": beside.stat().st_size,
+            "bytes": unfinished.stat().st_size,
             "step": checkpoint.get("global_step", 0),
             "epoch": checkpoint.get("epoch", 0),
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -245,7 +245,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
         }
         ask_guards(path)
         manifest_of(path).unlink(missing_ok=True)  # so that no old manifest lies next to a new checkpoint
-        beside.replace(path)
+        unfinished.replace(path)
         sync_folder(path.parent)
         try:
             _write_json(manifest_of(path), {**manifest, "check": check_of(manifest)})
@@ -253,7 +253,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
             path.unlink(missing_ok=True)
             raise
     finally:
-        beside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     _write_json(path.parent / NEWEST, {"schema": 1, "file": path.name, "step": manifest["step"], "sha256": digest})
 
 

@@ -67,7 +67,7 @@ class ResumableLoader:
             self._stream = self.shared(self.done)
         elif self._stream is None or self.rewind:
             self.source.first = 0 if self.rewind else self.done
-            self._stream = self._open() if self.parts == 1 else self._whole(self._open())
+            self._stream = self._open() if self.parts == 1 else self._concatenated(self._open())
         try:
             for batch in itertools.islice(self._stream, len(self)):
                 self.done += 1
@@ -79,7 +79,7 @@ class ResumableLoader:
                 said = re.sub(r"^lightning_tdisent\.[\w.]+: ", "", said.splitlines()[-1])
             raise InputError(said) from None
 
-    def _whole(self, stream: Iterator[Sample]) -> Iterator[Sample]:
+    def _concatenated(self, stream: Iterator[Sample]) -> Iterator[Sample]:
         """Yield whole batches, each concatenated from the parts that the workers make."""
         while True:
             parts = list(itertools.islice(stream, self.parts))
@@ -248,25 +248,25 @@ class ImageShards(L.LightningDataModule):
         each data module then counts its own skipped samples.
         """
         self._shared = shared
-        if self._together:
-            self.shards = shared.once(("shards", *self._training), lambda: self.shards)
+        if self._can_share:
+            self.shards = shared.once(("shards", *self._training_key), lambda: self.shards)
 
     @property
-    def _together(self) -> bool:
+    def _can_share(self) -> bool:
         return bool(self.resident) or self.policy.on_bad == "stop"
 
-    def _once(self, what: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    def _make_once(self, what: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         return make() if self._shared is None else self._shared.once(what, make)
 
     @property
-    def _training(self) -> tuple[Any, ...]:
+    def _training_key(self) -> tuple[Any, ...]:
         return (self.path, self.train, self.shards.decoder, self.policy, self.index)
 
     @cached_property
     def held_out(self) -> ImageSet:
         """The held-out images in memory; a damaged one always raises InputError."""
         what = (self.path, self.val, self.decoder, Policy(verify=self.policy.verify), self.index)
-        return self._once((*what, self.val_limit), lambda: Shards.open(*what).decoded(self.val_limit))
+        return self._make_once((*what, self.val_limit), lambda: Shards.open(*what).decoded(self.val_limit))
 
     @cached_property
     def shards(self) -> Shards:
@@ -276,7 +276,7 @@ class ImageShards(L.LightningDataModule):
     @cached_property
     def training(self) -> ImageSet:
         """The training images in memory."""
-        return self._once(self._training, self.shards.decoded)
+        return self._make_once(self._training_key, self.shards.decoded)
 
     @property
     def digest(self) -> str:
@@ -300,7 +300,7 @@ class ImageShards(L.LightningDataModule):
         """(C, H, W) of the held-out images or latents."""
         return list(self.held_out.images.shape[-3:])
 
-    def _place(self) -> tuple[int, int]:
+    def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def setup(self, stage: str) -> None:
@@ -311,7 +311,8 @@ class ImageShards(L.LightningDataModule):
             held_out = Shards.open(self.path, self.val, self.decoder, self.policy, self.index)
             refuse_shared(held_out, self.shards, what, "Choose other splits, or select their shards by patterns")
             for split, shards in ((self.train, self.shards), (self.val, held_out)):
-                if not shards.index.hashed and self._place()[0] == 0:  # an index prints its notes when it is made
+                # whoever makes an index is shown its notes then
+                if not shards.index.hashed and self._rank_and_world()[0] == 0:
                     print("".join(f"note: {split}: {line}\n" for line in shards.index.notes), end="", file=sys.stderr)
         from lightning_tdisent.lit.inference import DenoiserModule  # imported here because it imports this module
 
@@ -332,13 +333,13 @@ class ImageShards(L.LightningDataModule):
             seed = torch.initial_seed() & 0xFFFFFFFF
             seed = self.trainer.strategy.broadcast(seed) if self.trainer else seed
         options: dict[str, Any] = {"seed": seed, "flip": self.flip}
-        options["rank"], options["world"] = self._place()
+        options["rank"], options["world"] = self._rank_and_world()
         dataset: Shuffled | Streamed
         if self.resident:
             device = self.trainer.strategy.root_device if self.trainer and self.resident == "device" else None
             data = self.training
             if device is not None:
-                data = self._once((*self._training, device), lambda: self.training.to(device))
+                data = self._make_once((*self._training_key, device), lambda: self.training.to(device))
             dataset = Shuffled(data, self.batch_size, device=device, **options)
         elif self.access == "random" or (self.access == "auto" and self.shards.random_access):
             dataset = Shuffled(self.shards, self.batch_size, **options)
@@ -349,15 +350,15 @@ class ImageShards(L.LightningDataModule):
             start = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
             rewind = self.trainer.overfit_batches > 0
         workers = 0 if self.resident else self.workers
-        self._loader = ResumableLoader(dataset, workers, start, rewind, self._group(len(dataset)))
-        if (store := self._shared) is not None and not rewind and self._together:
-            order = (type(dataset), *self._training, self.resident, self.buffer, self.batch_size, *options.values())
+        self._loader = ResumableLoader(dataset, workers, start, rewind, self._group_size(len(dataset)))
+        if (store := self._shared) is not None and not rewind and self._can_share:
+            order = (type(dataset), *self._training_key, self.resident, self.buffer, self.batch_size, *options.values())
             self._loader.shared = lambda n: store.batches(
                 order, n, id(self), partial(ResumableLoader, dataset, workers)
             )
         return self._loader
 
-    def _group(self, batches: int) -> int:
+    def _group_size(self, batches: int) -> int:
         """Return the batches per optimizer step; refuse limits that leave fewer for the last step of an epoch."""
         group = self.trainer.accumulate_grad_batches if self.trainer else 1
         if group == 1 or self.trainer.fast_dev_run:
@@ -385,7 +386,7 @@ class ImageShards(L.LightningDataModule):
 
     def val_dataloader(self) -> FixedBatches:
         """Return batches of this rank's held-out images: every world-th image, none padded or left out."""
-        rank, world = self._place()
+        rank, world = self._rank_and_world()
         ids = torch.arange(len(self.held_out))[rank::world]
         data = self.held_out
         parts = ids.split(max(self.batch_size, 250))

@@ -68,7 +68,7 @@ from lightning_tdisent.priors import flow, gaussian, mixture  # noqa: F401
 from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS, RunFolder, checkpoints_in, held, new_identity
 from lightning_tdisent.sampling import sampler  # noqa: F401
 
-_MARKS = (CHECKPOINTS, WEIGHTS, PRIOR)  # at least one of these lies next to the config of a run
+_RUN_FILES = (CHECKPOINTS, WEIGHTS, PRIOR)  # at least one of these lies next to the config of a run
 COMMANDS = ("fit", "validate", "test", "predict")
 # of the running command, per thread: its command line and config files, and the locks it holds until it ends
 LINE: ContextVar[tuple[Sequence[str], Sequence[Path]]] = ContextVar("LINE", default=((), ()))
@@ -152,7 +152,7 @@ class CLI(LightningCLI):
         if config.get("ckpt_path") is not None:
             config.ckpt_path = str(resolve(config.ckpt_path))
         if self.subcommand == "fit":
-            self._enter(config)
+            self._enter_run_folder(config)
         elif (
             output_path(config.run, "--run") / CONFIG
         ).exists():  # other commands than fit write to a subfolder of the run
@@ -190,7 +190,7 @@ class CLI(LightningCLI):
     purge_step: int | None = None
     ended: int | None = None  # step at which a run that is resumed had ended
 
-    def _enter(self, config: Any) -> None:
+    def _enter_run_folder(self, config: Any) -> None:
         """Hold the run folder and choose the checkpoint to resume from; refuse the folder of another run."""
         folder, asked = output_path(config.run, "--run"), config.ckpt_path and Path(config.ckpt_path)
         if config.trainer.fast_dev_run:  # reads and writes no checkpoint
@@ -222,7 +222,7 @@ class CLI(LightningCLI):
             place.name(run)
         path, manifest, bad = (asked, facts(asked), list[str]()) if asked else find_checkpoint(folder)
         step, limit = manifest.get("step", 0), config.trainer.max_steps
-        if path is not None and _exported(folder, run) == step:
+        if path is not None and _exported_steps(folder, run) == step:
             self.ended = step
             if why := _why_ended(step, mine["trainer"], theirs["trainer"]):
                 refuse_other_data(folder, manifest, theirs, mine)
@@ -307,7 +307,7 @@ def _why_ended(step: int, mine: dict[str, Any], theirs: dict[str, Any]) -> str |
     return None
 
 
-def _exported(folder: Path, run: str) -> int | None:
+def _exported_steps(folder: Path, run: str) -> int | None:
     """Return the number of steps of the weights that a finished training exported, None if there are none."""
     card: Any
     if (file := folder / WEIGHTS).exists():
@@ -359,13 +359,13 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse values that YAML cannot represent. Nothing is written yet: a refused run must not claim its folder."""
-        if stage == "fit" and not trainer.fast_dev_run and (lost := _unserializable(self._kept(trainer))):
+        if stage == "fit" and not trainer.fast_dev_run and (lost := _unserializable(self._resolved(trainer))):
             raise InputError(
                 f"{', '.join(lost)}: a value that config.yaml cannot store, so that the run could not be resumed. Give "
                 "each as a number, text or a class_path, or leave the option out"
             )
 
-    def _kept(self, trainer: L.Trainer) -> dict[str, Any]:
+    def _resolved(self, trainer: L.Trainer) -> dict[str, Any]:
         config = self.config.clone()
         config.ckpt_path = None  # a later resume uses the newest checkpoint, not the one used this time
         kept: dict[str, Any] = absolute_paths(yaml.safe_load(self.parser.dump(config, skip_none=False)))
@@ -378,7 +378,7 @@ class SaveConfig(SaveConfigCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the config before the first step."""
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            kept = self._kept(trainer)
+            kept = self._resolved(trainer)
             # a large width keeps each key on one line
             text = yaml.dump(kept, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
             write_whole(Path(trainer.default_root_dir) / CONFIG, (header() + text).encode())
@@ -441,7 +441,7 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
     class. Raises InputError for an invalid config or command line.
     """
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    _quiet()
+    _silence_warnings()
     files = _config_files(argv)
     for file in files:
         _check_yaml(file)
@@ -457,7 +457,7 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
             LOCKS.set(locks)
             cli = _cli(argv, always, cls or CLI)
             if argv[0] == "fit" and cls is None:
-                _say_end(cli, quiet=bool(callbacks))
+                _report_end(cli, quiet=bool(callbacks))
             return cli
     except MisconfigurationException as error:
         raise InputError(str(error)) from None
@@ -474,7 +474,7 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
         raise
 
 
-def _say_end(cli: CLI, quiet: bool) -> None:
+def _report_end(cli: CLI, quiet: bool) -> None:
     """Print the path of the weights; raise InputError if a fit resumed a run that had ended and trained no step."""
     trainer, folder = cli.trainer, Path(cli.trainer.default_root_dir)
     if cli.ended is not None and trainer.global_step == cli.ended:
@@ -510,7 +510,7 @@ def _cli(argv: Sequence[str], always: list[L.Callback], cls: type[CLI]) -> CLI:
     )
 
 
-def _quiet() -> None:
+def _silence_warnings() -> None:
     """Silence messages that a user cannot act on."""
     for text in (
         ".*does not have many workers.*",
@@ -537,10 +537,10 @@ def typed_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _config_files(argv: Sequence[str]) -> list[Path]:
-    return [Path(argv[i].partition("=")[2] or argv[i + 1]) for i in _config_words(argv)]
+    return [Path(argv[i].partition("=")[2] or argv[i + 1]) for i in _config_positions(argv)]
 
 
-def _config_words(argv: Sequence[str]) -> list[int]:
+def _config_positions(argv: Sequence[str]) -> list[int]:
     """Return the positions of the words ``--config FILE`` and ``--config=FILE``."""
     alone = [i for i, word in enumerate(argv[:-1]) if word in ("--config", "-c")]
     return sorted(alone + [i for i, word in enumerate(argv) if word.startswith("--config=")])
@@ -552,12 +552,12 @@ def _configs_first(argv: Sequence[str]) -> list[str]:
     The config stored in a run folder selects that folder as ``--run``, also after the folder was moved.
     """
     configs, taken = [], {0}
-    for i in _config_words(argv):
+    for i in _config_positions(argv):
         joined = argv[i].startswith("--config=")
         file = Path(argv[i].partition("=")[2] if joined else argv[i + 1])
         configs += [f"--config={file}"]
         run = re.search(r"(?m)^id: \S+", file.read_text(encoding="utf-8"))
-        if file.name == CONFIG and (run or any((file.parent / name).exists() for name in _MARKS)):
+        if file.name == CONFIG and (run or any((file.parent / name).exists() for name in _RUN_FILES)):
             configs += [f"--run={file.parent}"]
         elif run and not any(re.fullmatch("--run(=.*)?", word) for word in argv):
             raise InputError(f"--config {file}: is the config of a run ({run[0]}); give the folder to use with --run")

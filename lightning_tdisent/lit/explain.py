@@ -27,7 +27,7 @@ def explain(message: str, argv: Sequence[str], files: Sequence[Path], parser: js
     """
     if match := re.search(r"unrecognized arguments: (.*)", message):
         word = match[1].split()[0]
-        return f"command line: {word}: no such option.{_meant(word, argv, _options(parser))}"
+        return f"command line: {word}: no such option.{_suggestion(word, argv, _options(parser))}"
     if match := re.search(r"Subcommand '(\w+)' does not accept option '([^']+)'", message):
         sub = {option.lstrip("-") for option in _options(parser)}
         return f"{place(match[2], argv, files)}: {match[1]} has no option {match[2]!r}.{nearest(match[2], sub)}"
@@ -67,7 +67,7 @@ def explain_interpolation(message: str, files: Sequence[Path]) -> str:
     return message.splitlines()[0]
 
 
-def _meant(word: str, argv: Sequence[str], options: set[str]) -> str:
+def _suggestion(word: str, argv: Sequence[str], options: set[str]) -> str:
     """Return a suggestion for an unknown option: one that ends in it, as --model.lr for --lr, or the closest one."""
     first, dot, rest = word.partition("=")[0].lstrip("-").partition(".")
     every = options.union(
@@ -111,7 +111,7 @@ def _no_such_class(message: str) -> str | None:
     )
     if (match := next(filter(None, (re.search(form, message) for form in forms)), None)) is None:
         return None
-    found, base = match.groupdict(), _base(message[: match.start()])
+    found, base = match.groupdict(), _expected_base(message[: match.start()])
     given = re.search(r"Given value: (\S+)", message[match.end() :])
     path = (found["path"] or (given[1] if given else "the value")).strip()
     names = sorted({cls.__name__ for cls in _classes(base)})
@@ -123,7 +123,7 @@ def _no_such_class(message: str) -> str | None:
     return (f"{path} is no {found['base']}." if found.get("base") else f"there is no class {path!r}.") + near + choices
 
 
-def _base(before: str) -> type | None:
+def _expected_base(before: str) -> type | None:
     """Return the base class that is expected where a message ends: the last type named, or the argument's type."""
     types = list(re.finditer(r"Subtypes: \[(?:list\[)?(?:<class ')?([\w.]+)", before))
     keys = list(re.finditer(r'Parser key "([\w.]+)"', before))

@@ -55,12 +55,12 @@ def refuse_changes(then: dict[str, Any], now: dict[str, Any]) -> None:
     mine, theirs = _flat(identity(now)), _flat(identity(then))
     both = sorted(mine.keys() & theirs.keys())
     for k in both if rank_zero_only.rank == 0 else ():
-        if _under(k, BRANCH) and mine[k] != theirs[k]:
+        if _is_below(k, BRANCH) and mine[k] != theirs[k]:
             named = k.replace(".init_args", "")
             print(
                 f"note: from here on {named} is {mine[k]}; the checkpoint was trained with {theirs[k]}", file=sys.stderr
             )
-    kept = [k for k in both if _fixed(k) and not _under(k, (*BRANCH, *CARD))]
+    kept = [k for k in both if _defines_run(k) and not _is_below(k, (*BRANCH, *CARD))]
     if differ := [k for k in kept if mine[k] != theirs[k]]:
         lines = "".join(
             f"\n  - {k.replace('.init_args', '')}: the checkpoint has {theirs[k]}, this run {mine[k]}" for k in differ
@@ -112,26 +112,26 @@ def check_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     old = absolute_paths(config_of(folder))
     there, old = _flat(old), filled(_completed(old))
     mine, theirs = _flat(absolute_paths(config)), _flat(old)
-    differ = [k for k in sorted(mine.keys() | theirs.keys()) if _fixed(k) and mine.get(k) != theirs.get(k)]
+    differ = [k for k in sorted(mine.keys() | theirs.keys()) if _defines_run(k) and mine.get(k) != theirs.get(k)]
     if rank_zero_only.rank == 0 and not differ:
-        added = [k for k in mine if _fixed(k) and k not in there and mine[k] is not None]
+        added = [k for k in mine if _defines_run(k) and k not in there and mine[k] is not None]
         print("".join(f"{k}: not in the config of then, taken as its default {mine[k]}\n" for k in added), end="")
-        gone = [k for k in there if _fixed(k) and k not in mine]
+        gone = [k for k in there if _defines_run(k) and k not in mine]
         print("".join(f"{k}: in the stored config, but not an option of this version\n" for k in gone), end="")
     if differ:
         lines = "\n".join(f"  - {k}: {theirs.get(k)} there, {mine.get(k)} now" for k in differ)
         raise InputError(
             f"run: {folder} holds a run of another config:\n{lines}\nUse the stored config, or choose another folder "
-            f"with --run{_branch(folder, differ, mine)}"
+            f"with --run{_branch_options(folder, differ, mine)}"
         )
     return old
 
 
-def _branch(folder: Path, differ: Sequence[str], config: dict[str, Any]) -> str:
+def _branch_options(folder: Path, differ: Sequence[str], config: dict[str, Any]) -> str:
     """Return text that names the options to start another run from this one's weights, empty if that is impossible."""
-    if all(_under(key, BRANCH) for key in differ):
+    if all(_is_below(key, BRANCH) for key in differ):
         words, kept = ["--ckpt_path", str(folder)], "weights and optimizer"
-    elif "model.init_args.warm_start" in config and not any(_under(key, CARD) for key in differ):
+    elif "model.init_args.warm_start" in config and not any(_is_below(key, CARD) for key in differ):
         there = [folder] if (folder / WEIGHTS).exists() else checkpoints_in(folder / CHECKPOINTS)
         if not there:
             return ""
@@ -233,11 +233,11 @@ def _factors(config: dict[str, Any]) -> list[Any]:
     return [data.get("batch_size"), *(trainer.get(key) for key in keys)]
 
 
-def _fixed(key: str) -> bool:
-    return _under(key, FIXED) and not _under(key, FREE)
+def _defines_run(key: str) -> bool:
+    return _is_below(key, FIXED) and not _is_below(key, FREE)
 
 
-def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+def _is_below(key: str, prefixes: tuple[str, ...]) -> bool:
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
 
 

@@ -290,7 +290,7 @@ class Member(L.Callback):
 
     def loss(self, x0: Tensor, s: Tensor, eps: Tensor, label: Tensor | None = None) -> Tensor:
         """Return the losses as `Denoiser.loss` does; their gradient with respect to ``flat`` is already computed."""
-        return _Given.apply(*self.group.loss(self.number, (x0, s, eps, label)), self.flat)
+        return _KnownGradient.apply(*self.group.loss(self.number, (x0, s, eps, label)), self.flat)
 
     def alone(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Return the losses (B,) and the gradient of their mean, computed by this expert's network alone."""
@@ -311,7 +311,7 @@ class Member(L.Callback):
                 saved["state"][i] = {"step": whole["step"].clone(), **{name: moments[name][i] for name in MOMENTS}}
 
 
-class _Given(torch.autograd.Function):
+class _KnownGradient(torch.autograd.Function):
     """Attach the known gradient of the mean loss to the losses.
 
     Only correct if later operations weight all samples equally, as a mean does.

@@ -103,7 +103,7 @@ class Checkpoint(LightningCheckpoint):
         self._stop, self._request = 0, torch.zeros((), dtype=torch.int64)
         self._group: Any = None
         self._epoch_counted: bool | None = None
-        self._own: RunFolder | None = None  # the run folder if this callback holds it, not the command line
+        self._held: RunFolder | None = None  # the run folder if this callback holds it, not the command line
 
     def _preflight(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Raise InputError unless ``keep`` + 1 checkpoints can be written to the folder."""
@@ -114,10 +114,10 @@ class Checkpoint(LightningCheckpoint):
         except OSError as error:
             raise InputError(f"run: {self.folder} cannot be written: {error.strerror}. Choose another --run") from None
         found = checkpoints_in(self.folder)
-        if self._own is None:  # the command line has checked the run; a checkpoint without manifest does not count
+        if self._held is None:  # the command line has checked the run; checkpoints without a manifest do not count
             found = [path for path in found if manifest_of(path).exists()]
         refuse_other_run(trainer, found)
-        self._found = {path.name: _mark(path) for path in checkpoints_in(self.folder)}
+        self._found_at_start = {path.name: _file_identity(path) for path in checkpoints_in(self.folder)}
         averages = [len(c.kinds) + bool(c.start) for c in trainer.callbacks if isinstance(c, EMA)]
         copies = 3 + sum(averages)  # the weights and AdamW's two moments
         size = copies * sum(p.numel() * p.element_size() for p in pl_module.denoiser.parameters())
@@ -142,21 +142,21 @@ class Checkpoint(LightningCheckpoint):
                 f"{error.strerror}. Make room, ask for a larger quota, choose another --run, or lower checkpoint.keep"
             ) from None
 
-    def _enter(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+    def _hold_folder(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Hold the run folder unless the command line does, and give folder and module the same run identity."""
         root = Path(trainer.default_root_dir)
         place = held(root)
         if place is None:
-            place = self._own = RunFolder(root).__enter__()
+            place = self._held = RunFolder(root).__enter__()
         if not place.run:
             resumed = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().is_relative_to(root.resolve())
             place.name((pl_module.run if resumed or trainer.global_step else "") or new_identity())
         pl_module.run = place.run
 
-    def _leave(self) -> None:
-        if self._own is not None:
-            self._own.__exit__()
-            self._own = None
+    def _release_folder(self) -> None:
+        if self._held is not None:
+            self._held.__exit__()
+            self._held = None
 
     def setup(self, trainer: L.Trainer, pl_module: Diffusion, stage: str) -> None:
         """Refuse a second `Checkpoint`, and handle signals from here on, since much is done before the first step."""
@@ -167,9 +167,9 @@ class Checkpoint(LightningCheckpoint):
             )
         if stage == "fit" and threading.current_thread() is threading.main_thread():
             self._before: dict[int, Any] = {number: signal.getsignal(number) for number in heeded()}
-            self._listen(trainer)
+            self._install_handlers(trainer)
 
-    def _listen(self, trainer: L.Trainer) -> None:
+    def _install_handlers(self, trainer: L.Trainer) -> None:
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
         for name in ("stdout", "stderr"):
             if (stream := getattr(sys, name)) is not None and not isinstance(stream, _Terminal) and stream.isatty():
@@ -186,7 +186,7 @@ class Checkpoint(LightningCheckpoint):
                 if isinstance(stream := getattr(sys, name), _Terminal):
                     setattr(sys, name, stream.stream)
         if stage == "fit":
-            self._leave()
+            self._release_folder()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Hold the run folder, check that it has room for checkpoints, and write one as a trial."""
@@ -195,12 +195,12 @@ class Checkpoint(LightningCheckpoint):
             return
         with shared_errors():
             if trainer.is_global_zero:
-                self._enter(trainer, pl_module)
+                self._hold_folder(trainer, pl_module)
                 self._preflight(trainer, pl_module)
             with trying("a checkpoint"):
-                self._rehearse(trainer)
+                self._try_checkpoint(trainer)
 
-    def _rehearse(self, trainer: L.Trainer) -> None:
+    def _try_checkpoint(self, trainer: L.Trainer) -> None:
         """Write a checkpoint to a temporary folder next to the others, read it back and remove it."""
         content = trainer._checkpoint_connector.dump_checkpoint(False)
         if not trainer.is_global_zero:
@@ -216,9 +216,9 @@ class Checkpoint(LightningCheckpoint):
         """Handle signals, and let the ranks agree through a CPU process group, which does not wait for the device."""
         self._clock, self._seen = time.monotonic(), trainer.global_step
         self.saved = trainer.global_step if trainer.ckpt_path else None
-        self._first, self._mine = checkpoint_name(trainer.global_step), list[str]()
+        self._first_name, self._written = checkpoint_name(trainer.global_step), list[str]()
         if threading.current_thread() is threading.main_thread():
-            self._listen(trainer)  # again: Lightning has installed its own handlers since `setup`
+            self._install_handlers(trainer)  # again: Lightning has installed its own handlers since `setup`
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
             places: list[Any] = [None] * trainer.world_size
@@ -251,7 +251,7 @@ class Checkpoint(LightningCheckpoint):
         # Lightning kills the first rank of a node as soon as another rank exits with a code other than 0
         raise Preempted(0 if trainer.local_rank else 130 if self._stop == INTERRUPT else 143)
 
-    def _wanted(self) -> int:
+    def _local_request(self) -> int:
         return self._stop or (SAVE if time.monotonic() - self._clock > 60 * self.minutes else 0)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
@@ -262,12 +262,12 @@ class Checkpoint(LightningCheckpoint):
         if trainer.is_global_zero:
             ask_guards(self.folder / "step", quick=True)
         if self._group is not None:
-            self._request.fill_(self._wanted())
+            self._request.fill_(self._local_request())
             self._vote = dist.all_reduce(self._request, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
         """After an optimizer step, save if it is due, and exit if a signal was received."""
-        wish = self._wanted()
+        wish = self._local_request()
         if self._group is not None:
             self._vote.wait()
             wish = int(self._request)
@@ -308,20 +308,21 @@ class Checkpoint(LightningCheckpoint):
             self._epoch_counted = None
         self.saved = trainer.global_step
         if trainer.is_global_zero:
-            self._found.pop(name, None)
-            self._mine.append(name)
+            self._found_at_start.pop(name, None)
+            self._written.append(name)
             # later than the first step of this training: bad, or undone by a rollback. Those that had no manifest at
             # the start are kept
-            undone = [self.folder / n for n, mark in self._found.items() if n > self._first and mark and mark[2]]
+            found = self._found_at_start.items()
+            undone = [self.folder / n for n, mark in found if n > self._first_name and mark and mark[2]]
             there = [p for p in checkpoints_in(self.folder) if p.name <= name and p not in undone]
-            known = [p for p in undone + there[: -self.keep] if p.name in self._mine or self._seen_at_start(p)]
+            known = [p for p in undone + there[: -self.keep] if p.name in self._written or self._is_unchanged(p)]
             for path in known:
                 trainer.strategy.checkpoint_io.remove_checkpoint(path)
 
-    def _seen_at_start(self, path: Path) -> bool:
+    def _is_unchanged(self, path: Path) -> bool:
         """Return whether a checkpoint is the same file as at the start; files written by others are not removed."""
-        found = self._found.get(path.name)
-        return found is not None and found == _mark(path)
+        found = self._found_at_start.get(path.name)
+        return found is not None and found == _file_identity(path)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Stop the clock, then save the last step, so that checkpoint and export name the same seconds."""
@@ -341,7 +342,7 @@ class Checkpoint(LightningCheckpoint):
                     )
         elif trainer.world_size > 1 and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)  # otherwise the ranks it started would wait for this one
-        self._leave()
+        self._release_folder()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Diffusion, checkpoint: dict[str, Any]) -> None:
         """Set the loop counters to those right after the optimizer step, wherever in the loop the checkpoint is made.
@@ -369,7 +370,7 @@ def heeded() -> list[int]:
     return [number for number in STATUS if number != signal.SIGHUP or not ignored]
 
 
-def _mark(path: Path) -> tuple[int, int, int] | None:
+def _file_identity(path: Path) -> tuple[int, int, int] | None:
     """Return (inode, mtime in ns, mtime of the manifest in ns) of a checkpoint, None if it does not exist.
 
     The last value is 0 if there is no manifest. Another file of the same name has another mark.

@@ -26,7 +26,7 @@ class Guard(L.Callback):
         check_number("guard.patience", patience, 1, whole=True)
         self.patience, self.skipped, self.streak, self.lost = patience, 0, 0, 0
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._waiting: tuple[int, list[tuple[Tensor, Tensor, Tensor]]] | None = None
+        self._pending: tuple[int, list[tuple[Tensor, Tensor, Tensor]]] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Prepare host memory (pinned for a GPU) that receives the module's flag of a skipped step."""
@@ -47,18 +47,18 @@ class Guard(L.Callback):
         self._seen = trainer.global_step
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             self._count_samples(trainer, pl_module)
-        self._look(trainer, pl_module)
+        self._report(trainer, pl_module)
         self._host.copy_(pl_module.skipped, non_blocking=True)
-        self._waiting, self._parts = (trainer.global_step, self._parts), []
+        self._pending, self._parts = (trainer.global_step, self._parts), []
         if self._event is None:
-            self._look(trainer, pl_module)
+            self._report(trainer, pl_module)
         else:
             self._event.record()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Report the last step."""
         self._count_samples(trainer, pl_module)
-        self._look(trainer, pl_module)
+        self._report(trainer, pl_module)
 
     def _count_samples(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         lost = pl_module.shards.lost if pl_module.shards else 0
@@ -67,10 +67,10 @@ class Guard(L.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({"train/skipped_samples": float(lost)}, pl_module.images_seen)
 
-    def _look(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        if self._waiting is None:
+    def _report(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        if self._pending is None:
             return
-        (step, parts), self._waiting = self._waiting, None
+        (step, parts), self._pending = self._pending, None
         if self._event is not None:
             self._event.synchronize()
         if not self._flag[0]:

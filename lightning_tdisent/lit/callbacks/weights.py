@@ -57,7 +57,7 @@ class EMA(L.Callback):
         self.start_error: float | None = None
         self._live: list[Tensor] | None = None
         self._restored: list[Tensor] | None = None
-        self._trained: Tensor | None = None  # the live weights at the end of training
+        self._end_weights: Tensor | None = None  # the live weights at the end of training
 
     @property
     def kinds(self) -> list[dict[str, float]]:
@@ -74,11 +74,11 @@ class EMA(L.Callback):
     def _flat(self) -> Tensor:
         return torch.cat([p.flatten() for p in self.walked]).float()
 
-    def _whole(self, module: Diffusion) -> Tensor:
+    def _flat_parameters(self, module: Diffusion) -> Tensor:
         return torch.cat([p.detach().flatten() for p in self._parameters(module)]).float()
 
-    def _ended_with(self, module: Diffusion) -> bool:
-        return self._trained is not None and torch.equal(self._whole(module).cpu(), self._trained)
+    def _holds_end_weights(self, module: Diffusion) -> bool:
+        return self._end_weights is not None and torch.equal(self._flat_parameters(module).cpu(), self._end_weights)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a second EMA, and callbacks that change weights at the end of an epoch or a run without its notice."""
@@ -142,11 +142,11 @@ class EMA(L.Callback):
             for i, length in enumerate(self.lengths):
                 self.export(folder / snapshot_name(self.updates, length), pl_module, i)
 
-    def _keep_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+    def _store_end_weights(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         if self.averages and trainer.state.fn == "fit":
-            self._trained = self._whole(pl_module).cpu()
+            self._end_weights = self._flat_parameters(pl_module).cpu()
 
-    on_fit_end = _keep_end
+    on_fit_end = _store_end_weights
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Load the average into the module during `fit`.
@@ -155,7 +155,7 @@ class EMA(L.Callback):
         """
         if not self.averages or not isinstance(pl_module, Diffusion):
             return
-        if trainer.state.fn == "fit" or self._ended_with(pl_module):
+        if trainer.state.fn == "fit" or self._holds_end_weights(pl_module):
             parameters = self._parameters(pl_module)
             self._live = [p.detach().clone() for p in parameters]
             with torch.no_grad():
@@ -174,7 +174,7 @@ class EMA(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Diffusion, exception: BaseException) -> None:
         """Restore the live weights before anything is saved."""
         self.on_validation_end(trainer, pl_module)
-        self._keep_end(trainer, pl_module)
+        self._store_end_weights(trainer, pl_module)
 
     def weights(self, module: Diffusion, i: int = 0) -> dict[str, Tensor]:
         """Return average i as tensors by the names of the denoiser's parameters."""
