@@ -15,7 +15,7 @@ from lightning_tdisent.networks.unet import UNet
 
 @pytest.fixture
 def tiny():
-    """A network small enough for a test, of the digits' shape."""
+    """Return a factory of small networks of the digits' shape."""
 
     def make(**options):
         return UNet(
@@ -31,13 +31,13 @@ def data(digits):
 
 
 def cleared(folder):
-    """Remove the weights of an earlier training, which another one would refuse to write over."""
+    """Remove the weights of an earlier training, which the next one would refuse to overwrite."""
     (Path(folder) / "model.safetensors").unlink(missing_ok=True)
 
 
 @pytest.fixture
 def trainer(tmp_path):
-    """A Trainer as the command line makes it, in a temporary run folder."""
+    """Return a factory of Trainers like those of the command line, in a temporary run folder."""
 
     def make(steps, *callbacks, ema=0.9, **options):
         options = {
@@ -72,7 +72,7 @@ def make(tiny):
 
 @pytest.fixture
 def fit(data, tmp_path):
-    """Train as the command line does, its callbacks in its order."""
+    """Return a function that trains as the command line does, with the same order of callbacks."""
 
     def run(module, steps, *callbacks, ema=None, guard=None, ckpt_path=None, batch_size=32, **options):
         L.seed_everything(0, verbose=False)

@@ -1,4 +1,4 @@
-"""When checkpoints are made, which stay, and what is looked at before the first."""
+"""The `Checkpoint` callback: when checkpoints are saved, which are kept, and the checks before training."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ from lightning_tdisent.runs import checkpoints_in
 
 @pytest.fixture
 def fit(tiny, data, trainer, tmp_path):
-    """Train a tiny model with a `Checkpoint`; the numbers of the steps whose checkpoints are left."""
+    """Train a tiny model with a `Checkpoint`; return the steps of the checkpoints that remain."""
 
     def run(count, *callbacks, **options):
         torch.manual_seed(0)
@@ -50,23 +50,23 @@ def fit(tiny, data, trainer, tmp_path):
         ({"minutes": 0, "keep": 4}, [4, 5, 6, 7]),
     ],
 )
-def test_checkpoints_are_made_when_asked_and_the_newest_stay(options, left, fit):
+def test_checkpoints_are_saved_at_intervals_and_the_newest_are_kept(options, left, fit):
     assert fit(7, Checkpoint(**options)) == left
 
 
-def test_time_makes_checkpoints_as_count_does(fit, monkeypatch):
+def test_checkpoints_are_saved_by_time(fit, monkeypatch):
     now = 0.0
 
     def clock():
         nonlocal now
-        now += 20.0  # a look a step, one more at each save
+        now += 20.0  # the clock is read once per step, and once more at each save
         return now
 
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock))
-    assert fit(40, Checkpoint(keep=9)) == [16, 32, 40]  # 5 minutes are over at the 16th look after the last save
+    assert fit(40, Checkpoint(keep=9)) == [16, 32, 40]  # 5 minutes have passed at the 16th reading after a save
 
 
-def test_a_checkpoint_says_what_it_is_and_the_pointer_names_the_newest(fit, tmp_path):
+def test_a_checkpoint_describes_itself_and_the_pointer_names_the_newest(fit, tmp_path):
     fit(5, Checkpoint(every=2))
     folder = tmp_path / "checkpoints"
     path, manifest, bad = newest(folder)
@@ -102,7 +102,7 @@ Usage = namedtuple("Usage", "total used free")
 
 def test_too_little_room_is_refused_before_the_first_step(fit, monkeypatch, tmp_path, tiny):
     weights = 4 * sum(p.numel() for p in tiny().parameters())
-    size = 4 * weights  # weights, AdamW's two, one average
+    size = 4 * weights  # weights, two moments of AdamW, one average
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10 * size, 0, 3 * size - 1))
     with pytest.raises(InputError, match=r"free, but 3 checkpoints of .* Make room, choose another --run, or lower"):
@@ -114,7 +114,7 @@ def test_too_little_room_is_refused_before_the_first_step(fit, monkeypatch, tmp_
     assert fit(2, Checkpoint())[-1] == 2
 
 
-def test_averages_count_as_room(tiny, data, monkeypatch, tmp_path):
+def test_averages_count_in_the_required_disk_space(tiny, data, monkeypatch, tmp_path):
     weights = 4 * sum(p.numel() for p in tiny().parameters())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 3 * 5 * weights - 1))
     callbacks = [EMA(lengths=[0.05, 0.1]), Checkpoint()]
@@ -142,7 +142,7 @@ def test_what_is_not_finite_is_named_and_not_saved(tmp_path):
     assert non_finite(state) == []
     state["optimizer_states"][0]["state"][0]["exp_avg"] = inf
     state["state_dict"]["c"] = nan
-    state["callbacks"] = {"best": torch.tensor(float("inf"))}  # an EarlyStopping that has seen nothing yet
+    state["callbacks"] = {"best": torch.tensor(float("inf"))}  # as of an EarlyStopping before its first value
     assert non_finite(state) == ["state_dict.c", "optimizer_states.0.state.0.exp_avg"]
     with pytest.raises(Halted, match=r"x.ckpt: not saved at step 0: state_dict.c, optimizer.* \(2 in all\)"):
         DurableIO().save_checkpoint(state, tmp_path / "x.ckpt")
@@ -168,7 +168,7 @@ def test_the_bytes_are_a_function_of_the_content(tmp_path):
 
 
 def test_a_tensor_larger_than_one_read_gives_is_saved(tmp_path, monkeypatch):
-    """The kernel's pread gives 2 GB at most; here 1 MB, for a tensor of 8."""
+    """One pread of the kernel returns at most 2 GB; the test limits it to 1 MB, for a tensor of 8 MB."""
     pread, most = os.pread, 2**20
     monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, most), at))
     monkeypatch.setattr(checkpoints, "PIECE", most)
@@ -179,8 +179,8 @@ def test_a_tensor_larger_than_one_read_gives_is_saved(tmp_path, monkeypatch):
     assert verify(path)["bytes"] > 2**23
 
 
-def test_a_terminal_that_is_gone_before_its_signal_is_heeded_ends_no_training(fit, monkeypatch):
-    """Between the end of a terminal and the handler of SIGHUP, what is written there fails."""
+def test_a_terminal_closed_before_sighup_is_handled_does_not_end_the_training(fit, monkeypatch):
+    """Between the closing of a terminal and the handler of SIGHUP, writes to the terminal fail."""
     master, slave = pty.openpty()
     stream = os.fdopen(slave, "w", encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", stream)

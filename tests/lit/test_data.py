@@ -1,4 +1,4 @@
-"""Shards as a run sees them: latents, damaged samples, other layouts of ranks and workers."""
+"""The data module in training: latents, damaged samples, different numbers of ranks and workers."""
 
 import io
 import itertools
@@ -27,7 +27,7 @@ from lightning_tdisent.sampling.sampler import DDIM, sample
 
 
 def indexed(source, folder, damaged=()):
-    """A copy of the digits with an index, then one bit of the content of these training samples flipped."""
+    """Copy the digits, index them, then flip one bit in the content of the ``damaged`` training samples."""
     for split in ("train", "test"):
         content = bytearray((source / f"{split}-0000.tar").read_bytes())
         (folder / f"{split}-0000.tar").write_bytes(content)
@@ -42,9 +42,9 @@ def indexed(source, folder, damaged=()):
 
 @pytest.fixture
 def latents(tmp_path):
-    """40 samples of 4 x 8 x 8: entry 0 has mean i and deviation 0.5, entry 1 (the flip) mean -i and deviation 0.25.
+    """Write 40 latents of 4 x 8 x 8: entry 0 has mean i and deviation 0.5, entry 1 (the flip) -i and 0.25.
 
-    Those of test have other means.
+    The test split has different means.
     """
     for split, n in (("train", 40), ("test", 10)):
         with wds.TarWriter(str(tmp_path / f"{split}-0000.tar"), mtime=0) as shard:
@@ -58,7 +58,7 @@ def latents(tmp_path):
 
 
 @pytest.mark.parametrize("resident", [True, False])
-def test_a_latent_is_drawn_anew_from_its_mean_and_deviation(latents, resident):
+def test_a_latent_is_sampled_from_its_mean_and_deviation(latents, resident):
     data = ImageShards(str(latents), batch_size=40, resident=resident, flip=True, seed=0)
     assert data.image_shape == [4, 8, 8]
     (batch,) = data.train_dataloader()
@@ -158,7 +158,7 @@ def test_in_memory_bad_samples_are_left_out(digits, tmp_path, module):
 
 
 def test_without_verification_the_bytes_are_taken_as_they_are(digits, tmp_path, module):
-    """A bit of the padding: nothing but a comparison can see it."""
+    """Flip a bit in the padding, which only the comparison with the index detects."""
     folder = indexed(digits, tmp_path)
     regions = Index.load(path_of(folder, "train")).regions
     content = bytearray((folder / "train-0000.tar").read_bytes())
@@ -192,7 +192,7 @@ def test_single_reads_by_workers_train_as_from_memory(digits, tmp_path, tiny):
         ({"resident": "devise"}, "data.resident: expected true, false or device, got devise"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options, words):
+def test_invalid_options_are_refused(options, words):
     with pytest.raises(InputError, match=words):
         ImageShards("data/digits", **options)
 
@@ -208,7 +208,7 @@ def test_more_workers_than_images_in_a_batch(digits, tmp_path):
 
 
 class Early(L.Callback):
-    """Asks for training images while callbacks are set up, as `Quality` may."""
+    """Ask for training images in the setup of callbacks, as `SampleQuality` may."""
 
     def setup(self, trainer, pl_module, stage):
         trainer.datamodule.images("train", 10)
@@ -218,7 +218,7 @@ class Early(L.Callback):
 def test_classes_that_the_network_does_not_know_are_refused(digits, tmp_path, tiny, resident, callbacks):
     folder = indexed(digits, tmp_path)
     module = ReducedStates(tiny(classes=9), LatentStates(S=4))
-    module.setup = lambda stage: None  # which looks at the held-out images
+    module.setup = lambda stage: None  # skip the check of the held-out images
     with pytest.raises(InputError, match=r"train-0000.tar: sample .* has the class 9 .*, the network knows 9"):
         fit(folder, module, 15, *callbacks, resident=resident)
 
@@ -256,20 +256,20 @@ def test_in_memory_the_ids_are_positions_in_the_split_also_where_some_are_left_o
     assert torch.equal(batch["label"], whole.labels[batch["id"]])
 
 
-def test_a_run_goes_on_in_the_same_order_or_not_at_all(digits, tmp_path):
+def test_a_run_resumes_in_the_same_order_or_is_refused(digits, tmp_path):
     folder = indexed(digits, tmp_path)
 
     def loader(**options):
         return ImageShards(str(folder), 1, batch_size=100, seed=0, **options).train_dataloader()
 
     state = loader().state_dict()
-    loader(resident=False).load_state_dict(state)  # single reads have the order of memory
+    loader(resident=False).load_state_dict(state)  # random reads have the same order
     for options in ({"access": "sequential", "resident": False}, {"train": "test"}):
         with pytest.raises(InputError, match=r"data: the checkpoint was trained with the image order .*, this run has"):
             loader(**options).load_state_dict(state)
     with pytest.raises(InputError, match=r"data.batch_size: .* 100 images .* this run has 50"):
         ImageShards(str(folder), 1, batch_size=50, seed=0).train_dataloader().load_state_dict(state)
-    loader().load_state_dict({"batches": 3, "images": 100})  # of a checkpoint from before these were kept
+    loader().load_state_dict({"batches": 3, "images": 100})  # as in checkpoints of older versions
 
 
 def test_what_does_not_fit_in_memory_is_refused(digits, monkeypatch):
@@ -279,7 +279,7 @@ def test_what_does_not_fit_in_memory_is_refused(digits, monkeypatch):
 
 
 class Failing(AbstractFileSystem):
-    """An object store whose client has errors of its own."""
+    """An object store whose client raises its own error classes."""
 
     protocol = "failing"
 
@@ -297,7 +297,7 @@ class Failing(AbstractFileSystem):
         raise self.ClientError("SlowDown", "GetObject")
 
 
-def test_an_object_store_that_fails_is_answered_in_a_line(digits, tmp_path, monkeypatch):
+def test_a_failing_object_store_is_a_one_line_error(digits, tmp_path, monkeypatch):
     register_implementation("failing", Failing, clobber=True)
     with pytest.raises(InputError, match=r"failing://set cannot be read: .*AccessDenied"):
         ImageShards("failing://set", 1, seed=0).train_dataloader()

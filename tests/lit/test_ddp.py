@@ -1,4 +1,4 @@
-"""Two real processes on gloo: what must not depend on the number of ranks, and what must differ between them."""
+"""Two real processes on gloo: what must not depend on the number of ranks, and what must differ between ranks."""
 
 from datetime import timedelta
 
@@ -15,7 +15,7 @@ from lightning_tdisent.lit.modules import ReducedStates
 
 
 class Write(L.Callback):
-    """Keep what every rank saw in a file of its own."""
+    """Save what each rank saw to a separate file."""
 
     def __init__(self, folder):
         self.folder, self.images, self.rows, self.losses = folder, [], [], []
@@ -41,7 +41,7 @@ def strategy(ranks):
 def fit(tiny, data, trainer, tmp_path):
     def run(ranks):
         torch.manual_seed(0)
-        module = ReducedStates(tiny(), LatentStates(S=4), lr=1e-30)  # the weights stay, so that metrics can be equal
+        module = ReducedStates(tiny(), LatentStates(S=4), lr=1e-30)  # weights do not change, so metrics can be equal
         callbacks = [Write(tmp_path), SampleQuality("digits", 31)]
         options = {"devices": ranks, "strategy": strategy(ranks)}
         trainer(3, *callbacks, **options).fit(module, datamodule=data(batch_size=32 // ranks, seed=3))
@@ -52,7 +52,7 @@ def fit(tiny, data, trainer, tmp_path):
 
 def test_two_ranks_share_data_and_metrics_and_not_their_noise(fit):
     (one,), (first, second) = fit(1), fit(2)
-    # the global batch is the same images in the same order
+    # the global batch has the same images in the same order
     assert torch.equal(torch.cat([first["images"], second["images"]], 1), one["images"])
     assert not torch.equal(first["losses"], second["losses"])
     # metrics: exact sums over all ranks, equal to the single process, the same on every rank

@@ -1,4 +1,4 @@
-"""Objects of a user's own may use any attribute name: networks, callbacks, data modules, loggers, optimizers."""
+"""A user's networks, callbacks, data modules, loggers and optimizers may use any attribute name."""
 
 import lightning.pytorch as L
 import pytest
@@ -28,14 +28,14 @@ start expect residency prior check_label filled differs at rows states objective
 rehearse logged_by validated held_out training_images images digest lost shards share decoder image_shape measured
 images_seen walked start_error updates averages before kinds report saved tell run round seed _early_exit strict
 backbone _digests whole network_is_random
-"""  # those that parts of this project have
+"""  # attribute names that this project uses
 
 
 def called(*_, **__):
     raise AssertionError("this is somebody else's")
 
 
-ODD = [called, torch.ones(2), "text"]  # neither can be called, nor be taken for a flag, nor hold numbers
+ODD = [called, torch.ones(2), "text"]  # values that raise if the project uses them by mistake
 
 
 def mark(thing, odd, *but):
@@ -99,7 +99,7 @@ class Memory(Logger):
 
 
 def trained(folder, data, network, callback, logger, *more):
-    """Weights, what was logged and reported, numbers of an evaluation, and images of the exported file."""
+    """Train; return the weights, what was logged and reported, evaluation metrics, and images of the export."""
     L.seed_everything(0, verbose=False)
     module = ReducedStates(network([1, 8, 8]), LatentStates(S=4), lr=0.01, warmup=1)
     told = []
@@ -159,7 +159,7 @@ def test_a_held_out_set_of_another_data_module_is_left_alone(data, tmp_path):
 
 
 class Foreign(L.LightningModule):
-    """Some other model, whose attributes have names of ours: classes are texts, as of a classifier."""
+    """A model of another kind with attribute names of this project: ``classes`` are strings, as in a classifier."""
 
     def __init__(self):
         super().__init__()
@@ -174,7 +174,7 @@ class Foreign(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 1e-6)
 
 
-def test_other_modules_read_our_data_and_are_no_models_of_images(data, tmp_path, monkeypatch):
+def test_modules_of_other_projects_can_use_the_data_module(data, tmp_path, monkeypatch):
     trainer = L.Trainer(
         accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path,
@@ -202,7 +202,7 @@ def test_what_is_refused_is_refused_whatever_its_attributes(make, data, tmp_path
 
 
 class Descent(torch.optim.Optimizer):
-    """Knows no ``found_inf``, and means something of its own by ``fused``."""
+    """An optimizer without ``found_inf`` that gives ``fused`` another meaning."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {"lr": 0.01, "fused": True})

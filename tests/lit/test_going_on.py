@@ -1,4 +1,4 @@
-"""A training that goes on from a checkpoint, in a plain script: what it takes over, and what it refuses to change."""
+"""Resuming from a checkpoint in a plain script: what the training restores, and what it refuses to change."""
 
 import re
 
@@ -15,7 +15,7 @@ from lightning_tdisent.runs import checkpoints_in
 
 
 class Watch(L.Callback):
-    """Keep the ids and noised losses of every batch, and make a checkpoint after a step."""
+    """Record the ids and losses of every batch, and save a checkpoint after a given step."""
 
     def __init__(self, save=None, path=None):
         self.steps, self.at, self.path = [], save, path
@@ -28,13 +28,13 @@ class Watch(L.Callback):
 
 @pytest.fixture
 def fit(make, data, tmp_path, monkeypatch):
-    """Train in a script that sets no seed, or this one; every call is as a process of its own."""
+    """Return a function that trains as a script in a new process, with a given seed or none."""
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     path, fresh = tmp_path / "a.ckpt", iter(range(1000, 2000))
 
     def run(steps, *callbacks, seed=None, resume=False, save=None, shards=None, model=None, **options):
         module = make(**(model or {}))
-        torch.manual_seed(next(fresh))  # what a process draws for itself
+        torch.manual_seed(next(fresh))  # the random seed of a new process
         if seed is not None:
             monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
             torch.manual_seed(seed)
@@ -50,9 +50,9 @@ def fit(make, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_a_script_without_a_seed_goes_on_in_the_order_and_noise_that_it_began_with(older, fit, tmp_path, capsys):
+def test_a_script_without_a_seed_resumes_with_its_first_order_and_noise(older, fit, tmp_path, capsys):
     unbroken, whole = fit(6, save=3)
-    if older:  # as earlier versions wrote them
+    if older:  # as older versions wrote checkpoints
         content = load(tmp_path / "a.ckpt")
         del content["training"]
         for name in ("seed", "flip"):
@@ -65,7 +65,7 @@ def test_a_script_without_a_seed_goes_on_in_the_order_and_noise_that_it_began_wi
     assert "so it is 1000" in capsys.readouterr().out
 
 
-def test_another_seed_is_refused_with_both_and_the_same_is_taken(fit):
+def test_another_seed_is_refused_naming_both_and_the_same_is_accepted(fit):
     unbroken, _ = fit(5, seed=4, save=3)
     with pytest.raises(InputError, match=r"started with seed 4, this process has 7: .*Give seed_everything 4"):
         fit(5, seed=7, resume=True)
@@ -98,7 +98,7 @@ def test_what_changes_the_training_is_refused_with_both_values(options, said, fi
         fit(2, resume=True, **options)
 
 
-def test_rates_and_their_course_may_change_and_are_said(fit, capsys):
+def test_learning_rate_and_schedule_may_change_with_a_note(fit, capsys):
     fit(1, save=1)
     new = {"lr": 0.02, "warmup": 0, "decay": "cosine", "weight_decay": 0.1}
     steps, module = fit(2, resume=True, model=new)
@@ -109,7 +109,7 @@ def test_rates_and_their_course_may_change_and_are_said(fit, capsys):
     assert "note: from here on model.decay is cosine" in said
 
 
-def test_averages_are_neither_lost_nor_begun_in_silence(fit, capsys):
+def test_averages_are_not_lost_or_started_silently(fit, capsys):
     fit(1, EMA(0.9), save=1)
     with pytest.raises(InputError, match=r"ema: the checkpoint has averages \[{'decay': 0.9}\], this trainer no EMA"):
         fit(2, resume=True)
@@ -119,14 +119,15 @@ def test_averages_are_neither_lost_nor_begun_in_silence(fit, capsys):
     assert "ema: the checkpoint has no averages; they start from its weights, at step 1" in capsys.readouterr().out
 
 
-def test_the_same_trainer_goes_on_with_its_seed(make, data, tiny, tmp_path, monkeypatch):
+def test_the_same_trainer_continues_with_its_seed(make, data, tiny, tmp_path, monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     watch = Watch()
     trainer = L.Trainer(
         max_steps=2, callbacks=[watch], default_root_dir=tmp_path, accelerator="cpu", limit_val_batches=0, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    module, shards = make(net=lambda: tiny(dropout=0.1)), data(val_limit=64)  # whose steps seed the global generator
+    # with dropout each step seeds the global generator
+    module, shards = make(net=lambda: tiny(dropout=0.1)), data(val_limit=64)
     trainer.fit(module, datamodule=shards)
     seed = module.seed
     trainer.fit_loop.epoch_loop.max_steps = 4
@@ -160,6 +161,6 @@ def test_an_export_made_again_of_a_finished_run_has_the_cost_that_was_paid(warm,
     path = checkpoints_in(folder / "checkpoints")[-1]
     assert fit(4, path) == whole
     assert (folder / "model.safetensors").read_bytes() == exported
-    assert whole.validation["passes"] == (2 + warm) * 64 * 4  # at steps 2 and 4, and of the start
-    further = fit(6, path)  # validates step 4 again, since that is what a training that was cut off there does
+    assert whole.validation["passes"] == (2 + warm) * 64 * 4  # at steps 2 and 4, and of a warm start
+    further = fit(6, path)  # a run resumed at step 4 repeats the validation of that step
     assert further.validation["passes"] == (3 + warm) * 64 * 4

@@ -17,12 +17,15 @@ from lightning_tdisent.lit.modules import ReducedStates
 
 
 def reports(text):
-    """What the guard said, among what others write to stderr."""
+    """Return the lines of the guard in stderr."""
     return [line for line in text.splitlines() if line.startswith("step ")]
 
 
 def replay(module, watch, skip=(), fused=True, decay=0.9):
-    """The training of the recorded batches in plain torch, without the steps named: weights and average."""
+    """Repeat the training of the recorded batches in plain torch without the steps ``skip``.
+
+    Return its weights and average.
+    """
     denoiser = module.denoiser.train()
     parameters = list(denoiser.parameters())
     optimizer = torch.optim.AdamW(parameters, module.lr, weight_decay=module.weight_decay, fused=fused)
@@ -47,7 +50,7 @@ def replay(module, watch, skip=(), fused=True, decay=0.9):
 @pytest.mark.parametrize("cls", [ReducedStates, Unfused])
 @pytest.mark.parametrize("clip_norm", [0.05, None])
 @pytest.mark.parametrize("bad", [set(), {1, 4, 5}], ids=["good", "bad"])
-def test_the_guard_leaves_out_bad_steps_and_is_invisible_otherwise(make, fit, cls, clip_norm, bad, capsys):
+def test_the_guard_skips_bad_steps_and_changes_nothing_else(make, fit, cls, clip_norm, bad, capsys):
     watch, module, guard = Watch(), make(cls, clip_norm=clip_norm, weight_decay=0.1), Guard()
     plain = copy.deepcopy(module)
     fit(module, 8, Poison(bad), watch, guard=guard)
@@ -67,7 +70,7 @@ def test_the_guard_leaves_out_bad_steps_and_is_invisible_otherwise(make, fit, cl
         ("image", 1, Unfused),
     ],
 )
-def test_a_step_that_is_not_finite_moves_nothing_and_is_named(make, fit, kind, step, cls, capsys):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_reported(make, fit, kind, step, cls, capsys):
     poison, watch, module, guard = Poison({step}, kind), Watch(), make(cls), Guard()
     trainer = fit(module, 5, poison, watch, guard=guard)
     assert trainer.optimizers[0].defaults["fused"] is (cls is ReducedStates)
@@ -86,7 +89,7 @@ def test_a_step_that_is_not_finite_moves_nothing_and_is_named(make, fit, kind, s
         f"step {step}, rank 0: the {what} is not finite, the step was skipped. Samples: {samples}"
     ]
     assert (guard.skipped, guard.streak) == (1, 0)
-    for gradient in poison.gradients:  # the loss alone was not finite
+    for gradient in poison.gradients:  # only the loss was not finite
         assert gradient.isfinite().all()
         assert gradient.abs().max() > 0
     assert len(poison.gradients) == (kind in ("inf", "-inf", "nan"))
@@ -129,7 +132,7 @@ def test_patience_bad_steps_in_a_row_end_the_run_with_code_1(make, fit, tmp_path
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_one_bad_step_less_than_patience_is_forgotten_after_a_good_one(make, fit):
+def test_a_good_step_resets_the_count_of_bad_steps_in_a_row(make, fit):
     watch, guard = Watch(), Guard(3)
     fit(make(), 9, Poison({1, 2, 4, 5, 7, 8}), watch, guard=guard)
     assert watch.moved() == [n % 3 == 0 for n in range(1, 10)]
@@ -182,7 +185,7 @@ def test_a_state_whose_losses_are_all_bad_has_no_point(make, fit):
 
 
 class Ranks(Watch):
-    """Write what this rank saw to a file."""
+    """Save what this rank saw to a file."""
 
     def __init__(self, folder):
         super().__init__()

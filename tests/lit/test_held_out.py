@@ -1,4 +1,4 @@
-"""Held-out images that are trained on, and images whose range of values nobody has said."""
+"""Held-out images that are also training images, and images whose range of values is not declared."""
 
 import gzip
 import io
@@ -26,7 +26,7 @@ def png(seed):
 
 
 def split(folder, name, seeds, prefix="", index=True, regions=True):
-    """Images of these seeds, their keys numbered from 0 after a prefix."""
+    """Write a split with the images of these seeds; keys are a prefix and a number from 0."""
     with wds.TarWriter(str(folder / f"{name}-0000.tar"), mtime=0) as shard:
         for k, seed in enumerate(seeds):
             shard.write({"__key__": f"{prefix}{k:04d}", "png": png(seed), "cls": b"0"})
@@ -42,7 +42,7 @@ def fit(folder, **options):
 @pytest.mark.parametrize("index", [True, False])
 @pytest.mark.parametrize(("prefix", "order"), [("", 1), ("other", -1)])
 def test_test_images_that_are_training_images_are_refused(prefix, order, index, tmp_path):
-    """Whatever their keys and their order."""
+    """Duplicates are found for any keys and any order."""
     split(tmp_path, "train", range(40), index=index)
     split(tmp_path, "test", range(20)[::order], prefix, index=index)
     message = r"data.train train, data.val test: 20 of 20 held-out samples of .* are among the 40 training samples"
@@ -111,7 +111,7 @@ IMAGE[0, 0, 0, :2] = torch.tensor([0, 255])
         ({"x0": IMAGE.float()}, r"'x0' is torch.float32 from 0 to 255"),
     ],
 )
-def test_images_of_an_unsaid_range_are_refused(batch, message):
+def test_images_of_an_undeclared_range_are_refused(batch, message):
     with pytest.raises(InputError, match=message):
         clean(batch)
 
@@ -134,7 +134,7 @@ class Plain(Dataset):
         return {self.name: self.images[i], "label": torch.tensor(0), "id": torch.tensor(i)}
 
 
-def test_a_plain_loader_of_floats_trains_as_told_or_not_at_all(make, trainer):
+def test_a_plain_loader_of_floats_must_declare_their_range(make, trainer):
     def losses(name, images):
         L.seed_everything(0, verbose=False)
         module, run, loader = make(), trainer(1), DataLoader(Plain(name, images), batch_size=4)

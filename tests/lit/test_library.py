@@ -1,4 +1,4 @@
-"""What the parts of a training do in a plain script: with Lightning's own Trainer, callbacks and loggers."""
+"""The modules and callbacks in a plain script, with Lightning's Trainer, callbacks and loggers."""
 
 import copy
 import csv
@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def plain(tmp_path):
-    """A Trainer with nothing of this project in it."""
+    """Return a factory of Trainers without any part of this project."""
 
     def make(*callbacks, folder=tmp_path, **options):
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
@@ -91,13 +91,13 @@ def test_validate_and_test_return_the_metrics_and_log_them_once(make, data, plai
         assert metrics == {name: float(value) for name, value in trainer.callback_metrics.items()}
     with (tmp_path / "metrics.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["123", "123"]  # images seen, one row for each stage
+    assert [row["step"] for row in rows] == ["123", "123"]  # images seen, one row per stage
     assert [bool(row["val/x0_mse"]) for row in rows] == [True, False]
 
 
 class Plateau(ReducedStates):
     def configure_optimizers(self):
-        optimizer = torch.optim.RMSprop(self.parameters(), self.lr)  # one that knows nothing of ``fused``
+        optimizer = torch.optim.RMSprop(self.parameters(), self.lr)  # an optimizer without ``fused``
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1e3)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/x0_mse"}}
 
@@ -123,7 +123,7 @@ def test_a_training_that_ends_before_its_first_validation_says_so(make, data, pl
     assert (said in capsys.readouterr().err) == bool(first)
 
 
-def test_what_is_not_read_of_shards_without_an_index_is_said_by_fit(make, plain, digits, tmp_path, capsys):
+def test_fit_reports_what_is_not_read_of_shards_without_an_index(make, plain, digits, tmp_path, capsys):
     for split in ("train", "test"):
         shutil.copy(digits / f"{split}-0000.tar", tmp_path)
         with tarfile.open(tmp_path / f"{split}-0000.tar", "a") as tar:
@@ -141,9 +141,9 @@ def test_lightnings_callbacks_find_the_metrics(make, data, plain, tmp_path):
     options = {"max_epochs": 9, "max_steps": -1, "limit_train_batches": 2, "enable_checkpointing": True}
     trainer = plain(best, stop, rates, logger=CSVLogger(tmp_path, "", ""), log_every_n_steps=1, **options)
     trainer.fit(module := make(Plateau), datamodule=data(val_limit=64))
-    assert trainer.global_step == 4  # two epochs: the second one is no better by 1000
+    assert trainer.global_step == 4  # two epochs: the second does not improve by 1000
     assert best.best_model_path == str(tmp_path / "best" / "step=4.ckpt")
-    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.25 * module.lr  # no better by the factor, twice
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.25 * module.lr  # reduced twice
     assert rates.lrs
 
 
@@ -186,11 +186,11 @@ def test_after_fit_the_average_is_evaluated_as_in_fit(make, data, plain, tmp_pat
     def alone(module):
         return plain(limit_val_batches=1).validate(module, datamodule=shards, verbose=False)
 
-    other = make(ReducedStates, lr=0.1)  # neither of another module nor of weights loaded since is this the average
+    other = make(ReducedStates, lr=0.1)  # the average is not used for another module, or for weights loaded since
     assert trainer.validate(other, datamodule=shards, verbose=False) == alone(other)
     module.denoiser.load_state_dict(other.denoiser.state_dict())
     assert trainer.validate(module, datamodule=shards, verbose=False) == alone(other)
-    path = ended.best_model_path  # a checkpoint of this run is evaluated with its own average
+    path = ended.best_model_path  # a checkpoint of this run is evaluated with the average stored in it
     expected = alone(ReducedStates.load_from_checkpoint(path))
     assert trainer.validate(module, datamodule=shards, ckpt_path=path, verbose=False) == expected
 
@@ -224,7 +224,7 @@ def test_losses_that_are_not_finite_are_reported_without_a_guard_of_ones_own(cls
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     with pytest.raises(Halted, match=r"step 10, rank 0.*10 in a row"):
         plain(max_steps=30).fit(make(cls), torch.utils.data.DataLoader(images[:16] * 12, 16), loader)
-    trainer = plain(Guard(patience=2), max_steps=30)  # a guard of one's own stays as it is
+    trainer = plain(Guard(patience=2), max_steps=30)  # a guard given by the user is kept
     with pytest.raises(Halted, match=r"2 in a row"):
         trainer.fit(make(cls), loader, loader)
     assert sum(isinstance(callback, Guard) for callback in trainer.callbacks) == 1
@@ -251,19 +251,19 @@ def test_a_second_run_does_not_remove_the_first_ones_files(own, make, data, plai
     plain(own(), **options, folder=tmp_path / "other").fit(make(), datamodule=data(val_limit=64))
 
 
-def test_a_run_goes_on_in_its_own_folder(make, data, plain, tmp_path):
+def test_a_run_resumes_in_its_own_folder(make, data, plain, tmp_path):
     folder = tmp_path / "checkpoints"
     trainer = plain(Checkpoint(every=2, keep=9), enable_checkpointing=True)
     trainer.fit(module := make(), datamodule=data(val_limit=64))
     trainer.fit_loop.epoch_loop.max_steps = 6
-    trainer.fit(module, datamodule=data(val_limit=64))  # the same trainer, which has trained already
+    trainer.fit(module, datamodule=data(val_limit=64))  # the same trainer continues its run
     assert [path.name[-6:-5] for path in checkpoints_in(folder)] == ["2", "4", "6"]
     again = plain(Checkpoint(every=2, keep=9), enable_checkpointing=True, max_steps=8)
     again.fit(make(), datamodule=data(val_limit=64), ckpt_path=str(checkpoints_in(folder)[-1]), weights_only=True)
     assert [path.name[-6:-5] for path in checkpoints_in(folder)] == ["2", "4", "6", "8"]
     other = checkpoints_in(folder)[-1].rename(tmp_path.with_name("elsewhere.ckpt"))
     last = plain(Checkpoint(), enable_checkpointing=True, max_steps=9)
-    with pytest.raises(InputError, match=r"starts from .*elsewhere\.ckpt"):  # of no run of this folder
+    with pytest.raises(InputError, match=r"starts from .*elsewhere\.ckpt"):  # a checkpoint outside the folder
         last.fit(make(), datamodule=data(val_limit=64), ckpt_path=str(other), weights_only=True)
 
 
@@ -295,7 +295,7 @@ def test_a_stock_checkpoint_is_read_by_every_reader_and_called_unverified(make, 
 
 
 class Loader:
-    """Two batches of the held-out digits in the form that ``shape`` gives them."""
+    """Two batches of the held-out digits, converted by ``shape``."""
 
     def __init__(self, images, labels, shape):
         self.batches = [shape(x, y) for x, y in zip(images.split(40), labels.split(40), strict=True)]
@@ -415,7 +415,7 @@ def test_modules_and_data_are_copied_and_pickled_after_a_fit(make, data, plain):
         (pickle.loads(pickle.dumps(module)), pickle.loads(pickle.dumps(shards))),  # noqa: S301
     ):
         assert again.trainer is None
-        assert shards.trainer is not None  # the original stays as it was
+        assert shards.trainer is not None  # the original is unchanged
         (mine,) = plain().validate(copied, datamodule=again, verbose=False)
         (theirs,) = plain().validate(module, datamodule=data(val_limit=64), verbose=False)
         assert mine == theirs
@@ -423,7 +423,7 @@ def test_modules_and_data_are_copied_and_pickled_after_a_fit(make, data, plain):
         assert copied.images_seen == module.images_seen + 64
 
 
-def test_a_command_in_a_thread_has_words_and_locks_of_its_own(tmp_path, capsys):
+def test_a_command_in_a_thread_has_its_own_arguments_and_locks(tmp_path, capsys):
     words = ["fit", "--config", "experiments/digits/reduced8.yaml", "--trainer.callbacks", "[]"]
     codes, mine = [], LINE.get()
 
@@ -436,11 +436,11 @@ def test_a_command_in_a_thread_has_words_and_locks_of_its_own(tmp_path, capsys):
     thread.join()
     assert codes == [0, 2]
     assert "error: command line: --model.network.layerz: UNet has no option" in capsys.readouterr().err
-    assert LINE.get() is mine  # of this thread, which ran none of them
+    assert LINE.get() is mine  # the context of this thread is unchanged
 
 
 @pytest.mark.parametrize("shown", ["false", "true", "callback"])
-def test_progress_can_be_switched_off_or_be_ones_own(shown, tmp_path, capsys):
+def test_progress_can_be_disabled_or_replaced(shown, tmp_path, capsys):
     words = ["--config", "experiments/digits/reduced8.yaml", "--trainer.max_steps", "2", "--run", str(tmp_path)]
     words += ["--trainer.callbacks", "TQDMProgressBar" if shown == "callback" else "[]"]
     words += [] if shown == "callback" else ["--trainer.enable_progress_bar", shown]
@@ -460,7 +460,7 @@ class Logs(ReducedStates):
         self.log_dict({"val/mine": 1.0})
 
 
-def test_a_module_of_ones_own_may_log_in_its_steps(tiny, data, plain):
+def test_a_module_of_the_user_may_log_in_its_steps(tiny, data, plain):
     trainer = plain(val_check_interval=2)
     trainer.fit(module := Logs(tiny(), LatentStates(S=4)), datamodule=data(val_limit=64))
     assert {"mine", "val/mine"} <= set(trainer.callback_metrics)
@@ -511,7 +511,7 @@ def test_the_script_of_the_readme_trains_what_load_model_reads(digits, tmp_path,
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_class_of_the_script_that_runs_is_said_to_be_found_by_nobody_else(digits, tmp_path, capsys):
+def test_a_class_defined_in_the_running_script_is_noted(digits, tmp_path, capsys):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     script = text.partition("```python\n")[2].partition("```")[0]
     script = (

@@ -22,7 +22,7 @@ from lightning_tdisent.sampling.errors_by_row import x0_errors
 from lightning_tdisent.sampling.sampler import DDIM
 
 
-def test_validation_leaves_out_the_error_of_eps_where_no_signal_is(tiny, data, trainer):
+def test_validation_omits_the_error_of_eps_at_rows_without_signal(tiny, data, trainer):
     states = LatentStates(Linear(zero_terminal=True), S=4, spacing="trailing")
     whole, last = ReducedStates(tiny(), states), SingleState(tiny(), states, 4)
     t = trainer(1)
@@ -37,7 +37,7 @@ def test_validation_leaves_out_the_error_of_eps_where_no_signal_is(tiny, data, t
 
 
 class Recorder(L.Callback):
-    """Live weights, generator state and images of every step."""
+    """Record live weights, generator state and images of every step."""
 
     def __init__(self):
         self.losses, self.images, self.rows = [], [], []
@@ -73,7 +73,7 @@ def test_training_lowers_the_error_of_every_state_owned(make, factor, tiny, data
     module.train()
     trainer(200).fit(module, datamodule=shards)
     after = errors()
-    # at almost pure noise an untrained v-network is nearly right already: only the gap to the data's variance counts
+    # at almost pure noise an untrained v-network is nearly right: only the difference to the data's variance counts
     assert (after < factor * before).all(), (before, after)
 
 
@@ -106,7 +106,7 @@ def test_an_expert_of_one_state_is_time_agnostic_unless_asked(tiny):
     assert SingleState(tiny(), states, 1, 2).network.sees_state
     given = tiny()
     SingleState(given, states)
-    assert given.conditioning is None  # what the caller passed is not changed
+    assert given.conditioning is None  # the caller's network is not changed
 
 
 def test_single_state_owns_its_block():
@@ -137,7 +137,7 @@ def test_baseline_restricted_to_the_rows_of_reduced_is_the_same(tiny, data):
     restricted = full.restrict(reduced)
     assert torch.equal(x0_errors(restricted, held, ids, reduced.rows), x0_errors(small, held, ids, reduced.rows))
     assert torch.equal(DDIM()(restricted, [3, 4]), DDIM()(small, [3, 4]))
-    # one seed starts from one noise in every table, so that models are compared on the same images
+    # a seed gives the same initial noise for every table, so that models are compared on the same images
     assert torch.equal(DDIM(1.0, steps=8)(full, [3, 4]), DDIM(1.0)(small, [3, 4]))
     rows = [125 * k for k in range(1, 9)]
     assert torch.equal(x0_errors(full, held, ids, rows), x0_errors(small, held, ids, reduced.rows))
@@ -220,7 +220,7 @@ def test_a_checkpoint_is_validated_with_its_average(tiny, data, trainer, tmp_pat
     module = ReducedStates(tiny(), LatentStates(S=4), lr=0.01, warmup=1)
     run = trainer(20, ema=0.97)
     run.fit(module, datamodule=data())
-    measured = run.callback_metrics["val/x0_mse"]  # of the average, in the last validation of the training
+    measured = run.callback_metrics["val/x0_mse"]  # of the average, from the last validation
     run.save_checkpoint(tmp_path / "x.ckpt")
     fresh = ReducedStates(tiny(), LatentStates(S=4))
     again = trainer(1)
@@ -362,7 +362,7 @@ def test_objective_default_is_v(tiny):
 
 
 def test_dropout_is_found_in_any_layer(tiny):
-    """What draws from the global generator is seeded at every step, whatever its argument is called."""
+    """Networks that draw from the global generator are detected for any name of the dropout argument."""
     for p, random in ((0.0, False), (0.1, True)):
         network = tiny()
         network.regulariser = torch.nn.Sequential(torch.nn.Dropout2d(p))
@@ -371,7 +371,7 @@ def test_dropout_is_found_in_any_layer(tiny):
 
 
 class Noisy(Network):
-    """Draws while it trains, if ``noise`` is not 0; counts its calls, and keeps statistics of the batches."""
+    """Draw random numbers in training mode if ``noise`` is not 0; count calls and keep batch statistics."""
 
     def __init__(self, shape: list[int], noise: float, conditioning: str | None = None) -> None:
         super().__init__(shape, None, conditioning)
@@ -383,7 +383,7 @@ class Noisy(Network):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_a_network_that_draws_is_found_by_trying_a_copy(noise):
+def test_random_draws_of_a_network_are_detected_with_a_copy(noise):
     module = ReducedStates(network := Noisy([1, 8, 8], noise), LatentStates(S=4))
     network.train()
     before, state = {k: v.clone() for k, v in network.state_dict().items()}, torch.get_rng_state()

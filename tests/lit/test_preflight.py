@@ -1,4 +1,4 @@
-"""What a run will need later is tried before its first step, and moves nothing."""
+"""The preflight tries everything that a run needs later before its first step, and changes no state."""
 
 import random
 import time
@@ -34,7 +34,7 @@ KEPT = {"plugins": [DurableIO()], "enable_checkpointing": True}
 
 
 class Normed(Network):
-    """Batch statistics, dropout and a count of calls: all that a step in training mode could move."""
+    """A network with batch statistics, dropout and a count of calls: all that a training step could change."""
 
     def __init__(self, shape: list[int], dropout: float = 0.2, conditioning: str | None = None) -> None:
         super().__init__(shape, None, conditioning)
@@ -47,7 +47,7 @@ class Normed(Network):
 
 
 class Globals(L.Callback):
-    """Draws of the global generators at every step."""
+    """Record draws of the global generators at every step."""
 
     def __init__(self):
         self.drawn = []
@@ -63,7 +63,7 @@ def generators():
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_it_moves_nothing(make, fit, tmp_path, monkeypatch, resumed):
+def test_the_preflight_changes_no_state(make, fit, tmp_path, monkeypatch, resumed):
     tries, path = [], None
     if resumed:
         fit(make(net=lambda: Normed(SHAPE)), 2, Checkpoint(), **KEPT)
@@ -90,7 +90,7 @@ def test_it_moves_nothing(make, fit, tmp_path, monkeypatch, resumed):
         assert same(one, other)
 
 
-def test_it_evaluates_few_times_and_is_quick(make, fit, monkeypatch):
+def test_the_preflight_takes_few_evaluations_and_is_quick(make, fit, monkeypatch):
     module, counts, seconds = make(sampler=DDIM()), [], []
     tried = modules.preflight
 
@@ -107,14 +107,14 @@ def test_it_evaluates_few_times_and_is_quick(make, fit, monkeypatch):
     monkeypatch.setattr(modules, "preflight", timed)
     monkeypatch.setattr(UNet, "forward", count)
     fit(module, 1, limit_val_batches=0)
-    # the network and its copy, it from another random state and for one image; a training step, four rows of a
-    # validation, four steps of a sample; a copy in training mode, to see whether it draws
+    # the network, its copy, the copy from another random state and for one image; a training step, four rows of a
+    # validation, four steps of a sample; a copy in training mode, to detect random draws
     assert counts[: counts.index(32)] == [2, 2, 2, 1, 2, *[2] * 4, *[2] * 4, 2]
     assert seconds[0] < 2
 
 
 class Refused(Exception):
-    """A step was taken."""
+    """Raised when the training takes a step."""
 
 
 class Never(L.Callback):
@@ -205,7 +205,7 @@ def test_an_operator_that_cannot_be_sampled_is_refused(operator, words, tiny, fi
 
 
 @pytest.mark.parametrize("operator", [Inpainting(), SuperResolution(2)], ids=lambda o: type(o).__name__)
-def test_an_operator_of_ours_is_tried_and_taken(operator, tiny, fit):
+def test_operators_of_this_project_pass_the_preflight(operator, tiny, fit):
     with pytest.raises(Refused):
         fit(conditional(operator, tiny)(), 2, Never(), Pictures(2, 2))
 
@@ -235,7 +235,7 @@ def test_weights_in_half_precision_are_refused(make, fit, precision):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
-def test_others_are_tried_in_their_own(make, fit, precision):
+def test_other_precisions_are_tried_as_they_are(make, fit, precision):
     fit(make(), 1, Pictures(2, 2), precision=precision)
 
 
@@ -259,7 +259,7 @@ def test_a_row_without_weight_is_refused(tiny, fit, module, refused):
 
 
 class Masked(Weight):
-    """0 at one row of the middle, below what float32 can hold."""
+    """A weight that is 0 in float32 at one row in the middle."""
 
     def on_raw(self, snr, snr_below, unit):
         out = torch.ones_like(snr)
@@ -267,13 +267,13 @@ class Masked(Weight):
         return out
 
 
-def test_a_row_of_the_middle_without_weight_is_named(tiny, fit):
+def test_a_row_in_the_middle_without_weight_is_a_warning(tiny, fit):
     with pytest.warns(UserWarning, match=r"Masked of V is 0 at row 2 \(SNR"), pytest.raises(Refused):
         fit(ReducedStates(tiny(), LatentStates(S=4), V(Masked())), 2, Never())
 
 
 class Odd(L.Callback):
-    """Its state is more than data: no checkpoint with it can be loaded again."""
+    """A callback whose state is more than data: a checkpoint that contains it cannot be loaded."""
 
     def state_dict(self):
         return {"path": Path("here")}
@@ -287,7 +287,7 @@ def test_a_checkpoint_is_written_and_read_before_it_is_needed(make, fit, tmp_pat
 
 
 class Own(Baseline):
-    """Steps over batches that only it knows."""
+    """A module whose steps take batches of its own form."""
 
     def training_step(self, batch, batch_idx):
         return super().training_step({"image": batch[0], "label": batch[1], "id": batch[1]}, batch_idx)
@@ -296,7 +296,7 @@ class Own(Baseline):
         pass
 
 
-def test_a_plain_trainer_and_steps_of_its_own(tiny, tmp_path):
+def test_a_plain_trainer_with_a_module_that_has_its_own_steps(tiny, tmp_path):
     images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(8)), batch_size=4)
     options = {"max_steps": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

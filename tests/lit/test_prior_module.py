@@ -47,7 +47,7 @@ def make():
 
 
 def held_out_nll(prior, data, index, a, b):
-    """-log p of the held-out states in nats per value, by their definition."""
+    """Return -log p of the held-out states in nats per value, by definition."""
     x0 = from_uint8(data.held_out.images)
     eps = seed_noise(range(len(x0)), HELD_OUT + index, x0.shape[1:])
     with torch.no_grad():
@@ -61,14 +61,14 @@ def test_training_lowers_the_held_out_nll_and_leaves_the_averaged_prior(make, fi
     prior, card = load_prior(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
 
-    # what it is: the averages, bit for bit, and all the rest of its state
+    # the export: the averages, bit for bit, and all other state
     averages = ema.weights(module)
     state = prior.state_dict()
     assert all(torch.equal(state[name.removeprefix("prior.")], w) for name, w in averages.items())
     assert state.keys() == module.prior.state_dict().keys()
     assert any(not torch.equal(p, module.prior.state_dict()[name]) for name, p in state.items())
 
-    # what the card says
+    # the card
     states = LatentStates(S=8)
     assert (card.row, card.index) == (2, int(states.index[2]))
     assert card.log_snr == states.log_snr[2].tolist()
@@ -77,17 +77,17 @@ def test_training_lowers_the_held_out_nll_and_leaves_the_averaged_prior(make, fi
     assert (card.images_seen, card.steps, card.notes) == (60 * 32, 60, ["weights: ema, decay 0.9, steps 60"])
     assert card.seconds > 0
 
-    # what was validated: the averaged weights, in nats and bits per value
+    # validation: the averaged weights, in nats and bits per value
     a, b = states.coefficients(2)
     last = trainer.callback_metrics
     assert float(last["val/nll"]) == pytest.approx(held_out_nll(prior, shards, card.index, a, b), abs=1e-5)
     assert float(last["val/bits"]) == pytest.approx(float(last["val/nll"]) / math.log(2), rel=1e-6)
     assert memory.values[60 * 32]["val/nll"] < memory.values[30 * 32]["val/nll"] < 1.3
-    # what was trained: the mean loss of steps 56..60 is that of the same quantity
+    # training: the mean loss of steps 56..60 is the same quantity
     assert memory.values[60 * 32]["train/loss"] == pytest.approx(float(last["val/nll"]), abs=0.05)
 
 
-def test_loaded_it_has_the_density_and_the_samples_it_had(make, fit, tmp_path):
+def test_a_loaded_prior_has_the_same_density_and_samples(make, fit, tmp_path):
     module = make()
     fit(module, 4, ema=EMA(0))
     prior, card = load_prior(tmp_path / "prior.safetensors")
@@ -96,7 +96,7 @@ def test_loaded_it_has_the_density_and_the_samples_it_had(make, fit, tmp_path):
     assert torch.allclose(prior.sample(range(3), card.index), module.prior.sample(range(3), card.index), atol=1e-5)
 
 
-def test_a_model_starts_from_it(make, fit, tiny, tmp_path):
+def test_a_model_starts_from_the_prior(make, fit, tiny, tmp_path):
     fit(make(at=0.25), 4)
     prior, card = load_prior(tmp_path)
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def test_the_loss_is_the_density_at_the_row():
     assert torch.allclose(loss.double(), expected, atol=1e-6)
 
 
-def test_the_shape_may_be_that_of_the_data(make, fit, tmp_path):
+def test_the_prior_may_take_its_shape_from_the_data(make, fit, tmp_path):
     module = make(shape=None)
     fit(module, 2)
     assert load_prior(tmp_path)[1].prior["init_args"]["shape"] == [1, 8, 8]
@@ -135,7 +135,7 @@ def test_pictures_and_quality_leave_it_alone(make, fit, tmp_path):
 
 
 def train(folder, data, make, stop=None):
-    """Go on with the run in a folder, to 12 steps or until it is told to go after ``stop``."""
+    """Start or resume the run in a folder, up to 12 steps or until a signal after step ``stop``."""
 
     class Stop(L.Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -180,7 +180,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(make, data, tmp_path):
     assert {**vars(card_a), "seconds": 0, "run": ""} == {**vars(card_b), "seconds": 0, "run": ""}
 
 
-def test_the_command_line_trains_ends_goes_on_and_validates(tmp_path, capsys):
+def test_the_command_line_trains_resumes_and_validates(tmp_path, capsys):
     folder = tmp_path / "run"
     more = ["--run", str(folder), "--trainer.accelerator", "cpu", "--trainer.val_check_interval", "2"]
     more += ["--trainer.max_steps"]
@@ -203,7 +203,7 @@ def test_the_command_line_trains_ends_goes_on_and_validates(tmp_path, capsys):
     assert all(torch.equal(w, prior.state_dict()[name]) for name, w in module.prior.state_dict().items())
 
 
-def test_what_it_refuses(make, fit, data, tmp_path):
+def test_what_the_prior_module_refuses(make, fit, data, tmp_path):
     with pytest.raises(InputError, match="Gaussian is not trained but fitted at once: use the command prior"):
         PriorModule(Gaussian(), LatentStates(S=8), 2)
     for at in (0, 9, -1, 0.0, 1.5):

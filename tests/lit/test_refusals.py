@@ -1,4 +1,4 @@
-"""Options, arguments and callbacks that would have no effect, or a wrong one, are refused before the first step."""
+"""Options, arguments and callbacks with no effect, or a wrong one, are refused before the first step."""
 
 import math
 
@@ -39,7 +39,7 @@ from lightning_tdisent.priors.flow import Flow
 
 
 def own(folder, *callbacks, **options):
-    """A Trainer with nothing of this project in it."""
+    """Return a Trainer without any part of this project."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     kept = {"enable_checkpointing": False, "limit_val_batches": 0, "default_root_dir": folder}
     return L.Trainer(accelerator="cpu", callbacks=[*callbacks], **{"max_steps": 2, **quiet, **kept, **options})
@@ -137,7 +137,7 @@ def test_clipping_by_the_trainer_is_refused(option, make, data, tmp_path):
 
 
 class TwoGroups(ReducedStates):
-    """An optimizer of one's own, with rates that differ between its groups."""
+    """A module with its own optimizer, whose groups have different learning rates."""
 
     def configure_optimizers(self):
         first, *rest = self.denoiser.parameters()
@@ -146,7 +146,7 @@ class TwoGroups(ReducedStates):
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)]
 
 
-def test_the_groups_of_an_optimizer_of_ones_own_are_clipped_and_keep_their_rates(make, data, tmp_path):
+def test_the_groups_of_a_user_optimizer_are_clipped_and_keep_their_rates(make, data, tmp_path):
     module = make(TwoGroups, clip_norm=1e-4)
     before = [p.detach().clone() for p in module.denoiser.parameters()]
     trainer = own(tmp_path, max_steps=1)
@@ -200,7 +200,7 @@ MONITORS = [
 
 
 @pytest.mark.parametrize(("build", "options", "said"), MONITORS)
-def test_monitors_of_what_nobody_logs_are_refused(build, options, said, make, data, tmp_path):
+def test_monitors_of_metrics_that_nothing_logs_are_refused(build, options, said, make, data, tmp_path):
     kept = {"limit_val_batches": 1, "enable_checkpointing": True, **options}
     with pytest.raises(
         InputError, match=r"^trainer.callbacks: \w+.monitor: nothing logs .* There are: .*train/loss"
@@ -251,7 +251,7 @@ def test_a_batch_that_names_images_twice_is_refused():
         as_batch(images, [1, 8, 8], None)
 
 
-def test_a_backbone_is_missed_in_one_line(make, data, tmp_path):
+def test_a_missing_backbone_is_a_one_line_error(make, data, tmp_path):
     with pytest.raises(InputError, match=r"BackboneFinetuning needs .* backbone; ReducedStates has none"):
         own(tmp_path, BackboneFinetuning()).fit(make(), datamodule=data())
 
@@ -269,15 +269,15 @@ TINY += ["--trainer.callbacks", "[]", "--trainer.accelerator", "cpu", "--trainer
 
 
 def run(*words):
-    """Exit code of a command, which ends where there is nothing to do."""
+    """Return the exit code of a command, which exits early if there is nothing to do."""
     try:
         return main([*words])
     except SystemExit as end:
         return end.code
 
 
-def test_a_value_that_the_kept_config_cannot_hold_is_refused(tmp_path):
-    class Dumps:  # as jsonargparse does it of, for example, a default that is a torch.device
+def test_a_value_that_the_config_file_cannot_store_is_refused(tmp_path):
+    class Dumps:  # as jsonargparse dumps, for example, a default that is a torch.device
         def dump(self, config, skip_none):
             part = "{class_path: a.B, init_args: {n: 1, device: Unable to serialize instance cpu}}"
             return f"run: {tmp_path}\ntrainer: {{callbacks: [{part}]}}"
@@ -288,7 +288,7 @@ def test_a_value_that_the_kept_config_cannot_hold_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_fit_says_where_the_weights_are_and_why_it_does_not_go_on(tmp_path, capsys):
+def test_fit_prints_where_the_weights_are_and_why_it_does_not_resume(tmp_path, capsys):
     def fit(*words):
         code = run(*TINY, "--run", str(tmp_path / "run"), *words)
         out = capsys.readouterr()
@@ -298,7 +298,7 @@ def test_fit_says_where_the_weights_are_and_why_it_does_not_go_on(tmp_path, caps
     assert fit(*epoch) == (0, [f"weights of step 3: {tmp_path / 'run' / 'model.safetensors'}"], [])
     ended = "ended at step 3 by trainer.max_epochs (1), trainer.max_time or a callback such as EarlyStopping"
     assert fit(*epoch)[:2] == (0, [f"{tmp_path / 'run'}: {ended}; change that to resume"])
-    code, _, (said,) = fit(*epoch, "--trainer.max_steps", "20")  # which max_epochs ends again
+    code, _, (said,) = fit(*epoch, "--trainer.max_steps", "20")  # max_epochs ends it again
     assert (code, "had ended at step 3, and no step was trained now: trainer.max_epochs, " in said) == (2, True)
     epoch[1] = "2"
     assert fit(*epoch)[1] == [f"weights of step 4: {tmp_path / 'run' / 'model.safetensors'}"]

@@ -1,6 +1,6 @@
-"""Stopping and going on: what was computed is the same, bit for bit, as if nothing had happened.
+"""Stopping and resuming: the results are bit for bit those of a run that was not interrupted.
 
-Long, as every way to stop is followed by going on, and compared with one that was not stopped.
+Each kind of interruption is followed by a resume and compared with an uninterrupted run.
 """
 
 import io
@@ -37,7 +37,7 @@ EXPERT = ["fit", "--config", "experiments/digits/experts8.yaml", "--trainer.call
 
 
 class Watch(L.Callback):
-    """Keep what every step and validation saw; send this process a signal after a step, or inside its validation."""
+    """Record every step and validation; send this process a signal after a step, or inside its validation."""
 
     def __init__(self, cut=None, validating=False, number=signal.SIGTERM):
         self.steps, self.validations, self.cut, self.inside, self.number = [], [], cut, validating, number
@@ -88,7 +88,7 @@ def fit(tiny, data):
                 **options,
             },
         )
-        images = data(batch_size=200, seed=3, val_limit=60)  # 7 batches an epoch
+        images = data(batch_size=200, seed=3, val_limit=60)  # 7 batches per epoch
         expected = pytest.raises(Preempted, match="143") if watch.cut and told else nullcontext()
         with expected:
             trainer.fit(module, datamodule=images, ckpt_path=path, weights_only=True)
@@ -97,7 +97,7 @@ def fit(tiny, data):
 
 
 def same(a, b, where=""):
-    """Equality of nested data, bit for bit, but for the clock; names the first difference."""
+    """Assert that nested data are equal bit for bit, except for clocks; name the first difference."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     elif isinstance(a, dict):
@@ -106,7 +106,7 @@ def same(a, b, where=""):
             "seconds",
             "run",
             "_batches_that_stepped",
-        }:  # the last is off by one, and nobody's x-axis
+        }:  # the last differs by one, and is not used as an x-axis
             same(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, (list, tuple)):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
@@ -115,7 +115,7 @@ def same(a, b, where=""):
         assert a == b, where
 
 
-# epochs end at 7, 14, 21; validation is due after 10 and 20; a tuple is a signal inside the validation
+# epochs end at steps 7, 14, 21; validation is due after 10 and 20; a tuple is a signal inside the validation
 CUTS = {
     "inside an epoch": [3],
     "at the end of an epoch": [7],
@@ -148,7 +148,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(option, fit, whole, tmp
     unbroken, end = whole(option)
     for name, cuts in CUTS.items():
         if option == "by epochs" and name == "at the last step":
-            continue  # it has 21
+            continue  # this run has 21 steps
         if option == "accumulated":
             cuts = [c for c in cuts if not isinstance(c, tuple) and c <= 12]
         folder, ran, seen = tmp_path / name, [], []
@@ -158,16 +158,16 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(option, fit, whole, tmp
             fit(folder, watch, **OPTIONS[option])
             ran, seen = ran + watch.steps, seen + watch.validations
         same(ran, unbroken.steps, name)
-        if cuts[-1:] != [24]:  # told to go at the very end, it goes without its last validation
+        if cuts[-1:] != [24]:  # after a signal at the last step the last validation is skipped
             same(seen, unbroken.validations, name)
         same(load(newest(folder / "checkpoints")[0]), end, name)
-        assert (folder / "model.safetensors").read_bytes()  # also where nothing was left to train
+        assert (folder / "model.safetensors").read_bytes()  # also if no step was left to train
 
 
-def test_a_longer_run_is_one_that_was_stopped(fit, tmp_path):
+def test_extending_a_run_equals_one_long_run(fit, tmp_path):
     unbroken, grown = Watch(), [Watch(), Watch()]
     fit(tmp_path / "whole", unbroken, max_steps=17)
-    fit(tmp_path / "grown", grown[0], max_steps=10)  # validated at its end, and again when it goes on
+    fit(tmp_path / "grown", grown[0], max_steps=10)  # validated at its end, and again when resumed
     fit(tmp_path / "grown", grown[1], max_steps=17)
     same(grown[0].steps + grown[1].steps, unbroken.steps)
     end = [load(newest(tmp_path / name / "checkpoints")[0]) for name in ("grown", "whole")]
@@ -175,7 +175,7 @@ def test_a_longer_run_is_one_that_was_stopped(fit, tmp_path):
 
 
 class Dead(Exception):
-    """Something that no checkpoint is made for."""
+    """An exception after which no checkpoint is saved."""
 
 
 class Die(Watch):
@@ -186,7 +186,7 @@ class Die(Watch):
 
 
 def curves(folder):
-    """All scalars of a run: tag -> [(images seen, value)], as TensorBoard shows them."""
+    """Return all scalars of a run as TensorBoard shows them: tag -> [(images seen, value)]."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -194,7 +194,7 @@ def curves(folder):
 
 def test_tensorboard_shows_one_curve_over_images_seen(fit, tmp_path):
     fit(tmp_path / "whole", Watch(), logged=True)
-    watches = [Die(9), Die(11), Die(23), Watch()]  # from 5, which died after 9; from 10, its validation; from 20
+    watches = [Die(9), Die(11), Die(23), Watch()]  # resumed from 5 (died after 9), 10 and 20
     for watch in watches[:-1]:
         with pytest.raises(Dead):
             fit(tmp_path / "broken", watch, every=5, logged=True, told=False)
@@ -206,8 +206,8 @@ def test_tensorboard_shows_one_curve_over_images_seen(fit, tmp_path):
     assert [watch.steps[0][0][2] for watch in watches] == [1, 6, 11, 21]
 
 
-def test_two_ranks_agree_on_the_step_whichever_is_told(fit, tmp_path):
-    """A signal to one rank, three times in an epoch; both ranks end as they would have, bit for bit."""
+def test_two_ranks_stop_at_one_step_whichever_gets_the_signal(fit, tmp_path):
+    """Send a signal to one rank, three times in an epoch; both ranks end bit for bit as without signals."""
 
     class Write(Watch):
         def __init__(self, folder, cut=None, rank=None):
@@ -232,13 +232,13 @@ def test_two_ranks_agree_on_the_step_whichever_is_told(fit, tmp_path):
         return ran, load(newest(folder / "checkpoints")[0])
 
     whole = go("whole")
-    assert not torch.equal(whole[0][0][0][1], whole[0][1][0][1])  # ranks have losses of their own
+    assert not torch.equal(whole[0][0][0][1], whole[0][1][0][1])  # ranks have different losses
     same(go("broken", (2, 0), (4, 1), (6, 1)), whole)
 
 
 @pytest.fixture
 def command(tmp_path, capsys):
-    """`fit` of a tiny expert in a folder, in this process: what it printed."""
+    """Return a function that runs `fit` of a tiny expert in a folder, in this process, and returns its output."""
 
     def give(*words, steps_=6, folder="run"):
         argv = [*EXPERT, "--run", str(tmp_path / folder), "--trainer.max_steps", str(steps_), *map(str, words)]
@@ -249,7 +249,7 @@ def command(tmp_path, capsys):
     return give
 
 
-def test_the_same_command_goes_on_and_says_so(command, tmp_path):
+def test_the_same_command_resumes_and_says_so(command, tmp_path):
     assert "going on" not in command(steps_=3)
     out = command(steps_=6)
     assert f"going on with {tmp_path}/run from step 3 (192 images seen)" in out
@@ -258,13 +258,13 @@ def test_the_same_command_goes_on_and_says_so(command, tmp_path):
         command(steps_=6)
     assert end.value.code == 0
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
-    (tmp_path / "run" / "model.safetensors").unlink()  # killed between the last checkpoint and this
+    (tmp_path / "run" / "model.safetensors").unlink()  # as if killed before the export
     command(steps_=6)
     assert Diffusion.load_from_checkpoint(checkpoints_in(tmp_path / "run" / "checkpoints")[-1]).images_seen == 6 * 64
     assert (tmp_path / "run" / "model.safetensors").stat().st_size == len(before)
 
 
-def test_a_run_without_a_checkpoint_begins_anew(command, tmp_path):
+def test_a_run_without_a_checkpoint_starts_from_scratch(command, tmp_path):
     command(steps_=3)
     for file in (tmp_path / "run" / "checkpoints").iterdir():
         file.unlink()
@@ -318,7 +318,7 @@ def test_another_config_is_refused_naming_both_values(words, said, command):
         command(*words, steps_=4)
 
 
-def test_a_run_that_has_ended_is_not_said_to_be_of_other_batches_or_data(command, digits, tmp_path):
+def test_other_batches_or_data_are_refused_for_a_run_that_has_ended(command, digits, tmp_path):
     command(steps_=2)
     with pytest.raises(InputError, match=r"(?s)has ended, .*data.batch_size: 64 images a step there, 32 now"):
         command("--data.batch_size", 32, steps_=2)
@@ -347,11 +347,11 @@ def test_two_processes_do_not_share_a_folder(command, tmp_path):
     place = RunFolder(tmp_path / "run", tidy=True)
     with place, pytest.raises(InputError, match=rf"in use by process {os.getpid()} on "):
         command()
-    assert not (tmp_path / "run").exists()  # nothing came of it
+    assert not (tmp_path / "run").exists()  # nothing was created
     command(steps_=1)
 
 
-def test_a_run_of_its_own_can_be_branched_and_rolled_back(command, tmp_path):
+def test_a_run_can_be_branched_and_rolled_back(command, tmp_path):
     command("--checkpoint.every", 2, steps_=5)
     old = checkpoints_in(tmp_path / "run" / "checkpoints")[0]
     command("--ckpt_path", old, "--model.lr", "1e-4", folder="branch", steps_=5)
@@ -379,13 +379,13 @@ def test_checkpoints_without_their_config_are_not_written_over(command, tmp_path
     assert len(checkpoints_in(tmp_path / "run" / "checkpoints")) == 1
 
 
-def test_the_saved_config_goes_on_from_the_newest(command, tmp_path):
+def test_the_saved_config_resumes_from_the_newest_checkpoint(command, tmp_path):
     for count in (2, 3):
         command(steps_=count)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))["ckpt_path"] is None
 
 
-def test_a_branch_takes_its_own_rate(command, tmp_path):
+def test_a_branch_takes_its_own_learning_rate(command, tmp_path):
     command(steps_=2)
     command("--ckpt_path", tmp_path / "run", "--model.lr", "1e-4", "--model.warmup", 0, folder="branch", steps_=4)
     end = load(checkpoints_in(tmp_path / "branch" / "checkpoints")[-1])
@@ -393,14 +393,14 @@ def test_a_branch_takes_its_own_rate(command, tmp_path):
     assert end["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 1e-4
 
 
-def test_a_rehearsal_leaves_nothing_and_reads_nothing(command, tmp_path):
+def test_fast_dev_run_writes_nothing_and_reads_nothing(command, tmp_path):
     command("--trainer.fast_dev_run", "true")
     assert not list((tmp_path / "run").glob("*.safetensors"))
     assert checkpoints_in(tmp_path / "run" / "checkpoints") == []
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_snapshots_of_a_past_undone_are_gone(command, tmp_path):
+def test_snapshots_later_than_the_resumed_checkpoint_are_deleted(command, tmp_path):
     lengths = [
         "--ema.lengths",
         "[0.05,0.1]",
@@ -419,7 +419,7 @@ def test_snapshots_of_a_past_undone_are_gone(command, tmp_path):
     assert ends == {2, 4, 5}
 
 
-def test_a_signal_before_the_first_step_is_heeded_after_it(fit, tmp_path):
+def test_a_signal_before_the_first_step_is_handled_after_it(fit, tmp_path):
     class Early(Watch):
         def on_fit_start(self, trainer, pl_module):
             os.kill(os.getpid(), self.number)
@@ -433,12 +433,12 @@ def test_a_signal_before_the_first_step_is_heeded_after_it(fit, tmp_path):
 
 
 @pytest.mark.parametrize("word", ["last", "best", "nothing.ckpt", ""])
-def test_a_checkpoint_that_is_not_there_is_said_to_be(word, command):
+def test_a_missing_checkpoint_is_reported(word, command):
     with pytest.raises(InputError, match=rf"--ckpt_path {word}: no such file"):
         command("--ckpt_path", word)
 
 
-def test_weights_and_other_files_are_no_checkpoints(command, tmp_path):
+def test_weights_and_other_files_are_not_checkpoints(command, tmp_path):
     command(steps_=1)
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6", "global_step": 1, "epoch": 0, "loops": {}},
@@ -475,13 +475,13 @@ def test_a_signal_while_a_checkpoint_is_written_does_not_wait_for_the_validation
 
     def told(self, *args, **options):
         whole(self, *args, **options)
-        if args[1].parent.name == "checkpoints":  # not the one that is tried before the first step
+        if args[1].parent.name == "checkpoints":  # not the one that the preflight saves
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(DurableIO, "save_checkpoint", told)
         watch = Watch(10)
-        watch.inside = True  # nothing of its own
+        watch.inside = True  # it sends no signal itself
         watch.on_validation_batch_end = lambda *_: pytest.fail("a validation batch was run")
         fit(tmp_path / "run", watch, every=10)
     assert [place[2] for place, *_ in watch.steps][-1] == 10
@@ -502,7 +502,7 @@ def test_overfitting_sees_the_same_batches_in_every_epoch(fit, tmp_path):
     assert rest == [first, second] * 2
 
 
-def test_a_loader_made_anew_in_every_epoch_goes_on(fit, tmp_path):
+def test_a_loader_recreated_in_every_epoch_continues(fit, tmp_path):
     plain, anew = Watch(), Watch()
     fit(tmp_path / "plain", plain, max_steps=16)
     fit(tmp_path / "anew", anew, max_steps=16, reload_dataloaders_every_n_epochs=1)
@@ -529,7 +529,7 @@ def test_an_untrained_model_is_not_exported(command, tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_switching_checkpoints_off_is_answered_in_a_line(command):
+def test_disabling_checkpoints_is_a_one_line_error(command):
     with pytest.raises(InputError, match=r"trainer.enable_checkpointing: false is not possible"):
         command("--trainer.enable_checkpointing", "false")
 
@@ -541,7 +541,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(command, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_sample_in_a_worker_is_answered_in_a_line(data, digits, tmp_path):
+def test_a_damaged_sample_in_a_worker_is_a_one_line_error(data, digits, tmp_path):
     shards = tmp_path / "digits"
     shutil.copytree(digits, shards)
     wrong = shards / "train-0001.tar"
@@ -558,7 +558,7 @@ def test_a_damaged_sample_in_a_worker_is_answered_in_a_line(data, digits, tmp_pa
 
 
 class Elsewhere(Checkpoint):
-    """Says, as a folder that is not shared would, that this rank goes on from another checkpoint."""
+    """Make this rank resume from another checkpoint, as with a folder that is not shared."""
 
     def on_train_start(self, trainer, pl_module):
         trainer.ckpt_path = f"step-{trainer.global_rank}.ckpt"

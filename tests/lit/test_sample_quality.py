@@ -1,4 +1,4 @@
-"""SampleQuality in a training: by the code of evaluate, once per protocol, and never at the training's expense."""
+"""SampleQuality in training: the code of evaluate, one curve per protocol, and no failure of the training."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ class Constant(DDIM):
         yield 0, torch.zeros(len(seeds), *denoise.shape), None
 
 
-def test_it_logs_what_evaluate_would_say(fitted, digits, monkeypatch):
+def test_it_logs_the_numbers_of_evaluate(fitted, digits, monkeypatch):
     said = []
     monkeypatch.setattr("lightning_tdisent.lit.callbacks.quality.rank_zero_info", said.append)
     module, found = fitted(SampleQuality("digits", 40, first_seed=3, n_real=1000))
@@ -48,12 +48,12 @@ def test_it_logs_what_evaluate_would_say(fitted, digits, monkeypatch):
     quality = open_quality(protocol, load_features("digits"), real_images(digits, "train", 1), [1, 8, 8])
     values = score(module.denoiser.eval(), module.sampler, quality).values
     tagged = {f"quality/{k}/{quality.protocol.hash}": v for k, v in values.items()}
-    assert found == pytest.approx(tagged, rel=1e-6)  # Lightning keeps float32
+    assert found == pytest.approx(tagged, rel=1e-6)  # Lightning stores float32
     assert quality.protocol.n_real == 1000
     assert "n=40 images leave a covariance of 64 features without full rank" in said[0]
 
 
-def test_a_second_training_passes_no_real_image(fitted, monkeypatch):
+def test_a_second_training_does_not_evaluate_real_images_again(fitted, monkeypatch):
     seen = []
     inner = SmallClassifier.extract
     monkeypatch.setattr(SmallClassifier, "extract", lambda self, x: seen.append(len(x)) or inner(self, x))
@@ -64,14 +64,14 @@ def test_a_second_training_passes_no_real_image(fitted, monkeypatch):
     assert first >= 32 + 1500
 
 
-def test_weights_that_are_missing_cost_the_metric_alone(fitted):
+def test_missing_weights_only_disable_the_metric(fitted):
     with pytest.warns(UserWarning, match="SampleQuality is left out: inception: no weights at .* fetch inception"):
         module, found = fitted(SampleQuality("adm", 32))
     assert found == {}
     assert module.images_seen == 64
 
 
-def test_images_that_are_all_the_same_cost_the_number_alone(fitted):
+def test_equal_images_only_cost_the_number(fitted):
     with pytest.warns(UserWarning, match="no quality at step 2: all 32 images are the same"):
         module, found = fitted(SampleQuality("digits", 32), broken=True)
     assert found == {}
@@ -87,7 +87,7 @@ def test_features_of_another_shape_are_refused_before_the_first_step(fitted):
         fitted(SampleQuality("mnist", 32))
 
 
-def test_protocols_that_are_none_are_refused_when_they_are_named():
+def test_unknown_protocols_are_refused_at_once():
     with pytest.raises(InputError, match="there is no 'digit'"):
         SampleQuality("digit")
     assert SampleQuality({"preset": "digits", "metrics": ["fd"], "neighbours": 7}).protocol.metrics == ("fd",)

@@ -1,4 +1,4 @@
-"""Values that a config takes from the environment: the training uses them, and no file holds them."""
+"""Config values from environment variables: the training uses them, and no file contains them."""
 
 import yaml
 
@@ -50,7 +50,7 @@ def test_a_value_that_is_taken_from_a_secret_one_is_kept_as_it_was_given(monkeyp
     resolved = {"a": "s3cr3t", "b": ["s3://s3cr3t/x", 5], "c": 5, "d": "new"}
     kept = {"a": "${oc.env:KEY_OF_STORE,none}", "b": ["s3://${.a}/x", 5], "c": 5, "d": "new"}
     assert without_secrets(resolved) == kept
-    monkeypatch.delenv("KEY_OF_STORE")  # the default of then counts, wherever the run goes on
+    monkeypatch.delenv("KEY_OF_STORE")  # the default is stored, so a resumed run uses it too
     assert without_secrets(resolved | {"a": "/here/none"})["a"] == "/here/none"
     UNRESOLVED.set("")
     assert without_secrets(resolved) == resolved

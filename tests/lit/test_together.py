@@ -1,6 +1,6 @@
-"""Several fits in one process: each is, bit for bit, what it is alone; stacked, up to the last digits.
+"""Co-training: each fit equals the fit alone bit for bit; if stacked, up to the last digits.
 
-Long, as what is the same reaches from the decoder to the curves on disk.
+The comparison covers everything from the decoder to the curves on disk.
 """
 
 import io
@@ -58,7 +58,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def argv(images):
-    """Command line of expert k of 4: a tiny network, batches of 4, a validation every 3 steps."""
+    """Return the command line of expert k of 4: a tiny network, batches of 4, a validation every 3 steps."""
     network = {"shape": [1, 4, 4], "channels": [4], "layers": 1, "groups": 2, "mid_attention": False}
 
     def make(folder, k, steps, *more, net="UNet", **options):
@@ -80,7 +80,7 @@ def quiet(*more):
 
 
 class Draws(L.Callback):
-    """Somebody who draws from all the global generators at every step, and logs it."""
+    """Draw from all global random generators at every step, and log the draws."""
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         drawn = {"torch": float(torch.rand(()))}
@@ -89,7 +89,7 @@ class Draws(L.Callback):
 
 
 class Tells(L.Callback):
-    """Sends this process a signal after a step, and waits until it has arrived."""
+    """Send this process a signal after a step, and wait until it has arrived."""
 
     def __init__(self, step, number=signal.SIGTERM, validating=False):
         self.step, self.number, self.validating = step, number, validating
@@ -110,7 +110,7 @@ class Tells(L.Callback):
 
 
 def contents(folder):
-    """All that a run left, but for clocks and the names of files that hold one."""
+    """Return the content of a run folder, without clocks and the names of files that contain a time."""
     path, manifest, bad = newest(folder / "checkpoints")
     assert not bad
     curves = EventAccumulator(str(folder)).Reload()
@@ -127,7 +127,7 @@ def contents(folder):
 
 
 def same(a, b, where="", near=None):
-    """Equality of nested data, bit for bit if not ``near``, but for the clock; names the first difference."""
+    """Assert that nested data are equal, bit for bit unless ``near``, except for clocks; name the first difference."""
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype, where
         close = torch.equal(a, b) if near is None else torch.allclose(a.double(), b.double(), rtol=near, atol=near)
@@ -144,7 +144,7 @@ def same(a, b, where="", near=None):
         assert a == b if near is None or not isinstance(a, float) else a == pytest.approx(b, near, near), where
 
 
-MORE = {  # what experts of one group may differ in: 3 is ahead of the others from the start
+MORE = {  # how experts of one group may differ; expert 3 is ahead of the others from the start
     1: (7, (), {"dropout": 0.2}),
     2: (4, ("--trainer.callbacks", "[Pictures]", "--ema.lengths", "[0.1]"), {}),
     3: (9, ("--checkpoint.every", 2, "--trainer.callbacks", "[Pictures]"), {"layers": 2}),
@@ -157,7 +157,7 @@ def lines(argv, folder):
 
 @pytest.fixture(scope="module")
 def alone(argv, tmp_path_factory):
-    """What each of these fits leaves when it runs by itself."""
+    """Return what each of these fits writes when it runs alone."""
     folder = tmp_path_factory.mktemp("alone")
     for line in lines(argv, folder):
         run(line, quiet(Draws()))
@@ -174,7 +174,7 @@ def test_each_fit_is_bitwise_what_it_is_alone(argv, alone, tmp_path):
     assert len(there["curves"]["drawn/numpy"]) == 9
 
 
-def test_a_group_that_was_told_to_go_goes_on_from_different_steps(argv, alone, tmp_path):
+def test_a_group_stopped_by_a_signal_resumes_from_different_steps(argv, alone, tmp_path):
     ahead = lines(argv, tmp_path)[2]
     with pytest.raises(Preempted):
         run(ahead, quiet(Tells(4)))
@@ -189,7 +189,7 @@ def test_a_group_that_was_told_to_go_goes_on_from_different_steps(argv, alone, t
         same(contents(tmp_path / str(k)), alone[k] | {"curves": curves}, str(k))
 
 
-def test_a_validation_of_one_does_not_keep_the_group_from_going(argv, tmp_path):
+def test_a_validation_of_one_fit_does_not_delay_the_stop_of_the_group(argv, tmp_path):
     fits = [argv(tmp_path, k, 9) for k in (1, 2, 3)]
     with pytest.raises(Preempted, match="130"):
         together(fits, [quiet(), quiet(Tells(3, signal.SIGINT, validating=True)), quiet()])
@@ -198,9 +198,9 @@ def test_a_validation_of_one_does_not_keep_the_group_from_going(argv, tmp_path):
     assert ["val/x0_mse" in seen[k] for k in "123"] == [True, False, False]
 
 
-def test_fits_that_have_not_begun_when_the_group_is_told_do_not_begin(argv, tmp_path):
+def test_fits_that_have_not_started_do_not_start_after_a_signal(argv, tmp_path):
     class Early(Tells):
-        def setup(self, trainer, pl_module, stage):  # when the group has not seen this fit yet
+        def setup(self, trainer, pl_module, stage):  # before the group knows this fit
             self._tell(trainer)
 
     with pytest.raises(Preempted, match="143"):
@@ -226,7 +226,7 @@ def test_a_fit_that_fails_leaves_the_others_alone(argv, tmp_path):
     assert "model.expert: 9 is not among" in str(ends[0])
     assert "in use by process" in str(ends[2])
     assert [newest(tmp_path / k / "checkpoints")[1]["step"] for k in "13"] == [4, 3]
-    assert together([good]) == [None]  # done already, which is no failure
+    assert together([good]) == [None]  # already complete, which is not a failure
     assert together([]) == []
 
 
@@ -250,12 +250,12 @@ def test_ctrl_c_given_twice_ends_all_at_once(argv, tmp_path):
         with suppress(InputError), RunFolder(tmp_path / "1"):
             break
         time.sleep(0.01)
-    assert not newest(tmp_path / "1" / "checkpoints")[0]  # it was not its turn, nor is it given one more
+    assert not newest(tmp_path / "1" / "checkpoints")[0]  # it was not its turn, and it gets no other
 
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """How often each image, by its bytes, is decoded."""
+    """Count how often each image, identified by its bytes, is decoded."""
     count, plain = Counter(), Decoder.__call__
 
     def counted(self, members, where):
@@ -300,7 +300,7 @@ def test_samples_that_may_be_skipped_are_read_by_each(decoded, argv, tmp_path):
     breaks=st.integers(0, 12),
 )
 @settings(max_examples=60, deadline=None)
-def test_everybody_gets_the_batches_of_the_order_whoever_reads_them(starts, turns, breaks):
+def test_all_users_get_the_batches_of_the_order_whoever_reads_them(starts, turns, breaks):
     opened, closed, reads = [], [], Counter()
 
     class Loader:
@@ -309,7 +309,7 @@ def test_everybody_gets_the_batches_of_the_order_whoever_reads_them(starts, turn
             opened.append(self)
 
         def __iter__(self):
-            for _ in range(3):  # an epoch
+            for _ in range(3):  # batches per epoch
                 if len(opened) == 1 and self.next == breaks:
                     raise InputError("damaged")
                 reads[self.next] += 1
@@ -329,17 +329,17 @@ def test_everybody_gets_the_batches_of_the_order_whoever_reads_them(starts, turn
                 failed.add(user)
                 continue
             assert batch == {"id": expected[user]}
-            batch["id"] = None  # is the user's own
+            batch["id"] = None  # the dict belongs to the user
             expected[user] += 1
     if len(set(starts)) == 1 and not failed and turns == sorted(turns) == list(range(len(starts))):
         assert set(reads.values()) == {1}
     for user in range(len(users)):
         shared.leave(user)
     assert set(map(id, opened)) == set(map(id, closed))
-    assert len(failed) <= 1  # who comes later sees for himself
+    assert len(failed) <= 1  # later users open another reader
 
 
-def test_a_loader_that_nobody_reads_any_more_is_closed():
+def test_a_loader_without_users_is_closed():
     closed = []
 
     class Loader:
@@ -365,7 +365,7 @@ def test_a_loader_that_nobody_reads_any_more_is_closed():
     assert closed == [3, 5]
 
 
-def test_in_step_all_read_from_one_loader_and_no_more_is_kept_than_needed():
+def test_users_in_step_share_one_loader_and_few_batches_are_kept():
     loaders = []
 
     def start(first):
@@ -385,15 +385,18 @@ def test_in_step_all_read_from_one_loader_and_no_more_is_kept_than_needed():
     late = shared.batches("order", 20 - WINDOW, 4, start)
     assert [next(late)["id"] for _ in range(WINDOW + 1)] == list(range(20 - WINDOW, 21))
     assert loaders == [0, 7]
-    next(shared.batches("order", 20 - WINDOW, 5, start))  # gone by now
+    next(shared.batches("order", 20 - WINDOW, 5, start))  # no longer kept
     assert loaders == [0, 7, 20 - WINDOW]
 
 
-CLOSE = 1e-4  # of weights of about 1 that AdamW has moved by 0.01 a step
+CLOSE = 1e-4  # tolerance for weights of about 1 that AdamW changes by 0.01 per step
 
 
 class Plain(Network):
-    """Without normalisation: a bias before one has a gradient of mere rounding, of which AdamW makes a whole step."""
+    """A network without normalisation.
+
+    The gradient of a bias before a normalisation is only rounding error, which AdamW turns into a full step.
+    """
 
     def __init__(self, shape, classes=None, conditioning=None, width=3, dropout=0.0):
         super().__init__(shape, classes, conditioning)
@@ -405,7 +408,7 @@ class Plain(Network):
 
 
 class Mixing(Plain):
-    """Its samples see each other while it trains, as those of a batch norm do."""
+    """A network whose samples depend on each other in training mode, as with batch normalisation."""
 
     def forward(self, x, index=None, label=None):
         return super().forward(x - x.mean(0, keepdim=True) if self.training else x)
@@ -431,14 +434,14 @@ def test_stacked_fits_are_those_alone_up_to_rounding_and_go_on_alone(argv, tmp_p
     assert "stacked: 3 experts in one call, gradients within" in capsys.readouterr().out
     for k in budgets:
         record = json.loads((tmp_path / "group" / str(k) / RECORD).read_text(encoding="utf-8"))
-        assert len(record["experts"]) == (3 if k == 2 else 2)  # when 2 had ended, the others made a stack of their own
+        assert len(record["experts"]) == (3 if k == 2 else 2)  # after 2 had ended, the others formed a new stack
         assert 0 < record["relative_difference"] < 1e-5
         assert not (tmp_path / "alone" / str(k) / RECORD).exists()
         one, other = contents(tmp_path / "alone" / str(k)), contents(tmp_path / "group" / str(k))
         near(other, one, k)
         for state in (other["checkpoint"]["state_dict"], other["checkpoint"]["optimizer_states"][0]["state"][0]):
             assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in state.values())
-    run(argv(tmp_path / "group", 1, 8, *more, **PLAIN), quiet())  # each goes on in the other way
+    run(argv(tmp_path / "group", 1, 8, *more, **PLAIN), quiet())  # each resumes in the other mode
     run(argv(tmp_path / "alone", 3, 8, *more, **PLAIN), quiet())
     longer = [argv(tmp_path / way, k, 8, *more, **PLAIN) for way, k in (("alone", 1), ("group", 3))]
     assert together(longer, stacked=True) == [None] * 2
@@ -446,7 +449,7 @@ def test_stacked_fits_are_those_alone_up_to_rounding_and_go_on_alone(argv, tmp_p
         near(*(contents(tmp_path / way / k) for way in ("group", "alone")), k)
 
 
-def test_experts_are_stacked_by_make_and_the_others_run_as_alone(argv, tmp_path, capsys):
+def test_experts_of_one_configuration_are_stacked_and_the_others_run_as_alone(argv, tmp_path, capsys):
     kinds = {1: {}, 2: {"width": 5}, 3: {"dropout": 0.2}, 4: {}}
     exact = ["--trainer.precision", "64-true"]
     fits = [(k, [], kind, f"{way}") for k, kind in kinds.items() for way in "ab"] + [(1, exact, {}, "c")]
@@ -474,7 +477,7 @@ class Spoils(L.Callback):
 
 
 @pytest.mark.parametrize("spoils", [[], [Spoils()]])
-def test_networks_whose_samples_see_each_other_are_not_stacked(spoils, argv, tmp_path, capsys):
+def test_networks_whose_samples_depend_on_each_other_are_not_stacked(spoils, argv, tmp_path, capsys):
     run(argv(tmp_path / "alone", 2, 3, **MIXING), quiet())
     fits = [argv(tmp_path, k, 3, **MIXING) for k in (1, 2)]
     assert together(fits, [quiet(*spoils), quiet()], stacked=True) == [None] * 2
@@ -483,7 +486,7 @@ def test_networks_whose_samples_see_each_other_are_not_stacked(spoils, argv, tmp
     assert not (tmp_path / "2" / RECORD).exists()
 
 
-def test_a_training_step_of_ones_own_is_not_stacked(tiny):
+def test_an_overridden_training_step_is_not_stacked(tiny):
     class Weighted(ReducedStates):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx)

@@ -1,4 +1,4 @@
-"""Warm starts: curves begin at the start, the average continues, and what is exported is never worse than the start."""
+"""Warm starts: curves begin at the start, the average continues, and the export is never worse than the start."""
 
 import dataclasses
 import json
@@ -20,13 +20,13 @@ from lightning_tdisent.sampling.errors_by_row import x0_errors
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
-    """A folder for the run that the experts of this file start from."""
+    """Return a folder for the run that the experts of this file start from."""
     return tmp_path_factory.mktemp("start")
 
 
 @pytest.fixture
 def warm(tiny, fit, start, tmp_path):
-    """Train an expert of a row, or of several, from a shared model of 24 steps, in a folder of its own."""
+    """Return a function that trains an expert of some rows from a shared model of 24 steps, in a new folder."""
     if not (start / "model.safetensors").exists():
         L.seed_everything(0, verbose=False)
         fit(ReducedStates(tiny(), LatentStates(S=4), lr=0.01, warmup=3), 24, default_root_dir=start)
@@ -41,7 +41,7 @@ def warm(tiny, fit, start, tmp_path):
 
 
 def held_out(path, data):
-    """The mean error of a file's weights over its rows, measured by itself."""
+    """Return the mean error of a file's weights over its rows, measured independently of the training."""
     denoiser, card = load_expert(path / "model.safetensors")
     images = data().held_out
     return float(x0_errors(denoiser, images.images, range(len(images)), card.rows).mean())
@@ -70,8 +70,8 @@ def test_what_is_exported_is_never_worse_than_the_start(warm, start, data, rows,
     assert found[0][1] == pytest.approx(truth, rel=1e-4)  # the embedding of the row is folded in
 
 
-@pytest.mark.parametrize("lr", [1.0, 1e30])  # with the latter the network's outputs, and so the error, are NaN
-def test_a_training_that_ruins_its_start_leaves_the_start(warm, start, data, lr):
+@pytest.mark.parametrize("lr", [1.0, 1e30])  # with 1e30 the outputs and the error are NaN
+def test_a_training_that_gets_worse_exports_its_start(warm, start, data, lr):
     _, folder = warm([3], 5, lr=lr)
     kept, card = load_expert(folder / "model.safetensors")
     assert (card.weights, card.kind, card.steps, card.images_seen) == ("start", "ema", 5, 160)
@@ -102,7 +102,7 @@ def test_the_average_continues_that_of_the_start(warm, options):
     assert read_card(folder / "model.safetensors").average["before"] == ema.before
 
 
-def test_looking_at_the_start_moves_nothing(warm):
+def test_measuring_the_start_changes_nothing(warm):
     plain, watched = Watch(), Watch()
     one, _ = warm([2], 4, plain, limit_val_batches=0)
     other, _ = warm([2], 4, watched, Curve(), folder="other", val_check_interval=1)
@@ -136,11 +136,11 @@ def test_a_fit_from_scratch_begins_its_curve_before_the_first_step(make, fit, da
     assert points(tmp_path)[0] == [0, pytest.approx(truth, rel=1e-6)]
     card = read_card(tmp_path / "model.safetensors")
     assert (card.weights, card.errors) == ("ema", {})
-    assert card.validation["passes"] == 3 * 4 * len(images)  # before, in the middle and at the end; a pass for each row
+    assert card.validation["passes"] == 3 * 4 * len(images)  # before, in the middle and at the end; one pass per row
     assert card.validation["seconds"] > 0
 
 
-def test_a_card_of_before_is_read(make, tmp_path):
+def test_a_card_of_an_older_version_is_read(make, tmp_path):
     module = make()
     card = module.card("ema", {"decay": 0.9, "steps": 3})
     old = {k: v for k, v in dataclasses.asdict(card).items() if k not in ("errors", "rounds", "validation")}

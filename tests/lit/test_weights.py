@@ -17,7 +17,7 @@ from lightning_tdisent.runs import AVERAGES
 
 
 def recursion(trajectory, betas):
-    """The averages in float64, from the live weights after each step."""
+    """Return the averages in float64, computed from the live weights after each step."""
     average = None
     for n, live in enumerate(trajectory, 1):
         live = live.double()
@@ -73,7 +73,7 @@ def test_without_averages_the_live_weights_are_exported(make, trainer, data, tmp
     assert same(exported.state_dict(), module.denoiser.state_dict())
 
 
-def test_of_several_lengths_the_first_is_validated_and_exported(make, fit, tmp_path):
+def test_the_first_of_several_lengths_is_validated_and_exported(make, fit, tmp_path):
     class See(L.Callback):
         def on_validation_epoch_end(self, trainer, pl_module):
             self.seen = vector(pl_module.denoiser.parameters()).clone()
@@ -124,7 +124,7 @@ def test_averages_of_another_kind_are_not_continued(make, fit, tmp_path, kept, a
 
 
 @pytest.mark.parametrize("options", [{"decay": 0.8}, {"lengths": [0.1, 0.05]}], ids=["decay", "lengths"])
-def test_a_resumed_run_goes_on_with_its_averages(make, fit, tmp_path, options):
+def test_a_resumed_run_continues_its_averages(make, fit, tmp_path, options):
     first, second, ema = Watch(), Watch(), EMA(**options)
     fit(make(), 5, first, ema=EMA(**options)).save_checkpoint(tmp_path / "x.ckpt")
     fit(make(), 11, second, ema=ema, ckpt_path=tmp_path / "x.ckpt")
@@ -154,7 +154,7 @@ def test_averages_begun_in_the_middle_of_a_run_move_once_a_step(make, fit, train
 
 
 class Half(UNet):
-    """A network of bfloat16 weights."""
+    """A network with bfloat16 weights."""
 
     def forward(self, x, index=None, label=None):
         return super().forward(x.bfloat16(), index, label).float()
@@ -171,8 +171,8 @@ def test_averages_of_bfloat16_weights_are_float32_and_move(make, fit, tmp_path):
     *_, expected = recursion(watch.live[1:], lambda n: 0.9999)
     moved = (expected - start).abs()
     assert moved.max() > 1e-5
-    # each of 11 updates is rounded to float32; in bfloat16, of 8 bits, most weights w could not move at all: by less
-    # than w/512 they round back
+    # each of 11 updates is rounded to float32; in bfloat16, with 8 bits, most weights w could not change at all: a
+    # change below w/512 is rounded away
     bound = 12 * 2**-24 * (start.abs() + moved.max())
     assert ((ema.averages[0] - expected).abs() <= bound).all()
     assert (moved < start.abs() / 512).double().mean() > 0.7
@@ -182,7 +182,7 @@ def test_averages_of_bfloat16_weights_are_float32_and_move(make, fit, tmp_path):
 
 def test_nothing_that_looks_at_the_average_touches_the_live_weights(make, fit, tmp_path):
     class After(L.Callback):
-        """Live weights right after each optimizer step, before any other callback runs."""
+        """Record the live weights right after each optimizer step, before any other callback runs."""
 
         def __init__(self):
             self.live = []
@@ -233,7 +233,7 @@ def test_weights_that_are_not_contiguous_are_averaged_and_come_back(make, fit, t
 
 
 class Counting(UNet):
-    """A network that keeps a constant and a count beside its weights."""
+    """A network with a constant and a counter as buffers."""
 
     def __init__(self, shape, channels, **options):
         super().__init__(shape, channels, **options)
@@ -268,7 +268,7 @@ def test_buffers_are_exported_as_they_are(make, fit, tmp_path):
         ({"lengths": [0.1, 0.5]}, "sigma_rel must lie in (0, 0.2887], the plain mean, got 0.5"),
     ],
 )
-def test_averages_that_cannot_be_are_refused(options, words):
+def test_invalid_averages_are_refused(options, words):
     with pytest.raises(InputError) as refusal:
         EMA(**options)
     assert str(refusal.value) == words

@@ -1,4 +1,4 @@
-"""What the tests of training watch and spoil."""
+"""Helpers of the training tests: recording callbacks, and callbacks that inject faults."""
 
 import copy
 from itertools import pairwise
@@ -17,7 +17,7 @@ def vector(tensors):
 
 
 def same(one, other):
-    """Bitwise, also where there are NaNs, and of the same dtypes."""
+    """Return whether nested tensors are equal and of the same dtypes; NaN is not equal to NaN."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
     if isinstance(one, (list, tuple)):
@@ -26,7 +26,7 @@ def same(one, other):
 
 
 def adam(trainer):
-    """Its three numbers per weight; before the first step they are zero, or not there yet."""
+    """Return AdamW's step count and moments; before the first step they are zero, or do not exist yet."""
     (optimizer,) = trainer.optimizers
     parameters = optimizer.param_groups[0]["params"]
     states = [optimizer.state.get(p, {}) for p in parameters]
@@ -40,7 +40,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Watch(L.Callback):
-    """Everything that moves, as it is before each batch and at the end; what each batch was."""
+    """Record everything that training changes, before each batch and at the end, and the batches."""
 
     def __init__(self):
         self.live, self.adam, self.averages = [], [], []
@@ -64,21 +64,21 @@ class Watch(L.Callback):
         self._look(trainer, pl_module)
 
     def moved(self):
-        """Which batches changed the live weights."""
+        """Return for each batch whether it changed the live weights."""
         return [not same(a, b) for a, b in pairwise(self.live)]
 
     def frozen(self, n):
-        """Whether batch n (1, 2, ..) left everything as it was."""
+        """Return whether batch n (1, 2, ..) changed nothing."""
         return all(same(kept[n - 1], kept[n]) for kept in (self.live, self.adam, self.averages))
 
     def named(self, n, positions):
-        """Samples of batch n as the guard names them."""
+        """Return the samples of batch n in the words of the guard."""
         rows = self.rows[n - 1].tolist()
         return ", ".join(f"{self.ids[n - 1][i]} (state {rows[i]})" for i in positions)
 
 
 class Explode(torch.autograd.Function):
-    """The identity, whose gradient is infinite for one sample."""
+    """The identity function with an infinite gradient for one sample."""
 
     @staticmethod
     def forward(ctx, x, position):
@@ -93,7 +93,10 @@ class Explode(torch.autograd.Function):
 
 
 class Poison(L.Callback):
-    """Spoil a batch of some steps: the image, the loss (by a constant) or the gradient of a sample, or of a weight."""
+    """Inject a value that is not finite at some steps.
+
+    It is put into the image of a sample, its loss (by a constant) or its gradient, or into the gradient of a weight.
+    """
 
     def __init__(self, steps, kind="image", position=5, micro=0, rank=0):
         self.steps, self.kind, self.position, self.micro, self.rank = steps, kind, position, micro, rank
@@ -132,7 +135,7 @@ class Poison(L.Callback):
 
 
 class Unfused(ReducedStates):
-    """With AdamW as a device without a fused kernel has it."""
+    """A module with AdamW as on a device without a fused kernel."""
 
     def configure_optimizers(self):
         optimizers, schedulers = super().configure_optimizers()
@@ -145,7 +148,7 @@ class Unfused(ReducedStates):
 
 
 class Memory(Logger):
-    """Keeps what is logged, by images seen."""
+    """A logger that keeps the logged values by images seen."""
 
     name, version = "memory", 0
 
