@@ -1,4 +1,4 @@
-"""Imported by a command under test: a clock that is an hour ahead of the others'."""
+"""Imported by a command under test: set its clock one hour ahead of the others."""
 
 import time
 

@@ -1,8 +1,8 @@
-"""Real processes for real faults.
+"""Fixtures for faults of real processes.
 
-``FAULTS=full`` (``make faults``) chooses all trials and fresh processes; without it the same tests make few trials, and
-commands are forked from a process that has imported everything. Figures go to stdout as lines ``FAULT name key=value``
-and, if ``FAULTS_OUT`` names a folder, to ``faults.json`` in it.
+``FAULTS=full`` (``make faults``) selects all trials and new processes. Without it the same tests make fewer trials, and
+commands are forked from a process that has already imported everything. Figures are printed to stdout as lines
+``FAULT name key=value`` and, if ``FAULTS_OUT`` names a folder, written to ``faults.json`` in it.
 """
 
 import json
@@ -16,13 +16,13 @@ from processes import CONFIG, FULL, TINY, Process, Zygote, alive, until
 
 @pytest.fixture
 def size():
-    """Choose between the number of the full suite and that of the subset."""
+    """Return a function that chooses between the number of trials of the full suite and of the subset."""
     return lambda full, subset: full if FULL else subset
 
 
 @pytest.fixture
 def figures():
-    """Print what a test counted, and keep it in faults.json."""
+    """Return a function that prints the figures of a test, and adds them to faults.json."""
 
     def add(name, **values):
         print(f"\nFAULT {name} " + " ".join(f"{k}={v}" for k, v in values.items()))
@@ -46,7 +46,7 @@ def zygote():
 
 @pytest.fixture
 def start(zygote, tmp_path_factory):
-    """Start a command, or a function of ``faulty``, in a process of its own; none of them outlives the test."""
+    """Return a function that starts a command, or a function of ``faulty``, in a process that ends with the test."""
     started = []
 
     def run(*words, fresh=FULL, **options):
@@ -65,9 +65,9 @@ def start(zygote, tmp_path_factory):
 
 @pytest.fixture
 def small_disk(start, figures, tmp_path):
-    """A real disk of a few bytes: the folder it is at, the process that `enter` names, and the folder seen from here.
+    """Mount a small real disk; give its folder, the process for `enter`, and the folder as seen from this process.
 
-    None where the system lets nobody mount one: then the disks that are full by a limit stand for it.
+    None if the system does not allow to mount one; then tests rely on disks that are full by a limit.
     """
 
     def make(size):
@@ -84,7 +84,7 @@ def small_disk(start, figures, tmp_path):
 
 @pytest.fixture
 def fit(start):
-    """Start `fit` of a tiny network on the digits."""
+    """Return a function that starts `fit` of a tiny network on the digits."""
 
     def run(folder, steps, *words, **options):
         argv = ["fit", "--config", CONFIG, *TINY, "--run", folder, f"--trainer.max_steps={steps}"]

@@ -1,4 +1,4 @@
-"""What the processes under test run besides the commands: callbacks that a command line names, and loops of saves."""
+"""Code that processes under test run besides the commands: callbacks for a command line, and loops of saves."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from lightning_tdisent.runs import checkpoints_in
 
 
 def state(step, kilobytes=3000):
-    """A checkpoint in which every value is its step."""
+    """Return a checkpoint in which every value is its step."""
     n = kilobytes * 1000 // 16
     named = {f"layer{i}.weight": torch.full((n // 4,), float(step)) for i in range(4)}
     moments = {i: {"exp_avg": w.clone(), "exp_avg_sq": w.clone()} for i, w in enumerate(named.values())}
@@ -31,7 +31,7 @@ def state(step, kilobytes=3000):
 
 
 def saving(folder, first, noted):
-    """Save one step after the other as training does, keep two, and note every save that is finished."""
+    """Save one step after the other as training does, keep two, and record every finished save."""
     io, folder, note = DurableIO(), Path(folder), os.open(noted, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for step in itertools.count(first):
         io.save_checkpoint(state(step), folder / f"step-{step}.ckpt")
@@ -41,7 +41,7 @@ def saving(folder, first, noted):
 
 
 def save_one(folder, step, kilobytes):
-    """Save one checkpoint, and print what becomes of it."""
+    """Save one checkpoint, and print the outcome."""
     try:
         DurableIO().save_checkpoint(state(step, kilobytes), Path(folder) / f"step-{step}.ckpt")
         print("saved")
@@ -50,7 +50,7 @@ def save_one(folder, step, kilobytes):
 
 
 class Record(L.Callback):
-    """Write step, sample ids and losses of every step as a line of JSON; ranks other than 0 to a file of their own."""
+    """Write step, sample ids and losses of every step as a line of JSON, to one file per rank."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -87,7 +87,7 @@ class Signal(L.Callback):
 
 
 class Full(L.Callback):
-    """Let no file of rank 0 become larger than this, once training has begun."""
+    """Limit the size of files that rank 0 writes, once training has begun."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -98,7 +98,7 @@ class Full(L.Callback):
 
 
 class Slow(L.Callback):
-    """Take some seconds more for each step, for a validation, or (rank 0 alone) for going away."""
+    """Delay each step, a validation, or (on rank 0 only) the exit by some seconds."""
 
     def __init__(self, step: float = 0.0, validation: float = 0.0, leaving: float = 0.0) -> None:
         self.step, self.validation, self.leaving = step, validation, leaving
@@ -117,7 +117,7 @@ class Slow(L.Callback):
 
 
 class Poison(L.Callback):
-    """Give images that are not finite from some step on."""
+    """Replace images by values that are not finite, from a given step on."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -128,7 +128,7 @@ class Poison(L.Callback):
 
 
 def train_in(folder):
-    """Train from Python, with a trainer of one's own, in a folder; print what becomes of it."""
+    """Train from Python, with the user's own trainer, in a folder; print the outcome."""
     from lightning_tdisent.diffusion.states import LatentStates
     from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
     from lightning_tdisent.lit.datamodule import ImageShards

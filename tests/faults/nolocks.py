@@ -1,4 +1,4 @@
-"""Imported by a command under test: a file system without flock, as Lustre is by default."""
+"""Imported by a command under test: simulate a file system without flock, as Lustre is by default."""
 
 import fcntl
 

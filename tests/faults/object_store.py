@@ -1,4 +1,4 @@
-"""An S3 server in this process whose networks can be slow, silent, cut, or careless about conditions."""
+"""An S3 server in this process whose networks can be slow, silent or cut, or ignore conditions."""
 
 import logging
 import socket
@@ -22,11 +22,11 @@ logging.getLogger("werkzeug").setLevel(logging.ERROR)
 
 
 class Network:
-    """One way to the server, with faults of its own; all networks of a process lead to the same objects.
+    """One connection to the server, with its own faults; all networks of a process reach the same objects.
 
-    careless: create-if-absent is taken for a plain put. silent: while set, requests are taken and never answered.
-    delay: seconds before each answer. cut: names, or parts of them, whose next put is done and whose answer is lost.
-    seen: called with method and path before each request is done.
+    careless: create-if-absent is handled as a plain put. silent: while set, requests are accepted and never answered.
+    delay: seconds before each answer. cut: names, or parts of names, whose next put is done but its answer is lost.
+    seen: called with method and path before each request is handled.
     """
 
     def __init__(self):
@@ -45,7 +45,7 @@ class Network:
         if self.silent.is_set():
             while self.silent.is_set():
                 time.sleep(0.02)
-            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)  # what was sent meanwhile is lost
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)  # the request is lost
             start_response("503 Service Unavailable", [])
             return []
         time.sleep(self.delay)
@@ -67,7 +67,7 @@ class Network:
 
 
 def client(network):
-    """A client of its own, by which a test looks at what is there."""
+    """Return a separate client, with which a test inspects the objects."""
     return boto3.client(
         "s3",
         endpoint_url=network.url,

@@ -1,4 +1,4 @@
-"""Processes under test: started, watched, killed."""
+"""Start, observe and kill processes under test."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from lightning_tdisent.lit.checkpoints import newest
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 FULL = os.environ.get("FAULTS") == "full"
-PATIENCE = 4 if FULL else 1  # times what a wait takes on a quiet machine of two cores: a limit, and no measurement
+PATIENCE = 4 if FULL else 1  # factor on limits of waits, set for a quiet two-core machine
 CONFIG = "experiments/digits/experts8.yaml"
 TINY = [
     "--trainer.accelerator=cpu", "--trainer.callbacks=[]", "--trainer.log_every_n_steps=5",
@@ -23,7 +23,7 @@ TINY = [
 
 
 class Zygote:
-    """The process that forks the others."""
+    """The process that forks the processes under test."""
 
     def __init__(self):
         self.process = subprocess.Popen(
@@ -40,7 +40,7 @@ class Zygote:
 
 
 class Process:
-    """A process under test, forked or fresh."""
+    """A process under test, forked or new."""
 
     def __init__(self, zygote, folder, fresh, **ask):
         self.out, self.err, self.code = folder / "out", folder / "err", None
@@ -59,7 +59,7 @@ class Process:
             self.pid = zygote.ask(out=str(self.out), err=str(self.err), **ask)["pid"]
 
     def wait(self, seconds=90):
-        """Exit code, negative for a signal; fails if it still runs after so many seconds, times `PATIENCE`."""
+        """Return the exit code, negative for a signal; fail if it still runs after ``seconds`` times `PATIENCE`."""
         seconds *= PATIENCE
         if self.code is None:
             if self.zygote is None:
@@ -74,7 +74,7 @@ class Process:
         os.kill(self.pid, number)
 
     def end(self, number=signal.SIGKILL):
-        """Send a signal to it, and wait for its end."""
+        """Send a signal to the process, and wait for its end."""
         self.send(number)
         return self.wait()
 
@@ -90,7 +90,7 @@ class Process:
 
 
 def alive(pid):
-    """Whether a process is there, and no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -98,7 +98,7 @@ def alive(pid):
 
 
 def until(condition, process=None, seconds=60.0):
-    """Wait for a condition; fails if it does not come true in time, or if the process ends before."""
+    """Wait for a condition; fail if it does not become true in time, or if the process ends before."""
     end = time.monotonic() + seconds * PATIENCE
     while not (result := condition()):
         assert time.monotonic() < end, "never came true"
@@ -108,7 +108,7 @@ def until(condition, process=None, seconds=60.0):
 
 
 def parts(name, **options):
-    """Words of a command line that add a callback of ``faulty``."""
+    """Return the command line options that add a callback of ``faulty``."""
     return [f"--trainer.callbacks+=faulty.{name}", *(f"--trainer.callbacks.{k}={v}" for k, v in options.items())]
 
 
@@ -117,20 +117,20 @@ def name_of(step):
 
 
 def good(run):
-    """Newest checkpoint of a run, its step, and why newer ones are not good."""
+    """Return the newest good checkpoint of a run, its step, and why newer ones are not good."""
     path, manifest, bad = newest(run / "checkpoints")
     return path, manifest.get("step", 0), bad
 
 
 def begun(run):
-    """A function that tells whether training has begun since now."""
+    """Return a function that returns whether training has begun since this call."""
     file = run / "config.yaml"
     before = file.stat().st_mtime_ns if file.exists() else 0
     return lambda: file.exists() and file.stat().st_mtime_ns != before
 
 
 def one_line(process):
-    """The one line in which a command says why it stopped."""
+    """Return the single line in which a command says why it stopped."""
     lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, process.text
     assert process.stderr.endswith(lines[0] + "\n")

@@ -1,6 +1,6 @@
-"""Checkpoint files under faults: kill -9, loss of power, a full disk, flipped bits, and content that is no data.
+"""Checkpoint files under faults: kill -9, loss of power, a full disk, flipped bits, and content that is not data.
 
-Long, as there are many faults of a file, and each is tried on the same few checkpoints.
+Each fault of a file is tried on the same few checkpoints.
 """
 
 import errno
@@ -37,7 +37,7 @@ def save(folder, step, kilobytes=SMALL):
 
 
 def step_of(path):
-    """The step whose content a checkpoint holds, all of it."""
+    """Return the step of a checkpoint, after checking that all its content is of this step."""
     values = torch.cat([t.flatten() for _, t in finite.tensors(load(path))]).unique()
     assert len(values) == 1
     return int(values)
@@ -51,7 +51,7 @@ def names(folder):
 
 
 def another_file_system(folder):
-    """A writable folder on another file system than the one given."""
+    """Return a writable folder on another file system than the given one."""
     for other in ("/dev/shm", "/run/shm", "/tmp", "/var/tmp", Path.home(), "/run", "/mnt"):  # noqa: S108
         if os.path.isdir(other) and os.access(other, os.W_OK) and os.stat(other).st_dev != os.stat(folder).st_dev:
             return other
@@ -82,7 +82,7 @@ def test_kill_9_in_the_middle_of_saves_loses_no_finished_one(start, size, figure
                 last = step_of(path)
             except InputError:
                 unreadable += 1
-            # it may have been finished without having been noted, and one more without its manifest
+            # a save may be finished but not recorded, and one more may lack its manifest
             wrong += not (manifest["step"] == last and last in (done, done + 1) and path.name == f"step-{last}.ckpt")
             assert all(f"step-{done + 1}.ckpt" in why for why in bad)
             half = list(folder.glob(".*.tmp"))
@@ -99,11 +99,12 @@ def test_kill_9_in_the_middle_of_saves_loses_no_finished_one(start, size, figure
 
 
 class Disk:
-    """What a disk would hold of a folder: bytes and names as of their last fsync, and what came since in any part."""
+    """Model of a disk: bytes and names of a folder at their last fsync, and any subset of the changes since then."""
 
     def __init__(self, folder, monkeypatch):
         self.log, self.at = [], lambda: None
-        self.files, self.names, self.kept, self.pending = {}, {}, {}, []  # bytes, names now, names kept, changes since
+        # bytes, current names, durable names, and changes of names since these were durable
+        self.files, self.names, self.kept, self.pending = {}, {}, {}, []
         self.count = itertools.count()
         real = {name: getattr(os, name) for name in ("fsync", "replace", "unlink")}
         opened = Path.open
@@ -135,7 +136,7 @@ class Disk:
         def open_(path, mode="r", *args, **kwargs):
             file = opened(path, mode, *args, **kwargs)
             if "r" not in mode and path.parent == folder:
-                assert "x" in mode  # never what was there before
+                assert "x" in mode  # never an existing file
                 one = next(self.count)
                 self.names[path.name], self.files[one] = one, b""
                 self.pending.append({path.name: one})
@@ -157,14 +158,14 @@ class Disk:
 
     @staticmethod
     def kind(name):
-        """One of checkpoint, manifest, pointer, each with a star while it is a temporary file."""
+        """Return checkpoint, manifest or pointer, with a star for a temporary file."""
         star = "*" * name.endswith(".tmp")
         name = name.strip(".")
         kind = "pointer" if name.startswith("newest.json") else "manifest" if ".ckpt.json" in name else "checkpoint"
         return kind + star
 
     def after_a_cut(self):
-        """All folders that a loss of power may leave: any of the changes of names since the last fsync are lost."""
+        """Yield all folders that a loss of power may leave: any changes of names since the last fsync may be lost."""
         for kept in itertools.product((True, False), repeat=len(self.pending)):
             found = dict(self.kept)
             for change in itertools.compress(self.pending, kept):
@@ -185,7 +186,7 @@ def test_bytes_are_on_the_disk_before_their_name_and_the_manifest_follows_both(t
         save(tmp_path, 1)
         assert disk.log == ORDER
         disk.log.clear()
-        save(tmp_path, 1)  # over an old one: its manifest goes before its bytes do
+        save(tmp_path, 1)  # over an old one: its manifest is removed before its bytes change
         assert disk.log == [*ORDER[:2], ("unlink", "manifest"), *ORDER[2:]]
         disk.log.clear()
         DurableIO().remove_checkpoint(tmp_path / "step-1.ckpt")
@@ -199,7 +200,7 @@ def test_a_loss_of_power_at_any_moment_leaves_the_last_finished_checkpoint(tmp_p
     finished, states = 0, {}
     with monkeypatch.context() as patch:
         disk = Disk(folder, patch)
-        # what may be left at each moment, with the oldest step that must be found
+        # the states that may be left at each moment, with the oldest step that must be found
         disk.at = lambda: states.update(
             {json.dumps({k: v.hex() for k, v in s.items()}): finished for s in disk.after_a_cut()}
         )
@@ -228,7 +229,7 @@ def test_a_loss_of_power_at_any_moment_leaves_the_last_finished_checkpoint(tmp_p
 
 
 class Full(io.FileIO):
-    """A file on a disk with room for so many bytes."""
+    """A file on a disk with room for a limited number of bytes."""
 
     room = 0
 
@@ -251,7 +252,7 @@ def test_a_disk_that_is_full_after_any_number_of_bytes_halts_and_leaves_what_was
             return opened(path, mode, *args, **kwargs)
         return Full(path, mode) if kwargs.get("buffering") == 0 else io.BufferedWriter(Full(path, mode))
 
-    rooms = [*range(0, size, 997), size - 1, size, size + 1, size + 200]  # the last two: there is none for the manifest
+    rooms = [*range(0, size, 997), size - 1, size, size + 1, size + 200]  # the last two: no room for the manifest
     for room in rooms:
         with monkeypatch.context() as patch:
             patch.setattr(Path, "open", open_)
@@ -286,7 +287,7 @@ FAILING = {"fsync": errno.EIO, "replace": errno.EROFS, "pread": errno.EIO}
 @pytest.mark.parametrize("name", FAILING)
 def test_a_disk_that_fails_at_any_call_halts_and_leaves_what_was_there(name, tmp_path, monkeypatch):
     before, number = save(tmp_path, 1), FAILING[name]
-    for good in itertools.count():  # so many calls succeed before one fails
+    for good in itertools.count():  # number of calls that succeed before one fails
         real, calls = getattr(os, name), itertools.count()
 
         def call(*args, real=real, calls=calls, good=good, **kwargs):
@@ -480,7 +481,7 @@ def test_large_finite_values_are_saved(tmp_path):
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """Create a folder when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -505,7 +506,7 @@ def test_a_malicious_pickle_is_refused_by_name_and_not_run(loader, tmp_path):
     torch.save({"state_dict": {}, "evil": Payload(marker)}, new)
     old.write_bytes(pickle.dumps({"evil": Payload(marker)}, 2))  # a bare pickle
     torch.load(new, weights_only=False)
-    marker.rmdir()  # it is malicious indeed
+    marker.rmdir()  # the payload works
     for path, why in ((new, "(posix|nt|os).mkdir"), (old, "no checkpoint that torch has written")):
         with pytest.raises(InputError, match=rf"{path.name}: .*{why}"):
             LOADERS[loader](path)

@@ -1,4 +1,4 @@
-"""Fleets whose workers are killed: every expert must end as if nothing had been."""
+"""Fleets whose workers are killed: every expert must end as without faults."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ EXPERTS, STEPS = 4, 600 if FULL else 80  # enough for 20 kills
 
 @pytest.fixture
 def fleet(start, tmp_path):
-    """Plan a fleet of small experts, 4 if not said otherwise; gives its folder."""
+    """Return a function that plans a fleet of small experts, 4 by default, and returns its folder."""
 
     def make(name, place=tmp_path, experts=EXPERTS, steps=STEPS, **options):
         words = dict(word.removeprefix("--").split("=", 1) for word in TINY)
@@ -40,7 +40,7 @@ def fleet(start, tmp_path):
 
 
 def processes_of(folder, experts=EXPERTS):
-    """The processes that hold leases now."""
+    """Return the processes that currently hold leases."""
     names = [f"expert_{k:03d}" for k in range(1, experts + 1)]
     held = [current(Store(folder), name)[1] for name in names]
     return [content["pid"] for content in held if content and not gone(content)]
@@ -62,7 +62,7 @@ def test_a_fleet_killed_at_random_ends_as_the_unbroken_one(fleet, start, size, f
         holders = processes_of(broken)
         if not alive(running.pid):
             break
-        if not holders:  # between two trainings
+        if not holders:  # no training runs at the moment
             continue
         what = ("worker", "all", "launcher")[trial % 3]
         killed[what] += 1
@@ -71,11 +71,11 @@ def test_a_fleet_killed_at_random_ends_as_the_unbroken_one(fleet, start, size, f
             continue
         if what == "all":
             os.killpg(running.pid, signal.SIGKILL)
-        running.end(signal.SIGKILL)  # its workers save and go
+        running.end(signal.SIGKILL)  # its workers save and exit
         running = start("fleet", "run", broken, "--workers", 2)
     given_up = 0
     while running.wait(600) and "died 5 times in a row without saving anything" in running.text and given_up < 3:
-        given_up += 1  # on a slow machine kills come faster than checkpoints; who is told so, starts it again
+        given_up += 1  # on a slow machine kills come faster than checkpoints; start again
         running = start("fleet", "run", broken, "--workers", 2)
     assert running.wait(600) == 0, running.text
     assert sum(killed.values()) == trials
@@ -122,7 +122,7 @@ KINDS = ("kill a worker", "kill all", "stop a worker", "fill the disk", "move th
 
 
 class Soak:
-    """A fleet of 8 under one fault after the other: each is done to the processes that train it now."""
+    """A fleet of 8 under one fault after the other, each applied to the processes that are training it."""
 
     def __init__(self, start, disk, name, chance):
         self.start, self.chance, self.moves = start, chance, 0
@@ -136,7 +136,7 @@ class Soak:
 
     @property
     def here(self):
-        """The fleet's folder as this process sees it."""
+        """Return the fleet's folder as this process sees it."""
         return self.seen / self.name
 
     def launch(self, *words):
@@ -144,7 +144,7 @@ class Soak:
         self.launchers.append(self.start(*words, enter=self.holder))
 
     def running(self):
-        """Launch again if nobody is there; whoever left did so with a code and a line that say why."""
+        """Launch again if no launcher runs; those that ended must have given a code and a line that say why."""
         for process in [p for p in self.launchers if not alive(p.pid)]:
             assert process.wait(5) in (0, 1, 2, 75, 143, -9), process.text
             assert "Traceback" not in process.stderr, process.stderr
@@ -183,7 +183,7 @@ class Soak:
             self.moves += 1
             self.here.rename(self.seen / f"moved_{self.moves}")
             self.name = f"moved_{self.moves}"
-            for process in self.launchers:  # each ends by itself, as it has nothing left
+            for process in self.launchers:  # each ends by itself, since its folder has moved
                 assert process.wait(90) in (1, 2, 75), process.text
             assert not list((self.seen / f"moved_{self.moves - 1}").rglob("*"))
         elif kind == "jump the clock":

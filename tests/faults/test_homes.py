@@ -1,4 +1,4 @@
-"""Users without a home folder, whom the system does not know, or whose home cannot be written."""
+"""Users without a home folder, users unknown to the system, and homes that are not writable."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ Path("/proc/self/uid_map").write_text(f"12345 {user} 1", encoding="utf-8")
 
 @pytest.fixture
 def homeless(monkeypatch):
-    """No home folder in this process."""
+    """Remove the home folder of this process."""
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     for name in ("TDISENT_CACHE", *terminal.CACHES):
         monkeypatch.delenv(name, raising=False)
@@ -54,7 +54,7 @@ def test_all_commands_work_for_a_user_whom_the_system_does_not_know(start, tmp_p
     assert process.stderr.count("error: ") == 1
     assert "error: there is no home folder for the cache. Set TDISENT_CACHE" in process.stderr
     assert "Traceback" not in process.text
-    assert "atplotlib" not in process.text  # it would say that its cache has no place
+    assert "atplotlib" not in process.text  # it would warn that its cache has no folder
     assert not list(temporary.iterdir())
     assert not (ROOT / "~").exists()
 
@@ -69,11 +69,11 @@ def test_caches_of_libraries_go_to_a_temporary_folder_where_the_home_cannot_be_w
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     (tmp_path / "tmp").mkdir()
-    terminal.keep_caches()  # a home as it should be
+    terminal.keep_caches()  # a normal home
     assert "MPLCONFIGDIR" not in os.environ
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     terminal.keep_caches()
-    terminal.keep_caches()  # once
+    terminal.keep_caches()  # no second folder
     (folder,) = (tmp_path / "tmp").iterdir()
     assert os.environ["MPLCONFIGDIR"] == os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
     assert os.environ["TRITON_CACHE_DIR"] == "/mine"

@@ -1,4 +1,4 @@
-"""Runs that cannot be mixed up: folders that move, two launchers, holders that were stopped, readers beside them."""
+"""Runs are never mixed: moved folders, two launchers, holders that were stopped, concurrent readers."""
 
 import contextlib
 import json
@@ -93,13 +93,13 @@ def test_a_training_whose_folder_goes_ends_and_writes_nothing_into_what_lies_the
     assert f"run: {run}: this training (run " in said
     assert "has lost its folder" in said
     after = contents(run) if run.exists() else None
-    if what == "taken":  # while the first went
+    if what == "taken":  # by the second run, while the first ended
         assert {p.name.rpartition(".")[2] for p in run.glob("events.out.tfevents.*")} == {run_of(run)}
         assert read_card(run / "model.safetensors").seed == 1
         assert good(run)[1:] == (30, [])
     else:
         assert after == before
-    if what != "removed":  # and goes on from where the folder is now
+    if what != "removed":  # the run resumes in the moved folder
         step = good(away)[1]
         again = fit(away, step + 5)
         assert again.wait() == 0, again.text
@@ -120,7 +120,7 @@ def test_two_trainings_from_python_do_not_share_a_folder(fit, start, tmp_path):
 
 @pytest.fixture
 def fleet(start, tmp_path):
-    """Plan a fleet of 2 small experts; gives its folder."""
+    """Plan a fleet of 2 small experts; return its folder."""
 
     def make(name, steps=400, every=10):
         words = dict(word.removeprefix("--").split("=", 1) for word in TINY)
@@ -137,7 +137,7 @@ def fleet(start, tmp_path):
 
 
 def holder(folder, name):
-    """Process and number of the lease that holds."""
+    """Return the process and the number of the current lease."""
     found = sorted((folder / "leases").glob(f"{name}.*.json"))
     return (
         (json.loads(found[-1].read_text(encoding="utf-8"))["pid"], int(found[-1].name.split(".")[1]))
@@ -159,7 +159,7 @@ def test_a_worker_stopped_for_longer_than_its_lease_saves_nothing_when_it_comes_
     until(lambda: good(expert)[1] >= 20, first)
     first.send(signal.SIGSTOP)
     stopped_at = good(expert)[1]
-    # what tells a stopped process of this machine from one elsewhere: it is not known to run
+    # pretend that the holder is on another machine, where it is not known whether it runs
     lock = json.loads((expert / LOCK).read_text(encoding="utf-8"))
     (expert / LOCK).write_text(json.dumps(lock | {"host": "elsewhere/1"}), encoding="utf-8")
     (found,) = (folder / "leases").glob("expert_001.*.json")
@@ -170,10 +170,10 @@ def test_a_worker_stopped_for_longer_than_its_lease_saves_nothing_when_it_comes_
     assert second.wait(200) == 0, second.text
     before = contents(expert)
     first.send(signal.SIGCONT)
-    assert first.wait(60) == 0, first.text  # the job is done, by another one
+    assert first.wait(60) == 0, first.text  # the job was finished by another worker
     after = contents(expert)
     changed = {name.name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    # what it was writing when it was stopped, which it takes away
+    # the temporary file that it was writing when stopped, which it removes
     changed -= {name.name for name in before.keys() - after.keys() if name.suffix == ".tmp"}
     assert changed <= {"log.txt"}
     assert re.search("expert_001: .*(has lost its folder|another worker holds its lease)", first.text)
@@ -253,7 +253,7 @@ def test_who_reads_beside_a_training_never_fails_for_what_is_pruned(fit, start, 
     assert process.end(signal.SIGTERM) == 143
 
 
-# a lost terminal
+# a closed terminal
 
 
 def test_a_training_whose_terminal_is_gone_saves_and_goes(tmp_path):
@@ -269,7 +269,7 @@ def test_a_training_whose_terminal_is_gone_saves_and_goes(tmp_path):
     until(lambda: good(run)[1])
     newest_before = good(run)[1]
     stop.set()
-    drain.join()  # a read under way would keep the terminal open
+    drain.join()  # a pending read would keep the terminal open
     os.close(terminal)
     end = time.monotonic() + 60
     while not (done := os.waitpid(pid, os.WNOHANG))[0]:

@@ -1,4 +1,4 @@
-"""Links under the names that are written, temporary files, and the umask."""
+"""Links in place of files that are written, temporary files, and the umask."""
 
 import multiprocessing
 import os
@@ -25,7 +25,7 @@ PRECIOUS = b"the user's own\n"
 
 @pytest.fixture
 def precious(tmp_path):
-    """A file of the user's that must stay as it is."""
+    """Return a file of the user that must not change."""
     file = tmp_path / "precious"
     file.write_bytes(PRECIOUS)
     yield file
@@ -41,7 +41,7 @@ def fit(folder):
         return end.code
 
 
-# what takes a name replaces what has it, and writes into nothing
+# a written file replaces what has its name, and never writes into it
 
 
 def by_write_whole(path):
@@ -106,13 +106,13 @@ def test_temporary_names_differ_each_time_fit_any_name_and_create_nothing_that_i
     assert path.read_bytes() == b"new"
     planted = tmp_path / ".planted.tmp"
     planted.symlink_to(precious)
-    monkeypatch.setattr(files, "temporary", lambda path: planted)  # as if somebody had guessed it
+    monkeypatch.setattr(files, "temporary", lambda path: planted)  # as if an attacker had guessed the name
     with pytest.raises(Halted, match="File exists"):
         write_whole(tmp_path / "x", b"new")
 
 
 def left_by(folder, alive):
-    """Begin a file in another process, which is alive afterwards or not; returns it."""
+    """Begin a file in another process, which stays alive or not; return the file."""
     context = multiprocessing.get_context("fork")
     begun, end = context.Event(), context.Event()
 
@@ -152,12 +152,12 @@ def test_what_another_machine_left_is_removed_when_it_is_a_day_old(tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(files, "host", lambda: "elsewhere/1")
         foreign = [temporary(tmp_path / name) for name in ("old", "new")]
-    foreign += [tmp_path / ".older.4711.tmp", tmp_path / ".newer.4711.tmp"]  # of earlier versions
+    foreign += [tmp_path / ".older.4711.tmp", tmp_path / ".newer.4711.tmp"]  # names of earlier versions
     for k, file in enumerate(foreign):
         file.write_bytes(b"half")
         age = 86_500 if k % 2 == 0 else 86_300
         os.utime(file, (time.time() - age,) * 2)
-    monkeypatch.setattr(time, "time", lambda: 0.0)  # the clock of this machine does not count
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # the clock of this machine is not used
     remove_orphans(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([foreign[1], foreign[3]])
 
@@ -222,7 +222,7 @@ def test_a_training_writes_through_no_link_of_its_folder(tmp_path, precious):
     (tmp_path / "others").mkdir()
     for name in ("config.yaml", "curve.json", "model.safetensors", "checkpoints/newest.json", "checkpoints/.writable",
                  "checkpoints/step-000000002.ckpt.json"):  # fmt: skip
-        (run / name).symlink_to(tmp_path / "made" / name)  # of nothing, so that no run is there
+        (run / name).symlink_to(tmp_path / "made" / name)  # dangling links, so that the folder holds no run
     (run / "checkpoints" / ".preflight").symlink_to(tmp_path / "others")
     assert fit(run) == 0
     assert not (tmp_path / "made").exists()
@@ -281,7 +281,7 @@ def test_every_file_of_a_chain_of_commands_has_the_mode_that_the_umask_says(tmp_
         assert main(["data", "inspect", str(tmp_path / "toy"), "--out", str(tmp_path / "toy" / "look.png")]) == 0
         assert fit(tmp_path / "run") == 0
         made, expert = tmp_path / "made", tmp_path / "expert.safetensors"
-        expert.symlink_to(tmp_path / "run" / "model.safetensors")  # composed as the file, not as the link
+        expert.symlink_to(tmp_path / "run" / "model.safetensors")  # the file is composed, not the link
         assert main(["compose", str(expert), "--out", str(made / "folder")]) == 0
         assert main(["compose", str(expert), "--out", str(made / "bundle.zip")]) == 0
         assert main(["sample", str(made / "folder"), "--out", str(made / "images"), "--seeds", "0:2"]) == 0

@@ -1,4 +1,4 @@
-"""Locales whose encoding is not UTF-8 and names of all kinds: the same bytes, or one line that says why not."""
+"""Locales with encodings other than UTF-8, and unusual names: the same bytes, or one line that says why not."""
 
 import io
 import os
@@ -27,7 +27,7 @@ REDUCED = "experiments/digits/reduced8.yaml"
 
 @pytest.fixture(scope="module")
 def latin(tmp_path_factory):
-    """Variables of a German locale in ISO-8859-1, made for these tests."""
+    """Return the environment of a German locale in ISO-8859-1, which is made for these tests."""
     place = tmp_path_factory.mktemp("locales")
     if not shutil.which("localedef"):
         pytest.skip("there is no localedef to make a locale with")
@@ -39,7 +39,7 @@ def latin(tmp_path_factory):
 
 @pytest.fixture
 def images(tmp_path):
-    """A folder of images in classes with names beyond ASCII."""
+    """Return a folder of images in classes with non-ASCII names."""
     folder = tmp_path / "Bilder für"
     for k, name in enumerate(PLAIN):
         (folder / name).mkdir(parents=True)
@@ -73,7 +73,7 @@ def test_a_command_in_a_locale_of_ascii_does_what_it_does_in_utf8(images, start,
     process = start("data", "prepare", images, tmp_path / "Satz ö", "--jobs", 1, env=ASCII, fresh=True)
     assert process.wait() == 0, process.text
     assert bytes_of(tmp_path / "Satz ö") == bytes_of(tmp_path / "Satz ü")
-    assert process.out.read_bytes().isascii()  # the terminal has its own letters
+    assert process.out.read_bytes().isascii()  # output uses the encoding of the terminal
     assert "class numbers: 0 H\\xfcndchen \\U0001f436" in process.text
 
 
@@ -145,7 +145,7 @@ def test_names_beyond_ascii_go_through_all_commands(images, tmp_path, capsys):
     assert main(["data", "prepare", str(other), str(set_), "--jobs", "1", "--as", "test"]) == 0
     assert fit("--data.path", str(set_), "--data.batch_size=4", "--run", str(run)) == 0
     assert main(["compose", str(run), "--out", str(made)]) == 0
-    shown = capsys.readouterr().out  # a command that a shell takes
+    shown = capsys.readouterr().out  # quoted for a shell
     assert f"sample '{made}' --out '{made}_images'" in shown
     assert main(["sample", str(made), "--out", str(tmp_path / "Muster ü 🐶"), "--seeds", "0:2"]) == 0
     assert main(["export", str(made), "--out", str(tmp_path / "Ausfuhr ü 🐶")]) == 0
@@ -213,7 +213,7 @@ def test_what_is_plain():
 
 
 def test_case_rules_of_turkish_change_no_key(tmp_path):
-    """The rules of Python are those of no locale: I and i are one letter, with or without a Turkish locale."""
+    """Python's case rules do not depend on the locale: I and i are one letter, also in a Turkish locale."""
     if not shutil.which("localedef"):
         pytest.skip("there is no localedef to make a locale with")
     words = ["localedef", "-i", "tr_TR", "-f", "UTF-8", str(tmp_path / "tr_TR.UTF-8")]

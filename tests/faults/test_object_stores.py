@@ -1,4 +1,4 @@
-"""Object stores as they are: careless about conditions, slow, silent, cut off."""
+"""Faults of object stores: ignored conditions, slow, silent and cut connections."""
 
 import json
 import re
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # connection
 
 @pytest.fixture
 def networks(monkeypatch):
-    """Open ways to one empty bucket; the first is that of this process."""
+    """Return a function that opens networks to one empty bucket; the first is used by this process."""
     made = []
 
     def make():
@@ -74,7 +74,7 @@ def test_a_store_does_as_a_folder_does(store, tmp_path):
         place.remove("leases/a")
         place.remove("leases/a")
         assert place.names("leases") == ["b"]
-        assert place.names("") == []  # of the check nothing is left
+        assert place.names("") == []  # the check leaves nothing
 
 
 def test_a_store_that_ignores_create_if_absent_is_refused(network, store):
@@ -159,7 +159,7 @@ def test_what_is_being_sent_ends_with_the_lease(networks):
     mine.silent.set()
     begun = time.monotonic()
     with pytest.raises(Lost, match=r"s3://bucket/fleet has not been reached for 2 s"):
-        store.write("a/checkpoints/newest.json", bytes(2**24), check=held.check)  # has a minute by its size
+        store.write("a/checkpoints/newest.json", bytes(2**24), check=held.check)  # its size allows a minute
     assert 1 < time.monotonic() - begun < 6
     content = json.dumps({"beat": 0, "host": "elsewhere/1"}).encode()
     other.put_object(Bucket=BUCKET, Key="fleet/leases/a.00002.json", Body=content)
@@ -168,11 +168,11 @@ def test_what_is_being_sent_ends_with_the_lease(networks):
         held.check()
     held.release()
     assert store.read("a/checkpoints/newest.json") is None
-    assert current(store, "a") == (2, json.loads(content))  # letting go has not touched it
+    assert current(store, "a") == (2, json.loads(content))  # releasing did not change it
 
 
 def test_what_is_being_brought_ends_with_the_lease(network, store, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_tdisent.fleet.store.SLOWEST", 1)  # 100 bytes have 100 s
+    monkeypatch.setattr("lightning_tdisent.fleet.store.SLOWEST", 1)  # 100 bytes may take 100 s
     training = Training(tmp_path / "e")
     training.save()
     Mirror(store, "e", tmp_path / "e").push(lambda quick: None)
@@ -195,7 +195,7 @@ def test_what_is_being_brought_ends_with_the_lease(network, store, tmp_path, mon
 
 @pytest.mark.parametrize("times", [1, 20])
 def test_a_cut_right_after_taking_a_lease_lets_nobody_wait(times, network, store):
-    network.cut = ["leases/"] * times  # 20 are more than a client repeats
+    network.cut = ["leases/"] * times  # 20 are more than the retries of a client
     store.patience, watch, held = 2.0, Watch(), None
     for _ in range(times):
         try:
@@ -212,7 +212,7 @@ def test_a_cut_right_after_taking_a_lease_lets_nobody_wait(times, network, store
 
 
 class Training:
-    """A run folder whose checkpoints come and go."""
+    """A run folder whose checkpoints are written and removed."""
 
     def __init__(self, folder, keep=2):
         self.store, self.keep, self.steps = Store(folder), keep, []
@@ -230,7 +230,7 @@ class Training:
 
 
 def pointed(s3):
-    """Step of the pointer that the bucket has, 0 if it has none; what the pointer names must be there."""
+    """Return the step of the pointer in the bucket, 0 if it has none; check that what it names exists."""
     keys = {entry["Key"] for entry in s3.list_objects_v2(Bucket=BUCKET).get("Contents", [])}
     if f"fleet/e/{POINTER}" not in keys:
         return 0
@@ -258,7 +258,7 @@ def test_a_store_slower_than_checkpoints_never_has_a_pointer_to_none(keep, netwo
     mirror = Mirror(Store(f"s3://{BUCKET}/fleet"), "e", tmp_path / "e")
     for k in range(3):
         mirror.push(lambda quick: None)
-        assert pointed(other) == 2 * k + 1  # what was newest when it began
+        assert pointed(other) == 2 * k + 1  # the newest checkpoint when it began
     assert seen == sorted(seen)
     mine.seen = lambda method, path: None
     training.store.write("model.safetensors", b"weights")
@@ -350,7 +350,7 @@ def test_a_fleet_planned_anew_at_a_url_takes_over_no_run_of_the_one_before(netwo
     first, given = open_fleet(where).fleet.root, tmp_path / "given"
     assert open_fleet(where).fleet.root == first
     assert open_fleet(where, scratch=given).fleet.root == given
-    planned(tmp_path, 100, 20)  # the same plan: the same fleet
+    planned(tmp_path, 100, 20)  # the same plan gives the same fleet
     assert open_fleet(where).fleet.root == first
     assert open_fleet(where, scratch=given).fleet.root == given
     Store(where).fs.rm(where, recursive=True)

@@ -1,6 +1,6 @@
-"""The command itself under faults: whatever happens to it, the same command goes on and ends with the same weights.
+"""The command under faults: after each fault the same command resumes and ends with the same weights.
 
-Long, as every fault is a run of its own, by the same few processes.
+Each fault has its own run, with the same few processes.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ SIGNALS = [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130), (
 
 
 def children(pid):
-    """Ids of the processes that a process has started."""
+    """Return the ids of the child processes of a process."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -39,7 +39,7 @@ def children(pid):
 
 
 def flat(data, name=""):
-    """Leaves of nested dicts and lists by name, tensors as bytes."""
+    """Return the leaves of nested dicts and lists by name, tensors as bytes."""
     if isinstance(data, dict):
         return {k: v for key, value in data.items() for k, v in flat(value, f"{name}.{key}").items()}
     if isinstance(data, (list, tuple)):
@@ -47,7 +47,7 @@ def flat(data, name=""):
     return {name: (str(data.dtype), data.numpy().tobytes()) if isinstance(data, torch.Tensor) else data}
 
 
-# the time it took, and a count that Lightning keeps for the x-axis of its own logging, which nothing here uses
+# times, and a count that Lightning keeps for the x-axis of its own logging, which is not used here
 LEFT_OUT = (
     ".card.seconds",
     ".card.run",
@@ -58,7 +58,7 @@ LEFT_OUT = (
 
 
 def trained(run):
-    """All that a run ends with: exported weights, last checkpoint, curves."""
+    """Return the results of a run: exported weights, last checkpoint, curves."""
     last, _, bad = good(run)
     assert bad == []
     content = flat(load(last))
@@ -72,13 +72,13 @@ def trained(run):
 
 
 def curves(run):
-    """Every scalar of a run as TensorBoard shows it: name -> [(images seen, value)]."""
+    """Return every scalar of a run as TensorBoard shows it: name -> [(images seen, value)]."""
     events = EventAccumulator(str(run), {"scalars": 0}).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def same_end(run, other):
-    """Two runs ended with the same bits."""
+    """Assert that two runs ended with the same bits."""
     mine, theirs = trained(run), trained(other)
     for name in ("exported", "checkpoint", "curves"):
         assert mine[name].keys() == theirs[name].keys()
@@ -91,7 +91,7 @@ def recorded(*files):
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory, zygote):
-    """A run that nothing happened to: its folder, and what was recorded of its steps."""
+    """Train a run without faults; return its folder and the record of its steps."""
     folder = tmp_path_factory.mktemp("unbroken")
     words = [*TINY, "--run", str(folder / "run"), f"--trainer.max_steps={LENGTH}", *OFTEN]
     argv = ["fit", "--config", CONFIG, *words, *parts("Record", file=folder / "steps")]
@@ -129,7 +129,7 @@ def test_kills_at_random_times_change_nothing(fit, unbroken, size, figures, tmp_
         trains, before = begun(run), good(run)[1]
         process = fit(run, length, *words)
         if kill % 5 == 4:
-            time.sleep(rng.uniform(0, 8))  # also while it starts
+            time.sleep(rng.uniform(0, 8))  # also kill it while it starts
         else:
             until(trains, process)
             least = before + every * int(rng.integers(0, 3))
@@ -214,12 +214,12 @@ def test_ctrl_c_given_twice_stops_at_once(fit, tmp_path):
 @pytest.mark.parametrize(("number", "codes"), [(15, (143, -15)), (2, (130,))])
 def test_a_signal_while_everything_is_set_up_is_not_lost(hook, number, codes, fit, tmp_path):
     process = fit(tmp_path / "run", LENGTH, *parts("Signal", number=number, hook=hook))
-    assert process.wait() in codes, process.text  # a shell says 143 for -15, too
+    assert process.wait() in codes, process.text  # a shell reports -15 as 143
     assert "Traceback" not in process.text
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-# two ranks: which one gets which signal, how many seconds longer rank 0 needs to go, and the exit code of the command
+# two ranks: which one gets which signal, seconds by which rank 0 exits later, and the exit code of the command
 TWO = [
     (1, signal.SIGTERM, 0, 143),
     (0, signal.SIGTERM, 0, 143),
@@ -238,9 +238,10 @@ def free_port():
 
 @pytest.fixture
 def pair(fit, tmp_path):
-    """Start two ranks: the command, both process ids, and the files of their steps, once both are training.
+    """Return a function that starts two ranks, and returns when both are training.
 
-    The command starts its second rank itself; in the subset both are forked, as a cluster would start them.
+    It returns the command, both process ids, and the files that record their steps. The command starts its second
+    rank itself; in the subset of trials both are forked, as a cluster would start them.
     """
     running = []
 
@@ -264,7 +265,7 @@ def pair(fit, tmp_path):
 
 
 def gone(process, both, seconds):
-    """Exit code of the command, once both processes are gone; and that did not take longer than it may."""
+    """Return the exit code of the command after both processes have ended, which must not take too long."""
     begin = time.monotonic()
     code = process.wait(seconds)
     until(lambda: not any(map(alive, both)), seconds=seconds)
@@ -337,7 +338,7 @@ def test_a_real_full_disk_stops_the_command_with_one_line_and_loses_nothing(left
     if disk := small_disk(8_000_000):
         place, holder, seen = disk
         process = fit(place / "run", LENGTH, *OFTEN, *parts("Slow", step=0.05), enter=holder)
-        until(lambda: (seen / "run" / "checkpoints" / "newest.json").exists(), process)  # which is written last
+        until(lambda: (seen / "run" / "checkpoints" / "newest.json").exists(), process)  # newest.json is written last
         with contextlib.suppress(OSError), (seen / "filler").open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
@@ -408,7 +409,7 @@ def test_losses_that_are_not_finite_stop_the_command_and_are_in_no_checkpoint(fi
     assert [p.name for p in found] == [name_of(20), name_of(30)]
     contents = [load(path) for path in found]
     assert [non_finite({"all": content}) for content in contents] == [[], []]
-    for part in ("state_dict", "optimizer_states", "ema"):  # nothing moved any more
+    for part in ("state_dict", "optimizer_states", "ema"):  # nothing changed after the first one
         kept = [{k: v for k, v in flat(c[part]).items() if k != ".step" and not k.endswith("lr")} for c in contents]
         assert kept[0] == kept[1]
     if FULL:
@@ -419,7 +420,7 @@ def test_losses_that_are_not_finite_stop_the_command_and_are_in_no_checkpoint(fi
 
 
 class Payload:
-    """Makes a folder when it is unpickled."""
+    """Create a folder when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -430,7 +431,7 @@ class Payload:
 
 @pytest.fixture
 def validate(start, tmp_path):
-    """Start `validate` of a checkpoint."""
+    """Return a function that starts `validate` of a checkpoint."""
 
     def run(path, **options):
         argv = ["validate", "--config", CONFIG, *TINY, "--run", tmp_path / "validated", "--ckpt_path", path]
@@ -457,7 +458,7 @@ def test_a_checkpoint_elsewhere_is_refused(path, fit, validate, tmp_path):
 
 @pytest.fixture(scope="session")
 def stopped_run(tmp_path_factory, zygote):
-    """A run that was stopped after 11 steps; its checkpoints are of the steps 10 and 11."""
+    """Return a run that was stopped after 11 steps and has checkpoints of steps 10 and 11."""
     folder = tmp_path_factory.mktemp("stopped")
     words = [*TINY, "--run", str(folder / "run"), f"--trainer.max_steps={LENGTH}", *OFTEN]
     process = Process(zygote, folder, False, argv=["fit", "--config", CONFIG, *words, *parts("Signal", step=EVERY)])
@@ -511,7 +512,7 @@ def test_a_checkpoint_without_a_manifest_is_passed_over_and_can_be_named(stopped
     assert f"from step {EVERY} " in process.text
 
 
-# 11. odd surroundings
+# 11. unusual environments
 
 
 def test_odd_paths_homes_languages_and_clocks_make_no_difference(fit, unbroken, tmp_path):
@@ -527,7 +528,7 @@ def test_odd_paths_homes_languages_and_clocks_make_no_difference(fit, unbroken, 
 
 
 def test_a_signal_to_the_whole_group_leaves_the_workers_to_their_step(fit, tmp_path):
-    """Schedulers send SIGTERM to all processes of a job; the loader's are children of it."""
+    """Schedulers send SIGTERM to all processes of a job, including the workers of the loader."""
     run = tmp_path / "run"
     process = fit(run, 100_000, "--data.resident=false", "--data.workers=2", "--checkpoint.every=5")
     until(lambda: checkpoints_in(run / "checkpoints"), process)

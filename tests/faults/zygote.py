@@ -1,7 +1,7 @@
-"""A process that has imported everything, and forks one that runs a command each time it is asked to.
+"""A process that has imported everything, and forks a process for each command it is asked to run.
 
-Six of the nine seconds of a small command are imports. Requests and replies are lines of JSON on stdin and stdout;
-given one request as its argument, the file fulfils it in the fresh process itself.
+Imports take six of the nine seconds of a small command. Requests and replies are lines of JSON on stdin and stdout. If
+a request is given as its argument, this file handles it in the new process itself.
 """
 
 import atexit
@@ -18,10 +18,10 @@ from pathlib import Path
 
 
 def become(ask):
-    """Do in this process what is asked: a command line, or a function of this module or of ``faulty``."""
+    """Handle a request in this process: a command line, or a function of this module or of ``faulty``."""
     os.environ.update(ask.get("env", {}))
     time.tzset()
-    if "LOCAL_RANK" in os.environ:  # which Lightning reads on import
+    if "LOCAL_RANK" in os.environ:  # Lightning reads it on import
         from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
         rank_zero_only.rank = int(os.environ["LOCAL_RANK"])
@@ -45,13 +45,13 @@ def become(ask):
 
 
 def drop_rights():
-    """Give up what root may do against permission bits; anybody else has nothing to give up."""
+    """Give up root's right to ignore permission bits; does nothing for other users."""
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     check(ctypes.CDLL(None, use_errno=True).capset(header, none))
 
 
 def become_nobody():
-    """Be a user without an entry in the system's list and without variables, as in many a container."""
+    """Become a user without an entry in the user database and without variables, as in many containers."""
     user, group, libc = os.getuid(), os.getgid(), ctypes.CDLL(None, use_errno=True)
     check(libc.unshare(0x10000000))  # users
     Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
@@ -62,7 +62,7 @@ def become_nobody():
 
 
 def commands(*lines):
-    """Run commands one after the other, and print the code of each."""
+    """Run commands one after the other, and print the exit code of each."""
     from lightning_tdisent.cli import main
 
     for words in lines:
@@ -74,21 +74,21 @@ def commands(*lines):
 
 
 def small_disk(place, size):
-    """Mount an empty disk of so many bytes for this process and those that `enter`, and wait to be killed."""
+    """Mount an empty disk of ``size`` bytes for this process and those that `enter` it, and wait to be killed."""
     libc, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
-    check(libc.unshare(0x20000 if user == 0 else 0x10020000))  # mounts, and users for those who are not root
+    check(libc.unshare(0x20000 if user == 0 else 0x10020000))  # new mount namespace, and user namespace if not root
     if user:
         Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1", encoding="utf-8")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1", encoding="utf-8")
-    check(libc.mount(None, b"/", None, 0x44000, None))  # nobody else sees what follows
+    check(libc.mount(None, b"/", None, 0x44000, None))  # the mount below is private
     check(libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", 0, f"size={size}".encode()))
     print("mounted", flush=True)
-    time.sleep(24 * 3600)  # longer than any test takes on any machine
+    time.sleep(24 * 3600)  # longer than any test
 
 
 def enter(pid):
-    """See the disks that another process sees."""
+    """Enter the mount namespace of another process."""
     libc, here = ctypes.CDLL(None, use_errno=True), Path.cwd()
     for kind in ("user", "mnt") if os.getuid() else ("mnt",):
         handle = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY)
@@ -98,13 +98,13 @@ def enter(pid):
 
 
 def check(result):
-    """Raise the error of a call to the system."""
+    """Raise OSError for a failed system call."""
     if result:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def redirect(ask):
-    """A session of its own, with files for stdout and stderr."""
+    """Start a new session, with files for stdout and stderr."""
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "out"), (2, "err")):
@@ -112,7 +112,7 @@ def redirect(ask):
 
 
 def wait(pid, seconds):
-    """Exit code of a child, negative for a signal; None if it still runs after so many seconds."""
+    """Return the exit code of a child, negative for a signal; None if it still runs after ``seconds``."""
     end = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -143,7 +143,7 @@ def serve():
 
 
 def leave(ask):
-    """Do what is asked and exit as Python does, but without the 1.5 s it needs to take every module apart."""
+    """Handle a request and exit as Python does, but without the 1.5 s it needs to finalise all modules."""
     try:
         code = become(ask)
     except SystemExit as error:
