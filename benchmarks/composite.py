@@ -39,8 +39,9 @@ from _machine import add_sizes, describe, lines, of_size, quartiles, timed
 from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.metrics.network import BLOCK
-from lightning_tdisent.models.composite import compose, load_model
-from lightning_tdisent.models.expert import Card, load_expert, save_expert
+from lightning_tdisent.models.card import Card
+from lightning_tdisent.models.compose import compose, load_model
+from lightning_tdisent.models.expert import load_expert, save_expert
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.sampler import DDIM, TOGETHER, sample

@@ -38,7 +38,7 @@ from lightning_tdisent.metrics.distances import Moments
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.scores import FrechetDistance
-from lightning_tdisent.models.composite import load_model
+from lightning_tdisent.models.compose import load_model
 from lightning_tdisent.sampling.sampler import DPMSolver, sample
 
 ROOT = Path(__file__).parents[1]

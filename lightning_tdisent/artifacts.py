@@ -1,150 +1,98 @@
-"""Read JSON within bounds, check the schema that every kind of file carries, and name where two files differ."""
+"""Files of tensors with a JSON card and their own SHA-256, in the safetensors format."""
 
-import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import os
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from lightning_tdisent import __version__
-from lightning_tdisent.errors import InputError, Newer
+import torch
+from safetensors.torch import save
+from torch import Tensor
 
-DEEPEST = 64  # levels of nested data that any file of this project has, with room to spare
+from lightning_tdisent.digests import digest, digest_of
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.schemas import is_count, parse_json
+
+MOST = 100_000_000  # bytes of a header of safetensors
+BLANK = "0" * 64  # stands in a file where its own SHA-256 goes, while that is computed
 
 
-def parse_json(text: bytes | str) -> Any:
-    """Return the data in JSON; raise ValueError for any other text, nesting without end, and a key that comes twice."""
+def sealed(tensors: dict[str, Tensor], key: str, card: dict[str, Any]) -> bytes:
+    """Return a .safetensors file with a card in its metadata that begins with the SHA-256 of all; see `unsealed`."""
+    content = save(tensors, {key: json.dumps({"sha256": BLANK, **card})})
+    return content.replace(BLANK.encode(), digest(content).encode(), 1)
+
+
+def unsealed(path: Path, key: str, verify: bool, remedy: str) -> Any:
+    """Return the card of a .safetensors file without its SHA-256; with ``verify`` hash the rest too, and refuse damage.
+
+    Files of the first versions have none. Raises InputError, OSError, struct.error, ValueError, KeyError or TypeError.
+    """
+    with path.open("rb") as file:
+        size = file.read(8)
+        (length,) = struct.unpack("<Q", size)
+        if length > min(MOST, os.fstat(file.fileno()).st_size):
+            raise ValueError("header too long")
+        header = file.read(length)
+        card = parse_json(parse_json(header)["__metadata__"][key])
+        named = str(card.pop("sha256", "")) if isinstance(card, dict) else ""
+        if verify and named:
+            begin = size + header.replace(named.encode(), BLANK.encode(), 1)
+            found = digest_of(itertools.chain([begin], iter(lambda: file.read(1 << 20), b"")))
+            if found != named:
+                raise InputError(
+                    f"{path}: damaged: sha256 {found[:12]}.., the file says {named[:12]}... Copy it anew; or {remedy}"
+                )
+    return card
+
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class Piece(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+def pieces(path: str | Path) -> list[Piece]:
+    """The tensors of a .safetensors file in their order there, from its header alone; raises InputError."""
     try:
-        data = json.loads(text, object_pairs_hook=_unique)
-    except RecursionError:
-        raise ValueError(f"nested deeper than {DEEPEST} levels") from None
-    level = [data]
-    for _ in range(DEEPEST):
-        level = [v for one in level if isinstance(one, (dict, list))
-                 for v in (one.values() if isinstance(one, dict) else one)]  # fmt: skip
-    if level:
-        raise ValueError(f"nested deeper than {DEEPEST} levels")
-    return data
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice")
+        with Path(path).open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = parse_json(file.read(min(length, MOST)))
+            header.pop("__metadata__", None)
+            found = [
+                Piece(name, DTYPES[t["dtype"]], tuple(t["shape"]), 8 + length + begin, end - begin)
+                for name, t in header.items()
+                for begin, end in [t["data_offsets"]]
+            ]
+            size = file.seek(0, 2)
+            if not all(is_count(n) for piece in found for n in (piece.begin, piece.nbytes, *piece.shape)):
+                raise ValueError("sizes that are no numbers from 0 on")
+    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a .safetensors file of weights ({type(error).__name__}: {error})") from None
+    found.sort(key=lambda piece: (piece.begin, piece.nbytes))
+    end = 8 + length
+    for piece in found:
+        if piece.begin != end or piece.nbytes != math.prod(piece.shape) * piece.dtype.itemsize:
+            raise InputError(f"{path}: {piece.name} does not lie in the file as its header says")
+        end += piece.nbytes
+    if end != size:
+        raise InputError(f"{path}: its header says it ends at byte {end:,}, it has {size:,}")
     return found
 
 
-def check_schema(
-    data: Mapping[str, Any], where: str, reads: int, oldest: int | None = None, absent: int | None = None
-) -> int:
-    """Return the schema of a file's data, which this version must read.
-
-    reads: the newest schema that is read; oldest: the oldest, the same if not given; absent: what a file without the
-    key has, for kinds of files that were once written without it. Raises InputError that names the file and both
-    schemas; Newer if that of the file is a later one.
-    """
-    found = data.get("schema", absent)
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        said = f"{found!r:.40}" if "schema" in data else "none"
-        raise InputError(f"{where}: damaged: its schema is {said}, expected a whole number from 1 to {reads}")
-    if found > reads:
-        raise Newer(
-            f"{where}: schema {found}, made by a newer version; this one ({__version__}) reads {reads}. Upgrade "
-            "lightning_tdisent"
-        )
-    if found < (oldest or reads):
-        raise InputError(
-            f"{where}: schema {found}, made by an older version; this one ({__version__}) reads {reads}. Make the file "
-            "again, or use the version that made it"
-        )
-    return found
-
-
-def check_metadata(metadata: Mapping[str, str] | None, where: str, reads: int) -> None:
-    """Check the schema in the metadata of a .safetensors file, which are texts; the first versions wrote none."""
-    found = (metadata or {}).get("schema", "1")
-    number = int(found) if found.isascii() and found.isdigit() and len(found) < 10 else found
-    check_schema({"schema": number}, where, reads)
-
-
-def check_format(found: Any, expected: str, where: str, oldest: int | None = None) -> None:
-    """Raise InputError unless a file's ``format`` is NAME/SCHEMA as expected, such as ``lightning_tdisent.index/2``.
-
-    oldest: the oldest schema that is read, that of ``expected`` if not given.
-    """
-    name, _, number = expected.rpartition("/")
-    there, _, schema = str(found).rpartition("/")
-    if there != name or not (schema.isascii() and schema.isdigit() and len(schema) < 10):
-        raise InputError(f"{where}: has the format {found!r:.80}, expected {expected}: make it anew")
-    check_schema({"schema": int(schema)}, where, int(number), oldest)
-
-
-Kinds = Mapping[str, Callable[[Any], bool]]
-
-
-def check_fields(cls: type, data: Mapping[str, Any], where: str, kinds: Kinds) -> None:
-    """Raise InputError unless data has the fields of a dataclass; those with a default may be absent.
-
-    Fields that the class does not have are refused: another version has written them. kinds: what a value may be.
-    """
-    fields: Any = dataclasses.fields(cls)
-    needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
-    if lost := [name for name in needed if name not in data]:
-        raise InputError(f"{where}: damaged: its card lacks {', '.join(lost)}")
-    if odd := sorted(data.keys() - {f.name for f in fields}):
-        raise InputError(
-            f"{where}: its card has {', '.join(odd)[:200]}, which this version ({__version__}) does not know; it is of "
-            f"version {data.get('version')!r:.20}. Upgrade lightning_tdisent"
-        )
-    if wrong := [name for name, fits in kinds.items() if name in data and not fits(data[name])]:
-        raise InputError(f"{where}: damaged: its card says {wrong[0]}: {data[wrong[0]]!r:.100}")
-
-
-def is_text(value: Any) -> bool:
-    """Return whether a value is text."""
-    return isinstance(value, str)
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value is a finite number from 0 on."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-
-
-def is_count(value: Any) -> bool:
-    """Return whether a value is a whole number from 0 on, of 63 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def is_part(value: Any) -> bool:
-    """Return whether a value is the description of a part: a class path with arguments, and digests of files."""
-    named = isinstance(value, dict) and is_text(value.get("class_path")) and isinstance(value.get("init_args"), dict)
-    return named and isinstance(value.get("files", {}), dict) and all(map(is_text, value.get("files", {}).values()))
-
-
-def differences(theirs: Any, mine: Any, there: str = "there", now: str = "now") -> list[str]:
-    """Return a line ``KEY: X there, Y now`` for each key in which plain data differs."""
-    a, b = dict(_flat(theirs)), dict(_flat(mine))
-    # as text: 1 is not true, and NaN is NaN
-    texts = [{key: json.dumps(value, default=str) for key, value in data.items()} for data in (a, b)]
-    return [
-        f"{k}: {_said(a, k)} {there}, {_said(b, k)} {now}" for k in {**a, **b} if texts[0].get(k) != texts[1].get(k)
-    ]
-
-
-def _said(data: dict[str, Any], key: str) -> str:
-    return repr(data[key]) if key in data else "nothing"
-
-
-def _flat(data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    items: Any = None
-    if isinstance(data, dict):
-        items = [(f"{name}.{k}" if name else str(k), v) for k, v in data.items()]
-    elif isinstance(data, list) and any(isinstance(v, (dict, list)) for v in data):
-        items = [(f"{name}[{k}]", v) for k, v in enumerate(data)]
-    if not items:
-        if name or data:
-            yield name, data
-        return
-    for key, value in items:
-        yield from _flat(value, key)
+def shapes_in(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a .safetensors file by name, from its header alone; raises InputError."""
+    return {piece.name: piece.shape for piece in pieces(path)}

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_tdisent.diffusion.objectives import Objective, V
 from lightning_tdisent.diffusion.schedules import Linear
 from lightning_tdisent.diffusion.states import LatentStates
-from lightning_tdisent.models.expert import Card, save_expert
+from lightning_tdisent.models.card import Card
+from lightning_tdisent.models.expert import save_expert
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.denoiser import Denoiser

@@ -181,7 +181,7 @@ def _sample(a: argparse.Namespace) -> None:
     from lightning_tdisent.evaluation.observations import FILE as OBSERVATIONS
     from lightning_tdisent.evaluation.pictures import save_png
     from lightning_tdisent.images import grid
-    from lightning_tdisent.models.composite import holds_weights, load_model
+    from lightning_tdisent.models.compose import holds_weights, load_model
     from lightning_tdisent.models.start import load_started, signal_note
     from lightning_tdisent.sampling.denoiser import Guided, extras
     from lightning_tdisent.sampling.sampler import refuse_unowned, sample
@@ -268,7 +268,7 @@ def _range(text: str, option: str) -> range:
 
 def _prior(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.plan import settings
-    from lightning_tdisent.models.composite import holds_weights
+    from lightning_tdisent.models.compose import holds_weights
     from lightning_tdisent.studies.plan import row_or_share
 
     if (a.out / PRIOR).exists():
@@ -323,7 +323,7 @@ def _sources(names: Sequence[str]) -> Iterator[list[Path]]:
 
     from lightning_tdisent.fleet.plan import FILE
     from lightning_tdisent.fleet.store import Store
-    from lightning_tdisent.models.composite import find_files
+    from lightning_tdisent.models.compose import find_files
 
     with tempfile.TemporaryDirectory(prefix="experts-") as place:
         files: list[Path] = []
@@ -340,8 +340,8 @@ def _sources(names: Sequence[str]) -> Iterator[list[Path]]:
 
 def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
     from lightning_tdisent.files import typed
-    from lightning_tdisent.models.composite import compose
-    from lightning_tdisent.models.expert import read_card
+    from lightning_tdisent.models.card import read_card
+    from lightning_tdisent.models.compose import compose
 
     if not files:
         raise InputError(f"{', '.join(a.experts)}: no finished expert to compose")
@@ -367,7 +367,7 @@ def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
 def _merge(a: argparse.Namespace, files: list[Path]) -> None:
     from lightning_tdisent.data.decode import side_of
     from lightning_tdisent.data.shards import load
-    from lightning_tdisent.models.expert import read_card
+    from lightning_tdisent.models.card import read_card
     from lightning_tdisent.models.merge import merge
 
     if a.n < 1:
@@ -400,7 +400,7 @@ def _export(a: argparse.Namespace) -> None:
 
 def _evaluate(a: argparse.Namespace) -> None:
     from lightning_tdisent.diffusion.spec import spec
-    from lightning_tdisent.models.composite import MANIFEST, holds_weights, refuse_damaged
+    from lightning_tdisent.models.compose import MANIFEST, holds_weights, refuse_damaged
     from lightning_tdisent.studies.results import Study
 
     for name in ("study.json", "plan.json", "plan.yaml", CONFIG, CHECKPOINTS, WEIGHTS, MANIFEST, PRIOR):
@@ -507,13 +507,7 @@ def _study(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.state import FleetWork, Jobs
     from lightning_tdisent.fleet.status import page, tiles
     from lightning_tdisent.fleet.store import Store
-    from lightning_tdisent.models.composite import (
-        discard_damaged,
-        find_files,
-        holds_weights,
-        recompose,
-        refuse_damaged,
-    )
+    from lightning_tdisent.models.compose import discard_damaged, find_files, holds_weights, recompose, refuse_damaged
     from lightning_tdisent.studies.plan import plan, refuse_cuts, refuse_roles, refuse_samplers
     from lightning_tdisent.studies.results import BOARDS, Study
 

@@ -81,7 +81,7 @@ def describe(argv: list[str]) -> "Facts":
     from lightning_tdisent.lit.entry import parse
     from lightning_tdisent.lit.modules import Diffusion
     from lightning_tdisent.lit.prior import PriorModule
-    from lightning_tdisent.models.composite import holds_weights
+    from lightning_tdisent.models.compose import holds_weights
     from lightning_tdisent.models.cost import flops
     from lightning_tdisent.models.warm import refuse_start
 

@@ -23,13 +23,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from lightning_tdisent.artifacts import check_format, parse_json
 from lightning_tdisent.data.decode import IMAGES
 from lightning_tdisent.data.remote import file_system, is_remote, store_errors
 from lightning_tdisent.data.tars import MAX_REGION
 from lightning_tdisent.digests import digest_of
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.files import typed, write_whole
+from lightning_tdisent.schemas import check_format, parse_json
 
 FORMAT = "lightning_tdisent.index/2"  # version 1 had weaker image keys, in an array called content
 

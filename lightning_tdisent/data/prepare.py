@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from lightning_tdisent.artifacts import check_format, parse_json
 from lightning_tdisent.data.decode import LATENT
 from lightning_tdisent.data.index import Index, path_of
 from lightning_tdisent.data.latents import LatentEncoder
@@ -38,6 +37,7 @@ from lightning_tdisent.data.tars import PREPARED, SUFFIXES, planned
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import Halted, InputError, nearest
 from lightning_tdisent.files import is_plain, open_own, output_path, refuse_unwritable, remove_orphans, whole
+from lightning_tdisent.schemas import check_format, parse_json
 
 FORMAT = "lightning_tdisent.prepare/1"
 CHUNK = 32  # samples that are sent to a process at a time

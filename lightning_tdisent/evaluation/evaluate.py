@@ -34,9 +34,10 @@ from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.metrics.reference import remembered
-from lightning_tdisent.models.composite import CompositeDenoiser, find_files, load_model
+from lightning_tdisent.models.card import Card
+from lightning_tdisent.models.compose import find_files, load_model
+from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.cost import training_cost, with_prior
-from lightning_tdisent.models.expert import Card
 from lightning_tdisent.models.residency import Residency
 from lightning_tdisent.models.start import Implicit, Started, load_started, prior_file, signal_note
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises, extras

@@ -9,11 +9,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_tdisent.artifacts import check_schema, parse_json
 from lightning_tdisent.digests import digest_of_data
 from lightning_tdisent.distributed import all_gather, rank_and_world, shared_errors
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
+from lightning_tdisent.schemas import check_schema, parse_json
 
 FOLDER, SCHEMA = "measured", 1  # the first versions wrote no schema
 

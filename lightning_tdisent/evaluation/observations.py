@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lightning_tdisent.artifacts import check_metadata, parse_json
 from lightning_tdisent.data.decode import IMAGES, decode_image, open_image
 from lightning_tdisent.data.shards import load
 from lightning_tdisent.diffusion.operators import GREY_LEVEL, Operator, masks
@@ -22,6 +21,7 @@ from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.images import from_uint8
+from lightning_tdisent.schemas import check_metadata, parse_json
 
 FILE, SCHEMA = "observations.safetensors", 1
 

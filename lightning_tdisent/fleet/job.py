@@ -9,7 +9,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS
 
 if TYPE_CHECKING:
-    from lightning_tdisent.models.expert import Card
+    from lightning_tdisent.models.card import Card
 
 Report = Callable[[int, int, dict[str, float]], None]  # (step, total steps, numbers to show)
 # runs the command lines of one call at the same time in this process; returns for each the exception that ended it
@@ -47,7 +47,7 @@ class Job:
         if not self.weights.exists():
             return None
         # imported here because it imports torch, which a process that only shows the status does not need
-        from lightning_tdisent.models.expert import read_card, refuse_foreign
+        from lightning_tdisent.models.card import read_card, refuse_foreign
 
         card = read_card(self.weights)
         refuse_foreign(self.weights, card)

@@ -3,9 +3,9 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from lightning_tdisent.artifacts import differences
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import load_yaml, write_whole
+from lightning_tdisent.schemas import differences
 
 CONFIGS = "configs"  # folder of the copies
 

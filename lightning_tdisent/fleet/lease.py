@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning_tdisent.artifacts import check_schema, parse_json
 from lightning_tdisent.errors import InputError, Lost
 from lightning_tdisent.fleet.store import SCHEMA, Store, dump_json
 from lightning_tdisent.processes import began, host, me
+from lightning_tdisent.schemas import check_schema, parse_json
 
 FOLDER = "leases"
 TTL = 60.0

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from lightning_tdisent.artifacts import check_schema, is_count, parse_json
 from lightning_tdisent.digests import digest
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import Guard, ask_guards, write_whole
 from lightning_tdisent.fleet.store import Store
 from lightning_tdisent.models.checkpoint import manifest_of
 from lightning_tdisent.runs import AVERAGES, CHECKPOINTS, NEWEST, WEIGHTS, identity_in, identity_of
+from lightning_tdisent.schemas import check_schema, is_count, parse_json
 
 POINTER = f"{CHECKPOINTS}/{NEWEST}"
 OWNER = ".fleet.json"  # in a scratch folder: names the fleet whose runs it holds

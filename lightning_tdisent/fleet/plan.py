@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from lightning_tdisent.artifacts import check_schema, parse_json
 from lightning_tdisent.digests import digest
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import load_yaml, repeated_keys, typed
@@ -22,6 +21,8 @@ from lightning_tdisent.fleet.kept import CONFIGS
 from lightning_tdisent.fleet.keys import ANY, COUNT, LIST, MAPPING, SEED, SETTINGS, TEXT, known, refuse_kind
 from lightning_tdisent.fleet.names import clashes, fault
 from lightning_tdisent.fleet.store import Store, read_json
+from lightning_tdisent.models.agreement import ownership
+from lightning_tdisent.schemas import check_schema, parse_json
 
 SCHEMA = 1
 FILE = "plan.yaml"
@@ -422,17 +423,9 @@ def refuse_unfit(experts: Sequence[Planned], S: int, shared: bool, where: str) -
     must have at least the images of one optimizer step. shared: whether the plan has a shared model. where: prefix of
     the message.
     """
-    problems = []
-    owners: dict[int, list[str]] = {s: [] for s in range(1, S + 1)}
-    for e in experts:
-        for s in e.rows:
-            owners.setdefault(s, []).append(e.name)
-    problems += [f"row {s} is owned by no expert" for s, who in owners.items() if not who]
-    problems += [f"row {s} is owned by {' and '.join(who)}" for s, who in owners.items() if len(who) > 1]
-    problems += [
-        f"row {s} of {' and '.join(who)} is not among 1..{S}" for s, who in owners.items() if who and not 1 <= s <= S
-    ]
     names = [e.name for e in experts]
+    unowned, wrong = ownership(names, [e.rows for e in experts], S)
+    problems = [f"row {s} is owned by no expert" for s in unowned] + wrong
     problems += [f"two experts are called {name}" for name in sorted({n for n in names if names.count(n) > 1})]
     problems += clashes([(name, "expert") for name in dict.fromkeys(names)])
     starts = {e.name: e.start for e in experts}

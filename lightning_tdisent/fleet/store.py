@@ -19,10 +19,10 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from lightning_tdisent.artifacts import check_schema, parse_json
 from lightning_tdisent.data.remote import file_system, store_errors
 from lightning_tdisent.errors import Halted, InputError, Lost
 from lightning_tdisent.files import URL, Guard, expand, temporary, whole
+from lightning_tdisent.schemas import check_schema, parse_json
 
 SCHEMA = 1  # of the JSON files in a store: leases, failed, done, begun, rounds, curves
 PATIENCE = 10.0  # default timeout of a request in seconds: a sixth of a lease's ttl, to notice a silent network early

@@ -61,8 +61,8 @@ from lightning_tdisent.lit.resume import (
     what_is_trained,
 )
 from lightning_tdisent.models import start
+from lightning_tdisent.models.card import read_card
 from lightning_tdisent.models.checkpoint import facts
-from lightning_tdisent.models.expert import read_card
 from lightning_tdisent.networks import dit, unet  # noqa: F401
 from lightning_tdisent.priors import flow, gaussian, mixture  # noqa: F401
 from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS, RunFolder, checkpoints_in, held, new_identity

@@ -11,7 +11,8 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.checkpoints import refuse_to_load
 from lightning_tdisent.lit.datamodule import ImageShards
-from lightning_tdisent.models.composite import CompositeDenoiser, load_model
+from lightning_tdisent.models.compose import load_model
+from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.errors_by_row import has_signal, state_errors
 from lightning_tdisent.sampling.sampler import DDIM, Sampler, probe_rows, sample

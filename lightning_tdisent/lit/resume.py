@@ -13,7 +13,6 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_tdisent.artifacts import check_schema
 from lightning_tdisent.data.index import Index, index_command, path_of
 from lightning_tdisent.diffusion.spec import defaults_of_then, filled, identity
 from lightning_tdisent.errors import InputError
@@ -21,6 +20,7 @@ from lightning_tdisent.files import absolute_paths, load_yaml
 from lightning_tdisent.lit.checkpoints import Manifest, newest
 from lightning_tdisent.models.checkpoint import manifest_of, read_manifest
 from lightning_tdisent.runs import AVERAGES, CHECKPOINTS, CONFIG, WEIGHTS, checkpoints_in
+from lightning_tdisent.schemas import check_schema
 
 # options that define a run: changing one makes another run. All others (limits, logging, devices, paths) may change
 # when a run is resumed. The digest of the data, the table and the images per step are compared with those of the

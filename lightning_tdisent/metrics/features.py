@@ -9,13 +9,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lightning_tdisent.artifacts import check_metadata, parse_json
 from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.digests import digest_of, sha256
 from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.images import from_uint8
 from lightning_tdisent.metrics.network import Extracted, FeatureNetwork
+from lightning_tdisent.schemas import check_metadata, parse_json
 
 SCHEMA = 1  # of a classifier's file; the first versions wrote none
 SHIPPED = Path(__file__).parent / "shipped"

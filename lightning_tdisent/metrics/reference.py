@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_tdisent.artifacts import check_metadata, check_schema, parse_json
 from lightning_tdisent.digests import digest_of, digest_of_data
 from lightning_tdisent.distributed import all_gather, rank_and_world, shared_errors
 from lightning_tdisent.errors import InputError, Newer
@@ -25,6 +24,7 @@ from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.scores import FeatureList, FeatureMoments
 from lightning_tdisent.metrics.weights import cache_folder
+from lightning_tdisent.schemas import check_metadata, check_schema, parse_json
 
 BATCH = 256
 _KEY, SCHEMA = "check", 1  # the first versions wrote no schema

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import output_path
-from lightning_tdisent.models.expert import Card, load_expert, read_card, save_expert
+from lightning_tdisent.models.card import Card, read_card
+from lightning_tdisent.models.expert import load_expert, save_expert
 from lightning_tdisent.runs import AVERAGES, snapshots_in
 
 LONGEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean over the whole training

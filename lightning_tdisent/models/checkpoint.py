@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from lightning_tdisent import finite
-from lightning_tdisent.artifacts import check_schema, is_count, is_text, parse_json
 from lightning_tdisent.digests import digest_of_data, sha256
 from lightning_tdisent.distributed import rank_and_world
 from lightning_tdisent.errors import InputError, NotFinite
+from lightning_tdisent.schemas import check_schema, is_count, is_text, parse_json
 
 SCHEMA = 1
 TEMPORARY = ".temp.ckpt"  # in which Lightning's forked ranks hand back their weights

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_tdisent.diffusion.bounds import Bounded
 from lightning_tdisent.diffusion.spec import build
-from lightning_tdisent.models.expert import Card
+from lightning_tdisent.models.card import Card
 from lightning_tdisent.networks.network import Network
 
 TRAINING = ("network", "images_seen", "seconds")

@@ -23,9 +23,11 @@ from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import output_path, typed, write_whole
-from lightning_tdisent.models.composite import CompositeDenoiser, compose, find_files, load_model
+from lightning_tdisent.models.card import Card
+from lightning_tdisent.models.compose import compose, find_files, load_model
+from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.cost import training_cost
-from lightning_tdisent.models.expert import Card, save_expert
+from lightning_tdisent.models.expert import save_expert
 from lightning_tdisent.models.start import signal_note
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
@@ -82,7 +84,7 @@ def export(source: str | Path, out: str | Path, form: Literal["safetensors", "di
 _SAFETENSORS = """
 Without Lightning, with the package:
 
-{imports}    from lightning_tdisent.models.composite import load_model
+{imports}    from lightning_tdisent.models.compose import load_model
 
     model, cards = load_model("FOLDER")  # checks the table, the rows and every byte
 {drawn}

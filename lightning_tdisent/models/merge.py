@@ -25,8 +25,10 @@ from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import output_path
 from lightning_tdisent.images import from_uint8
-from lightning_tdisent.models.composite import compose, refuse_taken, refuse_unfit
-from lightning_tdisent.models.expert import PARENT, Card, load_expert, read_card, save_expert
+from lightning_tdisent.models.agreement import refuse_unfit
+from lightning_tdisent.models.card import PARENT, Card, read_card
+from lightning_tdisent.models.compose import compose, refuse_taken
+from lightning_tdisent.models.expert import load_expert, save_expert
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.errors_by_row import HELD_OUT, x0_errors
 

@@ -14,11 +14,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_tdisent.artifacts import Piece, shapes_in
 from lightning_tdisent.diffusion.objectives import Objective
 from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.models.expert import Card, Piece, check_finite, fitting_pieces, shapes_in
+from lightning_tdisent.models.card import Card
+from lightning_tdisent.models.expert import check_finite, fitting_pieces
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.denoiser import Denoiser
 

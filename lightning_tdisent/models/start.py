@@ -13,15 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lightning_tdisent
-from lightning_tdisent.artifacts import (
-    Kinds,
-    check_fields,
-    check_schema,
-    is_count,
-    is_number,
-    is_part,
-    is_text,
-)
+from lightning_tdisent.artifacts import sealed, unsealed
 from lightning_tdisent.data.decode import Decoder, side_of
 from lightning_tdisent.data.shards import Shards
 from lightning_tdisent.diffusion.bounds import Bounded
@@ -34,13 +26,14 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.images import from_uint8
-from lightning_tdisent.models.composite import find_files, holds_weights, load_model
-from lightning_tdisent.models.expert import Card, read_card, sealed, unsealed
+from lightning_tdisent.models.card import Card, read_card
+from lightning_tdisent.models.compose import find_files, holds_weights, load_model
 from lightning_tdisent.models.residency import Residency
 from lightning_tdisent.priors.prior import Prior, StandardNormal
 from lightning_tdisent.runs import PRIOR
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises, Extras, extras
 from lightning_tdisent.sampling.sampler import DDIM
+from lightning_tdisent.schemas import Kinds, check_fields, check_schema, is_count, is_number, is_part, is_text
 
 SCHEMA = 1
 FITTING = 3 << 20  # streams of the noise that priors are fitted with

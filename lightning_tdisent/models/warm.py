@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
+from lightning_tdisent.artifacts import shapes_in
 from lightning_tdisent.diffusion.spec import identity, spec
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.models.composite import find_files, load_model
-from lightning_tdisent.models.expert import PARENT, read_card, shapes_in
+from lightning_tdisent.models.card import PARENT, read_card
+from lightning_tdisent.models.compose import find_files, load_model
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.denoiser import Denoiser
 

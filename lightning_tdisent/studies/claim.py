@@ -8,12 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lightning_tdisent.artifacts import check_schema, differences, parse_json
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.kept import CONFIGS, edits, write_copies
 from lightning_tdisent.fleet.plan import config_digest
+from lightning_tdisent.schemas import check_schema, differences, parse_json
 from lightning_tdisent.studies.sweep import overrides_of, unrolled
 
 FILE, SCHEMA = "plan.json", 2

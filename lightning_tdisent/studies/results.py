@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lightning_tdisent.artifacts import check_schema, parse_json
 from lightning_tdisent.data.decode import side_of
 from lightning_tdisent.data.npz import is_npz
 from lightning_tdisent.data.shards import ImageSet, load
@@ -35,12 +34,13 @@ from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.paired import load_lpips
 from lightning_tdisent.metrics.protocol import Protocol
-from lightning_tdisent.models.composite import find_files, holds_weights
-from lightning_tdisent.models.expert import Card, read_card
+from lightning_tdisent.models.card import Card, read_card
+from lightning_tdisent.models.compose import find_files, holds_weights
 from lightning_tdisent.models.residency import Residency
 from lightning_tdisent.report.page import write_report
 from lightning_tdisent.report.table import WideTable, costs, notes, refuse_texts, table, tables
 from lightning_tdisent.sampling.sampler import Sampler
+from lightning_tdisent.schemas import check_schema, parse_json
 
 FILE, RESULTS, SAMPLES = "study.json", "results.json", "samples.safetensors"
 SCHEMA = 2  # of `FILE`; covers `RESULTS` and `SAMPLES` as well

@@ -7,13 +7,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from lightning_tdisent.artifacts import differences
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation.provenance import facts, html_facts
 from lightning_tdisent.files import output_path, write_whole
 from lightning_tdisent.report import figures
 from lightning_tdisent.report.page import document, html_cells, html_table
 from lightning_tdisent.report.table import costs, mean_eps_mse, notes, tables
+from lightning_tdisent.schemas import differences
 from lightning_tdisent.studies.results import Study
 
 # fields of a row that must be equal in all repetitions of a study

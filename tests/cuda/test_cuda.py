@@ -21,8 +21,9 @@ from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.entry import run
 from lightning_tdisent.lit.together import together
-from lightning_tdisent.models.composite import compose, load_model
-from lightning_tdisent.models.expert import Card, read_card, save_expert
+from lightning_tdisent.models.card import Card, read_card
+from lightning_tdisent.models.compose import compose, load_model
+from lightning_tdisent.models.expert import save_expert
 from lightning_tdisent.models.residency import Slot
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.denoiser import Denoiser

@@ -22,7 +22,8 @@ from lightning_tdisent.diffusion.operators import Inpainting
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.evaluation import evaluate as evaluating
 from lightning_tdisent.lit.modules import ReducedStates, SingleState
-from lightning_tdisent.models.expert import load_expert, read_card, save_expert
+from lightning_tdisent.models.card import read_card
+from lightning_tdisent.models.expert import load_expert, save_expert
 from lightning_tdisent.networks.unet import UNet
 
 

@@ -23,7 +23,7 @@ from lightning_tdisent.diffusion.spec import build, changed, identity, spec
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation.observations import Observations
 from lightning_tdisent.images import from_uint8
-from lightning_tdisent.models.expert import read_card
+from lightning_tdisent.models.card import read_card
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
 

@@ -20,8 +20,8 @@ from processes import CONFIG, FULL, ROOT, TINY, alive, begun, good, name_of, one
 from safetensors.torch import load_file
 
 from lightning_tdisent.lit.checkpoints import newest
+from lightning_tdisent.models.card import read_card
 from lightning_tdisent.models.checkpoint import manifest_of
-from lightning_tdisent.models.expert import read_card
 from lightning_tdisent.runs import LOCK, checkpoints_in
 
 

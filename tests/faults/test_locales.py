@@ -16,7 +16,7 @@ from lightning_tdisent.data.raw import find_source
 from lightning_tdisent.data.tars import find
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import check_name, expand_all, is_plain, write_whole
-from lightning_tdisent.models.composite import compose
+from lightning_tdisent.models.compose import compose
 from lightning_tdisent.models.export import export
 
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}

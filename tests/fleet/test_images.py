@@ -16,7 +16,7 @@ from lightning_tdisent.fleet.state import FleetWork
 from lightning_tdisent.fleet.status import summary, tiles
 from lightning_tdisent.fleet.work import Session, work_through
 from lightning_tdisent.lit.entry import run as fit
-from lightning_tdisent.models.expert import read_card
+from lightning_tdisent.models.card import read_card
 
 
 def train(fleet, *only):

@@ -15,8 +15,8 @@ from lightning_tdisent.fleet.status import tiles
 from lightning_tdisent.fleet.store import read_json
 from lightning_tdisent.fleet.work import Session, work_through
 from lightning_tdisent.lit.modules import SingleState
+from lightning_tdisent.models.card import read_card
 from lightning_tdisent.models.cost import flops, training_cost
-from lightning_tdisent.models.expert import read_card
 from lightning_tdisent.networks.unet import UNet
 
 

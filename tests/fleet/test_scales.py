@@ -16,8 +16,8 @@ from lightning_tdisent.cli import describe, main
 from lightning_tdisent.diffusion.operators import Edges, Inpainting, Operator
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation.observations import Observations
-from lightning_tdisent.models.composite import load_model
-from lightning_tdisent.models.expert import read_card
+from lightning_tdisent.models.card import read_card
+from lightning_tdisent.models.compose import load_model
 
 HAAR = {"class_path": "Haar", "init_args": {"levels": 1, "scales": [1.44, 0.515]}}
 SCALES = {"class_path": "ComponentStates", "init_args": {"shape": [1, 8, 8], "space": HAAR, "S": 4}}

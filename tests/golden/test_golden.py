@@ -33,7 +33,8 @@ from lightning_tdisent.images import from_uint8
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.datamodule import ImageShards
 from lightning_tdisent.lit.modules import Baseline, ReducedStates, SingleState
-from lightning_tdisent.models.composite import CompositeDenoiser, compose, load_model
+from lightning_tdisent.models.compose import compose, load_model
+from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.expert import save_expert
 from lightning_tdisent.networks.dit import DiT
 from lightning_tdisent.networks.unet import UNet

@@ -18,7 +18,7 @@ from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.checkpoints import DurableIO
 from lightning_tdisent.lit.modules import ReducedStates
-from lightning_tdisent.models.composite import load_model
+from lightning_tdisent.models.compose import load_model
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.sampler import DDIM, sample
 from lightning_tdisent.studies.plan import Role

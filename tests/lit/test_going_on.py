@@ -10,7 +10,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.checkpoints import DurableIO, load
-from lightning_tdisent.models.expert import read_card
+from lightning_tdisent.models.card import read_card
 from lightning_tdisent.runs import checkpoints_in
 
 

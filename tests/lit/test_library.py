@@ -31,8 +31,9 @@ from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.datamodule import ImageShards, Seeds
 from lightning_tdisent.lit.entry import LINE
 from lightning_tdisent.lit.modules import ReducedStates
-from lightning_tdisent.models.composite import load_model
-from lightning_tdisent.models.expert import read_card, weights_digest
+from lightning_tdisent.models.card import read_card
+from lightning_tdisent.models.compose import load_model
+from lightning_tdisent.models.expert import weights_digest
 from lightning_tdisent.runs import checkpoints_in
 from lightning_tdisent.sampling.errors_by_row import x0_errors
 from lightning_tdisent.sampling.sampler import DDIM, sample

@@ -13,8 +13,9 @@ from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.inference import Composite
 from lightning_tdisent.lit.modules import Baseline, Diffusion, ReducedStates, SingleState
-from lightning_tdisent.models.composite import compose, load_model
-from lightning_tdisent.models.expert import load_expert, read_card
+from lightning_tdisent.models.card import read_card
+from lightning_tdisent.models.compose import compose, load_model
+from lightning_tdisent.models.expert import load_expert
 from lightning_tdisent.models.warm import start_warm
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.denoiser import Denoiser

@@ -13,8 +13,9 @@ from lightning_tdisent.lit.callbacks.curve import Curve
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.lit.modules import ReducedStates, SingleState
 from lightning_tdisent.models.averages import gamma
-from lightning_tdisent.models.composite import load_model
-from lightning_tdisent.models.expert import load_expert, read_card, save_expert
+from lightning_tdisent.models.card import read_card
+from lightning_tdisent.models.compose import load_model
+from lightning_tdisent.models.expert import load_expert, save_expert
 from lightning_tdisent.sampling.errors_by_row import x0_errors
 
 

@@ -21,7 +21,8 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.callbacks.weights import EMA
 from lightning_tdisent.models.averages import LONGEST, coefficients, gamma, overlap, reconstruct
-from lightning_tdisent.models.expert import load_expert, read_card, save_expert
+from lightning_tdisent.models.card import read_card
+from lightning_tdisent.models.expert import load_expert, save_expert
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.runs import AVERAGES
 from lightning_tdisent.sampling.denoiser import Denoiser

@@ -19,14 +19,8 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.modules import ReducedStates
-from lightning_tdisent.models.composite import (
-    CompositeDenoiser,
-    compose,
-    composite_files,
-    find_files,
-    load_model,
-    recompose,
-)
+from lightning_tdisent.models.compose import compose, composite_files, find_files, load_model, recompose
+from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.expert import load_expert
 from lightning_tdisent.models.warm import refuse_start, start_warm
 from lightning_tdisent.networks.network import Network

@@ -17,8 +17,9 @@ from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.fleet.job import Job
-from lightning_tdisent.models.composite import find_files
-from lightning_tdisent.models.expert import Card, load_expert, read_card, save_expert
+from lightning_tdisent.models.card import Card, read_card
+from lightning_tdisent.models.compose import find_files
+from lightning_tdisent.models.expert import load_expert, save_expert
 from lightning_tdisent.networks.dit import DiT
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.sampler import DDIM

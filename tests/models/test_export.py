@@ -16,9 +16,10 @@ from lightning_tdisent.diffusion.schedules import Cosine, Linear, Sigmoid
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.models.composite import CompositeDenoiser, compose, load_model
+from lightning_tdisent.models.card import read_card
+from lightning_tdisent.models.compose import compose, load_model
+from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.cost import flops, training_cost
-from lightning_tdisent.models.expert import read_card
 from lightning_tdisent.models.export import Experts, betas, export, pipeline, standard
 from lightning_tdisent.models.merge import merge
 from lightning_tdisent.networks.dit import DiT
@@ -444,7 +445,7 @@ else:
     raise SystemExit("diffusers imported what a folder named")
 import lightning_tdisent.models.export
 torch.save(draw(DiffusionPipeline.from_pretrained(many)), many + "/drawn.pt")
-from lightning_tdisent.models.composite import load_model
+from lightning_tdisent.models.compose import load_model
 from lightning_tdisent.sampling.sampler import DDIM
 torch.save(DDIM()(load_model(plain)[0], [1, 2]), plain + "/drawn.pt")
 assert not {"lightning", "pytorch_lightning"} & set(sys.modules)

@@ -18,7 +18,8 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.images import from_uint8
-from lightning_tdisent.models.composite import CompositeDenoiser, load_model
+from lightning_tdisent.models.compose import load_model
+from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.expert import load_expert
 from lightning_tdisent.models.merge import (
     Images,

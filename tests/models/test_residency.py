@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_tdisent.artifacts import pieces
 from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.diffusion.schedules import Linear
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.models import residency
-from lightning_tdisent.models.composite import CompositeDenoiser, compose, load_model
-from lightning_tdisent.models.expert import pieces
+from lightning_tdisent.models.compose import compose, load_model
+from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.residency import PassingExpert, Slot
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling import sampler
@@ -184,7 +185,8 @@ def test_the_memory_is_that_of_one_expert_and_of_the_share_ahead(
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     """Files of experts of two architectures on eight rows, some of one row, some of several, and the experts."""
-    from lightning_tdisent.models.expert import Card, save_expert
+    from lightning_tdisent.models.card import Card
+    from lightning_tdisent.models.expert import save_expert
 
     states = LatentStates(Linear(), S=8)
     owners = [[1, 5, 8], [2], [3, 4], [6], [7]]

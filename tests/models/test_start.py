@@ -24,7 +24,7 @@ from lightning_tdisent.diffusion.spaces import Haar
 from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.models.composite import compose, load_model
+from lightning_tdisent.models.compose import compose, load_model
 from lightning_tdisent.models.export import export
 from lightning_tdisent.models.start import (
     FITTING,

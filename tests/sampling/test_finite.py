@@ -20,7 +20,7 @@ from lightning_tdisent.finite import non_finite
 from lightning_tdisent.lit.callbacks.pictures import Pictures
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
-from lightning_tdisent.models.composite import compose, load_model
+from lightning_tdisent.models.compose import compose, load_model
 from lightning_tdisent.models.expert import load_expert, save_expert
 from lightning_tdisent.models.start import Started, fit_prior, load_prior, save_prior
 from lightning_tdisent.priors.gaussian import Gaussian

@@ -31,7 +31,7 @@ from lightning_tdisent.fleet.plan import Fleet
 from lightning_tdisent.fleet.store import Store
 from lightning_tdisent.lit.resume import find_checkpoint
 from lightning_tdisent.models.checkpoint import check_of, load
-from lightning_tdisent.models.composite import load_model
+from lightning_tdisent.models.compose import load_model
 from lightning_tdisent.models.cost import training_cost
 from lightning_tdisent.models.expert import load_expert
 from lightning_tdisent.models.start import load_prior

@@ -15,7 +15,6 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_tdisent.artifacts import check_schema
 from lightning_tdisent.cli import main
 from lightning_tdisent.data.decode import Decoder
 from lightning_tdisent.data.index import Index
@@ -32,10 +31,12 @@ from lightning_tdisent.fleet.work import failures
 from lightning_tdisent.lit.resume import find_checkpoint
 from lightning_tdisent.metrics import reference
 from lightning_tdisent.metrics.features import load_classifier, save_classifier
+from lightning_tdisent.models.card import read_card
 from lightning_tdisent.models.checkpoint import check_of
-from lightning_tdisent.models.composite import load_model
-from lightning_tdisent.models.expert import load_expert, read_card
+from lightning_tdisent.models.compose import load_model
+from lightning_tdisent.models.expert import load_expert
 from lightning_tdisent.models.start import load_prior
+from lightning_tdisent.schemas import check_schema
 from lightning_tdisent.studies.claim import kept
 from lightning_tdisent.studies.plan import plan
 from lightning_tdisent.studies.results import Study

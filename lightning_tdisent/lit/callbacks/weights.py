@@ -14,7 +14,7 @@ from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.lit.checkpoints import refuse_other_run
 from lightning_tdisent.lit.modules import Diffusion
 from lightning_tdisent.models.averages import gamma
-from lightning_tdisent.models.expert import read_card
+from lightning_tdisent.models.card import read_card
 from lightning_tdisent.runs import AVERAGES, snapshot_name, snapshots_in
 
 

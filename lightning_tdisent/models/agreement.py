@@ -1,0 +1,107 @@
+"""What experts must have in common to be one sampler, and that every row is owned exactly once."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_tdisent.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning_tdisent.models.card import Card
+    from lightning_tdisent.sampling.denoiser import Denoiser
+
+ALLOWED = ("training data", "weights", "parametrisation")  # what experts may differ in and still be one sampler
+
+
+def facts_of(expert: "Denoiser") -> dict[str, Any]:
+    """Return what a denoiser must have in common with the others, and its rows."""
+    return {
+        "rows": expert.rows,
+        "S": expert.states.S,
+        "table": expert.states.fingerprint,
+        "parametrisation": type(expert.objective).__name__,
+        "network input": {"shape": expert.shape, "classes": expert.classes},
+    }
+
+
+def facts_of_card(card: "Card") -> dict[str, Any]:
+    """Return what a file of weights must have in common with the others, and its rows."""
+    network = card.network["init_args"]
+    states = card.states["init_args"]
+    return {
+        "rows": card.rows,
+        "S": states.get("S"),
+        "table": f"{card.fingerprint} ({_brief(states)})",
+        "parametrisation": card.objective["class_path"].rpartition(".")[2],
+        "image range": card.image_range,
+        "network input": {"shape": card.shape, "classes": network.get("classes")},
+        "training data": card.data,
+        "weights": card.kind,
+    }
+
+
+def _brief(states: dict[str, Any]) -> str:
+    schedule = states.get("schedule") or {"class_path": "another schedule", "init_args": {}}
+    arguments = ", ".join(f"{k}={v}" for k, v in schedule["init_args"].items())
+    kind = states.get("kind", "components")
+    return f"S={states.get('S')} {kind} of {schedule['class_path'].rpartition('.')[2]}({arguments})"
+
+
+def differing(facts: Sequence[dict[str, Any]], allow: Sequence[str]) -> dict[str, list[str]]:
+    """Values of the fields in which experts differ as they may."""
+    found = {field: sorted({str(fact[field]) for fact in facts}) for field in allow if field in facts[0]}
+    return {field: values for field, values in found.items() if len(values) > 1}
+
+
+def refuse_unfit(
+    names: Sequence[str], facts: Sequence[dict[str, Any]], preview: bool = False, allow: Sequence[str] = (),
+    upto: int | None = None,
+) -> list[int]:  # fmt: skip
+    """Refuse a set of experts that cannot be composed, naming every offender at once with both values.
+
+    What most experts agree on is taken as right, but for the fields in ``allow``; the rows 1..S, or 1..upto, must be
+    owned exactly once, in a preview at most once. Returns the rows among them that nobody owns.
+    """
+    if not facts:
+        raise InputError("no experts to compose")
+    if odd := [field for field in allow if field not in ALLOWED]:
+        raise InputError(f"--allow-mismatch {odd[0]}: experts may differ in {', '.join(ALLOWED)} alone")
+    problems = []
+    for field in facts[0]:
+        if field == "rows" or field in allow:
+            continue
+        common = Counter(json.dumps(f[field]) for f in facts).most_common(1)[0][0]
+        may = (
+            f" (compose --allow-mismatch {field!r} composes them all the same, and says so)" if field in ALLOWED else ""
+        )
+        for name, fact in zip(names, facts, strict=True):
+            if json.dumps(fact[field]) != common:
+                problems.append(f"{name}: {field} is {json.dumps(fact[field])}, the others have {common}{may}")
+    S = Counter(f["S"] for f in facts).most_common(1)[0][0]
+    unowned, wrong = ownership(names, [fact["rows"] for fact in facts], S)
+    missing = [s for s in unowned if s <= (upto or S)]
+    if missing and not preview:
+        problems.append(
+            f"no expert owns row{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of 1..{S}; "
+            "compose and sample give a preview without them with --fill nearest, and one with a shared model in their "
+            "place with --fill shared:PATH"
+        )
+    problems += wrong
+    if problems:
+        raise InputError(f"these {len(facts)} experts cannot be composed:\n" + "\n".join(f"  - {p}" for p in problems))
+    return missing
+
+
+def ownership(names: Sequence[str], rows: Sequence[Sequence[int]], S: int) -> tuple[list[int], list[str]]:
+    """Return the rows of 1..S that nobody owns, and a line for each row that several own or that does not exist.
+
+    names: of the owners; rows: those that each owns.
+    """
+    owners: dict[int, list[str]] = {s: [] for s in range(1, S + 1)}
+    for name, own in zip(names, rows, strict=True):
+        for s in own:
+            owners.setdefault(s, []).append(name)
+    wrong = [f"row {s} is owned by {' and '.join(who)}" for s, who in owners.items() if len(who) > 1]
+    wrong += [f"row {s} of {' and '.join(who)} is not among 1..{S}" for s, who in owners.items() if not 1 <= s <= S]
+    return [s for s, who in owners.items() if not who], wrong
