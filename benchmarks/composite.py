@@ -44,7 +44,8 @@ from lightning_tdisent.models.compose import compose, load_model
 from lightning_tdisent.models.expert import load_expert, save_expert
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.sampler import DDIM, TOGETHER, sample
+from lightning_tdisent.sampling.sample import TOGETHER, sample
+from lightning_tdisent.sampling.sampler import DDIM
 
 STATES = 32
 FEW, BY_BATCH = 4, "offload, batch by batch"  # images for which the weights are most of what a GPU holds; a way

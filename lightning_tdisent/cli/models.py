@@ -183,8 +183,9 @@ def _sample(a: argparse.Namespace) -> None:
     from lightning_tdisent.images import grid
     from lightning_tdisent.models.compose import holds_weights, load_model
     from lightning_tdisent.models.start import load_started, signal_note
-    from lightning_tdisent.sampling.denoiser import Guided, extras
-    from lightning_tdisent.sampling.sampler import refuse_unowned, sample
+    from lightning_tdisent.sampling.guidance import Guided, extras
+    from lightning_tdisent.sampling.sample import sample
+    from lightning_tdisent.sampling.sampler import refuse_unowned
 
     seeds, tiles = _range(a.seeds, "--seeds"), a.out.with_name(f"{a.out.name}.png")
     if a.out.exists() and any(a.out.glob("*.png")):

@@ -10,8 +10,9 @@ from torch import Tensor
 from lightning_tdisent.data.shards import ImageSet
 from lightning_tdisent.distributed import all_gather, rank_and_world, shared_errors
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.sampling.denoiser import Denoises, extras
+from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.errors_by_row import held_out_errors
+from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.likelihood import Decoder, Terms, concatenate, ode_likelihood, variational_bound
 
 ODE_ROWS = 100  # below that the integration from row to row is off by more than 0.01 bits

@@ -40,8 +40,9 @@ from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.cost import training_cost, with_prior
 from lightning_tdisent.models.residency import Residency
 from lightning_tdisent.models.start import Implicit, Started, load_started, prior_file, signal_note
-from lightning_tdisent.sampling.denoiser import Denoiser, Denoises, extras
+from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
 from lightning_tdisent.sampling.errors_by_row import has_signal, held_out_errors
+from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.likelihood import refuse_components
 from lightning_tdisent.sampling.sampler import Sampler, probe_rows, refuse_unowned
 

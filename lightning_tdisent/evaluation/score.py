@@ -15,7 +15,8 @@ from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.metrics.reference import reference
 from lightning_tdisent.sampling.denoiser import Denoises
-from lightning_tdisent.sampling.sampler import Sampler, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import Sampler
 
 
 def open_quality(

@@ -15,7 +15,8 @@ from lightning_tdisent.models.compose import load_model
 from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.errors_by_row import has_signal, state_errors
-from lightning_tdisent.sampling.sampler import DDIM, Sampler, probe_rows, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM, Sampler, probe_rows
 
 
 def clean(batch: dict[str, Any], generator: torch.Generator | None = None, look: bool = True) -> Tensor:

@@ -10,7 +10,8 @@ from lightning_tdisent.diffusion.table import Coefficient, Table
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.models.agreement import differing, facts_of, refuse_unfit
 from lightning_tdisent.models.residency import PassingExpert, Residency
-from lightning_tdisent.sampling.denoiser import Denoiser, Extras
+from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.guidance import Extras
 
 
 class CompositeDenoiser(Extras, nn.Module):

@@ -32,7 +32,8 @@ from lightning_tdisent.models.start import signal_note
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.runs import WEIGHTS
-from lightning_tdisent.sampling.denoiser import Denoiser, extras
+from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.guidance import extras
 
 PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
@@ -93,7 +94,8 @@ the names of `network`'s modules in config.json, and the table there holds all t
 """
 
 _DRAWN = """
-    from lightning_tdisent.sampling.sampler import DDIM, sample
+    from lightning_tdisent.sampling.sampler import DDIM
+    from lightning_tdisent.sampling.sample import sample
 
     images = next(sample(model, DDIM(), seeds=range(16)))  # uint8
 """

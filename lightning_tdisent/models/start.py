@@ -31,7 +31,8 @@ from lightning_tdisent.models.compose import find_files, holds_weights, load_mod
 from lightning_tdisent.models.residency import Residency
 from lightning_tdisent.priors.prior import Prior, StandardNormal
 from lightning_tdisent.runs import PRIOR
-from lightning_tdisent.sampling.denoiser import Denoiser, Denoises, Extras, extras
+from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
+from lightning_tdisent.sampling.guidance import Extras, extras
 from lightning_tdisent.sampling.sampler import DDIM
 from lightning_tdisent.schemas import Kinds, check_fields, check_schema, is_count, is_number, is_part, is_text
 

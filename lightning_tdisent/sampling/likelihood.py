@@ -27,7 +27,8 @@ from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.images import LEVEL, from_uint8
 from lightning_tdisent.priors.prior import LOG_2PI, Prior, StandardNormal
-from lightning_tdisent.sampling.denoiser import Denoises, extras
+from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.guidance import extras
 
 Decoder = Literal["discrete", "uniform", "density"]
 BOUND = 5 << 20  # streams of noise by row; of the dequantisation, and of probes, further up

@@ -4,8 +4,6 @@ Image i depends on (model, sampler, seed i) alone: noise comes from `rng.seed_no
 original index at which it enters: one seed starts from one noise in every table of a schedule.
 """
 
-import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -28,12 +26,9 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.errors import InputError, NotFinite
-from lightning_tdisent.images import to_uint8
-from lightning_tdisent.metrics.network import BLOCK
-from lightning_tdisent.sampling.denoiser import Denoises, extras
-
-IN_FLIGHT = 1 << 32  # bytes of unfinished images that `sample` takes from state to state at once
-TOGETHER = 8  # blocks that do so with all experts in memory: the caches of a CPU hold one of them, not all
+from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.guidance import extras
+from lightning_tdisent.sampling.inputs import check_given, check_known, check_label, check_seeds
 
 
 def probe_rows(rows: Sequence[int], n: int = 8) -> list[int]:
@@ -166,86 +161,6 @@ def _refuse_non_finite(sums: Sequence[Tensor], path: Sequence[int], seeds: Seque
     )
 
 
-def check_seeds(seeds: Sequence[int]) -> list[int]:
-    """Return seeds as Python integers; refuse what is no sequence of integers."""
-    try:
-        return [operator.index(seed) for seed in seeds]
-    except TypeError:
-        raise InputError(f"seeds: integers, one for each image, such as range(64), got {seeds!r}") from None
-
-
-def check_label(denoise: Denoises, label: Any, n: int) -> Tensor | None:
-    """Return one label for each of n images, int64; refuse labels that the model does not know.
-
-    label: one integer for all images, or a sequence or tensor of n integers; the number of classes is the null label.
-    """
-    if label is None:
-        return None
-    if not denoise.classes:
-        raise InputError(f"label: {label!r} is given to a model without classes")
-    try:
-        found = torch.as_tensor(label)
-    except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0)
-    if found.ndim == 0:
-        found = found.expand(n)
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool or list(found.shape) != [n]:
-        raise InputError(f"label: an integer, or one for each of the {n} images, got {label!r}")
-    if n and not 0 <= int(found.min()) <= int(found.max()) <= denoise.classes:
-        raise InputError(
-            f"label: 0 to {denoise.classes - 1}, or {denoise.classes} for none; got {int(found.min())} to "
-            f"{int(found.max())}"
-        )
-    return found.long()
-
-
-def check_given(states: Table, given: Tensor | None, n: int) -> Tensor | None:
-    """Refuse observations that a model of this table does not take: none, too few, of another shape or range."""
-    if states.observation is None:
-        if given is not None:
-            raise InputError("an observation was given to an unconditional model")
-        return None
-    assert states.image_shape is not None
-    c, *sides = states.image_shape
-    shape = [n, states.observation.channels(c), *sides]
-    name = type(states.observation.operator).__name__
-    if given is None:
-        raise InputError(f"this model draws images given an observation ({name}, {shape[1:]}); none was given")
-    if list(given.shape) != shape:
-        raise InputError(f"observations for {n} images of {name} are {shape}, these are {list(given.shape)}")
-    low, high = float(given.min()), float(given.max())
-    if not -1.001 <= low <= high <= 1.001:
-        raise InputError(f"observations lie in [-1, 1], these run from {low:.4g} to {high:.4g}")
-    return given
-
-
-def refuse_unowned(name: str, denoise: Any, sampler: Sampler) -> None:
-    """Refuse, before any work, a model that lacks rows which a sampler visits."""
-    owned = getattr(denoise, "rows", None)  # of one network; a composite has all rows or is a preview
-    if owned is not None and (lost := sorted(set(sampler.rows(denoise.states)) - set(owned))):
-        raise InputError(
-            f"{name}: its network has rows {owned} of 1..{denoise.states.S}, the sampler asks it at row {lost[-1]}; "
-            "compose it with the experts of the other rows"
-        )
-
-
-def check_known(states: Table, known: Tensor | None, given: Tensor | None) -> Tensor | None:
-    """Refuse masks of known pixels that cannot be put back into states of this table; return them as the states are."""
-    if known is None:
-        return None
-    if given is None or states.image_columns > 1:
-        parts = f"the image has {states.image_columns} components, not pixels"
-        why = "no observation shows them" if given is None else parts
-        raise InputError(f"known pixels cannot be put back: {why}")
-    assert states.image_shape is not None
-    c, *sides = states.image_shape
-    if list(known.shape) != [len(given), 1, *sides] or given.shape[1] != c:
-        raise InputError(
-            f"masks of known pixels are {[len(given), 1, *sides]} for {c} channels, got {list(known.shape)}"
-        )
-    return known.to(given)
-
-
 def _put_back(states: Table, x: Tensor, r: int, z: Tensor, given: Tensor | None, known: Tensor) -> Tensor:
     """State r with a_r y + b_r z where pixels y of the image are known."""
     assert given is not None
@@ -311,71 +226,11 @@ class DPMSolver(Sampler):
         return out
 
 
-def sample(
-    denoise: Denoises,
-    sampler: Sampler,
-    seeds: Sequence[int],
-    batch_size: int = 250,
-    label: Tensor | None = None,
-    by_state: bool | None = None,
-    given: Tensor | None = None,
-    known: Tensor | None = None,
-) -> Iterator[Tensor]:
-    """Yield uint8 images (B, C, H, W) on the model's device, batch by batch, in the order of the seeds.
-
-    label: int64, one per seed; not given, a class-conditional model draws the classes in turn, seed modulo classes.
-    given: observations (B, C', H, W) for a conditional model; known: masks (B, 1, H, W), see `Sampler.walk`.
-    On a CPU a batch has `BLOCK` images whatever batch_size says, the last one filled up, so that image i is the same
-    bit for bit in any company.
-
-    by_state: all batches take a step before any of them takes the next, so that each network is needed once however
-    many images there are; not given, where the experts of a composite are not all on the device (where they are, on a
-    CPU, `TOGETHER` blocks do). Nothing is yielded before the last step, and x and x0_hat of all images are kept on the
-    device meanwhile, for 50,000 of 3x32x32 in float32 twice 600 MB; more than `IN_FLIGHT` bytes of them are taken in
-    parts. The images are the same either way.
-    """
-    if batch_size < 1:
-        raise InputError(f"batch_size: at least 1, got {batch_size}")
-    if denoise.shape[0] not in (1, 3):
+def refuse_unowned(name: str, denoise: Any, sampler: Sampler) -> None:
+    """Refuse, before any work, a model that lacks rows which a sampler visits."""
+    owned = getattr(denoise, "rows", None)  # of one network; a composite has all rows or is a preview
+    if owned is not None and (lost := sorted(set(sampler.rows(denoise.states)) - set(owned))):
         raise InputError(
-            f"the model makes latents of {denoise.shape}, not images: call its sampler with clip None, and decode what "
-            "it returns with the autoencoder (z / scaling_factor + shift_factor)"
+            f"{name}: its network has rows {owned} of 1..{denoise.states.S}, the sampler asks it at row {lost[-1]}; "
+            "compose it with the experts of the other rows"
         )
-    sampler.check(denoise.states)
-    seeds = check_seeds(seeds)
-    label = check_label(denoise, label, len(seeds))
-    given = check_given(denoise.states, given, len(seeds))
-    if label is None and denoise.classes:
-        if given is not None:
-            raise InputError("a model with classes is given observations: say of which class each is (--label)")
-        label = torch.tensor([seed % denoise.classes for seed in seeds])
-    residency = extras(denoise).residency
-    parameter = next(iter(denoise.parameters()))
-    on_cpu = parameter.device.type == "cpu"
-    size = BLOCK if on_cpu else batch_size
-    together = 1
-    if by_state or (by_state is None and residency not in (None, "resident")):
-        together = max(1, IN_FLIGHT // (2 * parameter.itemsize * math.prod(denoise.shape) * size))
-    elif by_state is None and residency and on_cpu:
-        together = TOGETHER
-    batches = [range(i, min(i + size, len(seeds))) for i in range(0, len(seeds), size)]
-    for k in range(0, len(batches), together):
-        part = batches[k : k + together]
-        places = [[*b, *[b[-1]] * (size - len(b))] if on_cpu else [*b] for b in part]
-        walks = []
-        for p in places:
-            seen: dict[str, Any] = {n: some[p] for n, some in (("given", given), ("known", known)) if some is not None}
-            walks.append(sampler.walk(denoise, [seeds[i] for i in p], None if label is None else label[p], **seen))
-        for batch, x in zip(part, _in_step(walks), strict=True):
-            yield to_uint8(denoise.states.decode(x[: len(batch)]))
-
-
-def _in_step(walks: list[Iterator[tuple[int, Tensor, Tensor | None]]]) -> Iterator[Tensor]:
-    """The images at the end of walks along the same rows, which all take a step before one takes the next."""
-    row = None
-    while row != 0:
-        for walk in walks:
-            with torch.inference_mode():
-                row, x, _ = next(walk)
-            if row == 0:
-                yield x

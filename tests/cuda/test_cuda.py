@@ -27,7 +27,8 @@ from lightning_tdisent.models.expert import save_expert
 from lightning_tdisent.models.residency import Slot
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver
 
 if not torch.cuda.is_available():
     WHY = "needs a GPU: torch.cuda.is_available() is false (make test-cuda)"

@@ -25,7 +25,8 @@ from lightning_tdisent.evaluation.observations import Observations
 from lightning_tdisent.images import from_uint8
 from lightning_tdisent.models.card import read_card
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver
 
 
 class MaskFile(Operator):

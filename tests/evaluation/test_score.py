@@ -20,7 +20,8 @@ from lightning_tdisent.metrics.distances import Moments
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.sampler import DDIM, Ancestral, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral
 
 N = 50
 METRICS = ("fd", "is", "kid", "prdc")

@@ -38,8 +38,10 @@ from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.expert import save_expert
 from lightning_tdisent.networks.dit import DiT
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.sampling.denoiser import Denoiser, Guided
-from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
+from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.guidance import Guided
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver
 
 FILE = Path(__file__).with_name("golden.json")
 

@@ -23,7 +23,8 @@ from lightning_tdisent.lit.datamodule import ImageShards
 from lightning_tdisent.lit.inference import clean
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.models.expert import load_expert
-from lightning_tdisent.sampling.sampler import DDIM, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM
 
 
 def indexed(source, folder, damaged=()):

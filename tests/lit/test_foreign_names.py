@@ -20,7 +20,8 @@ from lightning_tdisent.lit.checkpoints import DurableIO
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.models.compose import load_model
 from lightning_tdisent.networks.network import Network
-from lightning_tdisent.sampling.sampler import DDIM, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM
 from lightning_tdisent.studies.plan import Role
 
 NAMES = """

@@ -36,7 +36,8 @@ from lightning_tdisent.models.compose import load_model
 from lightning_tdisent.models.expert import weights_digest
 from lightning_tdisent.runs import checkpoints_in
 from lightning_tdisent.sampling.errors_by_row import x0_errors
-from lightning_tdisent.sampling.sampler import DDIM, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM
 
 ROOT = Path(__file__).parents[2]
 

@@ -29,7 +29,8 @@ from lightning_tdisent.models.start import Started, load_prior
 from lightning_tdisent.priors.flow import Flow
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.sampling.errors_by_row import HELD_OUT
-from lightning_tdisent.sampling.sampler import DDIM, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM
 
 pytest.importorskip("normflows")
 

@@ -25,7 +25,8 @@ from lightning_tdisent.models.expert import load_expert
 from lightning_tdisent.models.warm import refuse_start, start_warm
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver
 
 
 def refusal(call, *args: object) -> str:

@@ -10,10 +10,12 @@ from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.start import Started
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.priors.prior import StandardNormal
-from lightning_tdisent.sampling.denoiser import Denoiser, Extras, Guided
+from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.errors_by_row import held_out_errors
+from lightning_tdisent.sampling.guidance import Extras, Guided
 from lightning_tdisent.sampling.likelihood import ode_likelihood, variational_bound
-from lightning_tdisent.sampling.sampler import DDIM, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM
 
 NAMES = [name for name in vars(Extras) if not name.startswith("_")]
 

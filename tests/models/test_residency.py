@@ -20,10 +20,12 @@ from lightning_tdisent.models.compose import compose, load_model
 from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.residency import PassingExpert, Slot
 from lightning_tdisent.networks.network import Network
-from lightning_tdisent.sampling import sampler
-from lightning_tdisent.sampling.denoiser import Denoiser, Guided
+from lightning_tdisent.sampling import sample as batches
+from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.errors_by_row import x0_errors
-from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, Sampler, sample
+from lightning_tdisent.sampling.guidance import Guided
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, Sampler
 
 PASSING = pytest.mark.parametrize("residency", ["offload", "stream"])
 SEEDS = range(7, 47)  # three blocks on a CPU, the last one not full
@@ -97,7 +99,7 @@ def test_images_are_bitwise_the_same(folder, solver, residency):
 
 
 def test_with_all_experts_in_memory_some_blocks_go_together(folder, monkeypatch):
-    monkeypatch.setattr(sampler, "TOGETHER", 2)
+    monkeypatch.setattr(batches, "TOGETHER", 2)
     resident, asked = load_model(folder)[0], []
     for owner, expert in zip("ABC", resident.experts, strict=True):
         expert.network.register_forward_pre_hook(lambda _, args, owner=owner: asked.append(owner))
@@ -133,7 +135,7 @@ def test_each_tensor_is_read_once_however_many_images(folder, reads, monkeypatch
     images(Guided(passing, 2.0), DDIM())
     assert sorted(reads) == sorted((name, i) for name in (A, B, C) for i in tensors)  # row 1's is there from before
     reads.clear()
-    monkeypatch.setattr(sampler, "IN_FLIGHT", 2 * 2 * 4 * 64 * 16)  # x and x0_hat of two blocks at once
+    monkeypatch.setattr(batches, "IN_FLIGHT", 2 * 2 * 4 * 64 * 16)  # x and x0_hat of two blocks at once
     assert torch.equal(images(passing, Ancestral()), expected)
     # two parts; the owner of row 1 is there when the first one and the second begin
     assert sorted(reads) == sorted((name, i) for name in (A, B, C) * 2 for i in tensors)

@@ -41,9 +41,11 @@ from lightning_tdisent.models.start import (
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.priors.mixture import Mixture
 from lightning_tdisent.priors.prior import StandardNormal
-from lightning_tdisent.sampling.denoiser import Denoiser, Guided
+from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.guidance import Guided
 from lightning_tdisent.sampling.likelihood import variational_bound
-from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver
 
 
 class Exact:

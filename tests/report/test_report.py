@@ -35,7 +35,8 @@ from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.report.page import nearest, write_report
 from lightning_tdisent.report.table import WideTable, costs, notes, table, tables
 from lightning_tdisent.sampling.errors_by_row import state_errors, x0_errors
-from lightning_tdisent.sampling.sampler import DDIM, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM
 from lightning_tdisent.studies.results import Study
 from lightning_tdisent.studies.seeds import pool
 

@@ -10,8 +10,10 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.sampling.denoiser import Denoiser, Guided
-from lightning_tdisent.sampling.sampler import DDIM, sample
+from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.guidance import Guided
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM
 
 KINDS = {"eps": Eps, "x0": X0, "v": V}
 

@@ -24,8 +24,10 @@ from lightning_tdisent.models.compose import compose, load_model
 from lightning_tdisent.models.expert import load_expert, save_expert
 from lightning_tdisent.models.start import Started, fit_prior, load_prior, save_prior
 from lightning_tdisent.priors.gaussian import Gaussian
-from lightning_tdisent.sampling.denoiser import Denoiser, Guided
-from lightning_tdisent.sampling.sampler import DDIM, DPMSolver, sample
+from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.guidance import Guided
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM, DPMSolver
 
 NAME = "network.net.conv_in.weight"
 

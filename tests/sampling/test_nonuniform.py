@@ -22,7 +22,8 @@ from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.errors_by_row import state_errors
-from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver
 
 SHAPE = [1, 16, 16]
 VARIANCES = (3.0, 0.5, 0.25)  # of a2, d2, d1

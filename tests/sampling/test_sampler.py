@@ -16,8 +16,10 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.images import from_uint8, to_uint8
 from lightning_tdisent.models.composite import CompositeDenoiser
-from lightning_tdisent.sampling.denoiser import Denoiser, Guided
-from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, Sampler, probe_rows, sample
+from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.guidance import Guided
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, Sampler, probe_rows
 
 PREDICTION = {"epsilon": Eps, "sample": X0, "v_prediction": V}
 SAMPLERS = {

@@ -19,7 +19,8 @@ from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.lit.preflight import Rehearsed
 from lightning_tdisent.lit.prior import PriorModule
 from lightning_tdisent.runs import PICTURES
-from lightning_tdisent.sampling.sampler import probe_rows, sample
+from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import probe_rows
 
 
 class Pictures(Rehearsed):

@@ -1,0 +1,89 @@
+"""`sample`: images of many seeds, batch by batch."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.images import to_uint8
+from lightning_tdisent.metrics.network import BLOCK
+from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.guidance import extras
+from lightning_tdisent.sampling.inputs import check_given, check_label, check_seeds
+from lightning_tdisent.sampling.sampler import Sampler
+
+IN_FLIGHT = 1 << 32  # bytes of unfinished images that `sample` takes from state to state at once
+TOGETHER = 8  # blocks that do so with all experts in memory: the caches of a CPU hold one of them, not all
+
+
+def sample(
+    denoise: Denoises,
+    sampler: Sampler,
+    seeds: Sequence[int],
+    batch_size: int = 250,
+    label: Tensor | None = None,
+    by_state: bool | None = None,
+    given: Tensor | None = None,
+    known: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Yield uint8 images (B, C, H, W) on the model's device, batch by batch, in the order of the seeds.
+
+    label: int64, one per seed; not given, a class-conditional model draws the classes in turn, seed modulo classes.
+    given: observations (B, C', H, W) for a conditional model; known: masks (B, 1, H, W), see `Sampler.walk`.
+    On a CPU a batch has `BLOCK` images whatever batch_size says, the last one filled up, so that image i is the same
+    bit for bit in any company.
+
+    by_state: all batches take a step before any of them takes the next, so that each network is needed once however
+    many images there are; not given, where the experts of a composite are not all on the device (where they are, on a
+    CPU, `TOGETHER` blocks do). Nothing is yielded before the last step, and x and x0_hat of all images are kept on the
+    device meanwhile, for 50,000 of 3x32x32 in float32 twice 600 MB; more than `IN_FLIGHT` bytes of them are taken in
+    parts. The images are the same either way.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size: at least 1, got {batch_size}")
+    if denoise.shape[0] not in (1, 3):
+        raise InputError(
+            f"the model makes latents of {denoise.shape}, not images: call its sampler with clip None, and decode what "
+            "it returns with the autoencoder (z / scaling_factor + shift_factor)"
+        )
+    sampler.check(denoise.states)
+    seeds = check_seeds(seeds)
+    label = check_label(denoise, label, len(seeds))
+    given = check_given(denoise.states, given, len(seeds))
+    if label is None and denoise.classes:
+        if given is not None:
+            raise InputError("a model with classes is given observations: say of which class each is (--label)")
+        label = torch.tensor([seed % denoise.classes for seed in seeds])
+    residency = extras(denoise).residency
+    parameter = next(iter(denoise.parameters()))
+    on_cpu = parameter.device.type == "cpu"
+    size = BLOCK if on_cpu else batch_size
+    together = 1
+    if by_state or (by_state is None and residency not in (None, "resident")):
+        together = max(1, IN_FLIGHT // (2 * parameter.itemsize * math.prod(denoise.shape) * size))
+    elif by_state is None and residency and on_cpu:
+        together = TOGETHER
+    batches = [range(i, min(i + size, len(seeds))) for i in range(0, len(seeds), size)]
+    for k in range(0, len(batches), together):
+        part = batches[k : k + together]
+        places = [[*b, *[b[-1]] * (size - len(b))] if on_cpu else [*b] for b in part]
+        walks = []
+        for p in places:
+            seen: dict[str, Any] = {n: some[p] for n, some in (("given", given), ("known", known)) if some is not None}
+            walks.append(sampler.walk(denoise, [seeds[i] for i in p], None if label is None else label[p], **seen))
+        for batch, x in zip(part, _in_step(walks), strict=True):
+            yield to_uint8(denoise.states.decode(x[: len(batch)]))
+
+
+def _in_step(walks: list[Iterator[tuple[int, Tensor, Tensor | None]]]) -> Iterator[Tensor]:
+    """The images at the end of walks along the same rows, which all take a step before one takes the next."""
+    row = None
+    while row != 0:
+        for walk in walks:
+            with torch.inference_mode():
+                row, x, _ = next(walk)
+            if row == 0:
+                yield x
