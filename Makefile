@@ -25,13 +25,13 @@ $(BIN)/.lint: setup.cfg .ci/constraints.txt | $(BIN)/python
 	$(PIP) --no-deps torch-fidelity
 	@touch $@
 
-data/digits/train-0000.tar: data/digits.py
+data/digits/train-0000.tar: data/digits.py lightning_tdisent/data/digits.py
 	$(BIN)/python data/digits.py
 
 # train, compose, sample, evaluate and report on real digit scans; 5:31 minutes when last measured on 2 cores
 quickstart: $(BIN)/.run
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar
-	$(BIN)/python -m lightning_tdisent study experiments/digits/quickstart.yaml
+	$(BIN)/python -m lightning_tdisent quickstart
 
 test: $(BIN)/.test
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar

@@ -18,6 +18,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts processes: `cli` for users of that fixture, `faults` for their folder."""
+    for item in items:
+        if "cli" in getattr(item, "fixturenames", ()):
+            item.add_marker("cli")
+        if "faults" in item.path.parts:
+            item.add_marker("faults")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def digits() -> Path:
     """The folder of digit shards, written if it is not there yet."""

@@ -136,7 +136,9 @@ def add_commands(commands: Commands) -> None:
                    help="of several, a study repeated with other seeds, their means go to --out")  # fmt: skip
     r.add_argument("--out", type=Path, help="the .html for several folders")
 
-    f = command(commands, "study", _study, "train, compose, sample, evaluate and report everything that one YAML names")
+    f = command(
+        commands, "study", run_study, "train, compose, sample, evaluate and report everything that one YAML names"
+    )
     f.add_argument("config", type=Path, help="e.g. experiments/digits/quickstart.yaml")
     f.add_argument("--out", type=Path, help="folder (default: that of the YAML)")
     f.add_argument("--seed", type=int, help="seed of all trainings (default: that of the YAML)")
@@ -501,7 +503,8 @@ def _report(a: argparse.Namespace) -> None:
     print(f"report: {a.out}")
 
 
-def _study(a: argparse.Namespace) -> None:
+def run_study(a: argparse.Namespace) -> None:
+    """Train, compose, evaluate and report what the YAML ``a.config`` names."""
     from lightning_tdisent.files import write_whole
     from lightning_tdisent.fleet.draft import draft
     from lightning_tdisent.fleet.local import run
