@@ -1,9 +1,10 @@
 """Cost of the metrics: the Frechet distance beside torchmetrics', and quality during a training beside that training.
 
 Distance. Two sets of 10,000 features of Inception's width, 2,048, with a spectrum that falls as features' do, go into
-`FrechetDistance` and torchmetrics' `FrechetInceptionDistance` (its network passes them through). Both keep float64
-sums; ``compute`` is then called in turn, which goes first alternates, and the result is the median of the ratios of
-the pairs. Ours has the reference's moments, as torchmetrics has the sums of its real images. Their values must agree.
+`FrechetDistance`, the sums and the function behind `fd`, and torchmetrics' `FrechetInceptionDistance` (its network
+passes them through). Both keep float64 sums; ``compute`` is then called in turn, which goes first alternates, and the
+result is the median of the ratios of the pairs. Ours has the reference's moments, as torchmetrics has the sums of its
+real images. Their values must agree.
 
 Training. The digits' reduced model is trained by its YAML with SampleQuality of n = 1,000; its time in a validation is
 taken relative to that of the training steps between two validations. The reference is in the cache, as in any second
@@ -34,13 +35,13 @@ from lightning_tdisent.evaluation.real_images import real_images
 from lightning_tdisent.evaluation.score import open_quality, score
 from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.entry import run
-from lightning_tdisent.metrics.distances import Moments
+from lightning_tdisent.metrics.accumulators import FeatureMoments
+from lightning_tdisent.metrics.distances import Moments, frechet
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
-from lightning_tdisent.metrics.scores import FrechetDistance
 from lightning_tdisent.models.compose import load_model
-from lightning_tdisent.sampling.sample import sample
 from lightning_tdisent.sampling.sampler import DPMSolver
+from lightning_tdisent.sampling.sample import sample
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 2048
@@ -62,6 +63,17 @@ def features(n: int, seed: int, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(width, width, generator=generator) / torch.arange(1, width + 1).sqrt()[:, None]
     return (torch.randn(n, width, generator=generator) @ mixing / 8 + 0.4).relu()
+
+
+class FrechetDistance(FeatureMoments):
+    """The distance of `metrics.frechet_distance` to given moments, with the interface of torchmetrics."""
+
+    def __init__(self, real: Moments) -> None:
+        super().__init__(len(real.mean))
+        self.real = real
+
+    def compute(self) -> Tensor:  # type: ignore[override]  # noqa: D102
+        return torch.tensor(frechet(self.real, super().compute()), dtype=torch.float64)
 
 
 def distance(n: int, pairs: int, device: str, width: int = WIDTH) -> tuple[float, float, float]:

@@ -10,7 +10,9 @@ from torch import Tensor
 from lightning_tdisent.data.shards import ImageSet
 from lightning_tdisent.distributed import all_gather, rank_and_world, shared_errors
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.metrics.likelihood import BOUND, HOW, ODE, REFUSED
 from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.errors_by_row import held_out_errors
 from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.likelihood import Decoder, Terms, concatenate, ode_likelihood, variational_bound
@@ -57,26 +59,27 @@ class Bits:
         """
         held_out, training, S = _first(held_out, self.n), _first(training, self.n), model.states.S
         how = f"{self.decoder} decoder, {len(held_out)} held-out images, variances by {len(training)} training images"
-        out: dict[str, Any] = {"bpd_how": how + (f", {self.probes} probes of the ODE's trace" if self.ode else "")}
+        out: dict[str, Any] = {HOW: how + (f", {self.probes} probes of the ODE's trace" if self.ode else "")}
         prior = extras(model).prior
         if prior is not None and not prior.has_density:
-            return out | {"bpd_refused": f"{type(prior).__name__} has no density"}
+            return out | {REFUSED: f"{type(prior).__name__} has no density"}
         errors = torch.zeros(S + 1, dtype=torch.float64)
         errors[1:] = held_out_errors(model, training, model.states.rows, batch_size)[0]
-        for name, wanted in (("bpd", self.bound), ("bpd_ode", self.ode)):
+        for column, wanted in ((BOUND, self.bound), (ODE, self.ode)):
             if not wanted:
                 continue
-            if name == "bpd_ode" and S < ODE_ROWS:
-                out["bpd_refused"] = f"bpd_ode integrates from row to row, and wants {ODE_ROWS} of them; there are {S}"
+            name = column.name
+            if column is ODE and S < ODE_ROWS:
+                out[REFUSED] = f"bpd_ode integrates from row to row, and wants {ODE_ROWS} of them; there are {S}"
                 continue
             try:
-                terms = self._terms(model, held_out, batch_size, errors, name == "bpd_ode")
+                terms = self._terms(model, held_out, batch_size, errors, column is ODE)
             except InputError as error:
-                out["bpd_refused"] = str(error)
+                out[REFUSED] = str(error)
                 continue
             mean, half = terms.bpd
             if not math.isfinite(mean + half):
-                out["bpd_refused"] = f"{name} is not finite: {mean:g} +- {half:g} over {len(held_out)} images"
+                out[REFUSED] = f"{name} is not finite: {mean:g} +- {half:g} over {len(held_out)} images"
                 continue
             width = float(terms.bits(torch.zeros(()), whole=True))
             shares = {
@@ -84,8 +87,9 @@ class Bits:
                 "prior": float(terms.bits(terms.prior).mean()),
                 "rows": dict(zip(map(str, terms.names), terms.bits(terms.rows).mean(1).tolist(), strict=True)),
             }
-            out |= {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half, f"{name}_terms": shares}
-            out |= {f"{name}_images": terms.bits(terms.total, whole=True).tolist()}
+            images = terms.bits(terms.total, whole=True).tolist()
+            parts = {"": mean, "low": mean - half, "high": mean + half, "terms": shares, "images": images}
+            out |= {column.key(part=part): value for part, value in parts.items()}
         return out
 
     def _terms(self, model: Denoises, images: ImageSet, batch_size: int, errors: Tensor, ode: bool) -> Terms:

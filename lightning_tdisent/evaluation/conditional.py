@@ -1,6 +1,6 @@
 """Conditional models in an evaluation: what they are given, and the numbers of several draws for each observation."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation.observations import Observations
 from lightning_tdisent.evaluation.real_images import RealImages
 from lightning_tdisent.images import from_uint8, spaced
+from lightning_tdisent.metrics.metric import PairedMetric
 from lightning_tdisent.metrics.paired import PairedQuality
 from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.sampling.denoiser import Denoises
@@ -43,7 +44,7 @@ class Given:
         held_out: ImageSet,
         quality: Quality,
         draws: int = DRAWS,
-        lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+        further: Sequence[PairedMetric] = (),
     ) -> None:
         assert model.states.observation is not None
         self.operator: Operator = model.states.observation.operator
@@ -52,7 +53,11 @@ class Given:
         images = held_out.images[: self.items]
         self.observations = Observations.of(self.operator, images, torch.arange(self.items))
         self.observations.check(model.states)
-        self.paired = PairedQuality(self.operator, draws, self.items, quality.network, lpips).to(quality.device)
+        protocol = quality.protocol
+        asked = [metric for metric in protocol.chosen if isinstance(metric, PairedMetric)]
+        self.paired = PairedQuality(
+            self.operator, draws, self.items, quality.network, [*further, *asked], protocol.features
+        ).to(quality.device)
         self.paired.begin(list(images.shape[1:]))
 
     def reference(self, real: RealImages, known: dict[str, Metric], batch_size: int = 250) -> None:
@@ -62,12 +67,12 @@ class Given:
         """
         name, n, (rank, world) = str(spec(self.operator)), min(real.n, REFERENCE), rank_and_world()
         if name in known:
-            self.paired.metrics["real"] = known[name]
+            self.paired.states["real"] = known[name]
             return
         for numbers in spaced(n, real.n)[rank::world].split(batch_size):
             images = real.take(numbers)
             self.paired.reference(images, self.operator.observe(from_uint8(images), numbers))
-        known[name] = self.paired.metrics["real"]
+        known[name] = self.paired.states["real"]
 
     @property
     def given(self) -> Tensor:

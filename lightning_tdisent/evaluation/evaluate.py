@@ -30,6 +30,8 @@ from lightning_tdisent.evaluation.observations import Observations
 from lightning_tdisent.evaluation.provenance import provenance
 from lightning_tdisent.evaluation.real_images import RealImages, image_files
 from lightning_tdisent.evaluation.score import compute, open_quality, score
+from lightning_tdisent.metrics.lpips import LPIPS
+from lightning_tdisent.metrics.metric import PairedMetric
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
@@ -84,7 +86,7 @@ def evaluate(
     progress: Callable[[str, int], None] | None = None,
     bits: tuple[Bits, ImageSet] | None = None,
     observations: dict[str, Observations] | None = None,
-    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    further: Sequence[PairedMetric] = (),
     measured: Measured | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Return one row of numbers per contender, and its first ``keep`` images; the same on all ranks.
@@ -121,7 +123,7 @@ def evaluate(
     models = [model[0] for model in loaded if model is not None]
     common = _Common.of([m.states for m in models if not isinstance(m, Started)] or [m.states for m in models])
     given = {
-        c.name: Given(model[0], held_out, quality, lpips=lpips)
+        c.name: Given(model[0], held_out, quality, further=further)
         for c, model in zip(contenders, loaded, strict=True)
         if model is not None and model[0].states.observation is not None
     }
@@ -131,8 +133,9 @@ def evaluate(
         "held out": [held_out.digest, len(held_out)],
         "errors": [common.indices, common.log_snr.tolist()],
         "bits": [dataclasses.asdict(bits[0]), bits[1].digest, len(bits[1])] if bits else None,
-        "lpips": lpips is not None,
+        "lpips": any(isinstance(metric, LPIPS) for metric in further),
         "keep": keep,
+        **({"sources": protocol.sources} if protocol.sources else {}),
     }
     for contender, model in zip(contenders, loaded, strict=True):
         advance = functools.partial(progress, contender.name) if progress else None
@@ -161,7 +164,8 @@ def evaluate(
         rows.append({"name": contender.name, **row, "source": str(contender.source)})
     held = RealImages(held_out.digest, len(held_out), lambda numbers: held_out.images[numbers])
     perfect = quality.of(held.n, fewer=True)
-    name = f"{held.digest}-{perfect.protocol.hash}-{'-'.join(perfect.protocol.metrics)}"
+    sources = perfect.protocol.sources.values()
+    name = "-".join((held.digest, perfect.protocol.hash, *perfect.protocol.metrics, *(s[:12] for s in sources)))
     floor = remembered(name, lambda: _of_files(held, perfect, 0)[0])
     return [*rows, {"name": f"{len(held_out)} {REAL}", **floor}], images
 

@@ -22,8 +22,8 @@ class Moments(NamedTuple):
     mean: Tensor
     covariance: Tensor
 
-    def to(self, device: torch.device) -> "Moments":
-        """The same on a device."""
+    def to(self, device: torch.device | str) -> "Moments":
+        """Return the same on a device."""
         return Moments(self.n, self.mean.to(device), self.covariance.to(device))
 
     @classmethod

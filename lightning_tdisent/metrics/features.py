@@ -173,12 +173,15 @@ def load_features(
         from lightning_tdisent.metrics.dinov2 import DINOv2
 
         return DINOv2(weights, resize or "pil_bicubic_uint8", dtype=dtype)
-    shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.safetensors"))}
     if weights is not None:
         raise InputError(f"weights: {name!r} has its own; they are given for inception and dinov2")
     if name == "random":
         return Random(channels)
-    if name not in shipped:
-        known = [*shipped, "random", "inception", "dinov2"]
+    if name not in (known := known_features()):
         raise InputError(f"features: there is no {name!r}.{nearest(name, known)} Choose from {', '.join(known)}")
-    return load_classifier(shipped[name])
+    return load_classifier(SHIPPED / f"{name}.safetensors")
+
+
+def known_features() -> list[str]:
+    """Return the names that `load_features` takes."""
+    return [*sorted(p.stem for p in SHIPPED.glob("*.safetensors")), "random", "inception", "dinov2"]

@@ -1,26 +1,33 @@
-"""`Quality`: every metric of one protocol from one pass over the images, the same under any split over ranks."""
+"""`Quality`: every metric of one protocol from one pass over the images, the same for any split over ranks."""
 
-import dataclasses
 import functools
-import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.metrics.distances import frechet_bias
+from lightning_tdisent.metrics import registry
+from lightning_tdisent.metrics.accumulators import Accumulator, computed
+from lightning_tdisent.metrics.metric import Needs, SetMetric
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.reference import Reference
-from lightning_tdisent.metrics.scores import FeatureList, FrechetDistance, InceptionScore, PairMetrics
+
+LACKS: dict[Needs, str] = {"spatial": "has no features with places", "logits": "names no classes"}
+Source = tuple[type[Accumulator], Needs, str]  # class, output of the feature network, options
+
+
+def widths(network: FeatureNetwork) -> dict[Needs, int | None]:
+    """Return the widths of a network's outputs, None for those that it does not have."""
+    return {"features": network.num_features, "logits": network.classes, "spatial": network.num_spatial}
 
 
 class Quality:
     """The metrics of one protocol between generated images and a reference.
 
-    Names say the features: ``fd_digits``, ``is_mnist``; those of Inception have the literature's, ``fid``, ``is``,
-    ``kid``. ``fd_bias`` is what a perfect model would reach with as few images (`frechet_bias`).
+    Keys of the numbers name the features (`Column.key`): ``fd_digits``, ``is_mnist``; in Inception's they have the
+    names of the literature, ``fid``, ``is``, ``kid``. metrics: by name, in the order of tables.
     """
 
     def __init__(self, protocol: Protocol, network: FeatureNetwork, reference: Reference) -> None:
@@ -30,101 +37,76 @@ class Quality:
                 f"the reference was measured by another protocol ({reference.key}) than {protocol.line} "
                 f"({protocol.reference}): other features, resize, images or versions"
             )
-        asked = set(protocol.metrics)
-        self.metrics: dict[str, Metric] = {}
-        if "fd" in asked:
-            self.metrics["fd"] = FrechetDistance(reference.moments, protocol.n)
-        if "sfd" in asked:
-            if reference.spatial is None:
-                raise InputError(f"sfd: {protocol.features} has no features with places; leave it out of metrics")
-            self.metrics["sfd"] = FrechetDistance(reference.spatial, protocol.n)
-        if "is" in asked:
-            if network.classes is None:
-                raise InputError(f"is: {protocol.features} names no classes; leave it out of metrics")
-            self.metrics["is"] = InceptionScore(network.classes, protocol.n, *protocol.parts)
-        if pairs := asked & {"kid", "prdc", "fd_infinity"}:
-            self.metrics["pairs"] = PairMetrics(
-                reference.moments, reference.kept, sorted(pairs), protocol.neighbours, expected=protocol.n
-            )
-        if "fd_infinity" in asked and protocol.n < 10 * network.num_features:
-            least = 10 * network.num_features
-            raise InputError(
-                f"fd_infinity: {network.num_features} features need {least:,} images at least, got n={protocol.n:,}"
-            )
+        self.metrics: dict[str, SetMetric] = {m.name: m for m in protocol.chosen if isinstance(m, SetMetric)}
+        self.accumulators: dict[Source, Accumulator] = {}
+        for name, metric in self.metrics.items():
+            source, width = self._source(metric), widths(network)[metric.needs]
+            if width is None:
+                raise InputError(f"{name}: {protocol.features} {LACKS[metric.needs]}; leave it out of metrics")
+            if protocol.n < (least := metric.least(width)):
+                raise InputError(f"{name}: {width} features need {least:,} images at least, got n={protocol.n:,}")
+            if source not in self.accumulators:
+                self.accumulators[source] = metric.accumulator(width, protocol.n, **metric.options(protocol.n))
+
+    def _source(self, metric: SetMetric) -> Source:
+        return metric.accumulator, metric.needs, str(metric.options(self.protocol.n))
 
     @functools.cached_property
-    def bias(self) -> float:
-        """`frechet_bias` of this many images."""
-        return frechet_bias(self.reference.moments.covariance, self.protocol.n, self.reference.moments.n)
+    def biases(self) -> dict[str, float]:
+        """The bias of each metric that has one, by its key."""
+        out = {}
+        for metric in self.metrics.values():
+            if (bias := metric.bias(self.reference, self.protocol.n)) is not None:
+                out[metric.columns[0].key(self.protocol.features, "bias")] = bias
+        return out
 
     def of(self, n: int, fewer: bool = False) -> "Quality":
-        """The same for n images that come from files; fewer: without the metrics that need more of them."""
+        """Return the same for n images that come from files; fewer: without the metrics that need more of them."""
         protocol = self.protocol
         if fewer:
-            enough = {"fd_infinity": 10 * self.network.num_features, "prdc": protocol.neighbours + 1}
-            kept = tuple(m for m in protocol.metrics if n >= enough.get(m, 2))
-            protocol = dataclasses.replace(protocol, metrics=kept or ("fd",))
+            wide, metrics = widths(self.network), self.metrics.values()
+            enough = {registry.named(type(m)) for m in metrics if n >= m.least(wide[m.needs] or 0)}
+            kept = tuple(name for name in protocol.metrics if name in enough)
+            protocol = protocol.limited(kept or ("fd",))
         return Quality(protocol.of_files(n), self.network, self.reference).to(self.device)
 
     @property
     def device(self) -> torch.device:
-        """Where network and states are."""
-        return next(iter(self.metrics.values())).device
+        """Where network and accumulators are."""
+        return next(iter(self.accumulators.values())).device
 
     def to(self, device: torch.device) -> "Quality":
-        """Move network and states to a device."""
-        for part in (self.network, *self.metrics.values()):
+        """Move network and accumulators to a device."""
+        for part in (self.network, *self.accumulators.values()):
             part.to(device)
         return self
 
     def add(self, images: Tensor, numbers: Tensor) -> None:
         """Add uint8 images (B, C, H, W), with their numbers 0..n-1, int64 (B,).
 
-        On a GPU nothing waits for it if both are there.
+        On a GPU this does not synchronise if both are there.
         """
         found, numbers = self.network(images.to(self.device)), numbers.to(self.device)
-        for name, metric in self.metrics.items():
-            if name == "is":
-                metric.update(found.logits, numbers)
-            elif name == "pairs":
-                metric.update(found.features, numbers)
-            else:
-                metric.update(found.spatial if name == "sfd" else found.features)
+        for (_, needs, _), accumulator in self.accumulators.items():
+            accumulator.update(getattr(found, needs), numbers)
 
     def compute(self) -> dict[str, float]:
-        """Synchronise over ranks and return the numbers by name; raises InputError where they are none."""
-        out: dict[str, float] = {}
+        """Synchronise over ranks and return the numbers by key (collective); raises InputError if there are none."""
+        real, values, out = self.reference.to(self.device), dict[Source, Any](), dict[str, float]()
+        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+        for accumulator in self.accumulators.values():  # a rank without images takes part, too
+            accumulator.update(torch.empty(0, accumulator.width, device=self.device), nothing)
+        for source, accumulator in self.accumulators.items():
+            values[source] = computed(accumulator)
         for metric in self.metrics.values():
-            if isinstance(metric, FeatureList):  # a rank without images has something to send all the same
-                none = torch.empty(0, dtype=torch.int64, device=self.device)
-                metric.update(torch.empty(0, self.network.num_features, device=self.device), none)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*was called before the ``update``.*")  # more ranks than images
-            for name, metric in self.metrics.items():
-                try:
-                    value = metric.compute()
-                except InputError:
-                    if metric._is_synced:  # torchmetrics leaves it so
-                        metric.unsync()
-                    raise
-                if name == "is":
-                    out["is"], out["is_std"] = map(float, value)
-                    if self.protocol.parts[0] == 1:
-                        del out["is_std"]
-                else:
-                    out |= value if isinstance(value, dict) else {name: float(value)}
-        if "fd" in out:
-            out["fd_bias"] = self.bias
-        return {named(k, self.protocol.features): v for k, v in out.items()}
+            keys = {k: key for c in metric.columns for k, key in c.names(self.protocol.features).items()}
+            found = metric.compute(real, values[self._source(metric)])
+            if undeclared := found.keys() - keys.keys():
+                raise InputError(f"{metric.path()}: computes {sorted(undeclared)}, its columns have {sorted(keys)}")
+            out |= {keys[k]: value for k, value in found.items()}
+        return out | self.biases
 
     def reset(self) -> None:
         """Forget the generated images."""
-        for metric in self.metrics.values():
-            metric.reset()
-
-
-def named(metric: str, features: str) -> str:
-    """Name of a metric in these features: Inception's are the literature's."""
-    if features == "inception":
-        return metric.replace("fd", "fid")
-    return f"{metric}_{features}"
+        for accumulator in self.accumulators.values():
+            accumulator.reset()

@@ -19,10 +19,10 @@ from lightning_tdisent.distributed import all_gather, rank_and_world, shared_err
 from lightning_tdisent.errors import InputError, Newer
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.images import spaced
+from lightning_tdisent.metrics.accumulators import FeatureList, FeatureMoments
 from lightning_tdisent.metrics.distances import Moments
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
-from lightning_tdisent.metrics.scores import FeatureList, FeatureMoments
 from lightning_tdisent.metrics.weights import cache_folder
 from lightning_tdisent.schemas import check_metadata, check_schema, parse_json
 
@@ -40,6 +40,11 @@ class Reference(NamedTuple):
     moments: Moments
     kept: Tensor
     spatial: Moments | None = None
+
+    def to(self, device: torch.device | str) -> "Reference":
+        """Return the same on a device."""
+        spatial = None if self.spatial is None else self.spatial.to(device)
+        return Reference(self.key, self.moments.to(device), self.kept.to(device), spatial)
 
 
 def reference(
@@ -80,10 +85,10 @@ def measure(
     assert protocol.n_real is not None
     rank, world = rank_and_world()
     network.to(device)
-    moments, kept = FeatureMoments(network.num_features).to(device), FeatureList().to(device)
-    inner = "sfd" in protocol.metrics and network.num_spatial
+    width, inner = network.num_features, protocol.needs("spatial") and network.num_spatial
+    moments, kept = FeatureMoments(width).to(device), FeatureList(width).to(device)
     spatial = FeatureMoments(inner).to(device) if inner else None
-    kept.update(torch.empty(0, network.num_features, device=device), torch.empty(0, dtype=torch.int64))
+    kept.update(torch.empty(0, width, device=device), torch.empty(0, dtype=torch.int64))
     chosen = spaced(protocol.n_real, protocol.n_split)
     among = torch.zeros(protocol.n_real, dtype=torch.bool)
     among[spaced(min(protocol.kept, protocol.n_real), protocol.n_real)] = True
@@ -97,8 +102,8 @@ def measure(
             kept.update(found.features[keep.to(device)], numbers[keep])
             if spatial is not None:
                 spatial.update(found.spatial)
-    inner_moments = None if spatial is None else spatial.compute().to("cpu")
-    return Reference(protocol.reference, moments.compute().to("cpu"), kept.compute().cpu(), inner_moments)
+    inner_moments = None if spatial is None else spatial.compute()
+    return Reference(protocol.reference, moments.compute(), kept.compute(), inner_moments).to("cpu")
 
 
 def remembered(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -31,8 +31,8 @@ from lightning_tdisent.evaluation.observations import Observations
 from lightning_tdisent.evaluation.real_images import real_images, refuse_trained
 from lightning_tdisent.files import output_path, write_whole
 from lightning_tdisent.metrics.features import load_features
+from lightning_tdisent.metrics.lpips import LPIPS, load_lpips
 from lightning_tdisent.metrics.network import FeatureNetwork
-from lightning_tdisent.metrics.paired import load_lpips
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.models.card import Card, read_card
 from lightning_tdisent.models.compose import find_files, holds_weights
@@ -190,8 +190,8 @@ class Study:
         return real_images(self.data, self.split, *self._size()).n
 
     @functools.cached_property
-    def _lpips(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        return None if self.lpips is None else load_lpips(self.lpips)
+    def _lpips(self) -> list[LPIPS]:
+        return [] if self.lpips is None else [LPIPS(load_lpips(self.lpips))]
 
     @property
     def _protocol(self) -> Protocol:
@@ -265,7 +265,7 @@ class Study:
                 contenders, protocol, self._network, real_images(*self._reference, channels, size),
                 self._load_real(self.split, self.n_held_out), self.batch_size, self.device,
                 progress=lambda name, count: bar.advance(tasks[name], count), bits=self._bits(),
-                observations=observations, lpips=self._lpips, measured=measured,
+                observations=observations, further=self._lpips, measured=measured,
             )  # fmt: skip
         if not first:
             return

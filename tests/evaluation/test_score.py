@@ -16,6 +16,7 @@ from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.evaluation.pictures import save_png
 from lightning_tdisent.evaluation.real_images import RealImages, image_files, real_images
 from lightning_tdisent.evaluation.score import compute, open_quality, score
+from lightning_tdisent.metrics.accumulators import FeatureMoments
 from lightning_tdisent.metrics.distances import Moments
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
@@ -77,7 +78,8 @@ def share(rank, world, batch, denoiser, digits, folder):
         setattr(dist, name, counted(name, calls))
     quality = digit_quality(digits)
     scored = score(denoiser, DDIM(), quality, batch, keep=9, progress=lambda n: calls.append(n))
-    state = {k: getattr(quality.metrics["fd"], k) for k in ("n", "shift", "total", "outer")}
+    sums = quality.accumulators[FeatureMoments, "features", "{}"]
+    state = {k: getattr(sums, k) for k in ("n", "shift", "total", "outer")}
     steps = [i for i, c in enumerate(calls) if isinstance(c, int)]
     quiet = all(isinstance(c, int) for c in calls[steps[0] : steps[-1] + 1])
     kept = {

@@ -10,6 +10,7 @@ from PIL import Image
 
 from lightning_tdisent.diffusion.spec import build, spec
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.metrics.accumulators import FeatureMoments
 from lightning_tdisent.metrics.inception import RESIZES, Inception, empty
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
@@ -255,8 +256,8 @@ def test_all_metrics_of_the_literature_come_from_one_pass(made):
     names = ["fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage", "fid_bias"]
     assert set(found) == set(names)
     expected = said(network, fake)
-    for name, layer in (("fd", expected.features), ("sfd", expected.spatial)):
-        metric = quality.metrics[name]
+    for needs, layer in (("features", expected.features), ("spatial", expected.spatial)):
+        metric = quality.accumulators[FeatureMoments, needs, "{}"]
         total = metric.total + metric.n * metric.shift
         torch.testing.assert_close(total, layer.double().sum(0), rtol=1e-4, atol=1e-4)
     assert found["sfid"] != found["fid"]

@@ -14,10 +14,12 @@ from torch import nn
 
 from lightning_tdisent.diffusion.operators import Edges, Grey, Inpainting, SuperResolution
 from lightning_tdisent.errors import InputError, Unavailable
-from lightning_tdisent.metrics import paired
+from lightning_tdisent.metrics import diversity
 from lightning_tdisent.metrics.features import load_features
+from lightning_tdisent.metrics.lpips import BACKBONES, LPIPS, load_lpips
 from lightning_tdisent.metrics.network import Extracted, FeatureNetwork
-from lightning_tdisent.metrics.paired import PairedQuality, load_lpips, ssim_sigma
+from lightning_tdisent.metrics.paired import PairedQuality
+from lightning_tdisent.metrics.ssim import ssim_sigma
 
 SHAPE = (1, 12, 12)
 
@@ -236,7 +238,8 @@ def test_a_perceptual_distance_is_averaged_over_images():
 
     operator, images, originals, *rest = case()
     expected = (images.int() - originals.int()).abs().amax((1, 2, 3)).double().mean()
-    assert measured(operator, images, originals, *rest, lpips=distance)["lpips"] == pytest.approx(float(expected))
+    found = measured(operator, images, originals, *rest, further=[LPIPS(distance)])
+    assert found["lpips"] == pytest.approx(float(expected))
 
 
 # --- any split ------------------------------------------------------------------------------------------------------
@@ -273,9 +276,9 @@ def test_draws_split_over_two_metrics_and_merged_are_the_same():
     one, two = (
         filled(batches_of(parts, rows[r::2], 4), real=batches_of(parts[1:3], rows[r::2], 4)) for r in range(2)
     )  # draws 0 and 2 of an item here, draw 1 there
-    assert set(one.metrics) == set(two.metrics) == {"images", "draws", "real", "pairs"}
-    for name, metric in one.metrics.items():
-        metric.merge_state(two.metrics[name])
+    assert set(one.states) == set(two.states) == {"images", "draws", "real", "pairs"}
+    for name, state in one.states.items():
+        state.merge_state(two.states[name])
     assert one.compute() == pytest.approx(whole, rel=1e-11)
 
 
@@ -415,10 +418,10 @@ def test_images_of_another_shape_than_the_first_are_refused():
 
 def test_sums_that_do_not_fit_are_refused_with_numbers(monkeypatch):
     operator, *parts = case()
-    monkeypatch.setattr(paired, "LIMIT", 16 * 6 * 144 - 1)
+    monkeypatch.setattr(diversity, "LIMIT", 16 * 6 * 144 - 1)
     with pytest.raises(InputError, match=r"sums of 6 items of \[1, 12, 12\] are 1.29e-05 GiB, at most 1.29e-05"):
         measured(operator, *parts)
-    monkeypatch.setattr(paired, "LIMIT", 16 * 6 * 144)
+    monkeypatch.setattr(diversity, "LIMIT", 16 * 6 * 144)
     assert "diversity" in measured(operator, *parts)
     with pytest.raises(InputError, match=r"20,000 items of \[3, 256, 256\] are 58.6 GiB"):
         PairedQuality(operator, 2, 20_000, None).reference(drawn(1, shape=(3, 256, 256)), torch.zeros(1, 3, 256, 256))
@@ -487,14 +490,15 @@ def test_lpips_reads_a_file_that_is_there_and_downloads_none(tmp_path, monkeypat
     with pytest.raises(InputError, match=r"x.pth has SHA-256 .*, expected 7be5be79..: another file"):
         load_lpips(file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
-    monkeypatch.setitem(paired.BACKBONES, "alex", (f"alexnet-{digest}.pth", 12))
+    monkeypatch.setitem(BACKBONES, "alex", (f"alexnet-{digest}.pth", 12))
     lpips = load_lpips(file)
     assert not any(p.requires_grad for p in lpips.parameters())
     assert not lpips.train(False).training
     images = torch.full((6, *SHAPE), 51, dtype=torch.uint8)
     operator, _, originals, _, item, draw = case(6, 1)
     originals = originals * 0
-    found = measured(operator, images, originals, observed(operator, originals, item), item, draw, lpips=lpips)
+    observations = observed(operator, originals, item)
+    found = measured(operator, images, originals, observations, item, draw, further=[LPIPS(lpips)])
     assert found["lpips"] == pytest.approx(3 * 2 * 51 / 127.5, rel=1e-6)
     with pytest.raises(InputError, match=r"alex takes 1 or 3 channels and 12 pixels a side at least, got \(1, 8, 8\)"):
         lpips(images[..., :8, :8], images[..., :8, :8])

@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from lightning_tdisent.data.shards import load
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics import reference as references
+from lightning_tdisent.metrics import registry
 from lightning_tdisent.metrics.features import SHIPPED, SmallClassifier, load_classifier, load_features, save_classifier
+from lightning_tdisent.metrics.inception_score import InceptionScore, Scores
 from lightning_tdisent.metrics.network import Extracted, FeatureNetwork
 from lightning_tdisent.metrics.protocol import PRESETS, Protocol
-from lightning_tdisent.metrics.quality import Quality, named
+from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.metrics.reference import cache_folder, measure, reference, remembered
-from lightning_tdisent.metrics.scores import InceptionScore
 
 SAID = json.loads(RECORDED.read_text(encoding="utf-8"))["features"]
 
@@ -50,9 +51,14 @@ def drawn(n, seed=0, shape=(1, 2, 2)):
     return torch.randint(0, 256, (n, *shape), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
+def protocol_of(features="flat", **fields):
+    settings = {k: fields.pop(k) for k in ("neighbours", "score_splits", "score_part", "score_seed") if k in fields}
+    return Protocol(features, settings=settings, **fields)
+
+
 def quality_of(real, network=None, **fields):
     network = network or Flat()
-    protocol = Protocol("flat", **fields).resolved(network, "digest", len(real), real.shape[1:])
+    protocol = protocol_of(**fields).resolved(network, "digest", len(real), real.shape[1:])
     return Quality(protocol, network, measure(protocol, network, lambda i: real[i]))
 
 
@@ -80,14 +86,15 @@ def test_every_number_is_that_of_its_function(sets):
 def test_the_score_is_torch_fidelitys(case):
     _, _, logits = features(case)
     said, n = SAID[case]["torch_fidelity"], len(logits)
-    ten, one = InceptionScore(20, n, 10), InceptionScore(20, n, 1, None)
+    ten, one, score = Scores(20, n, 10), Scores(20, n, 1, None), InceptionScore(10)
     for numbers in torch.arange(n).flip(0).split(7):  # in another order, too
         ten.update(logits[numbers], numbers)
         one.update(logits[numbers], numbers)
-    mean, deviation = map(float, ten.compute())
-    assert (mean, deviation) == pytest.approx((said["isc_10"]["mean"], said["isc_10"]["std"]), rel=1e-9)
-    assert float(one.compute()[0]) == pytest.approx(said["isc_1"], rel=1e-9)
-    assert float(one.compute()[0]) == pytest.approx(SAID[case]["torchmetrics"]["isc_1"], rel=1e-5)
+    found = score.compute(None, ten.compute())
+    expected = {"is": said["isc_10"]["mean"], "is_std": said["isc_10"]["std"]}
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert InceptionScore().compute(None, one.compute()) == pytest.approx({"is": said["isc_1"]}, rel=1e-9)
+    assert float(one.compute()) == pytest.approx(SAID[case]["torchmetrics"]["isc_1"], rel=1e-5)
 
 
 def test_images_sorted_by_class_have_the_same_score(sets):
@@ -291,25 +298,32 @@ def test_fd_infinity_comes_with_its_interval_and_needs_images():
 
 CHANGED = {
     "features": "mnist", "n": 11, "first_seed": 1, "split": "test", "n_real": 6, "resize": "clean", "dtype": "float64",
-    "neighbours": 4, "kept": 100, "score_splits": 2, "score_seed": 1, "score_part": 3, "n_split": 9,
-    "image_range": "x", "labels": "y",
-    "moments": "z", "balls": "b", "shape": (1, 2, 3), "weights_sha256": "w", "real": "r", "versions": "v",
+    "kept": 100, "n_split": 9, "image_range": "x", "labels": "y", "moments": "z",
+    "shape": (1, 2, 3), "weights_sha256": "w", "real": "r", "versions": "v",
 }  # fmt: skip
+SETTINGS = {"neighbours": 4, "score_splits": 2, "score_seed": 1, "score_part": 3}
+
+
+def changes(base):
+    """Protocols with one field changed, by the field."""
+    out = {k: dataclasses.replace(base, **{k: v}) for k, v in CHANGED.items()}
+    return out | {k: dataclasses.replace(base, settings={**base.settings, k: v}) for k, v in SETTINGS.items()}
 
 
 def test_the_hash_changes_with_every_field_but_the_metrics():
     base = Protocol("digits")
     names = {f.name for f in dataclasses.fields(Protocol)}
-    assert names == {*CHANGED, "metrics"}
-    hashes = {dataclasses.replace(base, **{k: v}).hash for k, v in CHANGED.items()} | {base.hash}
-    assert len(hashes) == len(CHANGED) + 1
+    assert names == {*CHANGED, "metrics", "settings"}
+    assert {*base.settings} == {*SETTINGS, "balls"}
+    hashes = {protocol.hash for protocol in changes(base).values()} | {base.hash}
+    assert len(hashes) == len(CHANGED) + len(SETTINGS) + 1
     assert dataclasses.replace(base, metrics=("kid",)).hash == base.hash == Protocol("digits").hash
 
 
 def test_the_reference_depends_on_the_real_images_alone():
     base = Protocol("digits")
-    same = {k for k, v in CHANGED.items() if dataclasses.replace(base, **{k: v}).reference == base.reference}
-    assert same == {"n", "first_seed", "neighbours", "score_splits", "score_seed", "score_part", "labels", "balls"}
+    same = {k for k, protocol in changes(base).items() if protocol.reference == base.reference}
+    assert same == {"n", "first_seed", "labels", *SETTINGS}
     assert dataclasses.replace(base, metrics=("sfd",)).reference != base.reference
 
 
@@ -318,18 +332,23 @@ def test_presets_are_protocols_and_differ(name):
     assert Protocol.preset(name).hash not in {Protocol.preset(other).hash for other in PRESETS if other != name}
 
 
+def parts(protocol):
+    """Parts of the images that the Inception Score is averaged over, and the seed that makes them."""
+    (score,) = (metric for metric in protocol.chosen if isinstance(metric, InceptionScore))
+    return tuple(score.options(protocol.n).values())
+
+
 def test_presets_are_those_of_the_literature():
     adm, clean = Protocol.preset("adm"), Protocol.preset("clean")
-    assert (adm.features, adm.resize, adm.n, adm.neighbours, adm.parts) == ("inception", "tf1", 50_000, 3, (10, None))
-    assert [Protocol.preset("adm", n=n).parts[0] for n in (1000, 10_000, 12_000)] == [1, 2, 3]  # of 5,000 images
-    assert Protocol.preset("torch-fidelity", n=50).parts == (1, 2020)
-    assert Protocol.preset("torch-fidelity", n=50, score_splits=25).parts == (25, 2020)
-    assert Protocol.preset("torch-fidelity").of_files(99).parts == (1, 2020)
+    assert (adm.features, adm.resize, adm.n, adm.settings["neighbours"]) == ("inception", "tf1", 50_000, 3)
+    assert parts(adm) == (10, None)
+    assert [parts(Protocol.preset("adm", n=n))[0] for n in (1000, 10_000, 12_000)] == [1, 2, 3]  # of 5,000 images
+    assert parts(Protocol.preset("torch-fidelity", n=50)) == (1, 2020)
+    assert parts(Protocol.preset("torch-fidelity", n=50, score_splits=25)) == (25, 2020)
+    assert parts(Protocol.preset("torch-fidelity").of_files(99)) == (1, 2020)
     assert (clean.features, clean.resize) == ("inception", "pil_bicubic")
-    assert (Protocol.preset("torch-fidelity").score_seed, Protocol.preset("torchmetrics").resize) == (
-        2020,
-        "torch_antialias",
-    )
+    assert Protocol.preset("torch-fidelity").settings["score_seed"] == 2020
+    assert Protocol.preset("torchmetrics").resize == "torch_antialias"
     assert Protocol.preset({"preset": "adm", "n": 7}, n=None).n == 7
     assert Protocol.preset({"preset": "adm", "n": 7}, n=8).n == 8
 
@@ -342,7 +361,15 @@ def test_presets_are_those_of_the_literature():
         (lambda: Protocol("digits", n=1), "n: two images at least make a distribution, got 1"),
         (lambda: Protocol("digits", n_real=1), "n_real: two images at least"),
         (lambda: Protocol("digits", metrics=("fid",)), "there is no 'fid'. Did you mean 'fd'"),
-        (lambda: Protocol("digits", score_splits=0), "score_splits: 1 to n"),
+        (lambda: protocol_of(score_splits=0), "score_splits: 1 to n"),
+        (lambda: Protocol("digits", settings={"neighbour": 4}), "no field 'neighbour'. Did you mean 'neighbours'"),
+        (lambda: Protocol.preset("digits", balls="open"), "balls: only 'closed for .*got 'open'"),
+        (lambda: Protocol.preset("digits", score_seed="x"), "score_seed: expected a whole number, got 'x'"),
+        (lambda: Protocol.preset("digits", n=True), "n: expected a whole number, got True"),
+        (lambda: Protocol.preset("digits", split=1), "split: expected text, got 1"),
+        (lambda: Protocol.preset("digits", metrics="fd"), "metrics: expected a list of names, got 'fd'"),
+        (lambda: Protocol("digits", metrics=("fd", "psnr")), "metrics: psnr is computed for every conditional model"),
+        (lambda: Protocol("digits", metrics=("bpd",)), "metrics: bpd is asked for by --metrics of evaluate"),
         (lambda: Protocol("digits", metrics=()), "metrics: none is asked for"),
         (lambda: Protocol("digits", first_seed=-1), "first_seed: image seeds must lie in"),
         (lambda: Protocol("digits", first_seed=2**32 - 9, n=10), "first_seed: image seeds must lie in"),
@@ -351,7 +378,7 @@ def test_presets_are_those_of_the_literature():
             "dtype: digits has",
         ),
         (lambda: Protocol.preset("digits", resize="tf1").resolved(Flat(), "", 9, (1, 2, 2)), "resize: digits has"),
-        (lambda: Protocol("digits", n=5, neighbours=5, metrics=("prdc",)), "neighbours: 1 to below.*5, got 5"),
+        (lambda: protocol_of(n=5, neighbours=5, metrics=("prdc",)), "neighbours: 1 to below.*5, got 5"),
     ],
 )
 def test_protocols_that_cannot_be_are_refused(call, message):
@@ -360,9 +387,12 @@ def test_protocols_that_cannot_be_are_refused(call, message):
 
 
 def test_names_say_the_features():
-    assert named("fd", "digits") == "fd_digits"
-    names = [named(m, "inception") for m in ("fd", "is", "kid", "sfd", "fd_infinity", "precision")]
-    assert names == ["fid", "is", "kid", "sfid", "fid_infinity", "precision"]
+    digits = {key: name for cls in registry.known() for c in cls.columns for name, key in c.names("digits").items()}
+    some = {"fd_digits": "fd", "fd_bias_digits": "fd_bias", "fd_infinity_low_digits": "fd_infinity_low", "psnr": "psnr"}
+    assert some.items() <= digits.items()
+    names = ["fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage", "fid_infinity"]
+    assert list(registry.columns("inception"))[:9] == names
+    assert {"jfid", "bpd"} < registry.columns("inception").keys()
 
 
 # --- reference ------------------------------------------------------------------------------------------------------
@@ -378,7 +408,7 @@ class Counting(Flat):
 
 def cached(take, n=40, **fields):
     network = Counting()
-    protocol = Protocol("flat", **fields).resolved(network, "digest", n, (1, 2, 2))
+    protocol = protocol_of(**fields).resolved(network, "digest", n, (1, 2, 2))
     return protocol, network, reference(protocol, network, take)
 
 

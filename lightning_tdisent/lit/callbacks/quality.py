@@ -66,10 +66,10 @@ class SampleQuality(Rehearsed, Logs):
             return
         assert network is not None
         self._quality = open_quality(p, network, real, shape, trainer.strategy.root_device)
-        if p.n <= network.num_features:
+        for name, bias in self._quality.biases.items() if p.n <= network.num_features else ():
             rank_zero_info(
                 f"SampleQuality: n={p.n} images leave a covariance of {network.num_features} features without full "
-                f"rank; a perfect model would have a distance of about {self._quality.bias:.3f}"
+                f"rank; a perfect model would have a distance of about {bias:.3f} ({name})"
             )
 
     def logged_by(self, trainer: L.Trainer, module: DenoiserModule) -> list[str]:
