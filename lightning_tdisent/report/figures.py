@@ -18,9 +18,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_tdisent.evaluation.pictures import png
+from lightning_tdisent.metrics.features import known_features
+from lightning_tdisent.metrics.likelihood import BOUND
+from lightning_tdisent.metrics.registry import columns, columns_of
 from lightning_tdisent.runs import identity_of
 
 COLOURS = ["#3b6fb6", "#d1495b", "#2e9e6b", "#b07aa1", "#e0a030", "#66656f", "#17a2b8", "#8c564b"]
+BPD_TERMS = BOUND.key(part="terms")
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -82,10 +86,15 @@ def errors_per_state(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _distance(rows: Sequence[dict[str, Any]]) -> str | None:
+    """Return the key of the first distance to the real images that a row has."""
+    return next((key for row in rows for key, column in columns_of(row).items() if column.distance), None)
+
+
 def cost(rows: Sequence[dict[str, Any]]) -> str:
     """Total compute and the longest job beside the distance reached."""
-    metrics = [k for k in rows[0] if k == "fid" or k.startswith(("fd_", "kid_"))]
-    metric = metrics[0] if metrics and all(metrics[0] in r for r in rows) else None
+    first = _distance(rows)
+    metric = first if first and all(first in r for r in rows) else None
     with mpl.rc_context(STYLE):
         figure = Figure((9, 0.5 + 0.42 * len(rows)))
         axes = figure.subplots(1, 3 if metric else 2, sharey=True)
@@ -113,9 +122,9 @@ def quality_over_compute(rows: Sequence[dict[str, Any]]) -> str:
 
     Models called NAME and "NAME, .." that differ in compute are joined by a line. Nothing where all cost the same.
     """
-    metric = next((k for k in rows[0] if k == "fid" or k.startswith("fd_")), "none")
+    metric = _distance(rows)
     shown = [r for r in rows if metric in r and _compute(r)]
-    if not shown or len({round(_compute(r) / _compute(shown[0]), 1) for r in shown}) < 2:
+    if metric is None or not shown or len({round(_compute(r) / _compute(shown[0]), 1) for r in shown}) < 2:
         return ""
     families: dict[str, list[dict[str, Any]]] = {}
     lines: list[list[dict[str, Any]]] = []
@@ -146,24 +155,24 @@ def quality_over_compute(rows: Sequence[dict[str, Any]]) -> str:
 
 def bits(rows: Sequence[dict[str, Any]]) -> str:
     """Bits per dimension taken apart: the decoder, the rows in at most six groups of neighbours, and the prior."""
-    shown = [row for row in rows if "bpd_terms" in row]
+    shown = [row for row in rows if BPD_TERMS in row]
     if not shown:
         return ""
     with mpl.rc_context(STYLE):
         figure = Figure((9, 0.8 + 0.36 * len(shown)))
         axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         names, left = [row["name"] for row in shown], [0.0] * len(shown)
-        most = max((row["bpd_terms"]["rows"] for row in shown), key=len)
+        most = max((row[BPD_TERMS]["rows"] for row in shown), key=len)
         groups = [[str(t) for t in part] for part in _groups(list(most), 6)]
-        parts = [("decoder", [row["bpd_terms"]["decoder"] for row in shown])]
+        parts = [("decoder", [row[BPD_TERMS]["decoder"] for row in shown])]
         for group in groups:
-            values = [sum(row["bpd_terms"]["rows"].get(s, 0.0) for s in group) for row in shown]
+            values = [sum(row[BPD_TERMS]["rows"].get(s, 0.0) for s in group) for row in shown]
             parts.append((f"rows {group[0]}..{group[-1]}" if len(group) > 1 else f"row {group[0]}", values))
-        parts.append(("prior", [row["bpd_terms"]["prior"] for row in shown]))
+        parts.append(("prior", [row[BPD_TERMS]["prior"] for row in shown]))
         for (label, values), colour in zip(parts, COLOURS, strict=False):
             axes[0].barh(names, values, left=left, label=label, color=colour)
             left = [x + y for x, y in zip(left, values, strict=True)]
-        axes[0].bar_label(axes[0].containers[-1], [f"{row['bpd']:.3f}" for row in shown], padding=3, fontsize=9)
+        axes[0].bar_label(axes[0].containers[-1], [f"{row[BOUND.name]:.3f}" for row in shown], padding=3, fontsize=9)
         axes[0].set(title="bits per dimension", xlim=(None, 1.12 * max(left)))
         axes[0].invert_yaxis()
         axes[1].barh(names, parts[-1][1], color=COLOURS[len(parts) - 1])
@@ -183,13 +192,13 @@ def _groups(items: list[str], most: int) -> list[list[str]]:
 def diffusion_time(rows: Sequence[dict[str, Any]]) -> str:
     """The distance and the bits against the row that the chain starts from, one line for each kind of prior."""
     cut = [row for row in rows if "cut" in row]
-    metric = next((k for row in cut for k in row if k == "fid" or k.startswith("fd_")), "none") if cut else "none"
+    metric = _distance(cut)
     if len({row["cut"] for row in cut}) < 2:
         return ""
     whole = next((row for row in rows if row["source"] == cut[0]["source"] and "cut" not in row), None)
     with mpl.rc_context(STYLE):
         figure = Figure((9, 3.4))
-        panels = [k for k in (metric, "bpd") if any(k in row for row in cut)]
+        panels = [k for k in (metric, BOUND.name) if k and any(k in row for row in cut)]
         if not panels:
             return ""
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -241,8 +250,9 @@ def _own_events(folder: Path) -> Iterator[Path]:
 def training_curves(folders: dict[str, Path]) -> str:
     """Training loss and, where it was measured, the distance, against images seen by that job."""
     curves = {name: read_curves(folder) for name, folder in folders.items()}
-    drawn = [tag for c in curves.values() for tag in c if re.match(r"quality/(fid|fd_(?!bias|infinity)\w+)/", tag)]
-    distance = sorted(set(drawn), key=lambda tag: -drawn.count(tag))[:1]  # one protocol: others are not comparable
+    distances = [key for name in known_features() for key, column in columns(name).items() if column.distance]
+    drawn = [tag for key in distances for c in curves.values() for tag in c if tag.split("/")[:2] == ["quality", key]]
+    distance = sorted(dict.fromkeys(drawn), key=lambda tag: -drawn.count(tag))[:1]  # others are not comparable
     with mpl.rc_context(STYLE):
         figure = Figure((9, 3.2))
         axes = figure.subplots(1, 2)

@@ -1,7 +1,7 @@
 """The report: one HTML file with the table, the pictures and how every number was obtained."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from lightning_tdisent.evaluation.pictures import forward_strip, reverse_strip
 from lightning_tdisent.evaluation.provenance import facts, html_facts
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.images import grid, to_uint8
+from lightning_tdisent.metrics.metric import Better
+from lightning_tdisent.metrics.registry import columns_of
 from lightning_tdisent.report import figures
-from lightning_tdisent.report.table import costs, table, tables
+from lightning_tdisent.report.table import EPS_MSE, costs, directions, table, tables
 from lightning_tdisent.report.table import notes as notes_of
 from lightning_tdisent.sampling.sampler import probe_rows
 
@@ -34,41 +36,46 @@ pre{background:#f6f6f9;padding:.8rem 1rem;overflow-x:auto;font-size:.8rem}img{ma
 """
 
 
-LOW = ("fd", "fid", "kid", "sfd", "sfid", "bpd", "jfd", "jfid", "lpips", "consistency")
-HIGH = ("is", "precision", "recall", "density", "coverage", "psnr", "ssim")
+ARROWS: dict[Better, str] = {"lower": "↓", "higher": "↑"}
 
 
 def html_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of `evaluate.table`, best value of every quality column marked."""
-    return html_cells(table(rows), rows)
+    """Return `table` as HTML, with the best value of every quality column marked."""
+    return html_cells(table(rows), sum("source" in row for row in rows), directions(rows))
 
 
-def html_cells(text: Sequence[tuple[str, ...]], rows: Sequence[dict[str, Any]]) -> str:
-    """Return a table of text, with the best values of the models among ``rows`` marked."""
+def html_cells(text: Sequence[tuple[str, ...]], models: int = 0, better: Mapping[str, Better] | None = None) -> str:
+    """Return a table of text as HTML.
+
+    The best values among the first ``models`` rows below the head are marked; the row of real images is not one of
+    them. better: direction of columns, by their heads.
+    """
     head, *body = text
-    models = body[: sum("source" in r for r in rows)]  # the row of real images is no contender
-    best = {}
+    better, best = better or {}, {}
     for column, name in enumerate(head):
-        values = [r[column] for r in models if r[column]]
-        if name.partition("_")[0] in LOW or name == "eps-MSE":
-            best[column] = min(values, key=_value, default=None)
-        elif name.partition("_")[0] in HIGH:
-            best[column] = max(values, key=_value, default=None)
-    cells = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{' class=best' if best.get(i) == cell and len(body) > 1 else ''}>{html.escape(cell)}</td>"
-            for i, cell in enumerate(row)
-        )
-        + "</tr>"
-        for row in body
-    )
-    head_cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+        values = [row[column] for row in body[:models] if row[column]]
+        if values and name in better:
+            best[column] = (min if better[name] == "lower" else max)(values, key=_value)
+
+    def cell(number: int, i: int, text: str) -> str:
+        marked = best.get(i) == text and number < models and len(body) > 1
+        return f"<td{' class=best' if marked else ''}>{html.escape(text)}</td>"
+
+    lines = ["".join(cell(number, i, text) for i, text in enumerate(row)) for number, row in enumerate(body)]
+    cells = "".join(f"<tr>{line}</tr>" for line in lines)
+    heads = [f"{name} {ARROWS[better[name]]}" if name in better else name for name in head]
+    head_cells = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
     return f'<div class="scroll"><table><tr>{head_cells}</tr>{cells}</table></div>'
 
 
 def _value(cell: str) -> float:
     return float(cell.partition(" ")[0])
+
+
+def legend(rows: Sequence[dict[str, Any]]) -> str:
+    """Return what the columns of quality are."""
+    columns = {key: column for row in rows for key, column in columns_of(row).items()}
+    return "".join(f"{key}: {column.label}. " for key, column in columns.items())
 
 
 def side_by_side(seen: Observations, images: Tensor, items: int = 8) -> Tensor:
@@ -115,11 +122,10 @@ def write_report(
     said = [html.escape(line) for line in notes_of(rows)]
     parts.append(f"<ul>{''.join(f'<li>{line}</li>' for line in said)}</ul>" if said else "")
     parts.append(
-        "<p>Distances (fd, kid; lower is better), the Inception Score (is; higher is better) and precision, recall, "
-        "density and coverage (higher is better) are taken in "
-        "the features their name says and are comparable under the same protocol alone; eps-MSE is the mean over the "
-        "states of the smallest table, without those that have no signal. "
-        "The last one scores real images that no model was trained on: what a perfect model would reach with so few. "
+        f"<p>{html.escape(legend(rows))}↓: lower is better, ↑: higher is better. Numbers whose name ends with features "
+        f"were taken in them; they are comparable only under the same protocol. {EPS_MSE} is the mean over the states "
+        "of the smallest table, without those that have no signal. The last row scores real images that no model was "
+        "trained on: what a perfect model would reach with so few. "
         "Total compute counts all experts; the longest job is what one waits for with a machine for each.</p>"
     )
     parts.append("<h2>The same seeds, every model</h2>")
@@ -137,7 +143,7 @@ def write_report(
     if models:
         parts.append("<h2>Where the models are right and wrong</h2>" + figures.errors_per_state(models))
         parts.append(figures.diffusion_time(models) + figures.bits(models))
-        parts.append("<h2>What it cost</h2>" + html_cells(costs(models), []) + figures.cost(models))
+        parts.append("<h2>What it cost</h2>" + html_cells(costs(models)) + figures.cost(models))
         parts.append(figures.quality_over_compute(models))
     if runs:
         parts.append("<h2>Training</h2>" + figures.training_curves(runs))

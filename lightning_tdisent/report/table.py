@@ -7,6 +7,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.metrics.likelihood import BOUND, HOW, ODE, REFUSED
+from lightning_tdisent.metrics.metric import Better, Column
+from lightning_tdisent.metrics.registry import columns_of, features_of, missing
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -23,18 +26,14 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any
     ]
 
 
-def metrics_of(row: dict[str, Any]) -> list[str]:
-    """Names of the metrics of a row, without those that say how certain another is."""
-    ends = ("_bias", "_std", "_low", "_high", "_mse", "_sd")
-    names = (k for k, v in row.items() if isinstance(v, float) and not k.startswith(_NOT_METRICS))
-    return [k for k in names if not any(end in k for end in ends)]
-
-
-_NOT_METRICS = ("training", "validation", "total", "sampling", "evaluation", "images_seen")
-BITS = ("bpd", "bpd_ode")
-
-
 Columns = dict[str, Callable[[dict[str, Any]], str]]
+EPS_MSE, BPD_IMAGES = "eps-MSE", BOUND.key(part="images")
+
+
+def directions(rows: Sequence[dict[str, Any]]) -> dict[str, Better]:
+    """Return which direction is better in the columns of `table`, for those that have one."""
+    columns = {key: column for row in rows for key, column in columns_of(row).items()}
+    return {key: column.better for key, column in columns.items() if column.better} | {EPS_MSE: "lower"}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -45,13 +44,13 @@ def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     hashes = sorted({r["protocol"] for r in rows})
     if len(hashes) > 1:
         raise InputError(f"a table must not mix protocols, these rows have {hashes}; see tables()")
-    metrics = dict.fromkeys(m for row in rows for m in metrics_of(row))
+    metrics = {key: column for row in rows for key, column in columns_of(row).items()}
     columns: Columns = {
         "sampler": lambda r: r["sampler"].partition("(")[0],
         "states": lambda r: str(r["rows"]),
         "NFE": lambda r: str(r["nfe"]),
-        **{m: functools.partial(_number, m) for m in metrics},
-        "eps-MSE": _eps_mse,
+        **{key: functools.partial(_number, key, column) for key, column in metrics.items()},
+        EPS_MSE: _eps_mse,
     }
     return _text(rows, columns)
 
@@ -164,14 +163,12 @@ def three_digits(number: float) -> str:
     return f"{float(f'{number:.3g}'):,g}" if abs(number) < 1e6 else f"{number:.3g}"
 
 
-def _number(name: str, row: dict[str, Any]) -> str:
-    low, high = (row.get(name.replace("infinity", f"infinity_{end}")) for end in ("low", "high"))
-    text = f"{row[name]:.3f}" if abs(row[name]) >= 0.1 else f"{row[name]:.2g}"
-    if name in BITS and f"{name}_sd" not in row:
-        return f"{text} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
-    if (deviation := row.get(f"{name}_sd")) is not None:
-        return _spread(row[name], deviation)
-    return f"{text} [{low:.3f}, {high:.3f}]" if "infinity" in name and low is not None and high is not None else text
+def _number(key: str, column: Column, row: dict[str, Any]) -> str:
+    if (deviation := row.get(f"{key}_sd")) is not None:
+        return _spread(row[key], deviation)
+    text = f"{row[key]:.3f}" if abs(row[key]) >= 0.1 else f"{row[key]:.2g}"
+    low, high = (row.get(column.key(features_of(row), part)) for part in ("low", "high"))
+    return text if low is None or high is None else f"{text} [{low:.3f}, {high:.3f}]"
 
 
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -185,48 +182,62 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         out.append(f"{row['name']} has experts that differ, as --allow-mismatch let them: {values}")
     out += [f"{row['name']}: {row['start_note']}" for row in rows if "start_note" in row]
     out += [f"{row['name']}: {row['not_pooled']}" for row in rows if "not_pooled" in row]
-    for source in dict.fromkeys(row["source"] for row in rows if "cut" in row):
-        out += _best_start([row for row in rows if row.get("source") == source and "bpd_images" in row])
-    for how in dict.fromkeys(row["bpd_how"] for row in rows if "bpd_how" in row):
-        ode = "; bpd_ode is an estimate, off by the error of its integration" * any("bpd_ode" in row for row in rows)
-        pooled = any("bpd_sd" in row for row in rows)
-        interval = "standard deviation over trainings" if pooled else "interval of 95 %"
-        out.append(f"bpd is an upper bound, with its {interval}: {how}{ode}")
-    out += [f"{row['name']}: no bits per dimension: {row['bpd_refused']}" for row in rows if "bpd_refused" in row]
+    out += _bits_notes(rows)
     for _, alike in tables(rows):
         measured = [row for row in alike if "refused" not in row]
-        names = metrics_of(measured[0]) if measured else []
-        for name in (k for k in names if k == "fid" or (k.startswith("fd_") and "infinity" not in k)):
-            n, d = measured[0]["n"], measured[0]["num_features"]
-            under = f"(protocol {measured[0]['protocol']})"
-            bias = measured[0]["fid_bias" if name == "fid" else name.replace("fd_", "fd_bias_")]
-            own = [row["name"] for row in measured if row[name] < 1e-6 * bias]
-            much = [row["name"] for row in measured if bias > 0.05 * row[name] and row["name"] not in own]
-            out += [f"{who}: {name} is 0, these are the images of the reference itself" for who in own]
-            if n <= d:
-                out.append(
-                    f"{name} of n={n:,}: {d:,} features' covariance has no full rank; its bias is about {bias:.3f} "
-                    f"{under}"
-                )
-            elif much:
-                out.append(
-                    f"{name} of n={n:,}: about {bias:.3f} of it is the bias of so few images, more than a twentieth "
-                    f"for {', '.join(much)}; compare it with nothing of another n {under}"
-                )
+        for key, column in columns_of(measured[0]).items() if measured else ():
+            if "bias" in column.parts:
+                out += _bias_notes(key, column, [row for row in measured if key in row])
+    for name in dict.fromkeys(name for row in rows for name in missing(row)):
+        out.append(f"numbers of {name} are not shown: its module is not imported; give --import MODULE")
     return out
+
+
+def _bias_notes(key: str, column: Column, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return which rows have images of the reference itself, and how much of the others' numbers is bias."""
+    n, d = rows[0]["n"], rows[0]["num_features"]
+    under = f"(protocol {rows[0]['protocol']})"
+    bias = rows[0][column.key(features_of(rows[0]), "bias")]
+    own = [row["name"] for row in rows if row[key] < 1e-6 * bias]
+    much = [row["name"] for row in rows if bias > 0.05 * row[key] and row["name"] not in own]
+    out = [f"{who}: {key} is 0, these are the images of the reference itself" for who in own]
+    if n <= d:
+        out.append(
+            f"{key} of n={n:,}: {d:,} features' covariance has no full rank; its bias is about {bias:.3f} {under}"
+        )
+    elif much:
+        out.append(
+            f"{key} of n={n:,}: about {bias:.3f} of it is the bias of so few images, more than a twentieth for "
+            f"{', '.join(much)}; compare it with nothing of another n {under}"
+        )
+    return out
+
+
+def _bits_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return how bits per dimension were measured, which start of the chain has the fewest, and why there are none."""
+    out = []
+    for source in dict.fromkeys(row["source"] for row in rows if "cut" in row):
+        out += _best_start([row for row in rows if row.get("source") == source and BPD_IMAGES in row])
+    for how in dict.fromkeys(row[HOW] for row in rows if HOW in row):
+        ode = f"; {ODE.name} is an estimate, off by the error of its integration"
+        pooled = any(f"{BOUND.name}_sd" in row for row in rows)
+        interval = "standard deviation over trainings" if pooled else "interval of 95 %"
+        some = any(ODE.name in row for row in rows)
+        out.append(f"{BOUND.name} is an upper bound, with its {interval}: {how}{ode if some else ''}")
+    return out + [f"{row['name']}: no bits per dimension: {row[REFUSED]}" for row in rows if REFUSED in row]
 
 
 def _best_start(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Which start of the chain has the fewest bits, and which others images cannot tell from it."""
     if len(rows) < 2:
         return []
-    best = min(rows, key=lambda row: row["bpd"])
+    best = min(rows, key=lambda row: row[BOUND.name])
     alike = []
     for row in rows:
-        difference = [x - y for x, y in zip(row["bpd_images"], best["bpd_images"], strict=True)]
+        difference = [x - y for x, y in zip(row[BPD_IMAGES], best[BPD_IMAGES], strict=True)]
         half = 1.96 * stdev(difference) / len(difference) ** 0.5
         if row is not best and fmean(difference) - half <= 0:
             alike.append(row["name"])
     others = f"; on these images not told from it: {', '.join(alike)}" if alike else "; all others are worse on them"
-    low, high = best["bpd_low"], best["bpd_high"]
-    return [f"fewest bits per dimension: {best['name']}, {best['bpd']:.4f} [{low:.4f}, {high:.4f}]{others}"]
+    low, high = (best[BOUND.key(part=part)] for part in ("low", "high"))
+    return [f"fewest bits per dimension: {best['name']}, {best[BOUND.name]:.4f} [{low:.4f}, {high:.4f}]{others}"]

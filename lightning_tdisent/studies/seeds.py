@@ -10,6 +10,7 @@ from typing import Any
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation.provenance import facts, html_facts
 from lightning_tdisent.files import output_path, write_whole
+from lightning_tdisent.metrics.likelihood import HOW, KEYS, OF_IMAGES, REFUSED
 from lightning_tdisent.report import figures
 from lightning_tdisent.report.page import document, html_cells, html_table
 from lightning_tdisent.report.table import costs, mean_eps_mse, notes, tables
@@ -19,7 +20,7 @@ from lightning_tdisent.studies.results import Study
 # fields of a row that must be equal in all repetitions of a study
 SAME = (
     *("protocol", "given", "draws", "images", "sampler", "nfe", "rows", "table", "prior", "cut", "networks", "weights"),
-    *("weights_kind", "recipe", "images_a_step", "training_data", "bpd_how", "preview", "differs"),
+    *("weights_kind", "recipe", "images_a_step", "training_data", HOW, "preview", "differs"),
 )
 OWN = ("sha256", "seeds")  # fields that must differ between repetitions
 ROUNDING = 0.01  # relative tolerance of the images seen: an adaptive budget is spent in whole validations
@@ -66,8 +67,8 @@ def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ())
     for name in kinds:
         alike = [next(row for row in rows if row["name"] == name) for rows in repeats]
         own = ("measured", "start_note")
-        lacking = _incomplete_keys(alike)
-        row = {k: v for k, v in alike[0].items() if not k.endswith(("_images", "_terms")) and k not in (*own, *lacking)}
+        lacking = _not_of_all(alike)
+        row = {k: v for k, v in alike[0].items() if k not in (*own, *lacking, *OF_IMAGES)}
         for key, value in row.copy().items():
             if isinstance(value, float):
                 values = [other[key] for other in alike]
@@ -80,9 +81,9 @@ def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ())
                 row[key] = round(fmean(other[key] for other in alike))
         if lacking:
             repeat = dict(zip(names, alike, strict=True))
-            why = [f"{who}: {other['bpd_refused']}" for who, other in repeat.items() if "bpd_refused" in other]
-            why = why or [f"missing in {who}" for who, other in repeat.items() if not other.keys() >= set(lacking)]
-            row["not_pooled"] = f"{', '.join(lacking)} left out, since not all trainings have them ({'; '.join(why)})"
+            why = [f"{who}: {other[REFUSED]}" for who, other in repeat.items() if REFUSED in other]
+            why = why or [f"not of {who}" for who, other in repeat.items() if not other.keys() >= set(lacking)]
+            row["not_pooled"] = f"{', '.join(lacking)} left out, as they are not of all trainings ({'; '.join(why)})"
         out.append(row)
     return out
 
@@ -94,8 +95,8 @@ def _incomplete_keys(alike: Sequence[dict[str, Any]]) -> list[str]:
     """
     numbers = {k for row in alike for k, v in row.items() if isinstance(v, float) or k in ("x0_mse", "eps_mse")}
     lacking = {k for k in numbers if not all(isinstance(row.get(k), float | dict) for row in alike)}
-    if any("bpd_refused" in row for row in alike):
-        lacking |= {k for row in alike for k in row if k.startswith("bpd")}
+    if any(REFUSED in row for row in alike):
+        lacking |= {k for row in alike for k in row if k in KEYS}
     return sorted(lacking)
 
 
@@ -132,7 +133,7 @@ def write_page(studies: Sequence[Study], path: Path) -> list[dict[str, Any]]:
     parts.append(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in remarks)}</ul>" if remarks else "")
     models = [row for row in rows if "networks" in row]
     if models:
-        parts.append("<h2>Mean cost of the trainings</h2>" + html_cells(costs(models), []))
+        parts.append("<h2>What it cost, on average over the trainings</h2>" + html_cells(costs(models)))
         parts += [figures.quality_over_compute(models), figures.errors_per_state(models)]
     parts.append(html_facts({folder: facts(own) for folder, own in kept.items()}))
     write_whole(path, document(studies[0].title, parts).encode())

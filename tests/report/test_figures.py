@@ -13,7 +13,8 @@ def drawn(monkeypatch):
 
 
 def row(name, flops, fd, **fields):
-    return {"name": name, "source": name, "fd_digits": fd, "training_flops": flops, **fields}
+    protocol = {"protocol_fields": {"features": "digits"}}
+    return {"name": name, "source": name, "fd_digits": fd, "training_flops": flops, **protocol, **fields}
 
 
 def points(axes):
