@@ -72,10 +72,12 @@ class Metric(Part):
     in_every_hash: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        """Register the class under its name; raises InputError if another class has it."""
+        """Register the class under its name; raises InputError if another class has it, or it is not an identifier."""
         super().__init_subclass__()
         if "name" not in vars(cls):
             return
+        if not cls.name.isidentifier():
+            raise InputError(f"{cls.path()}: name: letters, digits and underscores only, got {cls.name!r}")
         other = KNOWN.get(cls.name, cls)
         if other.path() != cls.path():
             raise InputError(

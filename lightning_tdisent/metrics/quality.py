@@ -38,6 +38,8 @@ class Quality:
                 f"({protocol.reference}): other features, resize, images or versions"
             )
         self.metrics: dict[str, SetMetric] = {m.name: m for m in protocol.chosen if isinstance(m, SetMetric)}
+        if not self.metrics:
+            raise InputError(f"metrics: none of {', '.join(protocol.metrics)} compares sets of images; add fd")
         self.accumulators: dict[Source, Accumulator] = {}
         for name, metric in self.metrics.items():
             source, width = self._source(metric), widths(network)[metric.needs]
@@ -53,7 +55,7 @@ class Quality:
 
     @functools.cached_property
     def biases(self) -> dict[str, float]:
-        """The bias of each metric that has one, by its key."""
+        """The bias of each metric that has one, by key."""
         out = {}
         for metric in self.metrics.values():
             if (bias := metric.bias(self.reference, self.protocol.n)) is not None:
@@ -72,19 +74,19 @@ class Quality:
 
     @property
     def device(self) -> torch.device:
-        """Where network and accumulators are."""
+        """Device of the network and the accumulators."""
         return next(iter(self.accumulators.values())).device
 
     def to(self, device: torch.device) -> "Quality":
-        """Move network and accumulators to a device."""
+        """Move the network and the accumulators to a device."""
         for part in (self.network, *self.accumulators.values()):
             part.to(device)
         return self
 
     def add(self, images: Tensor, numbers: Tensor) -> None:
-        """Add uint8 images (B, C, H, W), with their numbers 0..n-1, int64 (B,).
+        """Add uint8 images (B, C, H, W) and their numbers in 0..n-1, int64 (B,).
 
-        On a GPU this does not synchronise if both are there.
+        On a GPU this does not synchronise with the host if both are already on the device.
         """
         found, numbers = self.network(images.to(self.device)), numbers.to(self.device)
         for (_, needs, _), accumulator in self.accumulators.items():
@@ -94,7 +96,7 @@ class Quality:
         """Synchronise over ranks and return the numbers by key (collective); raises InputError if there are none."""
         real, values, out = self.reference.to(self.device), dict[Source, Any](), dict[str, float]()
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
-        for accumulator in self.accumulators.values():  # a rank without images takes part, too
+        for accumulator in self.accumulators.values():  # a rank without images must take part, too
             accumulator.update(torch.empty(0, accumulator.width, device=self.device), nothing)
         for source, accumulator in self.accumulators.items():
             values[source] = computed(accumulator)

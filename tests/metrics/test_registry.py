@@ -21,7 +21,7 @@ from lightning_tdisent.metrics.metric import Column, Pair, PairedMetric, SetMetr
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.models.expert import save_expert
 from lightning_tdisent.networks.unet import UNet
-from lightning_tdisent.report.figures import _distance
+from lightning_tdisent.report.figures import _distance, read_curves
 from lightning_tdisent.report.page import html_cells, html_table, legend
 from lightning_tdisent.report.table import directions, notes, table, tables
 
@@ -131,6 +131,18 @@ def test_a_changed_file_is_measured_again(own, models, digits, tmp_path):
     assert found[1] == pytest.approx([3 * value for value in found[0]], rel=1e-9)
 
 
+def test_a_training_logs_a_metric_of_ones_own(own, tmp_path, monkeypatch):
+    monkeypatch.setenv("TDISENT_CACHE", str(tmp_path / "cache"))
+    own("mean_distance")
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "quality.yaml").write_text(text, encoding="utf-8")
+    configs = ["experiments/digits/reduced8.yaml", "experiments/ablate/smoke.yaml", tmp_path / "quality.yaml"]
+    words = [word for config in configs for word in ("--config", str(config))]
+    assert main(["fit", *words, "--import", "mean_distance", "--run", str(tmp_path / "run")]) == 0
+    assert [tag for tag in read_curves(tmp_path / "run") if tag.split("/")[:2] == ["quality", "mean_distance_digits"]]
+    assert "norm_order: 1" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+
+
 def test_fields_of_a_metric_are_recorded_and_change_the_hash_where_they_are_not_the_default(own):
     path = own("own_fields")
     __import__("own_fields")
@@ -152,6 +164,8 @@ def test_fields_of_a_metric_are_recorded_and_change_the_hash_where_they_are_not_
 def test_names_of_metrics_numbers_and_fields_are_taken_once():
     with pytest.raises(InputError, match="FrechetDistance already has the name 'fd'"):
         type("Mine", (SetMetric,), {"name": "fd", "columns": ()})
+    with pytest.raises(InputError, match=r"letters, digits and underscores only, got 'a.b'"):
+        type("Mine", (SetMetric,), {"name": "a.b", "columns": ()})
     mine = type("Mine", (SetMetric,), {"name": "mine", "columns": (Column("fd_bias", ""),)})
     with pytest.raises(InputError, match="FrechetDistance has a number called 'fd_bias', too"):
         registry.known()
@@ -185,6 +199,7 @@ def test_a_number_that_no_column_declares_is_refused():
 
 def test_a_metric_of_pairs_of_ones_own_is_measured_if_it_is_asked_for():
     from test_paired import case, measured
+    from test_quality import Flat, drawn, quality_of
 
     class Largest(PairedMetric):
         name = "largest"
@@ -198,6 +213,8 @@ def test_a_metric_of_pairs_of_ones_own_is_measured_if_it_is_asked_for():
     assert measured(operator, images, originals, *rest, further=[Largest()])["largest"] == pytest.approx(expected)
     (chosen,) = Protocol.preset("digits", metrics=["fd", "largest"]).chosen[1:]
     assert isinstance(chosen, Largest)
+    with pytest.raises(InputError, match=r"metrics: none of .*Largest compares sets of images; add fd"):
+        quality_of(drawn(30), Flat(), n=20, metrics=("largest",))
 
 
 def test_every_metric_says_what_its_numbers_are():
@@ -226,3 +243,11 @@ def test_best_values_are_those_of_their_direction():
     assert _distance([{"kid_digits": 1.0, **fields}]) == "kid_digits"
     assert _distance([{"is_digits": 1.0, **fields}]) is None
     assert "class=best" not in html_cells([("model", "fd"), ("a", "1"), ("b", "2")])
+
+
+def test_the_page_of_evaluation_lists_every_metric_number_and_field():
+    text = PAGE.with_name("evaluation.md").read_text(encoding="utf-8")
+    for cls in registry.known():
+        constants = {"balls", "halves"}
+        names = {column.name for column in cls.columns} | (set() if cls.asked_by else {cls.name, *cls.fields()})
+        assert not [name for name in names - constants if f"`{name}`" not in text], cls
