@@ -1,1 +1,1 @@
-"""Numbers of any model: generated images scored against real ones, likelihoods, errors of conditional samples."""
+"""Generate and score images, and measure errors, likelihoods and observations of any model."""

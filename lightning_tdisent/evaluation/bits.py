@@ -1,4 +1,4 @@
-"""Bits per dimension of a model, beside its other numbers in a row."""
+"""Bits per dimension of a model, for its row of results."""
 
 import dataclasses
 import math
@@ -17,15 +17,16 @@ from lightning_tdisent.sampling.errors_by_row import held_out_errors
 from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.likelihood import Decoder, Terms, concatenate, ode_likelihood, variational_bound
 
-ODE_ROWS = 100  # below that the integration from row to row is off by more than 0.01 bits
+ODE_ROWS = 100  # with fewer, the error of the integration from row to row exceeds 0.01 bits
 
 
 @dataclasses.dataclass(frozen=True)
 class Bits:
     """How bits per dimension are measured.
 
-    n: held-out images, and training images for the errors that the variances are chosen by; bound, ode: which of the
-    two; decoder: see `likelihood`; probes: of the ODE's trace.
+    n: number of held-out images, and of training images for the errors that determine the variances; bound, ode:
+    whether to measure the variational bound and the likelihood by the ODE; decoder: see `sampling.likelihood`; probes:
+    number of probes of the ODE's trace. Raises InputError for values out of range.
     """
 
     n: int = 256
@@ -40,22 +41,22 @@ class Bits:
         wrong += [f"{k} {v!r}" for k, v in (("bound", self.bound), ("ode", self.ode)) if not isinstance(v, bool)]
         if wrong:
             raise InputError(
-                f"bits: {', '.join(wrong)}: n is a whole number from 2 on, probes from 1 on, bound and ode true or "
-                f"false, decoder one of {', '.join(get_args(Decoder))}"
+                f"bits: {', '.join(wrong)}: n must be a whole number above 1, probes one above 0, bound and ode true "
+                f"or false, decoder one of {', '.join(get_args(Decoder))}"
             )
 
     @classmethod
     def of_mapping(cls, data: Any) -> "Bits":
-        """Bits of a study's key; refuses what it does not know."""
+        """Return the Bits of the key ``bits`` of a study; raises InputError for unknown keys."""
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(data, dict) or set(data) - set(names):
             raise InputError(f"bits: expected a mapping with keys of {', '.join(names)}, got {data!r}")
         return cls(**data)
 
     def measure(self, model: Denoises, held_out: ImageSet, training: ImageSet, batch_size: int) -> dict[str, Any]:
-        """Keys of a row: bpd, bpd_low, bpd_high (95 %), bpd_terms, bpd_images, those of bpd_ode, or bpd_refused.
+        """Return keys of a row: bpd, bpd_low, bpd_high (95 %), bpd_terms, bpd_images, those of bpd_ode, or bpd_refused.
 
-        They are the same on all ranks.
+        They are the same on all ranks (collective).
         """
         held_out, training, S = _first(held_out, self.n), _first(training, self.n), model.states.S
         how = f"{self.decoder} decoder, {len(held_out)} held-out images, variances by {len(training)} training images"
@@ -70,7 +71,7 @@ class Bits:
                 continue
             name = column.name
             if column is ODE and S < ODE_ROWS:
-                out[REFUSED] = f"bpd_ode integrates from row to row, and wants {ODE_ROWS} of them; there are {S}"
+                out[REFUSED] = f"bpd_ode integrates from row to row, and needs at least {ODE_ROWS} rows; there are {S}"
                 continue
             try:
                 terms = self._terms(model, held_out, batch_size, errors, column is ODE)

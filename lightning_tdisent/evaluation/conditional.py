@@ -1,4 +1,4 @@
-"""Conditional models in an evaluation: what they are given, and the numbers of several draws for each observation."""
+"""Conditional models in an evaluation: their observations, and the metrics of several draws for each of them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,22 +21,24 @@ from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.sampling.denoiser import Denoises
 
 DRAWS = 4
-REFERENCE = 10_000  # real pairs that the joint distance is taken to, at most
+REFERENCE = 10_000  # largest number of real pairs for the joint distance
 
 
 def refuse_number(n: int, held_out: int, draws: int = DRAWS) -> None:
-    """Refuse a number of images that are not as many draws of each of some held-out images."""
+    """Raise InputError unless n images are `draws` draws for each of at most `held_out` images."""
     if n < draws or n % draws:
-        raise InputError(f"n={n}: a conditional model draws {draws} images an item; n is a multiple of {draws}")
+        raise InputError(
+            f"n={n}: a conditional model draws {draws} images for each held-out one, so that n is a multiple of {draws}"
+        )
     if n // draws > held_out:
         raise InputError(
             f"n={n}: {draws} draws of {n // draws} held-out images; there are {held_out}. Lower n to "
-            f"{draws * held_out}, or hold out more images, if the split has more (n_held_out of a study, --held-out)"
+            f"{draws * held_out}, or hold out more images if the split has more (n_held_out of a study, --held-out)"
         )
 
 
 class Given:
-    """Held-out images as seen by a conditional model's operator: image k of n is draw k % draws for item k // draws."""
+    """Held-out images observed by a conditional model's operator; image k of n is draw k % draws of item k // draws."""
 
     def __init__(
         self,
@@ -61,9 +63,9 @@ class Given:
         self.paired.begin(list(images.shape[1:]))
 
     def reference(self, real: RealImages, known: dict[str, Metric], batch_size: int = 250) -> None:
-        """Add real pairs, evenly spaced, each rank its share: items of their own, with masks of their own.
+        """Add evenly spaced real pairs, on each rank its share; their items, and so their masks, are separate.
 
-        known: those that models of the same operator have been compared with.
+        known: real pairs by operator, which models of the same operator share; it is extended.
         """
         name, n, (rank, world) = str(spec(self.operator)), min(real.n, REFERENCE), rank_and_world()
         if name in known:
@@ -76,11 +78,11 @@ class Given:
 
     @property
     def given(self) -> Tensor:
-        """An observation for each of the n images."""
+        """The observation of each of the n images."""
         return self.observations.y.repeat_interleave(self.draws, 0)
 
     def add(self, images: Tensor, numbers: Tensor) -> None:
-        """Take images with their numbers."""
+        """Add generated images uint8 (B, C, H, W) with their numbers, int64 (B,)."""
         item = (numbers // self.draws).cpu()
         some = self.observations.take(item)
         self.paired.add(
@@ -88,7 +90,7 @@ class Given:
         )
 
     def numbers(self) -> dict[str, Any]:
-        """Keys of a row."""
+        """Return keys of a row (collective)."""
         arguments = ", ".join(f"{k}={v}" for k, v in spec(self.operator)["init_args"].items())
         given = f"{type(self.operator).__name__}({arguments})"
         return {**self.paired.compute(), "draws": self.draws, "given": given}

@@ -1,4 +1,4 @@
-"""Models side by side: one row of numbers each, from the same seeds, on the same held-out images."""
+"""Evaluate models side by side: one row of numbers each, from the same seeds and on the same held-out images."""
 
 import contextlib
 import dataclasses
@@ -48,15 +48,16 @@ from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.likelihood import refuse_components
 from lightning_tdisent.sampling.sampler import Sampler, probe_rows, refuse_unowned
 
-REAL = "real images, held out"  # end of the name of the last row
+REAL = "real images, held out"  # the name of the last row ends with it
 
 
 @dataclasses.dataclass
 class Contender:
-    """A name in the table, the weights behind it and the sampler that draws its images.
+    """A model, or a set of images, in an evaluation.
 
-    Without a sampler the source holds images: a folder of them, or a split of a data set. residency, fill: of a
-    composite, see `load_model`; prior: where its chain starts, see `load_started`.
+    name: in the table; source: weights, or, without a sampler, images: a folder of them, or ``split`` of a data set;
+    sampler: generates the images; residency, fill: of a composite, see `load_model`; prior: where the chain starts,
+    see `load_started`.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Contender:
     prior: str | None = None
 
     def load(self) -> tuple[Denoiser | CompositeDenoiser | Started, list[Card]]:
-        """The model, and the cards of its files."""
+        """Return the model and the cards of its files."""
         if self.prior is not None:
             return load_started(self.source, self.prior, self.residency, self.fill)
         return load_model(self.source, self.residency, self.fill)
@@ -89,33 +90,37 @@ def evaluate(
     further: Sequence[PairedMetric] = (),
     measured: Measured | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Return one row of numbers per contender, and its first ``keep`` images; the same on all ranks.
+    """Return one row of numbers per contender, and its first ``keep`` images; the same on all ranks (collective).
 
-    real: the images that distances are taken to; held_out: those of the errors per state. A model makes the images of
-    the protocol's seeds, files are taken as they are. Errors are taken at the rows of the model with the fewest, for
-    every model that has those rows at the same values. A last row scores the held-out images themselves, as if a model
-    had made them: what a perfect one would reach with so few. Where a metric refuses what it is given, the row says
-    why under ``refused``. bits: how bits per dimension are measured, if they are, and training images. A conditional
-    model is given observations of held-out images (see `Given`), which are put into ``observations`` by its name.
-    measured: rows that are kept; one is taken from there if all that it depends on is the same.
+    real: the images that distances are computed to; held_out: images for the errors per state. A model generates the
+    images of the protocol's seeds; image files are measured as they are. Errors are measured at the rows of the model
+    with the fewest rows, for every model that has those rows with the same values. The last row scores the held-out
+    images as if a model had generated them: what a perfect model would reach with so few. If a metric refuses its
+    input, the row has the reason under ``refused``.
+
+    batch_size: images at a time; progress: called with the contender's name and the number of images of each batch;
+    bits: how to measure bits per dimension, None not to, and training images. A conditional model gets observations of
+    held-out images (see `Given`), which are stored in ``observations`` by its name; further: metrics of conditional
+    models besides those that are always computed. measured: stored rows; one is reused if everything that it depends on
+    is equal. Raises InputError, before any work, for models and images that cannot be compared.
     """
     loaded = [c.load() if c.sampler else None for c in contenders]
     shape = list(held_out.images.shape[1:])
     for contender, model in zip(contenders, loaded, strict=True):
         if model is not None and contender.sampler is not None:
             if model[0].shape != shape:
-                raise InputError(f"{contender.source} makes images {model[0].shape}, the real ones are {shape}")
-            contender.sampler.check(model[0].states)  # before any work
+                raise InputError(f"{contender.source} generates images of {model[0].shape}, the real ones are {shape}")
+            contender.sampler.check(model[0].states)
             refuse_unowned(contender.name, model[0], contender.sampler)
             _check_labels(contender.name, model[0], held_out)
             if isinstance(model[0], Started):
-                model[0].check_label(None)  # refuses a prior of one class, before any work
+                model[0].check_label(None)  # refuses a prior of one class
             if bits:
                 refuse_components(model[0].states, str(contender.source))
     files = {c.name: image_files(c.source, c.split, shape) for c in contenders if c.sampler is None}
     quality = open_quality(protocol, network, real, shape, device)
     qualities = {}
-    for name, found in files.items():  # before any work, too
+    for name, found in files.items():
         try:
             qualities[name] = quality.of(found.n)
         except InputError as error:
@@ -171,7 +176,7 @@ def evaluate(
 
 
 def _identity(contender: Contender, files: dict[str, RealImages]) -> dict[str, Any]:
-    """Return the digests of a contender: of weights, start and sampler, or of its images; no name and no path."""
+    """Return the digests of a contender's weights, start and sampler, or of its images; without names and paths."""
     if contender.sampler is None:
         return {"images": files[contender.name].digest}
     shared = (contender.fill or "").removeprefix("shared:")
@@ -184,13 +189,13 @@ def _identity(contender: Contender, files: dict[str, RealImages]) -> dict[str, A
 
 
 def start_digest(prior: str | None) -> str | None:
-    """Digest of the file of a prior, or the row of a plain cut."""
+    """Return the digest of the file of a prior; of a plain cut, its row."""
     return prior if prior is None or prior.startswith("cut:") else sha256(prior_file(prior))
 
 
 @dataclasses.dataclass
 class _Common:
-    """Noise levels that the errors of all models are taken at: those of the table with the fewest rows."""
+    """Noise levels at which the errors of all models are measured: those of the table with the fewest rows."""
 
     indices: list[int]
     log_snr: Tensor
@@ -202,11 +207,11 @@ class _Common:
             return cls([], torch.empty(0))
         few = min(tables, key=lambda states: states.S)
         rows = probe_rows(few.rows, 32)
-        log_snr = few.log_snr[rows, : few.image_columns].clone()  # a model's moves with it
+        log_snr = few.log_snr[rows, : few.own].clone()  # a copy: the model's moves to its device
         return cls([int(few.index[s]) for s in rows], log_snr, _units(few))
 
-    def rows(self, states: Table) -> list[int]:
-        """Those rows of a table, none if it has not all of them at the same values."""
+    def rows(self, states: LatentStates) -> list[int]:
+        """Return those rows of a table; an empty list unless it has all of them with the same values."""
         here = {t: s for s, t in enumerate(states.index.tolist())}
         at = [here[t] for t in self.indices if t in here]
         here_too = states.log_snr[at, : states.image_columns].cpu()
@@ -214,9 +219,9 @@ class _Common:
         return at if same and _units(states) == self.layout else []
 
 
-def _units(states: Table) -> str:
-    """Return what the image's own columns are: errors of others are in other units."""
-    return states.made_of.partition(OBSERVED)[0] if states.image_columns > 1 else ""
+def _units(states: LatentStates) -> str:
+    """Return a description of the image's columns: errors of different ones are in different units."""
+    return states.made_of.partition(CONDITION)[0] if states.image_columns > 1 else ""
 
 
 def _of_model(
@@ -252,7 +257,7 @@ def _of_model(
             scored = scored._replace(values=NotFinite(f"held-out errors are not finite at index {bad}"))
         errors = errors if x0.isfinite().all() else {}
     implicit = model.prior if isinstance(model, Started) and isinstance(model.prior, Implicit) else None
-    more = implicit.evaluations if implicit else 0  # those of the start
+    more = implicit.evaluations if implicit else 0  # network evaluations of the start
     row = {
         "networks": len(cards),
         "weights": sum(p.numel() for p in model.parameters()),
@@ -281,7 +286,7 @@ def _of_model(
         **({"preview": extras(model).filled} if extras(model).filled else {}),
         **({"differs": extras(model).differs} if extras(model).differs else {}),
     }
-    model.cpu()  # the next one's peak memory is its own
+    model.cpu()  # so that it does not count for the peak memory of the next one
     return row, images[order]
 
 
@@ -290,7 +295,7 @@ def _start_note(model: Any) -> str:
 
 
 def _recipe(cards: Sequence[Card]) -> list[dict[str, Any]]:
-    """What the networks of a model are, and how they were trained, each kind once; equal for repeats of a training."""
+    """Return the kinds of networks and trainings of a model, each once; equal for repeats of a training."""
     kinds: dict[str, dict[str, Any]] = {}
     for card in cards:
         kind = {k: getattr(card, k) for k in ("module", "network", "objective", "average")}
@@ -310,7 +315,7 @@ def _cost(model: Any, cards: Sequence[Card]) -> dict[str, float]:
 def _of_files(
     files: RealImages, quality: Quality, keep: int, progress: Callable[[int], None] | None = None
 ) -> tuple[dict[str, Any], Tensor]:
-    """A row of images that are there already, each rank taking its share of them."""
+    """Return the row of given images, and the first of them; each rank measures its share (collective)."""
     rank, world = rank_and_world()
     try:
         with shared_errors():
@@ -342,12 +347,12 @@ def _reset_peak(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(OSError):  # only Linux knows
+        with contextlib.suppress(OSError):  # Linux only
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _peak(device: str) -> int:
-    """Bytes of the device's memory, or of this process, at most since `_reset_peak`."""
+    """Return the peak memory in bytes since `_reset_peak`, of the device or of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -358,14 +363,14 @@ def _peak(device: str) -> int:
 
 
 def _check_labels(name: str, model: Denoises, held_out: ImageSet) -> None:
-    """Refuse labels that a model does not know; print which of its classes a large set of images lacks."""
+    """Raise InputError for labels that a model does not know; print its classes that a large set of images lacks."""
     if model.classes and not 0 <= int(held_out.labels.min()) <= int(held_out.labels.max()) < model.classes:
         raise InputError(f"the model has {model.classes} classes; the held-out images have other labels, or none")
-    if model.classes and len(held_out) >= 10 * model.classes:  # fewer may lack some by chance
+    if model.classes and len(held_out) >= 10 * model.classes:  # fewer images may lack classes by chance
         where = f"the {len(held_out):,} held-out images"
         note_classes(f"network.classes of {name}", held_out.labels, where, model.classes)
 
 
 def repr_sampler(sampler: Sampler) -> str:
-    """One line naming a sampler and its options."""
+    """Return the name of a sampler with its options."""
     return f"{type(sampler).__name__}({', '.join(f'{k}={v}' for k, v in vars(sampler).items())})"

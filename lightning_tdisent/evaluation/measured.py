@@ -1,4 +1,4 @@
-"""Rows of an evaluation kept one by one, so that one that was cut short, or is given another contender, goes on."""
+"""Store the rows of an evaluation one by one, to resume one that was interrupted or got further contenders."""
 
 import json
 from pathlib import Path
@@ -15,13 +15,13 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.schemas import check_schema, parse_json
 
-FOLDER, SCHEMA = "measured", 1  # the first versions wrote no schema
+FOLDER, SCHEMA = "measured", 1  # files without a schema have schema 1
 
 
 class Measured:
-    """Rows by all that they depend on, and the first images of each; the first rank reads and writes.
+    """Rows and their first images, by a key of everything that they depend on; rank 0 reads and writes.
 
-    used: names of the files that were asked for; reused: how many of them were there.
+    used: names of the files that were asked for; reused: number of them that existed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +35,10 @@ class Measured:
         return self.folder / f"{name}.safetensors"
 
     def get(self, key: dict[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
-        """Return a row and its images on all ranks, None if they are not kept or cannot be read."""
+        """Return a row and its images on all ranks (collective), None if they are not stored or cannot be read.
+
+        Raises InputError for a file of a newer version.
+        """
         path, found = self._file(key), None
         newer: InputError | None = None
         if rank_and_world()[0] == 0:
@@ -56,14 +59,14 @@ class Measured:
         return out
 
     def put(self, key: dict[str, Any], row: dict[str, Any], images: Tensor) -> None:
-        """Keep a row that has numbers."""
+        """Store a row, unless it was refused."""
         if rank_and_world()[0] == 0 and "refused" not in row:
             content = json.dumps({"schema": SCHEMA, "key": key, "row": row})
             images = images if len(images) else torch.empty(0, dtype=torch.uint8)
             write_whole(self._file(key), save({"images": images.cpu().contiguous()}, {"row": content}))
 
     def prune(self) -> None:
-        """Remove what was not asked for."""
+        """Remove the files that were not asked for."""
         for path in self.folder.glob("*.safetensors"):
             if path.name not in self.used:
                 path.unlink()

@@ -1,4 +1,4 @@
-"""What conditional models are given: observations of images, kept in one file with what they were made by."""
+"""Observations of images, the input of conditional models, in one file with the operator that made them."""
 
 import itertools
 import json
@@ -28,10 +28,11 @@ FILE, SCHEMA = "observations.safetensors", 1
 
 @dataclass(frozen=True)
 class Observations:
-    """Observations y float (N, C', H, W) in [-1, 1] of items int64 (N,), the originals uint8 (N, C, H, W), and by what.
+    """Observations y of originals, and the operator that made them.
 
-    operator: its class path and arguments; kernel: its masks (N, 1, H, W), or the one kernel of all; own_mask: whether
-    these masks were given by hand, instead of made by the operator.
+    y: float (N, C', H, W) in [-1, 1]; item: item numbers, int64 (N,); original: uint8 (N, C, H, W); kernel: masks of
+    the operator (N, 1, H, W), or one kernel for all; operator: its class path and arguments; own_mask: whether the
+    masks were given by the user instead of made by the operator.
     """
 
     y: Tensor
@@ -43,12 +44,12 @@ class Observations:
 
     @classmethod
     def of(cls, operator: Operator, images: Tensor, item: Tensor) -> "Observations":
-        """Those of images uint8 (N, C, H, W) with these item numbers."""
+        """Observe images uint8 (N, C, H, W) with these item numbers, int64 (N,)."""
         y = operator.observe(from_uint8(images), item)
         return cls(y, item, images, operator.kernel(list(images.shape[1:]), item), spec(operator))
 
     def masked(self, mask: Tensor) -> "Observations":
-        """The same originals seen through a mask of one's own, (1, H, W), 1 where a pixel is known."""
+        """Return observations of the same originals through a given mask, (1, H, W), 1 where a pixel is known."""
         kernel = mask.float().expand(len(self), 1, -1, -1)
         return replace(self, y=from_uint8(self.original) * kernel, kernel=kernel, own_mask=True)
 
@@ -56,15 +57,18 @@ class Observations:
         return len(self.y)
 
     def take(self, numbers: Sequence[int] | Tensor) -> "Observations":
-        """Some of them."""
+        """Return the observations at these positions."""
         at = torch.as_tensor(numbers, dtype=torch.int64)
         kernel = self.kernel[at] if self.kernel.shape == (len(self.y), 1, *self.y.shape[2:]) else self.kernel
         return replace(self, y=self.y[at], item=self.item[at], original=self.original[at], kernel=kernel)
 
-    def check(self, states: Table, where: str = "observations") -> None:
-        """Refuse those of another operator or image size than a model's, and masks of other items."""
+    def check(self, states: LatentStates, where: str = "observations") -> None:
+        """Raise InputError unless they are of the model's operator and image size, with the masks of their items.
+
+        states: table of the model; where: what messages begin with.
+        """
         if states.observation is None or states.image_shape is None:
-            raise InputError(f"{where}: the model is unconditional, and takes none")
+            raise InputError(f"{where}: the model is unconditional; it takes no observations")
         operator: Operator = states.observation.operator
         if identity(mine := spec(operator)) != identity(self.operator):
             raise InputError(f"{where}: made by {self.operator}, the model was trained for {mine}")
@@ -74,12 +78,12 @@ class Observations:
         n = found["y"][0] if found["y"] else 0
         if odd := [f"{name} {found[name]}" for name in asked if found[name] != [n, *asked[name]]]:
             raise InputError(
-                f"{where}: {', '.join(odd)}, the model makes {states.image_shape} and wants as many of each"
+                f"{where}: {', '.join(odd)}; the model makes {states.image_shape}, and needs as many of each"
             )
         if not n or self.original.dtype != torch.uint8 or self.item.dtype != torch.int64:
             kinds = f"{self.original.dtype} and {self.item.dtype}"
             raise InputError(
-                f"{where}: {n} observations, of originals and items in {kinds}; uint8 and int64 are wanted"
+                f"{where}: {n} observations, originals and items in {kinds}; expected at least one, uint8 and int64"
             )
         if self.own_mask:
             self._check_own_masks(operator, where)
@@ -88,22 +92,22 @@ class Observations:
         kernel = operator.kernel([c, *sides], self.item)
         if kernel.shape != self.kernel.shape or not bool(((kernel - self.kernel).abs() <= 1e-6).all()):
             raise InputError(
-                f"{where}: the kernel kept, {list(self.kernel.shape)}, is not the one that {type(operator).__name__} "
+                f"{where}: the stored kernel, {list(self.kernel.shape)}, is not the one that {type(operator).__name__} "
                 f"has for these items, {list(kernel.shape)}: the file was changed, or its masks are of other items"
             )
 
     def _check_own_masks(self, operator: Operator, where: str) -> None:
-        """Refuse masks of one's own that are none, or that do not make y of the originals."""
+        """Raise InputError unless the user's masks are masks, and y is what they leave of the originals."""
         shape = list(self.original.shape[1:])
         refuse_without_masks(operator, shape, where)
         binary = bool(((self.kernel == 0) | (self.kernel == 1)).all())
         if list(self.kernel.shape) != [len(self), 1, *shape[1:]] or not binary:
-            raise InputError(f"{where}: the masks kept are no {[len(self), 1, *shape[1:]]} of 0 and 1")
+            raise InputError(f"{where}: the stored masks must be {[len(self), 1, *shape[1:]]} of 0 and 1")
         if not bool(((from_uint8(self.original) * self.kernel - self.y).abs() <= GREY_LEVEL).all()):
-            raise InputError(f"{where}: y is not what the masks leave of the originals: the file was changed")
+            raise InputError(f"{where}: y is not the originals under the masks: the file was changed")
 
     def save(self, path: str | Path) -> None:
-        """Write them to a .safetensors file; never half-written."""
+        """Write a .safetensors file atomically."""
         tensors = {k: getattr(self, k).cpu().contiguous() for k in ("y", "item", "original", "kernel")}
         metadata = {"schema": str(SCHEMA), "operator": json.dumps(self.operator)}
         metadata |= {"mask": "own"} if self.own_mask else {}
@@ -111,7 +115,7 @@ class Observations:
 
     @classmethod
     def load(cls, path: str | Path) -> "Observations":
-        """Read a file; refuses what `save` has not written."""
+        """Read a file that `save` wrote; raises InputError for any other."""
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -128,8 +132,8 @@ class Observations:
             raise InputError(f"{path}: no observations of this project ({type(error).__name__}: {error})") from None
 
 
-def observed(states: Table, images: Tensor, n: int) -> Tensor | None:
-    """Observations (n, C', H, W) of images uint8, in turn, for a conditional model; None for any other."""
+def observed(states: LatentStates, images: Tensor, n: int) -> Tensor | None:
+    """Return n observations (n, C', H, W) of uint8 images, repeated in order, for a conditional model, else None."""
     if states.observation is None:
         return None
     item = torch.arange(n) % len(images)
@@ -138,11 +142,11 @@ def observed(states: Table, images: Tensor, n: int) -> Tensor | None:
 
 
 def refuse_without_masks(operator: Operator, shape: list[int], where: str) -> None:
-    """Refuse an operator that does not show the pixels under a mask and hide all others."""
+    """Raise InputError for an operator whose observations are not the image times a mask."""
     if masks(operator, shape, torch.arange(2)) is None:
         raise InputError(
-            f"{where}: {type(operator).__name__} has no masks: its kernel() returns no (B, 1, H, W) of 0 and 1 that "
-            "its observations are the image times of, as those of Inpainting are"
+            f"{where}: {type(operator).__name__} has no masks: unlike those of Inpainting, its observations are not "
+            "the image times the (B, 1, H, W) of 0 and 1 that its kernel() returns"
         )
 
 
@@ -153,19 +157,20 @@ def observe(
     items: Sequence[int] | None = None,
     mask: str | Path | None = None,
 ) -> tuple[Observations, str]:
-    """Return an observation for every seed, for a conditional model of this table, and a line that says of what.
+    """Return an observation for every seed, for a conditional model of this table, and a line that describes them.
 
     source: a file that `Observations.save` wrote, an image, a folder of images in the order of their names, or a data
-    set, whose test split is observed. items: numbers of images there, in turn; not given, of a data set those of the
-    seeds, else all. mask: an image of black and white in place of the operator's masks; white pixels are known.
+    set, whose test split is observed. items: numbers of images in it, repeated in order; by default the numbers of the
+    seeds for a data set, else all. mask: a black and white image that replaces the operator's masks; white pixels are
+    known. Raises InputError.
     """
     source, shape = Path(source), states.image_shape
     if states.observation is None or shape is None:
-        raise InputError("--observe is for conditional models, this one is not")
+        raise InputError("--observe is for conditional models; this one is unconditional")
     operator: Operator = states.observation.operator
     if source.is_file() and source.suffix == ".safetensors":
         if mask is not None:
-            raise InputError(f"--mask {mask}: {source} keeps the masks that it was made with; give images to --observe")
+            raise InputError(f"--mask {mask}: {source} already contains masks; give images to --observe")
         kept = Observations.load(source)
         kept.check(states, str(source))
         chosen = _in_turn(items or range(len(kept)), len(kept), len(seeds), source)
@@ -183,7 +188,7 @@ def observe(
             images = load(source, "test", c, max(asked) + 1, height if height == width else None).images
         except InputError as error:
             raise InputError(
-                f"--observe {source}: of shards the split test is observed; or name an image or their folder: {error}"
+                f"--observe {source}: of shards, the split test is observed; or give an image or a folder: {error}"
             ) from None
         if list(images.shape[1:]) != shape:
             raise InputError(f"--observe {source}: its images are {list(images.shape[1:])}, the model makes {shape}")
@@ -196,9 +201,9 @@ def observe(
 
 
 def _in_turn(items: Sequence[int], there: int, n: int, source: Path) -> list[int]:
-    """Return n numbers of items, in turn; refuses numbers that are not there."""
+    """Return n item numbers, repeated in order; raises InputError for numbers that do not exist."""
     if odd := [item for item in items if not 0 <= item < there]:
-        raise InputError(f"--items: item {odd[0]} is not among the {there} of {source}, 0 to {there - 1}")
+        raise InputError(f"--items: item {odd[0]} is not one of the {there} items of {source}, 0 to {there - 1}")
     return [items[k % len(items)] for k in range(n)]
 
 
@@ -213,7 +218,7 @@ def _said(chosen: Sequence[int], source: Path, seeds: Sequence[int]) -> str:
 
 
 def _pictures(source: Path) -> list[Path]:
-    """Return an image, or the images of a folder in the order of their names; nothing for a data set."""
+    """Return the image, or the images of a folder in the order of their names; an empty list for a data set."""
     if source.is_file():
         return [source] if source.suffix.lower().removeprefix(".") in IMAGES else []
     if not source.is_dir():
@@ -222,13 +227,13 @@ def _pictures(source: Path) -> list[Path]:
     found = [file for file in files if file.suffix.lower().removeprefix(".") in IMAGES]
     if found and (shards := [file for file in files if ".tar" in file.suffixes]):
         raise InputError(
-            f"--observe {source}: holds images ({found[0].name} ..) and shards ({shards[0].name} ..); name one of them"
+            f"--observe {source}: holds images ({found[0].name} ..) and shards ({shards[0].name} ..); give one of them"
         )
     return found
 
 
 def _picture(file: Path, shape: Sequence[int]) -> Tensor:
-    """Return an image file as uint8 (C, H, W), which must have the size of the model's images."""
+    """Return an image file as uint8 (C, H, W); raises InputError for another size than the model's."""
     image = decode_image(file.read_bytes(), shape[0], None, file)
     if list(image.shape) != list(shape):
         sides, wanted = (f"{w} x {h} pixels" for h, w in (image.shape[1:], shape[1:]))
@@ -237,7 +242,7 @@ def _picture(file: Path, shape: Sequence[int]) -> Tensor:
 
 
 def _mask(file: Path, shape: Sequence[int]) -> Tensor:
-    """Return a mask (1, H, W), 1 where an image file is white, 0 where it is black; refuses anything else."""
+    """Return a mask (1, H, W), 1 where an image file is white, 0 where it is black; raises InputError for others."""
     if not file.is_file():
         raise InputError(f"--mask {file}: no such file")
     image = open_image(file.read_bytes(), file)
@@ -246,14 +251,14 @@ def _mask(file: Path, shape: Sequence[int]) -> Tensor:
         if len(np.unique(opacity)) > 1 and all(len(np.unique(colour)) == 1 for colour in colours):
             raise InputError(
                 f"--mask {file}: all pixels have one colour, and only their opacity differs ({opacity.min()} to "
-                f"{opacity.max()}), which does not say what is known. Save it as black and white without transparency"
+                f"{opacity.max()}), which does not define a mask. Save it as black and white without transparency"
             )
     grey = _picture(file, [1, *shape[1:]])
     if other := int(((grey != 0) & (grey != 255)).sum()):
         raise InputError(
             f"--mask {file}: {other} of {grey.numel()} pixels are neither black (0) nor white (255); save it as PNG "
-            "with these two alone: white is known, black is drawn"
+            "with only these two: white is known, black is generated"
         )
     if (share := float(grey.float().mean()) / 255) in (0.0, 1.0):
-        raise InputError(f"--mask {file}: all of it is {'white, nothing is left to draw' if share else 'black'}")
+        raise InputError(f"--mask {file}: all of it is {'white, nothing is left to generate' if share else 'black'}")
     return (grey == 255).float()

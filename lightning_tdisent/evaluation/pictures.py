@@ -1,4 +1,4 @@
-"""Pictures of any denoiser, for TensorBoard, the report and files."""
+"""Strips of images that show the forward and reverse process of a denoiser, and PNG files."""
 
 import io
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ from lightning_tdisent.sampling.sampler import Sampler, probe_rows
 
 @torch.no_grad()
 def forward_strip(denoise: Denoises, images: Tensor, rows: Sequence[int]) -> Tensor:
-    """x_0 and x_s at the given rows, image i on noise i of all held-out ones: uint8 (B, 1 + R, C, H, W)."""
+    """Return x_0 and x_s at the given rows, image i with noise i of the held-out images: uint8 (B, 1 + R, C, H, W)."""
     x0 = from_uint8(images)
     strip = [x0, *(_noisy(denoise, x0, s)[1] for s in rows)]
     return to_uint8(torch.stack(strip, 1))
 
 
 def _noisy(denoise: Denoises, x0: Tensor, s: int) -> tuple[Tensor, Tensor]:
-    """x_s of the first held-out images, and its picture."""
-    states, level, ids = denoise.states, denoise.states.levels[s], range(len(x0))
-    z0 = states.encode(x0.to(states.a.device), torch.as_tensor(ids), level)
+    """Return x_s of the first held-out images, and x_s as an image."""
+    states, finished, ids = denoise.states, denoise.states.finished([s]), range(len(x0))
+    z0 = states.encode(x0.to(states.a.device), torch.as_tensor(ids), finished)
     eps = seed_noise(ids, HELD_OUT, states.shape_at(1, x0.shape[1:]))[..., : z0.shape[-2], : z0.shape[-1]]
     x = noise(states, z0, s, eps.to(z0))
     return x, states.decode(x, level).cpu()
@@ -37,7 +37,7 @@ def _noisy(denoise: Denoises, x0: Tensor, s: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def estimate_strip(denoise: Denoises, images: Tensor, s: int) -> Tensor:
-    """x_0, x_s and x0_hat of it: uint8 (B, 3, C, H, W)."""
+    """Return x_0, x_s and x0_hat of x_s: uint8 (B, 3, C, H, W); raises NotFinite if x0_hat is not finite."""
     x0 = from_uint8(images)
     x, noisy = _noisy(denoise, x0, s)
     estimate = denoise(x.to(next(iter(denoise.parameters())).device), s).cpu()
@@ -49,7 +49,7 @@ def estimate_strip(denoise: Denoises, images: Tensor, s: int) -> Tensor:
 def reverse_strip(
     denoise: Denoises, sampler: Sampler, seeds: Sequence[int], columns: int = 9, given: Tensor | None = None
 ) -> tuple[Tensor, list[int]]:
-    """x_s on the way from noise to image: uint8 (B, columns, C, H, W) and the rows shown, S first, 0 last."""
+    """Return x_s from noise to image, uint8 (B, columns, C, H, W), and the rows shown, S first, 0 last."""
     keep = {*probe_rows(sampler.rows(denoise.states)[::-1], columns - 1), 0}
     states = denoise.states
     walk = sampler.walk(denoise, seeds, given=given)
@@ -65,7 +65,7 @@ def png(picture: Tensor) -> bytes:
 
 
 def save_png(picture: Tensor, path: Path) -> None:
-    """Write a uint8 picture (C, H, W) as a PNG file; it takes the name ``path`` when it is whole."""
+    """Write a uint8 picture (C, H, W) as a PNG file; the file gets its name when it is complete."""
     path = output_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path, sync=False) as stream:

@@ -1,4 +1,4 @@
-"""Keep with each number how it was obtained, and say it on a page."""
+"""Record how each number was obtained, and show it on a page."""
 
 import html
 import json
@@ -16,13 +16,13 @@ import torch
 from lightning_tdisent.distributed import all_gather
 
 PACKAGES = ("torch", "lightning", "diffusers", "torchmetrics", "lightning_tdisent")
-UNKNOWN = "measured by a version that did not keep the command, the machine and the versions of packages"
+UNKNOWN = "measured by a version that did not record the command, the machine and the versions of packages"
 
 
 def provenance(held_out: int) -> dict[str, Any]:
-    """Return when, by which command, on which machine and with which packages a row is measured (collective).
+    """Return the date, command, machine and package versions of a measurement: those of rank 0 (collective).
 
-    held_out: number of held-out images. It is that of the first rank, on all ranks.
+    held_out: number of held-out images.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     mine = {
@@ -42,9 +42,9 @@ def provenance(held_out: int) -> dict[str, Any]:
 
 
 def facts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return protocols, models with their training seeds, and how the rows of an evaluation were measured.
+    """Return the protocols, the models with their training seeds, and how the rows of an evaluation were measured.
 
-    Rows that were measured in one way stand together; they are dated by the first and the last of them.
+    Rows that were measured in the same way are grouped; a group has the dates of its first and its last row.
     """
     groups: dict[str, dict[str, Any]] = {}
     for row in (row for row in rows if "source" in row):
@@ -65,5 +65,5 @@ def facts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def html_facts(found: Any) -> str:
-    """Return the last part of a page."""
+    """Return `facts` as HTML, the last section of a page."""
     return f"<h2>How these numbers were obtained</h2><pre>{html.escape(json.dumps(found, indent=1))}</pre>"

@@ -21,7 +21,7 @@ from lightning_tdisent.errors import InputError
 
 @dataclass(frozen=True)
 class RealImages:
-    """Real images by number: take gives those of int64 (B,) as uint8 (B, C, H, W); digest: of their files."""
+    """A set of n images; digest: of their files; take: maps image numbers int64 (B,) to uint8 (B, C, H, W)."""
 
     digest: str
     n: int
@@ -29,7 +29,11 @@ class RealImages:
 
 
 def real_images(path: str | Path, split: str, channels: int, size: int | None = None) -> RealImages:
-    """Images of a split, or of an .npz, decoded when they are taken, on all cores where single ones can be read."""
+    """Return the images of a split, decoded on all cores when they are taken, or of an .npz file.
+
+    channels: number of channels; size: side that images are cropped and resized to, their own size if None. Shards
+    that cannot be read at random are decoded as a whole, at the first call. Raises InputError for shards of latents.
+    """
     if is_npz(path):
         held = load(path, split, channels)
         return RealImages(held.digest, len(held), lambda numbers: held.images[numbers])
@@ -39,7 +43,7 @@ def real_images(path: str | Path, split: str, channels: int, size: int | None = 
     def some(numbers: Tensor) -> Tensor:
         batch = shards.batch(numbers.tolist())
         if "image" not in batch:
-            raise InputError(f"{path}: holds latents, whose decoder is no part of an evaluation; name shards of images")
+            raise InputError(f"{path}: holds latents, which an evaluation cannot decode; give shards of images")
         return batch["image"]
 
     def take(numbers: Tensor) -> Tensor:
@@ -53,11 +57,11 @@ def real_images(path: str | Path, split: str, channels: int, size: int | None = 
 
 
 def refuse_trained(held_out: tuple[str, str], reference: tuple[str, str], trained: Mapping[str, str | None]) -> None:
-    """Refuse held-out images that are those of the reference, or that a model was trained on.
+    """Raise InputError for held-out images that are also in the reference, or that a model was trained on.
 
-    held_out, reference: data and split; trained: digests of the data of models by their names. A split that is asked
-    for by the same name as the reference, or by that of training images, is what was asked for. Of an .npz nothing
-    but its format is checked.
+    held_out, reference: data and split; trained: digests of the training data by the names of the models. If the
+    held-out split has the same name as the reference, or that of the training images, it is accepted as intended, with
+    a note for training images. Of an .npz file only the format is checked.
     """
     for path in {path for path, _ in (held_out, reference) if is_npz(path)}:
         read_npz(path)
@@ -66,28 +70,31 @@ def refuse_trained(held_out: tuple[str, str], reference: tuple[str, str], traine
         return
     shards = Shards.open(path, split, Decoder())
     if canonical(split) != canonical(reference[1]) and not is_npz(reference[0]):
-        remedy = "Name other splits with --split and --reference (also keys of a study), or their shards by patterns"
+        remedy = "Give other splits by --split and --reference (also keys of a study), or their shards by patterns"
         refuse_shared(shards, Shards.open(*reference, Decoder()), f"{split}, {reference[1]}", remedy)
     mine = [name for name, digest in trained.items() if digest == shards.digest]
     if mine and canonical(split) != "train":
         raise InputError(
-            f"{mine[0]} was trained on the images of {split} in {path} (data digest {shards.digest}), which are to be "
-            "held out. Name other images"
+            f"{mine[0]} was trained on the images of {split} in {path} (data digest {shards.digest}), which must be "
+            "held out. Give other images"
         )
     for name in mine:
-        print(f"note: {name} was trained on the images of {split}, whose errors are no held-out ones", file=sys.stderr)
+        print(
+            f"note: {name} was trained on the images of {split}: its errors are not those of held-out images",
+            file=sys.stderr,
+        )
 
 
 def image_files(path: str | Path, split: str, shape: Sequence[int]) -> RealImages:
-    """Images of (C, H, W) = shape in a folder, an .npz or any data set that `data prepare` reads, in their order.
+    """Return the images of (C, H, W) = shape in a folder, an .npz or any data set that `data prepare` reads, in order.
 
-    Raises InputError if there are fewer than two, or the first has another size; `take` does for any other.
+    Raises InputError if there are fewer than two, or the first has another size; `take` raises it for the others.
     """
     if is_npz(path):
         found = real_images(path, split, shape[0])
         size = list(found.take(torch.arange(1)).shape[1:])
         if found.n < 2 or size != list(shape):
-            raise InputError(f"{path} has {found.n} images of {size}, expected two or more of {list(shape)}")
+            raise InputError(f"{path} has {found.n} images of {size}, expected at least two of {list(shape)}")
         return found
     try:
         source, decoder = find_source(path, split, labels="none"), Decoder(shape[0])
@@ -95,10 +102,10 @@ def image_files(path: str | Path, split: str, shape: Sequence[int]) -> RealImage
         if not re.search(r" --[a-z]", str(error)):
             raise
         raise InputError(
-            f"{error} (an option of data prepare; here name the folder of the images alone, or prepare them first)"
+            f"{error} (an option of data prepare; here give only the folder of the images, or prepare them first)"
         ) from None
     if len(source) < 2:
-        raise InputError(f"{path}: two images at least make a distribution, it has {len(source)}")
+        raise InputError(f"{path}: at least two images are required, it has {len(source)}")
 
     def decoded(item: Item) -> Tensor:
         image: Tensor = decoder(item.members, f"{path}/{item.name}")["image"]
@@ -107,7 +114,7 @@ def image_files(path: str | Path, split: str, shape: Sequence[int]) -> RealImage
         return image
 
     def take(numbers: Tensor) -> Tensor:
-        items = [source[n] for n in numbers.tolist()]  # by one thread: a source may have one open file
+        items = [source[n] for n in numbers.tolist()]  # in one thread: a source may have one open file
         return _spread(lambda part: torch.stack([decoded(items[k]) for k in part.tolist()]), torch.arange(len(items)))
 
     decoded(source[0])
@@ -115,7 +122,7 @@ def image_files(path: str | Path, split: str, shape: Sequence[int]) -> RealImage
 
 
 def _spread(take: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
-    """What it takes of these numbers, by a thread on each core; none is left, as processes may be forked later."""
+    """Return `take` of the numbers, by one thread per core; all threads end, since processes may be forked later."""
     parts = numbers.split(32)
     if len(parts) == 1:
         return take(numbers)

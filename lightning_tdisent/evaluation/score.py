@@ -26,7 +26,11 @@ def open_quality(
     shape: Sequence[int],
     device: torch.device | str = "cpu",
 ) -> Quality:
-    """`Quality` of images of (C, H, W) = shape against real ones; their statistics are computed if need be."""
+    """Return the `Quality` of images of (C, H, W) = shape against real ones (collective).
+
+    The statistics of the real images are computed unless the cache has them. Raises InputError if the features take
+    images of another shape.
+    """
     if network.shape is not None and list(shape) != list(network.shape):
         raise InputError(
             f"the features {protocol.features!r} take images of {network.shape}, these are {list(shape)}; choose "
@@ -37,7 +41,10 @@ def open_quality(
 
 
 class Scored(NamedTuple):
-    """Numbers over all ranks, or why there are none; of this rank seconds of sampling, first images, their numbers."""
+    """Result of `score`: the numbers over all ranks, or the error instead; for this rank, seconds and first images.
+
+    seconds: spent on sampling; numbers, images: image numbers int64 (k,) and first images uint8 (k, C, H, W).
+    """
 
     values: dict[str, float] | InputError
     seconds: float
@@ -55,20 +62,22 @@ def score(
     given: Tensor | None = None,
     also: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Scored:
-    """Generate the images of the protocol's seeds, this rank's share of them, and return the numbers over all ranks.
+    """Generate this rank's images of the protocol's seeds, and return the numbers over all ranks (collective).
 
-    Exactly n images enter, whatever the number of ranks; image i depends on its seed alone, and no rank waits for
-    another before all have theirs. On a GPU their features are taken beside the sampling of the next ones. given:
-    observations for a conditional model, one for each of the n; also: what else wants images and their numbers. Where
-    an image is not finite on any rank, the values of all ranks are that `NotFinite`, and no images are kept.
+    Exactly n images are measured for any number of ranks; image i depends only on its seed, and no rank waits for
+    another until all have generated their images. On a GPU, features are extracted while the next images are sampled.
+    batch_size: images at a time; keep: number of first images that are returned; progress: called with the number of
+    images of each batch; given: observations for a conditional model, one for each of the n images; also: called with
+    each batch of images and their numbers. If an image is not finite on any rank, the values of all ranks are that
+    `NotFinite`, and no images are returned.
     """
     (rank, world), n, first = rank_and_world(), quality.protocol.n, quality.protocol.first_seed
     assert first is not None
     if given is not None and n < world:
-        raise InputError(f"n={n}: fewer images than the {world} ranks that are to draw them")
+        raise InputError(f"n={n}: fewer images than ranks ({world})")
     device = next(iter(denoise.parameters())).device
     numbers = torch.arange(n)[rank::world]
-    there = numbers.to(device)  # once: copying them batch by batch would make the host wait
+    there = numbers.to(device)  # copied once: copies of each batch would synchronise with the host
     beside = torch.cuda.Stream(device) if device.type == "cuda" else None
     clock = _Clock(device)
     kept: list[Tensor] = []
@@ -110,7 +119,7 @@ def score(
 
 
 def compute(quality: Quality) -> dict[str, float] | InputError:
-    """The numbers, or why there are none: one model's failure must not cost those of the others."""
+    """Return the numbers, or the InputError instead: an error of one model must not prevent the rows of others."""
     try:
         return quality.compute()
     except InputError as error:
@@ -118,9 +127,10 @@ def compute(quality: Quality) -> dict[str, float] | InputError:
 
 
 class _Clock:
-    """Seconds spent inside, on a GPU by its own events, which nobody waits for until the end.
+    """Context manager that sums the seconds spent inside.
 
-    There they are those of sampling beside the features of the batch before.
+    On a GPU it records events, which are read at the end: the time of sampling while features of the batch before are
+    extracted.
     """
 
     def __init__(self, device: torch.device) -> None:

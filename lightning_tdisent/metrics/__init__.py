@@ -1,1 +1,1 @@
-"""Floor 1: feature networks, distances, and the protocol of a number."""
+"""Feature networks, metrics, and the protocol that a number was measured by."""

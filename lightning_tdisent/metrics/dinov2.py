@@ -1,4 +1,4 @@
-"""DINOv2's class token, for FD-DINOv2: a network that saw no labels, and that FID's blind spots are not those of."""
+"""DINOv2's class token, for FD-DINOv2: a network trained without labels, whose blind spots differ from Inception's."""
 
 import contextlib
 import importlib.util
@@ -23,23 +23,24 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _VITL14 = (1024, 24, 14)
 _GET = (
     "take config.json and model.safetensors of facebook/dinov2-large from the Hugging Face hub (on a machine with a "
-    "network: hf download facebook/dinov2-large config.json model.safetensors --local-dir FOLDER) and name the folder "
-    "with --weights FOLDER (weights of a study or of SampleQuality)"
+    "network: hf download facebook/dinov2-large config.json model.safetensors --local-dir FOLDER) and give the folder "
+    "by --weights FOLDER (weights: of a study or of SampleQuality)"
 )
 
 
 class DINOv2(FeatureNetwork):
-    """A vision transformer of DINOv2 (2304.07193); FD-DINOv2 (2306.04675) is the distance in those of its ViT-L/14.
+    """A vision transformer of DINOv2 (2304.07193); FD-DINOv2 (2306.04675) is the distance in features of its ViT-L/14.
 
     weights: folder with config.json and model.safetensors as transformers writes them (facebook/dinov2-large has
-    them); nothing is ever downloaded. resize: to 224 x 224, ``pil_bicubic_uint8`` rounded to bytes as in the paper's
-    code, or ``torch_bicubic``, antialiased and unrounded as in that of EDM2 (2312.02696); sha256: the digest that
+    them); nothing is ever downloaded. resize: to 224 x 224, ``pil_bicubic_uint8`` rounded to bytes as in the code of
+    the paper, or ``torch_bicubic``, antialiased and unrounded as in that of EDM2 (2312.02696); sha256: the digest that
     model.safetensors must have, any if None; dtype: of the computation, ``float32`` or ``float64``.
 
-    Features (B, 1024), float32, are the class token after the last norm. The 37 x 37 positions are brought to 16 x 16
-    as DINOv2's own code does, by a factor of 16.1 / 37; transformers takes 16 / 37, which is another network. Grey
-    images are repeated in three channels. The name is ``dinov2`` for ViT-L/14 alone; others add their sizes. Raises
-    `InputError` for a missing or other folder, a missing transformers, and images of another number of channels.
+    Features (B, 1024), float32, are the class token after the last norm. The 37 x 37 position embeddings are
+    interpolated to 16 x 16 as in DINOv2's code, by a factor of 16.1 / 37; transformers uses 16 / 37, which is another
+    network. Grey images are repeated in three channels. The name is ``dinov2`` only for ViT-L/14; others add their
+    sizes. Raises `InputError` for a missing or other folder, a missing transformers, and images with a number of
+    channels other than 1 or 3.
     """
 
     name = "dinov2"
@@ -53,14 +54,16 @@ class DINOv2(FeatureNetwork):
     ) -> None:
         super().__init__()
         if resize not in RESIZES:
-            raise InputError(f"dinov2: no resize {resize!r}; there are {', '.join(RESIZES)}.{nearest(resize, RESIZES)}")
+            raise InputError(
+                f"dinov2: there is no resize {resize!r}.{nearest(resize, RESIZES)} Choose from {', '.join(RESIZES)}"
+            )
         if dtype not in ("float32", "float64"):
-            raise InputError(f"dinov2: computes in float32 or float64, not in {dtype!r}")
+            raise InputError(f"dinov2: dtype: float32 or float64, got {dtype!r}")
         self.weights = None if weights is None else str(weights)
         self.resize, self.sha256, self.dtype = resize, sha256, dtype
         self.packages = ("transformers", "pillow") if resize == "pil_bicubic_uint8" else ("transformers",)
         if weights is None:
-            raise Unavailable(f"dinov2: no weights are named; {_GET}")
+            raise Unavailable(f"dinov2: no weights are given; {_GET}")
         folder = Path(expand(str(weights)))
         patch = _check(folder)
         self.weights_sha256 = file_digest(folder / "model.safetensors")
@@ -76,7 +79,7 @@ class DINOv2(FeatureNetwork):
         self.eval().requires_grad_(False)
 
     def extract(self, images: Tensor) -> Extracted:
-        """The class tokens."""
+        """Return the class tokens."""
         if images.shape[1] not in (1, 3):
             raise InputError(f"features {self.name}: takes images of 1 or 3 channels, got {images.shape[1]}")
         return Extracted(torch.cat([self._extract(part) for part in images.split(AT_ONCE)]))
@@ -94,25 +97,25 @@ class DINOv2(FeatureNetwork):
 
 
 def _check(folder: Path) -> int:
-    """Size of the patches of a folder that holds a DINOv2."""
+    """Return the patch size of the model in a folder; raises InputError if it is not a DINOv2."""
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise Unavailable(f"dinov2: {folder} has no {name}; {_GET}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"dinov2: {folder}/config.json is no JSON: {error}") from None
+        raise InputError(f"dinov2: {folder}/config.json is not JSON: {error}") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "dinov2":
-        raise InputError(f"dinov2: {folder}/config.json is of a model of type {kind!r}, expected 'dinov2'")
+        raise InputError(f"dinov2: {folder}/config.json describes a model of type {kind!r}, expected 'dinov2'")
     patch = config.get("patch_size", 14)
     if not isinstance(patch, int) or patch < 1 or SIDE % patch:
-        raise InputError(f"dinov2: {folder}/config.json has patches of {patch}, which do not divide {SIDE}")
+        raise InputError(f"dinov2: {folder}/config.json has patch_size {patch}, which does not divide {SIDE}")
     return patch
 
 
 def _loaded(folder: Path) -> nn.Module:
-    """Only transformers knows how the names in published files became those of its modules."""
+    """Load the model by transformers, which maps the names in published files to its modules."""
     if importlib.util.find_spec("transformers") is None:
         raise Unavailable("features dinov2: transformers is not installed: pip install 'lightning_tdisent[dinov2]'")
     from transformers.models.dinov2 import Dinov2Model
@@ -124,10 +127,10 @@ def _loaded(folder: Path) -> nn.Module:
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
-                attn_implementation="sdpa",  # a config may name code on the hub
+                attn_implementation="sdpa",  # a config could name code on the hub
                 dtype=torch.float32,
             )
-    except Exception as error:  # of safetensors, of the hub's client, of transformers
+    except Exception as error:  # of safetensors, the hub client or transformers
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"dinov2: {folder} cannot be read: {reason}") from None
     network: nn.Module = loaded[0]
@@ -135,13 +138,13 @@ def _loaded(folder: Path) -> nn.Module:
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         said = "; ".join(f"{kind.replace('_', ' ')} {', '.join(keys[:3])}" for kind, keys in wrong.items() if keys)
-        raise InputError(f"dinov2: {folder}/model.safetensors holds another network than config.json says: {said}")
+        raise InputError(f"dinov2: {folder}/model.safetensors does not hold the network of config.json: {said}")
     return network
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and no reports: what they would say is checked."""
+    """Silence progress bars and reports: their content is checked."""
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -156,7 +159,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _positions(learned: Tensor, side: int) -> Tensor:
-    """Position embeddings (1, 1 + n * n, d) for side * side patches, as DINOv2's interpolate_pos_encoding."""
+    """Return position embeddings (1, 1 + side^2, d) from (1, 1 + n^2, d), as DINOv2's interpolate_pos_encoding."""
     first, rest = learned[:, :1], learned[:, 1:]
     grid = round(rest.shape[1] ** 0.5)
     if grid == side:

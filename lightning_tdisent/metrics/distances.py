@@ -1,6 +1,6 @@
 """Distances between two sets of features, as plain functions of tensors in float64.
 
-docs/evaluation.md says for each why it is not a library's.
+docs/evaluation.md says for each why no library's implementation is used.
 """
 
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from torch import Tensor
 from lightning_tdisent.errors import InputError
 
 CHUNK = 2048  # rows of a kernel or distance matrix in memory at a time
-TIE = 1e-10  # of squared norms: squared distances that differ by less are equal
+TIE = 1e-10  # relative to squared norms: squared distances that differ by less count as equal
 
 
 class Moments(NamedTuple):
-    """How many, mean (d,) and covariance (d, d), float64, divided by n - 1."""
+    """Sample count n, mean (d,) and covariance (d, d) with the divisor n - 1, float64."""
 
     n: int
     mean: Tensor
@@ -28,7 +28,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
-        """Return those of features (n, d); see `of_sums`."""
+        """Return the moments of features (n, d); see `of_sums`."""
         f = features.double()
         shift = f[:1].sum(0)
         centred = f - shift
@@ -36,20 +36,20 @@ class Moments(NamedTuple):
 
     @classmethod
     def of_sums(cls, counts: Tensor, shifts: Tensor, totals: Tensor, outers: Tensor) -> "Moments":
-        """Return those of all parts together (Chan et al. 1979): part r has n_r features and a shift z_r near them.
+        """Return the moments of all R parts (Chan et al. 1979): part r has n_r features and a shift z_r near them.
 
-        counts (R,), shifts z_r and totals, the sums of f - z_r, (R, d), outers, the sums of (f - z_r)(f - z_r)^T,
-        (R, d, d). Raw sums would cancel where means are large against deviations. Refuses what is no distribution and
-        says what was found.
+        counts: n_r (R,); shifts: z_r (R, d); totals: sums of f - z_r (R, d); outers: sums of (f - z_r)(f - z_r)^T
+        (R, d, d). Raw sums would lose digits by cancellation if means are large compared with deviations. Raises
+        InputError for fewer than two features, features that are not finite, and features that are all equal.
         """
         n, total = int(counts.sum()), totals.sum(0)
         if n < 2:
-            raise InputError(f"two images at least make a distribution, got {n}")
+            raise InputError(f"at least two images are required, got {n}")
         if not (total.isfinite().all() and outers.isfinite().all()):
             bad = int((~total.isfinite()).sum())
             raise InputError(f"{bad} of {len(total)} features are NaN or infinite in at least one of {n} images")
-        origin = shifts[int(counts.argmax())]  # of a part that has features
-        centres = totals / counts.clamp_min(1)[:, None]  # of each part, from its shift
+        origin = shifts[int(counts.argmax())]  # the shift of a part that has features
+        centres = totals / counts.clamp_min(1)[:, None]  # mean of each part, relative to its shift
         off = torch.where(counts[:, None] > 0, shifts - origin + centres, 0.0)
         centre = counts @ off / n
         between = (counts[:, None] * (off - centre)).T @ (off - centre)
@@ -57,16 +57,16 @@ class Moments(NamedTuple):
         mean, covariance = origin + centre, (within + between) / (n - 1)
         # float32 leaves relative errors of up to 3e-7 in features of equal images
         if bool((covariance.diagonal() <= 1e-13 * mean.square()).all()):
-            raise InputError(f"all {n} images are the same to the feature network: constant images, or a constant one")
+            raise InputError(f"all {n} images are the same to the feature network: images or network are constant")
         return cls(n, mean, covariance)
 
 
 def frechet(one: Moments, two: Moments) -> float:
-    """|m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^{1/2} (1706.08500, eq. 6), without a matrix square root.
+    """Return |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^{1/2} (1706.08500, eq. 6), without a matrix square root.
 
-    tr (C1 C2)^{1/2} is the sum of the square roots of the eigenvalues of L^T C2 L, symmetric, C1 = L L^T. Where a
-    covariance has no full rank it is the sum of singular values of F2^T F1, C = F F^T: squaring would leave an error
-    of 1e-8 in each vanishing direction.
+    tr (C1 C2)^{1/2} is the sum of the square roots of the eigenvalues of L^T C2 L, which is symmetric, C1 = L L^T. If a
+    covariance does not have full rank, it is computed as the sum of singular values of F2^T F1, C = F F^T: squaring
+    would leave an error of 1e-8 in each direction without variance.
     """
     d = len(one.mean)
     squared = (one.mean - two.mean).square().sum() + one.covariance.trace() + two.covariance.trace()
@@ -86,7 +86,7 @@ def _trace_by_cholesky(one: Tensor, two: Tensor) -> Tensor | None:
 
 
 def _sandwich(lower: Tensor, c: Tensor) -> Tensor:
-    """L^T C L, its lower triangle (the rest is not filled in), in 10 of 16 products of halves."""
+    """Return L^T C L, lower triangle only (the rest is not filled in), by 10 of 16 products of halves."""
     h = len(c) // 2
     a, b, d = lower[:h, :h], lower[h:, :h], lower[h:, h:]
     left, right = c @ lower[:, :h], c[:, h:] @ d
@@ -98,22 +98,23 @@ def _sandwich(lower: Tensor, c: Tensor) -> Tensor:
 
 
 def _factor(c: Tensor) -> Tensor:
-    """F (d, rank) with F F^T = C."""
+    """Return F (d, rank) with F F^T = C."""
     values, vectors = torch.linalg.eigh(c)
     kept = values > len(c) * torch.finfo(c.dtype).eps * values[-1]
     return vectors[:, kept] * values[kept].sqrt()
 
 
-HALVES = 2020  # seed of their permutation; RandomState, as numpy promises that its numbers never change
+HALVES = 2020  # seed of the permutation into halves, by RandomState, whose numbers numpy promises never to change
 
 
 def frechet_infinity(real: Moments, features: Tensor) -> tuple[float, float]:
-    """Frechet distance extrapolated to infinitely many generated images, with its standard error (1911.07023).
+    """Return the Frechet distance extrapolated to infinitely many images, and its standard error (1911.07023).
 
-    The bias of n images is close to b/n: the line over 1/n through the distance of all images and the mean of those of
-    their halves meets 0 at the estimate. The halves are of a fixed permutation, since images may come class by class.
-    The error is that of the distance itself to first order, the deviation of its influence function over sqrt(n).
-    features (n, d); with n < 10 d, where the bias is not yet b/n, refused. The bias of a finite reference stays.
+    The bias for n images is close to b/n: the estimate is the value at 1/n = 0 of the line through the distance of all
+    images and the mean distance of their halves. The halves are made by a fixed permutation, since images may be sorted
+    by class. The error is that of the distance itself to first order: the standard deviation of its influence function
+    over sqrt(n). features: (n, d); raises InputError for n < 10 d, where the bias is not yet b/n. The bias of a finite
+    reference remains.
     """
     n, d = features.shape
     if n < 10 * d:
@@ -136,9 +137,9 @@ def frechet_infinity(real: Moments, features: Tensor) -> tuple[float, float]:
 
 
 def frechet_bias(covariance: Tensor, n: int, n_real: int, seed: int = 0) -> float:
-    """What `frechet` gives on average for n and n_real draws of one Gaussian with this covariance, by simulation.
+    """Return the mean of `frechet` over n and n_real draws of one Gaussian with this covariance, by simulation.
 
-    It is what a perfect model would get: an estimate of the bias, since features are not Gaussian.
+    A perfect model would reach this value. It is an estimate of the bias, since features are not Gaussian.
     """
     values = torch.linalg.eigvalsh(covariance).clamp_min(0)
     scale = values[values > len(values) * torch.finfo(values.dtype).eps * values[-1]].sqrt().cpu()
@@ -153,7 +154,7 @@ def frechet_bias(covariance: Tensor, n: int, n_real: int, seed: int = 0) -> floa
 
 
 def _wishart(freedom: int, scale: Tensor, rng: np.random.Generator) -> Tensor:
-    """Covariance of freedom + 1 draws of N(0, diag(scale^2)): Bartlett's triangle, as many columns as its rank."""
+    """Draw the covariance of freedom + 1 samples of N(0, diag(scale^2)), by Bartlett's triangle with rank columns."""
     rank = min(freedom, len(scale))
     lower = torch.from_numpy(rng.standard_normal((len(scale), rank))).tril(-1)
     lower[range(rank), range(rank)] = torch.from_numpy(rng.chisquare(np.arange(freedom, freedom - rank, -1))).sqrt()
@@ -162,9 +163,9 @@ def _wishart(freedom: int, scale: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def kernel_distance(real: Tensor, fake: Tensor) -> float:
-    """Unbiased squared MMD with the kernel (x.y/d + 1)^3 over all pairs (1801.01401, section 4); may be below 0.
+    """Return the unbiased squared MMD with the kernel (x.y/d + 1)^3 over all pairs (1801.01401, section 4).
 
-    It is the expectation of the usual mean over random subsets of 1,000, and depends on no draw.
+    It may be negative. It is the expectation of the usual mean over random subsets of 1,000, without random numbers.
     """
 
     def total(x: Tensor, y: Tensor) -> float:
@@ -184,7 +185,7 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 def _checked(features: Tensor) -> Tensor:
     if len(features) < 2:
-        raise InputError(f"two images at least make a distribution, got {len(features)}")
+        raise InputError(f"at least two images are required, got {len(features)}")
     bad = int((~features.isfinite().all(1)).sum())
     if bad:
         raise InputError(f"features of {bad} of {len(features)} images are NaN or infinite")
@@ -192,29 +193,30 @@ def _checked(features: Tensor) -> Tensor:
 
 
 def neighbourhoods(features: Tensor, k: int) -> Tensor:
-    """Distance of each of (n, d) features to its k-th nearest neighbour among the others, (n,) float64."""
+    """Return the distance of each of (n, d) features to its k-th nearest neighbour among the others, float64 (n,)."""
     if len(features) <= k:
         raise InputError(f"{k} neighbours: more than {k} images are needed, got {len(features)}")
     f = _checked(features)
-    f = f - f.mean(0)  # distances of large means would cancel
+    f = f - f.mean(0)  # large means would cost digits by cancellation
     return torch.cat([_squares(rows, f)[0].kthvalue(k + 1, dim=1).values for rows in f.split(CHUNK)]).sqrt()
 
 
 def _squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances (n, m) of float64 features, and the differences up to which two of them count as equal."""
+    """Return squared distances (n, m) of float64 features, and the differences up to which two of them are equal."""
     scale = x.square().sum(1)[:, None] + y.square().sum(1)
     return (scale - 2 * x @ y.T).clamp_min(0), TIE * scale
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int) -> dict[str, float]:
-    """Improved precision and recall (1904.06991, eq. 1), density and coverage (2002.09797, eq. 5 and 6).
+    """Return improved precision and recall (1904.06991, eq. 1), density and coverage (2002.09797, eq. 5 and 6).
 
-    real (n, d), fake (m, d); a ball around each image reaches its k-th neighbour of its own set. precision: share of
-    fakes in a real one's ball; recall: share of reals in a fake one's; density: balls of reals per fake, over k;
-    coverage: share of reals whose ball holds a fake. As in the authors' codes, the balls of precision and recall are
-    closed (distance <= radius) and those of density and coverage are open (distance < radius). A distance equals a
-    radius where their squares differ by less than `TIE` of the squared norms (about the mean of the reals): the
-    features of one image differ by about as much with its place in a batch.
+    real: (n, d); fake: (m, d). The ball around an image has the distance to its k-th neighbour in the same set as its
+    radius. precision: share of fakes in the ball of a real image; recall: share of reals in the ball of a fake one;
+    density: mean number of balls of reals that a fake lies in, over k; coverage: share of reals whose ball contains a
+    fake. As in the authors' code, the balls of precision and recall are closed (distance <= radius) and those of
+    density and coverage are open (distance < radius). A distance equals a radius if their squares differ by less than
+    `TIE` times the squared norms (about the mean of the reals): the features of an image vary by about as much with its
+    position in a batch.
     """
     reach, reach_fake = neighbourhoods(real, k).square(), neighbourhoods(fake, k).square()
     centre = real.double().mean(0)

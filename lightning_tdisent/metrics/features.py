@@ -1,4 +1,4 @@
-"""The feature networks that are shipped, and `load_features`, which finds any by its name."""
+"""The shipped feature networks, and `load_features`, which loads any feature network by name."""
 
 import json
 from itertools import pairwise
@@ -17,15 +17,15 @@ from lightning_tdisent.images import from_uint8
 from lightning_tdisent.metrics.network import Extracted, FeatureNetwork
 from lightning_tdisent.schemas import check_metadata, parse_json
 
-SCHEMA = 1  # of a classifier's file; the first versions wrote none
+SCHEMA = 1  # of a classifier's file; files without a schema have schema 1
 SHIPPED = Path(__file__).parent / "shipped"
 
 
 class SmallClassifier(FeatureNetwork):
-    """Three convolutions and a linear layer; the features are the 64 activations before the classes.
+    """Three convolutions and a linear layer; the features are the 64 activations before the classification layer.
 
-    shape: (C, H, W) of an image; classes: number of classes; width: channels of the convolutions. The image is halved
-    once, and once more if it has 16 rows or more.
+    shape: (C, H, W) of an image; classes: number of classes; width: channels of the convolutions. The resolution is
+    halved once, and a second time if the image has at least 16 rows.
     """
 
     num_features = 64
@@ -51,16 +51,16 @@ class SmallClassifier(FeatureNetwork):
         self.head = nn.Linear(self.num_features, classes)
 
     def extract(self, images: Tensor) -> Extracted:
-        """The 64 activations and the logits."""
+        """Return the 64 activations and the logits."""
         features = self.body(from_uint8(images))
         return Extracted(features, self.head(features))
 
 
 class WhitenedClassifier(FeatureNetwork):
-    """Three stages of two convolutions on decorrelated 2 x 2 patches (2404.00498); features pooled over the image.
+    """Three stages of two convolutions on decorrelated 2 x 2 patches (2404.00498); features are pooled over the image.
 
-    shape: (C, H, W), sides from 16 on; classes: number of classes; widths: channels of the stages, the last is the
-    number of features. `whiten` sets the first convolution, which is not trained.
+    shape: (C, H, W), sides of at least 16; classes: number of classes; widths: channels of the stages, the last one is
+    the number of features. `whiten` sets the first convolution, which is not trained.
     """
 
     def __init__(self, shape: list[int], classes: int = 10, widths: tuple[int, ...] = (64, 256, 320)) -> None:
@@ -76,7 +76,7 @@ class WhitenedClassifier(FeatureNetwork):
 
     @torch.no_grad()
     def whiten(self, images: Tensor) -> None:
-        """Make the first convolution the eigenvectors of the images' 2 x 2 patches over their deviation, both signs."""
+        """Set the first convolution to eigenvectors of 2 x 2 patches divided by their deviation, with both signs."""
         x = from_uint8(images).unfold(2, 2, 1).unfold(3, 2, 1)
         patches = x.permute(0, 2, 3, 1, 4, 5).reshape(-1, 4 * images.shape[1]).double()
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
@@ -84,12 +84,12 @@ class WhitenedClassifier(FeatureNetwork):
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
 
     def once(self, images: Tensor) -> Extracted:
-        """Pooled activations and logits of images as they are, to train on."""
+        """Return pooled activations and logits of the images without their mirror images, for training."""
         features = self.body(self.whitening(from_uint8(images)))
         return Extracted(features, self.head(features) / 9)
 
     def extract(self, images: Tensor) -> Extracted:
-        """Means of those of the images and of their mirror images."""
+        """Return the means of `once` over the images and their mirror images."""
         one, other = self.once(images), self.once(images.flip(3))
         return Extracted((one.features + other.features) / 2, (one.logits + other.logits) / 2)  # type: ignore[operator]
 
@@ -101,18 +101,18 @@ def _stage(inside: int, outside: int) -> nn.Sequential:
         return [norm, nn.GELU()]
 
     convolutions = [nn.Conv2d(i, outside, 3, padding=1, bias=False) for i in (inside, outside)]
-    for c in convolutions:  # as many channels as go in begin as they come
+    for c in convolutions:  # the first channels are the identity at the start
         nn.init.dirac_(c.weight[: c.in_channels])
     first, second = convolutions
     return nn.Sequential(first, nn.MaxPool2d(2), *normed(), second, *normed())
 
 
 class Random(FeatureNetwork):
-    """Four convolutions that nobody trained, for any images, with no download: a curve that moves, not a quality.
+    """Four untrained convolutions for images of any kind, without a download: shows that a curve moves, not quality.
 
-    Weights are He-initialised from ``seed`` on the CPU; features are mean and deviation over the places of the last
-    layer's ``width`` channels, 2 width numbers. Random features do tell distributions apart (1801.03924, table 5),
-    badly.
+    Weights are He-initialised from ``seed`` on the CPU; the 2 width features are mean and standard deviation over the
+    places of the last layer's ``width`` channels. Random features do distinguish distributions, but poorly (1801.03924,
+    table 5).
     """
 
     name = "random"
@@ -131,7 +131,7 @@ class Random(FeatureNetwork):
         self.requires_grad_(False)
 
     def extract(self, images: Tensor) -> Extracted:
-        """Mean and deviation of the last activations."""
+        """Return mean and standard deviation of the last activations."""
         x = from_uint8(images)
         for i, weight in enumerate(self.weights):
             x = nn.functional.conv2d(x, weight, padding=1, stride=1 if i == 0 else 2).relu()
@@ -140,7 +140,7 @@ class Random(FeatureNetwork):
 
 def load_classifier(path: Path) -> FeatureNetwork:
     """Load a feature network that `save_classifier` wrote, frozen and in float32."""
-    with safe_open(path, "pt") as file, torch.device("meta"):  # where nothing is drawn
+    with safe_open(path, "pt") as file, torch.device("meta"):  # no weights are initialised
         about = file.metadata()
         check_metadata(about, str(path), SCHEMA)
         network = build(parse_json(about["spec"]), FeatureNetwork)
@@ -151,7 +151,10 @@ def load_classifier(path: Path) -> FeatureNetwork:
 
 
 def save_classifier(path: Path, network: FeatureNetwork, dtype: torch.dtype = torch.float32) -> None:
-    """Write a feature network with its description; float16 halves the file, and is what is then measured."""
+    """Write a feature network with its spec.
+
+    dtype: of the weights in the file; float16 halves it, and the loaded network then has the rounded weights.
+    """
     state = network.state_dict().items()
     tensors = {k: (v.to(dtype) if v.is_floating_point() else v).detach().contiguous() for k, v in state}
     write_whole(path, save(tensors, {"schema": str(SCHEMA), "spec": json.dumps(spec(network))}))
@@ -160,9 +163,10 @@ def save_classifier(path: Path, network: FeatureNetwork, dtype: torch.dtype = to
 def load_features(
     name: str, weights: str | None = None, resize: str | None = None, dtype: str | None = None, channels: int = 3
 ) -> FeatureNetwork:
-    """The feature network of a protocol, frozen: a shipped classifier, ``random``, ``inception`` or ``dinov2``.
+    """Return the feature network of a protocol, frozen: a shipped classifier, ``random``, ``inception`` or ``dinov2``.
 
-    weights, resize, dtype: of the last two, see there; channels: of the images, for ``random``.
+    weights, resize, dtype: arguments of `Inception` and `DINOv2`; channels: number of image channels, for ``random``.
+    Raises InputError for an unknown name, and `Unavailable` if a package or file is missing.
     """
     dtype = dtype or "float32"
     if name == "inception":
@@ -174,7 +178,7 @@ def load_features(
 
         return DINOv2(weights, resize or "pil_bicubic_uint8", dtype=dtype)
     if weights is not None:
-        raise InputError(f"weights: {name!r} has its own; they are given for inception and dinov2")
+        raise InputError(f"weights: {name!r} has its own weights; leave them out. They are for inception and dinov2")
     if name == "random":
         return Random(channels)
     if name not in (known := known_features()):

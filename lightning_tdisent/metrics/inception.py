@@ -1,7 +1,7 @@
-"""The network of the literature's FID, Inception Score, KID and sFID, in the three resizes that papers use.
+"""The network of the literature's FID, Inception Score, KID and sFID, with the three resizes that papers use.
 
-Its layers are torch-fidelity's, a port of TensorFlow's inception-2015-12-05 graph whose poolings differ from those of
-any other Inception. torch-fidelity is an extra: it declares torchvision, which these layers do not use.
+Its layers are those of torch-fidelity, a port of TensorFlow's inception-2015-12-05 graph, whose pooling layers differ
+from those of any other Inception. torch-fidelity is an extra: it declares torchvision, which these layers do not use.
 """
 
 import functools
@@ -20,26 +20,26 @@ from lightning_tdisent.metrics.network import Extracted, FeatureNetwork
 
 SIDE = 299
 RESIZES = ("tf1", "pil_bicubic", "torch_antialias")
-AT_ONCE = 64  # images in the network at a time, on a GPU: 1 GB of activations
+AT_ONCE = 64  # images in the network at a time: 1 GB of activations on a GPU
 _STEM = ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"]
 _UP_TO_SPATIAL = [*_STEM, "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d"]
 _TO_THE_END = ["Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c", "AvgPool"]
 
 
 class Inception(FeatureNetwork):
-    """InceptionV3 of 2015-12-05 (1512.00567), as FID (1706.08500) is defined on it.
+    """InceptionV3 of 2015-12-05 (1512.00567), the network that defines FID (1706.08500).
 
-    weights: file of torch-fidelity's or pytorch-fid's conversion, that in the cache if None (see `weights.fetch`);
-    sha256: its digest where it is not the known one; dtype: of the computation, ``float32`` or ``float64``; resize:
-    how images come to 299 x 299. ``tf1`` is bilinear with the coordinates of TensorFlow 1, in FID's own code, ADM's
-    evaluator and torch-fidelity; ``pil_bicubic`` is antialiased, unrounded and clipped to 0..255, in clean-fid
-    (2104.11222); ``torch_antialias`` is bilinear and antialiased, the default of torchmetrics since 1.8.
+    weights: file of torch-fidelity's or pytorch-fid's conversion, the one in the cache if None (see `weights.fetch`);
+    sha256: its digest if it is not the known file; dtype: of the computation, ``float32`` or ``float64``; resize:
+    how images are resized to 299 x 299. ``tf1`` is bilinear with the coordinates of TensorFlow 1, as in the original
+    code of FID, ADM's evaluator and torch-fidelity; ``pil_bicubic`` is antialiased, unrounded and clipped to 0..255, as
+    in clean-fid (2104.11222); ``torch_antialias`` is bilinear and antialiased, the default of torchmetrics since 1.8.
 
-    Features (B, 2048) are those of pool_3; logits (B, 1008) are without the classes' bias, as ADM and torch-fidelity
-    have them for the Inception Score (1606.03498); spatial features (B, 2023), for sFID (2103.03841), are the first 7
-    channels of TensorFlow's mixed_6/conv at 17 x 17 places, channels last as in the statistics that ADM publishes.
-    All are float32. Grey images are repeated in three channels. Raises `InputError` for missing or other weights, a
-    missing torch-fidelity, and images of another number of channels.
+    Features (B, 2048) are those of pool_3; logits (B, 1008) omit the bias of the classes, as in the Inception Score
+    (1606.03498) of ADM and torch-fidelity; spatial features (B, 2023), for sFID (2103.03841), are the first 7 channels
+    of TensorFlow's mixed_6/conv at 17 x 17 places, channels last as in the statistics that ADM publishes. All are
+    float32. Grey images are repeated in three channels. Raises `InputError` for missing or other weights, a missing
+    torch-fidelity, and images with a number of channels other than 1 or 3.
     """
 
     name = "inception"
@@ -53,10 +53,10 @@ class Inception(FeatureNetwork):
         super().__init__()
         if resize not in RESIZES:
             raise InputError(
-                f"inception: no resize {resize!r}; there are {', '.join(RESIZES)}.{nearest(resize, RESIZES)}"
+                f"inception: there is no resize {resize!r}.{nearest(resize, RESIZES)} Choose from {', '.join(RESIZES)}"
             )
         if dtype not in ("float32", "float64"):
-            raise InputError(f"inception: computes in float32 or float64, not in {dtype!r}")
+            raise InputError(f"inception: dtype: float32 or float64, got {dtype!r}")
         self.weights = None if weights is None else str(weights)
         self.resize, self.sha256, self.dtype = resize, sha256, dtype
         self.packages = ("torch-fidelity", "pillow") if resize == "pil_bicubic" else ("torch-fidelity",)
@@ -68,17 +68,17 @@ class Inception(FeatureNetwork):
             nn.Module.load_state_dict(self.layers, state, assign=True)
         except RuntimeError as error:
             wrong = " ".join(str(error).split())[:200]
-            raise InputError(f"inception: {weights} holds another network: {wrong}") from None
+            raise InputError(f"inception: {weights} holds the weights of another network: {wrong}") from None
         self.layers.to(getattr(torch, dtype))
         self.layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Inception":
-        """Stay in eval mode: a module that holds this one may be trained, its statistics may not."""
+        """Stay in eval mode, also as part of a module that is trained: the running statistics must not change."""
         return super().train(False)
 
     def extract(self, images: Tensor) -> Extracted:
-        """Features, logits without bias, and spatial features."""
+        """Return features, logits without bias, and spatial features."""
         if images.shape[1] not in (1, 3):
             raise InputError(f"features inception: takes images of 1 or 3 channels, got {images.shape[1]}")
         parts = [self._extract(part) for part in images.split(AT_ONCE)]
@@ -91,7 +91,7 @@ class Inception(FeatureNetwork):
         x = ((x - 128) / 128).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         for name in _UP_TO_SPATIAL:
             x = getattr(self.layers, name)(x)
-        # mixed_6/conv is the first of the four branches that make up the block mixed_6, Mixed_6d here
+        # mixed_6/conv is the first of the four branches of the block mixed_6, which is Mixed_6d here
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
         for name in _TO_THE_END:
             x = getattr(self.layers, name)(x)
@@ -100,7 +100,7 @@ class Inception(FeatureNetwork):
 
 
 def _resized(images: Tensor, resize: str, dtype: torch.dtype) -> Tensor:
-    """uint8 (B, C, H, W) to numbers from 0 to 255, (B, C, 299, 299)."""
+    """Resize uint8 images (B, C, H, W) to (B, C, 299, 299), values from 0 to 255."""
     if resize == "tf1":
         return _torch_fidelity()[1](images.to(dtype), size=(SIDE, SIDE), align_corners=False)
     if resize == "torch_antialias":
@@ -110,7 +110,10 @@ def _resized(images: Tensor, resize: str, dtype: torch.dtype) -> Tensor:
 
 
 def pil_bicubic(images: Tensor, side: int, numbers: type[np.uint8] | type[np.float32]) -> Tensor:
-    """uint8 (B, C, H, W) to (B, C, side, side) on the CPU, 0 to 255, by Pillow: in bytes, or in unrounded floats."""
+    """Resize uint8 images (B, C, H, W) to (B, C, side, side) by Pillow on the CPU, values from 0 to 255.
+
+    numbers: numpy.uint8 to compute with bytes, numpy.float32 for unrounded values.
+    """
     resized = np.empty((*images.shape[:2], side, side), numbers)
     for i, image in enumerate(images.cpu().numpy()):
         for j, channel in enumerate(image.astype(numbers)):
@@ -120,20 +123,20 @@ def pil_bicubic(images: Tensor, side: int, numbers: type[np.uint8] | type[np.flo
 
 @functools.cache
 def _torch_fidelity() -> tuple[type[nn.Module], Callable[..., Tensor]]:
-    """The class with the layers, and the resize of TensorFlow 1; see the package's ``__init__``."""
+    """Return the class of the layers and the resize of TensorFlow 1 (see ``lightning_tdisent.__init__``)."""
     try:
         layers = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
         resize = importlib.import_module("torch_fidelity.interpolate_compat_tensorflow")
     except ImportError as error:
         raise Unavailable(
             f"inception: torch-fidelity is not installed ({error}): pip install lightning_tdisent[inception], or, "
-            "where torchvision cannot be had or would replace torch, pip install --no-deps torch-fidelity"
+            "if torchvision is not available or would replace torch, pip install --no-deps torch-fidelity"
         ) from None
     return layers.FeatureExtractorInceptionV3, resize.interpolate_bilinear_2d_like_tensorflow1x
 
 
 def empty() -> nn.Module:
-    """The layers without weights: the constructor would download them, or read a file without a check."""
+    """Return the layers without weights: their constructor would download them, or read a file unchecked."""
     layers, _ = _torch_fidelity()
     unread = type("FeatureExtractorInceptionV3", (layers,), {"load_state_dict": lambda self, state: None})
     nothing = io.BytesIO()

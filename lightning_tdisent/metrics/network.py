@@ -1,7 +1,8 @@
-"""What a feature network is; each is named after the data it was trained on.
+"""Base class of feature networks; each is named after the data it was trained on.
 
-Distances in the features of different networks are never comparable: the metric's name says which was used, and the
-protocol holds the SHA-256 of its weights. Only the network of the literature's FID is called Inception.
+Distances in the features of different networks are never comparable: the name of the number contains that of the
+network, and the protocol holds the SHA-256 of its weights. Only the network of the literature's FID has the name
+Inception.
 """
 
 from abc import ABC, abstractmethod
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.errors import InputError
 
-BLOCK = 16  # images at a time on a CPU, whose kernels round otherwise for other numbers of them; also the fastest
+BLOCK = 16  # batch size on a CPU, where kernels round differently for other batch sizes; also the fastest
 
 
 class Extracted(NamedTuple):
-    """What a network says of images: features (B, d), float32; where it has them logits (B, classes), and spatial,
-    features of an inner layer with their places, (B, e)."""
+    """Outputs of a feature network: features (B, d), float32; logits (B, classes) and spatial (B, e), None if absent.
+
+    spatial: features of an inner layer at all its places, flattened.
+    """
 
     features: Tensor
     logits: Tensor | None = None
@@ -26,13 +29,12 @@ class Extracted(NamedTuple):
 
 
 class FeatureNetwork(Part, nn.Module, ABC):
-    """uint8 images (B, C, H, W) -> `Extracted`; frozen, in eval mode.
+    """Map uint8 images (B, C, H, W) to `Extracted`; frozen, in eval mode.
 
-    name: after the data it was trained on; shape: (C, H, W) of the images it takes, None for any; num_features: d;
-    classes, num_spatial: widths of logits and spatial features, None where it has none; resize: how images come to
-    the size of its input; dtype: of its arithmetic; weights_sha256: of the file,
-    or of the numbers, that make it what it is; packages: those
-    whose code it is.
+    name: name of the data it was trained on; shape: (C, H, W) of the images it takes, any if None; num_features: d;
+    classes, num_spatial: widths of logits and spatial features, None if it has none; resize: how images are brought to
+    the size of its input; dtype: of its arithmetic; weights_sha256: SHA-256 of the file of its weights, or of the
+    weights; packages: packages whose code it uses.
     """
 
     name = "features"
@@ -47,13 +49,13 @@ class FeatureNetwork(Part, nn.Module, ABC):
 
     @abstractmethod
     def extract(self, images: Tensor) -> Extracted:
-        """uint8 (B, C, H, W), on the network's device, to what it says of them."""
+        """Return the outputs for uint8 images (B, C, H, W) on the device of the network."""
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Extracted:
-        """As `extract`; refuses images of another dtype, range or shape and says what was found.
+        """Return `extract` of the images; raises InputError for another dtype, range or shape, with what was found.
 
-        On a CPU the network always sees `BLOCK` images, so that those of one image do not depend on its company.
+        On a CPU the network always gets `BLOCK` images, so that the outputs of an image do not depend on its batch.
         """
         if images.dtype != torch.uint8:
             found = f"{images.dtype}"
@@ -74,6 +76,6 @@ class FeatureNetwork(Part, nn.Module, ABC):
 
 
 def filled(images: Tensor) -> Tensor:
-    """A block of `BLOCK` images, the missing ones copies of the last."""
+    """Pad images to a block of `BLOCK` with copies of the last one."""
     missing = BLOCK - len(images)
     return torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]) if missing and len(images) else images

@@ -1,4 +1,4 @@
-"""`PairedQuality`: numbers of conditional generation, several draws for each held-out item given its observation."""
+"""`PairedQuality`: metrics of conditional generation, with several draws for each observation of a held-out item."""
 
 from collections.abc import Sequence
 
@@ -39,7 +39,7 @@ class PairedQuality:
         features: str = "",
     ) -> None:
         if draws < 1 or items < 1:
-            raise InputError(f"draws, items: 1 at least of each, got {draws} and {items}")
+            raise InputError(f"draws, items: at least 1 of each, got {draws} and {items}")
         self.operator, self.draws, self.items, self.network = operator, draws, items, network
         self.features = features or (network.name if network is not None else "")
         self.of_images: tuple[PairedMetric, ...] = (PSNR(), SSIM(), Consistency(), *further)
@@ -50,37 +50,39 @@ class PairedQuality:
 
     @property
     def device(self) -> torch.device:
-        """Where networks and states are."""
+        """Device of the networks and states."""
         return self.states["images"].device
 
     def to(self, device: torch.device | str) -> "PairedQuality":
-        """Move networks and states to a device."""
+        """Move the networks and states to a device."""
         for part in (self.network, *self.of_images, *self.states.values()):
             if part is not None:
                 part.to(device)
         return self
 
     def reference(self, images: Tensor, observations: Tensor) -> None:
-        """Add real pairs, uint8 (B, C, H, W) and float (B, C', H, W) in [-1, 1]; nothing to do without a network."""
+        """Add real pairs, uint8 (B, C, H, W) and float (B, C', H, W) in [-1, 1]; without a network, only check them."""
         self._check(images, observations)
         if self.network is not None:
             pairs = JointFrechetDistance.features(self.network, images.to(self.device), observations.to(self.device))
             self.states["real"].update(pairs)
 
     def add(self, images: Tensor, originals: Tensor, observations: Tensor, item: Tensor, draw: Tensor) -> None:
-        """Add draws and originals, uint8 (B, C, H, W), stored observations, and their numbers, int64 (B,).
+        """Add draws and originals, uint8 (B, C, H, W), stored observations, and item and draw numbers, int64 (B,).
 
-        Raises `InputError` for other shapes, dtypes, ranges or numbers, and for an observation that A does not make of
-        the original by the item's number. On a GPU this waits for it.
+        Raises `InputError` for other shapes, dtypes, ranges or numbers, and for an observation that is not A of the
+        original with the item's number. On a GPU this synchronises with the host.
         """
         self._check(images, observations)
         if originals.dtype != torch.uint8 or originals.shape != images.shape:
-            raise InputError(f"originals: uint8 {tuple(images.shape)} as the images, got {_said(originals)}")
+            raise InputError(f"originals: expected uint8 {tuple(images.shape)} like the images, got {_said(originals)}")
         for name, numbers, below in (("item", item, self.items), ("draw", draw, self.draws)):
             if numbers.shape != (len(images),) or numbers.dtype != torch.int64:
-                raise InputError(f"{name}: an int64 number for each of {len(images)} images, got {_said(numbers)}")
+                raise InputError(
+                    f"{name}: expected an int64 number for each of {len(images)} images, got {_said(numbers)}"
+                )
             if len(wrong := numbers[(numbers < 0) | (numbers >= below)]):
-                raise InputError(f"{name}: numbers from 0 to {below - 1}, got {int(wrong[0])}")
+                raise InputError(f"{name}: expected numbers from 0 to {below - 1}, got {int(wrong[0])}")
         if not len(images):
             return
         images, originals, item, draw = (part.to(self.device) for part in (images, originals, item, draw))
@@ -96,21 +98,21 @@ class PairedQuality:
             self.states["pairs"].update(JointFrechetDistance.features(self.network, images, y))
 
     def compute(self) -> dict[str, float]:
-        """Synchronise over ranks, all of which must ask, and return the numbers by name.
+        """Synchronise over ranks and return the numbers by key (collective).
 
-        Raises `InputError` on all of them where a draw is missing or came twice, or features are no distribution.
+        Raises `InputError` on all ranks if a draw is missing or was added twice, or if features are not a distribution.
         """
         shapes = sorted({tuple(shape) for shape in all_gather(self.shape) if shape})
         if len(shapes) > 1:
-            raise InputError(f"images of one shape are compared, ranks have {' and '.join(map(str, shapes))}")
-        if shapes:  # a rank without images has sums to send all the same
+            raise InputError(f"all images must have one shape, ranks have {' and '.join(map(str, shapes))}")
+        if shapes:  # a rank without images sends sums, too
             self.begin(list(shapes[0]))
         images = computed(self.states["images"])
         if len(wrong := (images[:, 0] != 1).nonzero()):
             i, d = divmod(int(wrong[0]), self.draws)
             raise InputError(
-                f"{int(images[:, 0].sum()):,} images were measured, {self.items:,} items of {self.draws} draws are "
-                f"{len(images):,}: draw {d} of item {i} came {int(images[wrong[0], 0])} times"
+                f"{int(images[:, 0].sum()):,} images were measured, expected {len(images):,} ({self.items:,} items of "
+                f"{self.draws} draws): draw {d} of item {i} was added {int(images[wrong[0], 0])} times"
             )
         means = images[:, 1:].mean(0).tolist()
         out = {m.columns[0].key(self.features): m.finish(x) for m, x in zip(self.of_images, means, strict=True)}
@@ -120,18 +122,21 @@ class PairedQuality:
             try:
                 real, pairs = (computed(self.states[name]) for name in ("real", "pairs"))
             except InputError as error:
-                raise InputError(f"jfd: {error}; real pairs are those of reference()") from None
+                raise InputError(f"jfd: {error}; real pairs are added by reference()") from None
             out[JointFrechetDistance.columns[0].key(self.features)] = frechet(real, pairs)
         return out
 
     def reset(self) -> None:
-        """Forget the generated images; the real pairs stay."""
+        """Remove the generated images; the real pairs stay."""
         for name, state in self.states.items():
             if name != "real":
                 state.reset()
 
     def begin(self, shape: list[int]) -> None:
-        """Make what the first images' shape decides; refuse one that A cannot degrade, and sums that do not fit."""
+        """Create the state that depends on the shape of the images, (C, H, W).
+
+        Raises `InputError` for a shape that A cannot degrade, and for sums that are too large.
+        """
         if self.shape is not None:
             return
         self.operator.check(shape)
@@ -141,16 +146,16 @@ class PairedQuality:
 
     def _check(self, images: Tensor, observations: Tensor) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise InputError(f"images: uint8 (B, C, H, W), 0 to 255, got {_said(images)}; see to_uint8")
+            raise InputError(f"images: expected uint8 (B, C, H, W), 0 to 255, got {_said(images)}; see to_uint8")
         shape = list(images.shape[1:])
         self.begin(shape)
         if shape != self.shape:
-            raise InputError(f"images of {self.shape} came first, got {shape}")
+            raise InputError(f"images: the first had the shape {self.shape}, got {shape}")
         wanted = (len(images), self.operator.channels(shape[0]), *shape[1:])
         if not observations.is_floating_point() or observations.shape != wanted:
-            raise InputError(f"observations: floats {wanted}, got {_said(observations)}")
+            raise InputError(f"observations: expected floats {wanted}, got {_said(observations)}")
         if observations.numel() and not float(observations.abs().max()) <= 1 + 1e-3:  # nor NaN
-            raise InputError(f"observations: finite and in [-1, 1], got {_said(observations)}")
+            raise InputError(f"observations: expected finite values in [-1, 1], got {_said(observations)}")
 
 
 def _said(x: Tensor) -> str:

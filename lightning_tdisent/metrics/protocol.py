@@ -76,7 +76,7 @@ class Protocol:
         for name in ("n", "n_real", "kept"):
             value = getattr(self, name)
             if value is not None and value < 2:
-                raise InputError(f"{name}: two images at least make a distribution, got {value}")
+                raise InputError(f"{name}: at least two images are required, got {value}")
         for metric in self.chosen:
             metric.check(self)
 

@@ -1,4 +1,4 @@
-"""Statistics of the real images, computed once for each data set and protocol, and kept."""
+"""Statistics of the real images, computed once for each data set and protocol, and cached on disk."""
 
 import contextlib
 import itertools
@@ -27,13 +27,14 @@ from lightning_tdisent.metrics.weights import cache_folder
 from lightning_tdisent.schemas import check_metadata, check_schema, parse_json
 
 BATCH = 256
-_KEY, SCHEMA = "check", 1  # the first versions wrote no schema
+_KEY, SCHEMA = "check", 1  # files without a schema have schema 1
 
 
 class Reference(NamedTuple):
-    """Moments of the real images' features, features (k, d) of some, moments of an inner layer's.
+    """Statistics of the features of real images.
 
-    key: `Protocol.reference` of the protocol they were taken by.
+    key: `Protocol.reference` of the protocol they were computed for; moments: of the features of all images; kept:
+    features (k, d) of some images; spatial: moments of the spatial features, None if no metric needs them.
     """
 
     key: str
@@ -42,7 +43,7 @@ class Reference(NamedTuple):
     spatial: Moments | None = None
 
     def to(self, device: torch.device | str) -> "Reference":
-        """Return the same on a device."""
+        """Return a copy on a device."""
         spatial = None if self.spatial is None else self.spatial.to(device)
         return Reference(self.key, self.moments.to(device), self.kept.to(device), spatial)
 
@@ -50,10 +51,11 @@ class Reference(NamedTuple):
 def reference(
     protocol: Protocol, network: FeatureNetwork, take: Callable[[Tensor], Tensor], device: torch.device | str = "cpu"
 ) -> Reference:
-    """Statistics of the real images that a resolved protocol names, from the cache if they are there.
+    """Return the statistics of the real images of a resolved protocol, from the cache if it has them (collective).
 
-    take: numbers, int64 (B,), to uint8 images (B, C, H, W); each rank takes its share, and all get the same. A file
-    whose bytes have changed is refused with a warning, and made anew.
+    take: maps image numbers, int64 (B,), to uint8 images (B, C, H, W); each rank takes its share, and all return the
+    same. A file whose bytes have changed causes a warning, and is computed and written again. Raises InputError for a
+    file of a newer version.
     """
     path = _in_cache("reference", f"{protocol.real}-{protocol.reference}.safetensors")
     with shared_errors():
@@ -64,24 +66,24 @@ def reference(
         except FileNotFoundError:
             found = None
         except (SafetensorError, KeyError, ValueError, OSError) as error:
-            warnings.warn(f"{path}: refused ({error}); its statistics are computed anew", stacklevel=2)
+            warnings.warn(f"{path}: refused ({error}); its statistics are computed again", stacklevel=2)
             found = None
     complete = all(all_gather(found is not None))
     if found is not None and complete:
         return found
     found = measure(protocol, network, take, device)
-    if path and os.environ.get("LOCAL_RANK", "0") == "0":  # one of each machine, which may have a cache of its own
+    if path and os.environ.get("LOCAL_RANK", "0") == "0":  # one rank per machine: each may have its own cache
         try:
             _write(path, found, protocol)
         except InputError as error:
-            warnings.warn(f"{error}; the next run will measure the real images again", stacklevel=2)
+            warnings.warn(f"{error}; the next run has to measure the real images again", stacklevel=2)
     return found
 
 
 def measure(
     protocol: Protocol, network: FeatureNetwork, take: Callable[[Tensor], Tensor], device: torch.device | str = "cpu"
 ) -> Reference:
-    """Pass the real images through the network, this rank's share of them, and put all ranks' together."""
+    """Return the statistics of the real images: each rank passes its share through the network (collective)."""
     assert protocol.n_real is not None
     rank, world = rank_and_world()
     network.to(device)
@@ -107,7 +109,7 @@ def measure(
 
 
 def remembered(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Plain data that a name stands for, measured if it is not kept; a file that has changed is measured anew."""
+    """Return the JSON data cached under a name, measured if there is none or the file was changed (collective)."""
     path = _in_cache("numbers", f"{name}.json")
     with shared_errors():
         try:
@@ -123,7 +125,7 @@ def remembered(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, An
     if everywhere:
         return values
     if path and os.environ.get("LOCAL_RANK", "0") == "0":
-        with contextlib.suppress(InputError):  # what cannot be kept is measured again
+        with contextlib.suppress(InputError):  # without a cache it is measured in each run
             write_whole(
                 path, json.dumps({"schema": SCHEMA, "values": values, "check": digest_of_data(values)}).encode()
             )
@@ -131,7 +133,7 @@ def remembered(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, An
 
 
 def _in_cache(*parts: str) -> Path | None:
-    """Return the path of a file of the cache, None if there is no folder for one."""
+    """Return the path of a file in the cache, None if there is no folder for the cache."""
     try:
         return cache_folder().joinpath(*parts)
     except InputError:

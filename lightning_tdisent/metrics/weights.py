@@ -1,7 +1,7 @@
-"""Where the weights of feature networks that are not shipped lie, and how they get there.
+"""Locate, check and download the weights of feature networks that are not shipped.
 
-Nothing is downloaded unless `fetch` is called, and no file is read for its tensors before its SHA-256 is the one that
-is known: a number made with other weights would be of another metric under the same name.
+Nothing is downloaded unless `fetch` is called, and no file is read as tensors before its SHA-256 has been checked:
+numbers computed with other weights would be another metric under the same name.
 """
 
 import io
@@ -36,8 +36,8 @@ class Known(NamedTuple):
 
 
 # Apache-2.0, converted by torch-fidelity from TensorFlow's inception-2015-12-05 graph, the network of the FID paper
-# (1706.08500); pytorch-fid publishes the same file. Its name holds the first eight digits of the digest; all 64 are
-# those that several unrelated public repositories pin for it, under either publisher's name.
+# (1706.08500); pytorch-fid publishes the same file. Its name contains the first eight digits of the digest; several
+# unrelated public repositories pin the same 64 digits, under either publisher's name.
 KNOWN = {
     "inception": Known(
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
@@ -49,26 +49,26 @@ KNOWN = {
 
 
 def cache_folder() -> Path:
-    """Return the folder of fetched weights: $TDISENT_CACHE, else ~/.cache/lightning_tdisent; it need not exist.
+    """Return the cache folder: $TDISENT_CACHE, else ~/.cache/lightning_tdisent; it need not exist.
 
-    Raises InputError without $TDISENT_CACHE for a user who has no home folder.
+    Raises InputError if $TDISENT_CACHE is a URL, or if it is not set and the user has no home folder.
     """
     if named := os.environ.get("TDISENT_CACHE"):
         named = expand(named, "TDISENT_CACHE")
         if "://" in named:
-            raise InputError(f"TDISENT_CACHE: {named}: name a folder of this machine, and not a URL")
+            raise InputError(f"TDISENT_CACHE: {named}: must be a folder on this machine, not a URL")
         return Path(named)
     home = os.path.expanduser("~")
     if not os.path.isabs(home):
-        raise InputError("there is no home folder for the cache. Set TDISENT_CACHE in the environment to a folder")
+        raise InputError("there is no home folder for the cache. Set TDISENT_CACHE to a folder")
     return Path(home) / ".cache" / "lightning_tdisent"
 
 
 def locate(name: str, path: str | Path | None = None, sha256: str | None = None) -> Path:
-    """The file of the weights called ``name``: ``path``, else that in the cache, with its SHA-256 checked.
+    """Return the file of the weights called ``name``, ``path`` or else the one in the cache, with its SHA-256 checked.
 
-    sha256: the digest that it must have, of a file of one's own; the known one otherwise. Raises `InputError` if the
-    file is not there or is another one.
+    sha256: the digest that the file must have, the known one if None. Raises `Unavailable` if the file does not exist,
+    `InputError` if it has another digest.
     """
     known, file = _known(name), _where(name, path)
     _refuse_another(f"{name}: {file}", digest_of(_chunks(name, str(file))), sha256 or known.sha256)
@@ -76,16 +76,16 @@ def locate(name: str, path: str | Path | None = None, sha256: str | None = None)
 
 
 def load(name: str, path: str | Path | None = None, sha256: str | None = None) -> dict[str, Tensor]:
-    """The tensors in the file that `locate` finds, on the CPU; what was checked is what is read.
+    """Return the tensors in the file that `locate` finds, on the CPU; the bytes that were checked are those read.
 
-    Raises `InputError` if the file is not there, is another one, or holds anything besides tensors.
+    Raises `Unavailable` if the file does not exist, `InputError` if it has another digest or holds more than tensors.
     """
     known, file = _known(name), _where(name, path)
     content = b"".join(_chunks(name, str(file)))
     _refuse_another(f"{name}: {file}", digest(content), sha256 or known.sha256)
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever its readers of two formats run into
+    except Exception as error:  # of the readers of two formats
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{name}: {file} cannot be read as tensors alone: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -96,12 +96,12 @@ def load(name: str, path: str | Path | None = None, sha256: str | None = None) -
 def fetch(
     name: str, source: str | Path | None = None, expected: str | None = None, progress: Progress | None = None
 ) -> Path:
-    """Bring weights into the cache, from where they are published or from ``source``, and return the file.
+    """Copy weights into the cache, from their publisher or from ``source``, and return the file.
 
-    source: a file, or an http(s) URL, of a mirror; expected: SHA-256, the known one if None; progress: called with
-    the bytes so far and all of them, None if unknown. The file gets its name once all of it is on the disk and has
-    the digest; one that is there and has it is left alone. Raises `InputError` if the source cannot be read or is
-    another file, `Halted` if the cache cannot be written.
+    source: a file, or an http(s) URL of a mirror; expected: SHA-256, the known one if None; progress: called with the
+    number of bytes so far and the total, None if unknown. The file gets its name when it is complete on disk and its
+    digest has been checked; an existing file with the digest is kept. Raises `InputError` if the source cannot be read
+    or has another digest, `Halted` if the cache cannot be written.
     """
     known = _known(name)
     wanted = expected or known.sha256
@@ -129,7 +129,7 @@ def fetch(
 
 def _known(name: str) -> Known:
     if name not in KNOWN:
-        raise InputError(f"no weights are known as {name!r}; there are {', '.join(KNOWN)}.{nearest(name, KNOWN)}")
+        raise InputError(f"there are no weights called {name!r}.{nearest(name, KNOWN)} Choose from {', '.join(KNOWN)}")
     return KNOWN[name]
 
 
@@ -139,25 +139,25 @@ def _where(name: str, path: str | Path | None) -> Path:
     if not file.is_file():
         if path:
             raise Unavailable(
-                f"{name}: no weights at {file}. Name another file, or none for the one of {_COMMAND} {name}"
+                f"{name}: no weights at {file}. Give another file, or none to use the one of {_COMMAND} {name}"
             )
         raise Unavailable(
-            f"{name}: no weights at {file}. Get them ({known.megabytes} MB) with: {_COMMAND} {name}; or name a file "
-            "that you have with --weights FILE (weights of a study or of SampleQuality)"
+            f"{name}: no weights at {file}. Get them ({known.megabytes} MB) with: {_COMMAND} {name}; or give a file "
+            "that you have by --weights FILE (weights: of a study or of SampleQuality)"
         )
     return file
 
 
 def _refuse_another(what: str, found: str, wanted: str) -> None:
     if found != wanted.lower():
-        raise InputError(f"{what} has SHA-256 {found}, expected {wanted}: it is another file or a damaged one")
+        raise InputError(f"{what} has SHA-256 {found}, expected {wanted}: it is another file, or damaged")
 
 
 def _chunks(name: str, source: str, progress: Progress | None = None) -> Iterator[bytes]:
-    """All bytes of a file or URL; whatever keeps them from being read is an `InputError`, never an OSError."""
+    """Yield all bytes of a file or URL; raises `InputError`, never an OSError, if they cannot be read."""
     online = source.startswith(("http://", "https://"))
     if not online and "://" in source:
-        raise InputError(f"{name}: {source}: weights are fetched from http(s) URLs and files only")
+        raise InputError(f"{name}: {source}: weights are fetched only from http(s) URLs and files")
     try:
         if online:
             stream = urllib.request.urlopen(source, timeout=_PATIENCE)  # noqa: S310  the scheme is checked above
@@ -187,5 +187,5 @@ def _unreadable(name: str, source: str, error: Exception) -> str:
     cause = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
     said = f"{name}: {source} cannot be read: {cause}"
     if source.startswith("http"):
-        said += f". Without a network, copy the file here by other means, then: {_COMMAND} {name} --source FILE"
+        said += f". Without a network, copy the file to this machine, then: {_COMMAND} {name} --source FILE"
     return said

@@ -1,1 +1,1 @@
-"""Figures, tables and pages."""
+"""Tables, figures and the HTML page of an evaluation."""

@@ -1,4 +1,4 @@
-"""A look at a split of shards: pictures, values and classes, as one PNG and a table for the terminal."""
+"""Summary of a split of shards: pictures, values and classes, as one PNG and a table for the terminal."""
 
 import json
 import math
@@ -31,11 +31,12 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Look:
-    """What ``looked`` samples spread over a split look like, some of them decoded, and the classes of all.
+    """Summary of ``looked`` samples spread over a split, and the classes of all samples.
 
-    sizes: how often each shape (C, H, W); values: for each channel, of grey images for one, the counts of 0 .. 255, or
-    of latents in 256 bins of [-4, 4]; ends: smallest and largest value; classes: number of samples of each class that
-    has some, in its order; bad: what could not be decoded; prepared: what `data prepare` wrote of the split.
+    samples: those to show; sizes: number of samples of each shape (C, H, W); values: for each channel (one for grey
+    images) the counts of 0 .. 255, or, for latents, of 256 bins of [-4, 4]; ends: smallest and largest value; latent:
+    whether samples are latents; classes: number of samples of each class that has any, in order; bad: errors of samples
+    that could not be decoded; prepared: the record of `data prepare` for the split.
     """
 
     split: str
@@ -52,7 +53,7 @@ class Look:
 
 
 def look(path: str | Path, split: str, n: int = 1000) -> Look:
-    """Decode ``n`` samples spread over a split; nothing that is bad stops it."""
+    """Decode ``n`` samples spread over a split; samples that cannot be decoded are listed in ``bad``."""
     shards = Shards.open(path, split, Decoder(3), Policy("skip", 1.0))
     wanted = set(np.linspace(0, len(shards) - 1, min(n, len(shards))).astype(int).tolist())
     shown = set(sorted(wanted)[:: max(1, len(wanted) // PICTURES)])
@@ -83,13 +84,13 @@ def look(path: str | Path, split: str, n: int = 1000) -> Look:
     if sizes and not latent and all(torch.equal(counts, values[0]) for counts in values):
         values = values[:1]
     labels = shards.classes()
-    numbers, counts = labels[labels >= 0].unique(return_counts=True)  # not as many as the largest number
+    numbers, counts = labels[labels >= 0].unique(return_counts=True)  # memory by samples, not by the largest number
     classes = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
     return Look(split, shards, samples, looked, sizes, values, ends, latent, classes, bad, _prepared(path, split))
 
 
 def _prepared(path: str | Path, split: str) -> dict[str, Any]:
-    """Return the record of `data prepare` beside the shards, empty if there is none."""
+    """Return the record of `data prepare` next to the shards, empty if there is none."""
     file = Path(path) / f"{split}{PREPARED}"
     try:
         record = json.loads(file.read_text(encoding="utf-8")) if not is_remote(str(path)) and file.is_file() else {}
@@ -99,7 +100,7 @@ def _prepared(path: str | Path, split: str) -> dict[str, Any]:
 
 
 def table(look: Look) -> Table:
-    """For the terminal."""
+    """Return the summary as a table for the terminal."""
     index = look.shards.index
     out = Table(title=f"{look.shards.where} ({look.split})", show_header=False, title_justify="left")
     out.add_column(no_wrap=True)
@@ -142,7 +143,7 @@ def table(look: Look) -> Table:
 
 
 def draw(look: Look, columns: int = 12, rows: int = 6) -> Figure:
-    """Contact sheet with class numbers, histogram of the values, samples per class."""
+    """Draw a contact sheet with class numbers, a histogram of the values, and the number of samples per class."""
     with mpl.rc_context(STYLE):
         figure = Figure((12, 10), layout="constrained")
         upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=(rows, 3))).tolist()
@@ -181,5 +182,5 @@ def _picture(sample: Sample) -> np.ndarray:
     if "image" in sample:
         return sample["image"].permute(1, 2, 0).numpy()
     planes = sample["latent"][0, 0].float()
-    planes = planes[: 3 if len(planes) > 2 else 1]  # of a latent, its first channels
+    planes = planes[: 3 if len(planes) > 2 else 1]  # the first channels of a latent
     return ((planes.clamp(-2, 2) + 2) / 4).expand(3, -1, -1).permute(1, 2, 0).numpy()

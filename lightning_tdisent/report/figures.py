@@ -1,4 +1,4 @@
-"""Figures of the report: drawn from results and event files, returned as HTML that needs no other file."""
+"""Figures of the report, from results and event files, as HTML that needs no other file."""
 
 import base64
 import html
@@ -38,7 +38,7 @@ STYLE: Any = {
 
 
 def picture(image: Tensor, width: int, caption: str = "") -> str:
-    """HTML of a uint8 picture (C, H, W), ``width`` CSS pixels wide with hard pixels."""
+    """Return HTML of a uint8 picture (C, H, W), ``width`` CSS pixels wide, without interpolation; caption is HTML."""
     data = base64.b64encode(png(image)).decode()
     return (
         f'<figure><img class="pixels" style="width:{width}px" alt="{html.escape(caption)}" '
@@ -47,7 +47,7 @@ def picture(image: Tensor, width: int, caption: str = "") -> str:
 
 
 def drawing(figure: Figure, caption: str) -> str:
-    """HTML of a matplotlib figure as SVG."""
+    """Return HTML of a matplotlib figure as SVG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight")
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -58,14 +58,14 @@ def drawing(figure: Figure, caption: str) -> str:
 
 
 def errors_per_state(rows: Sequence[dict[str, Any]]) -> str:
-    """Held-out x0-MSE against the original index, absolute and relative to the first model: one curve a model."""
+    """Draw held-out x0-MSE against the original index, absolute and relative to the first model, a curve per model."""
     models: dict[str, dict[str, Any]] = {}
-    for r in rows:  # one curve, however many ways a model is sampled
+    for r in rows:  # one curve per model, also if it is sampled in several ways
         if "x0_mse" in r:
             models.setdefault(r["source"], r)
     shown = list(models.values())
     if not shown:
-        return "<p>No two of these models share their states.</p>"
+        return "<p>No errors per state: the models do not share their states.</p>"
     with mpl.rc_context(STYLE):
         figure = Figure((10, 3.4))
         axes = figure.subplots(1, 2)
@@ -87,12 +87,12 @@ def errors_per_state(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _distance(rows: Sequence[dict[str, Any]]) -> str | None:
-    """Return the key of the first distance to the real images that a row has."""
+    """Return the key of the first distance to the real images in the first row that has one."""
     return next((key for row in rows for key, column in columns_of(row).items() if column.distance), None)
 
 
 def cost(rows: Sequence[dict[str, Any]]) -> str:
-    """Total compute and the longest job beside the distance reached."""
+    """Draw the distance reached, total compute and the longest job as bars."""
     first = _distance(rows)
     metric = first if first and all(first in r for r in rows) else None
     with mpl.rc_context(STYLE):
@@ -101,7 +101,7 @@ def cost(rows: Sequence[dict[str, Any]]) -> str:
         names = [r["name"] for r in rows][::-1]
         panels = [(metric, [r[metric] for r in rows])] if metric else []
         panels += [
-            ("TFLOP in all, validation included", [_compute(r) / 1e12 for r in rows]),
+            ("total TFLOP, validation included", [_compute(r) / 1e12 for r in rows]),
             ("training seconds of the longest job", [r["training_seconds_longest"] for r in rows]),
         ]
         for axis, (title, values) in zip(axes, panels, strict=True):
@@ -109,18 +109,18 @@ def cost(rows: Sequence[dict[str, Any]]) -> str:
             axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=9)
             axis.set_title(title, fontsize=10)
             axis.margins(x=0.2)
-    return drawing(figure, "Quality (lower is nearer to the real images), what it cost in all, and how long one waits.")
+    return drawing(figure, "Quality (lower is nearer to the real images), total cost, and time to wait.")
 
 
 def _compute(row: dict[str, Any]) -> float:
-    """Return the floating point operations of training and validation; older results have the former alone."""
+    """Return the floating point operations of training and validation; older results have only the former."""
     return float(row["training_flops"] + row.get("validation_flops", 0.0))
 
 
 def quality_over_compute(rows: Sequence[dict[str, Any]]) -> str:
-    """The distance against the compute of all jobs, validation included, with its spread over repeated trainings.
+    """Draw the distance against the compute of all jobs, validation included, with its spread over repeated trainings.
 
-    Models called NAME and "NAME, .." that differ in compute are joined by a line. Nothing where all cost the same.
+    Models called NAME and "NAME, .." that differ in compute are joined by a line. Return "" if all cost the same.
     """
     metric = _distance(rows)
     shown = [r for r in rows if metric in r and _compute(r)]
@@ -150,11 +150,11 @@ def quality_over_compute(rows: Sequence[dict[str, Any]]) -> str:
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter("{x:g}")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return drawing(figure, "What quality costs in all, whoever trains it (lower left is better).")
+    return drawing(figure, "Quality against total compute (lower left is better).")
 
 
 def bits(rows: Sequence[dict[str, Any]]) -> str:
-    """Bits per dimension taken apart: the decoder, the rows in at most six groups of neighbours, and the prior."""
+    """Draw the terms of bits per dimension: the decoder, the rows in at most six groups of neighbours, the prior."""
     shown = [row for row in rows if BPD_TERMS in row]
     if not shown:
         return ""
@@ -177,20 +177,20 @@ def bits(rows: Sequence[dict[str, Any]]) -> str:
         axes[0].invert_yaxis()
         axes[1].barh(names, parts[-1][1], color=COLOURS[len(parts) - 1])
         axes[1].bar_label(axes[1].containers[-1], fmt="%.2g", padding=3, fontsize=9)
-        axes[1].set(title="of it the prior's")
+        axes[1].set(title="of which the prior")
         axes[1].margins(x=0.2)
         axes[0].legend(ncols=4, loc="upper center", bbox_to_anchor=(0.8, -0.15))
-    return drawing(figure, "What an image costs: which part of the chain pays for it, and where it starts from.")
+    return drawing(figure, "Terms of the bits per dimension: the decoder, groups of rows of the chain, and the prior.")
 
 
 def _groups(items: list[str], most: int) -> list[list[str]]:
-    """Neighbours in at most so many groups of nearly equal size."""
+    """Split a list into at most ``most`` groups of neighbours of nearly equal size."""
     cut = [round(k * len(items) / min(most, len(items))) for k in range(min(most, len(items)) + 1)] if items else [0]
     return [items[a:b] for a, b in pairwise(cut)]
 
 
 def diffusion_time(rows: Sequence[dict[str, Any]]) -> str:
-    """The distance and the bits against the row that the chain starts from, one line for each kind of prior."""
+    """Draw the distance and the bits against the row that the chain starts from, one line for each kind of prior."""
     cut = [row for row in rows if "cut" in row]
     metric = _distance(cut)
     if len({row["cut"] for row in cut}) < 2:
@@ -218,13 +218,13 @@ def diffusion_time(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Scalars of a run's event files by tag, as (images seen, value).
+    """Return the scalars of a run's event files by tag, as (images seen, value).
 
-    Where a folder has event files of several runs, those whose names end with the id of its ``config.yaml``.
+    If a folder has event files of several runs, only those are read whose names end with the id of its ``config.yaml``.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every resumed run
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns about every resumed run
     with _own_events(folder) as place:
         events = EventAccumulator(str(place), size_guidance={"scalars": 0})
         events.Reload()
@@ -234,7 +234,7 @@ def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
 
 @contextmanager
 def _own_events(folder: Path) -> Iterator[Path]:
-    """Yield a folder without the event files of other runs; those of early versions say of no run."""
+    """Yield a folder without the event files of other runs; files of early versions name no run, and are included."""
     files, run = sorted(folder.glob("events.out.tfevents.*")), identity_of(folder)
     named = [re.search(r"\.([0-9a-f]{16})$", file.name) for file in files]
     own = [file for file, match in zip(files, named, strict=True) if not run or match is None or match[1] == run]
@@ -248,11 +248,13 @@ def _own_events(folder: Path) -> Iterator[Path]:
 
 
 def training_curves(folders: dict[str, Path]) -> str:
-    """Training loss and, where it was measured, the distance, against images seen by that job."""
+    """Draw training loss and, if it was measured, a distance against images seen by the job."""
     curves = {name: read_curves(folder) for name, folder in folders.items()}
     distances = [key for name in known_features() for key, column in columns(name).items() if column.distance]
     drawn = [tag for key in distances for c in curves.values() for tag in c if tag.split("/")[:2] == ["quality", key]]
-    distance = sorted(dict.fromkeys(drawn), key=lambda tag: -drawn.count(tag))[:1]  # others are not comparable
+    distance = sorted(dict.fromkeys(drawn), key=lambda tag: -drawn.count(tag))[
+        :1
+    ]  # one protocol: others are not comparable
     with mpl.rc_context(STYLE):
         figure = Figure((9, 3.2))
         axes = figure.subplots(1, 2)
@@ -268,11 +270,11 @@ def training_curves(folders: dict[str, Path]) -> str:
                 for tag in distance:
                     if points := curves[name].get(tag, []):
                         axes[1].plot([x for x, _ in points], [y for _, y in points], "o-", ms=4, **style)
-        axes[0].set(yscale="log", xlabel="images seen by the job", title="training loss (each on its own states)")
+        axes[0].set(yscale="log", xlabel="images seen by the job", title="training loss (of each job's states)")
         axes[1].set(
             xlabel="images seen by the job", title=", ".join(distance).replace("quality/", "") or "no distance logged"
         )
         if distance:
             axes[1].set(yscale="log")
         figure.legend(loc="center left", bbox_to_anchor=(0.92, 0.5))
-    return drawing(figure, "While training. Losses of different states are not comparable with each other.")
+    return drawing(figure, "During training. Losses of different states are not comparable.")

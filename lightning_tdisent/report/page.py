@@ -1,4 +1,4 @@
-"""The report: one HTML file with the table, the pictures and how every number was obtained."""
+"""The report: one HTML file with tables, pictures, figures, and how every number was obtained."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -79,7 +79,7 @@ def legend(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def side_by_side(seen: Observations, images: Tensor, items: int = 8) -> Tensor:
-    """Original, observation and draws of each of some items, a row an item."""
+    """Return a picture of the original, the observation and the draws of some items, one row per item."""
     draws = DRAWS
     items = min(items, len(seen), len(images) // draws)
     y = seen.y[:items]
@@ -90,7 +90,7 @@ def side_by_side(seen: Observations, images: Tensor, items: int = 8) -> Tensor:
 
 
 def nearest(images: Tensor, training: Tensor) -> Tensor:
-    """For each uint8 image the training image at the smallest L2 distance in pixels."""
+    """Return for each uint8 image the training image with the smallest L2 distance in pixels."""
     a, b = images.flatten(1).float(), training.flatten(1).float()
     chosen = torch.cat([torch.cdist(part, b).argmin(1) for part in a.split(256)])
     return training[chosen]
@@ -109,8 +109,12 @@ def write_report(
     boards: str = "",
     observations: dict[str, Observations] | None = None,
 ) -> Path:
-    """Write the page; ``images`` are the first samples of every contender, ``runs`` the folders with event files;
-    ``boards`` HTML that says where fleets stand, ``observations`` what conditional contenders were given."""
+    """Write the page and return its path.
+
+    rows: of the evaluation; images: first images of each contender, by name; real: held-out images; training: images
+    among which copies are looked for; runs: folders with event files; notes: text below the title; boards: HTML of the
+    state of fleets; observations: input of conditional contenders.
+    """
     models = [r for r in rows if "networks" in r]
     drawn = [c for c in contenders if c.sampler is not None]
     side = real.images.shape[-1]
@@ -126,7 +130,7 @@ def write_report(
         f"were taken in them; they are comparable only under the same protocol. {EPS_MSE} is the mean over the states "
         "of the smallest table, without those that have no signal. The last row scores real images that no model was "
         "trained on: what a perfect model would reach with so few. "
-        "Total compute counts all experts; the longest job is what one waits for with a machine for each.</p>"
+        "Total compute counts all experts; the longest job is the time to wait with one machine per job.</p>"
     )
     parts.append("<h2>The same seeds, every model</h2>")
     for name, pictures in images.items():
@@ -135,7 +139,7 @@ def write_report(
     tiles = grid(real.images[:64], 8)
     parts.append(figures.picture(tiles, wide(tiles), "real images, held out"))
     if observations:
-        parts.append("<h2>What was given, and what was drawn</h2>")
+        parts.append("<h2>Observations and draws</h2>")
         for name, seen in ((name, seen) for name, seen in observations.items() if name in images):
             tiles = side_by_side(seen, images[name])
             caption = f"{html.escape(name)}: the original, what was given, and draws from it."
@@ -182,7 +186,7 @@ def write_report(
 
 
 def document(title: str, parts: Sequence[str]) -> str:
-    """Pieces of HTML as a page that needs no other file."""
+    """Return pieces of HTML as a page that needs no other file."""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{CSS}</style><body>{''.join(parts)}</body></html>"

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation as text: a table for each protocol, one of costs, and what a reader must know."""
+"""The numbers of an evaluation as text: a table for each protocol, a table of costs, and notes."""
 
 import functools
 import math
@@ -13,9 +13,9 @@ from lightning_tdisent.metrics.registry import columns_of, features_of, missing
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The rows of each protocol, with the line that names it: numbers of different ones are never put together.
+    """Return the rows of each protocol with its line: numbers of different protocols are never in one table.
 
-    Nor are those of models that are given different things.
+    The same holds for conditional models with different observations.
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r in rows:
@@ -37,7 +37,7 @@ def directions(rows: Sequence[dict[str, Any]]) -> dict[str, Better]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Head and rows of text: the quality of models and images under one protocol.
+    """Return head and rows of text: the quality of models and images under one protocol.
 
     Raises InputError for rows of different protocols.
     """
@@ -63,7 +63,7 @@ NUMBERS = (
 
 
 def refuse_texts(rows: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError for rows that say something else than a number where the pages need one."""
+    """Raise ValueError for rows that have something other than a number where the pages need one."""
     for row in rows:
         values = {key: row.get(key) for key in NUMBERS}
         values |= {f"{key}[{k}]": v for key in ("x0_mse", "eps_mse") for k, v in (row.get(key) or {}).items()}
@@ -73,7 +73,7 @@ def refuse_texts(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def costs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Head and rows of text: what the models cost; total compute always stands beside wall clock."""
+    """Return head and rows of text: the cost of models, total compute next to wall clock."""
     columns: Columns = {
         "networks": lambda r: str(r["networks"]),
         "weights": lambda r: f"{r['weights']:,}",
@@ -92,10 +92,10 @@ def costs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 class WideTable:
-    """A table for the terminal that is split into several tables where it is too wide, each with the first column.
+    """A table for the terminal; one that is too wide is split into several, each with the first column.
 
-    text: head and rows; left: columns beside the first that are not aligned to the right. No cell is cut: a number
-    without its last digits is another number. A name in the first column that leaves no room is folded.
+    text: head and rows; left: further columns that are aligned to the left. No cell is cut: a number without its last
+    digits is another number. Names in the first column are folded if they leave no room.
     """
 
     def __init__(self, title: str, text: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
@@ -131,7 +131,7 @@ def _text(rows: Sequence[dict[str, Any]], columns: Columns) -> list[tuple[str, .
     def cell(row: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> str:
         try:
             return text(row)
-        except KeyError:  # not known of this row: another table, or images that no model made
+        except KeyError:  # a row without this number: of another table, or of images without a model
             return ""
 
     names = [r["name"] + " (preview)" * ("preview" in r) for r in rows]
@@ -141,7 +141,7 @@ def _text(rows: Sequence[dict[str, Any]], columns: Columns) -> list[tuple[str, .
 
 
 def mean_eps_mse(row: dict[str, Any]) -> float:
-    """Return the mean over the states of a row's squared errors of eps."""
+    """Return the mean of a row's squared errors of eps over the states."""
     return fmean(row["eps_mse"].values())
 
 
@@ -151,7 +151,7 @@ def _eps_mse(row: dict[str, Any]) -> str:
 
 
 def _spread(mean: float, deviation: float) -> str:
-    """Return a mean and its standard deviation, of two significant digits, with as many decimals each."""
+    """Return a mean and its standard deviation, the latter with two significant digits, with as many decimals each."""
     if not 0 < deviation < math.inf:
         return f"{mean:.3f} ± {deviation:g}"
     decimals = max(0, 1 - math.floor(math.log10(deviation)))
@@ -172,14 +172,14 @@ def _number(key: str, column: Column, row: dict[str, Any]) -> str:
 
 
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What a reader must know of these numbers: why there are none, and how much of a distance is bias."""
+    """Return notes to print below the tables: why numbers are missing, and how much of a distance is bias."""
     out = [f"{row['name']}: {row['refused']}" for row in rows if "refused" in row]
     for row in (row for row in rows if "preview" in row):
         filled = ", ".join(f"{s} by {what}" for s, what in row["preview"].items())
         out.append(f"{row['name']} is a preview, no result: experts are missing, and rows are filled: {filled}")
     for row in (row for row in rows if "differs" in row):
         values = "; ".join(f"{field}: {', '.join(values)}" for field, values in row["differs"].items())
-        out.append(f"{row['name']} has experts that differ, as --allow-mismatch let them: {values}")
+        out.append(f"{row['name']} has experts that differ, as --allow-mismatch permitted: {values}")
     out += [f"{row['name']}: {row['start_note']}" for row in rows if "start_note" in row]
     out += [f"{row['name']}: {row['not_pooled']}" for row in rows if "not_pooled" in row]
     out += _bits_notes(rows)
@@ -194,7 +194,7 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _bias_notes(key: str, column: Column, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return which rows have images of the reference itself, and how much of the others' numbers is bias."""
+    """Return which rows are of the reference's own images, and for which the bias is more than a twentieth."""
     n, d = rows[0]["n"], rows[0]["num_features"]
     under = f"(protocol {rows[0]['protocol']})"
     bias = rows[0][column.key(features_of(rows[0]), "bias")]
@@ -208,7 +208,7 @@ def _bias_notes(key: str, column: Column, rows: Sequence[dict[str, Any]]) -> lis
     elif much:
         out.append(
             f"{key} of n={n:,}: about {bias:.3f} of it is the bias of so few images, more than a twentieth for "
-            f"{', '.join(much)}; compare it with nothing of another n {under}"
+            f"{', '.join(much)}; it is not comparable with another n {under}"
         )
     return out
 
@@ -228,7 +228,7 @@ def _bits_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _best_start(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Which start of the chain has the fewest bits, and which others images cannot tell from it."""
+    """Return which start of the chain has the fewest bits, and which others do not differ significantly from it."""
     if len(rows) < 2:
         return []
     best = min(rows, key=lambda row: row[BOUND.name])
@@ -238,6 +238,6 @@ def _best_start(rows: Sequence[dict[str, Any]]) -> list[str]:
         half = 1.96 * stdev(difference) / len(difference) ** 0.5
         if row is not best and fmean(difference) - half <= 0:
             alike.append(row["name"])
-    others = f"; on these images not told from it: {', '.join(alike)}" if alike else "; all others are worse on them"
+    others = f"; not significantly worse on these images: {', '.join(alike)}" if alike else "; all others are worse"
     low, high = (best[BOUND.key(part=part)] for part in ("low", "high"))
     return [f"fewest bits per dimension: {best['name']}, {best[BOUND.name]:.4f} [{low:.4f}, {high:.4f}]{others}"]

@@ -44,7 +44,7 @@ def test_what_has_no_density_or_too_few_rows_says_so_and_costs_nothing_else(mode
     started = Started(model, Implicit("nowhere"), 2)
     assert Bits(n=9).measure(started, held_out, held_out, 5)["bpd_refused"] == "Implicit has no density"
     both = Bits(n=9, ode=True).measure(model, held_out, held_out, 5)
-    assert "bpd_ode integrates from row to row, and wants 100 of them; there are 4" in both["bpd_refused"]
+    assert "bpd_ode integrates from row to row, and needs at least 100 rows; there are 4" in both["bpd_refused"]
     assert "bpd_ode" not in both
     assert both["bpd"] > 0
 

@@ -135,13 +135,13 @@ def test_a_model_that_cannot_be_measured_is_named_at_the_end(model, tmp_path, ca
     ("change", "message"),
     [
         ({"protocol": "digit"}, "protocol: there is no 'digit'. Did you mean 'digits'"),
-        ({"n": 1}, "n: two images at least make a distribution, got 1"),
+        ({"n": 1}, "n: at least two images are required, got 1"),
         (
             {"protocol": "adm"},
             r"inception: no weights at .*lightning_tdisent fetch inception.*--weights FILE",
         ),
         ({"protocol": "adm", "more": ["--weights", "nothing.pth"]}, "nothing.pth"),
-        ({"protocol": "dinov2"}, "dinov2: no weights are named"),
+        ({"protocol": "dinov2"}, "dinov2: no weights are given"),
         ({"more": ["--weights", "x"]}, "'digits' has its own"),
         ({"more": ["--metrics", "fd,fids"]}, "metrics: there is no 'fids'. Did you mean"),
         ({"more": ["--metrics", "sfd"]}, "sfd: digits has no features with places"),
@@ -165,7 +165,7 @@ def test_what_cannot_be_is_one_line(change, message, model, tmp_path, capsys):
     [
         (None, "source: not there. Name run folders"),
         ({}, "source is no data set that is known here; it holds nothing"),
-        ({"a.png": b"x"}, "source: two images at least make a distribution, it has 1"),
+        ({"a.png": b"x"}, "source: at least two images are required, it has 1"),
         ({f"{k}.png": b"x" for k in range(7)}, "0.png"),
         ({"a.txt": b"x"}, "it holds a.txt"),
     ],
@@ -189,7 +189,7 @@ def test_fetch_takes_a_file_and_refuses_another(tmp_path, monkeypatch, capsys):
     assert "expected 6726825d" in capsys.readouterr().err
     assert not list((tmp_path / "cache").rglob("*.pth"))
     assert main(["fetch", "vgg"]) == 2
-    assert "no weights are known as 'vgg'; there are inception" in capsys.readouterr().err
+    assert "there are no weights called 'vgg'. Choose from inception" in capsys.readouterr().err
 
 
 def test_three_pictures_and_the_others_are_refused_before_the_model_is_sampled(model, tmp_path, capsys, digits):

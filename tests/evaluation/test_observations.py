@@ -126,7 +126,7 @@ def test_a_kernel_that_was_changed_is_refused(tmp_path, conditional):
     tensors = load_file(tmp_path / "seen.safetensors")
     tensors["kernel"] = tensors["kernel"].roll(1, 0)
     save_file(tensors, tmp_path / "other.safetensors", {"operator": json.dumps(spec(Inpainting(0.25)))})
-    with pytest.raises(InputError, match=r"the kernel kept.*is not the one that Inpainting"):
+    with pytest.raises(InputError, match=r"the stored kernel.*is not the one that Inpainting"):
         Observations.load(tmp_path / "other.safetensors").check(states)
 
 
@@ -226,12 +226,12 @@ def test_what_cannot_be_observed_is_refused_in_one_line(tmp_path, conditional, u
     for weights, words, said in (
         (hole, ["--observe", large], "l.png: an image of 8 x 9 pixels; the model makes 8 x 8 pixels"),
         (hole, ["--observe", image, "--mask", grey], "8 of 64 pixels are neither black .0. nor white"),
-        (hole, ["--observe", image, "--mask", white], "all of it is white, nothing is left to draw"),
+        (hole, ["--observe", image, "--mask", white], "all of it is white, nothing is left to generate"),
         (hole, ["--observe", image, "--mask", black], "all of it is black"),
         (hole, ["--observe", image, "--mask", alpha], "alpha.png: all pixels have one colour, and only their opacity"),
         (hole, ["--observe", image, "--mask", large], "l.png: an image of 8 x 9 pixels"),
         (hole, ["--observe", image, "--mask", tmp_path / "none.png"], "none.png: no such file"),
-        (hole, ["--observe", image, "--items", "0:2"], "item 1 is not among the 1 of"),
+        (hole, ["--observe", image, "--items", "0:2"], "item 1 is not one of the 1 items of"),
         (hole, ["--observe", image, "--items", "2"], "--items 2: expected FIRST:END"),
         (hole, ["--observe", mixed], "holds images .a.png ... and shards"),
         (hole, ["--observe", tmp_path / "broken.png"], "broken.png cannot be decoded"),

@@ -76,10 +76,10 @@ def test_files_that_are_none_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"none\.npz: no such file"):
         read_npz(tmp_path / "none.npz")
     np.savez(file, IMAGES[:1])
-    with pytest.raises(InputError, match=r"a.npz has 1 images of \[3, 4, 5\], expected two or more of \[3, 4, 5\]"):
+    with pytest.raises(InputError, match=r"a.npz has 1 images of \[3, 4, 5\], expected at least two of \[3, 4, 5\]"):
         image_files(file, "any", [3, 4, 5])
     np.savez(file, IMAGES)
-    with pytest.raises(InputError, match=r"a.npz has 6 images of \[3, 4, 5\], expected two or more of \[3, 8, 8\]"):
+    with pytest.raises(InputError, match=r"a.npz has 6 images of \[3, 4, 5\], expected at least two of \[3, 8, 8\]"):
         image_files(file, "any", [3, 8, 8])
     with pytest.raises(InputError, match=r"a.npz has images of 3 channels, expected 1"):
         load(file, "test", 1)

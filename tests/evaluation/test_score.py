@@ -176,7 +176,7 @@ def test_images_that_are_not_finite_on_one_rank_are_refused_on_all(states, digit
     assert one[:2] == two[:2]
     assert "for 10 of 10 images, seeds 8, 10, 12, 14, 16, .." in one[0]
     assert one[1] == 0
-    assert one[2] == two[2] == "all 20 images are the same to the feature network: constant images, or a constant one"
+    assert one[2] == two[2] == "all 20 images are the same to the feature network: images or network are constant"
     assert one[3] + two[3] == 9
 
 

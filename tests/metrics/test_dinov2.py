@@ -155,7 +155,7 @@ def test_grey_is_repeated(network, few):
 
 
 def test_what_it_refuses(network, folder, copy, few, tmp_path):
-    with pytest.raises(InputError, match=r"no weights are named.*facebook/dinov2-large.*--weights FOLDER"):
+    with pytest.raises(InputError, match=r"no weights are given.*facebook/dinov2-large.*--weights FOLDER"):
         DINOv2()
     with pytest.raises(InputError, match=rf"{tmp_path} has no config\.json"):
         DINOv2(str(tmp_path))
@@ -173,15 +173,15 @@ def test_what_it_refuses(network, folder, copy, few, tmp_path):
         network(few[:, :2])
     broken = copy()
     (broken / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(InputError, match="is no JSON"):
+    with pytest.raises(InputError, match="is not JSON"):
         DINOv2(str(broken))
 
 
 def test_weights_that_are_not_all_there_are_refused(copy, capfd):
     missing, damaged = copy(num_hidden_layers=3), copy()
-    with pytest.raises(InputError, match=r"holds another network.*missing keys encoder\.layer\.2"):
+    with pytest.raises(InputError, match=r"does not hold the network .*missing keys encoder\.layer\.2"):
         DINOv2(str(missing))
-    with pytest.raises(InputError, match=r"holds another network.*unexpected keys encoder\.layer\.1"):
+    with pytest.raises(InputError, match=r"does not hold the network .*unexpected keys encoder\.layer\.1"):
         DINOv2(str(copy(num_hidden_layers=1, out_features=None, out_indices=None)))
     with pytest.raises(InputError, match="cannot be read"):
         DINOv2(str(copy(hidden_size=64)))

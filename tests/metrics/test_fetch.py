@@ -83,7 +83,7 @@ def test_a_url_is_no_cache(monkeypatch):
 
 
 def test_what_is_not_there_is_asked_for_with_the_command_that_brings_it(cache):
-    said = r"fetch inception; or .* --weights FILE", r"Name another file, or none for the one of .* fetch inception"
+    said = r"fetch inception; or .* --weights FILE", r"Give another file, or none to use the one of .* fetch inception"
     for path, words in zip((None, cache / "mine.pth"), said, strict=True):
         with pytest.raises(InputError, match=words) as caught:
             locate("inception", path)
@@ -123,7 +123,7 @@ def test_another_file_is_refused_with_both_digests_before_it_is_read(file, conte
         lambda: locate("inception", file, digest(content)),
         lambda: load("inception", file, digest(content)),
     ):
-        with pytest.raises(InputError, match="another file or a damaged one") as caught:
+        with pytest.raises(InputError, match="another file, or damaged") as caught:
             refusing()
         assert digest(damaged) in str(caught.value)
         assert digest(content) in str(caught.value)
@@ -173,7 +173,7 @@ def test_fetched_over_http(server, content, cache):
     (cache / FILE).unlink()
     with pytest.raises(InputError, match=r"cannot be read: Not Found.*fetch inception --source FILE"):
         fetch("inception", f"{server}/moved.pth", digest(content))
-    with pytest.raises(InputError, match="another file or a damaged one"):
+    with pytest.raises(InputError, match="another file, or damaged"):
         fetch("inception", f"{server}/short.pth", digest(content))
     assert os.listdir(cache) == []
 

@@ -190,7 +190,7 @@ def test_what_it_refuses(made, file, few, tmp_path, monkeypatch):
         Inception()
     other = tmp_path / "other.pth"
     digest = save_state(other, torch.nn.Linear(2, 2))
-    with pytest.raises(InputError, match=r"other\.pth holds another network: .*Missing key"):
+    with pytest.raises(InputError, match=r"other\.pth holds the weights of another network: .*Missing key"):
         Inception(str(other), sha256=digest)
     with pytest.raises(InputError, match="1 or 3 channels, got 4"):
         made()(torch.zeros(1, 4, 8, 8, dtype=torch.uint8))

@@ -303,7 +303,7 @@ def rank_of_two(rank, folder, queue):
     quality = PairedQuality(Edges(), 1, 9, None)
     side = 12 + rank
     quality.reference(drawn(1, shape=(1, side, side)), torch.zeros(1, 1, side, side))
-    with pytest.raises(InputError, match=r"one shape are compared, ranks have \(1, 12, 12\) and \(1, 13, 13\)"):
+    with pytest.raises(InputError, match=r"must have one shape, ranks have \(1, 12, 12\) and \(1, 13, 13\)"):
         quality.compute()
     queue.put((rank, said))
     dist.destroy_process_group()
@@ -323,7 +323,7 @@ def test_two_ranks_have_the_same_numbers_also_if_one_has_no_image(tmp_path):
     whole = filled([parts], real=[(parts[1], parts[2])]).compute()
     assert found[0][0] == pytest.approx(whole, rel=1e-11)
     assert found[0][1] == found[0][3] == pytest.approx(whole, rel=1e-11)
-    assert found[0][2].startswith("17 images were measured, 6 items of 3 draws are 18: draw 2 of item 5 came 0 times")
+    assert found[0][2].startswith("17 images were measured, expected 18 (6 items of 3 draws): draw 2 of item 5 was")
 
 
 def test_what_is_forgotten_and_what_is_kept():
@@ -356,25 +356,28 @@ def changed(**given):
     [
         (
             {"images": lambda x: x.float()},
-            r"images: uint8 \(B, C, H, W\), 0 to 255, got torch.float32 .* from 0 to 255",
+            r"images: expected uint8 \(B, C, H, W\), 0 to 255, got torch.float32 .* from 0 to 255",
         ),
-        ({"images": lambda x: x[0]}, r"images: uint8 \(B, C, H, W\).*got torch.uint8 \(1, 12, 12\)"),
-        ({"originals": lambda x: x.float()}, r"originals: uint8 \(18, 1, 12, 12\).*torch.float32"),
-        ({"originals": lambda x: x[:5]}, r"originals: uint8 \(18, 1, 12, 12\).*\(5, 1, 12, 12\)"),
+        ({"images": lambda x: x[0]}, r"images: expected uint8 \(B, C, H, W\).*got torch.uint8 \(1, 12, 12\)"),
+        ({"originals": lambda x: x.float()}, r"originals: expected uint8 \(18, 1, 12, 12\).*torch.float32"),
+        ({"originals": lambda x: x[:5]}, r"originals: expected uint8 \(18, 1, 12, 12\).*\(5, 1, 12, 12\)"),
         ({"originals": lambda x: x[..., :11]}, r"originals: .*\(18, 1, 12, 11\)"),
-        ({"observations": lambda y: y[:, :, :11]}, r"observations: floats \(18, 1, 12, 12\), got .*\(18, 1, 11, 12\)"),
-        ({"observations": lambda y: y.expand(-1, 3, -1, -1)}, r"observations: floats.*\(18, 3, 12, 12\)"),
-        ({"observations": lambda y: (y * 127.5 + 127.5).to(torch.uint8)}, "observations: floats .*torch.uint8"),
-        ({"observations": lambda y: y * 2}, r"observations: finite and in \[-1, 1\], got .* from -2 to 2"),
-        ({"observations": lambda y: y / 0}, r"observations: finite and in \[-1, 1\], got .* from nan to nan"),
-        ({"item": lambda i: i + 1}, "item: numbers from 0 to 5, got 6"),
-        ({"item": lambda i: i - 1}, "item: numbers from 0 to 5, got -1"),
-        ({"draw": lambda d: d + 1}, "draw: numbers from 0 to 2, got 3"),
-        ({"item": lambda i: i.float()}, r"item: an int64 number for each of 18 images, got torch.float32 \(18,\)"),
-        ({"draw": lambda d: d[:4]}, r"draw: an int64 number for each of 18 images, got torch.int64 \(4,\)"),
+        (
+            {"observations": lambda y: y[:, :, :11]},
+            r"observations: .* floats \(18, 1, 12, 12\), got .*\(18, 1, 11, 12\)",
+        ),
+        ({"observations": lambda y: y.expand(-1, 3, -1, -1)}, r"observations: expected floats.*\(18, 3, 12, 12\)"),
+        ({"observations": lambda y: (y * 127.5 + 127.5).to(torch.uint8)}, "observations: .* floats .*torch.uint8"),
+        ({"observations": lambda y: y * 2}, r"observations: expected finite values in \[-1, 1\], got .* from -2 to 2"),
+        ({"observations": lambda y: y / 0}, r"observations: expected finite values .* from nan to nan"),
+        ({"item": lambda i: i + 1}, "item: expected numbers from 0 to 5, got 6"),
+        ({"item": lambda i: i - 1}, "item: expected numbers from 0 to 5, got -1"),
+        ({"draw": lambda d: d + 1}, "draw: expected numbers from 0 to 2, got 3"),
+        ({"item": lambda i: i.float()}, r"item: expected an int64 number for each of 18 images, got torch.float32"),
+        ({"draw": lambda d: d[:4]}, r"draw: expected an int64 number for each of 18 images, got torch.int64 \(4,\)"),
         (
             {"draw": lambda d: d * 0},
-            "18 images were measured, 6 items of 3 draws are 18: draw 0 of item 0 came 3 times",
+            r"18 images were measured, expected 18 \(6 items of 3 draws\): draw 0 of item 0 was added 3",
         ),
     ],
 )
@@ -410,7 +413,7 @@ def test_observations_may_be_rounded(off, fits):
 def test_images_of_another_shape_than_the_first_are_refused():
     quality = PairedQuality(Edges(), 1, 4, Means())
     quality.reference(drawn(4), torch.zeros(4, 1, 12, 12))
-    with pytest.raises(InputError, match=r"images of \[1, 12, 12\] came first, got \[1, 16, 12\]"):
+    with pytest.raises(InputError, match=r"first had the shape \[1, 12, 12\], got \[1, 16, 12\]"):
         quality.reference(drawn(4, shape=(1, 16, 12)), torch.zeros(4, 1, 16, 12))
     with pytest.raises(InputError, match="12x10 is not divisible by factor 4"):
         PairedQuality(SuperResolution(4), 1, 4, None).reference(drawn(1, shape=(1, 12, 10)), torch.zeros(1, 1, 12, 10))
@@ -430,16 +433,14 @@ def test_sums_that_do_not_fit_are_refused_with_numbers(monkeypatch):
 
 def test_no_distribution_no_items_no_image_are_refused():
     operator, *parts = case()
-    with pytest.raises(InputError, match=r"draws, items: 1 at least of each, got 0 and 3"):
+    with pytest.raises(InputError, match=r"draws, items: at least 1 of each, got 0 and 3"):
         PairedQuality(operator, 0, 3, None)
     with pytest.raises(
-        InputError, match="0 images were measured, 6 items of 3 draws are 18: draw 0 of item 0 came 0 t"
+        InputError, match=r"0 images were measured, expected 18 \(6 items of 3 draws\): draw 0 of item 0 was added 0"
     ):
         PairedQuality(operator, 3, 6, None).compute()
     quality = filled([parts])
-    with pytest.raises(
-        InputError, match=r"jfd: two images at least make a distribution, got 0; real pairs .*reference"
-    ):
+    with pytest.raises(InputError, match=r"jfd: at least two images are required, got 0; real pairs .*reference"):
         quality.compute()
     quality.reference(parts[1], parts[2])  # and then it goes on
     assert "jfd_means" in quality.compute()
@@ -500,5 +501,5 @@ def test_lpips_reads_a_file_that_is_there_and_downloads_none(tmp_path, monkeypat
     observations = observed(operator, originals, item)
     found = measured(operator, images, originals, observations, item, draw, further=[LPIPS(lpips)])
     assert found["lpips"] == pytest.approx(3 * 2 * 51 / 127.5, rel=1e-6)
-    with pytest.raises(InputError, match=r"alex takes 1 or 3 channels and 12 pixels a side at least, got \(1, 8, 8\)"):
+    with pytest.raises(InputError, match=r"alex takes 1 or 3 channels and at least 12 pixels a side, got \(1, 8, 8\)"):
         lpips(images[..., :8, :8], images[..., :8, :8])

@@ -358,8 +358,8 @@ def test_presets_are_those_of_the_literature():
     [
         (lambda: Protocol.preset("digit"), "there is no 'digit'. Did you mean 'digits'"),
         (lambda: Protocol.preset("adm", feature="x"), "no field 'feature'. Did you mean 'features'"),
-        (lambda: Protocol("digits", n=1), "n: two images at least make a distribution, got 1"),
-        (lambda: Protocol("digits", n_real=1), "n_real: two images at least"),
+        (lambda: Protocol("digits", n=1), "n: at least two images are required, got 1"),
+        (lambda: Protocol("digits", n_real=1), "n_real: at least two images"),
         (lambda: Protocol("digits", metrics=("fid",)), "there is no 'fid'. Did you mean 'fd'"),
         (lambda: protocol_of(score_splits=0), "score_splits: 1 to n"),
         (lambda: Protocol("digits", settings={"neighbour": 4}), "no field 'neighbour'. Did you mean 'neighbours'"),
