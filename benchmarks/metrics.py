@@ -40,8 +40,8 @@ from lightning_tdisent.metrics.distances import Moments, frechet
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.models.compose import load_model
-from lightning_tdisent.sampling.sampler import DPMSolver
 from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sampler import DPMSolver
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 2048

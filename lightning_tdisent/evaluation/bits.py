@@ -12,7 +12,6 @@ from lightning_tdisent.distributed import all_gather, rank_and_world, shared_err
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.likelihood import BOUND, HOW, ODE, REFUSED
 from lightning_tdisent.sampling.denoiser import Denoises
-from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.errors_by_row import held_out_errors
 from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.likelihood import Decoder, Terms, concatenate, ode_likelihood, variational_bound

@@ -207,10 +207,10 @@ class _Common:
             return cls([], torch.empty(0))
         few = min(tables, key=lambda states: states.S)
         rows = probe_rows(few.rows, 32)
-        log_snr = few.log_snr[rows, : few.own].clone()  # a copy: the model's moves to its device
+        log_snr = few.log_snr[rows, : few.image_columns].clone()  # a copy: the model's moves to its device
         return cls([int(few.index[s]) for s in rows], log_snr, _units(few))
 
-    def rows(self, states: LatentStates) -> list[int]:
+    def rows(self, states: Table) -> list[int]:
         """Return those rows of a table; an empty list unless it has all of them with the same values."""
         here = {t: s for s, t in enumerate(states.index.tolist())}
         at = [here[t] for t in self.indices if t in here]
@@ -219,9 +219,9 @@ class _Common:
         return at if same and _units(states) == self.layout else []
 
 
-def _units(states: LatentStates) -> str:
+def _units(states: Table) -> str:
     """Return a description of the image's columns: errors of different ones are in different units."""
-    return states.made_of.partition(CONDITION)[0] if states.image_columns > 1 else ""
+    return states.made_of.partition(OBSERVED)[0] if states.image_columns > 1 else ""
 
 
 def _of_model(

@@ -62,7 +62,7 @@ class Observations:
         kernel = self.kernel[at] if self.kernel.shape == (len(self.y), 1, *self.y.shape[2:]) else self.kernel
         return replace(self, y=self.y[at], item=self.item[at], original=self.original[at], kernel=kernel)
 
-    def check(self, states: LatentStates, where: str = "observations") -> None:
+    def check(self, states: Table, where: str = "observations") -> None:
         """Raise InputError unless they are of the model's operator and image size, with the masks of their items.
 
         states: table of the model; where: what messages begin with.
@@ -132,7 +132,7 @@ class Observations:
             raise InputError(f"{path}: no observations of this project ({type(error).__name__}: {error})") from None
 
 
-def observed(states: LatentStates, images: Tensor, n: int) -> Tensor | None:
+def observed(states: Table, images: Tensor, n: int) -> Tensor | None:
     """Return n observations (n, C', H, W) of uint8 images, repeated in order, for a conditional model, else None."""
     if states.observation is None:
         return None

@@ -28,8 +28,8 @@ def forward_strip(denoise: Denoises, images: Tensor, rows: Sequence[int]) -> Ten
 
 def _noisy(denoise: Denoises, x0: Tensor, s: int) -> tuple[Tensor, Tensor]:
     """Return x_s of the first held-out images, and x_s as an image."""
-    states, finished, ids = denoise.states, denoise.states.finished([s]), range(len(x0))
-    z0 = states.encode(x0.to(states.a.device), torch.as_tensor(ids), finished)
+    states, level, ids = denoise.states, denoise.states.levels[s], range(len(x0))
+    z0 = states.encode(x0.to(states.a.device), torch.as_tensor(ids), level)
     eps = seed_noise(ids, HELD_OUT, states.shape_at(1, x0.shape[1:]))[..., : z0.shape[-2], : z0.shape[-1]]
     x = noise(states, z0, s, eps.to(z0))
     return x, states.decode(x, level).cpu()

@@ -67,7 +67,7 @@ def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ())
     for name in kinds:
         alike = [next(row for row in rows if row["name"] == name) for rows in repeats]
         own = ("measured", "start_note")
-        lacking = _not_of_all(alike)
+        lacking = _incomplete_keys(alike)
         row = {k: v for k, v in alike[0].items() if k not in (*own, *lacking, *OF_IMAGES)}
         for key, value in row.copy().items():
             if isinstance(value, float):
@@ -82,8 +82,8 @@ def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ())
         if lacking:
             repeat = dict(zip(names, alike, strict=True))
             why = [f"{who}: {other[REFUSED]}" for who, other in repeat.items() if REFUSED in other]
-            why = why or [f"not of {who}" for who, other in repeat.items() if not other.keys() >= set(lacking)]
-            row["not_pooled"] = f"{', '.join(lacking)} left out, as they are not of all trainings ({'; '.join(why)})"
+            why = why or [f"missing in {who}" for who, other in repeat.items() if not other.keys() >= set(lacking)]
+            row["not_pooled"] = f"{', '.join(lacking)} left out, since not all trainings have them ({'; '.join(why)})"
         out.append(row)
     return out
 
@@ -133,7 +133,7 @@ def write_page(studies: Sequence[Study], path: Path) -> list[dict[str, Any]]:
     parts.append(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in remarks)}</ul>" if remarks else "")
     models = [row for row in rows if "networks" in row]
     if models:
-        parts.append("<h2>What it cost, on average over the trainings</h2>" + html_cells(costs(models)))
+        parts.append("<h2>Mean cost of the trainings</h2>" + html_cells(costs(models)))
         parts += [figures.quality_over_compute(models), figures.errors_per_state(models)]
     parts.append(html_facts({folder: facts(own) for folder, own in kept.items()}))
     write_whole(path, document(studies[0].title, parts).encode())
