@@ -285,7 +285,7 @@ def refuse_roles(todo: Plan, roles: dict[str, Role]) -> bool:
             problems.append(f"contenders.{name}.prior: {start} is at row {cut.S} of a table that differs from {run}'s")
     if problems:
         raise InputError("this study cannot be run:\n" + "\n".join(f"  - {p}" for p in problems))
-    return any(tables[run].condition is not None for run, _ in contenders.values())
+    return any(tables[run].observation is not None for run, _ in contenders.values())
 
 
 def _is_truncation(states: LatentStates, cut: LatentStates) -> bool:
