@@ -77,7 +77,8 @@ def preflight(trainer: L.Trainer, module: "Diffusion") -> None:
                 if module.states.observation is not None:
                     probe(module.states.observation.operator, module.states.image_shape)
                 module.card("live")
-                refuse_wrong_estimate(live)
+                if isinstance(live, Denoiser):  # not a prior
+                    refuse_wrong_estimate(live)
                 module.denoiser = _copied(module.rebuilt())
             _try_all(trainer, module, batch)
         finally:
