@@ -107,11 +107,11 @@ def test_the_command_in_a_message_repairs_the_problem(split, elsewhere, digits, 
 
     def cured(message):
         with pytest.raises(InputError, match=message) as refusal:
-            opened() if where or "not there" not in message else verify(shards, split)
+            opened() if where or "not exist" not in message else verify(shards, split)
         assert main(command_in(str(refusal.value))) == 0
         assert opened().index.hashed
 
-    cured("is not there")
+    cured("does not exist")
     file = Path(path_of(shards, split, where))
     file.write_bytes(file.read_bytes()[:-5])
     cured("is damaged")
@@ -331,7 +331,7 @@ def test_prepare_accepts_patterns_and_a_name(tmp_path, capsys):
     assert main([*command[:5], "*0.tar", "--as", "val", "--jobs", "1"]) == 0
     assert load(out, "val", 1).images[:, 0, 0, 0].tolist() == [0, 1]
     assert main([*command[:5], "*.tar", "--as", "other", "--jobs", "1"]) == 2
-    assert "4 of the 8 images of other are images of train (of 4), too" in capsys.readouterr().err
+    assert "4 of the 8 images of other are images of train (which has 4), too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["out", "shards/a"])

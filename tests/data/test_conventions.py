@@ -164,7 +164,7 @@ def test_a_split_may_be_a_pattern_of_files(parquet, tmp_path):
     assert contents(find_source(tmp_path / "tars", "cc-{00001..00002}.tar")) == [1, 2]
     assert contents(find_source(tmp_path / "tars", "*3.tar")) == [3]
     assert contents(find_source(tmp_path / "files", "part-{0,3}.parquet")) == [0, 3]
-    with pytest.raises(InputError, match=r"has 1 of the 2 files of cc-\{00003..00004\}.tar; not cc-00004.tar"):
+    with pytest.raises(InputError, match=r"has 1 of the 2 files of cc-\{00003..00004\}.tar; cc-00004.tar is missing"):
         find_source(tmp_path / "tars", "cc-{00003..00004}.tar")
     put(tmp_path / "images" / "a.png", image(1))
     with pytest.raises(InputError, match="is a pattern, but this is a folder of images"):
@@ -346,7 +346,7 @@ def test_one_json_file_per_image(tmp_path):
     assert (labels_of(source), captions_of(source)) == (["1", "2", "3"], ["no 0", "no 1", "no 2"])
     assert "not read of KEY.json: url" in source.notes
     put(tmp_path / "1.cls", b"9")
-    with pytest.raises(InputError, match=r"1.png has the label 2, but 9 by|has the label 9, but 2 by"):
+    with pytest.raises(InputError, match=r"1.png has the label 2, but 9 in|has the label 9, but 2 in"):
         find_source(tmp_path, "train")
     put(tmp_path / "1.cls", b"2")
     put(tmp_path / "2.json", b'{"label": {"a": 1}}')

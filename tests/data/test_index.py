@@ -292,7 +292,7 @@ def test_an_index_with_impossible_numbers_is_refused_whatever_its_hash(name, cha
 def test_an_index_with_impossible_shards_is_refused_whatever_its_hash(row, shards):
     index = build(find(shards, "train"), regions=False)
     replace(index, shards=(*index.shards[:2], replace(index.shards[2], **row))).save(path_of(shards, "train"))
-    with pytest.raises(InputError, match=r"train.index.safetensors is damaged \(the shard "):
+    with pytest.raises(InputError, match=r"train.index.safetensors is damaged \(invalid row of the shard "):
         opened(shards)
 
 

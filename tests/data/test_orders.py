@@ -331,7 +331,9 @@ def test_a_pattern_selects_shards(shards):
     ]
     assert len(find(shards, "*")) == 3
     assert [url.rpartition("/")[2] for url in find(shards, "train-0002.tar")] == ["train-0002.tar"]
-    with pytest.raises(InputError, match=r"holds 3 of the 5 shards of train-\{0000..0004\}.tar; not train-0003.tar"):
+    with pytest.raises(
+        InputError, match=r"holds 3 of the 5 shards of train-\{0000..0004\}.tar; train-0003.tar is missing"
+    ):
         find(shards, "train-{0000..0004}.tar")
     save = Shards.open(shards, "train-{0001..0002}.tar", Decoder(1))
     assert len(save) == 20

@@ -721,7 +721,9 @@ def test_more_than_one_percent_of_shared_images_is_refused_at_the_end(again, ref
         assert prepare(Listed(*test), "test", tmp_path, Options(samples=20), jobs=0).shared == {"train": again}
         return
     for _ in range(2):  # the same command fails again
-        with pytest.raises(InputError, match=rf"{again} of the 100 images of test are images of train \(of 100\), too"):
+        with pytest.raises(
+            InputError, match=rf"{again} of the 100 images of test are images of train \(which has 100\), too"
+        ):
             prepare(Listed(*test), "test", tmp_path, Options(samples=20), jobs=0)
     assert not (tmp_path / "test.index.safetensors").exists()
 
@@ -796,7 +798,7 @@ def test_other_weights_are_refused_when_resuming_latents(vae, tmp_path):
 
 def test_images_that_the_autoencoder_does_not_accept_are_refused(vae, tmp_path):
     source, folder = Listed(coded(noise(16, 16)), coded(noise(18, 16))), vae[0]
-    with pytest.raises(InputError, match=r"at/1\.x has 16 x 18 pixels, others 16 x 16"):
+    with pytest.raises(InputError, match=r"at/1\.x has 16 x 18 pixels, others have 16 x 16"):
         prepare(source, "train", tmp_path / "a", Options(vae=folder), jobs=0)
     with pytest.raises(InputError, match="15 x 15 pixels, not a multiple of 2"):
         prepare(source, "train", tmp_path / "a", Options(vae=folder, size=15), jobs=0)
