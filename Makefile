@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: quickstart test test-ray test-slurm test-cuda faults lint bench clean
+.PHONY: quickstart test test-ray test-slurm test-cuda faults lint docs bench clean
 CLUSTER ?= 1
 CUDA ?= 1
 .DELETE_ON_ERROR:
@@ -23,6 +23,10 @@ $(BIN)/.test: setup.cfg .ci/constraints.txt | $(BIN)/python
 $(BIN)/.lint: setup.cfg .ci/constraints.txt | $(BIN)/python
 	$(PIP) -e ".[test,lint]"
 	$(PIP) --no-deps torch-fidelity
+	@touch $@
+
+$(BIN)/.docs: setup.cfg .ci/constraints.txt | $(BIN)/python
+	$(PIP) -e ".[docs]"
 	@touch $@
 
 data/digits/train-0000.tar: data/digits.py lightning_tdisent/data/digits.py
@@ -62,9 +66,13 @@ lint: $(BIN)/.lint
 	$(BIN)/mypy lightning_tdisent
 	$(BIN)/lint-imports
 
+# the site, without a network; a warning is an error. Open docs/_build/index.html
+docs: $(BIN)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+
 bench: $(BIN)/.run
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar
 	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script --quick || exit 1; done
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build docs/_build docs/_api docs/_copied *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
