@@ -45,6 +45,7 @@ TITLES = {
     "lit": "Lightning modules, data and callbacks",
     "metrics": "Protocols",
     "images": "Images",
+    "errors": "Errors",
 }
 # documented with their full names, since they are not exported by the package itself
 ALSO = {
@@ -56,6 +57,7 @@ ALSO = {
     "lit.callbacks.weights": "EMA Export",
     "metrics.protocol": "Protocol",
     "images": "to_uint8 from_uint8 grid",
+    "errors": "InputError Halted NotFinite Unavailable",
 }
 
 
@@ -92,48 +94,77 @@ def resolve(path):
     return getattr(__import__(module, fromlist=[name]), name)
 
 
+def skip_hooks(app, what, name, obj, skip, options):
+    """Leave out methods that Lightning calls: they are no part of what a user calls."""
+    from lightning.pytorch import Callback, LightningModule
+    from torch.nn import Module
+
+    return skip or name in {*dir(LightningModule), *dir(Callback)} - {*dir(Module)}
+
+
 # --- docstrings, which are plain text with `code`, to reStructuredText ----------------------------------------------
 
 CODE = re.compile(r"(``.+?``|`[^`]+`)")
 
 
 def convert_docstring(app, what, name, obj, options, lines):
-    """Replace the lines of a docstring: paragraphs, literal blocks, and arguments as a list."""
-    known, out = parameters(obj), []
-    for block in re.split(r"\n(?:[ \t]*\n)+", inspect.cleandoc("\n".join(lines))):
-        rows = block.splitlines()
-        if not rows:
+    """Replace the lines of a docstring: paragraphs, literal blocks, and arguments as a list, those of bases as well."""
+    known, described, out = parameters(obj), set(), []
+    for text in texts("\n".join(lines)):
+        if text.startswith("    "):
+            out += ["::", "", *text.splitlines(), ""]
             continue
-        if all(row.startswith("    ") for row in rows):
-            out += ["::", "", *rows, ""]
-        else:
-            out += paragraphs(" ".join(row.strip() for row in rows), known)
+        first, items = arguments_in(text, known)
+        out += [guard(escape(first)), ""] if first else []
+        out += [*(bullet(*item) for item in items), ""] if items else []
+        described |= {label for label, _ in items}
+    for base in obj.__mro__[1:] if inspect.isclass(obj) else ():
+        if base.__module__.startswith("lightning_tdisent"):
+            items = [item for text in texts(base.__doc__ or "") for item in arguments_in(text, parameters(base))[1]]
+            new = [item for item in items if item[0] not in described and {*item[0].split(", ")} <= known]
+            out += [f"Of ``{base.__name__}``:", "", *(bullet(*item) for item in new), ""] if new else []
+            described |= {label for label, _ in new}
     lines[:] = out
 
 
+def texts(docstring):
+    """Return the paragraphs of a docstring, each as one line, and its indented blocks as they are."""
+    blocks = re.split(r"\n(?:[ \t]*\n)+", inspect.cleandoc(docstring))
+    indented = [all(row.startswith("    ") for row in block.splitlines()) for block in blocks]
+    joined = [block if code else " ".join(block.split()) for block, code in zip(blocks, indented, strict=True)]
+    return [text for text in joined if text]
+
+
 def parameters(obj):
-    """Return the names of the arguments of a function, or of the constructors of a class and of its bases."""
-    functions = [vars(base).get("__init__") for base in obj.__mro__] if inspect.isclass(obj) else [obj]
+    """Return the names of the arguments of a function, or of a constructor, through ``**kwargs`` to its bases."""
+    functions = (
+        [vars(base)["__init__"] for base in obj.__mro__ if "__init__" in vars(base)] if inspect.isclass(obj) else [obj]
+    )
     names = set()
     for function in functions:
-        if inspect.isfunction(function) or inspect.ismethod(function):
-            names |= {*inspect.signature(function).parameters}
+        if not (inspect.isfunction(function) or inspect.ismethod(function)):
+            break
+        found = inspect.signature(function).parameters
+        names |= {*found}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in found.values()):
+            break
     return names - {"self", "cls"}
 
 
-def paragraphs(text, known):
-    """Return a paragraph, and the arguments that it describes as ``name: ..`` as a list."""
+def arguments_in(text, known):
+    """Return what a paragraph says first, and the arguments that it describes as ``name: ..``, each (names, text)."""
     parts, start = [], 0
     for match in re.finditer(r"(?:^|(?<=[.;] ))(\w+(?:, \w+)*): ", text):
         if {*match[1].split(", ")} <= known:
             parts.append(text[start : match.start()])
             start = match.start()
     first, *items = [part.strip() for part in (*parts, text[start:])]
-    out = [guard(escape(first)), ""] if first else []
-    for item in items:
-        label, _, rest = item.partition(": ")
-        out.append(f"- **{escape(label)}**: {escape(rest.removesuffix(';'))}")
-    return [*out, ""] if items else out
+    return first, [tuple(item.removesuffix(";").split(": ", 1)) for item in items]
+
+
+def bullet(names, text):
+    """Return an argument as a line of a list."""
+    return f"- **{escape(names)}**: {escape(text)}"
 
 
 def guard(text):
@@ -161,6 +192,7 @@ def escape(text):
 COPIES = DOCS / "_copied"
 OUTSIDE = {
     "readme": "README.md",
+    "examples": "examples/README.md",
     "results": "experiments/README.md",
     "data": "data/README.md",
     "benchmarks": "benchmarks/README.md",
@@ -206,4 +238,5 @@ def setup(app):
     app.connect("builder-inited", write_api)
     app.connect("builder-inited", copy_outside)
     app.connect("source-read", adapt_source)
+    app.connect("autodoc-skip-member", skip_hooks)
     app.connect("autodoc-process-docstring", convert_docstring, priority=100)
