@@ -1,4 +1,4 @@
-"""Diffusion models over few latent states, each a network of its own if you like.
+"""Diffusion models over few latent states, where each state may have its own network.
 
 Reading order: diffusion.table, diffusion.process, sampling.sampler, models.composite, lit.modules.
 """
@@ -49,17 +49,18 @@ __all__ = ["__version__", *_NAMES]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: importing the package imports no torch."""
+    """Import a public name on first access, so that importing the package does not import torch."""
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
 
 
 class _TorchFidelity:
-    """Lets torch-fidelity be imported where torchvision is missing: as a package whose own ``__init__`` is not run.
+    """Import hook that makes torch-fidelity importable without torchvision, by skipping its ``__init__``.
 
-    That one imports torchvision for parts that nobody here uses; torchmetrics imports torch-fidelity where it is
-    installed, and Lightning imports torchmetrics: without this, installing the one would break all of them.
+    That ``__init__`` imports torchvision for parts that this project does not use. torchmetrics imports torch-fidelity
+    if it is installed, and Lightning imports torchmetrics: without this hook, installing torch-fidelity without
+    torchvision would break both.
     """
 
     @staticmethod

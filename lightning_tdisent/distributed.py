@@ -1,4 +1,4 @@
-"""Rank, world size and collectives of the processes that share a work; a process alone is rank 0 of 1."""
+"""Rank, world size and collectives of a distributed run; a single process is rank 0 of 1."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,10 @@ from lightning_tdisent.errors import InputError
 
 @contextlib.contextmanager
 def shared_errors() -> Iterator[None]:
-    """Re-raise an InputError from any rank on every rank (collective), which would wait for that rank otherwise."""
+    """Re-raise an InputError from any rank on every rank (collective).
+
+    Without this the other ranks would wait forever for the rank that failed.
+    """
     error: InputError | None = None
     try:
         yield
@@ -30,7 +33,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def all_gather(obj: Any) -> list[Any]:
-    """Return the objects of all ranks, in the order of ranks (collective)."""
+    """Return the objects of all ranks in rank order (collective: every rank must call)."""
     if not dist.is_initialized():
         return [obj]
     answers = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""Errors that end a command with a message, never with a traceback."""
+"""Errors that end a command with a one-line message and an exit code, not with a traceback."""
 
 import math
 from collections.abc import Iterable
@@ -8,51 +8,56 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Something asked for cannot be done; the message says what, where, both values and what would help."""
+    """A request that cannot be carried out.
+
+    The message says what is wrong, where, which value was found and which was expected, and what to do.
+
+    code: exit status of the command.
+    """
 
     code = 2
 
 
 class Halted(InputError):
-    """Training stopped itself before it could do harm: a full disk, losses that are not finite."""
+    """Training stopped itself to prevent damage, e.g. because of a full disk or non-finite losses."""
 
     code = 1
 
 
 class Busy(InputError):
-    """Another process holds the folder of a run: nothing has failed, wait for it."""
+    """Another process holds the run folder. Nothing has failed; wait for that process to finish."""
 
 
 class Lost(Halted):
-    """This process no longer holds what it was writing: its folder has gone, or its lease is another worker's."""
+    """This process lost the folder or lease that it was writing under: removed, moved, or taken by another worker."""
 
 
 class Crashed(InputError):
-    """A training ended by an error that nobody foresaw: elsewhere, or another time, it may go well."""
+    """Unexpected error in a training run; a retry, or a run on another machine, may succeed."""
 
     code = 70
 
 
 class NotFinite(InputError):
-    """Weights, states or images hold NaN or infinity."""
+    """Weights, states or images contain NaN or infinity."""
 
 
 class Newer(InputError):
-    """A file was made by a newer version than this one."""
+    """A file was written by a newer version of this package."""
 
 
 class Unavailable(InputError):
-    """A file or package that is not shipped is not here; the message says how to get it."""
+    """A file or package that is not shipped with this one is missing; the message says how to get it."""
 
 
-# errors of what was named: no disk or network that may be better another time
+# OSErrors caused by the path that the user named, not by a disk or network failure that a retry may survive
 NAMED = (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def nearest(word: str, allowed: Iterable[str], likeness: float = 0.5) -> str:
-    """Return `` Did you mean 'x'?`` for the closest allowed word, or an empty string.
+    """Return `` Did you mean 'x'?`` for the allowed word closest to ``word``, or an empty string if none is close.
 
-    likeness: of two words that may be meant for each other, 0 to 1, as of difflib.
+    likeness: minimum similarity of the two words, 0 to 1 (the cutoff of `difflib.get_close_matches`).
     """
     close = get_close_matches(word, list(allowed), 1, likeness)
     return f" Did you mean {close[0]!r}?" if close else ""
@@ -61,9 +66,10 @@ def nearest(word: str, allowed: Iterable[str], likeness: float = 0.5) -> str:
 def check_number(
     key: str, value: Any, least: float = 0, most: float = math.inf, above: bool = False, whole: bool = False
 ) -> None:
-    """Raise InputError unless a value is a finite number from ``least`` to ``most``.
+    """Raise InputError unless ``value`` is a finite number from ``least`` to ``most``, both included.
 
-    above: exclude ``least`` itself; whole: take integers only. Strings and booleans are no numbers.
+    key: name of the value, for the message; above: exclude ``least`` itself; whole: accept integers only. Strings and
+    booleans are not numbers.
     """
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if number and least <= value <= most and math.isfinite(value) and not (above and value == least):
@@ -77,11 +83,11 @@ def check_number(
     raise InputError(f"{key}: {kind}{bounds}, got {value}")
 
 
-LARGEST = 1 << 26  # values of a state: 8192 x 8192, grey
+LARGEST = 1 << 26  # maximum number of values in a state: one channel of 8192 x 8192
 
 
 def check_shape(key: str, shape: Any) -> None:
-    """Raise InputError unless a value is [channels, height, width], whole numbers from 1 on, of at most `LARGEST`."""
+    """Raise InputError unless ``shape`` is [channels, height, width], integers >= 1 with at most `LARGEST` values."""
     whole = isinstance(shape, (list, tuple)) and all(isinstance(n, int) and not isinstance(n, bool) for n in shape)
     if not whole or len(shape) != 3 or min(shape) < 1:
         raise InputError(f"{key} must be [channels, height, width] of an image, got {shape!r:.200}")

@@ -1,4 +1,4 @@
-"""Names of files, and files that are seen under their names when all of them is on the disk, or never."""
+"""Paths, YAML within bounds, and atomic file writes: write to a temporary file, fsync, rename."""
 
 import argparse
 import contextlib
@@ -21,24 +21,26 @@ from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.processes import began, host
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")  # $NAME and ${NAME}
-_PREFIX = re.compile(r"(?:-{1,2}[\w.-]+=)?([\w.*-]+=)?(?:shared:)?")  # of a word such as --set data.path=~/d
-URL = re.compile(r"[A-Za-z][\w+.-]+:{1,2}/|[A-Za-z][\w+.-]+::")  # also one that a Path has taken a slash of
-PROSE = ("title", "notes")  # keys of YAML files whose text is no path
-PATHS = ("path", "run", "warm_start", "index", "mask", "source", "weights", "file", "folder")  # keys that name files
+_PREFIX = re.compile(r"(?:-{1,2}[\w.-]+=)?([\w.*-]+=)?(?:shared:)?")  # before the path: --set=data.path=~/d
+URL = re.compile(r"[A-Za-z][\w+.-]+:{1,2}/|[A-Za-z][\w+.-]+::")  # also after Path has reduced // to /
+PROSE = ("title", "notes")  # keys of YAML files whose text is not a path
+PATHS = ("path", "run", "warm_start", "index", "mask", "source", "weights", "file", "folder")  # keys of paths
 _TEMPORARY = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{16}\.tmp$")  # of `temporary`: host, pid, start
 _DAY = 86400.0
 _REMOVE = "nothing is written through a link. Remove it, or choose another folder"
 
-Guard = Callable[[bool], None]  # raises `Lost`; given true, it only says what it knows without asking a disk or network
-_guards: dict[str, list[Guard]] = {}  # by folder: what is asked before each write below it
+Guard = Callable[[bool], None]  # (quick) -> raises `Lost`; if quick, avoids reads from a disk or network
+_guards: dict[str, list[Guard]] = {}  # by folder: called before each write below it
 
 
 def expand(text: str, where: str = "", braces: bool = True) -> str:
     """Return a path with its leading ``~`` and each ``$NAME`` and ``${NAME}`` replaced.
 
-    Raises InputError if one of them has no value. The name of something that exists is returned as it is, and so is
-    the part of a path that exists. A URL ``file://PATH`` is the path itself. where: the option or the file and key, for
-    the message. braces: whether ``${NAME}`` is a variable, and not left to OmegaConf.
+    Raises InputError if one of them has no value. A path that exists is returned unchanged, and so is the leading part
+    of a path that exists. A URL ``file://PATH`` is replaced by its path.
+
+    where: the option, or the file and key, for the message. braces: replace ``${NAME}``; if false, leave it to
+    OmegaConf.
     """
     text = text.removeprefix("file://")
     if not (text.startswith("~") or _VARIABLE.search(text)) or os.path.lexists(text):
@@ -63,19 +65,19 @@ def expand(text: str, where: str = "", braces: bool = True) -> str:
 
 
 def typed(*words: str | Path) -> str:
-    """Return a command of this program as it is typed into a shell."""
+    """Return a command of this program, quoted for a shell."""
     return f"python -m lightning_tdisent {shlex.join(map(str, words))}"
 
 
 def _url_in(text: str) -> str:
-    """Return the URL that a path is, with the slash that a Path takes of it; empty for a path."""
+    """Return the URL in ``text``, with the second slash restored if Path removed it; empty if it is not a URL."""
     if not URL.match(text):
         return ""
     return text if "://" in text else text.replace(":/", "://", 1)
 
 
 def input_path(path: str | Path, option: str) -> Path:
-    """Return the path of a file or folder that is read; raise InputError for a URL and for a name that is not plain."""
+    """Return the path of an input file or folder. Raises InputError for a URL and for what `check_name` refuses."""
     check_name(str(path), option)
     if (url := _url_in(str(path))) and not url.startswith("file:"):
         raise InputError(f"{option}: {url}: is read from a disk of this machine; copy it here, and name the copy")
@@ -83,9 +85,10 @@ def input_path(path: str | Path, option: str) -> Path:
 
 
 def output_path(path: str | Path, option: str = "out") -> Path:
-    """Return the path of an output; raise InputError for a URL, which would become a folder called ``s3:`` here.
+    """Return the path of an output file or folder.
 
-    Raises it for a name that is not plain, too (`check_name`). option: the option or key that named it.
+    Raises InputError for a URL, which would otherwise create a local folder called ``s3:``, and for a name refused by
+    `check_name`. option: the option or key that named it, for the message.
     """
     text = str(path).removeprefix("file://")
     check_name(text, option)
@@ -98,9 +101,9 @@ def output_path(path: str | Path, option: str = "out") -> Path:
 
 
 def expand_word(word: str, braces: bool = True) -> str:
-    """Expand the path in a word of a command line, which may follow ``--option=``, ``key=`` or both.
+    """Expand the path in a command line argument, where ``--option=``, ``key=`` or both may precede the path.
 
-    The ``${..}`` of ``key=`` is OmegaConf's, and so are all unless ``braces``.
+    ``${..}`` is left to OmegaConf after ``key=``, and everywhere if ``braces`` is false.
     """
     match = _PREFIX.match(word)
     prefix, key = (match[0], match[1]) if match else ("", None)
@@ -109,9 +112,9 @@ def expand_word(word: str, braces: bool = True) -> str:
 
 
 def expand_all(data: Any, where: str = "", key: str = "") -> Any:
-    """Expand the paths among the values of nested dicts and lists (a copy), and of namespaces (in place).
+    """Expand the paths among the values of nested dicts and lists (returns a copy) and namespaces (in place).
 
-    What stands under a key of `PROSE` is no path. where: the file or command that the data come from, for messages.
+    Values under a key of `PROSE` are not paths. where: the file or command that the data come from, for messages.
     """
     if isinstance(data, str):
         text = expand(data, f"{where}: {key}".strip(": "))
@@ -129,9 +132,10 @@ def expand_all(data: Any, where: str = "", key: str = "") -> Any:
 
 
 def absolute_paths(data: Any, key: str = "") -> Any:
-    """Return nested dicts and lists with the relative paths of what exists made absolute, for use from elsewhere.
+    """Return nested dicts and lists with relative paths made absolute, for use from another working folder.
 
-    A path is a string under one of the keys `PATHS`, or under one that ends with ``_path``, ``_dir`` or ``_file``.
+    A path is a string under one of the keys `PATHS`, or under a key that ends with ``_path``, ``_dir`` or ``_file``.
+    Paths that do not exist stay as they are.
     """
     if isinstance(data, dict):
         return {k: absolute_paths(v, str(k)) for k, v in data.items()}
@@ -146,14 +150,14 @@ def _names_file(key: str) -> bool:
 
 
 def is_plain(name: str) -> bool:
-    """Return whether a name is UTF-8 and one line: without control characters, line separators and lone surrogates."""
+    """Return whether a name has no control characters, line or paragraph separators, or lone surrogates (not UTF-8)."""
     return name.isprintable() or not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
 
 
 def check_name(path: str | Path, where: str = "") -> None:
-    """Raise InputError for a path that is not `is_plain`, or that this process would give to the system otherwise.
+    """Raise InputError for a path that is not `is_plain`, or that this process would not encode as UTF-8.
 
-    where: the option or the file and key, for the message.
+    where: the option, or the file and key, for the message.
     """
     text, place = os.fspath(path), f"{where}: " if where else ""
     if not is_plain(text):
@@ -166,7 +170,7 @@ def check_name(path: str | Path, where: str = "") -> None:
 
 
 def check_utf8_mode(what: str) -> None:
-    """Raise InputError where Python reads and names files in another encoding than UTF-8; what: not ASCII."""
+    """Raise InputError if Python's file system encoding is not UTF-8; what: the non-ASCII name or file concerned."""
     if (encoding := sys.getfilesystemencoding()) != "utf-8":
         raise InputError(
             f"{what}: files and their names are UTF-8, but this Python takes them for {encoding}. Start it with "
@@ -174,13 +178,17 @@ def check_utf8_mode(what: str) -> None:
         )
 
 
-MOST_TEXT = 4 << 20  # bytes of a file of YAML
-MOST_NODES, DEEPEST = 100_000, 100  # values in it, its aliases written out, and levels of nesting
+MOST_TEXT = 4 << 20  # maximum bytes of a YAML file
+MOST_NODES, DEEPEST = 100_000, 100  # maximum values in it with aliases expanded, and levels of nesting
 
 
 def compose_yaml(text: str | bytes) -> Any:
-    """Return the nodes of YAML; raises yaml.YAMLError for aliases that expand without bounds, and for deep nesting."""
-    import yaml  # not for the help
+    """Return the root node of YAML.
+
+    Raises yaml.YAMLError for text that cannot be parsed, and for more than `MOST_TEXT` bytes, `MOST_NODES` values
+    (aliases expanded) or `DEEPEST` levels.
+    """
+    import yaml  # here, so that --help does not import it
 
     if len(text) > MOST_TEXT:
         raise yaml.YAMLError(f"has {len(text):,} bytes, at most {MOST_TEXT:,} are read")
@@ -188,7 +196,7 @@ def compose_yaml(text: str | bytes) -> Any:
         root = yaml.compose(text, yaml.SafeLoader)
     except (RecursionError, UnicodeDecodeError, ValueError) as error:
         raise yaml.YAMLError(f"cannot be parsed: {str(error)[:200] or type(error).__name__}") from None
-    sizes = dict[int, int]()  # of nodes, with all below them
+    sizes = dict[int, int]()  # by id of a node: number of nodes in it, itself included
 
     def size(node: Any, depth: int) -> int:
         if depth > DEEPEST:
@@ -205,7 +213,11 @@ def compose_yaml(text: str | bytes) -> Any:
 
 
 def load_yaml(text: str | bytes, where: str) -> Any:
-    """Return the data in YAML; raises InputError for text that is not valid, or expands without bounds."""
+    """Return the data in YAML.
+
+    Raises InputError for text that is not valid or exceeds the bounds of `compose_yaml`; where: name of the file, for
+    the message.
+    """
     import yaml
 
     try:
@@ -216,7 +228,7 @@ def load_yaml(text: str | bytes, where: str) -> Any:
 
 
 def repeated_keys(text: str | bytes) -> list[str]:
-    """Return the keys that a mapping of YAML has twice, as ``line N: KEY``: a parser takes the last in silence."""
+    """Return the keys that a YAML mapping repeats, as ``line N: KEY``. A parser would silently use the last one."""
     import yaml
 
     out, seen = list[tuple[int, str]](), set[int]()
@@ -239,7 +251,7 @@ def repeated_keys(text: str | bytes) -> list[str]:
 
 @contextlib.contextmanager
 def guarded(folder: str | Path, check: Guard) -> Iterator[None]:
-    """Have ``check`` asked before each write below a folder, within the context; it raises `Lost` to forbid one."""
+    """Call ``check`` before each write below ``folder`` inside the context; it raises `Lost` to forbid the write."""
     checks = _guards.setdefault(os.path.abspath(folder), [])
     checks.append(check)
     try:
@@ -249,9 +261,9 @@ def guarded(folder: str | Path, check: Guard) -> Iterator[None]:
 
 
 def ask_guards(path: str | Path, quick: bool = False) -> None:
-    """Raise what a guard of a folder above a path raises: it may not be written, or removed, any more.
+    """Call the guards of all folders above ``path``; they raise `Lost` if it may not be written or removed any more.
 
-    quick: cheap enough for every step of a training, and enough to end it soon.
+    quick: use the check that is cheap enough for every training step and sufficient to stop the training soon.
     """
     for folder in Path(os.path.abspath(path)).parents:
         for check in list(_guards.get(str(folder), ())):
@@ -260,10 +272,10 @@ def ask_guards(path: str | Path, quick: bool = False) -> None:
 
 @contextlib.contextmanager
 def whole(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
-    """Yield a stream to a temporary file that takes the name ``path`` at the end; raises OSError.
+    """Yield a stream to a temporary file that replaces ``path`` atomically on success. Raises OSError.
 
-    What has that name before is replaced, also a link, and never written to. sync: whether the file is to survive a
-    loss of power. The guards of the folder are asked before the file is opened, and before it takes its name.
+    An existing file or link at ``path`` is replaced, never written to. sync: fsync the file and its folder, so that it
+    survives a power loss. The guards of the folder are called before the file is opened and before it is renamed.
     """
     output_path(path)
     ask_guards(path)
@@ -283,8 +295,8 @@ def whole(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file, and its folder if need be; raises `Halted`."""
-    path = output_path(path)  # before its folder is made
+    """Write a file atomically, and create its folder if needed. Raises `Halted` if it cannot be written."""
+    path = output_path(path)  # check it before creating its folder
     try:
         ask_guards(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -295,9 +307,9 @@ def write_whole(path: str | Path, content: bytes) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """Return a new name beside ``path`` that nobody can guess: ``.NAME.HOST-PID-BEGAN-RANDOM.tmp``.
+    """Return a new unguessable path in the folder of ``path``: ``.NAME.HOST-PID-BEGAN-RANDOM.tmp``.
 
-    Create it with mode ``x``, which follows no link. `remove_orphans` removes it once this process has ended.
+    Open it with mode ``x``, which does not follow links. `remove_orphans` removes it once this process has ended.
     """
     check_name(path)
     owner = f"{_host_mark()}-{os.getpid()}-{began(os.getpid())}"
@@ -307,8 +319,8 @@ def temporary(path: Path) -> Path:
 def remove_orphans(folder: Path, name: str = "*") -> None:
     """Remove the `temporary` files and folders that no process will finish, of files whose names match ``name``.
 
-    Those of a process of this machine go when it has ended, and stay while it runs. Others go when they are a day old
-    by the clock of their file system.
+    Those created by a process of this machine are removed once the process has ended. Others are removed when they are
+    a day old by the clock of their file system.
     """
     now: float | None = None
     for orphan in folder.glob(f".{name}.tmp"):
@@ -332,7 +344,7 @@ def _host_mark() -> str:
 
 
 def _time_of(folder: Path) -> float:
-    """Return the time by the clock of a file system; raises OSError where nothing can be written."""
+    """Return the current time by the clock of the file system of a folder. Raises OSError if nothing can be written."""
     probe = temporary(folder / "clock")
     try:
         with probe.open("xb") as stream:
@@ -342,14 +354,15 @@ def _time_of(folder: Path) -> float:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise the OSError that keeps files from being made in a folder."""
+    """Raise OSError if files cannot be created in a folder."""
     _time_of(folder)
 
 
 def refuse_unwritable(folder: Path, remedy: str) -> None:
-    """Raise InputError, before any work, for a folder that cannot be made or written to; remedy: what to do.
+    """Raise InputError for a folder that cannot be created or written to; call it before any work is done.
 
-    A disk that is full is no reason: whatever is written next says so, and what is there may be gone on with.
+    remedy: what the user should do, for the message. A full disk is not refused: the next write reports it, and
+    existing work in the folder may be resumed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -360,16 +373,16 @@ def refuse_unwritable(folder: Path, remedy: str) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """Raise InputError for a symbolic link where a file is to be written."""
+    """Raise InputError if ``path``, which is to be written, is a symbolic link."""
     if path.is_symlink():
         raise InputError(f"{path}: is a symbolic link to {os.readlink(path)}; {_REMOVE}") from None
 
 
 def open_own(path: Path) -> FileIO:
-    """Open a file to read and append to, such as a lock or a log; create it if it is not there.
+    """Open a file for reading and appending, such as a lock or a log; create it if it does not exist.
 
-    Raises InputError for a link and for a file with further names (hard links): what is written would go into a file
-    that lies elsewhere. Raises OSError if it cannot be opened.
+    Raises InputError for a symbolic link and for a file with several hard links, since the data would be written to a
+    file in another place. Raises OSError if it cannot be opened.
     """
     check_name(path)
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -383,7 +396,7 @@ def open_own(path: Path) -> FileIO:
 
 
 def refuse_shared(stream: IO[bytes], path: Path) -> None:
-    """Close and refuse an open file that has further names (hard links), or is no plain file."""
+    """Raise InputError, and close the file, if it has several hard links or is not a regular file."""
     found = os.fstat(stream.fileno())
     if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
         return
@@ -393,7 +406,7 @@ def refuse_shared(stream: IO[bytes], path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a loss of power."""
+    """Fsync a folder, so that the file names in it survive a power loss."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Find tensors with values that are not finite, before these are computed with, written or drawn."""
+"""Detect tensors with non-finite values before they are used, written or turned into images."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,13 +10,16 @@ from lightning_tdisent.errors import NotFinite
 
 
 def non_finite(data: Any) -> list[str]:
-    """Return the names of floating-point tensors in nested data that hold NaN or infinity; waits once per device."""
+    """Return the names of the floating-point tensors in nested data that contain NaN or infinity.
+
+    Synchronises once per device, and again for each tensor whose sum is not finite.
+    """
     found: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors(data):
         if tensor.is_floating_point() and tensor.numel():
             found.setdefault(tensor.device, []).append((name, tensor))
     out = []
-    for pairs in found.values():  # a sum is not finite if a value is not, or if it overflows
+    for pairs in found.values():  # the sum is non-finite if any value is, or if it overflows
         finite = torch.stack([tensor.sum().float() for _, tensor in pairs]).isfinite().tolist()
         suspects = [pair for pair, good in zip(pairs, finite, strict=True) if not good]
         out += [name for name, tensor in suspects if not tensor.isfinite().all()]
@@ -24,7 +27,7 @@ def non_finite(data: Any) -> list[str]:
 
 
 def refuse_non_finite(where: str, data: Any) -> None:
-    """Raise `NotFinite` with the names of the tensors that hold NaN or infinity."""
+    """Raise `NotFinite` naming the tensors in ``data`` that contain NaN or infinity; where: prefix of the message."""
     if bad := non_finite(data):
         raise NotFinite(
             f"{where}: {', '.join(bad[:3])} ({len(bad)} in all) hold values that are not finite (NaN or infinity); no "
@@ -33,7 +36,7 @@ def refuse_non_finite(where: str, data: Any) -> None:
 
 
 def tensors(data: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of nested dicts and lists with their names, such as ``state_dict.a.weight``."""
+    """Yield (name, tensor) for all tensors in nested dicts, lists and tuples, e.g. named ``state_dict.a.weight``."""
     if isinstance(data, Tensor):
         yield name, data
     elif isinstance(data, dict):

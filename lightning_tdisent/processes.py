@@ -7,14 +7,14 @@ from typing import Any
 
 
 def me() -> dict[str, Any]:
-    """Return host, process id and start time in the host's ticks: what others need to look for this process."""
+    """Return host, process id and start time (clock ticks since boot) of this process, by which others can find it."""
     return {"host": host(), "pid": os.getpid(), "began": began(os.getpid())}
 
 
 def host() -> str:
-    """Return the name of this machine with its boot and its process namespace.
+    """Return ``NAME/ID``: the host name, and an ID of the current boot and the process namespace (empty if unknown).
 
-    Containers of one machine may share its name, but see other processes.
+    Containers on one machine may share its name but see different processes.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()[:8]
@@ -25,9 +25,9 @@ def host() -> str:
 
 
 def began(pid: int) -> int | None:
-    """Return the start of a process in ticks since boot, or None if there is no such process.
+    """Return the start time of a process in clock ticks since boot, or None if no such process runs.
 
-    0 stands for a start that the system does not tell.
+    Returns 0 where the system does not report start times.
     """
     try:
         after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()

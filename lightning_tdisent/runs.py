@@ -1,4 +1,4 @@
-"""The run folder that a training writes to: held by one process at a time, with the identity of its run."""
+"""The run folder that a training writes to: its file names, its lock (one process at a time) and its run id."""
 
 import contextlib
 import json
@@ -17,27 +17,28 @@ from lightning_tdisent.processes import began, host, me
 
 try:
     import fcntl
-except ImportError:  # not on every system
+except ImportError:  # not available on all systems
     fcntl = None  # type: ignore[assignment]
 
-# names in a run folder
+# file and folder names in a run folder
 CONFIG, WEIGHTS, PRIOR, CURVE = "config.yaml", "model.safetensors", "prior.safetensors", "curve.json"
 CHECKPOINTS, AVERAGES, PICTURES, LOG, LOCK = "checkpoints", "averages", "pictures", "log.txt", ".lock"
-NEWEST = "newest.json"  # in the folder of the checkpoints: which of them is the last one
+NEWEST = "newest.json"  # in the checkpoint folder: names the last checkpoint
 _HELD: dict[str, "RunFolder"] = {}
 
 
 class RunFolder:
-    """A run folder that this process holds within a ``with``: nobody else trains in it meanwhile.
+    """Context manager that holds a run folder, so that no other process trains in it.
 
-    The file ``.lock`` names the holder: process, host, run, and a token of its own. `check` compares that token with
-    what lies at the path now, so that a folder that was removed, moved or taken by another process is noticed; every
-    write below the folder asks it (`files.guarded`). Where the file system has no locks (flock), a second process on
-    this machine is refused by the holder's process number, and one on another machine ends the first at its next save.
+    The file ``.lock`` names the holder: process, host, run, and a random token. `check` compares that token with the
+    lock file now at the path, and so detects a folder that was removed, moved or taken by another process; every write
+    below the folder calls it (`files.guarded`). On a file system without locks (flock), a second process on this
+    machine is refused if the holder's process still runs, and a second process on another machine makes the first one
+    stop at its next save.
 
-    run: identity of the run in the folder, 16 hexadecimal digits; empty until it is known. tidy: remove the folder
-    again if it was made for a run that did not begin (no config.yaml). Raises Busy where another process holds the
-    folder, and InputError for one that cannot be written.
+    run: id of the run in the folder, 16 hexadecimal digits; empty until it is known. tidy: on exit, remove the folder
+    if it was created for a run that did not start (no config.yaml). Raises Busy if another process holds the folder,
+    and InputError if it cannot be written.
     """
 
     def __init__(self, path: str | Path, tidy: bool = False) -> None:
@@ -52,7 +53,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take()
-            # held open, so that its number is not given to another folder
+            # keep it open, so that its inode number is not reused for another folder
             self._folder = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             self._stack.callback(os.close, self._folder)
         except OSError as error:
@@ -67,7 +68,7 @@ class RunFolder:
     def __exit__(self, *_: Any) -> None:
         with contextlib.suppress(Lost, OSError):
             self.check()
-            if self._tidy and not (self.path / CONFIG).exists():  # refused before it began
+            if self._tidy and not (self.path / CONFIG).exists():  # refused before it started
                 self._clear()
         self._stack.close()
         _HELD.pop(str(self.path), None)
@@ -75,18 +76,21 @@ class RunFolder:
             self._lock.close()
 
     def check(self, quick: bool = False) -> None:
-        """Raise Lost unless this process still holds what lies at the path; quick: or the same folder lies there."""
+        """Raise Lost unless this process still holds the folder at the path.
+
+        quick: skip reading the lock if the path still refers to the same folder.
+        """
         if quick and self._same():
             return
         try:
             holder = _read(self.path / LOCK)
-        except OSError:  # of the disk or the network: nobody has taken a folder that cannot be read
+        except OSError:  # disk or network failure: nobody has taken a folder that cannot be read
             if self._same():
                 return
             holder = None
         if holder is not None and holder.get("token") == self._token:
             return
-        if holder is None and not self._lost and self._same():  # somebody has removed the lock alone
+        if holder is None and not self._lost and self._same():  # only the lock file was removed
             self._take()
             return
         self._lost = True
@@ -97,9 +101,9 @@ class RunFolder:
         )
 
     def name(self, run: str) -> None:
-        """Set the identity of the run, here and in the lock."""
+        """Set the id of the run, here and in the lock file."""
         self.run = run
-        if self._lock is not None and not self._lock.closed:  # closed in a process that was forked
+        if self._lock is not None and not self._lock.closed:  # it is closed in a forked process
             self._write(self._lock)
 
     def _same(self) -> bool:
@@ -109,7 +113,7 @@ class RunFolder:
             return False
 
     def _take(self) -> None:
-        """Open the lock without following links, and lock it."""
+        """Open the lock file without following links, and lock it. Raises Busy if another process holds it."""
         file, holder = self.path / LOCK, None
         while True:
             lock = _open(file, os.O_RDWR | os.O_CREAT)
@@ -124,7 +128,7 @@ class RunFolder:
                 if holder and holder.get("token") == self._token:
                     return
                 if holder and holder.get("pid") == os.getppid() and holder.get("host") == host():
-                    self._token, self.run = holder["token"], holder["run"]  # this is a rank that the holder has started
+                    self._token, self.run = holder["token"], holder["run"]  # a rank that the holder started
                     return
                 raise Busy(
                     f"run: {self.path} is in use by {_said(holder)}. Wait for it, or choose another --run"
@@ -132,7 +136,7 @@ class RunFolder:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(file), os.fstat(lock.fileno())):
                     break
-            lock.close()  # whoever held it has just removed it
+            lock.close()  # the previous holder has just removed it: open the new file
         if not locked and holder and holder.get("host") != host():
             print(
                 f"note: {self.path}: this file system has no locks; last held by {_said(holder)}. If that still "
@@ -140,7 +144,7 @@ class RunFolder:
                 file=sys.stderr,
             )
         self._lock = lock
-        os.register_at_fork(after_in_child=lock.close)  # a worker of the loader must not hold it, too
+        os.register_at_fork(after_in_child=lock.close)  # workers of the data loader must not hold it too
         self._write(lock)
 
     def _write(self, lock: BinaryIO) -> None:
@@ -152,40 +156,40 @@ class RunFolder:
         for litter in (self.path / LOCK, self.path / "hparams.yaml", *self.path.glob("events.out.tfevents.*")):
             litter.unlink(missing_ok=True)
         for folder in (self.path / CHECKPOINTS, self.path):
-            with contextlib.suppress(OSError):  # unless something else is in there
+            with contextlib.suppress(OSError):  # not empty: it holds other files
                 folder.rmdir()
 
 
 def checkpoint_name(step: int) -> str:
-    """Return the name of the checkpoint after so many steps."""
+    """Return the file name of the checkpoint written after ``step`` steps."""
     return f"step-{step:09d}.ckpt"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, oldest first."""
+    """Return the paths of the checkpoints in a folder, in increasing order of steps."""
     found = [p for p in folder.glob("step-*.ckpt") if re.fullmatch(r"step-\d+\.ckpt", p.name)]
     return sorted(found, key=lambda p: int(p.stem[5:]))
 
 
 def snapshot_name(step: int, length: float) -> str:
-    """Return the name of the snapshot of an average of this relative length after so many steps."""
+    """Return the file name of the snapshot, after ``step`` steps, of the weight average of relative ``length``."""
     return f"step-{step:09d}_{length:g}.safetensors"
 
 
 def snapshots_in(run: Path) -> dict[Path, int]:
-    """Return the snapshots of averages in a run folder, oldest first, with their steps."""
+    """Return the snapshots of weight averages in a run folder, mapped to their steps, in increasing order of steps."""
     named = ((re.fullmatch(r"step-(\d+)_.+\.safetensors", p.name), p) for p in (run / AVERAGES).glob("step-*"))
     return dict(sorted(((p, int(name[1])) for name, p in named if name), key=lambda pair: (pair[1], pair[0].name)))
 
 
 def identity_in(config: bytes | None) -> str:
-    """Return the id that the text of a run's ``config.yaml`` names, empty if none; nothing else of it is parsed."""
+    """Return the run id in the text of a ``config.yaml``, or an empty string. Nothing else in the text is parsed."""
     match = re.search(rb"(?m)^id: '?([0-9a-f]{16})'?\s*$", config or b"")
     return match[1].decode() if match else ""
 
 
 def identity_of(folder: Path) -> str:
-    """Return the id of the run whose folder this is, empty for an early version's, and where there is no config."""
+    """Return the run id of a run folder; empty without a config, and for runs of early versions, which have no id."""
     try:
         return identity_in((folder / CONFIG).read_bytes())
     except OSError:
@@ -193,23 +197,23 @@ def identity_of(folder: Path) -> str:
 
 
 def new_identity() -> str:
-    """Return 16 hexadecimal digits, the first of them a letter: no reader of YAML takes them for a number."""
+    """Return a random run id: 16 hexadecimal digits, the first a letter, so that YAML does not parse it as a number."""
     return secrets.choice("abcdef") + secrets.token_hex(8)[1:]
 
 
 def held(path: str | Path) -> RunFolder | None:
-    """Return the run folder at a path if this process holds it."""
+    """Return the run folder at a path if this process holds it, else None."""
     return _HELD.get(os.path.abspath(path))
 
 
 def busy(path: str | Path) -> str:
-    """Return who holds a run folder, an empty text if nobody does or none is there; takes nothing."""
+    """Describe the process that holds a run folder; empty if there is none. Does not take the lock."""
     file = Path(path) / LOCK
     try:
         lock = _open(file, os.O_RDWR)
     except (OSError, InputError):
         return ""
-    with lock:  # closing it gives the lock back
+    with lock:  # closing the file releases the lock
         holder = None
         with contextlib.suppress(OSError):
             holder = _read(file)
@@ -219,7 +223,7 @@ def busy(path: str | Path) -> str:
 
 
 def _open(file: Path, flags: int) -> BinaryIO:
-    """Open a lock, and no link in its place."""
+    """Open a lock file. Raises InputError if it is a link or has several hard links."""
     check_name(file)
     try:
         handle = os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -233,7 +237,7 @@ def _open(file: Path, flags: int) -> BinaryIO:
 
 
 def _flock(lock: BinaryIO) -> bool:
-    """Lock a file; False where the file system has no locks, BlockingIOError where another process has it."""
+    """Lock a file. Returns False if the file system has no locks; raises BlockingIOError if it is locked already."""
     if fcntl is None:
         return False
     try:
@@ -246,9 +250,10 @@ def _flock(lock: BinaryIO) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """Return the content of a lock, None if there is none; a lock of older versions is a line of text.
+    """Return the content of a lock file, None if there is no such file.
 
-    Raises OSError for one that is there and cannot be read.
+    Older versions wrote a line of text, which is returned under the key ``said``. Raises OSError for a file that exists
+    but cannot be read.
     """
     try:
         with _open(file, os.O_RDONLY) as stream:
@@ -263,7 +268,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _runs(holder: dict[str, Any]) -> bool:
-    """Return whether the holder is a process of this machine that still runs."""
+    """Return whether the holder is a process of this machine that is still running."""
     pid = holder.get("pid")
     return holder.get("host") == host() and isinstance(pid, int) and began(pid) == holder.get("began")
 

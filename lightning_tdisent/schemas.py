@@ -1,4 +1,4 @@
-"""Read JSON within bounds, check the schema that every kind of file carries, and name where two files differ."""
+"""Read JSON of bounded depth, check the schema version of the project's files, and list where two files differ."""
 
 import dataclasses
 import json
@@ -9,11 +9,11 @@ from typing import Any
 from lightning_tdisent import __version__
 from lightning_tdisent.errors import InputError, Newer
 
-DEEPEST = 64  # levels of nested data that any file of this project has, with room to spare
+DEEPEST = 64  # maximum nesting depth; well above that of any file of this project
 
 
 def parse_json(text: bytes | str) -> Any:
-    """Return the data in JSON; raise ValueError for any other text, nesting without end, and a key that comes twice."""
+    """Parse JSON. Raises ValueError for invalid JSON, nesting deeper than `DEEPEST` levels, and duplicate keys."""
     try:
         data = json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
@@ -38,11 +38,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def check_schema(
     data: Mapping[str, Any], where: str, reads: int, oldest: int | None = None, absent: int | None = None
 ) -> int:
-    """Return the schema of a file's data, which this version must read.
+    """Check and return the schema version of a file's data.
 
-    reads: the newest schema that is read; oldest: the oldest, the same if not given; absent: what a file without the
-    key has, for kinds of files that were once written without it. Raises InputError that names the file and both
-    schemas; Newer if that of the file is a later one.
+    where: name of the file, for messages; reads: newest schema that this version reads; oldest: oldest schema that it
+    reads, ``reads`` if not given; absent: schema of a file without the key, for kinds of files that were once written
+    without it. Raises InputError that names the file and both schemas; Newer if the file's schema is a later one.
     """
     found = data.get("schema", absent)
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
@@ -62,7 +62,10 @@ def check_schema(
 
 
 def check_metadata(metadata: Mapping[str, str] | None, where: str, reads: int) -> None:
-    """Check the schema in the metadata of a .safetensors file, which are texts; the first versions wrote none."""
+    """Check the schema in the metadata of a .safetensors file, where values are text.
+
+    A file without the key has schema 1: the first versions wrote none.
+    """
     found = (metadata or {}).get("schema", "1")
     number = int(found) if found.isascii() and found.isdigit() and len(found) < 10 else found
     check_schema({"schema": number}, where, reads)
@@ -71,7 +74,7 @@ def check_metadata(metadata: Mapping[str, str] | None, where: str, reads: int) -
 def check_format(found: Any, expected: str, where: str, oldest: int | None = None) -> None:
     """Raise InputError unless a file's ``format`` is NAME/SCHEMA as expected, such as ``lightning_tdisent.index/2``.
 
-    oldest: the oldest schema that is read, that of ``expected`` if not given.
+    oldest: oldest schema that is read; the schema of ``expected`` if not given.
     """
     name, _, number = expected.rpartition("/")
     there, _, schema = str(found).rpartition("/")
@@ -84,9 +87,9 @@ Kinds = Mapping[str, Callable[[Any], bool]]
 
 
 def check_fields(cls: type, data: Mapping[str, Any], where: str, kinds: Kinds) -> None:
-    """Raise InputError unless data has the fields of a dataclass; those with a default may be absent.
+    """Raise InputError unless ``data`` has the fields of the dataclass ``cls``; fields with a default may be absent.
 
-    Fields that the class does not have are refused: another version has written them. kinds: what a value may be.
+    Unknown fields are refused, since another version wrote them. kinds: for a field, a predicate its value must fulfil.
     """
     fields: Any = dataclasses.fields(cls)
     needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
@@ -107,25 +110,25 @@ def is_text(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is a finite number from 0 on."""
+    """Return whether a value is a finite number >= 0, and not a boolean."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def is_count(value: Any) -> bool:
-    """Return whether a value is a whole number from 0 on, of 63 bits."""
+    """Return whether a value is an integer with 0 <= value < 2^63, and not a boolean."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def is_part(value: Any) -> bool:
-    """Return whether a value is the description of a part: a class path with arguments, and digests of files."""
+    """Return whether a value is the `spec` of a part: class path, arguments and optional digests of files."""
     named = isinstance(value, dict) and is_text(value.get("class_path")) and isinstance(value.get("init_args"), dict)
     return named and isinstance(value.get("files", {}), dict) and all(map(is_text, value.get("files", {}).values()))
 
 
 def differences(theirs: Any, mine: Any, there: str = "there", now: str = "now") -> list[str]:
-    """Return a line ``KEY: X there, Y now`` for each key in which plain data differs."""
+    """Return a line ``KEY: X there, Y now`` for each (nested) key in which two sets of plain data differ."""
     a, b = dict(_flat(theirs)), dict(_flat(mine))
-    # as text: 1 is not true, and NaN is NaN
+    # compared as JSON text, so that 1 differs from true and NaN equals NaN
     texts = [{key: json.dumps(value, default=str) for key, value in data.items()} for data in (a, b)]
     return [
         f"{k}: {_said(a, k)} {there}, {_said(b, k)} {now}" for k in {**a, **b} if texts[0].get(k) != texts[1].get(k)
