@@ -1,1 +1,1 @@
-"""Networks, one file each: `Network` is the contract, `UNet` and `DiT` wrap diffusers."""
+"""Networks, one file each: `Network` is the base class, `UNet` and `DiT` wrap diffusers."""

@@ -1,4 +1,4 @@
-"""The diffusion transformer, from diffusers."""
+"""The diffusion transformer (DiT) of diffusers."""
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -12,7 +12,10 @@ from lightning_tdisent.networks.network import Bias, Conditioning, Network, Zero
 class DiT(Network):
     """diffusers' `DiTTransformer2DModel` (2212.09748), optionally class-conditional or time-agnostic.
 
-    patch: side of a patch; depth: blocks; heads and head: attention heads and channels of each; dropout: within blocks.
+    shape: (C, H, W) with H = W, a multiple of ``patch``; patch: side of a patch in pixels; depth: number of blocks;
+    heads, head: number of attention heads and channels per head; dropout: probability within blocks; classes,
+    conditioning: see `Network`.
+
     A time-agnostic DiT keeps the class embedding; without classes the shifts, scales and gates of its normalisations
     are learned vectors.
     """
@@ -48,7 +51,7 @@ class DiT(Network):
         inner = heads * head
         for block in self.net.transformer_blocks:
             embedding = block.norm1.emb
-            embedding.class_embedder.dropout_prob = 0.0  # labels are dropped by the training step, once per sample
+            embedding.class_embedder.dropout_prob = 0.0  # the training step drops labels, once per sample
             if not self.sees_state:
                 embedding.timestep_embedder = Zero(inner)
             if classes is None:
@@ -60,7 +63,7 @@ class DiT(Network):
 
     @torch.no_grad()
     def at_index(self, index: int) -> Network:
-        """See `Network.at_index`: the embedding joins every class's vector, or becomes the learned vectors."""
+        """See `Network.at_index`: the time embedding is added to each class vector, or sets the learned vectors."""
         other = self.time_agnostic().to(self.net.device, self.net.dtype)
         assert isinstance(other, DiT)
         state = other.state_dict()

@@ -1,4 +1,4 @@
-"""The contract of every network, and the tools that make one time-agnostic."""
+"""`Network`, the base class of all networks, and modules that replace embeddings in time-agnostic networks."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,16 +14,17 @@ Conditioning = Literal["state", "none"]
 
 
 class Network(Part, nn.Module):
-    """(x, original index or nothing, label) -> raw output; knows nothing of noise.
+    """Base class of networks: (x, original index or None, label) -> raw output. It does not use the noise schedule.
 
-    A subclass takes these three arguments, keeps every constructor argument as an attribute of the same name, and
-    implements ``forward(x, index, label)``: x and the result (B, C, H, W), index int64 (B,) in 1..T or None, label
-    int64 (B,) in 0..classes (``classes`` itself is the null label of classifier-free guidance) or None.
+    The constructor of a subclass takes the three arguments below and keeps every argument as an attribute of the same
+    name. The subclass implements ``forward(x, index, label)``: x and the result (B, C, H, W), index int64 (B,) in 1..T
+    or None, label int64 (B,) in 0..classes (``classes`` itself is the null label of classifier-free guidance) or None.
 
-    shape: (C, H, W) of an image, or whatever else a state is.
+    shape: (C, H, W) of an image, or the shape of any other state.
     classes: number of class labels, None for an unconditional network.
-    conditioning: ``state`` sees the original index of the state, ``none`` is truly time-agnostic: no embedding, no
-        projections, fewer parameters (2606.20416). Not given: ``state``, but an expert of one state takes ``none``.
+    conditioning: ``state`` conditions on the original index of the state; ``none`` is fully time-agnostic: no
+        embedding, no projections, fewer parameters (2606.20416). If not given: ``none`` for an expert of one state,
+        else ``state``.
     """
 
     def __init__(self, shape: list[int], classes: int | None, conditioning: Conditioning | None) -> None:
@@ -37,33 +38,34 @@ class Network(Part, nn.Module):
 
     @property
     def sees_state(self) -> bool:
-        """Whether the output may depend on the index."""
+        """True if the output may depend on the index."""
         return self.conditioning != "none"
 
     def time_agnostic(self) -> "Network":
-        """Return a new network of the same arguments with ``conditioning: none``."""
+        """Return a new network with the same arguments except ``conditioning: none``."""
         return self._with(conditioning="none")
 
     def of_shape(self, shape: list[int]) -> "Network":
-        """Return a new network of the same arguments for states of another shape."""
+        """Return a new network with the same arguments except ``shape``."""
         return self._with(shape=list(shape))
 
     def _with(self, **arguments: object) -> "Network":
         from lightning_tdisent.networks.rebuild import faithful
 
-        faithful(self)  # else the new one would be of other arguments than this one
+        faithful(self)  # otherwise the new network might have other arguments than this one
         data = spec(self)
         data["init_args"] |= arguments
         return build(data, Network)
 
     def at_index(self, index: int) -> "Network":
-        """Return a time-agnostic network that says what this one says at the index, the embedding folded into it."""
+        """Return a time-agnostic network that equals this one at ``index``: its weights absorb the time embedding."""
         raise InputError(f"{type(self).__name__} has no at_index: it cannot start a time-agnostic expert warm")
 
     def example(self, n: int = 1) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return (x, index, label) as every network is called with: zeros (n, C, H, W), None for what it does not see.
+        """Return example inputs (x, index, label) with the shapes and dtypes that training uses.
 
-        The labels are class 0, the last one is the null label.
+        x: zeros (n, C, H, W); index: ones (n,), or None for a time-agnostic network; label: class 0 for all but the
+        last sample, which has the null label, or None without classes.
         """
         parameter = next(self.parameters(), torch.zeros(()))
         x = torch.zeros(n, *self.shape).to(parameter)
@@ -72,7 +74,7 @@ class Network(Part, nn.Module):
         return x, index, label
 
     def indices(self, x: Tensor, index: Tensor | None) -> Tensor:
-        """Return the original indices, or zeros for a time-agnostic network; refuse none where they are needed."""
+        """Return the original indices, or zeros for a time-agnostic network. Raises InputError if they are missing."""
         if not self.sees_state:
             return torch.zeros(len(x), dtype=torch.long, device=x.device)
         if index is None:
@@ -80,7 +82,10 @@ class Network(Part, nn.Module):
         return index
 
     def labels(self, x: Tensor, label: Tensor | None) -> Tensor | None:
-        """Return the label, the null label where none is given, or None for an unconditional network."""
+        """Return the labels (B,): the null label if none are given, None for an unconditional network.
+
+        Raises InputError for labels given to an unconditional network.
+        """
         if self.classes is None:
             if label is not None:
                 raise InputError("a label was given to an unconditional network; set classes: on the network")
@@ -90,7 +95,7 @@ class Network(Part, nn.Module):
 
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Have all modules in eval mode inside, and in the mode that each had after it."""
+    """Set all modules to eval mode inside the context, and restore the mode of each afterwards."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -101,31 +106,31 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 class Zero(nn.Module):
-    """In place of an embedding: zeros (B, width), no parameters."""
+    """Replacement for an embedding: returns zeros (B, width), has no parameters."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
     def forward(self, t: Tensor, *_: object) -> Tensor:
-        """t is (B,) or (B, features)."""
+        """Return zeros (B, width) for t of shape (B,) or (B, features)."""
         return torch.zeros(len(t), self.width, device=t.device, dtype=t.dtype)
 
 
 class Nothing(nn.Module):
-    """In place of an embedding whose users are gone."""
+    """Replacement for an embedding that no module uses any more."""
 
     def forward(self, *_: object) -> None:
         """Return None."""
 
 
 class Bias(nn.Module):
-    """In place of a projection of the embedding: the same learned vector for every sample."""
+    """Replacement for a projection of the embedding: returns the same learned vector for every sample."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """(B, anything) -> (B, width)."""
+        """Return the vector expanded to (B, width) for an embedding (B, ...)."""
         return self.bias.expand(len(embedding), -1)

@@ -1,4 +1,4 @@
-"""Networks from their descriptions, and the proof that a description gives back the function that is trained."""
+"""Build networks from their `spec`, and check that a rebuilt network computes the same function as the trained one."""
 
 import contextlib
 import inspect
@@ -24,8 +24,12 @@ _REMEDY = (
 
 
 def without_weights(data: dict[str, Any]) -> Network:
-    """Build a network from its `spec`, on the meta device if its constructor computes nothing that no file holds."""
-    with contextlib.suppress(Exception):  # of a constructor that reads a tensor; what is really wrong is raised below
+    """Build a network from its `spec`, on the meta device if possible.
+
+    A network that keeps tensors outside its parameters and buffers is built with real tensors, since no file holds
+    those.
+    """
+    with contextlib.suppress(Exception):  # a constructor that reads a tensor fails; real errors are raised again below
         with torch.device("meta"):
             network = build(data, Network)
         if not any(_holds_tensors(module) for module in network.modules()):
@@ -34,10 +38,10 @@ def without_weights(data: dict[str, Any]) -> Network:
 
 
 def of_file(data: dict[str, Any], shapes: Mapping[str, Sequence[int]], where: str) -> Network:
-    """Build the network of a file from its `spec`, as `without_weights` does, within the bounds of the file's tensors.
+    """Build the network of a file from its `spec`, like `without_weights`, but no larger than the file's tensors.
 
-    shapes: of the file's tensors by name, each with the prefix ``network.``. Raises InputError, before it takes memory,
-    for a network that has other tensors.
+    data: the `spec`; shapes: shapes of the file's tensors by name, each with the prefix ``network.``; where: name of
+    the file, for messages. Raises InputError, before memory is allocated, for a network with other tensors.
     """
     with Bounded(where, max(map(math.prod, shapes.values()), default=0), len(shapes)):
         try:
@@ -71,12 +75,16 @@ def _tensor_in(value: Any) -> bool:
 
 @torch.no_grad()
 def faithful(network: Network) -> Network:
-    """Return the network that a file of this one would give back, with the same tensors as weights.
+    """Return the network that would be loaded from a file of this one; it shares this network's weight tensors.
 
-    It is built from the `spec` of the network. Both are evaluated, in eval mode, with perturbed weights (a layer that
-    starts at 0 would hide what comes before it) for one random input. Raises InputError, naming what differs, unless
-    the arguments, the names and shapes of the weights and the outputs agree and an output has the shape of its input.
-    Outputs must be equal on a CPU, and equal up to rounding elsewhere. No random generator of the process moves.
+    The new network is built from the `spec` of ``network``. Both are evaluated in eval mode on one random input, with
+    perturbed weights, since a layer initialised to 0 would hide the layers before it. Raises InputError, naming what
+    differs, unless the arguments, the names and shapes of the weights, and the outputs agree and an output has the
+    shape of its input. Outputs must be equal on a CPU, and equal up to rounding on other devices.
+
+    Also raises InputError for tied weights, a forward with another signature or that fails, an output that is random
+    in eval mode, and an output that depends on the other samples of the batch. The state of the process's random
+    generators does not change.
     """
     name, parameter = type(network).__name__, next(network.parameters(), torch.zeros(()))
     each = dict(network.named_parameters())
@@ -150,9 +158,9 @@ def faithful(network: Network) -> Network:
 
 @torch.no_grad()
 def draws(network: Network) -> bool:
-    """Return whether a call in training mode draws from torch's global generator; it calls a copy, and moves nothing.
+    """Return whether a forward pass in training mode draws from torch's global generator.
 
-    The copy is built from the `spec` of the network.
+    The pass runs on a copy built from the `spec` of the network; network and generators do not change.
     """
     x, index, label = network.example(2)
     with _own_randomness(0):
@@ -185,7 +193,7 @@ def _refuse_other_weights(name: str, mine: dict[str, Tensor], theirs: dict[str, 
 
 
 def _refuse_signature(network: Network) -> None:
-    """Refuse a forward that cannot be called as every network is."""
+    """Raise InputError unless forward can be called as ``forward(x, index, label)``."""
     try:
         signature = inspect.signature(network.forward)
         signature.bind(None, None, None)
@@ -206,13 +214,13 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
-    """Return whether two outputs are equal but for rounding."""
+    """Return whether two outputs are equal up to rounding."""
     bound = 1e-3 if a.dtype in (torch.float32, torch.float64) else 0.05
     return bool((a - b).nan_to_num().abs().max() <= bound * a.nan_to_num().abs().max())
 
 
 def _differing(network: Network, other: Network) -> str:
-    """The attributes of two networks that differ, as far as they are plain values or tensors of no state dict."""
+    """Describe the attributes in which two networks differ: plain values, buffers, tensors outside the state dict."""
     found = []
     theirs = dict(other.named_modules())
     for path, module in network.named_modules():
@@ -233,7 +241,7 @@ def _differing(network: Network, other: Network) -> str:
 
 @contextlib.contextmanager
 def _own_randomness(seed: int) -> Iterator[None]:
-    """Seed the global generators inside, and leave them as they were."""
+    """Seed the global random generators inside the context, and restore their states afterwards."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     others = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices):

@@ -1,8 +1,8 @@
-"""S networks of one make as one network whose every layer computes all S at once.
+"""Combine S networks with the same `spec` into one network whose layers compute all S at once.
 
-Sample n of a batch belongs to network n % S. So a batch (B S, C, H, W) is also (B, S C, H, W) without a copy: all S
-convolutions are one grouped convolution, all normalisations one of S times the groups; attention, resampling and
-concatenation of channels, which have no weights, work on the samples as they always do.
+Sample n of a batch belongs to network n % S. So a batch (B S, C, H, W) can be viewed as (B, S C, H, W) without a copy:
+the S convolutions become one grouped convolution, the S group normalisations one with S times the groups. Attention,
+resampling and channel concatenation have no weights and act on each sample as before.
 """
 
 import copy
@@ -22,12 +22,13 @@ Forward = Callable[..., Any]
 
 
 def stack(networks: Sequence[Network]) -> tuple[Network, dict[str, Tensor]]:
-    """One network that computes S of them, and its weights, leaves (S, ...) by the names that each has.
+    """Return one network that computes S networks, and its weights.
 
-    It takes x (B S, C, H, W), index and label (B S,), sample n for network n % S, and says what that one says of it, up
-    to the order of sums; the gradient of a sample reaches the weights of its own network only. Convolutions, linear
-    layers and group normalisations have forms of their own, other layers with weights go through `torch.func.vmap`.
-    A layer that mixes the samples of a batch would mix networks. Raises InputError for networks of different makes.
+    The weights are leaf tensors (S, ...) under the parameter names of a single network. The network takes x
+    (B S, C, H, W), index and label (B S,). Its output for sample n is that of network n % S up to the order of sums,
+    and the gradient of a sample reaches the weights of its own network only. Convolutions, linear layers and group
+    normalisations have specialised implementations; other layers with weights use `torch.func.vmap`. A layer that mixes
+    the samples of a batch would mix networks. Raises InputError for networks with different specs.
     """
     makes = [spec(network) for network in networks]
     other = next((make for make in makes if make != makes[0]), None)
@@ -48,10 +49,10 @@ def stack(networks: Sequence[Network]) -> tuple[Network, dict[str, Tensor]]:
 
 
 def obstacle(network: Network) -> str:
-    """Return why a network cannot be stacked with others, or an empty string.
+    """Return the reason why a network cannot be stacked with others, or an empty string.
 
-    Runs one batch in training mode with perturbed weights, since a layer that starts at 0 hides what comes before it.
-    Leaves weights and buffers unchanged.
+    Runs the network on two batches with perturbed weights, since a layer initialised to 0 hides the layers before it.
+    Call it in training mode. Leaves weights and buffers unchanged.
     """
     weights = dict(network.named_parameters())
     if frozen := next((name for name, w in weights.items() if not w.requires_grad), None):
@@ -90,7 +91,7 @@ def _convolution(module: Any, weights: dict[str, Tensor], S: int) -> Forward:
         return y.reshape(len(x), -1, *x.shape[2:])
 
     if module.kernel_size == (1, 1) and options == ((1, 1), (0, 0), (1, 1), S):
-        return pointwise  # a quarter faster than a grouped convolution, with its gradients
+        return pointwise  # 25 % faster than a grouped convolution, gradients included
 
     def forward(x: Tensor) -> Tensor:
         wide = x.reshape(-1, S * x.shape[1], *x.shape[2:])
@@ -123,7 +124,7 @@ def _group_norm(module: Any, weights: dict[str, Tensor], S: int) -> Forward:
 
 
 def _any(module: nn.Module, weights: dict[str, Tensor], S: int) -> Forward:
-    """Tensors as long as the first one are batches, all else is for all networks."""
+    """Run any layer with vmap: tensors as long as the first argument are batches, all other arguments are shared."""
     plain = copy.deepcopy(module)
 
     def forward(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The U-Net of DDPM, from diffusers."""
+"""The U-Net of DDPM, implemented by diffusers."""
 
 import torch
 from diffusers import UNet2DModel
@@ -13,9 +13,10 @@ from lightning_tdisent.networks.network import Conditioning, Network, Nothing, Z
 class UNet(Network):
     """diffusers' `UNet2DModel` (2006.11239, appendix B), optionally class-conditional or time-agnostic.
 
-    channels: width of every resolution, high to low; layers: residual blocks per resolution; attention: resolutions
-    (0 = full) with self-attention; mid_attention: self-attention between the two halves; head: channels per
-    attention head; groups: groups of the normalisation, must divide every width; dropout: within residual blocks.
+    shape: (C, H, W) with H and W divisible by 2^(len(channels) - 1); channels: width of every resolution, high to low;
+    layers: residual blocks per resolution; attention: resolutions (0 = full) with self-attention; mid_attention:
+    self-attention between the two halves; head: channels per attention head; groups: groups of the normalisation, must
+    divide every width; dropout: probability within residual blocks; classes, conditioning: see `Network`.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class UNet(Network):
 
     @torch.no_grad()
     def at_index(self, index: int) -> Network:
-        """See `Network.at_index`: the projected embedding joins a bias, or the embedding every class's vector."""
+        """See `Network.at_index`: the projected embedding is added to a bias, or with classes to each class vector."""
         other = self.time_agnostic().to(self.net.device, self.net.dtype)
         assert isinstance(other, UNet)
         state = other.state_dict()

@@ -1,1 +1,1 @@
-"""Where the reverse chain starts: densities of the state at its last row. They know nothing of networks."""
+"""Priors: densities of the state at the row where the reverse chain starts. They are independent of networks."""

@@ -1,4 +1,4 @@
-"""A normalising flow: a density that is learned by gradients, of the package normflows."""
+"""A normalising flow of the package normflows: a density learned by gradients."""
 
 import math
 from collections.abc import Sequence
@@ -15,11 +15,13 @@ from lightning_tdisent.priors.prior import Prior, normal_log_prob
 class Flow(Prior):
     """Glow (1807.03039), the auxiliary of 2206.05173 for CIFAR-10: log p(x) = log q(z) + log |det dz/dx|, z = f(x).
 
-    levels: scales; at each the image is squeezed by two and half of its channels leave, but at the last. Sides must be
-    divisible by 2^levels. 0 levels: a flow of the flat vector, for data without space. blocks: of ActNorm, an
-    invertible linear map of the channels and an affine coupling, in each level; hidden: channels inside the network of
-    a coupling. q is a Gaussian with a mean and a variance for each value. A new flow couples nothing; `initialise` sets
-    its ActNorms by data. Without shape nothing is made before `build`.
+    levels: number of scales, 0 to 16. At each level the image is squeezed by two; at each level except the last, half
+    of the channels are split off. Sides must be divisible by 2^levels. With 0 levels the flow acts on the flat vector,
+    for data without spatial structure. blocks: number of blocks in each level, each of an ActNorm, an invertible linear
+    map of the channels and an affine coupling; hidden: channels inside the network of a coupling.
+
+    q is a Gaussian with a mean and a variance for each value. The coupling networks of a new flow return zeros;
+    `initialise` sets its ActNorms from data. Without ``shape`` no module is created before `build`.
     """
 
     learned = True
@@ -36,7 +38,10 @@ class Flow(Prior):
             self.build(shape)
 
     def build(self, shape: Sequence[int]) -> None:
-        """Make the modules for x of (C, H, W); refuses sides that cannot be squeezed, and normflows missing."""
+        """Create the modules for x of shape (C, H, W).
+
+        Raises InputError for sides that cannot be squeezed, and Unavailable without normflows.
+        """
         self.shape = list(shape)
         C, H, W = self.shape
         if self.levels == 0 and self.size < 2:
@@ -52,9 +57,9 @@ class Flow(Prior):
             raise Unavailable("prior Flow needs normflows: pip install 'lightning_tdisent[prior]'") from None
         make = normflows.flows
         levels, merges, latents = [], [], []
-        for i in range(self.levels):  # from the coarsest, which all of x that is left goes through
+        for i in range(self.levels):  # coarsest first; all channels not split off before pass through it
             c = C * 2 ** (self.levels + 1 - i)
-            # not the LU form of the linear map: it is made by a function that torch is about to remove
+            # without the LU form of the linear map, which uses a deprecated function of torch
             glow = [make.GlowBlock(c, self.hidden, scale_map="sigmoid", use_lu=False) for _ in range(self.blocks)]
             levels.append([*glow, make.Squeeze()])
             side = 2 ** (self.levels - i)
@@ -69,7 +74,7 @@ class Flow(Prior):
         self._set_initialised(True)
 
     def _vector_block(self, normflows: Any) -> list[nn.Module]:
-        """What a block of Glow is, for vectors."""
+        """Return the modules of one block for flat vectors, the counterpart of a Glow block."""
         make, D = normflows.flows, self.size
         network = normflows.nets.MLP([(D + 1) // 2, self.hidden, self.hidden, 2 * (D // 2)], init_zeros=True)
         linear = make.mixing.InvertibleAffine(D, use_lu=False)
@@ -84,34 +89,34 @@ class Flow(Prior):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Let every ActNorm begin with the mean and the variance that x (B, C, H, W) has there (1807.03039, 3.1)."""
+        """Initialise every ActNorm with the mean and variance of its input for x (B, C, H, W) (1807.03039, 3.1)."""
         norms, kept = self._norms(), [(m.s.data, m.t.data) for m in self._norms()]
         self._set_initialised(False)
         self.to_latents(x)
-        for norm, (s, t) in zip(norms, kept, strict=True):  # in place: optimizers and averages hold these tensors
+        for norm, (s, t) in zip(norms, kept, strict=True):  # in place: optimizers and averages refer to these
             norm.s.data, norm.t.data = s.copy_(norm.s), t.copy_(norm.t)
             norm.data_dep_init_done = norm.data_dep_init_done.to(s)
         self._set_initialised(True)
 
     def fit(self, x0: Tensor, a: float, b: float, eps: Tensor | None = None) -> list[str]:
-        """Refuse: it is learned."""
+        """Raise InputError: a flow is trained, not fitted."""
         raise InputError("prior Flow is trained: fit with lightning_tdisent.PriorModule")
 
     def to_latents(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Latents of x (B, C, H, W), the coarsest first, and log |det dz/dx| (B,); in the precision of the weights."""
+        """Return latents of x (B, C, H, W), coarsest first, and log |det dz/dx| (B,), in the dtype of the weights."""
         self._refuse_unbuilt()
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.flow.q0[0].loc.dtype)
             return self.flow.inverse_and_log_det(x if self.levels else x.flatten(1))
 
     def to_state(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The x (B, C, H, W) of latents, and log |det dx/dz| (B,)."""
+        """Return the x (B, C, H, W) of latents, and log |det dx/dz| (B,)."""
         self._refuse_unbuilt()
         x, log_det = self.flow.forward_and_log_det(list(latents))
         return x.unflatten(1, self.shape or ()) if self.levels == 0 else x, log_det
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """See the class; gradients go through it."""
+        """See the class. Differentiable with respect to x and the parameters."""
         latents, log_det = self.to_latents(x)
         out = log_det.double()
         for z, q in zip(latents, self.flow.q0, strict=True):
@@ -121,9 +126,9 @@ class Flow(Prior):
 
     @torch.no_grad()
     def sample(self, seeds: Sequence[int], stream: int) -> Tensor:
-        """f^-1 of the noise of the whole chain, cut into the latents; one image at a time.
+        """Return f^-1 of the noise of the full chain, split into the latents.
 
-        In a batch the last bits of an image would change with its company.
+        Images are computed one at a time, since in a batch their last bits would depend on the other images.
         """
         self._refuse_unbuilt()
         base, sizes = self.flow.q0, [math.prod(latent) for latent in self.latents]
@@ -141,6 +146,6 @@ class Flow(Prior):
 
 
 def _most(H: int, W: int) -> int:
-    """How often both sides can be halved."""
+    """Return how many times both sides can be halved."""
     both = math.gcd(H, W)
     return (both & -both).bit_length() - 1

@@ -1,4 +1,4 @@
-"""Gaussians fitted in closed form: the noise is added to what the clean data says, not sampled."""
+"""Gaussians fitted in closed form: the variance of the noise is added analytically, no noise is sampled."""
 
 import math
 from collections.abc import Sequence
@@ -10,22 +10,23 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.priors.prior import LOG_2PI, Prior, normal_log_prob, refuse_numbers, refuse_shape
 
-LARGEST = 4096  # values of x whose covariance is diagonalised as a whole
-FLOOR = 1e-6  # least variance, of data in [-1, 1] the square of an eighth of a grey level
+LARGEST = 4096  # maximum number of values of x whose full covariance is diagonalised
+FLOOR = 1e-6  # minimum variance; for data in [-1, 1] the square of an eighth of a grey level
 
 
 class Gaussian(Prior):
     """N(a m, a^2 C + b^2 I), m and C of the clean data: the maximum of the likelihood among Gaussians (2206.05173).
 
-    rank: only this many principal components have variances of their own, all others share their mean; low: only
-    the lowest low x low frequencies (DCT-II) of all channels vary together, every other frequency has a variance of
-    its own. Neither: the full covariance, of up to 4096 values; images larger than that need one of the two.
+    rank: number of principal components with individual variances; all others share one variance, their mean. low:
+    only the lowest low x low frequencies (DCT-II) of all channels are correlated; every other frequency is independent
+    with an individual variance. With neither, the full covariance is used, for up to 4096 values; larger images need
+    one of the two.
     """
 
     mean: Tensor
-    basis: Tensor  # (D, m) orthonormal columns, m variances
+    basis: Tensor  # (D, m) orthonormal columns, with variances (m,)
     variances: Tensor
-    rest: Tensor  # of what the basis leaves: one variance, or one per frequency
+    rest: Tensor  # variance outside the basis: one value, or one per frequency
 
     def __init__(self, shape: Sequence[int] | None = None, rank: int | None = None, low: int | None = None) -> None:
         super().__init__(shape)
@@ -37,7 +38,10 @@ class Gaussian(Prior):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
 
     def fit(self, x0: Tensor, a: float, b: float, eps: Tensor | None = None) -> list[str]:
-        """See the class; a covariance that is singular, with variances below 1e-6, is raised to that and named."""
+        """See the class.
+
+        Variances below 1e-6 (a singular covariance) are raised to 1e-6; a note in the result says how many.
+        """
         super().fit(x0, a, b, eps)
         refuse_shape(x0, 2, "prior Gaussian")
         flat = x0.flatten(1).double()
@@ -57,7 +61,7 @@ class Gaussian(Prior):
         self.basis = torch.zeros(self.size, basis.shape[1], dtype=torch.float64)
         self.basis[chosen] = basis
         self.variances, self.rest = a * a * found + b * b, a * a * rest + b * b
-        self.rest[none_left] = 1.0  # of no coordinate
+        self.rest[none_left] = 1.0  # used by no coordinate
         low = int((self.variances < FLOOR).sum()) + int((self.rest < FLOOR).sum())
         self.variances.clamp_(min=FLOOR)
         self.rest.clamp_(min=FLOOR)
@@ -70,7 +74,7 @@ class Gaussian(Prior):
         return notes
 
     def _chosen(self, size: int) -> Tensor:
-        """Coordinates that vary together."""
+        """Return the indices of the coordinates that are modelled as correlated."""
         if self.low is None:
             if self.rank is None and size > LARGEST:
                 raise InputError(
@@ -86,7 +90,7 @@ class Gaussian(Prior):
         return low.flatten().nonzero()[:, 0]
 
     def _forward(self, x: Tensor) -> Tensor:
-        """Flat x in the coordinates in which it is modelled, an orthonormal change."""
+        """Transform flat x (B, D) to the coordinates in which it is modelled (orthonormal)."""
         return x if self.low is None else self._dct(x, inverse=False)
 
     def _backward(self, y: Tensor) -> Tensor:
@@ -100,7 +104,7 @@ class Gaussian(Prior):
         return (rows @ x.unflatten(1, self.shape) @ columns.T).flatten(1)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates (B, m) in the basis, and the log-density of what it leaves."""
+        """Return the coordinates (B, m) in the basis, and the log-density (B,) of the part outside the basis."""
         y = self._forward(x.flatten(1).double() - self.mean)
         inside = y @ self.basis
         if self.low is not None:
@@ -117,7 +121,10 @@ class Gaussian(Prior):
         return normal_log_prob(inside, self.variances) + outside
 
     def sample(self, seeds: Sequence[int], stream: int) -> Tensor:
-        """Mean + C^(1/2) z with the noise z of the whole chain, so that one seed makes one image with any prior."""
+        """Return mean + C^(1/2) z with the noise z of the full chain.
+
+        So a seed selects the same noise, and a corresponding image, with every prior.
+        """
         assert self.shape is not None
         z = self._forward(seed_noise(seeds, stream, self.shape).flatten(1).double())
         inside = z @ self.basis
@@ -133,20 +140,20 @@ class Gaussian(Prior):
 
 
 def _principal(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal principal directions (d, m) of centred x (N, d) and their variances, largest first."""
+    """Return orthonormal principal directions (d, m) of centred x (N, d) and their variances, largest first."""
     n, d = x.shape
     most = min(most, d)
     if d <= max(LARGEST, n):
         values, vectors = torch.linalg.eigh(x.T @ x / n)
         return vectors.flip(1)[:, :most].contiguous(), values.flip(0)[:most].clamp_min(0)
-    gram, left = torch.linalg.eigh(x @ x.T / n)  # as many directions as samples, at most
+    gram, left = torch.linalg.eigh(x @ x.T / n)  # at most as many directions as samples
     keep = min(most, int((gram > 1e-10 * gram[-1]).sum()))
     gram, left = gram.flip(0)[:keep], left.flip(1)[:, :keep]
     return x.T @ left / (gram * n).sqrt(), gram
 
 
 def _dct_matrix(n: int) -> Tensor:
-    """The orthonormal DCT-II: row k is sqrt((2 - [k=0])/n) cos(pi k (2 i + 1)/(2 n))."""
+    """Return the orthonormal DCT-II matrix (n, n): row k is sqrt((2 - [k=0])/n) cos(pi k (2 i + 1)/(2 n))."""
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     out = (math.pi * k * (2 * i + 1) / (2 * n)).cos() * math.sqrt(2 / n)
     out[0] /= math.sqrt(2)

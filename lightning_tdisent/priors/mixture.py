@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians on principal components, also by a Dirichlet process, which drops what it has no use for."""
+"""Mixtures of Gaussians on principal components, optionally with a Dirichlet process that drops unused components."""
 
 import math
 import warnings
@@ -13,17 +13,20 @@ from lightning_tdisent.errors import InputError, Unavailable
 from lightning_tdisent.priors.gaussian import FLOOR, LARGEST, Gaussian
 from lightning_tdisent.priors.prior import LOG_2PI, refuse_numbers, refuse_shape
 
-CHOICE = 1 << 21  # streams by which a sample's component is drawn, apart from those of its noise
-DROPPED = 1e-4  # weight of a component that is none
+CHOICE = 1 << 21  # offset of the random streams that draw a sample's component, apart from those of its noise
+DROPPED = 1e-4  # components of at most this weight are dropped
 
 
 class Mixture(Gaussian):
     """A mixture of Gaussians along the first principal components of the data, a Gaussian along the others.
 
     Fitted to noisy samples by scikit-learn: EM, or its variational form with a Dirichlet process over the weights
-    (`BayesianGaussianMixture`), the auxiliary of 2206.05173 for MNIST. components: at most, or exactly if not
-    dirichlet; dimension: principal components that the mixture models, all others are independent Gaussians;
-    covariance: ``full`` or ``diag``; iterations: at most; draws: noisy samples of each image; seed: of the first guess.
+    (`BayesianGaussianMixture`), the auxiliary of 2206.05173 for MNIST.
+
+    components: maximum number of components, or the number fitted without ``dirichlet``; dimension: number of
+    principal components that the mixture models, all others are independent Gaussians; dirichlet: use the variational
+    form; covariance: ``full`` or ``diag``; iterations: maximum; draws: noisy samples per image; seed: seed of the
+    initial guess and of the further noisy samples.
     """
 
     wants_noise = True
@@ -54,7 +57,12 @@ class Mixture(Gaussian):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
 
     def fit(self, x0: Tensor, a: float, b: float, eps: Tensor | None = None) -> list[str]:
-        """See the class; refuses fewer images than a component has numbers, times the components."""
+        """See the class.
+
+        Raises InputError for too few images: at least ``components`` (p + 1) are needed with full covariances, where p
+        is the lesser of ``dimension`` and D, and 2 ``components`` with diagonal ones. Raises Unavailable without
+        scikit-learn.
+        """
         try:
             from sklearn import exceptions
             from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
@@ -90,7 +98,7 @@ class Mixture(Gaussian):
         self.means = torch.as_tensor(mixture.means_, dtype=torch.float64)[kept]
         found = torch.as_tensor(mixture.covariances_, dtype=torch.float64)[kept]
         values, vectors = torch.linalg.eigh(found if self.covariance == "full" else torch.diag_embed(found))
-        floor = max(0.5 * b * b, FLOOR)  # x_0 + noise varies by b^2 whatever x_0 does; parts of it may be narrower
+        floor = max(0.5 * b * b, FLOOR)  # the noise alone has variance b^2; a single component may be narrower
         if narrow := int((values.min(1).values < floor).sum()):
             notes.append(f"{narrow} components fell in on few samples, and were widened to half of the noise")
         wide = vectors * values.clamp_min(floor)[:, None] @ vectors.mT
@@ -99,7 +107,7 @@ class Mixture(Gaussian):
         return notes
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log sum_k w_k N(c; m_k, C_k) of the first components c, plus that of the Gaussian along the others."""
+        """Return log sum_k w_k N(c; m_k, C_k) of the first components c, plus the log-density of the others."""
         inside, outside = self._split(x)
         p = self.means.shape[1]
         c = inside[:, :p] - self.means[:, None]  # (k, B, p)

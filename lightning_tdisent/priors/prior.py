@@ -1,4 +1,4 @@
-"""`Prior`: the density that the reverse chain starts from, at the last row of its table."""
+"""`Prior`: the density from which the reverse chain starts, at the last row of its table."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,14 +15,14 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 class Prior(Part, nn.Module, ABC):
-    """A density of x = a x_0 + b eps at one row, and samples of it that are functions of seeds.
+    """Base class of densities of x = a x_0 + b eps at one row, whose samples are functions of seeds.
 
-    shape: (C, H, W) of x, known once it is fitted. What a fit finds is kept in buffers or parameters.
+    shape: (C, H, W) of x; if not given, `fit` or `build` sets it. Fitted values are kept in buffers or parameters.
     """
 
-    learned = False  # by gradients, in a training of its own; else `fit` finds all of it at once
-    has_density = True
-    wants_noise = False  # to be fitted to noisy samples
+    learned = False  # True: trained by gradients in a training of its own; False: `fit` determines everything
+    has_density = True  # whether `log_prob` returns a density
+    wants_noise = False  # True: `fit` uses noisy samples, made with ``eps``
 
     def __init__(self, shape: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -31,9 +31,10 @@ class Prior(Part, nn.Module, ABC):
         self.shape = None if shape is None else list(shape)
 
     def fit(self, x0: Tensor, a: float, b: float, eps: Tensor | None = None) -> list[str]:
-        """Fit to the states a x_0 + b eps of clean data x0 (N, C, H, W); returns what a user must know of it.
+        """Fit to the states a x_0 + b eps of clean data x0 (N, C, H, W), and return notes for the user.
 
-        eps: noise of x0's shape, for those that are fitted to noisy samples; the others need none, they add b^2.
+        eps: noise of the shape of x0, for priors fitted to noisy samples; the others do not need it and add b^2 to the
+        variance. Raises InputError if the data has another shape than the prior.
         """
         shape = list(x0.shape[1:])
         if self.shape not in (None, shape):
@@ -42,58 +43,58 @@ class Prior(Part, nn.Module, ABC):
         return []
 
     def build(self, shape: Sequence[int]) -> None:
-        """Make the parameters of a learned prior for x of (C, H, W)."""
+        """Create the parameters of a learned prior for x of shape (C, H, W)."""
         self.shape = list(shape)
 
     def initialise(self, x: Tensor) -> None:
-        """Begin a training of a learned prior from some samples x (B, C, H, W)."""
+        """Initialise a learned prior from samples x (B, C, H, W), before its training."""
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density in nats of x (B, C, H, W), float64 (B,)."""
+        """Return the log-density in nats of x (B, C, H, W), float64 (B,)."""
 
     @abstractmethod
     def sample(self, seeds: Sequence[int], stream: int) -> Tensor:
-        """x (B, C, H, W), float32 on the CPU; image i is a function of (seeds[i], stream) alone.
+        """Return x (B, C, H, W), float32 on the CPU; image i is a function of (seeds[i], stream) alone.
 
-        stream: the original index of the row. Where the prior is N(0, I) this is `rng.seed_noise`.
+        stream: the original index of the row. For N(0, I) the samples are `rng.seed_noise`.
         """
 
     @property
     def size(self) -> int:
-        """Number of values of x."""
+        """Number of values of x: C H W. Raises InputError if there is no shape yet."""
         if self.shape is None:
             raise InputError(f"{type(self).__name__} is not fitted yet")
         return math.prod(self.shape)
 
 
 class StandardNormal(Prior):
-    """N(0, I): exact at a row without signal; at any other the plain cut, for comparison."""
+    """N(0, I): exact at a row without signal; at other rows a truncation without a fitted prior, for comparison."""
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """-|x|^2/2 - D/2 log 2 pi."""
+        """Return -|x|^2/2 - D/2 log 2 pi."""
         flat = x.flatten(1).double()
         return -0.5 * flat.square().sum(1) - 0.5 * LOG_2PI * flat.shape[1]
 
     def sample(self, seeds: Sequence[int], stream: int) -> Tensor:
-        """The noise that the whole chain would start from."""
+        """Return the noise from which the full chain would start."""
         assert self.shape is not None
         return seed_noise(seeds, stream, self.shape)
 
 
 def normal_log_prob(values: Tensor, variances: Tensor) -> Tensor:
-    """Of independent N(0, v_i), summed: values (B, m), variances (m,) -> (B,)."""
+    """Return the summed log-density of independent N(0, v_i): values (B, m), variances (m,) -> (B,)."""
     return -0.5 * (values.square() / variances + variances.log() + LOG_2PI).sum(1)
 
 
 def refuse_numbers(what: str, **numbers: Any) -> None:
-    """Refuse what is no whole number from 1 on."""
+    """Raise InputError for values that are not integers >= 1; what: name of the prior."""
     if odd := [f"{k} {v!r}" for k, v in numbers.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]:
         raise InputError(f"prior {what}: {', '.join(odd)}: whole numbers from 1 on are wanted")
 
 
 def refuse_shape(x0: Tensor, least: int, what: str) -> None:
-    """Refuse data that no distribution can be told from."""
+    """Raise InputError for fewer than ``least`` images and for non-finite values; what: name of the prior."""
     if len(x0) < least:
         raise InputError(f"{what} wants {least:,} images at least, there are {len(x0):,}")
     if not x0.isfinite().all():
