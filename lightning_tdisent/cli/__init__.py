@@ -1,4 +1,4 @@
-"""The commands: wiring only. Nothing heavy is imported before a command needs it, so that help is instant."""
+"""The commands: parse, call, print. A command imports heavy modules only when it needs them, to keep --help fast."""
 
 import argparse
 import contextlib
@@ -28,7 +28,7 @@ LIGHTNING = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line but for the options of Lightning's four commands."""
+    """Return the parser of all commands, without the options of Lightning's four, which LightningCLI parses."""
     out = argparse.ArgumentParser(
         "python -m lightning_tdisent", description="Diffusion models over few latent states, and their composition."
     )
@@ -43,19 +43,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its status: 0 done, 1 halted and 2 refused (one message, no traceback), 130 interrupted,
-    141 if nobody reads the output any more (``| head``), 143 preempted; 70 for an error that nobody foresaw, with its
-    traceback, 75 for one of a disk or a network.
+    """Run a command and return its exit status.
+
+    0: done; 1: the training halted itself, 2: the request was refused (both with one message and no traceback);
+    70: unexpected error, with its traceback; 75: disk or network error; 130: interrupted; 141: the reader of the output
+    has exited (``| head``); 143: preempted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal does not have ends nothing
+        if isinstance(stream, io.TextIOWrapper):  # characters missing in the terminal's encoding must not raise
             stream.reconfigure(errors="backslashreplace")
     try:
         argv = [expand_word(word, braces=argv[0] not in LIGHTNING) for word in argv]
         if odd := [word for word in argv if any("\ud800" <= c <= "\udfff" for c in word)]:
             raise InputError(f"{odd[0]!a}: is not UTF-8. Rename what it names")
-        keep_caches()  # before anything is imported that asks for its place
+        keep_caches()  # before importing libraries that look up their cache folder
         if argv and argv[0] in LIGHTNING:
             from lightning_tdisent.lit.entry import run
 
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(argv)
         for name, value in vars(arguments).items():
             for path in value if isinstance(value, list) else [value]:
-                if isinstance(path, Path):  # of this machine; those that may be URLs are text
+                if isinstance(path, Path):  # a local path; options that accept URLs have type str
                     (output_path if name in ("out", "html", "scratch") else input_path)(path, name)
         import_modules(arguments.imports)
         arguments.run(arguments)
@@ -90,13 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # which rich turns into 1
+        if isinstance(error.__context__, BrokenPipeError):  # rich turns it into exit status 1
             return 141
         raise
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _unread():
             return 141
-        if not (isinstance(error, TimeoutError) and str(error)):  # of a network that is away the line says all
+        if not (isinstance(error, TimeoutError) and str(error)):  # for an unreachable network the message suffices
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 75
@@ -109,10 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _unread() -> bool:
-    """Return whether the reader of our output has gone; what is still to be written goes nowhere then."""
+    """Return whether the reader of our output has exited; if so, redirect the remaining output to the null device."""
     gone = False
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a stream of no file
+        with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor
             poll = select.poll()
             poll.register(stream.fileno(), 0)
             if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):

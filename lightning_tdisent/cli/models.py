@@ -1,4 +1,4 @@
-"""Commands on models, from the weights of experts to the report; long because of their many options."""
+"""Commands on models: sample, compose, export, average, evaluate, prior, fetch, report and study."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Commands) -> None:
-    """Add their options."""
+    """Add the subcommands and their options to the parser."""
     s = command(commands, "sample", _sample, "draw images from a run, a file of weights, or a composite folder")
     s.add_argument("model", type=Path, help="run folder, model.safetensors, folder of experts, or composite folder")
     s.add_argument(
@@ -172,7 +172,7 @@ def _sampler(a: argparse.Namespace) -> "Sampler":
 
 
 def _sampled_by(a: argparse.Namespace) -> str:
-    """Return a line on the sampler, which is that of the options and not that of a run's config."""
+    """Describe the sampler in one line: it is given by the options, not by the config of a run."""
     eta, steps = f", eta {a.eta:g}" if a.sampler == "ddim" else "", f"{a.steps} steps" if a.steps else "every row"
     return f"sampler: {a.sampler}{eta}, {steps} (by --sampler, --eta, --steps, whatever the config of a run says)"
 
@@ -226,7 +226,7 @@ def _sample(a: argparse.Namespace) -> None:
     for batch in sample(model, _sampler(a), seeds, a.batch_size, label, given=given, known=known):
         if seen is not None and not first:
             seen.save(a.out / OBSERVATIONS)
-        for image in batch.cpu():  # each as it is made: what is cut short has them
+        for image in batch.cpu():  # saved one by one, so that an interrupted command keeps them
             save_png(image, a.out / f"{next(left):06d}.png")
             if len(first) < 256:
                 first.append(image)
@@ -235,7 +235,7 @@ def _sample(a: argparse.Namespace) -> None:
 
 
 def _observations(a: argparse.Namespace, model: Any, seeds: range) -> "Observations | None":
-    """Return the observations that a conditional model is given for these seeds; print where they come from."""
+    """Return the observations of a conditional model for these seeds (None without --observe); print their source."""
     from lightning_tdisent.evaluation.observations import observe, refuse_without_masks
 
     states = model.states
@@ -257,7 +257,7 @@ def _observations(a: argparse.Namespace, model: Any, seeds: range) -> "Observati
 
 
 def _range(text: str, option: str) -> range:
-    """The numbers of FIRST:END."""
+    """Parse FIRST:END, 0 <= FIRST < END <= 2^32."""
     try:
         first, end = (int(part) for part in text.split(":"))
     except ValueError:
@@ -288,7 +288,7 @@ def _fit(
     model: str, at: int | float, part: dict[str, Any], data: str, split: str, n: int | None, out: Path,
     label: int | None = None,
 ) -> None:  # fmt: skip
-    """Fit a prior, write it, and say what there is to say of it."""
+    """Fit a prior, write it, and print its row, the number of images and the notes of the fit."""
     from lightning_tdisent.models.start import fit_to, save_prior
 
     use_device("cpu")
@@ -321,7 +321,10 @@ def _compose(a: argparse.Namespace) -> None:
 
 @contextmanager
 def _sources(names: Sequence[str]) -> Iterator[list[Path]]:
-    """Files of weights behind names; those of a fleet in an object store are here for as long as this lasts."""
+    """Yield the files of weights that the names refer to.
+
+    Those of a fleet in an object store are downloaded to a temporary folder, which is removed at the end.
+    """
     import tempfile
 
     from lightning_tdisent.fleet.plan import FILE
@@ -388,7 +391,7 @@ def _merge(a: argparse.Namespace, files: list[Path]) -> None:
 
 
 def _numbers(text: str, kind: type) -> Any:
-    """Numbers by commas, or the word that is there instead."""
+    """Parse comma-separated numbers; return any other text unchanged."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
@@ -453,7 +456,7 @@ def _evaluate(a: argparse.Namespace) -> None:
 
 @contextmanager
 def _ranks(device: str) -> Iterator[str]:
-    """Join the other processes that torchrun started, if it did; gives this one's device."""
+    """Join the process group if torchrun started this process; yield the device of this rank."""
     import datetime
 
     import torch.distributed as dist
@@ -465,11 +468,11 @@ def _ranks(device: str) -> Iterator[str]:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         use_device(device)
-    # ranks wait for each other at the end alone, and that may be hours after the first is done
+    # ranks wait for each other only at the end, which may be hours after the first rank is done
     dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=datetime.timedelta(hours=12))
     try:
         yield device
-        dist.barrier()  # who leaves while another still writes the report may find its connections torn down
+        dist.barrier()  # a rank that exits while another still writes the report breaks the connections
     finally:
         dist.destroy_process_group()
 
@@ -559,7 +562,7 @@ def run_study(a: argparse.Namespace) -> None:
 
 
 def _role(job: "Job", config: str) -> "Role":
-    """Return what a job of a study trains; a refusal of its configs names the job and them."""
+    """Return what a job of a study trains. Raises InputError naming the job and its configs if they are refused."""
     try:
         return role(job.argv)
     except InputError as error:

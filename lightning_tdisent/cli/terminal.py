@@ -1,4 +1,4 @@
-"""What several commands share: the terminal, the device, and options that many have."""
+"""Helpers shared by several commands: the terminal, the device, and common options."""
 
 import argparse
 import atexit
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
 Run = Callable[[argparse.Namespace], None]
 Commands = argparse._SubParsersAction
-IMPORTED = "TDISENT_IMPORT"  # environment variable
-CACHES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # what matplotlib and torch write below ~
+IMPORTED = "TDISENT_IMPORT"  # environment variable: the modules of --import, for worker processes
+CACHES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # of matplotlib and torch, by default below ~
 
 
 def command(commands: Commands, name: str, run: Run, text: str) -> argparse.ArgumentParser:
-    """A new command, with the option that all have which may read names of classes."""
+    """Add a command with the option --import, which every command that may load classes by name has."""
     out = commands.add_parser(name, help=text, description=text)
     out.set_defaults(run=run)
-    out._negative_number_matcher = re.compile(r"-[\d.]")  # so that -3:5 and -1,1 are values, and no options
+    out._negative_number_matcher = re.compile(r"-[\d.]")  # -3:5 and -1,1 are values, not options
     out.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE",
                      help="import your module first, so that files may name its classes")  # fmt: skip
     return out
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import a user's modules here, and in the worker processes that this one starts (`imported_by_parent`)."""
+    """Import the user's modules, here and in the worker processes that this one starts (see `imported_by_parent`)."""
     for name in names:
         try:
             importlib.import_module(name)
@@ -45,14 +45,15 @@ def import_modules(names: Sequence[str]) -> None:
 
 
 def imported_by_parent() -> list[str]:
-    """Return the modules that the parent of this process was told to import."""
+    """Return the modules that the parent process imported with --import."""
     return [name for name in os.environ.get(IMPORTED, "").split(",") if name]
 
 
 def keep_caches() -> None:
-    """Give libraries a folder for their caches where there is no home folder that can be written.
+    """Set a temporary cache folder for libraries if the home folder is missing or not writable.
 
-    It is a temporary one ($TMPDIR), for this process and its children, and goes with it. Variables that are set count.
+    The folder lies in $TMPDIR, serves this process and its children, and is removed when this process exits. Variables
+    of `CACHES` that are set already keep their values.
     """
     home = os.path.expanduser("~")
     missing = [name for name in CACHES if name not in os.environ]
@@ -64,12 +65,15 @@ def keep_caches() -> None:
 
 
 def _remove_caches(folder: str, owner: int) -> None:
-    if os.getpid() == owner:  # and not a process that it forked
+    if os.getpid() == owner:  # not in a forked process
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def use_device(name: str) -> None:
-    """Refuse a device that torch does not have; small networks on a CPU are fastest on one thread."""
+    """Select a device of torch. Raises InputError if it is not available.
+
+    On a CPU, torch uses $OMP_NUM_THREADS threads, 1 by default: small networks are fastest on one thread.
+    """
     import torch
 
     try:
@@ -85,7 +89,10 @@ def use_device(name: str) -> None:
 
 
 def wide_console(least: int = 200) -> "Console":
-    """Return the terminal, or, where there is none, what is at least so wide, whatever COLUMNS says: nothing is cut."""
+    """Return the console of the terminal.
+
+    If stdout is not a terminal, it has at least ``least`` columns, whatever $COLUMNS says, so that no line is cut.
+    """
     from rich.console import Console
 
     console = Console()
@@ -93,13 +100,13 @@ def wide_console(least: int = 200) -> "Console":
 
 
 def refuse_no_page(path: Path | None, option: str) -> None:
-    """Refuse, before any work, what is no name of a page to write."""
+    """Raise InputError for a path that does not end with .html or .htm, or is a folder. Call it before any work."""
     if path is not None and (path.suffix.lower() not in (".html", ".htm") or path.is_dir()):
         raise InputError(f"{option} {path}: a page is written; name a file that ends with .html")
 
 
 def cores(asked: int | None) -> int:
-    """How many processes: as asked, or one per core that this one may use."""
+    """Return the number of processes: ``asked`` if given (at least 1), else the cores available to this process."""
     if asked is not None and asked < 1:
         raise InputError(f"--jobs: at least 1, got {asked}")
     return asked or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
@@ -107,7 +114,7 @@ def cores(asked: int | None) -> int:
 
 @contextmanager
 def bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal."""
+    """Show a progress bar on stderr if that is a terminal; yields a function (done, total) that updates it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""What workers are given to do: one training by its command line, or what such a line amounts to."""
+"""Functions that workers call for a training, given its command line: run it, or describe it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool = False) -> list[BaseException | None]:
-    """Run `fit` command lines in a worker process, in step if they are several; see `lit.together`."""
+    """Run `fit` command lines in a worker process; return None or the error of each.
+
+    Several trainings are run in lockstep, see `lit.together`. stacked: compute the steps of equal experts at once.
+    """
     from lightning_tdisent.cli.terminal import import_modules, imported_by_parent
     from lightning_tdisent.lit.callbacks.curve import Curve
     from lightning_tdisent.lit.callbacks.progress import StepProgress
@@ -29,7 +32,7 @@ def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool 
     try:
         run(argvs[0], callbacks[0])
     except SystemExit as end:
-        if end.code not in (None, 0, 1, 2):  # a signal: whoever sent it wants the process gone
+        if end.code not in (None, 0, 1, 2):  # the process was stopped by a signal and must exit
             raise
         return [end if end.code else None]
     except Exception as error:
@@ -38,7 +41,11 @@ def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool 
 
 
 def open_fleet(where: str, overrides: Sequence[str] = (), scratch: Path | None = None) -> "FleetWork":
-    """The fleet of a folder or URL; one of a store trains in a folder of the cache if not told where."""
+    """Open the fleet of a folder or URL.
+
+    overrides: KEY=VALUE words that change keys of its trainings; scratch: folder for the runs of a fleet in an object
+    store, by default in the cache folder. Raises InputError for ``scratch`` if the fleet is in a folder.
+    """
     from dataclasses import replace
 
     from lightning_tdisent.fleet.mirror import scratch_of
@@ -58,7 +65,7 @@ def open_fleet(where: str, overrides: Sequence[str] = (), scratch: Path | None =
 
 
 def role(argv: list[str]) -> "Role":
-    """Return what a command line of `fit` trains; nothing is read but its configs."""
+    """Return what a `fit` command line trains. Reads only its configs."""
     from lightning_tdisent.lit.entry import parse
     from lightning_tdisent.lit.modules import Diffusion
     from lightning_tdisent.lit.prior import PriorModule
@@ -72,7 +79,7 @@ def role(argv: list[str]) -> "Role":
 
 
 def describe(argv: list[str]) -> "Facts":
-    """What a command line of `fit` amounts to; nothing is read but its configs, nothing is written."""
+    """Return the `Facts` of a `fit` command line. Reads its configs and the card of its warm start; writes nothing."""
     from lightning.pytorch.callbacks import GradientAccumulationScheduler
     from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
@@ -97,7 +104,7 @@ def describe(argv: list[str]) -> "Facts":
             "trainer.callbacks: GradientAccumulationScheduler changes the images of a step while it trains, so a fleet "
             "cannot count them; set trainer.accumulate_grad_batches"
         )
-    asked = cli.config[cli.subcommand].trainer.devices  # if it is not said, a fleet gives each expert one
+    asked = cli.config[cli.subcommand].trainer.devices  # if not configured, a fleet gives each expert one device
     said = asked not in ("auto", "-1", -1)
     if said and trainer.world_size > 1 and not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise InputError(
@@ -107,7 +114,7 @@ def describe(argv: list[str]) -> "Facts":
     if module.warm_start and holds_weights(Path(module.warm_start)):
         refuse_start(module.denoiser, module.warm_start)
     network = spec(module.network)
-    words = {k: v for k, v in network["init_args"].items() if k != "conditioning"}  # which is folded in at a start
+    words = {k: v for k, v in network["init_args"].items() if k != "conditioning"}  # folded in by a warm start
     return Facts(
         f"{type(module).__module__}.{type(module).__qualname__}",
         states.fingerprint,
