@@ -1,4 +1,4 @@
-"""Fixtures of all tests: one torch thread, the digit shards, a process of the command line."""
+"""Fixtures of all tests: one torch thread, the digit shards, and commands in a fresh process."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: also for the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before importing torch; processes started by tests inherit it
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ import torch
 pytest_plugins = ["model_fixtures"]
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background jobs have it, and what they start
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # background jobs of a shell, and their children, ignore SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def digits() -> Path:
-    """The folder of digit shards, written if it is not there yet."""
+    """Return the folder of digit shards, created if it does not exist."""
     folder = ROOT / "data" / "digits"
     if not (folder / "test-0000.tar").exists():
         subprocess.run([sys.executable, ROOT / "data" / "digits.py"], check=True, cwd=ROOT)
@@ -38,13 +38,13 @@ def digits() -> Path:
 
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Configs name their data relative to the checkout."""
+    """Run the test in the checkout, since configs name their data relative to it."""
     monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture
 def cli():
-    """Run a command in a fresh process: (exit code, stdout, stderr)."""
+    """Return a function that runs a command in a fresh process: (exit code, stdout, stderr)."""
 
     def run(*argv: object, timeout: float = 120) -> tuple[int, str, str]:
         command = [sys.executable, "-m", "lightning_tdisent", *map(str, argv)]
@@ -56,7 +56,7 @@ def cli():
 
 @pytest.fixture(scope="session")
 def prepared():
-    """The folder of a real data set, in $TDISENT_DATA, in data/, or in shared/data beside the checkout."""
+    """Return the folder of a real data set, in $TDISENT_DATA, in data/, or in shared/data next to the checkout."""
 
     def find(name: str) -> Path:
         places = [Path(os.environ.get("TDISENT_DATA", ROOT / "data")), ROOT / "data", ROOT.parent / "shared" / "data"]

@@ -22,7 +22,7 @@ from lightning_tdisent.sampling.denoiser import Denoiser
 
 
 class Toy(Network):
-    """An elementwise nonlinear network that keeps the indices it was given."""
+    """An elementwise nonlinear network that records the indices it was called with."""
 
     def __init__(
         self, shape: list[int], classes: int | None = None, conditioning: str | None = None, gain: float = 0.7
@@ -46,13 +46,13 @@ def toy() -> type[Toy]:
 
 @pytest.fixture
 def states() -> LatentStates:
-    """Rows 250, 500, 750, 1000."""
+    """Return a table of rows 250, 500, 750, 1000."""
     return LatentStates(Linear(), S=4)
 
 
 @pytest.fixture
 def unet() -> Callable[..., UNet]:
-    """A tiny U-Net with random weights everywhere."""
+    """Return a tiny U-Net whose weights are all random."""
 
     def make(seed: int = 0, shape: tuple[int, ...] = (1, 8, 8), **args: object) -> UNet:
         with torch.random.fork_rng():
@@ -68,7 +68,7 @@ def unet() -> Callable[..., UNet]:
 
 @pytest.fixture
 def model(unet, states) -> Callable[..., Denoiser]:
-    """A denoiser of the tiny U-Net on four rows."""
+    """Return a denoiser of the tiny U-Net on four rows."""
 
     def make(objective: Objective | None = None, rows: list[int] | None = None, seed: int = 0, **args: object):
         return Denoiser(unet(seed, **args), objective or V(), states, rows).eval()
@@ -91,13 +91,13 @@ FACTS = {
 
 @pytest.fixture
 def card_of() -> Callable[..., Card]:
-    """The card of a denoiser with facts of a training."""
+    """Return a card for a denoiser, with made-up facts of its training."""
     return lambda denoiser, **facts: Card.of(denoiser, **(FACTS | facts))
 
 
 @pytest.fixture
 def write(tmp_path, card_of) -> Callable[..., Path]:
-    """Write a denoiser to a file of a given name, with changes to its card."""
+    """Write a denoiser to a file of this name, with changes to its card."""
 
     def to(name: str, denoiser: Denoiser, **changes: object) -> Path:
         path = tmp_path / f"{name}.safetensors"
@@ -109,7 +109,7 @@ def write(tmp_path, card_of) -> Callable[..., Path]:
 
 @pytest.fixture
 def forge(tmp_path, card_of) -> Callable[..., Path]:
-    """Write a file whose card is changed as JSON, as somebody with a text editor could."""
+    """Write a file whose card is changed as JSON, as with a text editor."""
 
     def to(denoiser: Denoiser, change: Callable[[dict], object], name: str = "forged") -> Path:
         card = json.loads(json.dumps(dataclasses.asdict(card_of(denoiser))))
@@ -124,7 +124,7 @@ def forge(tmp_path, card_of) -> Callable[..., Path]:
 
 @pytest.fixture
 def spoil() -> Callable[[Path], Path]:
-    """Overwrite everything behind the header of a file."""
+    """Overwrite everything after the header of a file."""
 
     def weights(path: Path) -> Path:
         content = path.read_bytes()

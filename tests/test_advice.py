@@ -1,4 +1,4 @@
-"""Follow the advice of error messages, and check that the error is gone."""
+"""Follow the advice in error messages and check that the error no longer occurs."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ NETWORK = {"shape": [1, 8, 8], "channels": [8, 16], "layers": 1, "groups": 4, "m
 
 @pytest.fixture
 def fit(tmp_path, digits, capsys):
-    """Train for two steps with more words, in a folder that has a space; return the exit code and what was said."""
+    """Train for two steps with more arguments, in a folder with a space in its name; return exit code and output."""
     model = {"network": {"class_path": "UNet", "init_args": NETWORK}, "states": {"S": 4}, "warmup": 1}
     data = {"class_path": "ImageShards", "init_args": {"path": str(digits), "channels": 1, "batch_size": 4}}
     content = {"trainer": TRAINER, "model": {"class_path": "ReducedStates", "init_args": model}, "data": data}

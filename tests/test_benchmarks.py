@@ -1,4 +1,4 @@
-"""Every benchmark runs at a toy size, and ends with the results that benchmarks/README.md documents for it."""
+"""Every benchmark runs at a toy size and prints the results that benchmarks/README.md documents for it."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ SCRIPTS = sorted(FOLDER.glob("[!_]*.py"))
 
 
 def documented(script):
-    """Names of the results in the section of a script: those with ``...`` in place of a value."""
+    """Return the names of the results in the section of a script: those with ``...`` in place of a value."""
     sections = re.split(r"(?m)^## ", (FOLDER / "README.md").read_text(encoding="utf-8"))
     (section,) = [text for text in sections if text.startswith(f"{script}: ")]
     return [name for line in re.findall(r"(?m)^    RESULT (.*)", section) for name in re.findall(r"(\w+)=\.\.\.", line)]

@@ -20,14 +20,14 @@ BASE = "experiments/digits/reduced8.yaml"
 
 
 def refusal(capsys, *argv) -> str:
-    """The last line of a refused command; exit code 2, no traceback, the whole message on stderr."""
+    """Run a command that must be refused (exit code 2, no traceback) and return the last line of stderr."""
     assert main([str(a) for a in argv]) == 2
     text = capsys.readouterr().err
     assert "Traceback" not in text
     return text.strip().splitlines()[-1]
 
 
-# what is typed, and what the one line must name: the key, the value or nearest word
+# what is typed, and what the message must name: the key, the value or the nearest word
 MISTAKES = [
     (["--trainer.max_stepz", "3"], ["--trainer.max_stepz", "'--trainer.max_steps'"]),
     (["--trainer.max_steps", "many"], ["--trainer.max_steps", "expected int", "'many'"]),
@@ -209,7 +209,7 @@ def test_unknown_commands_are_answered_with_the_nearest(capsys):
 
 @pytest.fixture
 def experts(tmp_path):
-    """Files of four untrained experts of one table."""
+    """Write files of four untrained experts of one table."""
 
     def make(folder="experts", rows=(1, 2, 3, 4), **options):
         files = []
@@ -348,7 +348,7 @@ def test_guidance_by_command(tmp_path):
     module = ReducedStates(UNet([1, 8, 8], [8, 16], 1, groups=4, classes=10), LatentStates(S=2))
     save_expert(tmp_path / "model.safetensors", module.denoiser, module.card("live"))
     argv = ["sample", str(tmp_path), "--seeds", "0:4", "--label", "3", "--out"]
-    assert main([*argv[:4], "--out", str(tmp_path / "turn")]) == 0  # classes in turn: seed 3 draws class 3
+    assert main([*argv[:4], "--out", str(tmp_path / "turn")]) == 0  # the classes in turn: seed 3 draws class 3
     assert main([*argv, str(tmp_path / "a"), "--guidance", "1"]) == 0
     assert main([*argv, str(tmp_path / "b")]) == 0
     assert main([*argv, str(tmp_path / "c"), "--guidance", "5"]) == 0
@@ -384,7 +384,7 @@ def test_a_class_of_ones_own_needs_its_import(tmp_path, capsys, monkeypatch):
     assert main([*argv, "--import", "my_net"]) == 0
 
     (tmp_path / "my_other.py").write_text(source.replace("Mine", "Other"), encoding="utf-8")
-    words[1] = "Other"  # a short name, known once its module is imported
+    words[1] = "Other"  # a short name, available once its module is imported
     fit = ["fit", "--config", BASE, *words, "--trainer.callbacks", "[]", "--run", str(tmp_path / "other")]
     assert "there is no class 'Other'" in refusal(capsys, *fit)
     assert "--import my_othr: No module named 'my_othr'" in refusal(capsys, *fit, "--import", "my_othr")
@@ -398,7 +398,7 @@ def test_workers_import_what_their_parent_was_told_to(tmp_path, capsys, monkeypa
     with pytest.raises(InputError, match="--import my_worker: as a worker would"):
         fits([["fit"]], [lambda *_: None])
     assert main(["data", "inspect", "nowhere", "--import", "json"]) == 2
-    assert "TDISENT_IMPORT" not in os.environ  # set while the command runs
+    assert "TDISENT_IMPORT" not in os.environ  # set only while the command runs
 
 
 def test_the_script_of_the_digits_takes_a_folder_and_no_option(tmp_path):

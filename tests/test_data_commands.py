@@ -1,4 +1,4 @@
-"""The commands `data ..`, with the arguments that a user types."""
+"""The `data ..` commands, called as a user types them."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ from lightning_tdisent.lit.datamodule import ImageShards
 
 @pytest.fixture
 def photographs(tmp_path):
-    """Write 12 pictures of two classes, in several sizes."""
+    """Write 12 pictures of several sizes in two classes."""
     rng = np.random.default_rng(0)
     for i in range(12):
         folder = tmp_path / "raw" / "train" / ("cat", "dog")[i % 2]
@@ -58,7 +58,7 @@ def test_toy_pictures_have_the_shapes_and_colours_of_their_captions(tmp_path, ca
     shape = ("circle", "square", "triangle", "cross")
     assert [caption.split()[2] for caption in data.captions] == [shape[label] for label in data.labels]
     images = data.images.float()
-    ground = images.flatten(2).amax(2).amax(1)  # the grey background is lighter than the shape
+    ground = images.flatten(2).amax(2).amax(1)  # brightness of the grey background, which is lighter than the shape
     inside = (images.amax(1) - images.amin(1)) > 20  # grey has no colour
     share = {name: inside[data.labels == k].float().mean().item() for k, name in enumerate(shape)}
     assert share["square"] > share["circle"] > share["cross"] > 0
@@ -90,7 +90,7 @@ def test_verify_names_what_has_changed(photographs, tmp_path, capsys):
 
 
 def command_in(message):
-    """Return the arguments of the command in a message, without the program."""
+    """Return the words of the command that a message names, without the program."""
     return shlex.split(message.strip().splitlines()[-1].partition("python -m lightning_tdisent ")[2])
 
 
@@ -411,7 +411,7 @@ def test_large_classes_are_counted_in_little_memory(tmp_path, capsys):
     png = io.BytesIO()
     Image.new("L", (4, 4), 7).save(png, "png")
     with wds.TarWriter(str(tmp_path / "train-0.tar"), mtime=0) as tar:
-        for k, label in enumerate((5, 2**31 - 1)):  # one count of each number up to there would take 17 GB
+        for k, label in enumerate((5, 2**31 - 1)):  # counting every number up to there would take 17 GB
             tar.write({"__key__": f"{k}", "png": png.getvalue(), "cls": str(label).encode()})
     assert main(["data", "inspect", str(tmp_path), "--out", str(tmp_path / "look.png")]) == 0
     assert "2 of 2,147,483,648, with 1 to 1 (class 5) samples each" in " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""Text is UTF-8, whatever the locale: every file and pipe of text names its encoding."""
+"""Text is UTF-8 in any locale: every call that opens a text file or pipe names its encoding."""
 
 import ast
 from pathlib import Path
@@ -8,18 +8,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for part in ("lightning_tdisent", "tests", "benchmarks", "data", "experiments", "examples")
            for path in sorted((ROOT / part).rglob("*.py"))]  # fmt: skip
-FORMATS = ("tarfile", "zipfile", "Image", "Shards", "os")  # whose open has no text
+FORMATS = ("tarfile", "zipfile", "Image", "Shards", "os")  # modules whose open does not open text
 
 
 def is_text(mode: ast.expr | None) -> bool:
-    """Return whether a mode is of text; what is no constant may be anything, and counts as bytes."""
+    """Return whether a mode opens text. A mode that is not a constant may be anything, and counts as bytes."""
     return mode is None or (
         isinstance(mode, ast.Constant) and isinstance(mode.value, str) and set(mode.value) <= set("rwax+t")
     )
 
 
 def unnamed(tree: ast.AST) -> list[int]:
-    """Lines of calls that read or write text in the encoding of the locale, as far as their words tell."""
+    """Return the lines of calls that, by their arguments, read or write text in the encoding of the locale."""
     lines = []
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         given = {word.arg: word.value for word in call.keywords}
@@ -30,7 +30,7 @@ def unnamed(tree: ast.AST) -> list[int]:
         if isinstance(function, ast.Attribute):
             name, of = function.attr, getattr(function.value, "id", "")
         if name == "fdopen" or (name == "open" and (of == "io" or isinstance(function, ast.Name))):
-            words = words[1:]  # behind the file
+            words = words[1:]  # the arguments after the file
         opens = name in ("open", "fdopen") and (name == "fdopen" or of not in FORMATS)
         if (
             (opens and is_text(given.get("mode", words[0] if words else None)))

@@ -43,7 +43,7 @@ def test_every_fleet_is_a_plan_whose_trainings_parse(file, tmp_path):
     assert len(fleet.check(describe)) == len(fleet.jobs())
 
 
-# what each overlay must change, read off the built module
+# what each overlay must change, read from the built module
 CHANGES = {
     "cosine": lambda m: type(m.states.schedule).__name__ == "Cosine",
     "sigmoid": lambda m: type(m.states.schedule).__name__ == "Sigmoid",
@@ -98,7 +98,7 @@ def test_every_digits_run_runs_shows_and_validates(name, tmp_path):
     measured = {t.split("/")[1] for t in tags["scalars"] if t.startswith("quality/")}
     kinds = ["fd", "fd_bias", "is", "kid", "precision", "recall", "density", "coverage"]
     assert measured == (set() if name == "experts8" else {f"{kind}_digits" for kind in kinds})
-    if name == "reduced8":  # the saved config is the run again, and the other commands take the checkpoint
+    if name == "reduced8":  # the saved config reproduces the run, and the other commands load the checkpoint
         again = ["--config", str(run / "config.yaml"), "--run", str(tmp_path / "again")]
         assert main(["fit", *again]) == 0
         assert (tmp_path / "again" / "model.safetensors").read_bytes()[-1000:] == (

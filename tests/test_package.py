@@ -85,7 +85,7 @@ UNSAFE += r"|(?<![\w.])eval\(|extractall|shell=True"
 def test_no_unsafe_calls_in_the_package():
     for file in (ROOT / "lightning_tdisent").rglob("*.py"):
         found = [line for line in file.read_text(encoding="utf-8").splitlines() if re.search(UNSAFE, line)]
-        if file.name == "arrays.py":  # CIFAR-10 comes as pickles; it has an Unpickler that finds no class
+        if file.name == "arrays.py":  # CIFAR-10 is distributed as pickles; this Unpickler resolves no class
             found.remove("import pickle")
             assert "class _BytesOnly(pickle.Unpickler)" in file.read_text(encoding="utf-8")
         assert not found, f"{file}: {found}"

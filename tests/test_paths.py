@@ -1,4 +1,4 @@
-"""Paths have one meaning: in words, in files, in moved folders, from another directory."""
+"""A path means the same in arguments, in files, in moved folders, and from another working directory."""
 
 import argparse
 import re
@@ -45,7 +45,7 @@ def run(*words: object) -> int:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """An empty working directory, with a home folder and $SCRATCH below it."""
+    """Change to an empty working directory, with a home folder and $SCRATCH below it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
@@ -78,11 +78,11 @@ def test_home_and_variables_are_expanded_in_words(home):
         "~approximately",
     ):
         assert expand_word(same) == same
-    Path("~").mkdir()  # what exists by that very name is meant
+    Path("~").mkdir()  # a path that exists is used as it is
     assert expand("~") == "~"
-    Path("o_$NOWHERE").mkdir()  # also of a part
+    Path("o_$NOWHERE").mkdir()  # also if only its leading part exists
     assert expand("o_$NOWHERE/x/$SCRATCH") == f"o_$NOWHERE/x/{up}/scratch"
-    assert expand_word("--run=a_${NOWHERE}", braces=False) == "--run=a_${NOWHERE}"  # of OmegaConf, which reads it next
+    assert expand_word("--run=a_${NOWHERE}", braces=False) == "--run=a_${NOWHERE}"  # left to OmegaConf
     unset = ("$NOWHERE/x", "zz_$NOWHERE", "a/zz_${NOWHERE}/x", "s3://a/b$NOWHERE")
     for bad, said in (*((text, "NOWHERE is not set") for text in unset), ("~nobody-of-this-name/x", "no home folder")):
         with pytest.raises(InputError, match=said):
@@ -112,7 +112,7 @@ def test_only_keys_that_name_files_are_made_absolute(home):
 
 
 def test_a_run_below_the_home_folder_is_one_run(home, capsys):
-    """Once all was written to the expanded path, while lock, config check and resume looked at the literal one."""
+    """An earlier version wrote to the expanded path, while lock, config check and resume used the literal path."""
     assert run("fit", *TINY, 4, "--run=~/y") == 0
     assert not Path("~").exists()
     before = (home / "y" / "model.safetensors").read_bytes()
@@ -133,7 +133,7 @@ def test_a_run_below_the_home_folder_is_one_run(home, capsys):
 
 
 def test_a_run_that_moved_goes_on_where_it_lies(home, capsys, monkeypatch):
-    """Once it was trained from scratch into its old place; relative paths of its config were looked for from here."""
+    """An earlier version trained from scratch in the old place and resolved relative paths of the config from here."""
     shutil.copytree(ROOT / "data" / "digits", "digits")
     assert run("fit", *TINY, 4, "--data.path", "digits", "--run", "old") == 0
     assert run("fit", *TINY, 8, "--data.path", "digits", "--run", "unbroken") == 0
@@ -149,13 +149,13 @@ def test_a_run_that_moved_goes_on_where_it_lies(home, capsys, monkeypatch):
     kept = yaml.safe_load(Path("../new/config.yaml").read_text(encoding="utf-8"))
     assert "run" not in kept
     assert kept["data"]["init_args"]["path"] == str(home.parent / "digits")
-    # an overlay and the command line still say where another run goes
+    # an overlay and the command line still decide where another run is written
     assert run("fit", "--config", "../new/config.yaml", "--trainer.max_steps", 4, "--run", "copy") == 0
     assert Path("copy/model.safetensors").exists()
 
 
 def test_commands_take_the_weights_of_the_run_and_write_beside_them(home, capsys):
-    """Once `validate` and `predict` used an untrained network, and images went into the finished run."""
+    """`validate` and `predict` once used an untrained network and wrote images into the folder of the finished run."""
     assert run("fit", *TINY, 4, "--run", "a") == 0
     before = {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file()}
     config = ["--config", "a/config.yaml"]
@@ -295,7 +295,7 @@ def test_paths_have_this_meaning_in_a_script_too(home, digits, monkeypatch):
 
 
 def test_a_mistake_in_a_config_that_is_named_by_a_relative_path_is_explained(tmp_path, monkeypatch, capsys):
-    """The parser goes to the folder of a config while it reads it."""
+    """The parser changes to the folder of a config while it reads it."""
     text = (ROOT / "experiments/digits/reduced8.yaml").read_text(encoding="utf-8")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "bad.yaml").write_text(text.replace("lr: 2.0e-3", "lr: abc"), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Run folders: one holder at a time, which notices what happens to its folder."""
+"""Run folders have one holder at a time, which detects that its folder was removed, moved or taken."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ with RunFolder(sys.argv[1]) as place:
 
 @pytest.fixture
 def other():
-    """Start a process that holds a folder until it is let go."""
+    """Return a function that starts a process which holds a folder; all are killed at the end."""
     started = []
 
     def hold(folder):
@@ -47,7 +47,7 @@ def other():
 
 @pytest.fixture
 def no_locks(monkeypatch):
-    """A file system without flock."""
+    """Simulate a file system without flock."""
 
     def flock(*_):
         raise OSError(38, "Function not implemented")
@@ -127,7 +127,7 @@ def test_a_folder_that_is_moved_or_replaced_is_noticed_and_left_alone(instead, o
 def test_a_folder_removed_and_made_anew_is_not_taken_for_the_old_one(tmp_path):
     folder = tmp_path / "run"
     with RunFolder(folder) as place:
-        for _ in range(20):  # numbers of removed folders are used again
+        for _ in range(20):  # inode numbers of removed folders are reused
             shutil.rmtree(folder)
             folder.mkdir()
             with pytest.raises(Lost, match="removed or moved"):
@@ -146,7 +146,7 @@ def test_a_lock_that_somebody_removes_is_made_again(other, tmp_path):
         process.kill()
         process.wait()
         (tmp_path / LOCK).unlink()
-        with pytest.raises(Lost):  # for good: somebody else has been there
+        with pytest.raises(Lost):  # permanently: another process had taken the folder
             place.check()
 
 
@@ -209,7 +209,7 @@ def _race(folder, barrier, wins):
         try:
             with RunFolder(folder / str(turn)):
                 wins.put(turn)
-                barrier.wait()  # nobody lets go before all have tried
+                barrier.wait()  # no process releases the folder before all have tried
         except Busy:
             barrier.wait()
 
@@ -244,7 +244,7 @@ def test_a_guard_is_asked_for_what_lies_below_its_folder_alone(tmp_path):
 
 
 def test_a_write_that_was_stopped_for_long_asks_again_before_it_counts(tmp_path):
-    answers = iter([None, None, Lost("gone")])  # before the folder, before the file, and at its end
+    answers = iter([None, None, Lost("gone")])  # before creating the folder, before the file, and at its end
 
     def check(quick):
         if (answer := next(answers)) is not None:
@@ -269,7 +269,7 @@ def test_a_lock_that_cannot_be_read_once_is_not_another_s(tmp_path, monkeypatch)
         monkeypatch.setattr(runs, "_read", fails)
         place.check()
         place.check()
-        (tmp_path / "run" / ".lock").unlink()  # somebody removes the lock alone: it is taken again
+        (tmp_path / "run" / ".lock").unlink()  # only the lock is removed: it is taken again
         place.check()
         assert json.loads((tmp_path / "run" / ".lock").read_text(encoding="utf-8"))["token"] == place._token
 

@@ -19,7 +19,7 @@ CLASSES = pytest.mark.parametrize("classes", [None, 3])
 
 
 def make(kind: str, seed: int = 0, **args: object) -> Network:
-    """A network whose every parameter is random: zeros at initialisation would hide what they multiply."""
+    """Return a network with only random parameters, since zeros at initialisation would hide what they multiply."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = SHAPES[kind](**args)
@@ -53,7 +53,7 @@ def test_the_output_depends_on_the_state_unless_told_not_to(kind, classes):
     assert out.std() > 0.01
     for t in (None, index(1), index(1000), torch.tensor([5, 600, 1])):
         assert torch.equal(blind(images(), t, label), out)
-    # not given means state
+    # the default is state
     default = make(kind, classes=classes)
     assert torch.equal(default(images(), index(3), label), seeing(images(), index(3), label))
 
@@ -98,7 +98,7 @@ def test_every_parameter_learns(kind, classes, conditioning):
     label = None if classes is None else torch.tensor([0, 1, 2, 3])
     target = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    # the gates of a transformer start at zero, and open with the first steps
+    # the gates of a transformer are initialised to zero and open with the first steps
     for _ in range(3):
         optimizer.zero_grad()
         (net(images(4), torch.tensor([1, 50, 300, 1000]), label) - target).square().mean().backward()

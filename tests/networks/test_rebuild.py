@@ -1,4 +1,4 @@
-"""A network is trained only if a file of it would give the same function back."""
+"""A network is trained only if loading a file of it gives the same function."""
 
 import random
 
@@ -18,13 +18,13 @@ SHAPE = [1, 4, 4]
 
 
 class Plain(Network):
-    """A convolution times a gain, as it should be written."""
+    """A convolution times a gain, written according to the rules for networks."""
 
     def __init__(self, shape, width=3, gain=1.0, classes=None, conditioning=None):
         super().__init__(shape, classes, conditioning)
         self.width, self.gain = width, gain
         self.first, self.last = nn.Conv2d(shape[0], width, 3, padding=1), nn.Conv2d(width, shape[0], 1)
-        nn.init.zeros_(self.last.weight)  # as many networks begin: what comes before it cannot be seen
+        nn.init.zeros_(self.last.weight)  # a usual initialisation, which hides the layers before it
 
     def forward(self, x, index=None, label=None):
         return self.last(self.gain * self.first(x).relu())
@@ -146,7 +146,7 @@ def test_what_no_file_would_give_back_is_refused_by_name(make, words):
 
 
 class Drops(Plain):
-    """Drops at random in training, normalises by statistics of the batch, reads tensors when it is made."""
+    """Network with dropout and batch normalisation whose constructor reads tensors."""
 
     def __init__(self, shape, rate=0.5, classes=None, conditioning=None):
         super().__init__(shape, classes=classes, conditioning=conditioning)

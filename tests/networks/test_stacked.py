@@ -1,4 +1,4 @@
-"""Several networks computed as one say what each of them says, of its own samples, and learn from these alone."""
+"""A stack of networks gives each network's outputs for its own samples, and each learns only from these."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ D = {"shape": [1, 4, 4], "depth": 1, "heads": 2, "head": 4}
 
 
 class Odd(Network):
-    """Layers that have no stacked form of their own, one with a child, and a strided convolution of groups."""
+    """Layers without a stacked implementation of their own, one with a child, and a strided grouped convolution."""
 
     def __init__(self, shape, classes=None, conditioning="none"):
         super().__init__(shape, classes, conditioning)
@@ -53,7 +53,7 @@ def test_outputs_and_gradients_are_those_of_each_alone(make):
     S, B = 3, 2
     networks = [make().double() for _ in range(S)]
     for network in networks:
-        for p in network.parameters():  # some begin at zero, and would hide what comes before them
+        for p in network.parameters():  # some start at zero and would hide the layers before them
             nn.init.normal_(p, std=0.5)
     x = torch.randn(B, S, *networks[0].shape, dtype=torch.float64)
     index = torch.randint(1, 9, (B, S)) if networks[0].sees_state else None
@@ -76,7 +76,7 @@ def test_outputs_and_gradients_are_those_of_each_alone(make):
 
 
 class Kept(Network):
-    """Starts at zero, so that what its middle does is not seen before the first step."""
+    """Network whose output starts at zero, which hides its middle layer before the first step."""
 
     def __init__(self, shape, classes=None, conditioning="none"):
         super().__init__(shape, classes, conditioning)

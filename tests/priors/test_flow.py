@@ -13,7 +13,7 @@ pytest.importorskip("normflows")
 
 
 def stirred(shape, strength=0.2, **options):
-    """A flow that couples, as a trained one does; a new one couples nothing."""
+    """Return a flow whose couplings act, as in a trained one; those of a new flow do not."""
     torch.manual_seed(3)
     flow = Flow(shape, **{"blocks": 2, "hidden": 8, **options})
     with torch.no_grad():
@@ -23,7 +23,7 @@ def stirred(shape, strength=0.2, **options):
 
 
 def train(flow, draw, steps, lr=5e-3, n=256):
-    """By maximum likelihood on what ``draw`` draws; the rate falls along a cosine."""
+    """Train by maximum likelihood on samples of ``draw``, with a cosine learning rate schedule."""
     flow.initialise(draw(1024))
     optimizer = torch.optim.Adam(flow.parameters(), lr)
     for step in range(steps):
@@ -34,14 +34,14 @@ def train(flow, draw, steps, lr=5e-3, n=256):
 
 
 def two_moons(n):
-    """Two arcs, which no Gaussian is near to."""
+    """Draw from two arcs, a distribution that no Gaussian approximates."""
     angle, which = math.pi * torch.rand(n), torch.randint(2, (n,))
     arc = torch.stack([angle.cos() + which - 0.5, angle.sin() * (1 - 2 * which) + 0.5 * which - 0.25], 1)
     return (arc + 0.1 * torch.randn(n, 2)).view(n, 1, 1, 2)
 
 
 def mass(flow, side=10.0, cells=400):
-    """Integral of the density over a square, by midpoints."""
+    """Return the integral of the density over a square, by the midpoint rule."""
     at = (torch.arange(cells) + 0.5) / cells * 2 * side - side
     points = torch.cartesian_prod(at, at).view(-1, 1, 1, 2)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_a_density_of_two_values_integrates_to_1_before_and_after_training():
     train(flow, two_moons, 200)
     assert mass(flow) == pytest.approx(1, abs=1e-2)
     covariance = torch.cov(held.view(-1, 2).T)
-    gaussian = 0.5 * torch.logdet(2 * math.pi * math.e * covariance)  # the best that a Gaussian can do
+    gaussian = 0.5 * torch.logdet(2 * math.pi * math.e * covariance)  # the bound of any Gaussian
     assert -flow.log_prob(held).mean() < gaussian - 0.3
 
 
@@ -117,7 +117,7 @@ def test_of_gaussian_data_it_learns_the_entropy(shape, levels, bound):
         found = -float(flow.log_prob(held.view(-1, *shape)).mean()) / D
     best = -float(truth.log_prob(held).mean()) / D
     assert best == pytest.approx(float(truth.entropy()) / D, abs=0.03)
-    assert -0.001 < found - best < bound  # their difference is KL/D, and no sampling error hides a density too high
+    assert -0.001 < found - best < bound  # the difference is KL/D; sampling error hides no density that is too high
 
 
 @pytest.mark.parametrize(("shape", "levels"), [([1, 8, 8], 2), ([1, 1, 2], 0)], ids=str)
@@ -132,7 +132,7 @@ def test_samples_are_functions_of_their_seeds(shape, levels):
         assert torch.equal(flow.sample([seed], 992)[0], x[row])
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not torch.equal(flow.sample([7], 991), flow.sample([7], 992))
-    # back to the noise that they were made of
+    # back to the noise that they were made from
     with torch.no_grad():
         latents, _ = flow.to_latents(x)
         noise = [((z - q.loc) / q.log_scale.exp()).flatten(1) for z, q in zip(latents, flow.flow.q0, strict=True)]
@@ -148,12 +148,12 @@ def test_initialised_by_data_it_begins_normalised_and_in_the_tensors_it_had():
     x = torch.randn(500, 1, 1, 3) * torch.tensor([0.1, 1, 5]) + torch.tensor([3.0, 0, -2])
     flow.initialise(x)
     assert {name: p.data_ptr() for name, p in flow.named_parameters()} == before
-    last = flow.flow.flows[0][-1]  # the first that x comes to
+    last = flow.flow.flows[0][-1]  # the first layer that x passes
     y, _ = last.inverse(x.flatten(1))
     assert torch.allclose(y.mean(0), torch.zeros(3), atol=1e-4)
     assert torch.allclose(y.std(0), torch.ones(3), atol=1e-3)
     kept = {name: p.clone() for name, p in flow.state_dict().items()}
-    flow.log_prob(10 * x)  # another batch moves nothing
+    flow.log_prob(10 * x)  # another batch changes nothing
     assert all(torch.equal(p, kept[name]) for name, p in flow.state_dict().items())
 
 

@@ -24,7 +24,7 @@ def correlated(n, shape=(2, 3, 3), seed=0):
 
 
 def of_noisy(x0):
-    """The Gaussian with the moments of a x_0 + b eps, by another way."""
+    """Return the Gaussian with the moments of a x_0 + b eps, computed independently."""
     flat = x0.flatten(1).double()
     return MultivariateNormal(
         A * flat.mean(0), A * A * torch.cov(flat.T, correction=0) + B * B * torch.eye(flat.shape[1])
@@ -32,7 +32,7 @@ def of_noisy(x0):
 
 
 def two(prior, x0, n=241, span=6.0):
-    """Integral of a density of two values over a grid."""
+    """Return the integral of a density of two values over a grid."""
     grid = torch.linspace(-span, span, n, dtype=torch.float64)
     x = torch.cartesian_prod(grid, grid)[:, None, None]
     return float(prior.log_prob(x).exp().sum() * (grid[1] - grid[0]) ** 2)
@@ -62,7 +62,7 @@ def test_samples_have_the_moments_of_the_density_and_are_functions_of_seeds(opti
     x = prior.sample(range(40_000), 5).flatten(1).double()
     assert torch.equal(prior.sample([7, 3], 5), prior.sample(range(8), 5)[[7, 3]])
     assert not torch.equal(prior.sample([7], 5), prior.sample([7], 6))
-    # the entropy of the density, by itself and by its samples
+    # the entropy, from the log-density and from the covariance of the samples
     said = -prior.log_prob(x.unflatten(1, (2, 3, 3))).mean()
     variances = torch.linalg.eigvalsh(torch.cov(x.T))
     assert float(said) == pytest.approx(float(0.5 * (variances.log() + 1 + math.log(2 * math.pi)).sum()), abs=0.05)
@@ -90,7 +90,7 @@ def test_low_frequencies_vary_together_and_the_others_alone():
     full.fit(x0, A, B)
     test = (torch.randn(200, 1, 1, 1, generator=generator) + 0.1 * torch.randn(200, 3, 4, 4, generator=generator)) * A
     test = test + B * torch.randn(test.shape, generator=generator)
-    assert float(prior.log_prob(test).mean()) > float(full.log_prob(test).mean())  # which has learned noise by heart
+    assert float(prior.log_prob(test).mean()) > float(full.log_prob(test).mean())  # which has overfitted to noise
 
 
 def test_large_images_need_fewer_numbers():
@@ -99,7 +99,7 @@ def test_large_images_need_fewer_numbers():
         Gaussian().fit(x0, A, B)
     prior = Gaussian(rank=100)
     prior.fit(x0, A, B)
-    assert prior.basis.shape == (4800, 5)  # as many directions as six images have
+    assert prior.basis.shape == (4800, 5)  # the number of directions that six images span
     assert torch.allclose(prior.basis.T @ prior.basis, torch.eye(5, dtype=torch.float64), atol=1e-8)
 
 
