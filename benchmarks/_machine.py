@@ -1,4 +1,4 @@
-"""What every benchmark prints beside its figures."""
+"""Helpers shared by all benchmarks: size options, description of the machine, timing, and quartiles."""
 
 import argparse
 import os
@@ -21,18 +21,18 @@ Size = TypeVar("Size")
 
 
 def add_sizes(parser: argparse.ArgumentParser, quick: str) -> None:
-    """Add the options of a smaller measurement; quick: what is said of ``--quick``."""
+    """Add the options --quick and --toy; quick: help text of ``--quick``."""
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--toy", action="store_true", help="for the tests: a few seconds; its numbers say nothing")
+    parser.add_argument("--toy", action="store_true", help="tiny run for the tests, seconds; its numbers mean nothing")
 
 
 def of_size(args: argparse.Namespace, toy: Size, quick: Size, full: Size) -> Size:
-    """Return what belongs to the size that was asked for."""
+    """Return the value for the size chosen by --toy, --quick or neither."""
     return toy if args.toy else quick if args.quick else full
 
 
 def describe(*packages: str, **hardware: str) -> None:
-    """Print hardware, versions (torch, those of ``packages`` and ours), commit and command."""
+    """Print hardware, versions (of torch, ``packages`` and this package), commit and command."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, encoding="utf-8", check=True).stdout.strip()  # noqa: S603
@@ -53,7 +53,7 @@ def describe(*packages: str, **hardware: str) -> None:
 
 
 def lines(path: str) -> list[str]:
-    """Of a file of the system, none where there is no such file."""
+    """Return the lines of a system file; an empty list if there is no such file."""
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -61,13 +61,13 @@ def lines(path: str) -> list[str]:
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds that it takes."""
+    """Return the wall-clock seconds that ``work`` takes."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
 
 
 def quartiles(values: list[float]) -> str:
-    """Median with the quarters below and above, for printing."""
+    """Return the median with the lower and upper quartile, as text."""
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]"

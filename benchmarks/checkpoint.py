@@ -1,17 +1,18 @@
 """Cost of a durable checkpoint: `DurableIO.save_checkpoint` against Lightning's `TorchCheckpointIO.save_checkpoint`.
 
-What is compared. Both save the same state of 160 MB, as training hands it to them: 30 weights, AdamW's two moments of
-each and their average, 120 tensors of 10 million values in all, and a few plain values. Lightning's plugin serialises
-into memory, writes a temporary file and renames it; nothing is flushed, so a loss of power may lose it. Ours refuses
-values that are not finite, writes beside the target, flushes file and folder to the disk, reads the file back and
-hashes it, and writes a manifest and a pointer in the same way.
+What is compared. Both save the same state of 160 MB, in the form in which training passes it: 30 weights, the two
+moments of AdamW for each, and their average, 120 tensors with 40 million values in all, and a few plain values.
+Lightning's plugin serialises into memory, writes a temporary file and renames it; nothing is flushed, so a
+power loss may lose the checkpoint. `DurableIO` refuses non-finite values, writes a temporary file next to the target,
+flushes file and folder to the disk, reads the file back and hashes it, and writes a manifest and a pointer in the same
+way.
 
-How. The folder must lie on a disk; in memory a flush costs nothing. Before every timed save the disk is left with
-nothing to do (``os.sync``), and what an earlier save wrote is removed. A pair is one save of either, which goes first
-alternates, and the result is the median of the ratios of all pairs. A temporary file of Lightning's lies in the same
-folder, so that its rename never copies. Loading is `load`: the hash compared with the manifest, then ``torch.load``.
-The phases are timed alone, in memory, but for the flushes, which are those inside the timed saves; within a save,
-serialising, writing, reading back and hashing overlap.
+How. The folder must lie on a disk; in memory a flush costs nothing. Before every timed save, pending writes are flushed
+(``os.sync``), and the files of an earlier save are removed. A pair is one save by each side; the order alternates, and
+the result is the median of the ratios of all pairs. Lightning's temporary file lies in the same folder, so that its
+rename never copies. Loading is `load`: compare the hash with the manifest, then ``torch.load``. The phases are timed
+separately, in memory, except for the flushes, which are those inside the timed saves; within a save, serialising,
+writing, reading back and hashing overlap.
 
     OMP_NUM_THREADS=1 python benchmarks/checkpoint.py [--quick] [--folder FOLDER]
 """
@@ -40,7 +41,7 @@ WEIGHTS, SIZE = 30, 160_000_000
 
 
 def state(step: int, size: int) -> dict[str, Any]:
-    """A checkpoint of ``size`` bytes, with random values, as a fit with AdamW and an average has it."""
+    """Return a checkpoint of ``size`` bytes with random values, like that of a fit with AdamW and an average."""
     torch.manual_seed(0)
     each = size // 4 // 4 // WEIGHTS // 256
     names = [f"denoiser.network.blocks.{i}.weight" for i in range(WEIGHTS)]
@@ -60,14 +61,14 @@ def state(step: int, size: int) -> dict[str, Any]:
 
 
 class Flushes:
-    """Adds up the time spent in ``os.fsync``."""
+    """Sum of the time spent in ``os.fsync``."""
 
     def __init__(self) -> None:
         self.seconds, self.count = 0.0, 0
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Watch the calls made inside."""
+        """Time the calls made inside the context."""
         real = os.fsync
 
         def fsync(handle: int) -> None:
@@ -84,7 +85,7 @@ class Flushes:
 
 
 def kind(folder: Path) -> str:
-    """Type of the file system that a folder lies on, and where it is mounted."""
+    """Return the type and the device of the file system that a folder lies on."""
     found = ("", "unknown", "")
     for line in lines("/proc/mounts"):
         device, place, name = line.split()[:3]
@@ -94,7 +95,7 @@ def kind(folder: Path) -> str:
 
 
 def measure(folder: Path, pairs: int, size: int) -> dict[str, list[float]]:
-    """Seconds of every save, load and flush; one save of either beforehand does not count."""
+    """Return the seconds of every save, load and flush; a first pair of saves is a warm-up and not counted."""
     checkpoint, tried = state(1000, size), {"durable": DurableIO(), "lightning": TorchCheckpointIO()}
     seconds: dict[str, list[float]] = {name: [] for name in ("durable", "lightning", "flush", "load", "verify")}
     tempfile.tempdir = str(folder)
@@ -121,7 +122,7 @@ def measure(folder: Path, pairs: int, size: int) -> dict[str, list[float]]:
 
 
 def phases(size: int) -> dict[str, float]:
-    """Seconds of the parts of a save, each alone and in memory."""
+    """Return the seconds of the phases of a save, each timed separately and in memory."""
     checkpoint, sink = state(1000, size), io.BytesIO()
     serialise = timed(lambda: torch.save(checkpoint, sink))
     content = sink.getvalue()
@@ -136,8 +137,8 @@ def main() -> None:
     """Measure and print the result line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_sizes(parser, "fewer pairs: under a minute on two cores")
-    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure (default: here)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--folder", type=Path, default=Path(), help="folder on the disk to measure (default: this one)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     describe("lightning", disk=kind(args.folder))

@@ -1,21 +1,22 @@
-"""What composing 32 experts costs: time of a step and memory, against one model of the same size.
+"""Cost of composing 32 experts: time per step and memory, compared with one model of the same size.
 
-The experts are 32 copies of one network, each in a file of its own, so that all ways must draw the same images as that
-network alone: the table says whether they did, bit for bit. A portion is 32 network calls on 16 images; portions of all
-ways follow each other, in turns first, and their ratio to those of the model is taken pair by pair. The model draws one
-block of 16 images after the other, in 32 steps. The composites go from state to state as `sample` does: the resident
-one with 8 blocks, the streamed one with all 32, and reads the expert of the state from its file before.
-Memory is that of fresh processes: the peak of drawing 512 images less what was there before the model was loaded. That
-with the experts offloaded is taken relative to that with one expert for all rows, which is one expert and activations.
-Small images keep the activations below the weights, so that another expert would show.
+The experts are 32 copies of one network, each in its own file, so that every variant must draw the same images as that
+network alone; the table says whether the images are equal bit for bit. A portion is 32 network calls on 16 images. The
+portions of all variants follow one another, each variant going first in turn, and their ratios to the portions of the
+single model are taken pair by pair. The single model draws one block of 16 images after the other, in 32 steps. The
+composites go from state to state as `sample` does: the resident one with 8 blocks at a time; the streamed one with all
+32, after reading the expert of the state from its file. Memory is measured in fresh processes: the peak while drawing
+512 images minus the memory before the model was loaded. The memory with offloaded experts is taken relative to that of
+one expert for all rows, i.e. one expert and activations. Small images keep the activations smaller than the weights, so
+that a second expert in memory would be visible.
 
-On a GPU the experts have 5.4 M weights each, for images of 3x32x32. A portion is a whole run of `sample`, 1,000 images
-in batches of 250, from an idle device to an idle device; the runs of all ways follow each other, in turns first.
-Offloaded and streamed experts are compared with the resident ones, as that is what one chooses between; both go from
-state to state, as `sample` does, and offloaded ones also batch by batch. The files were just written: streaming reads
-them from the system's cache. Memory is what torch allocates at most to load a model and to draw 4 images, few enough
-for the weights to show; and to draw 250. offload_overhead is of a GPU alone; there this and stream_overhead are ratios
-to the resident composite.
+On a GPU the experts have 5.4 M weights each, for images of 3x32x32. A portion is a whole run of `sample`: 1,000 images
+in batches of 250, from an idle device to an idle device; the runs of all variants follow one another, each going first
+in turn. Offloaded and streamed experts are compared with resident ones, since these are the alternatives to choose
+from; both go from state to state, as `sample` does, and offloaded ones also batch by batch. The files were just
+written, so streaming reads them from the page cache. Memory is the maximum that torch allocates to load a model and to
+draw 4 images, few enough for the weights to dominate; and to draw 250. offload_overhead is measured on a GPU only;
+there it and stream_overhead are ratios to the resident composite.
 
     OMP_NUM_THREADS=1 python benchmarks/composite.py [--quick] [--device cuda]
 """
@@ -48,7 +49,7 @@ from lightning_tdisent.sampling.sample import TOGETHER, sample
 from lightning_tdisent.sampling.sampler import DDIM
 
 STATES = 32
-FEW, BY_BATCH = 4, "offload, batch by batch"  # images for which the weights are most of what a GPU holds; a way
+FEW, BY_BATCH = 4, "offload, batch by batch"  # images, few enough for weights to dominate memory; variant
 FACTS: dict[str, Any] = {
     "module": "SingleState", "data": "none", "weights": "live", "average": None, "images_seen": 0, "steps": 0,
     "seconds": 0.0, "seed": 0, "version": "0",
@@ -56,7 +57,7 @@ FACTS: dict[str, Any] = {
 
 
 def write(folder: Path, side: int, channels: list[int], experts: int, colours: int = 1) -> Path:
-    """Write a composite of so many copies of one network, `model.safetensors` with the network itself beside it."""
+    """Write a composite of ``experts`` copies of one network, and the network itself as `model.safetensors`."""
     torch.manual_seed(0)
     network = UNet([colours, side, side], channels=channels, layers=1, conditioning="none")
     states = LatentStates(S=experts)
@@ -71,31 +72,32 @@ def write(folder: Path, side: int, channels: list[int], experts: int, colours: i
 
 
 class Steps:
-    """Draws in portions of as many calls as there are states, so many blocks together, and keeps the images.
+    """Draw images in portions of S network calls, ``together`` blocks at a time, and keep the images.
 
-    There are as many blocks as states: a block in all states is a portion, and all blocks in one state, too.
+    S is the number of states. There are S blocks, so one block in all states is a portion, and so are all blocks in
+    one state.
     """
 
     def __init__(self, model: Any, together: int) -> None:
         self.states = S = model.states.S
         walks = [DDIM().walk(model, range(k, k + BLOCK)) for k in range(0, S * BLOCK, BLOCK)]
         for walk in walks:
-            next(walk)  # the noise
+            next(walk)  # draws the noise
         groups = [walks[k : k + together] for k in range(0, len(walks), together)]
         self.calls = iter([walk for group in groups for _ in range(S) for walk in group])
         self.images: list[torch.Tensor] = []
 
     def step(self) -> None:
-        """Make a call."""
+        """Make the next network call."""
         row, x, _ = next(next(self.calls))
         if row == 0:
             self.images.append(x)
 
     def portion(self) -> float:
-        """Make the calls of a portion; return its seconds undisturbed.
+        """Make the calls of a portion and return its seconds, with outliers limited.
 
-        A call that is held up, because others use the machine, counts as 1.5 times the median one; not so the first,
-        where a file is read.
+        A call delayed by other load on the machine counts at most 1.5 times the median call; the first call, which
+        reads a file, counts in full.
         """
         first, *rest = [timed(self.step) for _ in range(self.states)]
         limit = 1.5 * median(rest)
@@ -104,7 +106,7 @@ class Steps:
 
 @torch.inference_mode()
 def times(folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every portion of all ways; prints whether the images are the same."""
+    """Return the seconds of every portion of all variants; print whether their images are equal."""
     one, resident = load_expert(folder / "model.safetensors")[0], load_model(folder / "composite")[0]
     S = one.states.S
     models: dict[str, tuple[Any, int]] = {
@@ -117,7 +119,7 @@ def times(folder: Path, rounds: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in models}
     for name, (model, _) in models.items():
         for s in (S, 1):
-            model(torch.zeros(BLOCK, *model.shape), s)  # first calls choose kernels
+            model(torch.zeros(BLOCK, *model.shape), s)  # warm-up: the first calls choose kernels
         print(f"  {name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M weights")
     same = []
     for _ in range(rounds):
@@ -131,7 +133,7 @@ def times(folder: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def compare(folder: Path, side: int, channels: list[int], rounds: int, S: int = STATES) -> dict[str, float]:
-    """Medians of the ratios to one model, of so many experts for images of a side."""
+    """Return the median ratio of each composite's time to that of one model, for S experts."""
     print(f"\n{S} experts, {S * BLOCK} images of {side}x{side}, channels {channels}")
     found = times(write(folder, side, channels, S).parent, rounds)
     print(f"  a step of one model: {median(found['model']) / S * 1e3:.2f} ms")
@@ -144,34 +146,34 @@ def compare(folder: Path, side: int, channels: list[int], rounds: int, S: int = 
 
 
 def kilobytes(key: str) -> int:
-    """A line of this process's status."""
+    """Return the value of a line in /proc/self/status, in kB."""
     return next(int(line.split()[1]) for line in lines("/proc/self/status") if line.startswith(key))
 
 
 def peak(folder: Path, residency: str) -> float:
-    """Megabytes of private memory that loading and drawing take at most, in this process, which must be fresh."""
+    """Return the peak of private memory (MB) for loading and drawing, in this process, which must be fresh."""
     small = Denoiser(UNet([1, 8, 8], channels=[8, 16], layers=1, groups=4), V(), LatentStates(S=2)).eval()
     draw: Callable[[Any], list[torch.Tensor]] = lambda model: list(sample(model, DDIM(steps=2), range(STATES * BLOCK)))  # noqa: E731
-    draw(small)  # what libraries allocate once
+    draw(small)  # memory that libraries allocate once
     before, mapped = kilobytes("VmRSS"), kilobytes("RssFile")
     model = (
         load_expert(folder / "model.safetensors")[0]
         if residency == "one"
         else load_model(folder / "composite", "offload")[0]
     )
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak of drawing: one read maps it too
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # reset the peak, to measure that of drawing
     draw(model)
     return (kilobytes("VmHWM") - before - (kilobytes("RssFile") - mapped)) / 1024
 
 
 def load(folder: Path, way: str, device: str) -> Any:
-    """Return one model for all rows, or the composite with its experts in one of three places."""
+    """Return the single model for all rows, or the composite with its experts resident, offloaded or streamed."""
     found = load_expert(folder / "model.safetensors") if way == "model" else load_model(folder / "composite", way)  # type: ignore[arg-type]
     return found[0].to(device)
 
 
 def draw(model: Any, images: int, batch: int, by_state: bool | None = None) -> tuple[float, torch.Tensor]:
-    """Seconds of a whole run on a GPU, and its images."""
+    """Return the seconds of a whole run on a GPU, and its images."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
     found = torch.cat(list(sample(model, DDIM(), range(images), batch, by_state=by_state)))
@@ -180,11 +182,11 @@ def draw(model: Any, images: int, batch: int, by_state: bool | None = None) -> t
 
 
 def load_all(folder: Path, device: str, batch: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Models of all ways, and megabytes at the peak of loading each and drawing FEW images, then a batch of them."""
+    """Return the models of all variants, and the peak memory (MB) of each for drawing FEW images, then a batch."""
     models: dict[str, Any] = {}
     peaks: dict[str, list[float]] = {}
     for n in (FEW, batch):
-        draw(load(folder, "model", device), n, batch)  # what libraries allocate once
+        draw(load(folder, "model", device), n, batch)  # memory that libraries allocate once
     for way in ("model", "resident", "offload", "stream"):
         gc.collect()
         before, peaks[way] = torch.cuda.memory_allocated(), []
@@ -199,7 +201,7 @@ def load_all(folder: Path, device: str, batch: int) -> tuple[dict[str, Any], dic
 def measure_gpu(
     folder: Path, device: str, seconds: float, side: int = 32, images: int = 1000, batch: int = 250
 ) -> dict[str, float]:
-    """Compare all ways on a GPU for so many seconds, at least 3 rounds; print them, and return the results by name."""
+    """Compare all variants on a GPU for ``seconds``, at least 3 rounds; print and return the results by name."""
     S = STATES
     write(folder, side, [48, 96, 192], S, 3)
     size = (folder / "model.safetensors").stat().st_size / 2**20
@@ -239,11 +241,11 @@ def measure_gpu(
 
 
 def main() -> None:
-    """Measure, and print the result line."""
+    """Measure and print the result line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_sizes(parser, "one round: under a minute on two cores, or a GPU")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--peak", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -278,7 +280,7 @@ def main() -> None:
                     way,
                     str(folder / "large"),
                 ]
-                once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: what is freed is given back, or peaks vary by 10 %
+                once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc returns freed memory; else peaks vary by 10 %
                 done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=os.environ | once)  # noqa: S603
                 values.append(json.loads(done.stdout))
         size = (folder / "large" / "model.safetensors").stat().st_size / 2**20

@@ -1,22 +1,22 @@
-"""What reading shards costs: the loader against the bare decoding of the same images, and against plain webdataset.
+"""Cost of reading shards: the loader against bare decoding of the same images, and against plain webdataset.
 
 What is compared, one core each, in images per second of process time:
 
 - bare: a loop over the JPEGs of a set, already in memory: simplejpeg, torch's antialiased bicubic on uint8, centre
-  crop. Nothing is read, checked, shuffled or put into batches.
-- loader: `Shuffled` over `Shards` with an index, no worker processes: one read a sample in a new permutation, CRC-32
-  compared as in a first epoch, decoded, cropped, put into batches of uint8.
-- the same without the comparison, for what it costs; and `Streamed` over the same shards.
+  crop. Nothing is read, checked, shuffled or batched.
+- loader: `Shuffled` over `Shards` with an index, no worker processes: one read per sample in a new permutation, CRC-32
+  compared as in a first epoch, decoded, cropped, batched as uint8.
+- unverified: the same without the CRC-32 comparison, to measure its cost; streamed: `Streamed` over the same shards.
 - webdataset: ``WebDataset(...).decode("pil")``, ADM's crop by Pillow (box, bicubic), batches of uint8.
 
-How. The images are copied into plain tars in a temporary folder, whose pages the system then keeps. All go through the
-set batch by batch, by turns, in an order that turns round every time. Bare loop and loader take the same images in the
-same order, so that a ratio is the median over pairs of equal batches; the others, which have orders of their own, are
+How. The images are copied into plain tars in a temporary folder, which then stay in the page cache. All variants go
+through the set batch by batch, in turn; the order is reversed every round. Bare loop and loader take the same images in
+the same order, so that their ratio is the median over pairs of equal batches; the others have different orders and are
 compared by their sums. The resize is compared with Pillow's, pixel by pixel. Memory: resident set of the loader after
-epochs 2 and 12. A set that fits: time to take a batch of 128 of 50,000 images 32 x 32 in memory (or on the device)
-against a training step of a U-Net on it.
+epochs 2 and 12. For a set that fits into memory: the time to take a batch of 128 of 50,000 images 32 x 32 in memory (or
+on the device) against a training step of a U-Net on it.
 
-The set is ``$TDISENT_DATA/imagenet-sample`` (or data/imagenet-sample); where there is none, photographs are made up.
+The set is ``$TDISENT_DATA/imagenet-sample`` (or data/imagenet-sample); without it, photographs are generated.
 
     OMP_NUM_THREADS=1 python benchmarks/data.py [--quick] [--images FOLDER] [--device cuda]
 """
@@ -54,7 +54,10 @@ SIZE, BATCH, PER_SHARD = 256, 20, 50
 
 
 def photographs(folder: Path, made_up: int = 0) -> list[bytes]:
-    """The JPEGs of a set, or so many made-up ones of 500 x 375 (200 without a set): smooth shapes and some grain."""
+    """Return the JPEGs of a set, or generated ones of 500 x 375: smooth shapes and some grain.
+
+    made_up: number to generate instead of reading the set; 200 are generated if there is no set.
+    """
     if folder.is_dir() and not made_up:
         shards = Shards.open(folder, "train", Decoder())
         return [members["jpg"] for _, members in shards if isinstance(members, dict)]
@@ -68,7 +71,7 @@ def photographs(folder: Path, made_up: int = 0) -> list[bytes]:
 
 
 def write(jpegs: list[bytes], folder: Path, per_shard: int = PER_SHARD) -> None:
-    """Shards of so many images, with an index."""
+    """Write shards of ``per_shard`` images each, with an index."""
     for number in range(0, len(jpegs), per_shard):
         with wds.TarWriter(str(folder / f"train-{number // per_shard:04d}.tar"), mtime=0) as shard:
             for key, content in enumerate(jpegs[number : number + per_shard], number):
@@ -77,10 +80,10 @@ def write(jpegs: list[bytes], folder: Path, per_shard: int = PER_SHARD) -> None:
 
 
 def bare(jpegs: list[bytes]) -> None:
-    """Decode and resize, and nothing else."""
+    """Decode and resize images; do nothing else."""
     for content in jpegs:
         array = simplejpeg.decode_jpeg(content)
-        while min(array.shape[:2]) >= 2 * SIZE:  # as ADM does; a plain bicubic would be another image
+        while min(array.shape[:2]) >= 2 * SIZE:  # as in ADM; a plain bicubic resize gives another image
             image = Image.fromarray(array)
             even = image.width % 2 == image.height % 2 == 0
             half = (
@@ -97,14 +100,14 @@ def bare(jpegs: list[bytes]) -> None:
 
 
 def bare_batches(jpegs: list[bytes]) -> Iterator[None]:
-    """The same images as `ours` in the same order."""
+    """Decode the same images as `ours` in the same order."""
     images = ImageSet(torch.zeros(len(jpegs), 1, 1, 1), torch.zeros(len(jpegs)), "")
     for batch in Shuffled(images, BATCH, seed=0):
         yield bare([jpegs[number] for number in batch["id"].tolist()])
 
 
 def ours(order: type[Shuffled] | type[Streamed], folder: Path, verify: bool) -> Iterator[None]:
-    """Batches of the loader; every epoch is the first one to the verification."""
+    """Read batches with the loader; every epoch is verified like a first epoch."""
     shards = Shards.open(folder, "train", Decoder(3, SIZE), Policy(verify=verify))
     batches = order(shards, BATCH, seed=0)
     for number, batch in enumerate(batches):
@@ -115,7 +118,7 @@ def ours(order: type[Shuffled] | type[Streamed], folder: Path, verify: bool) -> 
 
 
 def plain(folder: Path) -> Iterator[None]:
-    """The pipeline that webdataset's documentation shows, with ADM's crop."""
+    """Read batches with the pipeline of webdataset's documentation and ADM's crop."""
 
     def pixels(sample: tuple[Image.Image, int]) -> tuple[np.ndarray, int]:
         return np.asarray(adm_crop(sample[0].convert("RGB"), SIZE)).transpose(2, 0, 1), sample[1]
@@ -128,13 +131,13 @@ def plain(folder: Path) -> Iterator[None]:
 
 
 def resident_mb() -> float:
-    """Memory of this process."""
+    """Return the resident memory of this process in MB."""
     found = [line.split()[1] for line in lines("/proc/self/status") if line.startswith("VmRSS")]
     return int(found[0]) / 1024 if found else float("nan")
 
 
 def memory(folder: Path) -> tuple[float, float]:
-    """After epochs 2 and 12."""
+    """Return the resident memory (MB) after epochs 2 and 12."""
     batches = Shuffled(Shards.open(folder, "train", Decoder(3, SIZE)), BATCH, seed=0)
     stream = iter(batches)
     for _ in itertools.islice(stream, 2 * len(batches)):
@@ -146,7 +149,7 @@ def memory(folder: Path) -> tuple[float, float]:
 
 
 def in_memory(device: str, steps: int, n: int) -> tuple[float, float]:
-    """Seconds of taking a batch of 128 from n images 32 x 32, and of a training step of a small U-Net on it."""
+    """Return the seconds to take a batch of 128 of n images 32 x 32, and of a training step of a small U-Net on it."""
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
     data = ImageSet(images, torch.zeros(n, dtype=torch.int64), "")
     stream = iter(Shuffled(data, 128, seed=0, device=torch.device(device)))
@@ -175,7 +178,7 @@ def in_memory(device: str, steps: int, n: int) -> tuple[float, float]:
 
 
 def error(jpegs: list[bytes]) -> float:
-    """Grey levels between our crop and Pillow's, mean over all pixels."""
+    """Return the mean absolute difference of our crop and Pillow's over all pixels, in grey levels."""
 
     def gap(content: bytes) -> float:
         exact = np.asarray(adm_crop(Image.open(io.BytesIO(content)).convert("RGB"), SIZE)).transpose(2, 0, 1)
@@ -185,7 +188,7 @@ def error(jpegs: list[bytes]) -> float:
 
 
 def seconds(passes: dict[str, Iterator[None]], rounds: int) -> dict[str, list[float]]:
-    """Process time of every batch of all passes; the first round does not count."""
+    """Return the process time of every batch of all passes; the first round is not counted."""
     out: dict[str, list[float]] = {name: [] for name in passes}
     for number in range(rounds + 1):
         for name in list(passes)[:: 1 if number % 2 else -1]:
@@ -230,11 +233,11 @@ def main() -> None:
     against_bare = [a / b for a, b in zip(found["bare"], found["loader"], strict=True)]
     cost = [a / b - 1 for a, b in zip(found["loader"], found["unverified"], strict=True)]
     total = {name: sum(values) for name, values in found.items()}
-    print(f"\nimages/s and core, {len(against_bare)} batches of {BATCH}, median [quartiles]; in all")
+    print(f"\nimages/s and core, {len(against_bare)} batches of {BATCH}, median [quartiles]; overall")
     for name, values in rate.items():
         print(f"  {name:12s} {quartiles(values)}; {BATCH * len(values) / total[name]:.1f}")
     print(
-        f"loader / bare {quartiles(against_bare)}; in all {total['bare'] / total['loader']:.3f}\n"
+        f"loader / bare {quartiles(against_bare)}; overall {total['bare'] / total['loader']:.3f}\n"
         f"streamed / bare {total['bare'] / total['streamed']:.3f}\n"
         f"verification, share of the time {quartiles(cost)}\n"
         f"crop against Pillow's: {off:.3f} grey levels on average\n"

@@ -1,17 +1,17 @@
-"""Eight small experts in one process: `together`, in lockstep and stacked, against the same fits one after the other.
+"""Eight small experts in one process: `together`, in lockstep and stacked, against the same fits run sequentially.
 
 What is compared. Three groups of the same eight command lines, experts 1..8 of the digits (the U-Net of 145,217
-weights, time-agnostic), batch 8 each, with all that a run of ``fit`` has: EMA, losses per state, guard, TensorBoard,
-clipping, AdamW. No validation and no checkpoint falls into the timed steps. ``sequential`` takes a block of steps of
-one expert, undisturbed, then of the next, as eight runs would; ``lockstep`` a step of each in turn; ``stacked``
-computes losses and gradients of all eight at once (`networks.stacked`). What a process of one's own costs a run (the
-import of torch and lightning, decoding, seconds each) is left out, to the advantage of sequential.
+weights, time-agnostic), batch 8 each, with everything that a ``fit`` run has: EMA, losses per state, guard,
+TensorBoard, clipping, AdamW. No validation and no checkpoint falls into the timed steps. ``sequential`` takes a block
+of steps of one expert, then of the next, as eight separate runs would; ``lockstep`` takes one step of each in turn;
+``stacked`` computes losses and gradients of all eight at once (`networks.stacked`). The cost of a separate process per
+run (import of torch and lightning, decoding, seconds each) is left out, in favour of sequential.
 
-How. All 24 fits live in one process for the whole measurement, and exactly one of them runs at any time. A round is a
-block of BLOCK steps of all eight experts in each way, one way right after the other; reported are milliseconds of wall
-and of CPU per expert-step, and the median over rounds of the ratios within a round. Afterwards the exported weights are
-compared: those of lockstep with those of sequential, bit for bit, and those of stacked by their relative distance.
-On a CUDA device blocks end with a synchronisation.
+How. All 24 fits live in one process during the whole measurement, and exactly one of them runs at any time. A round is
+a block of BLOCK steps of all eight experts in each variant, one variant right after the other. Reported are
+milliseconds of wall and CPU time per expert-step, and the median over rounds of the ratios within a round. Afterwards
+the exported weights are compared: lockstep with sequential bit for bit, and stacked by its relative distance. On a CUDA
+device blocks end with a synchronisation.
 
     OMP_NUM_THREADS=1 python benchmarks/ensemble.py [--quick] [--device cuda]
 """
@@ -40,10 +40,10 @@ WAYS = ("sequential", "lockstep", "stacked")
 
 
 class InTurn(Group):
-    """Passes the baton after a block of steps of one expert, not after each step."""
+    """Group that switches to the next expert after a block of steps, not after each step."""
 
     def pass_on(self, number: int) -> None:
-        """Keep it within a block."""
+        """Switch to the next expert at the end of a block only."""
         if self.steps.get(number, 0) % BLOCK == 0:
             super().pass_on(number)
         self.steps[number] = self.steps.get(number, 0) + 1
@@ -54,7 +54,7 @@ class InTurn(Group):
 
 
 class Rounds:
-    """Lets one way run at a time, a block each, and keeps wall and CPU of every block."""
+    """Run one variant at a time, in turns of one block, and record wall and CPU time of every block."""
 
     def __init__(self, count: int, cuda: bool) -> None:
         self.count, self.cuda = count, cuda
@@ -63,18 +63,18 @@ class Rounds:
         self.over = threading.Event()
 
     def clock(self) -> tuple[float, float]:
-        """Wall and CPU, when the device has nothing left to do."""
+        """Return wall and CPU time, after synchronising the device."""
         if self.cuda:
             torch.cuda.synchronize()
         return time.perf_counter(), time.process_time()
 
     def wait(self, way: str) -> None:
-        """Begin when it is this way's turn."""
+        """Wait for this variant's turn, then start the clock."""
         self.turns[way].acquire()
         self.begin = self.clock()
 
     def end(self, way: str, step: int) -> None:
-        """At the end of a block, let the next way run; after the last all may end as they like."""
+        """Record the block and let the next variant run. After the last block all variants may finish in any order."""
         if step > WARM:
             wall, cpu = self.clock()
             self.times[way].append((wall - self.begin[0], cpu - self.begin[1]))
@@ -88,7 +88,7 @@ class Rounds:
 
 
 class Timer(L.Callback):
-    """On the last expert of a group: the others are at the same step, or one beside it."""
+    """Callback of the last expert of a group; the others are at the same step, or one step apart."""
 
     def __init__(self, way: str, rounds: Rounds) -> None:
         self.way, self.rounds = way, rounds
@@ -101,7 +101,7 @@ class Timer(L.Callback):
 
 
 def argv(folder: Path, way: str, expert: int, batch: int, steps: int, device: str) -> list[str]:
-    """Command line of one fit."""
+    """Return the command line of one fit."""
     options = {
         "trainer.callbacks": "[]",
         "trainer.accelerator": device,
@@ -119,7 +119,7 @@ def argv(folder: Path, way: str, expert: int, batch: int, steps: int, device: st
 
 
 def distance(one: Path, other: Path, experts: int) -> float:
-    """Largest relative distance between the exported weights of two ways."""
+    """Return the largest relative distance between the exported weights of two variants."""
     off = 0.0
     for k in range(experts):
         a, b = (torch.cat([w.flatten() for _, w in sorted(load_file(p / str(k) / "model.safetensors").items())])
@@ -132,11 +132,11 @@ def main() -> None:
     """Measure and print the result line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_sizes(parser, "fewer rounds: under a minute on two cores")
-    parser.add_argument("--rounds", type=int, help="in place of 60, or 8 with --quick")
+    parser.add_argument("--rounds", type=int, help="number of rounds (default: 60, or 8 with --quick)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--experts", type=int, help="in place of 8")
+    parser.add_argument("--experts", type=int, help="number of experts (default 8)")
     args = parser.parse_args()
     args.experts = args.experts or of_size(args, 2, 8, 8)
     torch.set_num_threads(args.threads)
@@ -185,7 +185,7 @@ def main() -> None:
             ratios[way, kind] = [a / t[at] for a, t in zip(alone, rounds.times[way], strict=True)]
             print(f"  sequential over {way}, {kind}: median [quartiles] {quartiles(ratios[way, kind])}")
     print(
-        f"  exported weights after {steps} steps: lockstep as sequential bit for bit {exact}, stacked off by {off:.1e}"
+        f"  exported weights after {steps} steps: lockstep = sequential bit for bit: {exact}; stacked off by {off:.1e}"
     )
     print(
         f"\nRESULT ensemble_speedup={median(ratios['stacked', 'wall']):.3f} "

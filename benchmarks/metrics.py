@@ -1,17 +1,17 @@
-"""Cost of the metrics: the Frechet distance beside torchmetrics', and quality during a training beside that training.
+"""Cost of the metrics: the Frechet distance against torchmetrics, and image quality in a training against the training.
 
-Distance. Two sets of 10,000 features of Inception's width, 2,048, with a spectrum that falls as features' do, go into
-`FrechetDistance`, the sums and the function behind `fd`, and torchmetrics' `FrechetInceptionDistance` (its network
-passes them through). Both keep float64 sums; ``compute`` is then called in turn, which goes first alternates, and the
-result is the median of the ratios of the pairs. Ours has the reference's moments, as torchmetrics has the sums of its
-real images. Their values must agree.
+Distance. Two sets of 10,000 features of Inception's width, 2,048, with a spectrum that decays like that of features,
+are passed to `FrechetDistance` and to torchmetrics' `FrechetInceptionDistance` (whose network returns its input). Both
+keep float64 sums. ``compute`` is then called on both in alternating order, and the result is the median of the ratios
+of the pairs. Ours has the moments of the reference, as torchmetrics has the sums of its real images. Their values must
+agree.
 
-Training. The digits' reduced model is trained by its YAML with SampleQuality of n = 1,000; its time in a validation is
-taken relative to that of the training steps between two validations. The reference is in the cache, as in any second
-run. A GPU is used if there is one.
+Training. The reduced model of the digits is trained with its YAML and SampleQuality of n = 1,000; the time of
+SampleQuality in a validation is taken relative to the training steps between two validations. The reference is in the
+cache, as in any second run. A GPU is used if there is one.
 
-Evaluation. `score` of n images with small features against sampling alone: what extracting features adds (on a GPU
-they overlap).
+Evaluation. `score` of n images with small features against sampling alone, i.e. the added cost of extracting features
+(on a GPU they overlap).
 
     OMP_NUM_THREADS=1 python benchmarks/metrics.py [--quick] [--device cuda]
 """
@@ -48,7 +48,7 @@ WIDTH = 2048
 
 
 class Passed(nn.Module):
-    """Features that are given as they are."""
+    """Feature network that returns its input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Passed(nn.Module):
 
 
 def features(n: int, seed: int, width: int) -> Tensor:
-    """(n, width) with eigenvalues falling as 1/k, not negative."""
+    """Return non-negative features (n, width) whose covariance has eigenvalues that fall as 1/k."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(width, width, generator=generator) / torch.arange(1, width + 1).sqrt()[:, None]
     return (torch.randn(n, width, generator=generator) @ mixing / 8 + 0.4).relu()
@@ -77,7 +77,7 @@ class FrechetDistance(FeatureMoments):
 
 
 def distance(n: int, pairs: int, device: str, width: int = WIDTH) -> tuple[float, float, float]:
-    """Median ratio theirs / ours of compute, ours in seconds, and the relative difference of the values."""
+    """Return the median ratio theirs / ours of compute times, our seconds, and the relative difference of values."""
     real, fake = features(n, 0, width).to(device), features(n, 1, width).to(device)
     ours, theirs = FrechetDistance(Moments.of(real)).to(device), FrechetInceptionDistance(Passed(width)).to(device)
     adding: list[list[float]] = [[], []]
@@ -102,7 +102,11 @@ def distance(n: int, pairs: int, device: str, width: int = WIDTH) -> tuple[float
 
 
 def training(steps: int, device: str, n: int = 1000) -> tuple[float, float]:
-    """Seconds of SampleQuality in a validation relative to those of the steps between two, and the seconds."""
+    """Train and evaluate the digits; return two ratios.
+
+    The first is the time of SampleQuality in a validation over that of the steps between two validations; the second
+    the time of `score` over that of sampling alone.
+    """
     spent: list[float] = []
     inner = SampleQuality.on_validation_epoch_end
 
@@ -128,7 +132,7 @@ def training(steps: int, device: str, n: int = 1000) -> tuple[float, float]:
         model.to(device)
         alone = min(timed(lambda: [images.cpu() for images in sample(model, DPMSolver(), range(n))]) for _ in "ab")
         added = [timed(lambda: score(model, DPMSolver(), quality)) / alone for _ in range(3)]
-    interval = 800 * per_step  # of the YAML
+    interval = 800 * per_step  # validation interval of the YAML
     share = min(spent[1::2]) / interval
     print(f"quality of {n:,} digits: {min(spent[1::2]):.2f} s in a validation, {interval:.1f} s of 800 training steps")
     print(f"score of {n:,} digits: {median(added):.3f} of sampling alone, which takes {alone:.2f} s")
@@ -136,11 +140,11 @@ def training(steps: int, device: str, n: int = 1000) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the result line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser, "under 50 s on 2 cores")
     parser.add_argument(
-        "--device", default="cpu", help="of distance and evaluation; trainings take a GPU if there is one"
+        "--device", default="cpu", help="device of distance and evaluation; the training uses a GPU if any"
     )
     arguments = parser.parse_args()
     device = arguments.device

@@ -1,22 +1,23 @@
-"""What a multi-scale model saves in sampling: a network for each of four scales, against one with as many weights.
+"""Sampling speed of a multi-scale model with a network for each of four scales, against one with as many weights.
 
-Multi-scale: Haar components of 3x128x128 images, of which the finest is noise, and has left, after a quarter of the
-levels, the next after the half, and so on: a chain takes as many steps at 16, 32, 64 and 128 pixels, each scale with a
-U-Net of its own, and a `CompositeDenoiser` of the four. Uniform: the same schedule for all pixels, one U-Net at 128.
-Both have the same number of weights within 2 %, of steps, and of images in a batch; the same sampler (DDIM, eta 0,
-clipped), float32, and weights drawn at random, which cost what trained ones do. Chains of both, whole ones from the
-noise to the image, follow each other in one process, in turns first; the speedup is taken pair by pair, and of wall
-time. The table tells where a chain spends it. On a CPU it is of the main thread's own time, which others who use the
-machine disturb less, and so is a second ratio.
+Multi-scale: Haar components of 3x128x128 images. The finest component is pure noise, and dropped, after a quarter of
+the levels, the next one after half of them, and so on. A chain takes equally many steps at 16, 32, 64 and 128 pixels;
+each scale has its own U-Net, and a `CompositeDenoiser` combines the four. Uniform: the same schedule for all pixels,
+one U-Net at 128. Both have the same number of weights within 2 %, the same number of steps and of images in a batch,
+the same sampler (DDIM, eta 0, clipped), float32, and random weights, which cost as much as trained ones. Complete
+chains of both, from noise to image, follow one another in one process, in alternating order; the speedup is taken pair
+by pair from wall time. The table shows where a chain spends its time. On a CPU it uses the time of the main thread,
+which other load on the machine disturbs less, and so does a second ratio.
 
 The networks have the widths of the published ones with equal weights (2207.09786; 103.88 M and 102.87 M in the
-authors' own U-Net, whose resampling blocks have weights of their own and whose embedding scales, too): 128 times
+authors' U-Net, whose resampling blocks have weights and whose embedding scales as well as shifts): 128 times
 (1, 1, 2, 3, 4) against (.5, 1, 1, 1.5, 2), (.5, 1, 1.5, 2), (.5, 1, 2) and (1, 2), self-attention where a side is an
-eighth or less of its network's, 64 channels a head. Residual blocks are 2 a resolution, and those of the scales
-2, 2, 3 and 5 for the published 2, 2, 2 and 4: so many make the weights equal in this project's U-Net.
+eighth or less of its network's, 64 channels per head. There are 2 residual blocks per resolution in the uniform model,
+and 2, 2, 3 and 5 in the scales, where the published model has 2, 2, 2 and 4: these numbers make the weights equal in
+this project's U-Net.
 
-Published: 4.4 times faster at 128x128 by the clock (abstract), without a program that measures it; by the operations of
-the published networks 7.07 times. Of that, 3.01 is the geometry of equal networks at all four scales.
+Published: 4.4 times faster at 128x128 in wall time (abstract), without a program that measures it; 7.07 times by the
+operations of the published networks. Of that, a factor of 3.01 is the geometry of equal networks at all four scales.
 
     OMP_NUM_THREADS=1 python benchmarks/multiscale.py [--quick] [--device cuda] [--channels-last]
 """
@@ -46,7 +47,7 @@ from lightning_tdisent.sampling.sampler import DDIM
 LEVELS = 3
 Shape = tuple[tuple[float, ...], int, list[int]]  # widths over the base width, layers, resolutions with attention
 UNIFORM: Shape = ((1, 1, 2, 3, 4), 2, [3, 4])
-SCALES: list[Shape] = [  # fine to coarse
+SCALES: list[Shape] = [  # from fine to coarse
     ((0.5, 1, 1, 1.5, 2), 2, [3, 4]),
     ((0.5, 1, 1.5, 2), 2, [3]),
     ((0.5, 1, 2), 3, []),
@@ -56,11 +57,11 @@ PUBLISHED = {"uniform": 103.88, "multi-scale": 102.87}  # millions of weights
 
 
 class Echo(Network):
-    """A network that returns its input: what a chain costs without one."""
+    """A network that returns its input, to measure the cost of a chain without a network."""
 
     def __init__(self, shape: list[int]) -> None:
         super().__init__(shape, None, None)
-        self.weight = torch.nn.Parameter(torch.zeros(1))  # says where states are, and of which type
+        self.weight = torch.nn.Parameter(torch.zeros(1))  # gives states their device and dtype
 
     def forward(self, x: Tensor, index: Tensor | None = None, label: Tensor | None = None) -> Tensor:
         """Return x."""
@@ -68,14 +69,14 @@ class Echo(Network):
 
 
 def unet(shape: list[int], widths: Shape, base: int) -> UNet:
-    """A U-Net of these widths, with 32 groups and 64 channels a head for a base of 128."""
+    """Return a U-Net of these widths, with 32 groups and 64 channels per head for a base width of 128."""
     factors, layers, attention = widths
     channels = [round(base * f) for f in factors]
     return UNet(shape, channels, layers, attention, head=base // 2, groups=base // 4)
 
 
 class Model:
-    """Networks on a table, and how long chains and calls of theirs took."""
+    """Networks on a table, and the times of their chains and calls."""
 
     def __init__(self, states: LatentStates, networks: Sequence[Network]) -> None:
         rows = states.blocks_of_rows
@@ -90,24 +91,24 @@ class Model:
         self.calls: list[list[float]] = [[] for _ in networks]
 
     def prepare(self, device: torch.device, batch: int, channels_last: bool) -> None:
-        """Count operations, move to the device, and call every network once, as first calls choose kernels."""
+        """Count operations, move to the device, and call every network once, since the first call chooses kernels."""
         if channels_last:
             self.denoiser.to(memory_format=torch.channels_last)
         self.flops = [flops(n) for n in self.networks]
         self.denoiser.to(device)
         if device.type == "cpu" and batch == 1:
-            return  # counting called them
+            return  # counting the operations has called them
         with torch.inference_mode():
             for n in self.networks:
                 n(torch.zeros(batch, *n.shape, device=device), torch.ones(batch, dtype=torch.long, device=device))
 
     @property
     def operations(self) -> float:
-        """Of the networks, an image and step on average."""
+        """Average operations of the networks per image and step."""
         return sum(n * f for n, f in zip(self.steps, self.flops, strict=True)) / sum(self.steps)
 
     def chain(self, batch: int) -> None:
-        """Draw a batch; note the seconds of it and of every call of a network."""
+        """Draw a batch; record its seconds and those of every network call."""
         device = next(iter(self.denoiser.parameters())).device
         begun: list[tuple[int, Any]] = []
         ended: list[Any] = []
@@ -132,16 +133,16 @@ class Model:
 
     @property
     def share(self) -> float:
-        """Share of the chains inside the networks."""
+        """Share of the time of the chains that is spent in the networks."""
         return sum(map(sum, self.calls)) / sum(self.own)
 
     @property
     def inside(self) -> float:
-        """Seconds of a chain in its networks, by the median calls."""
+        """Seconds that a chain spends in its networks, from the median call of each."""
         return sum(n * median(calls) for n, calls in zip(self.steps, self.calls, strict=True))
 
     def table(self, name: str, batch: int) -> None:
-        """Print a line for each network, and one for all."""
+        """Print one line per network, and one for all if there are several."""
         for network, n, weights, f, calls in zip(
             self.networks, self.steps, self.weights, self.flops, self.calls, strict=True
         ):
@@ -152,7 +153,7 @@ class Model:
 
 
 def mark(device: torch.device) -> Any:
-    """Note the time of the thread, or that at which a GPU gets there."""
+    """Return the time of the thread, or an event recorded on the GPU stream."""
     if device.type == "cpu":
         return time.thread_time()
     event = torch.cuda.Event(enable_timing=True)
@@ -161,18 +162,18 @@ def mark(device: torch.device) -> Any:
 
 
 def between(begin: Any, end: Any) -> float:
-    """Seconds between two marks."""
+    """Return the seconds between two marks."""
     return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3
 
 
 def finish(device: torch.device) -> None:
-    """Wait for what a GPU still has to do."""
+    """Wait for a GPU to finish its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def line(name: str, steps: int, weights: int, operations: float, seconds: float) -> None:
-    """Print a line of the table."""
+    """Print one line of the table."""
     print(
         f"  {name:18s}{steps:6d}{weights / 1e6:12.2f}{operations / 1e9:13.2f}{seconds * 1e3:12.1f}"
         f"{operations / seconds / 1e9:12.1f}"
@@ -180,21 +181,21 @@ def line(name: str, steps: int, weights: int, operations: float, seconds: float)
 
 
 def main() -> None:
-    """Measure, and print the result line."""
+    """Measure and print the result line."""
     began = time.perf_counter()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add_sizes(parser, "a step a scale: under 50 s on two cores")
+    add_sizes(parser, "one step per scale: under 50 s on two cores")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=int, help="of a chain; 8, or 128 with cuda")
-    parser.add_argument("--batch", type=int, help="images in it; 1, or 16 with cuda")
-    parser.add_argument("--size", type=int, help="side of an image, in place of 128")
-    parser.add_argument("--width", type=int, help="base width, in place of the published 128")
-    parser.add_argument("--pairs", type=int, help="of chains; 5, or 3 with --quick")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--steps", type=int, help="steps of a chain (default: 8, or 128 with cuda)")
+    parser.add_argument("--batch", type=int, help="images in a chain (default: 1, or 16 with cuda)")
+    parser.add_argument("--size", type=int, help="side of an image (default 128)")
+    parser.add_argument("--width", type=int, help="base width (default: the published 128)")
+    parser.add_argument("--pairs", type=int, help="pairs of chains (default: 5, or 3 with --quick)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--channels-last", action="store_true", help="memory format of both models")
     args = parser.parse_args()
     if args.steps is not None and args.steps <= LEVELS:
-        parser.error(f"--steps: one at least for each of {LEVELS + 1} scales")
+        parser.error(f"--steps: at least one for each of {LEVELS + 1} scales")
     cuda = args.device == "cuda"
     device = torch.device(args.device)
     steps = args.steps or of_size(args, 4, 4, 128 if cuda else 8)
@@ -229,7 +230,7 @@ def main() -> None:
     ratios: list[float] = []
     for k in range(pairs):
         if k and args.quick and time.perf_counter() - began + one.chains[-1] + several.chains[-1] > 35:
-            print(f"  {k} of {pairs} pairs, as the machine is busy")
+            print(f"  {k} of {pairs} pairs, because the machine is busy")
             break
         for model in (one, several) if k % 2 == 0 else (several, one):
             model.chain(batch)
@@ -255,11 +256,11 @@ def main() -> None:
     rest = several.share / one.share
     print(f"\nspeedup, uniform over multi-scale: {quartiles(ratios)} of {len(ratios)} pairs")
     if not cuda:
-        print(f"  by the thread's own time: {quartiles([a / b for a, b in zip(one.own, several.own, strict=True)])}")
+        print(f"  by thread time: {quartiles([a / b for a, b in zip(one.own, several.own, strict=True)])}")
     print(
-        f"  by the table {faster * rate * rest:.2f} = {faster:.2f} by operations x {rate:.3f} by those of a second "
-        f"(small images: fewer) x {rest:.3f} by what is no network\n"
-        f"  published: 4.4 by the clock, 7.07 by operations"
+        f"  from the table: {faster * rate * rest:.2f} = {faster:.2f} (operations) x {rate:.3f} (operations/s, fewer "
+        f"for small images) x {rest:.3f} (time outside networks)\n"
+        f"  published: 4.4 by wall time, 7.07 by operations"
     )
     print(
         f"\nRESULT speedup={median(ratios):.3f} flop_speedup={faster:.3f} weights_ratio={weights:.4f} "

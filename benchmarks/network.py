@@ -1,14 +1,15 @@
 """Measure the cost of reading over a network: `Shuffled` and `Streamed` from a slow server against local files.
 
-How. JPEGs are copied five times into plain tars of 250 in a temporary folder, with an index. A server in a process of
-its own (Python's `http.server` and ranges) hands them out, each answer after a delay. A pass decodes batches with so
-many worker processes; each pass is a process of its own, and its first batches (the start of workers, connections, the
-index) do not count. Local files, the server without delay, and with it, by turns; figures are ratios of passes of one
-round, of wall clock. Memory: the resident set of a process without workers, over the network against local. The ids of
-all passes are compared: the order is the same.
+How. JPEGs are copied five times into plain tars of 250 in a temporary folder, with an index. A server in a separate
+process (Python's `http.server` with ranges) serves them, each answer after a delay. A pass decodes batches with
+``--workers`` worker processes; each pass runs in a new process, and its first batches (start of the workers,
+connections, the index) are not counted. Local files, the server without delay and the server with delay are read in
+turn; the results are ratios of the wall-clock rates of passes of one round. Memory: the resident set of a process
+without workers, over the network against local. The sample ids of all passes are compared, to check that the order is
+the same.
 
-The server and the reader share the cores of this machine, which they would not do over a true network: the ratio to the
-server without delay is that of the delay alone, that to local files has the work of both ends of HTTP in it.
+The server and the reader share the cores of this machine, unlike over a real network: the ratio to the server without
+delay measures the delay alone, the ratio to local files includes the work of both ends of HTTP.
 
     OMP_NUM_THREADS=1 python benchmarks/network.py [--quick] [--delay 0.05] [--workers 2]
 """
@@ -42,15 +43,15 @@ ORDERS = {"random": Shuffled, "sequential": Streamed}
 
 
 class Slow(SimpleHTTPRequestHandler):
-    """Files of a folder, whole or in ranges, each answer after ``delay`` seconds; its listing is a page of links."""
+    """Serve files, whole or in ranges, each answer after ``delay`` seconds; a folder's listing is a page of links."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize = 2**20  # head and content leave together
+    wbufsize = 2**20  # header and content are sent together
     disable_nagle_algorithm = True
     delay = 0.0
 
     def do_GET(self) -> None:
-        """Answer."""
+        """Send a file, or the requested range of it, after the delay."""
         time.sleep(self.delay)
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         file = Path(self.translate_path(self.path))
@@ -68,26 +69,26 @@ class Slow(SimpleHTTPRequestHandler):
         self.wfile.write(content)
 
     def do_HEAD(self) -> None:
-        """Answer."""
+        """Send the header of a file after the delay."""
         time.sleep(self.delay)
         super().do_HEAD()
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 class Server(ThreadingHTTPServer):
-    """Takes many connections at a time."""
+    """HTTP server for many simultaneous connections."""
 
     request_queue_size = 1024
     daemon_threads = True
 
     def handle_error(self, *_: Any) -> None:
-        """Say nothing of readers that go."""
+        """Ignore readers that close their connection."""
 
 
 def serve(folder: str, delay: float, ready: Any) -> None:
-    """Answer until this process is ended."""
+    """Serve ``folder`` until this process is terminated; send the port to ``ready``."""
     os.chdir(folder)
     Slow.delay = delay
     server = Server(("127.0.0.1", 0), Slow)
@@ -96,7 +97,7 @@ def serve(folder: str, delay: float, ready: Any) -> None:
 
 
 def read(place: str, order: str, workers: int, batches: int, answer: Any) -> None:
-    """Send the images per second of wall clock of one pass, a hash of its ids, and the memory taken in MB."""
+    """Read one pass; send its images per second of wall clock, a hash of its ids, and the memory used in MB."""
     torch.set_num_threads(1)
     source = Shards.open(place, "train", Decoder(3, SIZE))
     before = resident_mb()
@@ -108,15 +109,15 @@ def read(place: str, order: str, workers: int, batches: int, answer: Any) -> Non
         if number == start:
             begin = time.perf_counter()
         ids.update(str(batch["id"].tolist()).encode())
-    # the batch at `start` was made before the clock began
+    # batch `start` was made before the clock started
     rate = BATCH * (batches - 1) / (time.perf_counter() - begin)
     answer.send(json.dumps([rate, ids.hexdigest(), resident_mb() - before]))
     loader.close()
 
 
 def apart(work: Any, *args: Any) -> tuple[Any, Any]:
-    """Start a function in a process of its own; return the process and what it sends first."""
-    context = multiprocessing.get_context("fork")  # the others would be those of the loaders of a pass, too
+    """Start a function in a new process; return the process and the first object that it sends."""
+    context = multiprocessing.get_context("fork")  # the global start method also affects a pass's loaders
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(*args, there))
     process.start()
@@ -125,7 +126,7 @@ def apart(work: Any, *args: Any) -> tuple[Any, Any]:
         return process, here.recv()
     except EOFError:
         process.join()
-        sys.exit(f"{work.__name__}: a process has ended with {process.exitcode}")
+        sys.exit(f"{work.__name__}: a process has exited with {process.exitcode}")
 
 
 def main() -> None:
@@ -141,7 +142,7 @@ def main() -> None:
     batches, rounds = of_size(args, 3, 12, 40), of_size(args, 1, 1, 7)
     print(
         f"images: {len(jpegs)} five times, {sum(map(len, jpegs)) / len(jpegs) / 1e3:.0f} kB on average; {batches} "
-        f"batches of {BATCH} a pass, {args.workers} workers, {args.delay * 1e3:.0f} ms before each answer"
+        f"batches of {BATCH} per pass, {args.workers} workers, {args.delay * 1e3:.0f} ms before each answer"
     )
     servers = []
     with tempfile.TemporaryDirectory() as folder:
@@ -181,7 +182,7 @@ def main() -> None:
         for against in ("local", "server")
     }
     more = memory["slow"][0] - memory["local"][0]
-    print(f"memory without workers: {more:+.0f} MB over that of local files")
+    print(f"memory without workers: {more:+.0f} MB more than with local files")
     print(
         f"\nRESULT random_vs_no_delay={ratio['random', 'server']:.3f} random_vs_local={ratio['random', 'local']:.3f} "
         f"sequential_vs_no_delay={ratio['sequential', 'server']:.3f} "

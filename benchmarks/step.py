@@ -1,25 +1,25 @@
-"""Host cost of one training step: `fit` as this project runs it, against a bare PyTorch loop that does the same work.
+"""Host cost of one training step: `fit` as this project runs it, against a bare PyTorch loop with the same work.
 
-What is compared. The project's side is one `Trainer.fit` with what every run of ``fit`` has: `ReducedStates` (S = 8),
-`EMA`, `LossPerState`, `Export`, `StepProgress`, `Guard`, `Checkpoint`, the resident `ImageShards`, TensorBoard and
-``log_every_n_steps`` 50; no validation and no checkpoint falls into the timed steps. The bare side is a plain loop
+What is compared. The project's side is one `Trainer.fit` with everything that a ``fit`` run has: `ReducedStates`
+(S = 8), `EMA`, `LossPerState`, `Export`, `StepProgress`, `Guard`, `Checkpoint`, the resident `ImageShards`, TensorBoard
+and ``log_every_n_steps`` 50; no validation and no checkpoint falls into the timed steps. The bare side is a plain loop
 over the same batches in the same order: generator seeded per step, balanced rows, `Denoiser.loss`, backward, clipping
 by norm, fused AdamW, LambdaLR, diffusers' `EMAModel` with foreach, loss written to TensorBoard every 50 steps. Both
-begin with the same weights, and the table says whether they also end with the same weights bit for bit, and averages
-to 1e-5.
+start with the same weights; the table says whether they also end with the same weights bit for bit, and the same
+averages to 1e-5.
 
-How. One fit lasts for the whole measurement. A callback reads the clock at the end of every batch; after each block
-of 25 steps it runs a block of 25 bare steps inside the hook, outside the project's time. A pair is two neighbouring
-blocks; both are one epoch long (the digits have 22 steps in one) and every other pair holds a log point. Reported is
-the median over pairs. Two networks: a 1x1 convolution, where nearly everything is overhead, and the U-Net of the
+How. One fit lasts for the whole measurement. A callback reads the clock at the end of every batch; after each block of
+25 steps it runs a block of 25 bare steps inside the hook, outside the project's time. A pair is two adjacent blocks;
+both are one epoch long (an epoch of the digits has 22 steps) and every second pair contains a log point. The median
+over pairs is reported. Two networks: a 1x1 convolution, where nearly everything is overhead, and the U-Net of the
 digits. On a CUDA device blocks end with a synchronisation.
 
-Synchronisations are counted in 49 further steps strictly between two log points, on either side: scalars read
-(``aten::_local_scalar_dense``, below ``item``, ``bool`` and ``float``), operators whose shape depends on data
-(``nonzero``, ``masked_select``, ...), and calls of ``tolist``, ``cpu`` and ``numpy``, which the profiler cannot see.
-The result is the project's count minus the bare one's: on the CPU fused AdamW reads one step counter per parameter on
-both sides. On a CUDA device torch's own sync debug mode counts instead and every place is printed; it warns rather
-than raises, so that one run finds them all.
+Synchronisations are counted in 49 further steps strictly between two log points, on both sides: scalars read
+(``aten::_local_scalar_dense``, called by ``item``, ``bool`` and ``float``), operators whose output shape depends on
+data (``nonzero``, ``masked_select``, ...), and calls of ``tolist``, ``cpu`` and ``numpy``, which the profiler cannot
+see. The result is the project's count minus the bare count: on the CPU, fused AdamW reads one step counter per
+parameter on both sides. On a CUDA device torch's sync debug mode counts instead, and every place is printed; it warns
+rather than raises, so that one run finds them all.
 
     OMP_NUM_THREADS=1 python benchmarks/step.py [--quick] [--device cuda]
 """
@@ -66,21 +66,21 @@ from lightning_tdisent.lit.modules import Diffusion, ReducedStates
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
 
-BATCH, BLOCK, LOG, SEED, DECAY = 64, 25, 50, 0, 0.999  # a block of steps is an epoch
+BATCH, BLOCK, LOG, SEED, DECAY = 64, 25, 50, 0, 0.999  # a block of steps is one epoch
 SCALAR = "aten::_local_scalar_dense"
 SHAPED = ("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::repeat_interleave")
 COPIES = ("tolist", "cpu", "numpy", "__array__")
 
 
 class Tiny(Network):
-    """One 1x1 convolution: almost no work, so that what remains is overhead."""
+    """One 1x1 convolution: almost no computation, so that the time is overhead."""
 
     def __init__(self, shape: list[int], classes: int | None = None, conditioning: Any = None) -> None:
         super().__init__(shape, classes, conditioning)
         self.conv = nn.Conv2d(shape[0], shape[0], 1)
 
     def forward(self, x: Tensor, index: Tensor | None = None, label: Tensor | None = None) -> Tensor:
-        """Convolve, whatever the index."""
+        """Convolve x; ignore the index."""
         return self.conv(x)
 
 
@@ -91,7 +91,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 
 
 class Reads(TorchFunctionMode):
-    """Counts the calls from Python that bring a whole tensor to the host."""
+    """Count the Python calls that copy a whole tensor to the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,13 +105,13 @@ class Reads(TorchFunctionMode):
 
 
 class Syncs:
-    """Counts synchronisations between `start` and `stop`, which may lie in different calls of a hook."""
+    """Count synchronisations between `start` and `stop`, which may be in different calls of a hook."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
 
     def start(self) -> None:
-        """Begin."""
+        """Start counting."""
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
         self.reads, self.caught = Reads(), warnings.catch_warnings(record=True)
         self.profiler.start()
@@ -122,7 +122,7 @@ class Syncs:
             torch.cuda.set_sync_debug_mode("warn")
 
     def stop(self) -> dict[str, int]:
-        """End, and return the counts by kind."""
+        """Stop counting, and return the counts by kind."""
         if self.cuda:
             torch.cuda.set_sync_debug_mode("default")
         said = [w for w in self.warned or [] if "synchronizing CUDA operation" in str(w.message)]
@@ -137,11 +137,11 @@ class Syncs:
             return counts | {"copies": self.reads.counts.total()}
         for w in {f"{w.filename}:{w.lineno}": w for w in said}.values():
             print(f"  synchronises: {w.filename}:{w.lineno}: {w.message}")
-        return {"cuda": len(said)}  # torch knows; reading a CPU tensor costs nothing there
+        return {"cuda": len(said)}  # torch counts them; reading a CPU tensor does not synchronise
 
 
 class Bare:
-    """The same work without Lightning, on a copy of the module's denoiser."""
+    """The same work as `fit` without Lightning, on a copy of the module's denoiser."""
 
     def __init__(self, module: Diffusion, data: Shuffled, writer: SummaryWriter) -> None:
         self.denoiser, self.data, self.writer = copy.deepcopy(module.denoiser), data, writer
@@ -158,7 +158,7 @@ class Bare:
         self.step, self.batches = 0, iter(self.data)
 
     def run(self, steps: int) -> None:
-        """Take some steps."""
+        """Train for ``steps`` steps."""
         for _ in range(steps):
             batch = next(self.batches)
             self.generator.manual_seed(key(SEED, 0, self.step))
@@ -179,7 +179,7 @@ class Bare:
 
 @dataclass
 class Times:
-    """Seconds of wall and of CPU of every block of both sides, and wall of every step of the project's."""
+    """Wall and CPU seconds of every block of both sides, and wall seconds of every step of the project's side."""
 
     project: list[tuple[float, float]] = field(default_factory=list)
     bare: list[tuple[float, float]] = field(default_factory=list)
@@ -187,29 +187,29 @@ class Times:
 
     @property
     def over(self) -> list[float]:
-        """Milliseconds per step over the bare loop, one per pair."""
+        """Milliseconds per step more than the bare loop, one value per pair."""
         return [(p[0] - b[0]) / BLOCK * 1e3 for p, b in zip(self.project, self.bare, strict=True)]
 
     @property
     def cpu_over(self) -> list[float]:
-        """The same in CPU time of the process, which other people's load moves less."""
+        """The same in CPU time of the process, which other load on the machine affects less."""
         return [(p[1] - b[1]) / BLOCK * 1e3 for p, b in zip(self.project, self.bare, strict=True)]
 
     @property
     def ratio(self) -> list[float]:
-        """Project over bare, one per pair."""
+        """Ratio of project to bare, one value per pair."""
         return [p[0] / b[0] for p, b in zip(self.project, self.bare, strict=True)]
 
     def added(self, at: Callable[[int], bool]) -> float:
-        """Milliseconds that the steps chosen by number take over the other steps, medians of both."""
+        """Return the median milliseconds of the steps chosen by ``at`` minus that of the other steps."""
         chosen, rest = ([t for k, t in self.steps if at(k) == is_one] for is_one in (True, False))
         return (median(chosen) - median(rest)) * 1e3
 
 
 class Interleave(L.Callback):
-    """Times blocks of steps of the fit it belongs to, and runs a block of bare steps after each; then counts syncs.
+    """Callback that times blocks of steps of a fit, runs a block of bare steps after each, and then counts syncs.
 
-    Must be the last of the callbacks given (Lightning puts only checkpoints after it).
+    Must be the last callback in the list (Lightning puts only checkpoints after it).
     """
 
     def __init__(self, warm: int, pairs: int, folder: Path) -> None:
@@ -218,24 +218,24 @@ class Interleave(L.Callback):
 
     @property
     def steps(self) -> int:
-        """Steps that the fit must take."""
+        """Number of steps that the fit must take."""
         return self.warm + self.pairs * BLOCK + LOG
 
     def clock(self) -> tuple[float, float]:
-        """Wall and CPU, when the device has nothing left to do."""
+        """Return wall and CPU time, after synchronising the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter(), time.process_time()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
-        """Build the bare loop from the weights as they are."""
+        """Build the bare loop from the current weights."""
         self.device = pl_module.device
         data = Shuffled(trainer.datamodule.training, BATCH, SEED)
         self.bare = Bare(pl_module, data, SummaryWriter(str(self.folder / "bare")))
         self.counter = Syncs(self.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, *_: Any) -> None:
-        """Read the clock; at the end of a block run a bare one."""
+        """Read the clock; at the end of a block run a bare block."""
         now, step = time.perf_counter(), trainer.global_step
         timed = step - self.warm
         if 0 < timed <= self.pairs * BLOCK:
@@ -264,7 +264,7 @@ class Interleave(L.Callback):
         self.last = time.perf_counter()
 
     def same(self, trainer: L.Trainer, module: Diffusion) -> bool:
-        """Whether both sides ended with the same weights and averages."""
+        """Return whether both sides ended with the same weights and averages."""
         ema = next(c for c in trainer.callbacks if isinstance(c, EMA))
         mine, theirs = list(module.denoiser.parameters()), self.bare.parameters
         averages = zip(ema.weights(module).values(), self.bare.average.shadow_params, strict=True)
@@ -273,13 +273,13 @@ class Interleave(L.Callback):
 
 
 def write_shards(folder: Path) -> None:
-    """Shards of random 8x8 images: an epoch of BLOCK batches to train on, one batch to hold out."""
+    """Write shards of random 8x8 images: an epoch of BLOCK batches for training, one held-out batch."""
     rng = np.random.default_rng(0)
     for split, n in (("train", BATCH * BLOCK), ("test", BATCH)):
         with tarfile.open(folder / f"{split}-0000.tar", "w") as tar:
             for i, image in enumerate(rng.integers(0, 256, (n, 8, 8), dtype=np.uint8)):
                 file = io.BytesIO()
-                Image.fromarray(image).save(file, "bmp")  # the CRC-32 of small PNGs is often that of others
+                Image.fromarray(image).save(file, "bmp")  # small PNGs often share their CRC-32
                 for suffix, content in (("bmp", file.getvalue()), ("cls", b"0")):
                     info = tarfile.TarInfo(f"{i:06d}.{suffix}")
                     info.size = len(content)
@@ -287,7 +287,7 @@ def write_shards(folder: Path) -> None:
 
 
 def measure(name: str, warm: int, pairs: int, device: str, folder: Path) -> Interleave:
-    """Run one fit with its bare twin: warm steps, then so many pairs of blocks."""
+    """Run one fit with its bare counterpart: ``warm`` steps, then ``pairs`` pairs of blocks."""
     L.seed_everything(SEED, verbose=False)
     module = ReducedStates(NETWORKS[name](), LatentStates(S=8))
     run, timer = folder / name, Interleave(warm, pairs, folder / name)
@@ -297,7 +297,7 @@ def measure(name: str, warm: int, pairs: int, device: str, folder: Path) -> Inte
         max_steps=timer.steps,
         max_epochs=-1,
         logger=TensorBoardLogger(run, name="", version="", default_hp_metric=False),
-        callbacks=[  # in the order of `fit`; StepProgress reports as in the jobs of a fleet and draws no bar
+        callbacks=[  # in the order of `fit`; StepProgress reports as in a fleet job and draws no bar
             Export(),
             StepProgress(report=lambda step, steps, numbers: None),
             EMA(decay=DECAY),
@@ -344,7 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_sizes(parser, "fewer pairs: under a minute on two cores")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")

@@ -1,10 +1,10 @@
-"""Train a feature network as it is shipped with the package: seconds for digits, minutes for mnist and cifar10.
+"""Train a feature network that is shipped with the package: seconds for digits, minutes for mnist and cifar10.
 
 python experiments/features/train.py {digits,mnist,cifar10} DATA_FOLDER [OUT.safetensors] [--device cuda]
 
-One core: digits 20 s, mnist 3 min; cifar10 an hour on a core with bfloat16. Test accuracy of those shipped: 99.7 %,
-99.2 % and 90.8 %, the last one trained and tested on JPEGs of quality 75 with halved colour, not on the lossless
-original; from that the same script should make a better one (2404.00498 reports 94 % for its recipe).
+On one core: digits 20 s, mnist 3 min; cifar10 one hour on a core with bfloat16. Test accuracy of the shipped networks:
+99.7 %, 99.2 % and 90.8 %. The last one was trained and tested on JPEGs of quality 75 with halved colour resolution, not
+on the lossless original, from which this script should train a better one (2404.00498 reports 94 % for its recipe).
 """
 
 import argparse
@@ -27,7 +27,7 @@ from lightning_tdisent.metrics.network import FeatureNetwork
 
 
 def train_small(data: ImageSet, seed: int, steps: int = 3000) -> FeatureNetwork:
-    """Grey images of up to 28 x 28: AdamW, one cycle, the whole batch shifted by up to an eighth."""
+    """Train on grey images of up to 28 x 28: AdamW, one cycle, the whole batch shifted by up to an eighth."""
     network = SmallClassifier(list(data.images.shape[1:]))
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
@@ -46,7 +46,7 @@ def train_small(data: ImageSet, seed: int, steps: int = 3000) -> FeatureNetwork:
 
 
 def cropped(images: Tensor, shift: Tensor, reach: int = 3) -> Tensor:
-    """Each image (B, C, H, W) moved by its own shift (B, 2) in 0..2 reach, mirrored at the border."""
+    """Shift each image (B, C, H, W) by its own shift (B, 2) in 0..2 reach, with mirrored borders."""
     height, width = images.shape[2:]
     wide = pad(images.float(), [reach] * 4, mode="reflect").to(torch.uint8)
     y = (shift[:, :1] + torch.arange(height, device=images.device))[:, None, :, None]
@@ -57,7 +57,7 @@ def cropped(images: Tensor, shift: Tensor, reach: int = 3) -> Tensor:
 
 
 def cut(images: Tensor, corner: Tensor, side: int = 8) -> Tensor:
-    """Images (B, C, H, W) with a grey square at its own corner (B, 2) in each (1708.04552)."""
+    """Return the images (B, C, H, W) with a grey square in each, at its own corner (B, 2) (1708.04552)."""
     y, x = (torch.arange(n, device=images.device) for n in images.shape[2:])
     rows = (y >= corner[:, :1]) & (y < corner[:, :1] + side)
     columns = (x >= corner[:, 1:]) & (x < corner[:, 1:] + side)
@@ -65,10 +65,10 @@ def cut(images: Tensor, corner: Tensor, side: int = 8) -> Tensor:
 
 
 def train_whitened(data: ImageSet, seed: int, epochs: int = 30, batch: int = 1000) -> FeatureNetwork:
-    """Colour images of 32 x 32, as 2404.00498 does: whitened patches, identity initialisation, biases learn faster.
+    """Train on colour images of 32 x 32 as in 2404.00498: whitened patches, identity initialisation, faster biases.
 
-    Images are shifted by up to three pixels and lose a patch of 8 x 8; one flipped in an epoch is not in the next.
-    bfloat16 activations.
+    Images are shifted by up to three pixels and lose a patch of 8 x 8; an image flipped in one epoch is not flipped in
+    the next. Activations are bfloat16.
     """
     device = data.images.device
     network = WhitenedClassifier(list(data.images.shape[1:]))
@@ -111,7 +111,7 @@ def train_whitened(data: ImageSet, seed: int, epochs: int = 30, batch: int = 100
 
 
 def accuracy(network: FeatureNetwork, test: ImageSet) -> float:
-    """Share of the test images that the network, as written to its file, names rightly."""
+    """Return the share of the test images that the network in the file classifies correctly."""
     right = [
         network(i).logits.argmax(1) == y for i, y in zip(test.images.split(500), test.labels.split(500), strict=True)
     ]
@@ -119,7 +119,7 @@ def accuracy(network: FeatureNetwork, test: ImageSet) -> float:
 
 
 def train(name: str, folder: Path, out: Path, seed: int = 0, device: str = "cpu") -> float:
-    """Train, write, load what was written, and measure that."""
+    """Train, write the file, load it, and measure its accuracy."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     channels, recipe, dtype = RECIPES[name]
@@ -142,7 +142,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=RECIPES)
     parser.add_argument("data", type=Path, help="folder of shards with the splits train and test")
-    parser.add_argument("out", type=Path, nargs="?", help="default: where the package keeps it")
+    parser.add_argument("out", type=Path, nargs="?", help="file to write (default: where the package keeps it)")
     parser.add_argument("--device", default="cpu")
     a = parser.parse_args()
     train(a.name, a.data, a.out or SHIPPED / f"{a.name}.safetensors", device=a.device)
