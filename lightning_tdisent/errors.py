@@ -92,4 +92,4 @@ def check_shape(key: str, shape: Any) -> None:
     if not whole or len(shape) != 3 or min(shape) < 1:
         raise InputError(f"{key} must be [channels, height, width] of an image, got {shape!r:.200}")
     if math.prod(shape) > LARGEST:
-        raise InputError(f"{key}: {shape!r:.200} has {math.prod(shape):.3g} values, at most {LARGEST:,} are possible")
+        raise InputError(f"{key}: {shape!r:.200} has {math.prod(shape):.3g} values, at most {LARGEST:,} are allowed")

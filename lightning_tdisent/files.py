@@ -95,7 +95,7 @@ def output_path(path: str | Path, option: str = "out") -> Path:
     if url := _url_in(text):
         raise InputError(
             f"{option}: {url}: this output is written to a disk of this machine, not to a URL. Name a local folder or "
-            "file, and copy it when it is whole"
+            "file, and copy the output when it is complete"
         )
     return Path(text)
 
@@ -163,7 +163,7 @@ def check_name(path: str | Path, where: str = "") -> None:
     if not is_plain(text):
         raise InputError(
             f"{place}{text!a}: a path is UTF-8 without control characters such as a line break. Rename it, or choose "
-            "another one"
+            "another path"
         )
     if not text.isascii():
         check_utf8_mode(f"{place}{text!a}")

@@ -30,8 +30,8 @@ def refuse_non_finite(where: str, data: Any) -> None:
     """Raise `NotFinite` naming the tensors in ``data`` that contain NaN or infinity; where: prefix of the message."""
     if bad := non_finite(data):
         raise NotFinite(
-            f"{where}: {', '.join(bad[:3])} ({len(bad)} in all) hold values that are not finite (NaN or infinity); no "
-            "image comes of them. Take an earlier checkpoint, or train again"
+            f"{where}: {', '.join(bad[:3])} ({len(bad)} in all) hold values that are not finite (NaN or infinity), "
+            "which cannot give an image. Use an earlier checkpoint, or train again"
         )
 
 

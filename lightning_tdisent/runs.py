@@ -62,7 +62,7 @@ class RunFolder:
         self._stack.enter_context(guarded(self.path, self.check))
         if (free := shutil.disk_usage(self.path).free) < 1_000_000:
             self.__exit__()
-            raise InputError(f"run: {self.path} has {free:,} bytes free. Make room, or choose another --run")
+            raise InputError(f"run: {self.path} has {free:,} bytes free. Free some space, or choose another --run")
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -94,10 +94,10 @@ class RunFolder:
             self._take()
             return
         self._lost = True
-        now = f"it is held by {_said(holder)} now" if holder else "it was removed or moved while the training went on"
+        now = f"it is held by {_said(holder)} now" if holder else "it was removed or moved during the training"
         raise Lost(
             f"run: {self.path}: this training{f' (run {self.run})' if self.run else ''} has lost its folder: {now}. "
-            "It ends, and writes nothing there; its last checkpoint is where the folder has gone"
+            "It ends, and writes nothing there; its last checkpoint is in the folder that it had, wherever that is now"
         )
 
     def name(self, run: str) -> None:
@@ -139,8 +139,8 @@ class RunFolder:
             lock.close()  # the previous holder has just removed it: open the new file
         if not locked and holder and holder.get("host") != host():
             print(
-                f"note: {self.path}: this file system has no locks; last held by {_said(holder)}. If that still "
-                "trains, it ends at its next save",
+                f"note: {self.path}: this file system has no locks; last held by {_said(holder)}. If that "
+                "process is still training, it ends at its next save",
                 file=sys.stderr,
             )
         self._lock = lock

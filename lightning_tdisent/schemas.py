@@ -31,7 +31,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice")
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is repeated")
     return found
 
 
@@ -47,7 +47,7 @@ def check_schema(
     found = data.get("schema", absent)
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         said = f"{found!r:.40}" if "schema" in data else "none"
-        raise InputError(f"{where}: damaged: its schema is {said}, expected a whole number from 1 to {reads}")
+        raise InputError(f"{where}: damaged: its schema is {said}, expected an integer from 1 to {reads}")
     if found > reads:
         raise Newer(
             f"{where}: schema {found}, made by a newer version; this one ({__version__}) reads {reads}. Upgrade "
@@ -55,7 +55,7 @@ def check_schema(
         )
     if found < (oldest or reads):
         raise InputError(
-            f"{where}: schema {found}, made by an older version; this one ({__version__}) reads {reads}. Make the file "
+            f"{where}: schema {found}, made by an older version; this one ({__version__}) reads {reads}. Create it "
             "again, or use the version that made it"
         )
     return found
@@ -79,7 +79,7 @@ def check_format(found: Any, expected: str, where: str, oldest: int | None = Non
     name, _, number = expected.rpartition("/")
     there, _, schema = str(found).rpartition("/")
     if there != name or not (schema.isascii() and schema.isdigit() and len(schema) < 10):
-        raise InputError(f"{where}: has the format {found!r:.80}, expected {expected}: make it anew")
+        raise InputError(f"{where}: has the format {found!r:.80}, expected {expected}: create it again")
     check_schema({"schema": int(schema)}, where, int(number), oldest)
 
 
@@ -97,8 +97,8 @@ def check_fields(cls: type, data: Mapping[str, Any], where: str, kinds: Kinds) -
         raise InputError(f"{where}: damaged: its card lacks {', '.join(lost)}")
     if odd := sorted(data.keys() - {f.name for f in fields}):
         raise InputError(
-            f"{where}: its card has {', '.join(odd)[:200]}, which this version ({__version__}) does not know; it is of "
-            f"version {data.get('version')!r:.20}. Upgrade lightning_tdisent"
+            f"{where}: its card has {', '.join(odd)[:200]}, which this version ({__version__}) does not know; it was "
+            f"written by version {data.get('version')!r:.20}. Upgrade lightning_tdisent"
         )
     if wrong := [name for name, fits in kinds.items() if name in data and not fits(data[name])]:
         raise InputError(f"{where}: damaged: its card says {wrong[0]}: {data[wrong[0]]!r:.100}")

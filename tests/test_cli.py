@@ -276,7 +276,7 @@ def test_a_preview_is_asked_for_and_marked_everywhere(experts, tmp_path, capsys)
     assert "(preview)" in (tmp_path / "e" / "report.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "e" / "results.json").read_text(encoding="utf-8"))[0]["preview"]
     line = refusal(capsys, "compose", *files, "--out", tmp_path / "m", "--fill", "nearest", "--merge", 2)
-    assert "--merge wants experts that are all there" in line
+    assert "--merge requires that no expert is missing" in line
 
 
 def test_merge_and_export_by_command(experts, tmp_path, capsys):

@@ -21,9 +21,9 @@ __all__ = ["describe", "fits", "main", "parser"]
 
 LIGHTNING = {
     "fit": "train one module: --config FILE [--config OVERLAY ..] [--run FOLDER] [--import MODULE]",
-    "validate": "held-out errors, quality and pictures of a checkpoint or composite",
-    "test": "the same, logged as test",
-    "predict": "write images of seeds with a LightningModule",
+    "validate": "compute held-out errors, quality and pictures of a checkpoint or composite",
+    "test": "the same as validate, logged as test",
+    "predict": "draw and write the images of seeds with a LightningModule",
 }
 
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         argv = [expand_word(word, braces=argv[0] not in LIGHTNING) for word in argv]
         if odd := [word for word in argv if any("\ud800" <= c <= "\udfff" for c in word)]:
-            raise InputError(f"{odd[0]!a}: is not UTF-8. Rename what it names")
+            raise InputError(f"{odd[0]!a}: is not UTF-8. Rename the file or folder")
         keep_caches()  # before importing libraries that look up their cache folder
         if argv and argv[0] in LIGHTNING:
             from lightning_tdisent.lit.entry import run

@@ -26,84 +26,94 @@ def add_commands(commands: Commands) -> None:
     s = command(commands, "sample", _sample, "draw images from a run, a file of weights, or a composite folder")
     s.add_argument("model", type=Path, help="run folder, model.safetensors, folder of experts, or composite folder")
     s.add_argument(
-        "--out", type=Path, required=True, help="folder for SEED.png, the grid beside it; must not hold images yet"
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for the images SEED.png; their grid is OUT.png. Must not contain images",
     )
-    s.add_argument("--seeds", default="0:64", help="FIRST:END (default 0:64)")
+    s.add_argument("--seeds", default="0:64", help="seeds of the images, FIRST:END (default 0:64)")
     s.add_argument("--label", type=int, help="class of all images, for a class-conditional model "
-                   "(default: all classes in turn, seed modulo their number)")  # fmt: skip
-    s.add_argument("--observe", type=Path, help="of a conditional model: an image, a folder of images, shards whose "
-                   "test images are observed, or the observations.safetensors of an earlier command")  # fmt: skip
-    s.add_argument("--items", help="which of these, FIRST:END, in turn (default: of shards the numbers of the seeds, "
-                   "else all)")  # fmt: skip
-    s.add_argument("--mask", type=Path, help="of an inpainting model: an image instead of the model's own holes: white "
-                   "pixels are known, black ones drawn")  # fmt: skip
-    s.add_argument("--put-back", action="store_true", help="of an inpainting model: put the known pixels back at every "
-                   "step, so that they are exact in the end")  # fmt: skip
-    s.add_argument("--guidance", type=float, help="scale of classifier-free guidance, towards --label, or "
-                   "without one towards each image's class")  # fmt: skip
+                   "(default: class = seed modulo the number of classes)")  # fmt: skip
+    s.add_argument("--observe", type=Path, help="observations for a conditional model: an image, a folder of images, "
+                   "shards (their test images), or the observations.safetensors of an earlier command")  # fmt: skip
+    s.add_argument("--items", help="which observations to use in turn, FIRST:END (default: for shards those with the "
+                   "numbers of the seeds, else all)")  # fmt: skip
+    s.add_argument("--mask", type=Path, help="for an inpainting model: an image that replaces the model's holes; white "
+                   "pixels are known, black pixels are drawn")  # fmt: skip
+    s.add_argument("--put-back", action="store_true", help="for an inpainting model: put the known pixels back at "
+                   "every step, so that they are exact in the image")  # fmt: skip
+    s.add_argument("--guidance", type=float, help="scale of classifier-free guidance towards --label, or "
+                   "without --label towards each image's class")  # fmt: skip
     _sampler_options(s)
 
-    c = command(commands, "compose", _compose, "make one composite folder from the weights of experts")
+    c = command(commands, "compose", _compose, "make one composite of the weights of experts")
     c.add_argument(
-        "experts", nargs="+", help="folders of runs, a folder of such folders, a fleet's folder or URL, or files"
+        "experts", nargs="+", help="run folders, a folder of run folders, a fleet's folder or URL, or files of weights"
     )
-    c.add_argument("--out", type=Path, required=True, help="the composite to write: a folder, or one file, NAME.zip")
-    c.add_argument("--fill", help="a preview where experts are missing: nearest, or shared:PATH")
+    c.add_argument("--out", type=Path, required=True, help="composite to write: a folder, or a single file NAME.zip")
+    c.add_argument("--fill", help="make a preview with missing experts replaced: nearest, or shared:PATH")
     c.add_argument("--allow-mismatch", action="append", default=[], metavar="FIELD",
-                   help="let experts differ in training data, weights or parametrisation, and record it")  # fmt: skip
-    c.add_argument("--merge", type=int, metavar="K", help="average neighbours to K networks: cheaper, and less exact")
+                   help="allow experts to differ in training data, weights or parametrisation; recorded")  # fmt: skip
+    c.add_argument(
+        "--merge", type=int, metavar="K", help="average neighbouring experts into K networks: cheaper, but less exact"
+    )
     c.add_argument("--merge-weights", default="uniform",
-                   help="uniform (default), images, search, or numbers by commas, one per expert")  # fmt: skip
-    c.add_argument("--merge-blocks", default="equal", help="equal (default), search, or numbers of experts by commas")
-    c.add_argument("--merge-data", help="folder of shards, for a search, and to print the errors before and after")
-    c.add_argument("--merge-split", default="train", help="of these (default train)")
-    c.add_argument("-n", type=int, default=256, help="images of these (default 256)")
-    c.add_argument("--device", default="cpu", help="of the search: cpu, cuda, cuda:1 ..")
+                   help="uniform (default), images, search, or comma-separated numbers, one per expert")  # fmt: skip
+    c.add_argument(
+        "--merge-blocks", default="equal", help="equal (default), search, or comma-separated numbers of experts"
+    )
+    c.add_argument("--merge-data", help="folder of shards for a search; also prints the errors before and after")
+    c.add_argument("--merge-split", default="train", help="split of --merge-data (default train)")
+    c.add_argument("-n", type=int, default=256, help="number of images of --merge-data (default 256)")
+    c.add_argument("--device", default="cpu", help="device of the search: cpu, cuda, cuda:1 ..")
 
     x = command(
         commands,
         "export",
         _export,
-        "write a model as a folder for others: safetensors and JSON, or a diffusers pipeline",
+        "export a model to a folder: safetensors and JSON, or a diffusers pipeline",
     )
-    x.add_argument("model", type=Path, help="as for sample")
-    x.add_argument("--out", type=Path, required=True, help="the folder to write")
+    x.add_argument("model", type=Path, help="model, as for sample")
+    x.add_argument("--out", type=Path, required=True, help="folder to write")
     x.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors",
-                   help="of this project (default), or a pipeline of diffusers")  # fmt: skip
+                   help="format of this project (default), or a diffusers pipeline")  # fmt: skip
 
     w = command(
         commands,
         "average",
         _average,
-        "average a run's weights over another length, from its snapshots (fit --ema.lengths)",
+        "compute an average of a run's weights with another length, from its snapshots (fit --ema.lengths)",
     )
     w.add_argument("run_folder", type=Path, metavar="run", help="run folder")
     w.add_argument("--sigma-rel", type=float, required=True, help="length of the average, relative to the training")
-    w.add_argument("--step", type=int, help="step of the training it ends at (default: the last snapshot)")
-    w.add_argument("--out", type=Path, required=True, help="the .safetensors to write")
+    w.add_argument("--step", type=int, help="training step at which the average ends (default: the last snapshot)")
+    w.add_argument("--out", type=Path, required=True, help=".safetensors file to write")
 
     e = command(
-        commands, "evaluate", _evaluate, "models and folders of images side by side; on several ranks under torchrun"
+        commands,
+        "evaluate",
+        _evaluate,
+        "evaluate and compare models and folders of images; with torchrun on several ranks",
     )
-    e.add_argument("models", type=Path, nargs="+", help="as for sample, a .ckpt, a folder of images or shards, or "
-                   "an .npz of images as ADM writes them")  # fmt: skip
+    e.add_argument("models", type=Path, nargs="+", help="model as for sample, a .ckpt, a folder of images or shards, "
+                   "or an .npz of images in ADM's format")  # fmt: skip
     e.add_argument("--data", required=True, help="folder of shards with the real images, or an .npz of ADM")
     e.add_argument(
-        "--split", default="test", help="split of the errors per state, and of shards measured (default test)"
+        "--split", default="test", help="split for the errors per state, and of shards given as models (default test)"
     )
-    e.add_argument("--reference", help="split that distances are taken to (default: the protocol's, train), or an .npz")
+    e.add_argument("--reference", help="reference of distances: a split (default: the protocol's, train), or an .npz")
     e.add_argument("--protocol", required=True, help="digits, mnist, cifar10, random, adm, clean, torch-fidelity, ..")
-    e.add_argument("--metrics", help="of fd, fd_infinity, is, kid, prdc, sfd, and class paths of your own, by commas "
-                   "(default: the protocol's); bpd, bpd_ode: besides, bits per dimension by the bound, and by the ODE; "
-                   "lpips: of conditional models")  # fmt: skip
-    e.add_argument("--lpips-weights", help="file of LPIPS' weights")
+    e.add_argument("--metrics", help="comma-separated: fd, fd_infinity, is, kid, prdc, sfd (default: the protocol's); "
+                   "in addition bpd, bpd_ode: bits per dimension by the bound and by the ODE; lpips: for "
+                   "conditional models")  # fmt: skip
+    e.add_argument("--lpips-weights", help="file with the weights of LPIPS")
     e.add_argument("--bits-images", type=int, default=256, help="held-out images for bits per dimension (default 256)")
     e.add_argument("--decoder", choices=("discrete", "uniform", "density"), default="discrete",
-                   help="of bits per dimension: grey levels (default), uniform dequantisation, or none")  # fmt: skip
-    e.add_argument("--weights", help="file or folder of the feature network, where the protocol's is not shipped")
+                   help="for bits per dimension: grey levels (default), uniform dequantisation, or none")  # fmt: skip
+    e.add_argument("--weights", help="file or folder of the feature network, if the protocol's is not shipped")
     e.add_argument("-n", type=int, help="images generated per model (default: the protocol's, e.g. 1000 or 50000)")
-    e.add_argument("--first-seed", type=int, help="of the images generated (default: the protocol's, 0)")
-    e.add_argument("--held-out", type=int, help="images of --split that are taken, at most (default: 1000; for a "
+    e.add_argument("--first-seed", type=int, help="first seed of the generated images (default: the protocol's, 0)")
+    e.add_argument("--held-out", type=int, help="maximum number of images of --split (default: 1000; for a "
                    "conditional model as many as its draws need)")  # fmt: skip
     e.add_argument(
         "--out",
@@ -113,38 +123,40 @@ def add_commands(commands: Commands) -> None:
     )
     _sampler_options(e)
 
-    q = command(commands, "prior", _prior, "fit a density at a row of a model's table, where sampling may start")
-    q.add_argument("model", type=Path, help="as for sample: its table is taken")
-    q.add_argument("--at", required=True, help="the row, or a share of the rows such as 0.6")
+    q = command(commands, "prior", _prior, "fit a density at a row of a model's table, from which sampling can start")
+    q.add_argument("model", type=Path, help="model whose table is used, as for sample")
+    q.add_argument("--at", required=True, help="row, or a fraction of the rows such as 0.6")
     q.add_argument(
-        "--kind", default="Gaussian", help="Gaussian (default), Mixture, StandardNormal, Implicit, or a class"
+        "--kind", default="Gaussian", help="Gaussian (default), Mixture, StandardNormal, Implicit, or a class path"
     )
     q.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-                   help="its arguments, e.g. components=20, rank=64, low=8, source=runs/vae")  # fmt: skip
-    q.add_argument("--data", required=True, help="folder of shards it is fitted to")
-    q.add_argument("--split", default="train", help="of these (default train)")
-    q.add_argument("-n", type=int, help="images of these (default: all)")
-    q.add_argument("--label", type=int, help="of a class-conditional model: fit to the images of this class alone")
-    q.add_argument("--out", type=Path, required=True, help="the folder to write prior.safetensors to")
+                   help="arguments of the prior, e.g. components=20, rank=64, low=8, source=runs/vae")  # fmt: skip
+    q.add_argument("--data", required=True, help="folder of shards to fit to")
+    q.add_argument("--split", default="train", help="split of --data (default train)")
+    q.add_argument("-n", type=int, help="number of images of --data (default: all)")
+    q.add_argument("--label", type=int, help="for a class-conditional model: fit to the images of this class only")
+    q.add_argument("--out", type=Path, required=True, help="folder for prior.safetensors")
 
-    k = command(commands, "fetch", _fetch, "download weights of a feature network that is not shipped, and check them")
-    k.add_argument("name", help="inception")
-    k.add_argument("--source", help="a file or URL to take them from instead")
+    k = command(commands, "fetch", _fetch, "download and verify the weights of a feature network that is not shipped")
+    k.add_argument("name", help="feature network: inception")
+    k.add_argument("--source", help="another file or URL to take the weights from")
 
-    r = command(commands, "report", _report, "write report.html anew from a folder that study or evaluate filled")
-    r.add_argument("folders", type=Path, nargs="+", metavar="folder",
-                   help="of several, a study repeated with other seeds, their means go to --out")  # fmt: skip
-    r.add_argument("--out", type=Path, help="the .html for several folders")
-
-    f = command(
-        commands, "study", run_study, "train, compose, sample, evaluate and report everything that one YAML names"
+    r = command(
+        commands, "report", _report, "write report.html again from the results in a folder of study or evaluate"
     )
-    f.add_argument("config", type=Path, help="e.g. experiments/digits/quickstart.yaml")
-    f.add_argument("--out", type=Path, help="folder (default: that of the YAML)")
-    f.add_argument("--seed", type=int, help="seed of all trainings (default: that of the YAML)")
-    f.add_argument("--workers", type=int, default=0, help="processes at a time (default: one per GPU, or core)")
+    r.add_argument("folders", type=Path, nargs="+", metavar="folder",
+                   help="one folder; or several of one study with other seeds, whose means go to --out")  # fmt: skip
+    r.add_argument("--out", type=Path, help=".html file to write for several folders")
+
+    f = command(commands, "study", _study, "train, compose, sample, evaluate and report everything that a YAML lists")
+    f.add_argument("config", type=Path, help="YAML of the study, e.g. experiments/digits/quickstart.yaml")
+    f.add_argument("--out", type=Path, help="output folder (default: from the YAML)")
+    f.add_argument("--seed", type=int, help="seed of all trainings (default: from the YAML)")
+    f.add_argument(
+        "--workers", type=int, default=0, help="number of parallel processes (default: one per GPU, or per core)"
+    )
     f.add_argument("--set", action="append", default=[], metavar="RUN.KEY=VALUE", dest="overrides",
-                   help="override for a run's fit, e.g. experts.model.objective=Eps; * is every run")  # fmt: skip
+                   help="override a config key of a run, e.g. experts.model.objective=Eps; *: every run")  # fmt: skip
 
 
 def _sampler_options(command: argparse.ArgumentParser) -> None:
@@ -152,12 +164,12 @@ def _sampler_options(command: argparse.ArgumentParser) -> None:
                          help="ddim (default; that of a run's config is not used), ancestral or dpm")  # fmt: skip
     command.add_argument("--eta", type=float, default=0.0, help="of ddim: 0 deterministic .. 1 ancestral")
     command.add_argument("--steps", type=int, help="network evaluations (default: every row of the model's table)")
-    command.add_argument("--batch-size", type=int, default=250, help="images at a time (default 250)")
+    command.add_argument("--batch-size", type=int, default=250, help="batch size of sampling (default 250)")
     command.add_argument("--residency", choices=("resident", "offload", "stream"), default="resident",
-                         help="of a composite's experts: on the device, in host memory, or on disk")  # fmt: skip
-    command.add_argument("--fill", help="a preview where experts are missing: nearest, or shared:PATH")
-    command.add_argument("--prior", help="start at the row of this prior (a folder of the command prior), or, with "
-                         "cut:ROW or a share of the rows, from N(0, I) there")  # fmt: skip
+                         help="place of a composite's experts: the device, host memory, or the disk")  # fmt: skip
+    command.add_argument("--fill", help="make a preview with missing experts replaced: nearest, or shared:PATH")
+    command.add_argument("--prior", help="start at the row of this prior (a folder written by the command prior); "
+                         "cut:ROW, or cut: and a fraction of the rows, starts there from N(0, I)")  # fmt: skip
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ..")
 
 
@@ -193,7 +205,7 @@ def _sample(a: argparse.Namespace) -> None:
     if a.out.exists() and any(a.out.glob("*.png")):
         raise InputError(f"--out {a.out} already holds images; choose another folder")
     if tiles.exists():
-        raise InputError(f"--out {a.out}: {tiles}, for the first images, is there already; choose another folder")
+        raise InputError(f"--out {a.out}: {tiles}, the grid of the first images, already exists; choose another folder")
     if (a.out / CONFIG).exists() or holds_weights(a.out):
         raise InputError(f"--out {a.out} is the folder of a run or of weights; choose another for the images")
     use_device(a.device)
@@ -211,8 +223,8 @@ def _sample(a: argparse.Namespace) -> None:
     if a.guidance is not None:
         if a.guidance != 1 and any(card.label_drop == 0 and not card.warm_from for card in loaded[1]):
             raise InputError(
-                f"--guidance {a.guidance:g}: {a.model} was trained with label_drop 0, so that the null label, against "
-                "which guidance goes, was never trained"
+                f"--guidance {a.guidance:g}: {a.model} was trained with label_drop 0, so its null label, which "
+                "guidance needs, was never trained"
             )
         model = Guided(model, a.guidance)
     if a.label is not None and (model.classes is None or not 0 <= a.label < model.classes):
@@ -245,7 +257,9 @@ def _observations(a: argparse.Namespace, model: Any, seeds: range) -> "Observati
             raise InputError(f"{', '.join(odd)}: belong to --observe, which is not given")
         if states.observation is not None:
             name = type(states.observation.operator).__name__
-            raise InputError(f"the model draws images given an observation ({name}): say of which with --observe DATA")
+            raise InputError(
+                f"the model draws images given an observation ({name}): pass observations with --observe DATA"
+            )
         return None
     seen, said = observe(states, a.observe, seeds, _range(a.items, "--items") if a.items else None, a.mask)
     if a.put_back:
@@ -305,13 +319,15 @@ def _average(a: argparse.Namespace) -> None:
     from lightning_tdisent.models.averages import reconstruct
 
     if a.out.suffix != ".safetensors":
-        raise InputError(f"--out {a.out}: weights are read from files named .safetensors; name it so")
+        raise InputError(f"--out {a.out}: files of weights must end with .safetensors")
     if a.out.exists():
-        raise InputError(f"--out {a.out} is there already; choose another name")
+        raise InputError(f"--out {a.out} already exists; choose another name")
     error = reconstruct(a.run_folder, a.sigma_rel, a.out, a.step)
     print(f"{a.out}: sigma_rel {a.sigma_rel:g}, relative error of its profile {error:.2%}")
     if error > 0.1:
-        print("that is far from what was asked: choose a length nearer to those of the snapshots, or take more of them")
+        print(
+            "this is far from the requested profile: choose a length closer to the snapshots', or take more snapshots"
+        )
 
 
 def _compose(a: argparse.Namespace) -> None:
@@ -353,7 +369,9 @@ def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
         raise InputError(f"{', '.join(a.experts)}: no finished expert to compose")
     if a.merge is not None:
         if a.fill is not None or a.allow_mismatch:
-            raise InputError("--merge wants experts that are all there and alike: leave --fill and --allow-mismatch")
+            raise InputError(
+                "--merge requires that no expert is missing and all are alike: leave out --fill and --allow-mismatch"
+            )
         _merge(a, files)
         return
     chosen = {"--merge-weights": a.merge_weights != "uniform", "--merge-blocks": a.merge_blocks != "equal"}
@@ -367,7 +385,7 @@ def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
     experts = f"{len(files)} expert{'s' if len(files) > 1 else ''}"
     print(f"{experts} composed in {out}: {typed('sample', out, '--out', images, *how)}")
     if a.fill is not None:
-        print("it is a preview, and loads with --fill alone: rows of missing experts are filled")
+        print("it is a preview, and loads only with --fill: rows of missing experts are filled")
 
 
 def _merge(a: argparse.Namespace, files: list[Path]) -> None:
@@ -433,11 +451,11 @@ def _evaluate(a: argparse.Namespace) -> None:
         for m in a.models
     ]
     asked = (a.metrics or "").split(",")
-    metrics = [name for name in asked if name and name not in (BOUND.name, ODE.name, LPIPS.name)]
-    if a.lpips_weights and LPIPS.name not in asked:
-        raise InputError("--lpips-weights: belongs to --metrics lpips, which is not asked for")
-    lpips = (a.lpips_weights or "") if LPIPS.name in asked else None
-    bits = {"bound": BOUND.name in asked, "ode": ODE.name in asked, "n": a.bits_images, "decoder": a.decoder}
+    metrics = [name for name in asked if name and name not in ("bpd", "bpd_ode", "lpips")]
+    if a.lpips_weights and "lpips" not in asked:
+        raise InputError("--lpips-weights: belongs to --metrics lpips, which is not given")
+    lpips = (a.lpips_weights or "") if "lpips" in asked else None
+    bits = {"bound": "bpd" in asked, "ode": "bpd_ode" in asked, "n": a.bits_images, "decoder": a.decoder}
     options = {"residency": a.residency, "fill": a.fill, "batch_size": a.batch_size}
     options |= {"lpips": lpips}
     options |= {"bits": bits if bits["bound"] or bits["ode"] else None}
@@ -491,7 +509,7 @@ def _report(a: argparse.Namespace) -> None:
     from lightning_tdisent.studies.seeds import notes_of, write_page
 
     if (len(a.folders) > 1) == (a.out is None):
-        raise InputError("report: --out FILE.html is for several folders, and wanted there")
+        raise InputError("report: --out FILE.html is required for several folders, and only allowed for several")
     refuse_no_page(a.out, "--out")
     studies = [Study.load(folder) for folder in a.folders]
     refuse_no_repeats(a.folders)
@@ -526,7 +544,7 @@ def run_study(a: argparse.Namespace) -> None:
     refuse_damaged([place for name in todo.runs if holds_weights(place := todo.out / name)])
     for folder in todo.composites.values():
         if discard_damaged(folder):
-            print(f"{folder}: a file of it is damaged; it is composed anew of its experts")
+            print(f"{folder}: a file of it is damaged; it is composed anew from its experts")
     study = Study(**todo.evaluation)
     study.check()
     roles = {job.name: _role(job, str(a.config)) for job in todo.jobs}
@@ -554,7 +572,7 @@ def run_study(a: argparse.Namespace) -> None:
         write_whole(todo.out / BOARDS, boards.encode())
     for name, folder in todo.composites.items():
         if recompose(find_files(todo.out / name), folder):
-            print(f"{folder}: composed anew, since the weights of {name} are others now")
+            print(f"{folder}: composed again, since the weights of {name} have changed")
     for folder, (source, at, part) in todo.priors.items():
         if not (folder / PRIOR).exists():
             _fit(source, at, part, study.data, "train", None, folder)

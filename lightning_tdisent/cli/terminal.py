@@ -29,7 +29,7 @@ def command(commands: Commands, name: str, run: Run, text: str) -> argparse.Argu
     out.set_defaults(run=run)
     out._negative_number_matcher = re.compile(r"-[\d.]")  # -3:5 and -1,1 are values, not options
     out.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE",
-                     help="import your module first, so that files may name its classes")  # fmt: skip
+                     help="import this module first, so that options and files may name its classes")  # fmt: skip
     return out
 
 
@@ -102,7 +102,7 @@ def wide_console(least: int = 200) -> "Console":
 def refuse_no_page(path: Path | None, option: str) -> None:
     """Raise InputError for a path that does not end with .html or .htm, or is a folder. Call it before any work."""
     if path is not None and (path.suffix.lower() not in (".html", ".htm") or path.is_dir()):
-        raise InputError(f"{option} {path}: a page is written; name a file that ends with .html")
+        raise InputError(f"{option} {path}: the output is a page; name a file that ends with .html")
 
 
 def cores(asked: int | None) -> int:

@@ -94,7 +94,7 @@ def describe(argv: list[str]) -> "Facts":
 
     cli = parse(argv)
     if not isinstance(cli.model, Diffusion) or isinstance(cli.model, PriorModule):
-        raise InputError(f"the config makes a {type(cli.model).__name__}, which is no model of images")
+        raise InputError(f"the config makes a {type(cli.model).__name__}, which is not a model of images")
     module, states = cli.model, cli.model.states
     trainer: Any = cli.trainer
     every = trainer.val_check_interval if trainer.check_val_every_n_epoch is None else None
@@ -108,8 +108,8 @@ def describe(argv: list[str]) -> "Facts":
     said = asked not in ("auto", "-1", -1)
     if said and trainer.world_size > 1 and not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise InputError(
-            f"trainer.devices: {trainer.world_size} devices would be served by processes that repeat the command line, "
-            "which is that of the fleet's worker. Set trainer.strategy: ddp_fork (or ddp_spawn), or trainer.devices: 1"
+            f"trainer.devices: {trainer.world_size} devices need processes that repeat the command line, which here "
+            "is that of the fleet's worker. Set trainer.strategy: ddp_fork (or ddp_spawn), or trainer.devices: 1"
         )
     if module.warm_start and holds_weights(Path(module.warm_start)):
         refuse_start(module.denoiser, module.warm_start)

@@ -59,7 +59,7 @@ class Network(Part, nn.Module):
 
     def at_index(self, index: int) -> "Network":
         """Return a time-agnostic network that equals this one at ``index``: its weights absorb the time embedding."""
-        raise InputError(f"{type(self).__name__} has no at_index: it cannot start a time-agnostic expert warm")
+        raise InputError(f"{type(self).__name__} has no at_index: a time-agnostic expert cannot start warm from it")
 
     def example(self, n: int = 1) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return example inputs (x, index, label) with the shapes and dtypes that training uses.
@@ -78,7 +78,7 @@ class Network(Part, nn.Module):
         if not self.sees_state:
             return torch.zeros(len(x), dtype=torch.long, device=x.device)
         if index is None:
-            raise InputError(f"this {type(self).__name__} is conditioned on the state: give the original index")
+            raise InputError(f"this {type(self).__name__} is conditioned on the state: pass the original index")
         return index
 
     def labels(self, x: Tensor, label: Tensor | None) -> Tensor | None:

@@ -19,7 +19,7 @@ from lightning_tdisent.networks.network import Network, evaluating
 
 _REMEDY = (
     "Give every argument that changes the network a name in __init__ (not **kwargs, which dict_kwargs fills), keep it "
-    "as an attribute of this name as it was given, and keep what is drawn or changed later in buffers of the state dict"
+    "unchanged as an attribute of that name, and keep random or later changed values in buffers of the state dict"
 )
 
 
@@ -90,8 +90,8 @@ def faithful(network: Network) -> Network:
     each = dict(network.named_parameters())
     if tied := [key for key, _ in network.named_parameters(remove_duplicate=False) if key not in each]:
         raise InputError(
-            f"{name}: {', '.join(tied[:4])}: weights that another name has as well (tied weights). A file keeps a "
-            "weight for each name, so they would part when it is loaded; use the one module in both places"
+            f"{name}: {', '.join(tied[:4])}: weights that also have another name (tied weights). A file stores one "
+            "weight per name, so loading it would untie them; use the same module object in both places"
         )
     with _own_randomness(0x5EED):
         other = rebuild(network, without_weights)
@@ -127,7 +127,7 @@ def faithful(network: Network) -> Network:
         if not isinstance(out, Tensor) or out.shape != x.shape:
             found = list(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
             raise InputError(
-                f"{name}: for an input of shape {list(x.shape)} its output is {found}; a network says one value for "
+                f"{name}: for an input of shape {list(x.shape)} its output is {found}; a network returns one value for "
                 "each value of its input, in the same shape"
             )
         return out
@@ -136,12 +136,12 @@ def faithful(network: Network) -> Network:
     if not _same(mine, output(other)):
         if not _same(mine, output(network)):
             raise InputError(
-                f"{name}: two calls with one input, in eval mode and from one random state, give other outputs; a "
-                "network must be a function of its input and its weights"
+                f"{name}: two calls with one input, in eval mode and with the same random state, give different "
+                "outputs; a network must be a function of its input and its weights"
             )
         raise InputError(
             f"{name}: the network built from its arguments {_arguments(network)} has the same weights but other "
-            f"outputs: what is trained could not be loaded again{_differing(network, other)}. {_REMEDY}"
+            f"outputs, so a trained model could not be loaded{_differing(network, other)}. {_REMEDY}"
         )
     if not _near(mine, output(network, seed=1)):
         raise InputError(
@@ -151,7 +151,7 @@ def faithful(network: Network) -> Network:
     if not _near(mine[:1], output(network, n=1)):
         raise InputError(
             f"{name}: its output for an image depends on the other images of the batch: an image would not be a "
-            "function of its seed. Take statistics over each image alone (dimensions 1 and up)"
+            "function of its seed. Compute statistics over each image separately (dimensions 1 and up)"
         )
     return other
 
@@ -187,8 +187,8 @@ def _refuse_other_weights(name: str, mine: dict[str, Tensor], theirs: dict[str, 
         pairs = [f"{key} {shapes[0].get(key, 'none')}, rebuilt {shapes[1].get(key, 'none')}" for key in odd[:6]]
         more = f" and {len(odd) - 6} more" if len(odd) > 6 else ""
         raise InputError(
-            f"{name}: the network built from its arguments has other weights: {'; '.join(pairs)}{more}: what is "
-            f"trained could not be loaded again. {_REMEDY}"
+            f"{name}: the network built from its arguments has other weights: {'; '.join(pairs)}{more}, so a "
+            f"trained model could not be loaded. {_REMEDY}"
         )
 
 
@@ -199,8 +199,8 @@ def _refuse_signature(network: Network) -> None:
         signature.bind(None, None, None)
     except TypeError:
         raise InputError(
-            f"{type(network).__name__}.forward{signature} cannot be called as forward(x, index, label); take these "
-            "three (index is None for a network that does not see the state, label None without classes)"
+            f"{type(network).__name__}.forward{signature} cannot be called as forward(x, index, label); it must accept "
+            "these three (index is None for a time-agnostic network, label is None without classes)"
         ) from None
     except ValueError:  # a callable without a signature
         return

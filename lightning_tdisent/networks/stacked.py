@@ -33,7 +33,7 @@ def stack(networks: Sequence[Network]) -> tuple[Network, dict[str, Tensor]]:
     makes = [spec(network) for network in networks]
     other = next((make for make in makes if make != makes[0]), None)
     if other is not None:
-        raise InputError(f"networks of different makes cannot be stacked: {makes[0]} and {other}")
+        raise InputError(f"networks with different arguments cannot be stacked: {makes[0]} and {other}")
     named = [dict(network.named_parameters()) for network in networks]
     weights = {name: torch.stack([n[name].detach() for n in named]).requires_grad_() for name in named[0]}
     network = copy.deepcopy(networks[0]).requires_grad_(requires_grad=False)

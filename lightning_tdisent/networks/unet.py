@@ -41,16 +41,16 @@ class UNet(Network):
         halvings = 2 ** (len(channels) - 1)
         if height % halvings or width % halvings:
             raise InputError(
-                f"{len(channels)} resolutions halve {height}x{width} to a fraction; use sides divisible by {halvings}"
+                f"{height}x{width} cannot be halved to {len(channels)} resolutions; use sides divisible by {halvings}"
             )
         if any(c % groups for c in channels):
             raise InputError(f"groups: {groups} does not divide every width of channels: {channels}")
         if any(not 0 <= level < len(channels) for level in self.attention):
-            raise InputError(f"attention: {attention} names resolutions outside 0..{len(channels) - 1}")
+            raise InputError(f"attention: {attention} contains resolutions outside 0..{len(channels) - 1}")
         if (self.sees_state or classes is not None) and any(c == groups for c in channels):
             raise InputError(
-                f"groups: {groups} gives channels: {channels} groups of one channel, whose normalisation cancels the "
-                "embedding of state and class; use a smaller number of groups"
+                f"groups: {groups} with channels: {channels} makes groups of one channel, whose normalisation cancels "
+                "the embedding of state and class; use fewer groups"
             )
         kind = ["Attn" if level in self.attention else "" for level in range(len(channels))]
         self.net = UNet2DModel(

@@ -31,7 +31,7 @@ class Flow(Prior):
         self.levels, self.blocks, self.hidden = levels, blocks, hidden
         if not 0 <= levels <= 16 or min(blocks, hidden) < 1:
             raise InputError(
-                f"prior Flow: levels {levels} is from 0 to 16, blocks {blocks} and hidden {hidden} 1 at least"
+                f"prior Flow: levels {levels} must be 0 to 16, blocks {blocks} and hidden {hidden} at least 1"
             )
         self.flow: Any = None
         if shape is not None:
@@ -45,10 +45,10 @@ class Flow(Prior):
         self.shape = list(shape)
         C, H, W = self.shape
         if self.levels == 0 and self.size < 2:
-            raise InputError(f"prior Flow: couplings want 2 values at least, the shape {self.shape} has {self.size}")
+            raise InputError(f"prior Flow: couplings need at least 2 values, the shape {self.shape} has {self.size}")
         if H % 2**self.levels or W % 2**self.levels:
             raise InputError(
-                f"prior Flow: {self.levels} levels want sides that are divisible by {2**self.levels}, the shape is "
+                f"prior Flow: {self.levels} levels need sides that are divisible by {2**self.levels}, the shape is "
                 f"{self.shape}; set levels to {_most(H, W)} or less"
             )
         try:
@@ -100,7 +100,7 @@ class Flow(Prior):
 
     def fit(self, x0: Tensor, a: float, b: float, eps: Tensor | None = None) -> list[str]:
         """Raise InputError: a flow is trained, not fitted."""
-        raise InputError("prior Flow is trained: fit with lightning_tdisent.PriorModule")
+        raise InputError("prior Flow is trained, not fitted: use the command fit with lightning_tdisent.PriorModule")
 
     def to_latents(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return latents of x (B, C, H, W), coarsest first, and log |det dz/dx| (B,), in the dtype of the weights."""
@@ -142,7 +142,7 @@ class Flow(Prior):
 
     def _refuse_unbuilt(self) -> None:
         if self.flow is None:
-            raise InputError("prior Flow has no shape yet: give it shape, (C, H, W), or call build")
+            raise InputError("prior Flow has no shape yet: pass shape, (C, H, W), or call build")
 
 
 def _most(H: int, W: int) -> int:

@@ -31,7 +31,7 @@ class Gaussian(Prior):
     def __init__(self, shape: Sequence[int] | None = None, rank: int | None = None, low: int | None = None) -> None:
         super().__init__(shape)
         if rank is not None and low is not None:
-            raise InputError("prior Gaussian: rank and low are two ways to have fewer numbers; give one")
+            raise InputError("prior Gaussian: rank and low both reduce the number of parameters; give only one")
         refuse_numbers(type(self).__name__, **{k: v for k, v in (("rank", rank), ("low", low)) if v is not None})
         self.rank, self.low = rank, low
         for name in ("mean", "basis", "variances", "rest"):
@@ -69,7 +69,7 @@ class Gaussian(Prior):
         if len(flat) - 1 < wanted:
             notes.append(
                 f"{len(flat):,} images for {wanted:,} directions: their covariance has rank {len(flat) - 1:,} at most, "
-                "and says nothing of the others; take more images, or set rank or low to fewer"
+                "and no information on the other directions; use more images, or a smaller rank or low"
             )
         return notes
 
@@ -79,7 +79,7 @@ class Gaussian(Prior):
             if self.rank is None and size > LARGEST:
                 raise InputError(
                     f"prior Gaussian: the covariance of {size:,} values has {size * size:,} numbers; set rank (e.g. "
-                    "256), or low, the frequencies that vary together (e.g. 8)"
+                    "256), or low, the number of correlated frequencies per side (e.g. 8)"
                 )
             return torch.arange(size)
         C, H, W = self.shape or (0, 0, 0)

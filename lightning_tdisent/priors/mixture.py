@@ -51,7 +51,7 @@ class Mixture(Gaussian):
         refuse_numbers("Mixture", components=components, dimension=dimension, iterations=iterations, draws=draws)
         if covariance not in ("full", "diag") or not isinstance(seed, int) or seed < 0:
             raise InputError(
-                f"prior Mixture: covariance {covariance!r} is full or diag, seed {seed!r} a number from 0 on"
+                f"prior Mixture: covariance {covariance!r} must be full or diag, seed {seed!r} an integer >= 0"
             )
         for name in ("weights", "means", "factors"):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
@@ -100,7 +100,7 @@ class Mixture(Gaussian):
         values, vectors = torch.linalg.eigh(found if self.covariance == "full" else torch.diag_embed(found))
         floor = max(0.5 * b * b, FLOOR)  # the noise alone has variance b^2; a single component may be narrower
         if narrow := int((values.min(1).values < floor).sum()):
-            notes.append(f"{narrow} components fell in on few samples, and were widened to half of the noise")
+            notes.append(f"{narrow} components collapsed to few samples; variances were raised to half the noise's")
         wide = vectors * values.clamp_min(floor)[:, None] @ vectors.mT
         self.factors = torch.linalg.cholesky(wide)
         notes.append(f"{int(kept.sum())} of {self.components} components have weights above {DROPPED:g}")

@@ -38,7 +38,7 @@ class Prior(Part, nn.Module, ABC):
         """
         shape = list(x0.shape[1:])
         if self.shape not in (None, shape):
-            raise InputError(f"the prior's shape is {self.shape}, the data has {shape}; leave it out")
+            raise InputError(f"the prior's shape is {self.shape}, the data has {shape}; do not set shape")
         self.shape = shape
         return []
 
@@ -90,7 +90,7 @@ def normal_log_prob(values: Tensor, variances: Tensor) -> Tensor:
 def refuse_numbers(what: str, **numbers: Any) -> None:
     """Raise InputError for values that are not integers >= 1; what: name of the prior."""
     if odd := [f"{k} {v!r}" for k, v in numbers.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]:
-        raise InputError(f"prior {what}: {', '.join(odd)}: whole numbers from 1 on are wanted")
+        raise InputError(f"prior {what}: {', '.join(odd)}: expected integers >= 1")
 
 
 def refuse_shape(x0: Tensor, least: int, what: str) -> None:
@@ -98,4 +98,4 @@ def refuse_shape(x0: Tensor, least: int, what: str) -> None:
     if len(x0) < least:
         raise InputError(f"{what} wants {least:,} images at least, there are {len(x0):,}")
     if not x0.isfinite().all():
-        raise InputError(f"{what}: the data holds values that are not finite")
+        raise InputError(f"{what}: the data contains values that are not finite")

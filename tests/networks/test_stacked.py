@@ -133,7 +133,7 @@ def test_nothing_stands_against_these(make):
 
 def test_other_makes_are_refused_and_the_networks_left_as_they_were():
     one, other = UNet(**U), UNet(**{**U, "layers": 2})
-    with pytest.raises(InputError, match=r"different makes cannot be stacked.*'layers': 1.*'layers': 2"):
+    with pytest.raises(InputError, match=r"different arguments cannot be stacked.*'layers': 1.*'layers': 2"):
         stack([one, other])
     before = {k: v.clone() for k, v in one.state_dict().items()}
     _, weights = stack([one, one])

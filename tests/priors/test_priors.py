@@ -162,12 +162,12 @@ def test_a_mixture_of_one_is_the_gaussian_of_its_samples():
     [
         (lambda: Mixture(components=20, dimension=4), 50, "20 components in 4 dimensions wants 100 images .* are 50"),
         (lambda: Mixture(components=0), 50, "components 0"),
-        (lambda: Mixture(covariance="tied"), 50, "covariance 'tied' is full or diag"),
-        (lambda: Mixture(components=2.5), 50, r"components 2\.5: whole numbers from 1 on"),
-        (lambda: Mixture(seed=-1), 50, "seed -1 a number from 0 on"),
+        (lambda: Mixture(covariance="tied"), 50, "covariance 'tied' must be full or diag"),
+        (lambda: Mixture(components=2.5), 50, r"components 2\.5: expected integers >= 1"),
+        (lambda: Mixture(seed=-1), 50, "seed -1 an integer >= 0"),
         (lambda: Gaussian(shape=[1, 2, 2]), 50, r"shape is \[1, 2, 2\], the data has \[2, 3, 3\]"),
-        (lambda: Gaussian(rank=2, low=2), 50, "give one"),
-        (lambda: Gaussian(rank=0), 50, "rank 0: whole numbers from 1 on"),
+        (lambda: Gaussian(rank=2, low=2), 50, "give only one"),
+        (lambda: Gaussian(rank=0), 50, "rank 0: expected integers >= 1"),
         (Gaussian, 1, "wants 2 images at least, there are 1"),
     ],
 )
