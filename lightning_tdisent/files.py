@@ -279,17 +279,17 @@ def whole(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
     """
     output_path(path)
     ask_guards(path)
-    beside = temporary(path)
+    unfinished = temporary(path)
     try:
-        with beside.open("xb") as stream:
+        with unfinished.open("xb") as stream:
             yield stream
             if sync:
                 stream.flush()
                 os.fsync(stream.fileno())
         ask_guards(path)
-        beside.replace(path)
+        unfinished.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     if sync:
         sync_folder(path.parent)
 
@@ -330,7 +330,7 @@ def remove_orphans(folder: Path, name: str = "*") -> None:
                 if str(began(int(owner[2]))) == owner[3]:
                     continue
             else:
-                now = _time_of(folder) if now is None else now
+                now = _file_system_time(folder) if now is None else now
                 if now - orphan.lstat().st_mtime < _DAY:
                     continue
             if orphan.is_dir() and not orphan.is_symlink():
@@ -343,7 +343,7 @@ def _host_mark() -> str:
     return digest(host())[:8]
 
 
-def _time_of(folder: Path) -> float:
+def _file_system_time(folder: Path) -> float:
     """Return the current time by the clock of the file system of a folder. Raises OSError if nothing can be written."""
     probe = temporary(folder / "clock")
     try:
@@ -355,7 +355,7 @@ def _time_of(folder: Path) -> float:
 
 def check_writable(folder: Path) -> None:
     """Raise OSError if files cannot be created in a folder."""
-    _time_of(folder)
+    _file_system_time(folder)
 
 
 def refuse_unwritable(folder: Path, remedy: str) -> None:

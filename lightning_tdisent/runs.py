@@ -52,7 +52,7 @@ class RunFolder:
         self._tidy = self._tidy and not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take()
+            self._acquire()
             # keep it open, so that its inode number is not reused for another folder
             self._folder = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             self._stack.callback(os.close, self._folder)
@@ -69,7 +69,7 @@ class RunFolder:
         with contextlib.suppress(Lost, OSError):
             self.check()
             if self._tidy and not (self.path / CONFIG).exists():  # refused before it started
-                self._clear()
+                self._remove_files()
         self._stack.close()
         _HELD.pop(str(self.path), None)
         if self._lock is not None:
@@ -80,21 +80,21 @@ class RunFolder:
 
         quick: skip reading the lock if the path still refers to the same folder.
         """
-        if quick and self._same():
+        if quick and self._is_same_folder():
             return
         try:
             holder = _read(self.path / LOCK)
         except OSError:  # disk or network failure: nobody has taken a folder that cannot be read
-            if self._same():
+            if self._is_same_folder():
                 return
             holder = None
         if holder is not None and holder.get("token") == self._token:
             return
-        if holder is None and not self._lost and self._same():  # only the lock file was removed
-            self._take()
+        if holder is None and not self._lost and self._is_same_folder():  # only the lock file was removed
+            self._acquire()
             return
         self._lost = True
-        now = f"it is held by {_said(holder)} now" if holder else "it was removed or moved during the training"
+        now = f"it is held by {_describe(holder)} now" if holder else "it was removed or moved during the training"
         raise Lost(
             f"run: {self.path}: this training{f' (run {self.run})' if self.run else ''} has lost its folder: {now}. "
             "It ends, and writes nothing there; its last checkpoint is in the folder that it had, wherever that is now"
@@ -106,13 +106,13 @@ class RunFolder:
         if self._lock is not None and not self._lock.closed:  # it is closed in a forked process
             self._write(self._lock)
 
-    def _same(self) -> bool:
+    def _is_same_folder(self) -> bool:
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._folder))
         except OSError:
             return False
 
-    def _take(self) -> None:
+    def _acquire(self) -> None:
         """Open the lock file without following links, and lock it. Raises Busy if another process holds it."""
         file, holder = self.path / LOCK, None
         while True:
@@ -121,7 +121,7 @@ class RunFolder:
                 holder = _read(file)
             try:
                 locked = _flock(lock)
-                if not locked and holder and _runs(holder):
+                if not locked and holder and _is_running(holder):
                     raise BlockingIOError
             except BlockingIOError:
                 lock.close()
@@ -131,7 +131,7 @@ class RunFolder:
                     self._token, self.run = holder["token"], holder["run"]  # a rank that the holder started
                     return
                 raise Busy(
-                    f"run: {self.path} is in use by {_said(holder)}. Wait for it, or choose another --run"
+                    f"run: {self.path} is in use by {_describe(holder)}. Wait for it, or choose another --run"
                 ) from None
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(file), os.fstat(lock.fileno())):
@@ -139,7 +139,7 @@ class RunFolder:
             lock.close()  # the previous holder has just removed it: open the new file
         if not locked and holder and holder.get("host") != host():
             print(
-                f"note: {self.path}: this file system has no locks; last held by {_said(holder)}. If that "
+                f"note: {self.path}: this file system has no locks; last held by {_describe(holder)}. If that "
                 "process is still training, it ends at its next save",
                 file=sys.stderr,
             )
@@ -152,7 +152,7 @@ class RunFolder:
         os.pwrite(lock.fileno(), content, 0)
         os.ftruncate(lock.fileno(), len(content))
 
-    def _clear(self) -> None:
+    def _remove_files(self) -> None:
         for litter in (self.path / LOCK, self.path / "hparams.yaml", *self.path.glob("events.out.tfevents.*")):
             litter.unlink(missing_ok=True)
         for folder in (self.path / CHECKPOINTS, self.path):
@@ -218,8 +218,8 @@ def busy(path: str | Path) -> str:
         with contextlib.suppress(OSError):
             holder = _read(file)
         with contextlib.suppress(BlockingIOError):
-            return _said(holder) if not _flock(lock) and holder and _runs(holder) else ""
-    return _said(holder)
+            return _describe(holder) if not _flock(lock) and holder and _is_running(holder) else ""
+    return _describe(holder)
 
 
 def _open(file: Path, flags: int) -> BinaryIO:
@@ -267,13 +267,13 @@ def _read(file: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and content != {"said": ""} else {}
 
 
-def _runs(holder: dict[str, Any]) -> bool:
+def _is_running(holder: dict[str, Any]) -> bool:
     """Return whether the holder is a process of this machine that is still running."""
     pid = holder.get("pid")
     return holder.get("host") == host() and isinstance(pid, int) and began(pid) == holder.get("began")
 
 
-def _said(holder: dict[str, Any] | None) -> str:
+def _describe(holder: dict[str, Any] | None) -> str:
     if not holder or "pid" not in holder:
         return (holder or {}).get("said") or "another process"
     name = str(holder.get("host", "")).partition("/")[0] or socket.gethostname()

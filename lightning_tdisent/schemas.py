@@ -95,10 +95,10 @@ def check_fields(cls: type, data: Mapping[str, Any], where: str, kinds: Kinds) -
     needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
     if lost := [name for name in needed if name not in data]:
         raise InputError(f"{where}: damaged: its card lacks {', '.join(lost)}")
-    if odd := sorted(data.keys() - {f.name for f in fields}):
+    if unknown := sorted(data.keys() - {f.name for f in fields}):
         raise InputError(
-            f"{where}: its card has {', '.join(odd)[:200]}, which this version ({__version__}) does not know; it was "
-            f"written by version {data.get('version')!r:.20}. Upgrade lightning_tdisent"
+            f"{where}: its card has {', '.join(unknown)[:200]}, which this version ({__version__}) does not know; "
+            f"it was written by version {data.get('version')!r:.20}. Upgrade lightning_tdisent"
         )
     if wrong := [name for name, fits in kinds.items() if name in data and not fits(data[name])]:
         raise InputError(f"{where}: damaged: its card says {wrong[0]}: {data[wrong[0]]!r:.100}")
@@ -131,11 +131,11 @@ def differences(theirs: Any, mine: Any, there: str = "there", now: str = "now") 
     # compared as JSON text, so that 1 differs from true and NaN equals NaN
     texts = [{key: json.dumps(value, default=str) for key, value in data.items()} for data in (a, b)]
     return [
-        f"{k}: {_said(a, k)} {there}, {_said(b, k)} {now}" for k in {**a, **b} if texts[0].get(k) != texts[1].get(k)
+        f"{k}: {_shown(a, k)} {there}, {_shown(b, k)} {now}" for k in {**a, **b} if texts[0].get(k) != texts[1].get(k)
     ]
 
 
-def _said(data: dict[str, Any], key: str) -> str:
+def _shown(data: dict[str, Any], key: str) -> str:
     return repr(data[key]) if key in data else "nothing"
 
 

@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         argv = [expand_word(word, braces=argv[0] not in LIGHTNING) for word in argv]
-        if odd := [word for word in argv if any("\ud800" <= c <= "\udfff" for c in word)]:
-            raise InputError(f"{odd[0]!a}: is not UTF-8. Rename the file or folder")
+        if invalid := [word for word in argv if any("\ud800" <= c <= "\udfff" for c in word)]:
+            raise InputError(f"{invalid[0]!a}: is not UTF-8. Rename the file or folder")
         keep_caches()  # before importing libraries that look up their cache folder
         if argv and argv[0] in LIGHTNING:
             from lightning_tdisent.lit.entry import run
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141
         raise
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _unread():
+        if isinstance(error, BrokenPipeError) and _reader_has_exited():
             return 141
         if not (isinstance(error, TimeoutError) and str(error)):  # for an unreachable network the message suffices
             traceback.print_exc()
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _unread() -> bool:
+def _reader_has_exited() -> bool:
     """Return whether the reader of our output has exited; if so, redirect the remaining output to the null device."""
     gone = False
     for stream in (sys.stdout, sys.stderr):

@@ -253,8 +253,8 @@ def _observations(a: argparse.Namespace, model: Any, seeds: range) -> "Observati
     states = model.states
     if a.observe is None:
         options = {"--mask": a.mask is not None, "--items": a.items is not None, "--put-back": a.put_back}
-        if odd := [name for name, given in options.items() if given]:
-            raise InputError(f"{', '.join(odd)}: belong to --observe, which is not given")
+        if misplaced := [name for name, given in options.items() if given]:
+            raise InputError(f"{', '.join(misplaced)}: belong to --observe, which is not given")
         if states.observation is not None:
             name = type(states.observation.operator).__name__
             raise InputError(
@@ -375,8 +375,8 @@ def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
         _merge(a, files)
         return
     chosen = {"--merge-weights": a.merge_weights != "uniform", "--merge-blocks": a.merge_blocks != "equal"}
-    if odd := [name for name, given in {**chosen, "--merge-data": a.merge_data}.items() if given]:
-        raise InputError(f"{', '.join(odd)}: belong to --merge K, which is not given")
+    if misplaced := [name for name, given in {**chosen, "--merge-data": a.merge_data}.items() if given]:
+        raise InputError(f"{', '.join(misplaced)}: belong to --merge K, which is not given")
     out = compose(files, a.out, a.fill, a.allow_mismatch)
     how = ["--fill", a.fill] if a.fill is not None else []
     how += [word for name in a.imports for word in ("--import", name)]

@@ -53,8 +53,8 @@ def of_file(data: dict[str, Any], shapes: Mapping[str, Sequence[int]], where: st
             network = build(data, Network)
     mine = {f"network.{name}": list(tensor.shape) for name, tensor in network.state_dict().items()}
     theirs = {name: list(shape) for name, shape in shapes.items()}
-    if odd := sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)):
-        raise InputError(f"{where}: weights do not fit the network named in the file: {', '.join(odd[:8])}")
+    if differing := sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)):
+        raise InputError(f"{where}: weights do not fit the network named in the file: {', '.join(differing[:8])}")
     if any(_holds_tensors(module) for module in network.modules()):
         return build(data, Network)
     return network
@@ -93,7 +93,7 @@ def faithful(network: Network) -> Network:
             f"{name}: {', '.join(tied[:4])}: weights that also have another name (tied weights). A file stores one "
             "weight per name, so loading it would untie them; use the same module object in both places"
         )
-    with _own_randomness(0x5EED):
+    with _seeded(0x5EED):
         other = rebuild(network, without_weights)
         state = network.state_dict()
         try:
@@ -116,7 +116,7 @@ def faithful(network: Network) -> Network:
 
     def output(of: Network, n: int = 2, seed: int = 0) -> Tensor:
         x, given = random_x[:n], [None if t is None else t[:n] for t in (index, label)]
-        with evaluating(of), _own_randomness(seed):
+        with evaluating(of), _seeded(seed):
             try:
                 out = functional_call(of, values, (x, *given))
             except (InputError, OSError, MemoryError, torch.OutOfMemoryError):
@@ -143,12 +143,12 @@ def faithful(network: Network) -> Network:
             f"{name}: the network built from its arguments {_arguments(network)} has the same weights but other "
             f"outputs, so a trained model could not be loaded{_differing(network, other)}. {_REMEDY}"
         )
-    if not _near(mine, output(network, seed=1)):
+    if not _close(mine, output(network, seed=1)):
         raise InputError(
             f"{name}: its outputs in eval mode are random (dropout without training=self.training, or noise): an image "
             "would not be a function of its seed"
         )
-    if not _near(mine[:1], output(network, n=1)):
+    if not _close(mine[:1], output(network, n=1)):
         raise InputError(
             f"{name}: its output for an image depends on the other images of the batch: an image would not be a "
             "function of its seed. Compute statistics over each image separately (dimensions 1 and up)"
@@ -163,7 +163,7 @@ def draws(network: Network) -> bool:
     The pass runs on a copy built from the `spec` of the network; network and generators do not change.
     """
     x, index, label = network.example(2)
-    with _own_randomness(0):
+    with _seeded(0):
         other = rebuild(network, without_weights)
         other.load_state_dict({k: v.clone() for k, v in network.state_dict().items()}, assign=True)
         other.to(x.device).train()
@@ -182,10 +182,10 @@ def _arguments(network: Network) -> str:
 
 def _refuse_other_weights(name: str, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     shapes = [{key: list(value.shape) for key, value in state.items()} for state in (mine, theirs)]
-    odd = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
-    if odd:
-        pairs = [f"{key} {shapes[0].get(key, 'none')}, rebuilt {shapes[1].get(key, 'none')}" for key in odd[:6]]
-        more = f" and {len(odd) - 6} more" if len(odd) > 6 else ""
+    differing = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
+    if differing:
+        pairs = [f"{key} {shapes[0].get(key, 'none')}, rebuilt {shapes[1].get(key, 'none')}" for key in differing[:6]]
+        more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
         raise InputError(
             f"{name}: the network built from its arguments has other weights: {'; '.join(pairs)}{more}, so a "
             f"trained model could not be loaded. {_REMEDY}"
@@ -213,7 +213,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= 1e-3 * a.abs().max())
 
 
-def _near(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor) -> bool:
     """Return whether two outputs are equal up to rounding."""
     bound = 1e-3 if a.dtype in (torch.float32, torch.float64) else 0.05
     return bool((a - b).nan_to_num().abs().max() <= bound * a.nan_to_num().abs().max())
@@ -240,7 +240,7 @@ def _differing(network: Network, other: Network) -> str:
 
 
 @contextlib.contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
+def _seeded(seed: int) -> Iterator[None]:
     """Seed the global random generators inside the context, and restore their states afterwards."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     others = random.getstate(), np.random.get_state()  # noqa: NPY002

@@ -43,8 +43,8 @@ def stack(networks: Sequence[Network]) -> tuple[Network, dict[str, Tensor]]:
             continue
         prefix = f"{path}." if path else ""
         done = (*done, prefix)
-        own = {name: weights[prefix + name] for name, _ in module.named_parameters()}
-        module.forward = _FORMS.get(type(module), _any)(module, own, len(networks))
+        module_weights = {name: weights[prefix + name] for name, _ in module.named_parameters()}
+        module.forward = _IMPLEMENTATIONS.get(type(module), _vmapped)(module, module_weights, len(networks))
     return network, weights
 
 
@@ -81,7 +81,7 @@ def obstacle(network: Network) -> str:
 
 def _convolution(module: Any, weights: dict[str, Tensor], S: int) -> Forward:
     if module.padding_mode != "zeros":
-        return _any(module, weights, S)
+        return _vmapped(module, weights, S)
     weight, bias = weights["weight"], weights.get("bias")
     options = (module.stride, module.padding, module.dilation, S * module.groups)
 
@@ -123,7 +123,7 @@ def _group_norm(module: Any, weights: dict[str, Tensor], S: int) -> Forward:
     return forward
 
 
-def _any(module: nn.Module, weights: dict[str, Tensor], S: int) -> Forward:
+def _vmapped(module: nn.Module, weights: dict[str, Tensor], S: int) -> Forward:
     """Run any layer with vmap: tensors as long as the first argument are batches, all other arguments are shared."""
     plain = copy.deepcopy(module)
 
@@ -137,7 +137,7 @@ def _any(module: nn.Module, weights: dict[str, Tensor], S: int) -> Forward:
     return forward
 
 
-_FORMS: dict[type, Callable[[Any, dict[str, Tensor], int], Forward]] = {
+_IMPLEMENTATIONS: dict[type, Callable[[Any, dict[str, Tensor], int], Forward]] = {
     nn.Conv2d: _convolution,
     nn.Linear: _linear,
     nn.GroupNorm: _group_norm,

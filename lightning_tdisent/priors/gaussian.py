@@ -46,8 +46,8 @@ class Gaussian(Prior):
         refuse_shape(x0, 2, "prior Gaussian")
         flat = x0.flatten(1).double()
         mean = flat.mean(0)
-        clean = self._forward(flat - mean)
-        chosen = self._chosen(clean.shape[1])
+        clean = self._to_coordinates(flat - mean)
+        chosen = self._correlated(clean.shape[1])
         wanted = min(self.rank or len(chosen), len(chosen))
         basis, found = _principal(clean[:, chosen], wanted)
         if self.low is not None:
@@ -73,7 +73,7 @@ class Gaussian(Prior):
             )
         return notes
 
-    def _chosen(self, size: int) -> Tensor:
+    def _correlated(self, size: int) -> Tensor:
         """Return the indices of the coordinates that are modelled as correlated."""
         if self.low is None:
             if self.rank is None and size > LARGEST:
@@ -89,11 +89,11 @@ class Gaussian(Prior):
             raise InputError(f"prior Gaussian: low {self.low} has {int(low.sum()):,} frequencies, at most {LARGEST:,}")
         return low.flatten().nonzero()[:, 0]
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _to_coordinates(self, x: Tensor) -> Tensor:
         """Transform flat x (B, D) to the coordinates in which it is modelled (orthonormal)."""
         return x if self.low is None else self._dct(x, inverse=False)
 
-    def _backward(self, y: Tensor) -> Tensor:
+    def _from_coordinates(self, y: Tensor) -> Tensor:
         return y if self.low is None else self._dct(y, inverse=True)
 
     def _dct(self, x: Tensor, inverse: bool) -> Tensor:
@@ -105,11 +105,11 @@ class Gaussian(Prior):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the coordinates (B, m) in the basis, and the log-density (B,) of the part outside the basis."""
-        y = self._forward(x.flatten(1).double() - self.mean)
+        y = self._to_coordinates(x.flatten(1).double() - self.mean)
         inside = y @ self.basis
         if self.low is not None:
             outside = torch.ones(self.size, dtype=torch.bool)
-            outside[self._chosen(self.size)] = False
+            outside[self._correlated(self.size)] = False
             return inside, normal_log_prob(y[:, outside], self.rest[outside])
         left = self.size - self.basis.shape[1]
         square = (y.square().sum(1) - inside.square().sum(1)).clamp_min(0)
@@ -126,16 +126,16 @@ class Gaussian(Prior):
         So a seed selects the same noise, and a corresponding image, with every prior.
         """
         assert self.shape is not None
-        z = self._forward(seed_noise(seeds, stream, self.shape).flatten(1).double())
+        z = self._to_coordinates(seed_noise(seeds, stream, self.shape).flatten(1).double())
         inside = z @ self.basis
         outside = (z - inside @ self.basis.T) * self.rest.sqrt()
-        return self._finish(self._inside(inside, seeds, stream), outside)
+        return self._to_image(self._from_normal(inside, seeds, stream), outside)
 
-    def _inside(self, z: Tensor, seeds: Sequence[int], stream: int) -> Tensor:
+    def _from_normal(self, z: Tensor, seeds: Sequence[int], stream: int) -> Tensor:
         return z * self.variances.sqrt()
 
-    def _finish(self, inside: Tensor, outside: Tensor) -> Tensor:
-        x = self._backward(outside + inside @ self.basis.T) + self.mean
+    def _to_image(self, inside: Tensor, outside: Tensor) -> Tensor:
+        x = self._from_coordinates(outside + inside @ self.basis.T) + self.mean
         return x.unflatten(1, self.shape or ()).float()
 
 

@@ -117,7 +117,7 @@ class Mixture(Gaussian):
         others, v = inside[:, p:], self.variances[p:]
         return each.logsumexp(0) - 0.5 * (others.square() / v + v.log() + LOG_2PI).sum(1) + outside
 
-    def _inside(self, z: Tensor, seeds: Sequence[int], stream: int) -> Tensor:
+    def _from_normal(self, z: Tensor, seeds: Sequence[int], stream: int) -> Tensor:
         p = self.means.shape[1]
         u = torch.special.ndtr(seed_noise(seeds, CHOICE + stream, [1])[:, 0].double())
         k = torch.searchsorted(self.weights.cumsum(0), u).clamp_max(len(self.weights) - 1)

@@ -89,8 +89,8 @@ def normal_log_prob(values: Tensor, variances: Tensor) -> Tensor:
 
 def refuse_numbers(what: str, **numbers: Any) -> None:
     """Raise InputError for values that are not integers >= 1; what: name of the prior."""
-    if odd := [f"{k} {v!r}" for k, v in numbers.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]:
-        raise InputError(f"prior {what}: {', '.join(odd)}: expected integers >= 1")
+    if wrong := [f"{k} {v!r}" for k, v in numbers.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]:
+        raise InputError(f"prior {what}: {', '.join(wrong)}: expected integers >= 1")
 
 
 def refuse_shape(x0: Tensor, least: int, what: str) -> None:
