@@ -148,7 +148,9 @@ def add_commands(commands: Commands) -> None:
                    help="one folder; or several of one study with other seeds, whose means go to --out")  # fmt: skip
     r.add_argument("--out", type=Path, help=".html file to write for several folders")
 
-    f = command(commands, "study", _study, "train, compose, sample, evaluate and report everything that a YAML lists")
+    f = command(
+        commands, "study", run_study, "train, compose, sample, evaluate and report everything that a YAML lists"
+    )
     f.add_argument("config", type=Path, help="YAML of the study, e.g. experiments/digits/quickstart.yaml")
     f.add_argument("--out", type=Path, help="output folder (default: from the YAML)")
     f.add_argument("--seed", type=int, help="seed of all trainings (default: from the YAML)")
@@ -424,8 +426,6 @@ def _export(a: argparse.Namespace) -> None:
 
 def _evaluate(a: argparse.Namespace) -> None:
     from lightning_tdisent.diffusion.spec import spec
-    from lightning_tdisent.metrics.likelihood import BOUND, ODE
-    from lightning_tdisent.metrics.lpips import LPIPS
     from lightning_tdisent.models.compose import MANIFEST, holds_weights, refuse_damaged
     from lightning_tdisent.studies.results import Study
 
