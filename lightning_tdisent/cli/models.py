@@ -103,9 +103,9 @@ def add_commands(commands: Commands) -> None:
     )
     e.add_argument("--reference", help="reference of distances: a split (default: the protocol's, train), or an .npz")
     e.add_argument("--protocol", required=True, help="digits, mnist, cifar10, random, adm, clean, torch-fidelity, ..")
-    e.add_argument("--metrics", help="comma-separated: fd, fd_infinity, is, kid, prdc, sfd (default: the protocol's); "
-                   "in addition bpd, bpd_ode: bits per dimension by the bound and by the ODE; lpips: for "
-                   "conditional models")  # fmt: skip
+    e.add_argument("--metrics", help="comma-separated: fd, fd_infinity, is, kid, prdc, sfd, and class paths of your own "
+                   "(default: the protocol's); in addition bpd, bpd_ode: bits per dimension by the bound and by the "
+                   "ODE; lpips: for conditional models")  # fmt: skip
     e.add_argument("--lpips-weights", help="file with the weights of LPIPS")
     e.add_argument("--bits-images", type=int, default=256, help="held-out images for bits per dimension (default 256)")
     e.add_argument("--decoder", choices=("discrete", "uniform", "density"), default="discrete",
@@ -426,6 +426,8 @@ def _export(a: argparse.Namespace) -> None:
 
 def _evaluate(a: argparse.Namespace) -> None:
     from lightning_tdisent.diffusion.spec import spec
+    from lightning_tdisent.metrics.likelihood import BOUND, ODE
+    from lightning_tdisent.metrics.lpips import LPIPS
     from lightning_tdisent.models.compose import MANIFEST, holds_weights, refuse_damaged
     from lightning_tdisent.studies.results import Study
 
@@ -451,11 +453,11 @@ def _evaluate(a: argparse.Namespace) -> None:
         for m in a.models
     ]
     asked = (a.metrics or "").split(",")
-    metrics = [name for name in asked if name and name not in ("bpd", "bpd_ode", "lpips")]
-    if a.lpips_weights and "lpips" not in asked:
+    metrics = [name for name in asked if name and name not in (BOUND.name, ODE.name, LPIPS.name)]
+    if a.lpips_weights and LPIPS.name not in asked:
         raise InputError("--lpips-weights: belongs to --metrics lpips, which is not given")
-    lpips = (a.lpips_weights or "") if "lpips" in asked else None
-    bits = {"bound": "bpd" in asked, "ode": "bpd_ode" in asked, "n": a.bits_images, "decoder": a.decoder}
+    lpips = (a.lpips_weights or "") if LPIPS.name in asked else None
+    bits = {"bound": BOUND.name in asked, "ode": ODE.name in asked, "n": a.bits_images, "decoder": a.decoder}
     options = {"residency": a.residency, "fill": a.fill, "batch_size": a.batch_size}
     options |= {"lpips": lpips}
     options |= {"bits": bits if bits["bound"] or bits["ode"] else None}
