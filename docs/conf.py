@@ -120,7 +120,11 @@ def convert_docstring(app, what, name, obj, options, lines):
         described |= {label for label, _ in items}
     for base in obj.__mro__[1:] if inspect.isclass(obj) else ():
         if base.__module__.startswith("lightning_tdisent"):
-            items = [item for text in texts(base.__doc__ or "") for item in arguments_in(text, parameters(base))[1]]
+            items = [
+                item
+                for text in texts(inspect.cleandoc(base.__doc__ or ""))
+                for item in arguments_in(text, parameters(base))[1]
+            ]
             new = [item for item in items if item[0] not in described and {*item[0].split(", ")} <= known]
             out += [f"Of ``{base.__name__}``:", "", *(bullet(*item) for item in new), ""] if new else []
             described |= {label for label, _ in new}
@@ -128,8 +132,8 @@ def convert_docstring(app, what, name, obj, options, lines):
 
 
 def texts(docstring):
-    """Return the paragraphs of a docstring, each as one line, and its indented blocks as they are."""
-    blocks = re.split(r"\n(?:[ \t]*\n)+", inspect.cleandoc(docstring))
+    """Return the paragraphs of a dedented docstring, each as one line, and its indented blocks as they are."""
+    blocks = re.split(r"\n(?:[ \t]*\n)+", docstring)
     indented = [all(row.startswith("    ") for row in block.splitlines()) for block in blocks]
     joined = [block if code else " ".join(block.split()) for block, code in zip(blocks, indented, strict=True)]
     return [text for text in joined if text]

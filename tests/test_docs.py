@@ -58,7 +58,7 @@ def test_what_a_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
     for block in blocks(page, "yaml"):
         assert isinstance(yaml.safe_load(block), dict)
-    for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text):
+    for target in re.findall(r"\]\(([^)\s#,]+)[^),]*\)", text):
         if "://" not in target and not target.startswith("_api/"):  # which is generated
             assert (page.parent / target).exists(), target
     for file in re.findall(

@@ -103,7 +103,7 @@ def add_commands(commands: Commands) -> None:
     )
     e.add_argument("--reference", help="reference of distances: a split (default: the protocol's, train), or an .npz")
     e.add_argument("--protocol", required=True, help="digits, mnist, cifar10, random, adm, clean, torch-fidelity, ..")
-    e.add_argument("--metrics", help="comma-separated: fd, fd_infinity, is, kid, prdc, sfd, and class paths of your own "
+    e.add_argument("--metrics", help="comma-separated: fd, fd_infinity, is, kid, prdc, sfd, class paths of your own "
                    "(default: the protocol's); in addition bpd, bpd_ode: bits per dimension by the bound and by the "
                    "ODE; lpips: for conditional models")  # fmt: skip
     e.add_argument("--lpips-weights", help="file with the weights of LPIPS")

@@ -61,8 +61,9 @@ class Metric(Part):
 
     name: what users ask for; columns: its numbers; needs: an output of the feature network (`Extracted`), pairs of
     generated and held-out images, or the likelihood of a model; asked_by: how users ask for it if not by the
-    ``metrics`` of a protocol; in_every_hash: whether its fields are part of every protocol's hash, whether it is asked
-    for or not. Fields of other metrics are part of it where they differ from their defaults.
+    ``metrics`` of a protocol; in_every_hash: whether its fields are part of every protocol's hash, even if it is not
+    asked for: only those of metrics of version 0.1.0 are, whose hashes must not change. Fields of other metrics are
+    part of the hash of protocols that ask for them, where they differ from their defaults.
     """
 
     name: ClassVar[str]

@@ -37,7 +37,7 @@ def test_gzipped_cifar10_is_streamed_whole_by_two_ranks_with_two_workers(prepare
     seen = []
     for rank in range(2):
         data = ImageShards(str(folder), batch_size=1000, train="test", resident=False, workers=2, seed=0)
-        data._place = lambda rank=rank: (rank, 2)
+        data._rank_and_world = lambda rank=rank: (rank, 2)
         loader = data.train_dataloader()
         assert len(loader) == 5
         seen += [number for batch in itertools.islice(loader, 5) for number in batch["id"].tolist()]

@@ -161,7 +161,7 @@ def test_what_it_refuses(network, folder, copy, few, tmp_path):
         DINOv2(str(tmp_path))
     with pytest.raises(InputError, match=r"no resize 'torch'"):
         DINOv2(str(folder), "torch")
-    with pytest.raises(InputError, match="not in 'bfloat16'"):
+    with pytest.raises(InputError, match="float32 or float64, got 'bfloat16'"):
         DINOv2(str(folder), dtype="bfloat16")
     with pytest.raises(InputError, match=f"SHA-256 {network.weights_sha256}, expected 00"):
         DINOv2(str(folder), sha256="00")

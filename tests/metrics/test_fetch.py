@@ -78,7 +78,7 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
 
 def test_a_url_is_no_cache(monkeypatch):
     monkeypatch.setenv("TDISENT_CACHE", "s3://bucket/cache")
-    with pytest.raises(InputError, match="TDISENT_CACHE: s3://bucket/cache: name a folder of this machine"):
+    with pytest.raises(InputError, match="TDISENT_CACHE: s3://bucket/cache: must be a folder on this machine"):
         weights.cache_folder()
 
 

@@ -181,7 +181,7 @@ def test_end_to_end_is_what_torch_fidelity_recorded(made):
 def test_what_it_refuses(made, file, few, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"no resize 'tf'.*Did you mean 'tf1'"):
         Inception(file[0], "tf", file[1])
-    with pytest.raises(InputError, match="not in 'float16'"):
+    with pytest.raises(InputError, match="float32 or float64, got 'float16'"):
         Inception(file[0], sha256=file[1], dtype="float16")
     with pytest.raises(InputError, match=f"{file[1]}, expected {KNOWN['inception'].sha256}"):
         Inception(file[0])

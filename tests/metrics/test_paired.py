@@ -296,7 +296,7 @@ def rank_of_two(rank, folder, queue):
         except InputError as error:
             said.append(str(error))
     quality = filled(batches_of(parts, torch.arange(18)[rank::2], 5))
-    with pytest.raises(InputError, match="jfd: two images"):
+    with pytest.raises(InputError, match="jfd: at least two images"):
         quality.compute()
     quality.reference(*(part[rank::2] for part in parts[1:3]))  # and then it goes on
     said.append(quality.compute())
@@ -469,7 +469,7 @@ class FakeLPIPS(nn.Module):
 
 def test_lpips_without_its_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(Unavailable, match=r"lpips: cannot be imported .*pip install lpips, which brings torchvision"):
+    with pytest.raises(Unavailable, match=r"lpips: cannot be imported .*pip install lpips, which brings a torchvision"):
         load_lpips()
     with pytest.raises(InputError, match="no net 'squeeze'; choose from alex, vgg"):
         load_lpips(net="squeeze")
@@ -488,7 +488,7 @@ def test_lpips_reads_a_file_that_is_there_and_downloads_none(tmp_path, monkeypat
         "other": torch.ones(1),
     }
     torch.save(weights, file := tmp_path / "x.pth")
-    with pytest.raises(InputError, match=r"x.pth has SHA-256 .*, expected 7be5be79..: another file"):
+    with pytest.raises(InputError, match=r"x.pth has SHA-256 .*, expected 7be5be79..: it is another file"):
         load_lpips(file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     monkeypatch.setitem(BACKBONES, "alex", (f"alexnet-{digest}.pth", 12))

@@ -436,7 +436,7 @@ def test_a_changed_byte_is_refused_and_measured_anew(cache, place):
     content = bytearray(file.read_bytes())
     content[int(place * len(content))] ^= 1
     file.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"refused \(.*computed anew"):
+    with pytest.warns(UserWarning, match=r"refused \(.*computed again"):
         again = cached(lambda i: real[i])[2]
     assert torch.equal(again.moments.covariance, first.moments.covariance)
     cached(lambda i: 1 / 0)  # and it has been mended

@@ -43,7 +43,8 @@ def own(tmp_path, monkeypatch):
     """Write the page's example as a module of this name, which can be imported."""
 
     def write(name, **changes):
-        (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+        blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+        (code,) = [block for block in blocks if "class MeanDistance" in block]
         for old, new in changes.items():
             assert old in code
             code = code.replace(old, new)
@@ -134,7 +135,8 @@ def test_a_changed_file_is_measured_again(own, models, digits, tmp_path):
 def test_a_training_logs_a_metric_of_ones_own(own, tmp_path, monkeypatch):
     monkeypatch.setenv("TDISENT_CACHE", str(tmp_path / "cache"))
     own("mean_distance")
-    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    found = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (text,) = [block for block in found if "SampleQuality" in block]
     (tmp_path / "quality.yaml").write_text(text, encoding="utf-8")
     configs = ["experiments/digits/reduced8.yaml", "experiments/ablate/smoke.yaml", tmp_path / "quality.yaml"]
     words = [word for config in configs for word in ("--config", str(config))]
