@@ -1,6 +1,7 @@
 """The documentation: its Python runs, its YAML parses, what it names exists, docstrings become what they should."""
 
 import importlib.util
+import inspect
 import re
 import sys
 import types
@@ -117,7 +118,7 @@ def test_arguments_of_a_base_are_described_with_those_of_a_class(conf):
     from lightning_tdisent import DDIM, SingleState
 
     for cls, own, inherited in ((DDIM, None, "steps"), (SingleState, "expert", "clip_norm")):
-        lines = cls.__doc__.splitlines()
+        lines = inspect.cleandoc(cls.__doc__).splitlines()
         conf.convert_docstring(None, "class", cls.__name__, cls, None, lines)
         names = re.findall(r"(?m)^- \*\*([\w\\, ]+)\*\*", "\n".join(lines))
         names = [name for item in names for name in item.replace("\\", "").split(", ")]
