@@ -187,13 +187,93 @@ def test_predict_names_its_data(capsys, tmp_path):
     ("words", "named"),
     [
         (["--device", "cuda:77"], "--device cuda:77"),
-        (["--sampler", "dpm", "--eta", "0.5"], "--eta 0.5 belongs to --sampler ddim"),
+        (["--sampler", "dpm", "--eta", "0.5"], "--eta 0.5 belongs to --sampler ddim, not to DPMSolver"),
+        (
+            ["--sampler", "dpn"],
+            "--sampler: there is no Sampler 'dpn'. Did you mean 'dpm'? There are ddim, ancestral, dpm,",
+        ),
+        (["--sampler", "DPMSolve"], "there is no Sampler 'DPMSolve'. Did you mean 'DPMSolver'?"),
+        (["--sampler", "UNet"], "there is no Sampler 'UNet'."),
+        (["--sampler", "lightning_tdisent.UNet"], "--sampler: lightning_tdisent.UNet is no Sampler."),
+        (["--sampler", "my_samplers.Heun"], "If you trust it, import it first (--import my_samplers"),
+        (["--sampler", "{class_path: DDIM, args: {}}"], "--sampler: unknown key 'args'. Did you mean 'init_args'?"),
+        (["--sampler", "{class_path: DDIM"], "--sampler: cannot be read: not valid YAML"),
+        (
+            ["--sampler.step", "4"],
+            "unexpected keyword argument 'step'. Did you mean 'steps'? It takes: eta, steps, clip",
+        ),
+        (["--sampler.steps", "2.5"], "sampler.steps: an integer, at least 1, got 2.5"),
+        (["--sampler.steps=many"], "sampler.steps: an integer, at least 1, got many"),
+        (["--sampler.steps"], "--sampler.steps: expected a value"),
+        (["--sampler.steps", "--put-back"], "--sampler.steps: expected a value"),
+        (["--steps", "2", "--sampler.steps", "2"], "--steps and --sampler.steps set the same argument"),
+        (["--sampler", "Ancestral", "--steps", "5"], "sampler.steps: 5 steps on a table of 4 rows"),
         (["--batch-size", "0"], "batch_size: at least 1"),
     ],
 )
 def test_wrong_options_of_sample(words, named, experts, capsys, tmp_path):
     folder = experts()[0].parents[1]
     assert named in refusal(capsys, "sample", folder, "--out", tmp_path / "x", *words)
+
+
+def images(capsys, folder, out, *words):
+    """Draw the images of two seeds and return their files and the line on the sampler."""
+    assert main(["sample", str(folder), "--out", str(out), "--seeds", "0:2", *words]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sampler: ")]
+    return [(out / f"{seed:06d}.png").read_bytes() for seed in range(2)], line.partition(" (set")[0]
+
+
+def test_a_sampler_has_a_nickname_a_name_and_a_class_path(experts, capsys, tmp_path):
+    folder = experts()[0].parents[1]
+    path = "lightning_tdisent.sampling.sampler.DPMSolver"
+    ways = [
+        ["--sampler", "dpm", "--steps", "3"],
+        ["--sampler", "DPMSolver", "--sampler.steps", "3"],
+        ["--sampler", path, "--sampler.init_args.steps=3"],
+        ["--sampler", json.dumps({"class_path": "DPMSolver", "init_args": {"steps": 3}})],
+        ["--sampler", f"{{class_path: {path}, init_args: {{steps: 4}}}}", "--sampler.steps=3", "--sampler.clip", "1e0"],
+    ]
+    drawn = [images(capsys, folder, tmp_path / str(k), *words) for k, words in enumerate(ways)]
+    assert all(one == drawn[0] for one in drawn)
+    assert drawn[0][1] == "sampler: DPMSolver, steps 3, clip 1.0"
+    ddim = images(capsys, folder, tmp_path / "ddim")
+    assert ddim[1] == "sampler: DDIM, eta 0.0, clip 1.0, every row"
+    assert ddim[0] != drawn[0][0]
+    free = images(capsys, folder, tmp_path / "free", "--sampler.clip", "null", "--eta", "0")
+    assert free[1] == "sampler: DDIM, eta 0.0, every row"
+
+
+MINE = """
+from lightning_tdisent.sampling.sampler import DDIM
+
+class Noisy(DDIM):
+    def __init__(self, share: float, steps: int | None = None) -> None:
+        super().__init__(share, steps)
+        self.share = share
+"""
+
+
+def test_a_sampler_of_ones_own_works_in_every_command_that_samples(experts, capsys, tmp_path, monkeypatch):
+    folder = experts()[0].parents[1]
+    (tmp_path / "my_samplers.py").write_text(MINE, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    expected, _ = images(capsys, folder, tmp_path / "ddim", "--eta", "0.25")
+    imported = ["--import", "my_samplers"]
+    for k, words in enumerate((["--sampler", "Noisy"], ["--sampler", "my_samplers.Noisy"])):
+        found = images(capsys, folder, tmp_path / str(k), *words, "--sampler.share", "0.25", *imported)
+        assert found == (expected, "sampler: Noisy, share 0.25, every row")
+    evaluate = ["evaluate", str(folder), "--data", "data/digits", "--protocol", "digits", "-n", "8", *imported]
+    out = tmp_path / "e"
+    assert main([*evaluate, "--out", str(out), "--sampler", "Noisy", "--sampler.share=0.25", "--steps", "2"]) == 0
+    (row,) = [r for r in json.loads((out / "results.json").read_text(encoding="utf-8")) if "sampler" in r]
+    assert row["sampler"].startswith("Noisy(")
+    assert row["nfe"] == 2
+    capsys.readouterr()
+    wrong = refusal(capsys, *evaluate, "--out", tmp_path / "x", "--sampler", "Noisyy", "--sampler.share=0.25")
+    assert "there is no Sampler 'Noisyy'. Did you mean 'Noisy'?" in wrong
+    wrong = refusal(capsys, *evaluate, "--out", tmp_path / "x", "--sampler", "Noisy", "--sampler.shard=0.25")
+    assert "Did you mean 'share'? It takes: share, steps" in wrong
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_exit_code_reaches_the_shell_without_a_traceback(cli):

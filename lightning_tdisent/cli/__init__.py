@@ -74,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise InputError(
                     f"there is no command {argv[0]!r}.{nearest(argv[0], known)} Commands: {', '.join(known)}"
                 )
-        arguments = parser().parse_args(argv)
+        sampler_arguments = dict[str, str]()
+        if argv[:1] in (["sample"], ["evaluate"]):
+            argv, sampler_arguments = models.split_sampler_arguments(argv)
+        arguments = parser().parse_args(argv, argparse.Namespace(sampler_arguments=sampler_arguments))
         for name, value in vars(arguments).items():
             for path in value if isinstance(value, list) else [value]:
                 if isinstance(path, Path):  # a local path; options that accept URLs have type str
@@ -112,12 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _reader_has_exited() -> bool:
     """Return whether the reader of our output has exited; if so, redirect the remaining output to the null device."""
-    gone = False
+    exited = False
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor
             poll = select.poll()
             poll.register(stream.fileno(), 0)
             if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-                gone = True
-    return gone
+                exited = True
+    return exited

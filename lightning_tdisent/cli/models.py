@@ -1,6 +1,7 @@
 """Commands on models: sample, compose, export, average, evaluate, prior, fetch, report and study."""
 
 import argparse
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from lightning_tdisent.sampling.sampler import Sampler
     from lightning_tdisent.studies.plan import Role
     from lightning_tdisent.studies.results import Study
+
+NICKNAMES = {"ddim": "DDIM", "ancestral": "Ancestral", "dpm": "DPMSolver"}  # of samplers
 
 
 def add_commands(commands: Commands) -> None:
@@ -162,9 +165,11 @@ def add_commands(commands: Commands) -> None:
 
 
 def _sampler_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--sampler", choices=("ddim", "ancestral", "dpm"), default="ddim",
-                         help="ddim (default; that of a run's config is not used), ancestral or dpm")  # fmt: skip
-    command.add_argument("--eta", type=float, default=0.0, help="of ddim: 0 deterministic .. 1 ancestral")
+    command.add_argument("--sampler", default="ddim", metavar="NAME",
+                         help="ddim (default), ancestral, dpm, or any sampler by its class name, its class path, or as "
+                         "{class_path: .., init_args: ..}; --sampler.KEY VALUE sets an argument of it. The sampler in "
+                         "the config of a run is not used")  # fmt: skip
+    command.add_argument("--eta", type=float, help="of ddim: 0 deterministic (default) .. 1 ancestral")
     command.add_argument("--steps", type=int, help="network evaluations (default: every row of the model's table)")
     command.add_argument("--batch-size", type=int, default=250, help="batch size of sampling (default 250)")
     command.add_argument("--residency", choices=("resident", "offload", "stream"), default="resident",
@@ -175,20 +180,66 @@ def _sampler_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ..")
 
 
+def split_sampler_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Take ``--sampler.KEY VALUE`` and ``--sampler.KEY=VALUE`` out of a command line of `sample` or `evaluate`.
+
+    Returns the other words, for argparse, which only knows options that are declared, and the values by key. Also takes
+    ``--sampler.init_args.KEY``, as `fit` does. Raises InputError for an option without a value.
+    """
+    rest, found, words = list[str](), dict[str, str](), iter(argv)
+    for word in words:
+        if not word.startswith("--sampler."):
+            rest.append(word)
+            continue
+        option, equals, value = word.partition("=")
+        value = value if equals else next(words, "")
+        if not value or (not equals and value.startswith("--")):
+            raise InputError(f"{option}: expected a value")
+        found[option.removeprefix("--sampler.").removeprefix("init_args.")] = value
+    return rest, found
+
+
 def _sampler(a: argparse.Namespace) -> "Sampler":
-    from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver
+    """Build the sampler of the options; one rule (`part_of`) serves these and the ``sampler:`` of studies."""
+    from lightning_tdisent.diffusion.spec import arguments
+    from lightning_tdisent.sampling.sampler import Sampler
+    from lightning_tdisent.studies.plan import part_of
 
-    if a.eta and a.sampler != "ddim":
-        raise InputError(f"--eta {a.eta:g} belongs to --sampler ddim, not to {a.sampler}")
-    if a.sampler == "ddim":
-        return DDIM(a.eta, a.steps)
-    return {"ancestral": Ancestral, "dpm": DPMSolver}[a.sampler](a.steps)
+    entry = _parsed(a.sampler, "--sampler") if a.sampler.lstrip().startswith("{") else a.sampler
+    more = {key: _parsed(value, f"--sampler.{key}") for key, value in a.sampler_arguments.items()}
+    for key, value in (("steps", a.steps), ("eta", a.eta)):
+        if value is not None and key in more:
+            raise InputError(f"--{key} and --sampler.{key} set the same argument; leave one out")
+    if a.steps is not None:
+        more["steps"] = a.steps
+    _, sampler = part_of(entry, "DDIM", Sampler, "--sampler", NICKNAMES, more)
+    if a.eta is None:
+        return sampler
+    if "eta" in arguments(type(sampler)):
+        return part_of(entry, "DDIM", Sampler, "--sampler", NICKNAMES, {**more, "eta": a.eta})[1]
+    if a.eta:
+        raise InputError(f"--eta {a.eta:g} belongs to --sampler ddim, not to {type(sampler).__name__}")
+    return sampler
 
 
-def _sampled_by(a: argparse.Namespace) -> str:
-    """Describe the sampler in one line: it is given by the options, not by the config of a run."""
-    eta, steps = f", eta {a.eta:g}" if a.sampler == "ddim" else "", f"{a.steps} steps" if a.steps else "every row"
-    return f"sampler: {a.sampler}{eta}, {steps} (by --sampler, --eta, --steps, whatever the config of a run says)"
+def _parsed(text: str, option: str) -> Any:
+    """Return the value of an option in JSON, or else in YAML, where 1e-3 is text."""
+    from lightning_tdisent.files import load_yaml
+
+    try:
+        return json.loads(text)
+    except ValueError:
+        return load_yaml(text, option)
+
+
+def _sampled_by(sampler: "Sampler") -> str:
+    """Describe the sampler in one line: it is set by the options, not by the config of a run."""
+    from lightning_tdisent.diffusion.spec import arguments
+
+    values = {name: getattr(sampler, name) for name in arguments(type(sampler)) if hasattr(sampler, name)}
+    steps = ["every row"] if values.get("steps", 0) is None else []
+    listed = [type(sampler).__name__, *(f"{k} {v}" for k, v in values.items() if v is not None), *steps]
+    return f"sampler: {', '.join(listed)} (set by options; the sampler in the config of a run is not used)"
 
 
 def _sample(a: argparse.Namespace) -> None:
@@ -211,6 +262,7 @@ def _sample(a: argparse.Namespace) -> None:
     if (a.out / CONFIG).exists() or holds_weights(a.out):
         raise InputError(f"--out {a.out} is the folder of a run or of weights; choose another for the images")
     use_device(a.device)
+    sampler = _sampler(a)
     loaded = (
         load_started(a.model, a.prior, a.residency, a.fill) if a.prior else load_model(a.model, a.residency, a.fill)
     )
@@ -219,7 +271,7 @@ def _sample(a: argparse.Namespace) -> None:
         print("a preview: " + ", ".join(f"row {s} is filled by {what}" for s, what in filled.items()))
     if a.prior and (note := model.check_label(a.label)):
         print(f"note: {note}")
-    refuse_unowned(str(a.model), model, _sampler(a))
+    refuse_unowned(str(a.model), model, sampler)
     if note := signal_note(model):
         print(f"note: {note}")
     if a.guidance is not None:
@@ -232,12 +284,12 @@ def _sample(a: argparse.Namespace) -> None:
     if a.label is not None and (model.classes is None or not 0 <= a.label < model.classes):
         raise InputError(f"--label {a.label}: the model has {model.classes or 'no'} classes")
     label = None if a.label is None else torch.full((len(seeds),), a.label, device=a.device)
-    print(_sampled_by(a))
+    print(_sampled_by(sampler))
     seen = _observations(a, model, seeds)
     given = None if seen is None else seen.y
     known = seen.kernel.expand(len(seen), -1, -1, -1) if seen is not None and a.put_back else None
     left, first = iter(seeds), list[torch.Tensor]()
-    for batch in sample(model, _sampler(a), seeds, a.batch_size, label, given=given, known=known):
+    for batch in sample(model, sampler, seeds, a.batch_size, label, given=given, known=known):
         if seen is not None and not first:
             seen.save(a.out / OBSERVATIONS)
         for image in batch.cpu():  # saved one by one, so that an interrupted command keeps them
@@ -286,8 +338,10 @@ def _range(text: str, option: str) -> range:
 
 
 def _prior(a: argparse.Namespace) -> None:
+    from lightning_tdisent.diffusion.spec import class_path
     from lightning_tdisent.fleet.plan import settings
     from lightning_tdisent.models.compose import holds_weights
+    from lightning_tdisent.priors.prior import Prior
     from lightning_tdisent.studies.plan import row_or_share
 
     if (a.out / PRIOR).exists():
@@ -295,8 +349,7 @@ def _prior(a: argparse.Namespace) -> None:
     if (a.out / CONFIG).exists() or holds_weights(a.out):
         raise InputError(f"--out {a.out} is the folder of a run or of weights; choose another for the prior")
     at = row_or_share(a.at, "--at")
-    path = a.kind if "." in a.kind else f"lightning_tdisent.{a.kind}"
-    part = {"class_path": path, "init_args": dict(settings(a.settings))}
+    part = {"class_path": class_path(a.kind, Prior), "init_args": dict(settings(a.settings))}
     _fit(str(a.model), at, part, a.data, a.split, a.n, a.out, a.label)
 
 
@@ -443,11 +496,12 @@ def _evaluate(a: argparse.Namespace) -> None:
             f"{', '.join(missing)}: not there. Name run folders, files of weights, checkpoints, composites, or folders "
             "or shards of images"
         )
+    sampler = _sampler(a)
     contenders = [
         {
             "name": str(m),
             "source": str(m),
-            "sampler": spec(_sampler(a)) if holds_weights(m) else None,
+            "sampler": spec(sampler) if holds_weights(m) else None,
             **({"prior": a.prior} if a.prior else {}),
         }
         for m in a.models
@@ -470,7 +524,7 @@ def _evaluate(a: argparse.Namespace) -> None:
         refuse_damaged([c["source"] for c in contenders if c["sampler"]])
         study.check()
         if int(os.environ.get("RANK", 0)) == 0 and any(contender["sampler"] for contender in contenders):
-            print(_sampled_by(a))
+            print(_sampled_by(sampler))
         _finish(study)
 
 

@@ -10,7 +10,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -275,6 +275,45 @@ def first_name(data: Any) -> Any:
     return out
 
 
+def class_path(name: str, base: type[Part], aliases: Mapping[str, str] | None = None) -> str:
+    """Return the class path of a class that a config or an option names.
+
+    name: a class path, which is returned as it is; the name of a public class of this package; or the name of any
+    other loaded class, such as one of a module given by --import. A class given by its name is derived from ``base``.
+    aliases: further names, mapped to names of these kinds. Raises InputError for an unknown name, with the nearest one,
+    and for a name that several loaded classes have.
+    """
+    aliases = aliases or {}
+    name = aliases.get(name, name)
+    if "." in name:
+        return name
+    public = getattr(sys.modules[PACKAGE], name, None)
+    if inspect.isclass(public) and issubclass(public, base):
+        return f"{PACKAGE}.{name}"
+    loaded = _loaded(base)
+    found = sorted(path for path in loaded if path.rpartition(".")[2] == name)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"several loaded classes are called {name}; give a class path: {', '.join(found)}")
+    names = list(dict.fromkeys([*aliases, *sorted(path.rpartition(".")[2] for path in loaded)]))
+    raise InputError(
+        f"there is no {base.__name__} {name!r}.{nearest(name, names)} There are {', '.join(names)}; for a class of "
+        "your own, import its module with --import MODULE"
+    )
+
+
+def _loaded(base: type[Any]) -> set[str]:
+    """Return the class paths of the loaded classes derived from ``base``, except abstract and local classes."""
+    paths = set[str]()
+    for cls in base.__subclasses__():
+        paths |= _loaded(cls)
+        reached = getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
+        if reached and not inspect.isabstract(cls):
+            paths.add(f"{cls.__module__}.{cls.__name__}")
+    return paths
+
+
 def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
     """Build a part from its `spec` and check that it is a ``base``.
 
@@ -294,7 +333,7 @@ def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
             raise InputError(f"this version has no class {path}") from None
     if module_name not in sys.modules:
         raise InputError(
-            f"the file names the class {path}, whose module is not loaded. If you trust it, import it first "
+            f"the class {path} is in a module that is not loaded. If you trust it, import it first "
             f"(--import {module_name} on the command line)."
         )
     cls = getattr(sys.modules[module_name], name, None)
@@ -313,6 +352,9 @@ def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
     except (InputError, OSError, MemoryError):
         raise
     except TypeError as error:
-        raise InputError(f"{path} cannot be built from {arguments!r:.300}: {error!s:.300}") from error
+        takes = list(_defaults(cls))
+        unknown = [name for name in arguments if name not in takes]
+        hint = f".{nearest(unknown[0], takes)} It takes: {', '.join(takes)}" if unknown else ""
+        raise InputError(f"{path} cannot be built from {arguments!r:.300}: {error!s:.300}{hint}") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, ValueError) as error:
         raise InputError(f"{path} cannot be built from {arguments!r:.300}: {said(error):.300}") from error

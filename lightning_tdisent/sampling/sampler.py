@@ -25,7 +25,7 @@ from lightning_tdisent.diffusion.process import (
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.diffusion.table import Table
-from lightning_tdisent.errors import InputError, NotFinite
+from lightning_tdisent.errors import InputError, NotFinite, check_number
 from lightning_tdisent.sampling.denoiser import Denoises
 from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.inputs import check_given, check_known, check_label, check_seeds
@@ -45,8 +45,8 @@ class Sampler(Part, ABC):
     """
 
     def __init__(self, steps: int | None = None, clip: float | None = 1.0) -> None:
-        if steps is not None and steps < 1:
-            raise InputError(f"sampler.steps: at least 1, got {steps}")
+        if steps is not None:
+            check_number("sampler.steps", steps, 1, whole=True)
         if clip is not None and not clip > 0:
             raise InputError(f"sampler.clip: a positive bound of x0_hat, or null for none, got {clip}")
         self.steps, self.clip = steps, clip

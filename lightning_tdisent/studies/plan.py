@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_tdisent.diffusion.spec import SomePart, build
+from lightning_tdisent.diffusion.spec import SomePart, build, class_path
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.diffusion.table import row_of
 from lightning_tdisent.errors import InputError, nearest
@@ -122,7 +122,7 @@ def plan(
         known(entry, PRIOR_KEYS, f"{file}: priors.{name}", required=tuple(PRIOR_KEYS))
         if str(entry["run"]) not in runs:
             raise InputError(f"{file}: priors.{name}.run: no run {entry['run']!r}.{nearest(str(entry['run']), runs)}")
-        part, prior = _parse_part(entry["prior"], "Gaussian", Prior, f"{file}: priors.{name}.prior")
+        part, prior = part_of(entry["prior"], "Gaussian", Prior, f"{file}: priors.{name}.prior")
         at = row_or_share(entry["at"], f"{file}: priors.{name}.at")
         if prior.learned:
             raise InputError(f"{file}: priors.{name}: {part['class_path']} is trained: make it a run with PriorModule")
@@ -134,7 +134,7 @@ def plan(
         if str(entry["run"]) not in runs:
             raise InputError(f"{where}.run: no run {entry['run']!r}.{nearest(str(entry['run']), runs)}")
         source = str(runs[str(entry["run"])])
-        part, _ = _parse_part(entry.get("sampler"), "DDIM", Sampler, f"{where}.sampler")
+        part, _ = part_of(entry.get("sampler"), "DDIM", Sampler, f"{where}.sampler")
         contenders.append({"name": name, "source": source, "sampler": part})
         if start := str(entry.get("prior") or ""):
             if start.startswith("cut:"):
@@ -330,17 +330,25 @@ def refuse_cuts(todo: Plan, describe: Callable[[list[str]], Any], fleets: dict[s
             raise InputError(f"{source}: {error}") from None
 
 
-def _parse_part(entry: Any, default: str, kind: type[SomePart], where: str) -> tuple[dict[str, Any], SomePart]:
-    """Return the class path and arguments of a part, and the part.
+def part_of(
+    entry: Any,
+    default: str,
+    kind: type[SomePart],
+    where: str,
+    aliases: Mapping[str, str] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], SomePart]:
+    """Return the class path with arguments, and the part itself, that an entry of a config or an option describes.
 
-    entry: short or full class path, a mapping of class_path and init_args, or None for the class ``default``.
+    entry: a name or a class path (see `spec.class_path`, also for ``aliases``), a mapping of ``class_path`` and
+    ``init_args``, or None for the class ``default``; more: further arguments, which replace those of the entry. Raises
+    InputError that begins with ``where``.
     """
     entry = {"class_path": entry} if isinstance(entry, str) else {"class_path": default} if entry is None else entry
     entry = known(entry, PART_KEYS, where, required=("class_path",))
-    path = entry["class_path"]
-    path = path if "." in path else f"lightning_tdisent.{path}"
-    part = {"class_path": path, "init_args": entry.get("init_args", {})}
     try:
+        path = class_path(entry["class_path"], kind, aliases)
+        part = {"class_path": path, "init_args": {**entry.get("init_args", {}), **(more or {})}}
         return part, build(part, kind)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
