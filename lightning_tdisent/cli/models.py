@@ -249,7 +249,7 @@ def _sample(a: argparse.Namespace) -> None:
     from lightning_tdisent.evaluation.pictures import save_png
     from lightning_tdisent.images import grid
     from lightning_tdisent.models.compose import holds_weights, load_model
-    from lightning_tdisent.models.start import load_started, signal_note
+    from lightning_tdisent.models.truncated import load_truncated, signal_note
     from lightning_tdisent.sampling.guidance import Guided, extras
     from lightning_tdisent.sampling.sample import sample
     from lightning_tdisent.sampling.sampler import refuse_unowned
@@ -264,7 +264,7 @@ def _sample(a: argparse.Namespace) -> None:
     use_device(a.device)
     sampler = _sampler(a)
     loaded = (
-        load_started(a.model, a.prior, a.residency, a.fill) if a.prior else load_model(a.model, a.residency, a.fill)
+        load_truncated(a.model, a.prior, a.residency, a.fill) if a.prior else load_model(a.model, a.residency, a.fill)
     )
     model: Any = loaded[0].to(a.device)
     if filled := extras(model).filled:
@@ -358,7 +358,7 @@ def _fit(
     label: int | None = None,
 ) -> None:  # fmt: skip
     """Fit a prior, write it, and print its row, the number of images and the notes of the fit."""
-    from lightning_tdisent.models.start import fit_to, save_prior
+    from lightning_tdisent.models.truncated import fit_to, save_prior
 
     use_device("cpu")
     prior, fitted = fit_to(model, at, part, data, split, n, label)

@@ -20,7 +20,8 @@ from lightning_tdisent.errors import InputError, nearest
 PACKAGE = __package__.split(".")[0]
 # modules that files of earlier versions name, and where their classes are now
 MOVED = {
-    f"{PACKAGE}.sampling.start": f"{PACKAGE}.models.start",
+    f"{PACKAGE}.sampling.start": f"{PACKAGE}.models.truncated",
+    f"{PACKAGE}.models.start": f"{PACKAGE}.models.truncated",
     f"{PACKAGE}.diffusion.bases": f"{PACKAGE}.diffusion.spaces",
 }
 # classes, or arguments by the class they belong to, that files of earlier versions name otherwise
@@ -270,7 +271,9 @@ def first_name(data: Any) -> Any:
     out = {key: first_name(value) for key, value in data.items()}
     if isinstance(path := out.get("class_path"), str):
         module, dot, name = path.rpartition(".")
-        back = {new: old for old, new in {**MOVED, **RENAMED}.items()}
+        back: dict[str, str] = {}
+        for old, new in {**MOVED, **RENAMED}.items():
+            back.setdefault(new, old)  # the oldest path is listed first
         out["class_path"] = back.get(path, back.get(module, module) + dot + name)
     return out
 

@@ -41,7 +41,7 @@ from lightning_tdisent.models.compose import find_files, load_model
 from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.cost import training_cost, with_prior
 from lightning_tdisent.models.residency import Residency
-from lightning_tdisent.models.start import Implicit, Started, load_started, prior_file, signal_note
+from lightning_tdisent.models.truncated import Implicit, TruncatedModel, load_truncated, prior_file, signal_note
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
 from lightning_tdisent.sampling.errors_by_row import has_signal, held_out_errors
 from lightning_tdisent.sampling.guidance import extras
@@ -57,7 +57,7 @@ class Contender:
 
     name: in the table; source: weights, or, without a sampler, images: a folder of them, or ``split`` of a data set;
     sampler: generates the images; residency, fill: of a composite, see `load_model`; prior: where the chain starts,
-    see `load_started`.
+    see `load_truncated`.
     """
 
     name: str
@@ -68,10 +68,10 @@ class Contender:
     fill: str | None = None
     prior: str | None = None
 
-    def load(self) -> tuple[Denoiser | CompositeDenoiser | Started, list[Card]]:
+    def load(self) -> tuple[Denoiser | CompositeDenoiser | TruncatedModel, list[Card]]:
         """Return the model and the cards of its files."""
         if self.prior is not None:
-            return load_started(self.source, self.prior, self.residency, self.fill)
+            return load_truncated(self.source, self.prior, self.residency, self.fill)
         return load_model(self.source, self.residency, self.fill)
 
 
@@ -113,7 +113,7 @@ def evaluate(
             contender.sampler.check(model[0].states)
             refuse_unowned(contender.name, model[0], contender.sampler)
             _check_labels(contender.name, model[0], held_out)
-            if isinstance(model[0], Started):
+            if isinstance(model[0], TruncatedModel):
                 model[0].check_label(None)  # refuses a prior of one class
             if bits:
                 refuse_components(model[0].states, str(contender.source))
@@ -126,7 +126,7 @@ def evaluate(
         except InputError as error:
             raise InputError(f"{name} ({found.n:,} images): {error}") from None
     models = [model[0] for model in loaded if model is not None]
-    common = _Common.of([m.states for m in models if not isinstance(m, Started)] or [m.states for m in models])
+    common = _Common.of([m.states for m in models if not isinstance(m, TruncatedModel)] or [m.states for m in models])
     given = {
         c.name: Given(model[0], held_out, quality, further=further)
         for c, model in zip(contenders, loaded, strict=True)
@@ -256,7 +256,7 @@ def _of_model(
             bad = ", ".join(name for name, e in zip(names, x0.tolist(), strict=True) if not math.isfinite(e))
             scored = scored._replace(values=NotFinite(f"held-out errors are not finite at index {bad}"))
         errors = errors if x0.isfinite().all() else {}
-    implicit = model.prior if isinstance(model, Started) and isinstance(model.prior, Implicit) else None
+    implicit = model.prior if isinstance(model, TruncatedModel) and isinstance(model.prior, Implicit) else None
     more = implicit.evaluations if implicit else 0  # network evaluations of the start
     row = {
         "networks": len(cards),
@@ -280,9 +280,9 @@ def _of_model(
         "recipe": _recipe(cards),
         "images_a_step": sorted({round(card.images_seen / card.steps) for card in cards if card.steps}),
         "seeds": sorted({card.seed for card in cards}),
-        **({"prior": type(model.prior).__name__, "cut": model.states.S} if isinstance(model, Started) else {}),
+        **({"prior": type(model.prior).__name__, "cut": model.states.S} if isinstance(model, TruncatedModel) else {}),
         **({"start_note": note} if (note := _start_note(model)) else {}),
-        **({"prior_sha256": start_digest(contender.prior)} if isinstance(model, Started) else {}),
+        **({"prior_sha256": start_digest(contender.prior)} if isinstance(model, TruncatedModel) else {}),
         **({"preview": extras(model).filled} if extras(model).filled else {}),
         **({"differs": extras(model).differs} if extras(model).differs else {}),
     }
@@ -291,7 +291,7 @@ def _of_model(
 
 
 def _start_note(model: Any) -> str:
-    return model.check_label(None) if isinstance(model, Started) else signal_note(model)
+    return model.check_label(None) if isinstance(model, TruncatedModel) else signal_note(model)
 
 
 def _recipe(cards: Sequence[Card]) -> list[dict[str, Any]]:
@@ -305,9 +305,9 @@ def _recipe(cards: Sequence[Card]) -> list[dict[str, Any]]:
 
 
 def _cost(model: Any, cards: Sequence[Card]) -> dict[str, float]:
-    source = model.prior.cards if isinstance(model, Started) and isinstance(model.prior, Implicit) else []
+    source = model.prior.cards if isinstance(model, TruncatedModel) and isinstance(model.prior, Implicit) else []
     cost = training_cost([*cards, *(card for card in source if card not in cards)])
-    if isinstance(model, Started) and model.card is not None:
+    if isinstance(model, TruncatedModel) and model.card is not None:
         return with_prior(cost, model.prior, model.card.images_seen, model.card.seconds)
     return cost
 

@@ -39,7 +39,7 @@ from lightning_tdisent.lit.preflight import (
 from lightning_tdisent.lit.resume import options_of, refuse_changes, seed_of
 from lightning_tdisent.models.card import Card
 from lightning_tdisent.models.expert import rebuilt, save_expert, weights_digest
-from lightning_tdisent.models.start import signal_note
+from lightning_tdisent.models.truncated import signal_note
 from lightning_tdisent.models.warm import start_warm
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.rebuild import draws

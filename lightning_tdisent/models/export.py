@@ -28,7 +28,7 @@ from lightning_tdisent.models.compose import compose, find_files, load_model
 from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.cost import training_cost
 from lightning_tdisent.models.expert import save_expert
-from lightning_tdisent.models.start import signal_note
+from lightning_tdisent.models.truncated import signal_note
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.runs import WEIGHTS

@@ -84,7 +84,7 @@ class Sampler(Part, ABC):
         """Yield (row, x, x0_hat of the step that led there), from (S, noise, None) to (0, image, image).
 
         seeds: one per image; label: int64 (B,) or None; start: x at row S instead of N(0, I) of the seeds, or of what
-        a `Started` model begins with; given: observations (B, C', H, W) for a conditional model; known: masks
+        a `TruncatedModel` model begins with; given: observations (B, C', H, W) for a conditional model; known: masks
         (B, 1, H, W) of the pixels that an observation shows as they are: at every row r they are replaced by
         a_r y + b_r z, by y itself at the end; rows: those to visit, S first, if not all of `rows`. States are those of
         the table: of components, in the shape of those not dropped; `Table.decode` makes images of them.

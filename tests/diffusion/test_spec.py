@@ -9,7 +9,7 @@ from lightning_tdisent.diffusion.components import ComponentStates
 from lightning_tdisent.diffusion.objectives import P2, X0, Constant, Eps, Likelihood, MinSNR, Objective, V
 from lightning_tdisent.diffusion.schedules import Cosine, Linear, LogLinear, NoiseSchedule, ScaledLinear, Sigmoid
 from lightning_tdisent.diffusion.spaces import Haar
-from lightning_tdisent.diffusion.spec import Part, arguments, build, spec
+from lightning_tdisent.diffusion.spec import Part, arguments, build, first_name, moved, spec
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 
@@ -175,3 +175,11 @@ def test_parts_in_lists_are_built_again():
     holder = build(spec(Holder({"a": [Linear(T=7), {"b": Eps()}]})), Holder)
     assert holder.thing["a"][0].T == 7
     assert isinstance(holder.thing["a"][1]["b"], Eps)
+
+
+def test_class_paths_of_earlier_versions_are_resolved():
+    """Two moves of one module: both old paths resolve, and fingerprints keep hashing the oldest one."""
+    new = "lightning_tdisent.models.truncated.PriorCard"
+    for old in ("lightning_tdisent.sampling.start", "lightning_tdisent.models.start"):
+        assert moved(f"{old}.PriorCard") == new
+    assert first_name({"class_path": new}) == {"class_path": "lightning_tdisent.sampling.start.PriorCard"}

@@ -25,7 +25,7 @@ from lightning_tdisent.lit.checkpoints import DurableIO, load, newest
 from lightning_tdisent.lit.entry import run
 from lightning_tdisent.lit.modules import Diffusion, ReducedStates
 from lightning_tdisent.lit.prior import PriorAt, PriorModule
-from lightning_tdisent.models.start import Started, load_prior
+from lightning_tdisent.models.truncated import TruncatedModel, load_prior
 from lightning_tdisent.priors.flow import Flow
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.sampling.errors_by_row import HELD_OUT
@@ -102,13 +102,13 @@ def test_a_model_starts_from_the_prior(make, fit, tiny, tmp_path):
     prior, card = load_prior(tmp_path)
     torch.manual_seed(0)
     denoiser = ReducedStates(tiny(), LatentStates(S=8)).denoiser.eval()
-    started = Started(denoiser, prior, card.row, card)
+    started = TruncatedModel(denoiser, prior, card.row, card)
     assert (card.row, started.states.S) == (2, 2)
     images = torch.cat(list(sample(started, DDIM(), [0, 5])))
     assert torch.equal(images[1:], torch.cat(list(sample(started, DDIM(), [5]))))
     assert torch.equal(next(DDIM().walk(started, [5]))[1], prior.sample([5], card.index))
     with pytest.raises(InputError, match="fitted at row 2"):
-        Started(denoiser, prior, 3, card)
+        TruncatedModel(denoiser, prior, 3, card)
 
 
 def test_the_loss_is_the_density_at_the_row():

@@ -7,7 +7,7 @@ from lightning_tdisent.data.shards import ImageSet
 from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.evaluation.bits import Bits
 from lightning_tdisent.models.composite import CompositeDenoiser
-from lightning_tdisent.models.start import Started
+from lightning_tdisent.models.truncated import TruncatedModel
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.priors.prior import StandardNormal
 from lightning_tdisent.sampling.denoiser import Denoiser
@@ -72,7 +72,7 @@ def test_models_may_use_any_name(kind, odd, toy, states):
     assert all(torch.equal(a, b) for a, b in zip(expected[:3], found[:3], strict=True))
     held = found[3]
     assert Bits(4).measure(mine, held, held, 4) == Bits(4).measure(inner, held, held, 4)
-    cut, other = (Started(model, StandardNormal(), 3) for model in (inner, mine))
+    cut, other = (TruncatedModel(model, StandardNormal(), 3) for model in (inner, mine))
     assert (other.residency, other.filled, other.differs) == (None, {}, {})
     assert torch.equal(images_of(cut), images_of(other))
 
@@ -82,7 +82,7 @@ def test_guided_models_may_use_any_name(odd, toy, states):
     inner, label = Denoiser(toy([1, 8, 8], classes=3), V(), states), torch.arange(20) % 3
     mine = marked(Own(inner), odd)
     assert torch.equal(images_of(Guided(mine, 2.0), label), images_of(Guided(inner, 2.0), label))
-    started = [Started(model, StandardNormal(), 3) for model in (inner, mine)]
+    started = [TruncatedModel(model, StandardNormal(), 3) for model in (inner, mine)]
     one, other = (images_of(Guided(model, 2.0), label) for model in started)
     assert torch.equal(one, other)
 
@@ -96,7 +96,7 @@ def test_a_cut_off_composite_has_what_the_composite_has(toy, states):
 
     experts = [Denoiser(toy([1, 8, 8], gain=0.1 * s, classes=2), V(), states, [s]) for s in (1, 2, 4)]
     composite = Watched(experts, "nearest")
-    cut = Started(composite, StandardNormal(), 3)
+    cut = TruncatedModel(composite, StandardNormal(), 3)
     assert (cut.residency, cut.filled, cut.differs) == ("resident", {3: "row 2"}, {})
     with pytest.raises(AttributeError):
         cut.rows  # noqa: B018

@@ -22,7 +22,7 @@ from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.models.compose import compose, load_model
 from lightning_tdisent.models.expert import load_expert, save_expert
-from lightning_tdisent.models.start import Started, fit_prior, load_prior, save_prior
+from lightning_tdisent.models.truncated import TruncatedModel, fit_prior, load_prior, save_prior
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.guidance import Guided
@@ -89,7 +89,7 @@ def test_a_prior_that_is_not_finite_is_neither_written_nor_loaded(states, tmp_pa
     prior.mean.view(-1)[0] = float("nan")
     with pytest.raises(NotFinite, match=r"prior.safetensors: mean \(1 in all\)"):
         save_prior(tmp_path / "prior.safetensors", prior, card)
-    monkeypatch.setattr("lightning_tdisent.models.start.refuse_non_finite", lambda *_: None)
+    monkeypatch.setattr("lightning_tdisent.models.truncated.refuse_non_finite", lambda *_: None)
     save_prior(tmp_path / "prior.safetensors", prior, card)
     monkeypatch.undo()
     with pytest.raises(NotFinite, match=r"prior.safetensors: mean \(1 in all\)"):
@@ -143,7 +143,7 @@ def test_a_start_that_is_not_finite_is_named(states):
     card = fit_prior(prior, states, 2, torch.randn(40, 1, 4, 4), "data")
     prior.mean.view(-1)[0] = float("nan")
     with pytest.raises(NotFinite, match="the start at row 2"):
-        list(sample(Started(Fragile(states, 0.5), prior, 2, card), DDIM(), [1]))
+        list(sample(TruncatedModel(Fragile(states, 0.5), prior, 2, card), DDIM(), [1]))
 
 
 def test_half_precision_that_overflows_draws_nothing(toy, states):

@@ -10,7 +10,7 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Cosine, Geometric, Linear, LogLinear, ScaledLinear, Sigmoid
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.models.start import Implicit, Started
+from lightning_tdisent.models.truncated import Implicit, TruncatedModel
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.priors.prior import StandardNormal
 from lightning_tdisent.sampling.errors_by_row import x0_errors
@@ -89,11 +89,11 @@ def test_the_ode_s_likelihood_takes_the_prior_of_a_cut_chain(data):
     model, x0, nats = data(100, (1, 32, 32))
     a, b = model.states.coefficients(300)
     exact = Independent((a * model.mean).flatten().double(), (a * a * model.variance + b * b).flatten().double())
-    started = Started(model, exact, 300)
+    started = TruncatedModel(model, exact, 300)
     off, error = difference(ode_likelihood(started, x0, range(100), decoder="density", errors=model.errors()), nats)
     assert error < 0.004
     assert abs(off) < 0.012
-    plain = Started(model, StandardNormal(), 300)
+    plain = TruncatedModel(model, StandardNormal(), 300)
     lost = difference(ode_likelihood(plain, x0, range(100), decoder="density", errors=model.errors()), nats)[0]
     truth = 0.5 * (exact.variances + exact.mean**2 - 1 - exact.variances.log()).mean() / math.log(2)
     assert lost == pytest.approx(float(truth), abs=0.02)
@@ -224,7 +224,7 @@ def test_a_cut_loses_the_divergence_of_its_prior_and_nothing_with_the_fitted_one
     # together with the rows below, the bound with the fitted prior is the entropy of the data
     few = x0[:120]
     terms = variational_bound(
-        Started(exact, fitted, T), few, range(120), decoder="density", clip=None, errors=exact.errors()
+        TruncatedModel(exact, fitted, T), few, range(120), decoder="density", clip=None, errors=exact.errors()
     )
     nats = 0.5 * (((few - 1.3).double().square() / 0.25) + math.log(2 * math.pi * 0.25)).flatten(1).sum(1)
     assert float((terms.total - nats).mean()) / 64 == pytest.approx(0, abs=0.02)
@@ -293,7 +293,7 @@ def test_terms_are_the_same_in_any_company_and_those_below_a_cut_stay(data):
     fitted = Gaussian()
     a, b = model.states.coefficients(6)
     fitted.fit(x0, a, b)
-    cut = variational_bound(Started(model, fitted, 6), x0, range(12), decoder="density", clip=None)
+    cut = variational_bound(TruncatedModel(model, fitted, 6), x0, range(12), decoder="density", clip=None)
     assert cut.names == [2, 3, 4, 5, 6]
     assert torch.equal(cut.rows, whole.rows[:5])  # a cut changes nothing below it
     assert torch.equal(cut.decoder, whole.decoder)
@@ -303,7 +303,7 @@ def test_terms_are_the_same_in_any_company_and_those_below_a_cut_stay(data):
 def test_what_has_no_likelihood_is_refused(data):
     model, x0, _ = data(2, (1, 4, 4), S=10, terminal_bound=1.0)
     with pytest.raises(InputError, match="Implicit has no density"):
-        variational_bound(Started(model, Implicit("nowhere"), 5), x0, range(2), decoder="density")
+        variational_bound(TruncatedModel(model, Implicit("nowhere"), 5), x0, range(2), decoder="density")
     with pytest.raises(InputError, match="decoder discrete: is for images of 256 grey levels"):
         variational_bound(model, x0, range(2))
     with pytest.raises(InputError, match="choose discrete, uniform or density"):

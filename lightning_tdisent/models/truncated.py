@@ -122,7 +122,7 @@ def fit_to(
     """Fit a prior (its class path and arguments) at a row of a model's table to images of some data, all if not n.
 
     label: fit to the images of this class alone, for a class-conditional model. Raises InputError for images that the
-    model was not trained on: `load_started` would refuse the prior.
+    model was not trained on: `load_truncated` would refuse the prior.
     """
     if n is not None and n < 1:
         raise InputError(f"-n {n}: at least 1 image")
@@ -240,7 +240,7 @@ def rebuilt_prior(prior: Prior) -> Prior:
     return other.requires_grad_(prior.learned)
 
 
-class Started(Extras, nn.Module):
+class TruncatedModel(Extras, nn.Module):
     """A model whose reverse chain starts at a row of its table, from a prior; it is a denoiser on the rows below.
 
     Experts of the rows above are never asked. Refuses a prior that was fitted at another row, table or to other images.
@@ -318,9 +318,9 @@ class Started(Extras, nn.Module):
         return super().__getattr__(name)
 
 
-def load_started(
+def load_truncated(
     source: str | Path, start: str, residency: Residency = "resident", fill: str | None = None
-) -> tuple[Started, list[Card]]:
+) -> tuple[TruncatedModel, list[Card]]:
     """Load a model as `load_model` does, cut off where a prior takes over.
 
     start: file or folder of a prior; or ``cut:ROW`` (or a share of the rows) for N(0, I) there, the plain cut. Raises
@@ -333,18 +333,18 @@ def load_started(
         except ValueError:
             raise InputError(f"{start}: expected cut:ROW with a row, or a share of the rows such as 0.6") from None
         model, cards = load_model(source, residency, fill, row)
-        return Started(model, StandardNormal(), row), cards
+        return TruncatedModel(model, StandardNormal(), row), cards
     prior, card = load_prior(start)
     model, cards = load_model(source, residency, fill, card.row)
     refuse_other_data(f"{start}: the prior was fitted to the data", card.data, str(source), cards)
-    return Started(model, prior, card.row, card).eval(), cards
+    return TruncatedModel(model, prior, card.row, card).eval(), cards
 
 
 def signal_note(model: Any) -> str:
     """Return a note if sampling starts from pure noise at a row that still has signal, else an empty string."""
     states = model.states
     end = float(states.a[-1, : states.image_columns].max())
-    if isinstance(model, Started) or end <= TERMINAL_BOUND:
+    if isinstance(model, TruncatedModel) or end <= TERMINAL_BOUND:
         return ""
     cure = "; fit a prior at that row (the command prior)" if states.K == 1 else ""
     return f"its table ends at row {states.S} with {end:.2g} of the signal, but samples start from N(0, I){cure}"

@@ -26,15 +26,15 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.models.compose import compose, load_model
 from lightning_tdisent.models.export import export
-from lightning_tdisent.models.start import (
+from lightning_tdisent.models.truncated import (
     FITTING,
     Implicit,
     PriorCard,
-    Started,
+    TruncatedModel,
     fit_prior,
     fit_to,
     load_prior,
-    load_started,
+    load_truncated,
     save_prior,
     signal_note,
 )
@@ -92,10 +92,10 @@ def test_a_cut_chain_with_the_exact_prior_draws_what_the_whole_one_does(sampler)
     whole = moments(model, sampler)
     prior = Gaussian()
     fit_prior(prior, model.states, 60, model.data(20_000), "data")
-    cut = moments(Started(model, prior, 60), sampler)
+    cut = moments(TruncatedModel(model, prior, 60), sampler)
     assert torch.allclose(whole, cut, atol=0.012)
     assert float(cut[0]) == pytest.approx(0.6, abs=0.012)
-    plain = moments(Started(model, StandardNormal(), 30), sampler)  # most of the signal is still there
+    plain = moments(TruncatedModel(model, StandardNormal(), 30), sampler)  # most of the signal is still there
     assert abs(float(plain[0]) - 0.6) > 0.1
 
 
@@ -109,7 +109,7 @@ def test_a_gaussian_prior_repairs_the_brightness_of_a_schedule_that_ends_with_si
     for options in ({}, {"rank": 3}, {"low": 2}):
         prior = Gaussian(**options)
         fit_prior(prior, states, 50, bright.data(5000), "data")
-        assert abs(float(moments(Started(bright, prior, 50), DDIM(clip=None))[0]) - 0.9) < 0.002
+        assert abs(float(moments(TruncatedModel(bright, prior, 50), DDIM(clip=None))[0]) - 0.9) < 0.002
     assert off > 0.005
 
 
@@ -167,7 +167,7 @@ def test_a_prior_is_read_back_as_it_was(prior, fitted):
 
 def test_a_model_starts_from_a_prior_of_its_own_row_table_and_data_alone(fitted, model, write, tmp_path):
     whole = write("whole", model(rows=[1, 2, 3, 4]), data="data")
-    started, cards = load_started(whole, str(fitted()))
+    started, cards = load_truncated(whole, str(fitted()))
     assert (started.states.S, len(cards)) == (3, 1)
     x = started.start(range(5))
     assert torch.equal(x, load_prior(fitted())[0].sample(range(5), 750))
@@ -177,19 +177,19 @@ def test_a_model_starts_from_a_prior_of_its_own_row_table_and_data_alone(fitted,
     with pytest.raises(InputError, match="row 4 was cut off: the chain starts at row 3"):
         started(x, 4)
     with pytest.raises(InputError, match=r"fitted to the data other, .* trained on data"):
-        load_started(whole, str(fitted(data="other")))
+        load_truncated(whole, str(fitted(data="other")))
     other = fitted(states=LatentStates(Linear(beta_end=0.03), S=4), data="table")
     with pytest.raises(InputError, match=r"fitted at row 3 \(index 750, log-SNR .* cut at row 3 .* has "):
-        Started(load_model(whole)[0], *_prior_and_card(other, 3))
+        TruncatedModel(load_model(whole)[0], *_prior_and_card(other, 3))
     with pytest.raises(InputError, match=r"fitted at row 2 .* cut at row 3"):
-        Started(load_model(whole)[0], *_prior_and_card(fitted(row=2), 3))
+        TruncatedModel(load_model(whole)[0], *_prior_and_card(fitted(row=2), 3))
     with pytest.raises(InputError, match=r"the prior makes \[1, 4, 4\], the model \[1, 8, 8\]"):
-        Started(load_model(whole)[0], StandardNormal([1, 4, 4]), 3)
-    plain, _ = load_started(whole, "cut:0.5")
+        TruncatedModel(load_model(whole)[0], StandardNormal([1, 4, 4]), 3)
+    plain, _ = load_truncated(whole, "cut:0.5")
     assert plain.states.S == 2
     for wrong, message in (("cut:x", "expected cut:ROW"), ("cut:9", "a cut at 9"), ("nowhere", "no such file")):
         with pytest.raises(InputError, match=message):
-            load_started(whole, wrong)
+            load_truncated(whole, wrong)
 
 
 def _prior_and_card(folder, row):
@@ -204,18 +204,18 @@ def test_experts_above_the_cut_need_not_be_there(fitted, model, write, tmp_path)
         (tmp_path / "runs" / str(k) / "model.safetensors").write_bytes(file.read_bytes())
     with pytest.raises(InputError, match="no expert owns row 4"):
         load_model(tmp_path / "runs")
-    few, cards = load_started(tmp_path / "runs", str(fitted()))
+    few, cards = load_truncated(tmp_path / "runs", str(fitted()))
     assert len(cards) == 3
     files.append(write("e4", model(rows=[4], seed=4), data="data"))
     whole = compose(files, tmp_path / "whole")
     for residency in ("resident", "stream"):
-        started, cards = load_started(whole, str(fitted()), residency)
+        started, cards = load_truncated(whole, str(fitted()), residency)
         assert len(cards) == 3
         images = [next(sample(m, DDIM(), range(5))) for m in (few, started)]
         assert torch.equal(*images)
     (tmp_path / "runs" / "2" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="no expert owns row 3"):
-        load_started(tmp_path / "runs", str(fitted()))
+        load_truncated(tmp_path / "runs", str(fitted()))
 
 
 def test_an_implicit_start_is_another_model_s_image_noised_to_the_row(model, write, tmp_path):
@@ -464,7 +464,7 @@ def test_a_prior_of_a_class_conditional_model_says_of_which_classes_it_is(model,
     words = ["evaluate", str(trained), "--data", "data/digits", "--protocol", "digits", "-n", "20"]
     assert main([*words, "--prior", str(tmp_path / "three"), "--out", str(tmp_path / "e")]) == 2
     assert "class 3 alone" in capsys.readouterr().err
-    started, label = load_started(trained, str(tmp_path / "three"))[0], torch.tensor([3, 3])
+    started, label = load_truncated(trained, str(tmp_path / "three"))[0], torch.tensor([3, 3])
     assert len(torch.cat(list(sample(started, DDIM(), [0, 1], 2, label)))) == 2
     assert variational_bound(started, images.images[:2], [0, 1], label).prior.isfinite().all()
     for odd in (None, torch.tensor([3, 4])):  # from Python too, with guidance around the model and for a likelihood
