@@ -33,7 +33,7 @@ _HOMES = {
     "models.expert": "load_expert save_expert",
     "sampling.sampler": "Sampler DDIM Ancestral DPMSolver",
     "sampling.sample": "sample",
-    "models.truncated": "Implicit TruncatedModel load_prior load_truncated",
+    "models.truncated": "ModelPrior TruncatedModel load_prior load_truncated",
     "sampling.likelihood": "variational_bound ode_likelihood",
     "priors.prior": "Prior StandardNormal",
     "priors.gaussian": "Gaussian",

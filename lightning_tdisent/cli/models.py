@@ -130,7 +130,7 @@ def add_commands(commands: Commands) -> None:
     q.add_argument("model", type=Path, help="model whose table is used, as for sample")
     q.add_argument("--at", required=True, help="row, or a fraction of the rows such as 0.6")
     q.add_argument(
-        "--kind", default="Gaussian", help="Gaussian (default), Mixture, StandardNormal, Implicit, or a class path"
+        "--kind", default="Gaussian", help="Gaussian (default), Mixture, StandardNormal, ModelPrior, or a class path"
     )
     q.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
                    help="arguments of the prior, e.g. components=20, rank=64, low=8, source=runs/vae")  # fmt: skip

@@ -25,7 +25,12 @@ MOVED = {
     f"{PACKAGE}.diffusion.bases": f"{PACKAGE}.diffusion.spaces",
 }
 # classes, or arguments by the class they belong to, that files of earlier versions name otherwise
-RENAMED = {f"{PACKAGE}.diffusion.components.Condition": f"{PACKAGE}.diffusion.observation.Observation"}
+RENAMED = {
+    f"{PACKAGE}.diffusion.components.Condition": f"{PACKAGE}.diffusion.observation.Observation",
+    f"{PACKAGE}.sampling.start.Implicit": f"{PACKAGE}.models.truncated.ModelPrior",
+    f"{PACKAGE}.models.start.Implicit": f"{PACKAGE}.models.truncated.ModelPrior",
+    f"{PACKAGE}.Implicit": f"{PACKAGE}.models.truncated.ModelPrior",
+}
 ARGUMENTS = {f"{PACKAGE}.diffusion.components.ComponentStates": {"basis": "space", "condition": "observation"}}
 _PLAIN = (str, int, float, bool, type(None))
 _DIGESTS = "_Part__digests"  # attribute of a part, with the name that Python gives to a private one of `Part`

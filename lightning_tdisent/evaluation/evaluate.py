@@ -41,7 +41,7 @@ from lightning_tdisent.models.compose import find_files, load_model
 from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.cost import training_cost, with_prior
 from lightning_tdisent.models.residency import Residency
-from lightning_tdisent.models.truncated import Implicit, TruncatedModel, load_truncated, prior_file, signal_note
+from lightning_tdisent.models.truncated import ModelPrior, TruncatedModel, load_truncated, prior_file, signal_note
 from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
 from lightning_tdisent.sampling.errors_by_row import has_signal, held_out_errors
 from lightning_tdisent.sampling.guidance import extras
@@ -256,7 +256,7 @@ def _of_model(
             bad = ", ".join(name for name, e in zip(names, x0.tolist(), strict=True) if not math.isfinite(e))
             scored = scored._replace(values=NotFinite(f"held-out errors are not finite at index {bad}"))
         errors = errors if x0.isfinite().all() else {}
-    implicit = model.prior if isinstance(model, TruncatedModel) and isinstance(model.prior, Implicit) else None
+    implicit = model.prior if isinstance(model, TruncatedModel) and isinstance(model.prior, ModelPrior) else None
     more = implicit.evaluations if implicit else 0  # network evaluations of the start
     row = {
         "networks": len(cards),
@@ -305,7 +305,7 @@ def _recipe(cards: Sequence[Card]) -> list[dict[str, Any]]:
 
 
 def _cost(model: Any, cards: Sequence[Card]) -> dict[str, float]:
-    source = model.prior.cards if isinstance(model, TruncatedModel) and isinstance(model.prior, Implicit) else []
+    source = model.prior.cards if isinstance(model, TruncatedModel) and isinstance(model.prior, ModelPrior) else []
     cost = training_cost([*cards, *(card for card in source if card not in cards)])
     if isinstance(model, TruncatedModel) and model.card is not None:
         return with_prior(cost, model.prior, model.card.images_seen, model.card.seconds)

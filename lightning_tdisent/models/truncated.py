@@ -350,7 +350,7 @@ def signal_note(model: Any) -> str:
     return f"its table ends at row {states.S} with {end:.2g} of the signal, but samples start from N(0, I){cure}"
 
 
-class Implicit(Prior):
+class ModelPrior(Prior):
     """Samples of another model, noised to the row: a start without a density (2205.12524, 2202.09671).
 
     source: a run, a file of weights or a composite, whose chain is walked in ``steps`` steps of DDIM; or the folder of
@@ -378,24 +378,24 @@ class Implicit(Prior):
         found = _digest(self.source)
         self._source = self._source or _open_source(self.source)
         if self.sha256 not in (None, found):
-            raise InputError(f"prior Implicit: sha256 {self.sha256} was given, {self.source} has {found}; leave it out")
+            raise InputError(f"ModelPrior: sha256 {self.sha256} was given, {self.source} has {found}; leave it out")
         self.sha256 = found
         model, latent = self._source
         if latent is None and (model.classes or model.states.observation is not None):  # an autoencoder takes none
             what = "classes" if model.classes else "an observation"
-            raise InputError(f"prior Implicit: {self.source} wants {what}, which a start has none of")
+            raise InputError(f"ModelPrior: {self.source} wants {what}, which a start has none of")
         if self.clip is not None and (most := float(x0.abs().max())) > self.clip:
             raise InputError(
-                f"prior Implicit: the data go up to {most:.3g}, clip is {self.clip:g}; give clip: null for latents"
+                f"ModelPrior: the data go up to {most:.3g}, clip is {self.clip:g}; give clip: null for latents"
             )
         made = list(self._images(range(2)).shape[1:])
         if made != self.shape:
-            raise InputError(f"prior Implicit: {self.source} makes {made}, the data is {self.shape}")
+            raise InputError(f"ModelPrior: {self.source} makes {made}, the data is {self.shape}")
         return []
 
     def log_prob(self, x: Tensor) -> Tensor:
         """There is none."""
-        raise InputError("prior Implicit has no density: no likelihood can be computed with it")
+        raise InputError("ModelPrior has no density: no likelihood can be computed with it")
 
     @torch.inference_mode()
     def sample(self, seeds: Sequence[int], stream: int) -> Tensor:
@@ -408,7 +408,7 @@ class Implicit(Prior):
         if not self._source:
             if self.sha256 is not None and (found := _digest(self.source)) != self.sha256:
                 raise InputError(
-                    f"prior Implicit: the weights of {self.source} have the sha256 {found[:12]}.., it was fitted with "
+                    f"ModelPrior: the weights of {self.source} have the sha256 {found[:12]}.., it was fitted with "
                     f"{self.sha256[:12]}..; put them back, or fit it anew"
                 )
             self._source = _open_source(self.source)

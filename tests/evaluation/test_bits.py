@@ -8,7 +8,7 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation.bits import Bits
 from lightning_tdisent.lit.modules import ReducedStates
-from lightning_tdisent.models.truncated import Implicit, TruncatedModel
+from lightning_tdisent.models.truncated import ModelPrior, TruncatedModel
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.errors_by_row import x0_errors
 from lightning_tdisent.sampling.likelihood import variational_bound
@@ -41,8 +41,8 @@ def test_variances_come_from_training_images_and_labels_reach_the_network(model,
 
 def test_what_has_no_density_or_too_few_rows_says_so_and_costs_nothing_else(model, digits):
     held_out = load(digits, "test", 1, 12)
-    started = TruncatedModel(model, Implicit("nowhere"), 2)
-    assert Bits(n=9).measure(started, held_out, held_out, 5)["bpd_refused"] == "Implicit has no density"
+    started = TruncatedModel(model, ModelPrior("nowhere"), 2)
+    assert Bits(n=9).measure(started, held_out, held_out, 5)["bpd_refused"] == "ModelPrior has no density"
     both = Bits(n=9, ode=True).measure(model, held_out, held_out, 5)
     assert "bpd_ode integrates from row to row, and needs at least 100 rows; there are 4" in both["bpd_refused"]
     assert "bpd_ode" not in both

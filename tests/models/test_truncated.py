@@ -28,7 +28,7 @@ from lightning_tdisent.models.compose import compose, load_model
 from lightning_tdisent.models.export import export
 from lightning_tdisent.models.truncated import (
     FITTING,
-    Implicit,
+    ModelPrior,
     PriorCard,
     TruncatedModel,
     fit_prior,
@@ -40,7 +40,7 @@ from lightning_tdisent.models.truncated import (
 )
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.priors.mixture import Mixture
-from lightning_tdisent.priors.prior import StandardNormal
+from lightning_tdisent.priors.prior import Prior, StandardNormal
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.guidance import Guided
 from lightning_tdisent.sampling.likelihood import variational_bound
@@ -220,7 +220,7 @@ def test_experts_above_the_cut_need_not_be_there(fitted, model, write, tmp_path)
 
 def test_an_implicit_start_is_another_model_s_image_noised_to_the_row(model, write, tmp_path):
     source = write("source", model(rows=[1, 2, 3, 4], seed=7), data="data")
-    prior, states = Implicit(str(source), steps=2), LatentStates(S=4)
+    prior, states = ModelPrior(str(source), steps=2), LatentStates(S=4)
     card = fit_prior(prior, states, 3, torch.zeros(2, 1, 8, 8), "data")
     a, b = states.coefficients(3)
     with torch.inference_mode():
@@ -232,18 +232,18 @@ def test_an_implicit_start_is_another_model_s_image_noised_to_the_row(model, wri
     assert torch.equal(prior.sample(range(16), 750)[:4], prior.sample(range(4), 750))
     labelled = write("labelled", model(rows=[1, 2, 3, 4], classes=3), data="data")
     with pytest.raises(InputError, match="wants classes"):
-        fit_prior(Implicit(str(labelled)), states, 3, torch.zeros(2, 1, 8, 8), "data")
+        fit_prior(ModelPrior(str(labelled)), states, 3, torch.zeros(2, 1, 8, 8), "data")
     save_prior(tmp_path / "implicit" / "prior.safetensors", prior, card)
     again, _ = load_prior(tmp_path / "implicit")
     assert torch.equal(again.sample(range(4), 750), prior.sample(range(4), 750))
     with pytest.raises(InputError, match=r"makes \[1, 8, 8\], the data is \[1, 4, 4\]"):
-        fit_prior(Implicit(str(source)), states, 3, torch.zeros(2, 1, 4, 4), "data")
+        fit_prior(ModelPrior(str(source)), states, 3, torch.zeros(2, 1, 4, 4), "data")
     with pytest.raises(InputError, match="no density"):
         prior.log_prob(images)
     write("source", model(rows=[1, 2, 3, 4], seed=8), data="data")  # another model under the same name
-    with pytest.raises(InputError, match=r"source\.safetensors: .*Implicit was made with a file of sha256"):
+    with pytest.raises(InputError, match=r"source\.safetensors: .*ModelPrior was made with a file of sha256"):
         load_prior(tmp_path / "implicit")
-    of_a_folder = build(spec(prior) | {"files": {}}, Implicit)  # as where the source is a run or a composite
+    of_a_folder = build(spec(prior) | {"files": {}}, ModelPrior)  # as where the source is a run or a composite
     with pytest.raises(InputError, match=r"the weights of .*source.* have the sha256 .* it was fitted with"):
         of_a_folder.sample(range(2), 750)
 
@@ -254,7 +254,7 @@ def test_a_source_of_several_scales_starts_in_its_own_shape_and_ends_as_an_image
         net = unet(k, table.shape_at(rows[0], [1, 8, 8]))
         write(f"parts/{k}/model", Denoiser(net, V(), table, rows), data="data")
     source = compose([tmp_path / "parts" / str(k) for k in range(2)], tmp_path / "source")
-    prior = Implicit(str(source))
+    prior = ModelPrior(str(source))
     fit_prior(prior, LatentStates(S=4), 3, torch.zeros(2, 1, 8, 8), "data")
     model, _ = load_model(source)
     with torch.inference_mode():
@@ -271,7 +271,7 @@ def test_what_the_source_of_a_start_costs_is_counted(model, write, digits, tmp_p
     source = write("source", model(rows=[1, 2, 3, 4], seed=7), data=data, images_seen=1000)
     write("run/model", model(rows=[1, 2, 3, 4]), data=data, images_seen=500)
     for name, path, extra in (("other", source, 1000), ("itself", tmp_path / "run", 0)):
-        fit = ["prior", str(tmp_path / "run"), "--at", "3", "--kind", "Implicit", "--set", f"source={path}"]
+        fit = ["prior", str(tmp_path / "run"), "--at", "3", "--kind", "ModelPrior", "--set", f"source={path}"]
         fit += ["--set", "steps=2", "--data", str(digits), "-n", "8", "--out", str(tmp_path / name)]
         assert main(fit) == 0
         words = ["evaluate", str(tmp_path / "run"), "--prior", str(tmp_path / name), "--data", str(digits), "-n", "16"]
@@ -284,8 +284,8 @@ def test_what_the_source_of_a_start_costs_is_counted(model, write, digits, tmp_p
 def test_latents_are_not_clipped_and_say_so_if_they_would_be(model, write, tmp_path):
     source = write("source", model(rows=[1, 2, 3, 4], seed=7), data="data")
     with pytest.raises(InputError, match="the data go up to 3, clip is 1; give clip: null for latents"):
-        fit_prior(Implicit(str(source)), LatentStates(S=4), 3, torch.full((2, 1, 8, 8), 3.0), "data")
-    prior = Implicit(str(source), clip=None)
+        fit_prior(ModelPrior(str(source)), LatentStates(S=4), 3, torch.full((2, 1, 8, 8), 3.0), "data")
+    prior = ModelPrior(str(source), clip=None)
     fit_prior(prior, LatentStates(S=4), 3, torch.full((2, 1, 8, 8), 3.0), "data")
     with torch.inference_mode():
         noise = seed_noise([5], FITTING, [1, 8, 8])
@@ -332,7 +332,7 @@ def test_an_autoencoder_may_be_the_start(tmp_path):
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
     vae.save_pretrained(tmp_path / "vae")
-    prior = Implicit(str(tmp_path / "vae"))
+    prior = ModelPrior(str(tmp_path / "vae"))
     fit_prior(prior, LatentStates(S=4), 2, torch.zeros(2, 1, 8, 8), "data")
     x = prior.sample(range(3), 500)
     assert x.shape == (3, 1, 8, 8)
@@ -507,3 +507,10 @@ def test_every_flipped_bit_of_a_prior_is_found(fitted):
 def read_metadata(file):
     with safe_open(file, "pt") as opened:
         return opened.metadata()
+
+
+@pytest.mark.parametrize("old", ["sampling.start.Implicit", "models.start.Implicit", "Implicit"])
+def test_a_model_prior_is_built_from_its_earlier_class_paths(old):
+    prior = build({"class_path": f"lightning_tdisent.{old}", "init_args": {"source": "runs/vae", "steps": 2}}, Prior)
+    assert isinstance(prior, ModelPrior)
+    assert (prior.source, prior.steps) == ("runs/vae", 2)

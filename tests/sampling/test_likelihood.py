@@ -10,7 +10,7 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Cosine, Geometric, Linear, LogLinear, ScaledLinear, Sigmoid
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.models.truncated import Implicit, TruncatedModel
+from lightning_tdisent.models.truncated import ModelPrior, TruncatedModel
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.priors.prior import StandardNormal
 from lightning_tdisent.sampling.errors_by_row import x0_errors
@@ -302,8 +302,8 @@ def test_terms_are_the_same_in_any_company_and_those_below_a_cut_stay(data):
 
 def test_what_has_no_likelihood_is_refused(data):
     model, x0, _ = data(2, (1, 4, 4), S=10, terminal_bound=1.0)
-    with pytest.raises(InputError, match="Implicit has no density"):
-        variational_bound(TruncatedModel(model, Implicit("nowhere"), 5), x0, range(2), decoder="density")
+    with pytest.raises(InputError, match="ModelPrior has no density"):
+        variational_bound(TruncatedModel(model, ModelPrior("nowhere"), 5), x0, range(2), decoder="density")
     with pytest.raises(InputError, match="decoder discrete: is for images of 256 grey levels"):
         variational_bound(model, x0, range(2))
     with pytest.raises(InputError, match="choose discrete, uniform or density"):
