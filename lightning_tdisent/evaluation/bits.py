@@ -11,7 +11,7 @@ from lightning_tdisent.data.shards import ImageSet
 from lightning_tdisent.distributed import all_gather, rank_and_world, shared_errors
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.likelihood import BOUND, HOW, ODE, REFUSED
-from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 from lightning_tdisent.sampling.errors_by_row import held_out_errors
 from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.likelihood import Decoder, Terms, concatenate, ode_likelihood, variational_bound
@@ -52,7 +52,7 @@ class Bits:
             raise InputError(f"bits: expected a mapping with keys of {', '.join(names)}, got {data!r}")
         return cls(**data)
 
-    def measure(self, model: Denoises, held_out: ImageSet, training: ImageSet, batch_size: int) -> dict[str, Any]:
+    def measure(self, model: DenoiserProtocol, held_out: ImageSet, training: ImageSet, batch_size: int) -> dict[str, Any]:
         """Return keys of a row: bpd, bpd_low, bpd_high (95 %), bpd_terms, bpd_images, those of bpd_ode, or bpd_refused.
 
         They are the same on all ranks (collective).
@@ -92,7 +92,7 @@ class Bits:
             out |= {column.key(part=part): value for part, value in parts.items()}
         return out
 
-    def _terms(self, model: Denoises, images: ImageSet, batch_size: int, errors: Tensor, ode: bool) -> Terms:
+    def _terms(self, model: DenoiserProtocol, images: ImageSet, batch_size: int, errors: Tensor, ode: bool) -> Terms:
         (rank, world), batches = rank_and_world(), torch.arange(len(images)).split(batch_size)
         device = next(iter(model.parameters())).device
         mine: dict[int, Terms] = {}

@@ -18,7 +18,7 @@ from lightning_tdisent.images import from_uint8, spaced
 from lightning_tdisent.metrics.metric import PairedMetric
 from lightning_tdisent.metrics.paired import PairedQuality
 from lightning_tdisent.metrics.quality import Quality
-from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 
 DRAWS = 4
 REFERENCE = 10_000  # largest number of real pairs for the joint distance
@@ -42,7 +42,7 @@ class Given:
 
     def __init__(
         self,
-        model: Denoises,
+        model: DenoiserProtocol,
         held_out: ImageSet,
         quality: Quality,
         draws: int = DRAWS,

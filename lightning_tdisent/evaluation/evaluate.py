@@ -42,7 +42,7 @@ from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.cost import training_cost, with_prior
 from lightning_tdisent.models.residency import Residency
 from lightning_tdisent.models.truncated import ModelPrior, TruncatedModel, load_truncated, prior_file, signal_note
-from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
+from lightning_tdisent.sampling.denoiser import Denoiser, DenoiserProtocol
 from lightning_tdisent.sampling.errors_by_row import has_signal, held_out_errors
 from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.likelihood import refuse_components
@@ -362,7 +362,7 @@ def _peak(device: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _check_labels(name: str, model: Denoises, held_out: ImageSet) -> None:
+def _check_labels(name: str, model: DenoiserProtocol, held_out: ImageSet) -> None:
     """Raise InputError for labels that a model does not know; print its classes that a large set of images lacks."""
     if model.classes and not 0 <= int(held_out.labels.min()) <= int(held_out.labels.max()) < model.classes:
         raise InputError(f"the model has {model.classes} classes; the held-out images have other labels, or none")

@@ -13,20 +13,20 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.files import output_path, whole
 from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.images import from_uint8, to_uint8
-from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 from lightning_tdisent.sampling.errors_by_row import HELD_OUT
 from lightning_tdisent.sampling.sampler import Sampler, probe_rows
 
 
 @torch.no_grad()
-def forward_strip(denoise: Denoises, images: Tensor, rows: Sequence[int]) -> Tensor:
+def forward_strip(denoise: DenoiserProtocol, images: Tensor, rows: Sequence[int]) -> Tensor:
     """Return x_0 and x_s at the given rows, image i with noise i of the held-out images: uint8 (B, 1 + R, C, H, W)."""
     x0 = from_uint8(images)
     strip = [x0, *(_noisy(denoise, x0, s)[1] for s in rows)]
     return to_uint8(torch.stack(strip, 1))
 
 
-def _noisy(denoise: Denoises, x0: Tensor, s: int) -> tuple[Tensor, Tensor]:
+def _noisy(denoise: DenoiserProtocol, x0: Tensor, s: int) -> tuple[Tensor, Tensor]:
     """Return x_s of the first held-out images, and x_s as an image."""
     states, level, ids = denoise.states, denoise.states.levels[s], range(len(x0))
     z0 = states.encode(x0.to(states.a.device), torch.as_tensor(ids), level)
@@ -36,7 +36,7 @@ def _noisy(denoise: Denoises, x0: Tensor, s: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def estimate_strip(denoise: Denoises, images: Tensor, s: int) -> Tensor:
+def estimate_strip(denoise: DenoiserProtocol, images: Tensor, s: int) -> Tensor:
     """Return x_0, x_s and x0_hat of x_s: uint8 (B, 3, C, H, W); raises NotFinite if x0_hat is not finite."""
     x0 = from_uint8(images)
     x, noisy = _noisy(denoise, x0, s)
@@ -47,7 +47,7 @@ def estimate_strip(denoise: Denoises, images: Tensor, s: int) -> Tensor:
 
 @torch.inference_mode()
 def reverse_strip(
-    denoise: Denoises, sampler: Sampler, seeds: Sequence[int], columns: int = 9, given: Tensor | None = None
+    denoise: DenoiserProtocol, sampler: Sampler, seeds: Sequence[int], columns: int = 9, given: Tensor | None = None
 ) -> tuple[Tensor, list[int]]:
     """Return x_s from noise to image, uint8 (B, columns, C, H, W), and the rows shown, S first, 0 last."""
     keep = {*probe_rows(sampler.rows(denoise.states)[::-1], columns - 1), 0}

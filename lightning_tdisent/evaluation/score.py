@@ -14,7 +14,7 @@ from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
 from lightning_tdisent.metrics.reference import reference
-from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 from lightning_tdisent.sampling.sample import sample
 from lightning_tdisent.sampling.sampler import Sampler
 
@@ -53,7 +53,7 @@ class Scored(NamedTuple):
 
 
 def score(
-    denoise: Denoises,
+    denoise: DenoiserProtocol,
     sampler: Sampler,
     quality: Quality,
     batch_size: int = 250,

@@ -31,7 +31,7 @@ from lightning_tdisent.models.compose import find_files, holds_weights, load_mod
 from lightning_tdisent.models.residency import Residency
 from lightning_tdisent.priors.prior import Prior, StandardNormal
 from lightning_tdisent.runs import PRIOR
-from lightning_tdisent.sampling.denoiser import Denoiser, Denoises
+from lightning_tdisent.sampling.denoiser import Denoiser, DenoiserProtocol
 from lightning_tdisent.sampling.guidance import Extras, extras
 from lightning_tdisent.sampling.sampler import DDIM
 from lightning_tdisent.schemas import Kinds, check_fields, check_schema, is_count, is_number, is_part, is_text
@@ -246,7 +246,9 @@ class TruncatedModel(Extras, nn.Module):
     Experts of the rows above are never asked. Refuses a prior that was fitted at another row, table or to other images.
     """
 
-    def __init__(self, denoiser: Denoises, prior: Prior, row: int | float, card: PriorCard | None = None) -> None:
+    def __init__(
+        self, denoiser: DenoiserProtocol, prior: Prior, row: int | float, card: PriorCard | None = None
+    ) -> None:
         super().__init__()
         self.denoiser, self.states = denoiser, denoiser.states.truncate(row)
         self.shape, self.classes, self.card = denoiser.shape, denoiser.classes, card

@@ -16,7 +16,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.networks.network import Network, evaluating
 
 
-class Denoises(Protocol):
+class DenoiserProtocol(Protocol):
     """What a sampler needs: a table, an image shape, and x0_hat at one row of the table for a whole batch of states."""
 
     states: Table

@@ -11,14 +11,14 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.distributed import all_gather, rank_and_world
 from lightning_tdisent.images import unit_range
-from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 
 HELD_OUT = 1 << 20  # streams of held-out noise, far from the indices that key the sampler's
 
 
 @torch.no_grad()
 def state_errors(
-    denoise: Denoises, images: Tensor, ids: Sequence[int], rows: Sequence[int], label: Tensor | None = None
+    denoise: DenoiserProtocol, images: Tensor, ids: Sequence[int], rows: Sequence[int], label: Tensor | None = None
 ) -> Tensor:
     """Mean squared errors of x0_hat and of eps_hat per row and image, (2, R, B) float64.
 
@@ -51,13 +51,13 @@ def has_signal(states: Table, s: int) -> bool:
 
 
 def x0_errors(
-    denoise: Denoises, images: Tensor, ids: Sequence[int], rows: Sequence[int], label: Tensor | None = None
+    denoise: DenoiserProtocol, images: Tensor, ids: Sequence[int], rows: Sequence[int], label: Tensor | None = None
 ) -> Tensor:
     """The first of `state_errors`, (R, B)."""
     return state_errors(denoise, images, ids, rows, label)[0]
 
 
-def held_out_errors(model: Denoises, held_out: ImageSet, rows: Sequence[int], batch_size: int) -> Tensor:
+def held_out_errors(model: DenoiserProtocol, held_out: ImageSet, rows: Sequence[int], batch_size: int) -> Tensor:
     """Mean errors of x0 and eps per row, (2, R), with the true labels where a model takes some; ranks share batches."""
     (rank, world), batches = rank_and_world(), torch.arange(len(held_out)).split(batch_size)
     device = next(iter(model.parameters())).device

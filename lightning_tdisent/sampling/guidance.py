@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.priors.prior import Prior
-from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 
 
 class Guided:
@@ -18,7 +18,7 @@ class Guided:
     1 for the plain conditional model and 0 for the unconditional one; it costs two network evaluations a step.
     """
 
-    def __init__(self, denoiser: Denoises, scale: float) -> None:
+    def __init__(self, denoiser: DenoiserProtocol, scale: float) -> None:
         if denoiser.classes is None:
             raise InputError("guidance needs a class-conditional model: set classes: on its network")
         if not math.isfinite(scale):
@@ -38,7 +38,7 @@ class Guided:
 
 
 class Extras:
-    """Base class of models that offer more than `Denoises`, with the values of one that does not.
+    """Base class of models that offer more than `DenoiserProtocol`, with the values of one that does not.
 
     Only subclasses are asked for these: a model of another class may use the same names for anything (see `extras`).
 
@@ -64,7 +64,7 @@ class Extras:
         return ""
 
 
-def extras(denoise: Denoises) -> Extras:
+def extras(denoise: DenoiserProtocol) -> Extras:
     """Return the extras of a model, or of the one that guidance was put around."""
     while isinstance(denoise, Guided):
         denoise = denoise.denoiser

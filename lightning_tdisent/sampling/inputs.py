@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
@@ -20,7 +20,7 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
         raise InputError(f"seeds: integers, one for each image, such as range(64), got {seeds!r}") from None
 
 
-def check_label(denoise: Denoises, label: Any, n: int) -> Tensor | None:
+def check_label(denoise: DenoiserProtocol, label: Any, n: int) -> Tensor | None:
     """Return one label for each of n images, int64; refuse labels that the model does not know.
 
     label: one integer for all images, or a sequence or tensor of n integers; the number of classes is the null label.

@@ -27,7 +27,7 @@ from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.images import LEVEL, from_uint8
 from lightning_tdisent.priors.prior import LOG_2PI, Prior, StandardNormal
-from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 from lightning_tdisent.sampling.guidance import extras
 
 Decoder = Literal["discrete", "uniform", "density"]
@@ -78,7 +78,7 @@ def mean_and_half(values: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def variational_bound(
-    model: Denoises,
+    model: DenoiserProtocol,
     images: Tensor,
     ids: Sequence[int],
     label: Tensor | None = None,
@@ -144,7 +144,7 @@ def prior_term(prior: Prior, states: Table, s: int, x0: Tensor, ids: Sequence[in
 
 
 def ode_likelihood(
-    model: Denoises,
+    model: DenoiserProtocol,
     images: Tensor,
     ids: Sequence[int],
     label: Tensor | None = None,
@@ -199,7 +199,7 @@ def ode_likelihood(
 
 
 def _flow(
-    model: Denoises, y: Tensor, s: int, label: Tensor | None, probes: int | None, ids: Sequence[int]
+    model: DenoiserProtocol, y: Tensor, s: int, label: Tensor | None, probes: int | None, ids: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """x0_hat, and the trace of d x0_hat/dy, at row s, float64."""
     a, dtype = float(model.states.on_cpu["a"][s, 0]), next(iter(model.parameters())).dtype
@@ -222,7 +222,7 @@ def _flow(
     return estimate.detach().double(), traces if probes is None else traces / count
 
 
-def _prior(model: Denoises, label: Tensor | None) -> Prior:
+def _prior(model: DenoiserProtocol, label: Tensor | None) -> Prior:
     """Return what the model starts from; refuse what has no density, or is of another class than the images."""
     prior = extras(model).prior or StandardNormal(model.shape)
     extras(model).check_label(label)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.images import to_uint8
 from lightning_tdisent.metrics.network import BLOCK
-from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.inputs import check_given, check_label, check_seeds
 from lightning_tdisent.sampling.sampler import Sampler
@@ -20,7 +20,7 @@ TOGETHER = 8  # blocks that do so with all experts in memory: the caches of a CP
 
 
 def sample(
-    denoise: Denoises,
+    denoise: DenoiserProtocol,
     sampler: Sampler,
     seeds: Sequence[int],
     batch_size: int = 250,

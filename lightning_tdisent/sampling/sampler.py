@@ -26,7 +26,7 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.errors import InputError, NotFinite, check_number
-from lightning_tdisent.sampling.denoiser import Denoises
+from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.inputs import check_given, check_known, check_label, check_seeds
 
@@ -73,7 +73,7 @@ class Sampler(Part, ABC):
 
     def walk(
         self,
-        denoise: Denoises,
+        denoise: DenoiserProtocol,
         seeds: Sequence[int],
         label: Tensor | None = None,
         start: Tensor | None = None,
@@ -131,7 +131,7 @@ class Sampler(Part, ABC):
 
     @torch.inference_mode()
     def __call__(
-        self, denoise: Denoises, seeds: Sequence[int], label: Tensor | None = None, given: Tensor | None = None
+        self, denoise: DenoiserProtocol, seeds: Sequence[int], label: Tensor | None = None, given: Tensor | None = None
     ) -> Tensor:
         """Return the images (B, C, H, W) of these seeds at row 0."""
         for _, x, _ in self.walk(denoise, seeds, label, given=given):  # noqa: B007

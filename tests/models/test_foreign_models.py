@@ -1,4 +1,4 @@
-"""A denoiser of somebody else's is asked for what `Denoises` says, whatever other attributes it has."""
+"""A denoiser of somebody else's is asked for what `DenoiserProtocol` says, whatever other attributes it has."""
 
 import pytest
 import torch
