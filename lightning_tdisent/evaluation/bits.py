@@ -14,7 +14,7 @@ from lightning_tdisent.metrics.likelihood import BOUND, HOW, ODE, REFUSED
 from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 from lightning_tdisent.sampling.errors_by_row import held_out_errors
 from lightning_tdisent.sampling.guidance import extras
-from lightning_tdisent.sampling.likelihood import Decoder, Terms, concatenate, ode_likelihood, variational_bound
+from lightning_tdisent.sampling.likelihood import Decoder, NLLTerms, concatenate, ode_likelihood, variational_bound
 
 ODE_ROWS = 100  # with fewer, the error of the integration from row to row exceeds 0.01 bits
 
@@ -92,10 +92,10 @@ class Bits:
             out |= {column.key(part=part): value for part, value in parts.items()}
         return out
 
-    def _terms(self, model: DenoiserProtocol, images: ImageSet, batch_size: int, errors: Tensor, ode: bool) -> Terms:
+    def _terms(self, model: DenoiserProtocol, images: ImageSet, batch_size: int, errors: Tensor, ode: bool) -> NLLTerms:
         (rank, world), batches = rank_and_world(), torch.arange(len(images)).split(batch_size)
         device = next(iter(model.parameters())).device
-        mine: dict[int, Terms] = {}
+        mine: dict[int, NLLTerms] = {}
         with shared_errors():
             for k in range(len(batches))[rank::world]:
                 i = batches[k]

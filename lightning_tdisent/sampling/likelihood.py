@@ -35,7 +35,7 @@ BOUND = 5 << 20  # streams of noise by row; of the dequantisation, and of probes
 
 
 @dataclass(frozen=True)
-class Terms:
+class NLLTerms:
     """Nats of every image: decoder (B,), rows (R, B) for the rows named, prior (B,), all float64; D values an image.
 
     Of the ODE ``rows`` are the changes of volume from each row to the next.
@@ -64,10 +64,10 @@ class Terms:
         return mean_and_half(self.bits(self.total, whole=True))
 
 
-def concatenate(parts: Sequence[Terms]) -> Terms:
+def concatenate(parts: Sequence[NLLTerms]) -> NLLTerms:
     """Terms of several batches of one model."""
     first, rows, last = (torch.cat([getattr(p, name) for p in parts], -1) for name in ("decoder", "rows", "prior"))
-    return Terms(first, rows, last, parts[0].names, parts[0].D, parts[0].decoding)
+    return NLLTerms(first, rows, last, parts[0].names, parts[0].D, parts[0].decoding)
 
 
 def mean_and_half(values: Tensor) -> tuple[float, float]:
@@ -85,7 +85,7 @@ def variational_bound(
     decoder: Decoder = "discrete",
     clip: float | Literal["as images"] | None = "as images",
     errors: Tensor | None = None,
-) -> Terms:
+) -> NLLTerms:
     """The variational bound (2006.11239, eq. 5) of images, with every row of the model's table.
 
     For s >= 2 the divergence of q(x_r | x_s, x_0) = N(., v I), r = s - 1, from the reverse step N(., w I) whose mean is
@@ -118,7 +118,7 @@ def variational_bound(
         kl = 0.5 * (v / w - 1 + (w / v).log() + (k * (x0 - estimate).double()).square() / w)
         rows[s - 2] = kl.flatten(1).sum(1).cpu()
     last = prior_term(prior, states, states.S, x0.cpu(), ids)
-    return Terms(first, rows, last, states.rows[1:], x0[0].numel(), decoder)
+    return NLLTerms(first, rows, last, states.rows[1:], x0[0].numel(), decoder)
 
 
 def refuse_components(states: Table, where: str) -> None:
@@ -151,7 +151,7 @@ def ode_likelihood(
     decoder: Decoder = "discrete",
     probes: int | None = 1,
     errors: Tensor | None = None,
-) -> Terms:
+) -> NLLTerms:
     """Return E [log q(x_1 | x_0) - log p_1(x_1) - log p(x_0 | x_1)] with log p_1 by the probability-flow ODE.
 
     In u = log(b/a) and y = x/a the flow is dy/du = y - x0_hat, and the log-density falls by D - tr d x0_hat/dy
@@ -195,7 +195,7 @@ def ode_likelihood(
     x = (y * float(a[-1])).to(x.dtype)
     n_last = float(n[-1]) if isinstance(prior, StandardNormal) else 1.0  # x / n starts from N(0, I)
     last = -prior.log_prob(x.cpu() / n_last) - D * (float((a[-1] / a[1]).log()) - math.log(n_last)) - entropy
-    return Terms(first, rows, last, states.rows[1:], D, decoder)
+    return NLLTerms(first, rows, last, states.rows[1:], D, decoder)
 
 
 def _flow(

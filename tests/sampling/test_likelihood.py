@@ -16,7 +16,7 @@ from lightning_tdisent.priors.prior import StandardNormal
 from lightning_tdisent.sampling.errors_by_row import x0_errors
 from lightning_tdisent.sampling.likelihood import (
     BOUND,
-    Terms,
+    NLLTerms,
     concatenate,
     ode_likelihood,
     prior_term,
@@ -311,4 +311,4 @@ def test_what_has_no_likelihood_is_refused(data):
     dark = Exact(LatentStates(Linear(zero_terminal=True), S=10), model.mean, model.variance)
     with pytest.raises(InputError, match="some signal at the last row"):
         ode_likelihood(dark, x0, range(2), decoder="density")
-    assert isinstance(variational_bound(dark, x0, range(2), decoder="density", clip=None), Terms)
+    assert isinstance(variational_bound(dark, x0, range(2), decoder="density", clip=None), NLLTerms)
