@@ -21,7 +21,7 @@ from lightning_tdisent.models.bundle import pack, unpacked
 from lightning_tdisent.models.card import Card, read_card, refuse_foreign
 from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.expert import check_finite, fitting_pieces, load_expert
-from lightning_tdisent.models.residency import Member, Residency, passing
+from lightning_tdisent.models.residency import Member, Residency, offloaded
 from lightning_tdisent.runs import CHECKPOINTS, WEIGHTS
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.schemas import check_schema, parse_json
@@ -347,7 +347,7 @@ def load_model(
     else:
         if not checked:
             _read_cards(files, verify=True)
-        experts += passing([*members, filler] if filler else members, residency)
+        experts += offloaded([*members, filler] if filler else members, residency)
         stand_in = experts.pop() if filler else None
     composite = CompositeDenoiser(experts, stand_in or ("nearest" if fill else None), allow, last).eval()
     composite.differs = differing(facts, allow)

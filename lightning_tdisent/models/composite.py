@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_tdisent.diffusion.table import Coefficient, Table
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.models.agreement import differing, facts_of, refuse_unfit
-from lightning_tdisent.models.residency import PassingExpert, Residency
+from lightning_tdisent.models.residency import OffloadedExpert, Residency
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.guidance import Extras
 
@@ -55,9 +55,9 @@ class CompositeDenoiser(Extras, nn.Module):
             self._owner |= {s: self._owner[r] for s, r in nearest.items()}
             self.filled = {s: f"row {r}" for s, r in nearest.items()}
         self.experts = nn.ModuleList(experts)
-        self._slot = experts[0].slot if isinstance(experts[0], PassingExpert) else None
+        self._slot = experts[0].slot if isinstance(experts[0], OffloadedExpert) else None
         self._path: list[int] = []
-        self._then: dict[int, PassingExpert | None] = {}
+        self._then: dict[int, OffloadedExpert | None] = {}
 
     @property
     def residency(self) -> Residency:  # type: ignore[override]
@@ -86,8 +86,8 @@ class CompositeDenoiser(Extras, nn.Module):
         expert = self.at(s)
         row = self._owner[s][1]
         if self._slot is not None:
-            assert isinstance(expert, PassingExpert)
-            self._slot.hold(expert, self._then.get(s))
+            assert isinstance(expert, OffloadedExpert)
+            self._slot.load(expert, self._then.get(s))
         if row != s:
             x = _stretch(self.states, row, s, x) * x
         out: Tensor = expert(x, row, label)
@@ -97,8 +97,8 @@ class CompositeDenoiser(Extras, nn.Module):
         """All weights; where experts are not resident, those of the one that is here, and the shapes of the others."""
         if self._slot is None:
             return super().parameters(recurse)
-        if self._slot.at_hand is None:
-            self._slot.hold(self.at(self._path[0] if self._path else max(self._owner)))  # type: ignore[arg-type]
+        if self._slot.loaded is None:
+            self._slot.load(self.at(self._path[0] if self._path else max(self._owner)))  # type: ignore[arg-type]
         return self._slot.parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

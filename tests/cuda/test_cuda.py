@@ -24,7 +24,7 @@ from lightning_tdisent.lit.together import together
 from lightning_tdisent.models.card import Card, read_card
 from lightning_tdisent.models.compose import compose, load_model
 from lightning_tdisent.models.expert import save_expert
-from lightning_tdisent.models.residency import Slot
+from lightning_tdisent.models.residency import WeightSlot
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.sample import sample
@@ -83,26 +83,26 @@ def test_images_are_bitwise_the_same_wherever_the_experts_are(folder, solver):
     assert (expected.device.type, len(expected)) == ("cuda", 40)
     assert expected.float().std() > 10
     for residency in ("offload", "stream"):
-        passing = load(folder, residency)
-        assert torch.equal(images(passing, solver), expected)
-        assert torch.equal(images(passing, solver, by_state=False), expected)
+        offloaded = load(folder, residency)
+        assert torch.equal(images(offloaded, solver), expected)
+        assert torch.equal(images(offloaded, solver, by_state=False), expected)
 
 
 @pytest.mark.parametrize(("residency", "ahead"), [("offload", 0.25), ("offload", 1.0), ("stream", 0.25)])
 def test_experts_that_pass_are_asked_from_one_stream_and_then_another(folder, residency, ahead, monkeypatch):
-    monkeypatch.setattr(Slot.__init__, "__defaults__", (ahead,))
-    resident, passing = load(folder), load(folder, residency)
+    monkeypatch.setattr(WeightSlot.__init__, "__defaults__", (ahead,))
+    resident, offloaded = load(folder), load(folder, residency)
     x, asked = torch.randn(BATCH, 3, 8, 8, device="cuda"), [4, 3, 2, 1, 4, 3, 1, 2, 2, 4, 1]
     with torch.inference_mode():
         expected = [resident(x, s) for s in asked]
-        passing(x, 1)  # all is allocated
-        passing.expect([4, 3, 2, 1])
+        offloaded(x, 1)  # all is allocated
+        offloaded.expect([4, 3, 2, 1])
         streams, found = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()], []
         torch.cuda.synchronize()
         for n, s in enumerate(asked):
             with torch.cuda.stream(streams[n % 3]):
                 torch.cuda._sleep(20_000_000)  # some 10 ms, for the next call to come too early
-                found.append(passing(x, s))
+                found.append(offloaded(x, s))
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not torch.equal(expected[0], expected[1])

@@ -18,7 +18,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.models import residency
 from lightning_tdisent.models.compose import compose, load_model
 from lightning_tdisent.models.composite import CompositeDenoiser
-from lightning_tdisent.models.residency import PassingExpert, Slot
+from lightning_tdisent.models.residency import OffloadedExpert, WeightSlot
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling import sample as batches
 from lightning_tdisent.sampling.denoiser import Denoiser
@@ -27,7 +27,7 @@ from lightning_tdisent.sampling.guidance import Guided
 from lightning_tdisent.sampling.sample import sample
 from lightning_tdisent.sampling.sampler import DDIM, Ancestral, DPMSolver, Sampler
 
-PASSING = pytest.mark.parametrize("residency", ["offload", "stream"])
+OFFLOADED = pytest.mark.parametrize("residency", ["offload", "stream"])
 SEEDS = range(7, 47)  # three blocks on a CPU, the last one not full
 
 
@@ -66,13 +66,13 @@ def folder(model, write, tmp_path):
 @pytest.fixture
 def reads(monkeypatch):
     """Files and tensors read, in order."""
-    found, inner = [], PassingExpert.read
+    found, inner = [], OffloadedExpert.read
 
     def read(self, memory, chosen, place):
         found.extend((self.path.name, i) for i in chosen)
         inner(self, memory, chosen, place)
 
-    monkeypatch.setattr(PassingExpert, "read", read)
+    monkeypatch.setattr(OffloadedExpert, "read", read)
     return found
 
 
@@ -80,22 +80,22 @@ def images(model, solver: Sampler, **options: object) -> Tensor:
     return torch.cat(list(sample(model, solver, SEEDS, **options)))
 
 
-@PASSING
+@OFFLOADED
 @pytest.mark.parametrize(
     "solver", [DDIM(), Ancestral(), DPMSolver(), DDIM(eta=0.5, steps=3)], ids=["ddim", "ancestral", "dpm", "fewer"]
 )
 def test_images_are_bitwise_the_same(folder, solver, residency):
-    resident, passing = load_model(folder)[0], load_model(folder, residency)[0]
-    assert (resident.residency, passing.residency) == ("resident", residency)
+    resident, offloaded = load_model(folder)[0], load_model(folder, residency)[0]
+    assert (resident.residency, offloaded.residency) == ("resident", residency)
     expected = images(resident, solver)
     assert len(expected) == 40
     assert expected.float().std() > 10
     assert torch.equal(images(resident, solver, by_state=True), expected)
-    assert torch.equal(images(passing, solver), expected)
-    assert torch.equal(images(passing, solver, by_state=False), expected)
+    assert torch.equal(images(offloaded, solver), expected)
+    assert torch.equal(images(offloaded, solver, by_state=False), expected)
     labels = torch.arange(40) % 4
-    assert torch.equal(images(passing, solver, label=labels), images(resident, solver, label=labels))
-    assert torch.equal(images(Guided(passing, 2.0), solver), images(Guided(resident, 2.0), solver))
+    assert torch.equal(images(offloaded, solver, label=labels), images(resident, solver, label=labels))
+    assert torch.equal(images(Guided(offloaded, 2.0), solver), images(Guided(resident, 2.0), solver))
 
 
 def test_with_all_experts_in_memory_some_blocks_go_together(folder, monkeypatch):
@@ -110,57 +110,57 @@ def test_with_all_experts_in_memory_some_blocks_go_together(folder, monkeypatch)
     assert "".join(asked) == "ACBA" * 3
 
 
-@PASSING
+@OFFLOADED
 def test_copies_of_one_network_are_that_network(model, write, tmp_path, residency):
     one = model()
     files = [write(f"{s}", Denoiser(one.network, V(), one.states, [s])) for s in one.states.rows]
-    passing = load_model(compose(files, tmp_path / "copies"), residency)[0]
-    assert torch.equal(images(passing, DPMSolver()), images(one, DPMSolver()))
+    offloaded = load_model(compose(files, tmp_path / "copies"), residency)[0]
+    assert torch.equal(images(offloaded, DPMSolver()), images(one, DPMSolver()))
 
 
 A, B, C = ("rows_0001-0004.safetensors", "rows_0002.safetensors", "rows_0003.safetensors")
 
 
-@PASSING
+@OFFLOADED
 def test_each_tensor_is_read_once_however_many_images(folder, reads, monkeypatch, residency):
-    passing = load_model(folder, residency)[0]
+    offloaded = load_model(folder, residency)[0]
     assert reads == []
-    expected = images(passing, Ancestral())
+    expected = images(offloaded, Ancestral())
     tensors = range(len(pieces(folder / B)))
     visits = {A: 2, B: 1, C: 1}  # rows 4 and 1 have one owner, which comes for both
     assert sorted(reads) == sorted((name, i) for name, n in visits.items() for i in tensors for _ in range(n))
     if residency == "stream":
         assert reads == [(name, i) for name in (A, C, B, A) for i in tensors]
     reads.clear()
-    images(Guided(passing, 2.0), DDIM())
+    images(Guided(offloaded, 2.0), DDIM())
     assert sorted(reads) == sorted((name, i) for name in (A, B, C) for i in tensors)  # row 1's is there from before
     reads.clear()
     monkeypatch.setattr(batches, "IN_FLIGHT", 2 * 2 * 4 * 64 * 16)  # x and x0_hat of two blocks at once
-    assert torch.equal(images(passing, Ancestral()), expected)
+    assert torch.equal(images(offloaded, Ancestral()), expected)
     # two parts; the owner of row 1 is there when the first one and the second begin
     assert sorted(reads) == sorted((name, i) for name in (A, B, C) * 2 for i in tensors)
 
 
 def test_the_next_expert_begins_to_come_while_one_computes(folder, reads, mixed):
-    passing, x = load_model(folder, "offload")[0], torch.zeros(2, 1, 8, 8)
-    passing.expect([4, 3, 2, 1])
-    passing(x, 4)
-    early = passing.at(3).form.early
+    offloaded, x = load_model(folder, "offload")[0], torch.zeros(2, 1, 8, 8)
+    offloaded.expect([4, 3, 2, 1])
+    offloaded(x, 4)
+    early = offloaded.at(3).layout.n_early
     assert early > 1
     n = len(pieces(folder / A))
     assert reads == [(A, i) for i in range(n)] + [(C, i) for i in range(early)]
-    passing(x, 4)
-    passing(x, 3)
+    offloaded(x, 4)
+    offloaded(x, 3)
     assert reads[n + early :] == [(C, i) for i in range(early, n)] + [(B, i) for i in range(early)]
     reads.clear()
-    passing(x, 1)  # not the one that was expected
+    offloaded(x, 1)  # not the one that was expected
     assert reads == [(A, i) for i in range(n)]
-    images(Guided(passing, 2.0), DDIM(steps=2))
-    assert passing._path == [4, 2]  # which a sampler says, also through guidance
+    images(Guided(offloaded, 2.0), DDIM(steps=2))
+    assert offloaded._path == [4, 2]  # which a sampler says, also through guidance
     two = load_model(mixed[0], "offload")[0]
     two.expect([4, 3, 2])
     two(torch.zeros(1, 1, 4, 4), 4)
-    assert two._slot.coming is two.at(2)  # row 3 is of the owner of row 4
+    assert two._slot.prefetched is two.at(2)  # row 3 is of the owner of row 4
 
 
 @pytest.mark.parametrize(
@@ -169,19 +169,19 @@ def test_the_next_expert_begins_to_come_while_one_computes(folder, reads, mixed)
 def test_the_memory_is_that_of_one_expert_and_of_the_share_ahead(
     residency, ahead, bound, monkeypatch, model, write, tmp_path
 ):
-    monkeypatch.setattr(Slot.__init__, "__defaults__", (ahead,))
+    monkeypatch.setattr(WeightSlot.__init__, "__defaults__", (ahead,))
     experts = [Denoiser(model(seed=s).network, V(), model().states, [s]) for s in (1, 2, 3, 4)]
-    passing = load_model(compose([write(f"{e.rows[0]}", e) for e in experts], tmp_path / "few"), residency)[0]
-    slot, form = passing._slot, passing.at(1).form
+    offloaded = load_model(compose([write(f"{e.rows[0]}", e) for e in experts], tmp_path / "few"), residency)[0]
+    slot, layout = offloaded._slot, offloaded.at(1).layout
     assert slot.memory is None  # nothing before the first is asked
-    found = images(passing, DDIM())
+    found = images(offloaded, DDIM())
     assert torch.equal(found, images(CompositeDenoiser(experts), DDIM()))
-    one = form.size
-    assert one < 1.5 * sum(p.numel() * 4 for p in experts[0].parameters()) + 512 * len(form.tensors)
+    one = layout.size
+    assert one < 1.5 * sum(p.numel() * 4 for p in experts[0].parameters()) + 512 * len(layout.tensors)
     assert one <= slot.memory.numel() <= bound * one
-    assert (form.cut > 0.1 * one) == (residency == "offload")
+    assert (layout.early_bytes > 0.1 * one) == (residency == "offload")
     with pytest.raises(InputError, match=r"\[0, 1\], got 1.5"):
-        Slot("offload", 1.5)
+        WeightSlot("offload", 1.5)
 
 
 @pytest.fixture(scope="module")
@@ -216,56 +216,56 @@ def mixed(tmp_path_factory):
 def test_whatever_was_expected_the_row_asked_is_answered(mixed, residency, ahead, expected, asked):
     folder, resident = mixed
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Slot.__init__, "__defaults__", (ahead,))
-        passing = load_model(folder, residency)[0]
-    passing.expect(expected)
+        patch.setattr(WeightSlot.__init__, "__defaults__", (ahead,))
+        offloaded = load_model(folder, residency)[0]
+    offloaded.expect(expected)
     x = torch.linspace(-2, 2, 32).view(2, 1, 4, 4)
     with torch.inference_mode():
-        assert all(torch.equal(passing(x, s), resident(x, s)) for s in asked)
-        kept = [passing.at(s) for s in asked]  # asked again, each has its own weights again
+        assert all(torch.equal(offloaded(x, s), resident(x, s)) for s in asked)
+        kept = [offloaded.at(s) for s in asked]  # asked again, each has its own weights again
         assert all(torch.equal(expert(x, s), resident(x, s)) for s, expert in zip(asked, kept, strict=True))
     with torch.no_grad():
-        assert torch.equal(passing(x, asked[0]), resident(x, asked[0]))
+        assert torch.equal(offloaded(x, asked[0]), resident(x, asked[0]))
 
 
-@PASSING
+@OFFLOADED
 def test_errors_per_row_parameters_and_modes(mixed, residency):
     folder, resident = mixed
-    passing = load_model(folder, residency)[0].eval().to("cpu").float()
+    offloaded = load_model(folder, residency)[0].eval().to("cpu").float()
     pictures = torch.randint(0, 256, (4, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     rows = [1, 3, 8]
-    assert torch.equal(x0_errors(passing, pictures, range(4), rows), x0_errors(resident, pictures, range(4), rows))
-    ours, theirs = list(passing.parameters()), list(resident.parameters())
+    assert torch.equal(x0_errors(offloaded, pictures, range(4), rows), x0_errors(resident, pictures, range(4), rows))
+    ours, theirs = list(offloaded.parameters()), list(resident.parameters())
     assert sum(p.numel() for p in ours) == sum(p.numel() for p in theirs)
     assert (ours[0].device, ours[0].dtype) == (theirs[0].device, theirs[0].dtype)
     here = list(resident.at(8).parameters())
     assert all(torch.equal(a, b) for a, b in zip(ours[: len(here)], here, strict=True))  # the last one asked
     assert {p.device.type for p in ours[len(here) :]} == {"meta"}  # nobody takes them for weights
-    for change in (lambda: passing.to(torch.bfloat16), passing.double):
+    for change in (lambda: offloaded.to(torch.bfloat16), offloaded.double):
         with pytest.raises(InputError, match=r"bfloat16|float64"):
             change()
-    assert torch.equal(images(passing, DDIM()), images(resident, DDIM()))
+    assert torch.equal(images(offloaded, DDIM()), images(resident, DDIM()))
 
 
 def test_a_file_that_changes_on_the_way_is_refused(folder):
-    passing, x = load_model(folder, "stream")[0], torch.zeros(1, 1, 8, 8)
+    offloaded, x = load_model(folder, "stream")[0], torch.zeros(1, 1, 8, 8)
     resident = load_model(folder)[0]
-    passing(x, 3)
+    offloaded(x, 3)
     content = (folder / B).read_bytes()
     (folder / B).unlink()
     with pytest.raises(InputError, match=r"rows_0002\.safetensors: cannot be read any more: No such file"):
-        passing(x, 2)
+        offloaded(x, 2)
     (folder / B).write_bytes(content[:-4])
     with pytest.raises(InputError, match=r"rows_0002\.safetensors: changed since"):
-        passing(x, 2)
+        offloaded(x, 2)
     with torch.no_grad():
-        assert torch.equal(passing(x, 3), resident(x, 3))  # the others still answer
+        assert torch.equal(offloaded(x, 3), resident(x, 3))  # the others still answer
 
 
-@PASSING
+@OFFLOADED
 def test_a_read_that_fails_half_way_leaves_no_mixture(mixed, monkeypatch, residency):
     folder, resident = mixed
-    inner, bad = PassingExpert.read, set()
+    inner, bad = OffloadedExpert.read, set()
 
     def read(self, memory, chosen, place):
         half = chosen[: len(chosen) // 2] if self.rows[0] in bad else chosen
@@ -273,23 +273,23 @@ def test_a_read_that_fails_half_way_leaves_no_mixture(mixed, monkeypatch, reside
         if self.rows[0] in bad:
             raise InputError("the disk is gone")
 
-    monkeypatch.setattr(PassingExpert, "read", read)
-    monkeypatch.setattr(Slot.__init__, "__defaults__", (0.6,))
-    passing, x = load_model(folder, residency)[0], torch.linspace(-2, 2, 16).view(1, 1, 4, 4)
+    monkeypatch.setattr(OffloadedExpert, "read", read)
+    monkeypatch.setattr(WeightSlot.__init__, "__defaults__", (0.6,))
+    offloaded, x = load_model(folder, residency)[0], torch.linspace(-2, 2, 16).view(1, 1, 4, 4)
     with torch.no_grad():
-        passing.expect([6, 7])
-        passing(x, 6)  # the one of row 7 begins to come
+        offloaded.expect([6, 7])
+        offloaded(x, 6)  # the one of row 7 begins to come
         bad.add(2)
-        passing.expect([6, 2])
+        offloaded.expect([6, 2])
         with pytest.raises(InputError, match="the disk is gone"):
-            passing(x, 6) if residency == "offload" else passing(x, 2)
-        assert torch.equal(passing(x, 7), resident(x, 7))
+            offloaded(x, 6) if residency == "offload" else offloaded(x, 2)
+        assert torch.equal(offloaded(x, 7), resident(x, 7))
         with pytest.raises(InputError, match="the disk is gone"):
-            passing(x, 2)
-        assert torch.equal(passing(x, 7), resident(x, 7))
+            offloaded(x, 2)
+        assert torch.equal(offloaded(x, 7), resident(x, 7))
 
 
-@PASSING
+@OFFLOADED
 def test_weights_of_another_network_are_refused_before_any_is_read(model, write, forge, reads, tmp_path, residency):
     wide = model(rows=[1]).network.channels
 
@@ -345,42 +345,43 @@ def test_tensors_are_where_the_header_says(model, write, tmp_path):
 
 
 class Clocks:
-    """Stands for streams and events of a GPU: vector clocks say what is ordered before what (Lamport, Mattern).
+    """Replaces streams and events of a GPU by vector clocks, which say what is ordered before what (Lamport, Mattern).
 
-    Lane 0, 1, .. computes for the caller, lane -1 copies. `touch` refuses two unordered uses of one byte, one a write.
+    Lane 0, 1, .. computes for the caller, lane -1 copies. `touch` fails if two uses of one byte are unordered and one
+    of them writes.
     """
 
     def __init__(self, device: object) -> None:
         self.clocks: dict[int, dict[int, int]] = {}
         self.lane = self.caller = self.last = 0
         self.uses: list[tuple[int, int, bool, int, int]] = []
-        self.beside_used = 0
+        self.side_used = 0
 
     def now(self) -> dict[int, int]:
         return self.clocks.setdefault(self.lane, {})
 
-    def mark(self) -> dict[int, int]:
+    def record(self) -> dict[int, int]:
         return dict(self.now())
 
     def wait(self, mark: dict[int, int] | None) -> None:
         for lane, tick in (mark or {}).items():
             self.now()[lane] = max(tick, self.now().get(lane, 0))
 
-    def follow(self) -> None:
+    def follow_caller(self) -> None:
         self.lane = self.caller
         if self.lane != self.last:
             self.wait(self.clocks.get(self.last))
             self.last = self.lane
 
-    def finish(self, mark: object) -> None:
+    def synchronize(self, mark: object) -> None:
         pass
 
-    def lend(self, memory: Tensor) -> None:
+    def retain(self, memory: Tensor) -> None:
         pass
 
     @contextlib.contextmanager
-    def beside(self, after: dict[int, int]):
-        self.lane, self.beside_used = -1, self.beside_used + 1
+    def on_side_stream(self, after: dict[int, int]):
+        self.lane, self.side_used = -1, self.side_used + 1
         self.wait(after)
         yield
         self.lane = self.caller
@@ -404,34 +405,34 @@ class Clocks:
 )
 def test_on_a_device_with_memory_of_its_own_nothing_is_used_before_its_time(mixed, ahead, walks, asked):
     folder, resident = mixed
-    inner = Slot._copy
+    inner = WeightSlot._copy
 
     def copy(self, expert, chosen, parity):
         for i in chosen:
-            at = self._place(expert.form, i, parity)
-            self.lanes.touch(at, at + expert.pieces[i].nbytes, True)
+            at = self._place(expert.layout, i, parity)
+            self.streams.touch(at, at + expert.pieces[i].nbytes, True)
         inner(self, expert, chosen, parity)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Slot.__init__, "__defaults__", (ahead,))
+        patch.setattr(WeightSlot.__init__, "__defaults__", (ahead,))
         patch.setattr(residency, "has_own_memory", lambda device: True)
-        patch.setattr(residency, "Lanes", Clocks)
-        patch.setattr(Slot, "_copy", copy)
-        passing, x = load_model(folder, "offload")[0], torch.linspace(-2, 2, 16).view(1, 1, 4, 4)
-        slot = passing._slot
+        patch.setattr(residency, "CopyStreams", Clocks)
+        patch.setattr(WeightSlot, "_copy", copy)
+        offloaded, x = load_model(folder, "offload")[0], torch.linspace(-2, 2, 16).view(1, 1, 4, 4)
+        slot = offloaded._slot
 
         def answer(s: int) -> None:
             with torch.inference_mode():
-                found = passing(x, s)
-            expert = passing.at(s)
+                found = offloaded(x, s)
+            expert = offloaded.at(s)
             for i, piece in enumerate(expert.pieces):  # what its kernels read, on the lane of the caller
-                at = slot._place(expert.form, i, slot.parity)
-                slot.lanes.touch(at, at + piece.nbytes, False)
+                at = slot._place(expert.layout, i, slot.parity)
+                slot.streams.touch(at, at + piece.nbytes, False)
             assert torch.equal(found, resident(x, s))
 
         for path, other in walks:
-            slot.lanes.caller = int(other)  # a caller may compute on another stream than the last one
-            passing.expect(path)
+            slot.streams.caller = int(other)  # a caller may compute on another stream than the last one
+            offloaded.expect(path)
             for s in path:
                 answer(s)
         for s in asked:
@@ -441,23 +442,23 @@ def test_on_a_device_with_memory_of_its_own_nothing_is_used_before_its_time(mixe
 def test_copies_go_beside_and_experts_lie_on_the_host_or_on_disk(mixed, monkeypatch):
     folder, resident = mixed
     monkeypatch.setattr(residency, "has_own_memory", lambda device: True)
-    monkeypatch.setattr(residency, "Lanes", Clocks)
+    monkeypatch.setattr(residency, "CopyStreams", Clocks)
     for kind, hosts, beside in (("offload", 5, True), ("stream", 0, False)):
-        passing = load_model(folder, kind)[0]
-        assert torch.equal(images(passing, DPMSolver()), images(resident, DPMSolver()))
-        slot = passing._slot
-        assert (len(slot.hosts), slot.lanes.beside_used > 0) == (hosts, beside)
+        offloaded = load_model(folder, kind)[0]
+        assert torch.equal(images(offloaded, DPMSolver()), images(resident, DPMSolver()))
+        slot = offloaded._slot
+        assert (len(slot.hosts), slot.streams.side_used > 0) == (hosts, beside)
 
 
-@PASSING
+@OFFLOADED
 def test_another_device_computes_from_there_on(mixed, residency):
-    passing, x = load_model(mixed[0], residency)[0], torch.zeros(1, 1, 4, 4)
-    passing(x, 8)
-    network = passing.at(8).network
-    passing.to("meta")  # a device with memory of its own, without values
-    assert passing._slot.memory is None
+    offloaded, x = load_model(mixed[0], residency)[0], torch.zeros(1, 1, 4, 4)
+    offloaded(x, 8)
+    network = offloaded.at(8).network
+    offloaded.to("meta")  # a device with memory of its own, without values
+    assert offloaded._slot.memory is None
     assert {t.device.type for t in (*network.parameters(), *network.buffers())} == {"meta"}  # nothing holds the old one
-    assert passing.states.a.device.type == passing.at(8).weights.device.type == "meta"
-    assert next(iter(passing.parameters())).device.type == "meta"
-    assert passing(x.to("meta"), 8).device.type == passing._slot.memory.device.type == "meta"
-    assert len(passing._slot.hosts) == (5 if residency == "offload" else 0)
+    assert offloaded.states.a.device.type == offloaded.at(8).weights.device.type == "meta"
+    assert next(iter(offloaded.parameters())).device.type == "meta"
+    assert offloaded(x.to("meta"), 8).device.type == offloaded._slot.memory.device.type == "meta"
+    assert len(offloaded._slot.hosts) == (5 if residency == "offload" else 0)
