@@ -1,1 +1,1 @@
-"""Floor 0, torch alone: the table of latent states and the arithmetic on it. Read states, process, objectives, rng."""
+"""The table of latent states and its arithmetic; needs torch alone. Read table, process, objectives, rng."""

@@ -1,4 +1,4 @@
-"""Bounds on what is built from the words of a file: a card may ask for terabytes, or for layers without end."""
+"""Limit the memory and the work of building a model from a file: its card may ask for any size or number of layers."""
 
 from typing import Any
 
@@ -10,10 +10,14 @@ from lightning_tdisent.errors import InputError
 
 
 class Bounded(TorchDispatchMode):
-    """Refuse a tensor of far more values than a file has, before it takes memory, and operations without end.
+    """Raise InputError in this context for tensors far larger than those of a file, and for too many operations.
 
-    What is built inside may make tensors of up to 4 times ``largest`` values, or 16 million, and run 100 operations for
-    each of ``count`` tensors, or 5,000. where: the file, for the message.
+    A tensor may have up to max(4 ``largest``, 2^24) values, checked before memory is allocated; up to max(100
+    ``count``, 5,000) operations may run.
+
+    where: the file, for the message.
+    largest: number of values of the largest tensor in the file.
+    count: number of tensors in the file.
     """
 
     def __init__(self, where: str, largest: int, count: int) -> None:
@@ -22,7 +26,11 @@ class Bounded(TorchDispatchMode):
         self.most, self.left = max(4 * largest, 1 << 24), max(100 * count, 5_000)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, on the meta device first if it makes a tensor of nothing."""
+        """Run an operation and check the size of its results.
+
+        An operation that creates a tensor from no other tensor is run on the meta device first, so that no memory is
+        taken.
+        """
         self.left -= 1
         if self.left < 0:
             raise InputError(f"{self.where}: its card asks for far more layers than the file has weights")

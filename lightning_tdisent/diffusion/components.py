@@ -1,8 +1,8 @@
-"""Tables of several columns: components of an image that diffuse at their own speeds, and an observation next to them.
+"""Tables of several columns: components of an image that diffuse at different speeds, and an observation next to them.
 
-All of "Non-Uniform Diffusion Models" (2207.09786) is such a table: multi-scale models, whose finer components reach
-pure noise first and are dropped from the state, and the conditional estimators CDE, CDiffE, CMDE and VS-CMDE, whose
-observation y is one more component. Log-SNR -inf: dropped; +inf: free of noise.
+All methods of "Non-Uniform Diffusion Models" (2207.09786) are such tables: multi-scale models, whose finer components
+reach pure noise first and are dropped from the state, and the conditional estimators CDE, CDiffE, CMDE and VS-CMDE,
+whose observation y is one more component. Log-SNR -inf: the component is dropped; +inf: it is free of noise.
 """
 
 import copy
@@ -25,13 +25,23 @@ from lightning_tdisent.errors import InputError, check_shape
 class ComponentStates(LatentStates):
     """Latent states whose components diffuse at different speeds (2207.09786, section 3).
 
-    shape: (C, H, W) of an image. space: its components, `Pixels` (one) if not given; all over T levels of one clock.
-    schedule: curve of the coarsest component, `LogLinear` if not given. ends: share of the T levels after which each,
-    coarse to fine, is pure noise and leaves, 1, (K-1)/K .. 1/K if not given: its curve is the schedule's formula for a
-    chain of so many levels. curves: or the curves themselves, each as long as its own T. observation: of the image.
-    S: rows, shared out evenly over the intervals between two ends, the ends among them; intervals: or their numbers,
-    least noise first; indices: or the rows themselves. All T if none is given. terminal_bound: largest signal that a
-    component may have left where it ends.
+    All components have curves over the T levels of one chain. The rows are all T levels unless S, intervals or indices
+    is given.
+
+    shape: (C, H, W) of an image.
+    schedule: curve of the coarsest component; `LogLinear` if not given.
+    space: splits an image into components; `Pixels` (one component) if not given.
+    ends: per component, coarse to fine, the fraction of the T levels after which it is pure noise and is dropped; 1,
+        (K-1)/K .. 1/K if not given. Its curve is the schedule's formula for a chain of that many levels.
+    curves: instead of ends, the curve of each component; each is as long as its own T.
+    observation: the observation of the image, if the model is conditional.
+    S: number of rows, distributed evenly over the intervals between two successive ends; the ends are always rows.
+    intervals: the number of rows in each interval, lowest noise first.
+    indices: the rows themselves, ascending positions 1..T.
+    terminal_bound: largest signal that a component may have where it ends.
+
+    Raises InputError for inconsistent arguments, and for schedules with zero terminal SNR or that are not variance
+    preserving.
     """
 
     columns: Tensor
@@ -67,7 +77,7 @@ class ComponentStates(LatentStates):
         self._take(torch.stack(table, 1), rows)
 
     def _curves(self) -> list[Tensor]:
-        """Log-SNR of every component of the image at t = 0 .. its end."""
+        """Return the log-SNR of every component of the image at t = 0 .. its end."""
         K, T = self.space.K, self.schedule.T
         y = self.observation.schedule if self.observation else None
         for schedule in (self.schedule, *(self.curves or []), *([y] if y else [])):
@@ -127,7 +137,7 @@ class ComponentStates(LatentStates):
         return chosen
 
     def _take(self, table: Tensor, index: Tensor) -> None:
-        """Take the columns of the image's components (S+1, K); the observation's are added."""
+        """Store the columns of the image's components, (S+1, K), and add those of the observation."""
         self.image_shape = self.shape
         self.space.check(self.shape)
         own, channels = self.space.K, self.shape[0]
@@ -156,7 +166,7 @@ class ComponentStates(LatentStates):
         self._set(log_snr, index, scale, time)
 
     def _check_ends(self, own: int) -> None:
-        """Every component must be noise where it ends, and none may outlive a coarser one."""
+        """Raise InputError if a component has signal left where it ends, or ends after a coarser one."""
         for k in range(own):
             last = int((~self.log_snr[:, k].isneginf()).sum()) - 1
             coarser = int((~self.log_snr[:, max(0, k - 1)].isneginf()).sum()) - 1
@@ -177,7 +187,7 @@ class ComponentStates(LatentStates):
         cls, log_snr: Tensor, index: Tensor, schedule: NoiseSchedule, shape: list[int], space: Space,
         observation: Observation | None = None, terminal_bound: float = TERMINAL_BOUND,
     ) -> "ComponentStates":  # fmt: skip
-        """Return the states of explicit columns (S+1, K) of an image's components, which no file can describe."""
+        """Return states with explicit log-SNR columns (S+1, K) of an image's components; no file can describe them."""
         states = cls.__new__(cls)
         nn.Module.__init__(states)
         states.shape, states.schedule, states.space, states.observation = list(shape), schedule, space, observation
@@ -188,7 +198,10 @@ class ComponentStates(LatentStates):
         return states
 
     def restrict(self, indices: Sequence[int]) -> "ComponentStates":
-        """Return the table of these original indices alone; the last row of every interval must be among them."""
+        """Return the table with these original indices alone; the last row of every interval must be among them.
+
+        Raises InputError for an index that is not a row of this table.
+        """
         here = self.index[1:].tolist()
         if not indices or set(indices) - set(here):
             missing = sorted(set(indices) - set(here))
@@ -200,17 +213,20 @@ class ComponentStates(LatentStates):
         )  # fmt: skip
 
     def truncate(self, at: int | float) -> LatentStates:
-        """Refuse for several components: what is left would start from no known density."""
+        """Return rows 1..at of a table of one component.
+
+        Raises InputError for several components: the density of the state at which sampling would start is not known.
+        """
         if self.K == 1:
             return super().truncate(at)
         raise InputError("a chain of several components is not cut off: priors are for tables of one column")
 
 
 def annealed(states: Table, step: int) -> Table:
-    """Return the table of a training step, in which the curve of the observation may not be the final one (VS-CMDE).
+    """Return the table of a training step, on which the curve of the observation may depend (VS-CMDE).
 
-    1/sigma(n) = 1/sigma_0 + n/M (1/sigma_M - 1/sigma_0) for the largest sigma of y, M steps of `Observation.anneal`,
-    from the image's sigma_0, or ``anneal_from``, to that of its schedule.
+    1/sigma(n) = 1/sigma_0 + n/M (1/sigma_M - 1/sigma_0) for the largest sigma of y at step n of M =
+    `Observation.anneal`, from sigma_0, ``anneal_from`` or the image's, to sigma_M, that of the observation's schedule.
     """
     y = states.observation
     if y is None or step >= y.anneal:

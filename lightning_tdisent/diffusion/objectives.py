@@ -1,9 +1,9 @@
-"""What the raw output of a network means, and how much every state counts.
+"""What the raw output of a network predicts, and the loss weight of every state.
 
-A weight is defined on the error of x0_hat, w(s) |x_0 - x0_hat|^2; the objective turns it into a weight on its own raw
-output, since |x_0 - x0_hat|^2 = unit(s) |target - raw|^2 with unit = b^2/a^2 (eps), 1 (x0), b^2 (v). For an expert of
-one state every weight is one constant, which Adam cancels. Objectives are told the variance-preserving state of a row,
-x / sqrt(a^2 + b^2), and its coefficients: a^2 + b^2 = 1.
+A weight is defined on the error of x0_hat, w(s) |x_0 - x0_hat|^2. The objective converts it to a weight on the raw
+output: |x_0 - x0_hat|^2 = unit(s) |target - raw|^2 with unit = b^2/a^2 (eps), 1 (x0), b^2 (v). For an expert of one
+state every weight is one constant, which Adam cancels. Objectives are given the variance-preserving state of a row, x /
+sqrt(a^2 + b^2), and its coefficients: a^2 + b^2 = 1.
 """
 
 from abc import ABC, abstractmethod
@@ -17,23 +17,27 @@ from lightning_tdisent.errors import InputError
 
 
 class Weight(Part, ABC):
-    """Weight of every state on the x0 error."""
+    """Base class of weights on the x0 error, one per state."""
 
     @abstractmethod
     def on_raw(self, snr: Tensor, snr_below: Tensor, unit: Tensor) -> Tensor:
-        """Return the weight on the raw output; snr, snr_below (one row nearer the data) and unit have equal shape."""
+        """Return the weight on the raw output, in the shape of snr.
+
+        snr: SNR of the rows. snr_below: SNR one row nearer to the data, same shape. unit: see `Objective.unit`, same
+            shape.
+        """
 
 
 class Constant(Weight):
-    """1 on the raw output, whatever it is: the paper's loss with eps ("simple", 2006.11239, eq. 14)."""
+    """Weight 1 on the raw output of any objective; with eps the paper's loss ("simple", 2006.11239, eq. 14)."""
 
     def on_raw(self, snr: Tensor, snr_below: Tensor, unit: Tensor) -> Tensor:
-        """1."""
+        """Return 1."""
         return torch.ones_like(snr)
 
 
 class MinSNR(Weight):
-    """min(SNR, gamma) on the x0 error (2303.09556, eq. 7)."""
+    """Weight min(SNR, gamma) on the x0 error (2303.09556, eq. 7); gamma must be positive."""
 
     def __init__(self, gamma: float = 5.0) -> None:
         if gamma <= 0:
@@ -41,12 +45,15 @@ class MinSNR(Weight):
         self.gamma = gamma
 
     def on_raw(self, snr: Tensor, snr_below: Tensor, unit: Tensor) -> Tensor:
-        """min(SNR, gamma) unit."""
+        """Return min(SNR, gamma) unit."""
         return snr.clamp_max(self.gamma) * unit
 
 
 class P2(Weight):
-    """1/(k + SNR)^gamma on the eps error, so SNR/(k + SNR)^gamma on x0 (2204.00227, eq. 8)."""
+    """Weight 1/(k + SNR)^gamma on the eps error, so SNR/(k + SNR)^gamma on x0 (2204.00227, eq. 8).
+
+    k: above 0; raises InputError otherwise.
+    """
 
     def __init__(self, k: float = 1.0, gamma: float = 1.0) -> None:
         if k <= 0:
@@ -54,23 +61,23 @@ class P2(Weight):
         self.k, self.gamma = k, gamma
 
     def on_raw(self, snr: Tensor, snr_below: Tensor, unit: Tensor) -> Tensor:
-        """SNR/(k + SNR)^gamma unit."""
+        """Return SNR/(k + SNR)^gamma unit."""
         return snr / (self.k + snr) ** self.gamma * unit
 
 
 class Likelihood(Weight):
-    """(SNR(s-1) - SNR(s))/2 on the summed x0 error: the terms of the variational bound (2107.00630, eq. 13).
+    """Weight (SNR(s-1) - SNR(s))/2 on the summed x0 error: the terms of the variational bound (2107.00630, eq. 13).
 
-    At row 1, whose lower neighbour is the data, a Gaussian decoder of variance b_1^2 gives (SNR(1) + 1)/2.
+    Row 1 follows the data, whose SNR is infinite: a Gaussian decoder of variance b_1^2 gives (SNR(1) + 1)/2 there.
     """
 
     def on_raw(self, snr: Tensor, snr_below: Tensor, unit: Tensor) -> Tensor:
-        """(SNR(s-1) - SNR(s))/2 unit."""
+        """Return (SNR(s-1) - SNR(s))/2 unit."""
         return torch.where(snr_below.isinf(), snr + 1, snr_below - snr) / 2 * unit
 
 
 class Objective(Part, ABC):
-    """What the raw output means; ``prediction`` is eps, x0 or v.
+    """Base class of objectives: what the raw output predicts; ``prediction`` is eps, x0 or v.
 
     weight: weight of every state; `Constant` if not given.
     """
@@ -82,7 +89,7 @@ class Objective(Part, ABC):
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return what the network should say, in the shape of x0."""
+        """Return the target of the raw output, in the shape of x0."""
 
     @abstractmethod
     def unit(self, snr: Tensor) -> Tensor:
@@ -93,9 +100,10 @@ class Objective(Part, ABC):
         """Return x0_hat from the raw output at x: the inverse of `target`."""
 
     def weights(self, states: Table) -> Tensor:
-        """Weight of rows 0..S on the raw output, (S+1, K) float64; 0 in row 0 and for what is not learned.
+        """Return the weights of rows 0..S on the raw output, (S+1, K) float64.
 
-        Refuses a weight that is not finite.
+        The weight is 0 in row 0 and for entries that are not learned. Raises InputError for a weight that is not
+        finite.
         """
         snr = states.log_snr.exp()
         table = self.weight.on_raw(snr[1:], snr[:-1], self.unit(snr[1:]))
@@ -111,28 +119,28 @@ class Objective(Part, ABC):
         return torch.cat([torch.zeros_like(table[:1]), table])
 
     def check(self, states: Table) -> None:
-        """Refuse a table that this prediction cannot invert."""
+        """Raise InputError for a table with rows at which x0 cannot be computed from this prediction."""
 
 
 class Eps(Objective):
-    """The network says the noise eps (the paper's choice)."""
+    """Predict the noise eps (the paper's choice)."""
 
     prediction = "eps"
 
     def target(self, x0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """eps."""
+        """Return eps."""
         return eps
 
     def x0(self, raw: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
-        """(x - b eps) / a."""
+        """Return (x - b eps) / a."""
         return (x - b * raw) / a
 
     def unit(self, snr: Tensor) -> Tensor:
-        """b^2/a^2."""
+        """Return b^2/a^2."""
         return 1 / snr
 
     def check(self, states: Table) -> None:
-        """Refuse zero terminal SNR: x0 = (x - b eps)/a divides by a = 0."""
+        """Raise InputError for zero terminal SNR: x0 = (x - b eps)/a divides by a = 0."""
         if bool((states.log_snr.isneginf() & states.learned).any()):
             raise InputError(
                 f"objective Eps cannot be used with zero terminal SNR ({states.schedule!r}): at row {states.S} the "
@@ -141,36 +149,36 @@ class Eps(Objective):
 
 
 class X0(Objective):
-    """The network says the clean image."""
+    """Predict the clean image x_0."""
 
     prediction = "x0"
 
     def target(self, x0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """x0."""
+        """Return x0."""
         return x0
 
     def x0(self, raw: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
-        """The raw output."""
+        """Return the raw output."""
         return raw
 
     def unit(self, snr: Tensor) -> Tensor:
-        """1."""
+        """Return 1."""
         return torch.ones_like(snr)
 
 
 class V(Objective):
-    """The network says v = a eps - b x_0 (2202.00512, app. D): well scaled at every state, hence the default."""
+    """Predict v = a eps - b x_0 (2202.00512, app. D): well scaled at every state, hence the default."""
 
     prediction = "v"
 
     def target(self, x0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """a eps - b x0."""
+        """Return a eps - b x0."""
         return a.to(x0.dtype) * eps - b.to(x0.dtype) * x0
 
     def x0(self, raw: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
-        """a x - b v."""
+        """Return a x - b v."""
         return a * x - b * raw
 
     def unit(self, snr: Tensor) -> Tensor:
-        """b^2."""
+        """Return b^2."""
         return 1 / (1 + snr)

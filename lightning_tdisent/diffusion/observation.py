@@ -1,4 +1,4 @@
-"""The observation y of a conditional model: a column of the table beside those of the image (2207.09786, section 4)."""
+"""The observation y of a conditional model: an extra column of the table (2207.09786, section 4)."""
 
 import math
 from typing import Literal
@@ -13,14 +13,20 @@ from lightning_tdisent.errors import InputError
 
 
 class Observation(Part):
-    """An observation y of an image, which diffuses along a curve of its own.
+    """An observation y of an image, which diffuses along its own curve.
 
-    operator: computes y from an image. schedule: the curve of y over the same T levels; without one y is free of noise
-    (the estimator CDE); the image's own schedule makes CDiffE, a slower one CMDE (2207.09786, section 4). draw: how a
-    sampler draws y at a row: ``fresh``, a y_0 + b eps at each, or ``bridge``, one path of q(y_r | y_s, y_0). weight:
-    factor of its part of the loss; 0 trains the image alone, with the mean over the image alone. anneal: number of
-    training steps over which the largest sigma of y falls from ``anneal_from`` (the image's if not given) to that of
-    ``schedule``, linearly in 1/sigma (VS-CMDE).
+    operator: computes y from an image.
+    schedule: the curve of y over the same T levels. Without one y is free of noise (the estimator CDE); the image's own
+        schedule makes CDiffE, a slower one CMDE (2207.09786, section 4).
+    draw: how a sampler draws y at a row: ``fresh`` draws a y_0 + b eps at each row independently, ``bridge`` one path
+        from q(y_r | y_s, y_0).
+    weight: factor of the observation's part of the loss, at least 0. With 0 only the image is trained, and the mean is
+        over the image alone.
+    anneal: number of training steps over which the largest sigma of y falls to that of ``schedule`` (a `Geometric`),
+        linearly in 1/sigma (VS-CMDE).
+    anneal_from: sigma at which it starts, above 0; the image's largest sigma if not given.
+
+    Raises InputError for values outside these ranges.
     """
 
     def __init__(
@@ -46,22 +52,28 @@ class Observation(Part):
             raise InputError(f"observation.anneal_from: a sigma above 0, got {anneal_from}")
         self.operator, self.schedule, self.draw, self.weight = operator, schedule, draw, weight
         self.anneal, self.anneal_from = anneal, anneal_from
-        spec(operator)  # takes the digests of its files while they are what it has read
+        spec(operator)  # records the digests of the operator's files now, while they have the content that it read
 
     def channels(self, channels: int) -> int:
-        """Return the number of channels of y for an image of so many."""
+        """Return the number of channels of y for an image with ``channels`` channels."""
         return self.operator.channels(channels)
 
     def beside(self, x0: Tensor, item: Tensor | None) -> Tensor:
-        """Return images x_0 (B, C, H, W) followed by the channels of y; item: int64 (B,), numbers of the images."""
+        """Return images x_0 (B, C, H, W) followed by the channels of y.
+
+        item: int64 (B,), item numbers of the images. Raises InputError if it is None.
+        """
         if item is None:
             raise InputError("what is observed of an image depends on its item number: give one for each")
         return torch.cat([x0, self.operator.observe(x0, item.to(x0.device))], 1)
 
     def log_snr(self, table: Tensor, index: Tensor, T: int, sigma_max: float | None = None) -> Tensor:
-        """Return the column (S+1, 1) of y next to the image's (S+1, K), -inf where the image's component is.
+        """Return the log-SNR of y as a column (S+1, 1); -inf where that of the image is.
 
-        index: int64 (S+1,), rows of the chain of T levels; sigma_max: another largest sigma of a `Geometric` schedule.
+        table: log-SNR of the image, (S+1, K).
+        index: int64 (S+1,), positions of the rows in the chain.
+        T: number of levels of the chain; raises InputError if that of the observation's schedule differs.
+        sigma_max: overrides the largest sigma of a `Geometric` schedule.
         """
         curve = self.schedule
         if curve is None:
@@ -76,7 +88,10 @@ class Observation(Part):
         return y[:, None].where(~table.isneginf(), -math.inf)
 
     def sigma_at(self, step: int, begin: float) -> float:
-        """Return the largest sigma of y at a training step of `anneal`: linear in 1/sigma from ``begin``."""
+        """Return the largest sigma of y at training step ``step`` of `anneal`: linear in 1/sigma.
+
+        begin: sigma at step 0 unless ``anneal_from`` was given.
+        """
         assert isinstance(self.schedule, Geometric)
         begin = self.anneal_from if self.anneal_from is not None else begin
         return 1 / (1 / begin + step / self.anneal * (1 / self.schedule.sigma_max - 1 / begin))

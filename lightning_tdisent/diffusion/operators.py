@@ -1,7 +1,7 @@
-"""Degradations y = A(x_0) of images: what a conditional model is given, and what its samples must agree with.
+"""Degradations y = A(x_0) of images: the input of conditional models, and what their samples must agree with.
 
-Each is a plain function of an image and an item number, so that the mask of an item is drawn once and for all and can
-be made again anywhere. Images and observations are in [-1, 1] and of one size.
+Each is a deterministic function of an image and an item number, so that the mask of an item never changes and can be
+computed again anywhere. Images and observations are in [-1, 1] and have the same height and width.
 """
 
 from abc import ABC, abstractmethod
@@ -15,25 +15,28 @@ from lightning_tdisent.diffusion.spec import Part, spec
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.images import LEVEL
 
-GREY_LEVEL = LEVEL + 1e-3  # how far an observation that was kept as uint8 may be off
+GREY_LEVEL = LEVEL + 1e-3  # largest rounding error of an observation that was stored as uint8
 
 
 class Operator(Part, ABC):
-    """A degradation of images (B, C, H, W), seeded by item."""
+    """Base class of degradations of images (B, C, H, W), seeded by item number."""
 
     def channels(self, channels: int) -> int:
-        """Channels of an observation of an image of so many."""
+        """Return the number of channels of an observation for an image with ``channels`` channels."""
         return channels
 
     def check(self, shape: list[int]) -> None:
-        """Refuse images of (C, H, W) that it cannot degrade."""
+        """Raise InputError for images of shape (C, H, W) that this operator cannot degrade."""
 
     @abstractmethod
     def observe(self, x0: Tensor, item: Tensor) -> Tensor:
-        """Observation (B, C', H, W) of images x_0 (B, C, H, W) with the item numbers int64 (B,)."""
+        """Return observations (B, C', H, W) of images x_0 (B, C, H, W); item: item numbers, int64 (B,)."""
 
     def refuse_others(self, x0: Tensor, y: Tensor, item: Tensor, where: str) -> None:
-        """Refuse observations y that are not of these images by these items, up to a rounding to grey levels."""
+        """Raise InputError if observations y do not belong to these images and items, up to rounding to grey levels.
+
+        where: name of the observations, for the message.
+        """
         off = (self.observe(x0, item) - y).abs().flatten(1).amax(1)
         if len(off) and not bool((off <= GREY_LEVEL).all()):
             k = int((~(off <= GREY_LEVEL)).nonzero()[0])
@@ -44,14 +47,16 @@ class Operator(Part, ABC):
             )
 
     def kernel(self, shape: list[int], item: Tensor) -> Tensor:
-        """What it was made with, to be kept beside observations: masks (B, 1, H, W), or one kernel."""
+        """Return what the observations were made with, to be stored with them: masks (B, 1, H, W), or one kernel."""
         return torch.ones(1, 1, 1, 1)
 
 
 class Inpainting(Operator):
-    """A square hole of a share of the area, at a place drawn by (seed, item), filled with mid-grey.
+    """Hide a square hole at a place drawn from (seed, item), and fill it with mid-grey.
 
-    share: of the image that is hidden, in (0, 1); side floor(sqrt(share H W)) (2207.09786, section 6.2).
+    share: fraction of the image's area that is hidden, in (0, 1); the side is floor(sqrt(share H W)) (2207.09786,
+        section 6.2).
+    seed: seed of the places.
     """
 
     def __init__(self, share: float = 0.25, seed: int = 0) -> None:
@@ -60,7 +65,7 @@ class Inpainting(Operator):
         self.share, self.seed = share, seed
 
     def check(self, shape: list[int]) -> None:
-        """Refuse a hole that does not fit, or is none."""
+        """Raise InputError for a hole that does not fit, or whose side is 0."""
         side = self._side(shape[1], shape[2])
         if not 1 <= side <= min(shape[1:]):
             raise InputError(f"Inpainting: a hole of side {side} ({self.share:g} of the area) in {shape[1]}x{shape[2]}")
@@ -69,7 +74,7 @@ class Inpainting(Operator):
         return int((self.share * height * width) ** 0.5)
 
     def kernel(self, shape: list[int], item: Tensor) -> Tensor:
-        """Masks: 1 what is seen, 0 the hole."""
+        """Return masks (B, 1, H, W): 1 where the image is visible, 0 in the hole."""
         _, height, width = shape
         side = self._side(height, width)
         top = (key(self.seed, 0, item) % (height - side + 1))[:, None]  # type: ignore[arg-type, index]
@@ -79,12 +84,12 @@ class Inpainting(Operator):
         return (~(rows[:, None, :, None] & columns[:, None, None])).float()
 
     def observe(self, x0: Tensor, item: Tensor) -> Tensor:
-        """x_0 times the mask."""
+        """Return x_0 times the mask."""
         return x0 * self.kernel(list(x0.shape[1:]), item).to(x0.dtype)
 
 
 class SuperResolution(Operator):
-    """Means of factor x factor blocks, repeated to the size of the image."""
+    """Replace every factor x factor block by its mean; the image keeps its size."""
 
     def __init__(self, factor: int = 4) -> None:
         if factor < 2:
@@ -92,62 +97,68 @@ class SuperResolution(Operator):
         self.factor = factor
 
     def check(self, shape: list[int]) -> None:
-        """Refuse sides that are not divisible by the factor."""
+        """Raise InputError for sides that are not divisible by the factor."""
         if shape[1] % self.factor or shape[2] % self.factor:
             raise InputError(f"SuperResolution: {shape[1]}x{shape[2]} is not divisible by factor {self.factor}")
 
     def observe(self, x0: Tensor, item: Tensor) -> Tensor:
-        """The means, as large as x_0."""
+        """Return the means of the blocks, repeated to the size of x_0."""
         return F.interpolate(F.avg_pool2d(x0, self.factor), scale_factor=float(self.factor))
 
     def kernel(self, shape: list[int], item: Tensor) -> Tensor:
-        """The box."""
+        """Return the box filter (1, 1, factor, factor)."""
         return torch.full((1, 1, self.factor, self.factor), self.factor**-2.0)
 
 
 class Edges(Operator):
-    """Strength of edges by Sobel's kernels on the mean of the channels; a quarter of the range a pixel saturates."""
+    """Edge strength: Sobel filters on the mean of the channels.
+
+    It saturates at a gradient of a quarter of the range per pixel.
+    """
 
     def channels(self, channels: int) -> int:
-        """1."""
+        """Return 1."""
         return 1
 
     def kernel(self, shape: list[int], item: Tensor) -> Tensor:
-        """Sobel's two kernels (2, 1, 3, 3)."""
+        """Return the two Sobel kernels, (2, 1, 3, 3)."""
         sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4
         return torch.stack([sobel, sobel.T])[:, None]
 
     def observe(self, x0: Tensor, item: Tensor) -> Tensor:
-        """min(1, |gradient|) from -1, none, to 1."""
+        """Return min(1, |gradient|), scaled from [0, 1] to [-1, 1]."""
         grey = F.pad(x0.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
         gradient = F.conv2d(grey, self.kernel([], item).to(x0))
         return 2 * gradient.square().sum(1, keepdim=True).sqrt().clamp_max(1) - 1
 
 
 class Grey(Operator):
-    """Luma of a colour image, 0.299 R + 0.587 G + 0.114 B (BT.601): what colourisation starts from."""
+    """Luma of a colour image, 0.299 R + 0.587 G + 0.114 B (BT.601): the input of colourisation."""
 
     def channels(self, channels: int) -> int:
-        """1."""
+        """Return 1."""
         return 1
 
     def check(self, shape: list[int]) -> None:
-        """Refuse images without colours."""
+        """Raise InputError for images that do not have 3 channels."""
         if shape[0] != 3:
             raise InputError(f"Grey: images of 3 channels have colours, these have {shape[0]}")
 
     def kernel(self, shape: list[int], item: Tensor) -> Tensor:
-        """The three weights (1, 3, 1, 1)."""
+        """Return the three weights, (1, 3, 1, 1)."""
         return torch.tensor([0.299, 0.587, 0.114])[None, :, None, None]
 
     def observe(self, x0: Tensor, item: Tensor) -> Tensor:
-        """The luma."""
+        """Return the luma, (B, 1, H, W)."""
         return F.conv2d(x0, self.kernel([], item).to(x0))
 
 
 @torch.no_grad()
 def masks(operator: Operator, shape: list[int], item: Tensor) -> Tensor | None:
-    """Return the masks (B, 1, H, W) of an operator that shows pixels as they are (1) or as mid-grey (0), else None."""
+    """Return the masks (B, 1, H, W) of an operator whose observation is the image times a mask, else None.
+
+    A mask is 1 where a pixel is visible and 0 where it is mid-grey.
+    """
     kernel = operator.kernel(list(shape), item)
     if list(kernel.shape[1:]) != [1, *shape[1:]] or not bool(((kernel == 0) | (kernel == 1)).all()):
         return None
@@ -162,9 +173,9 @@ def masks(operator: Operator, shape: list[int], item: Tensor) -> Tensor | None:
 def probe(operator: Operator, shape: list[int]) -> None:
     """Raise `InputError` if an operator cannot serve a model of images of ``shape`` (C, H, W).
 
-    Observe two random images and a black and a white one, twice, and check what training, sampling and evaluation rely
+    Observes two random images, a black and a white one, twice, and checks what training, sampling and evaluation rely
     on: the number of channels, the size, finite values in [-1, 1], the same y for the same image and item, alone or in
-    a batch, and an image that is left as it was. The state of the global generator is kept.
+    a batch, and that the input is unchanged. The state of the global random generator is restored.
     """
     name = f"{type(operator).__module__}.{type(operator).__qualname__}"
     operator.check(shape)

@@ -1,6 +1,6 @@
 """The forward process and one reverse step, elementwise in the table of latent states.
 
-x0 in [-1, 1] and eps ~ N(0, I) have shape (B, C, H, W); rows are ints, or int64 tensors of shape (B,).
+Shapes: x0 in [-1, 1] and eps ~ N(0, I) are (B, C, H, W). Rows are ints, or int64 tensors of shape (B,).
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Terms(NamedTuple):
 
 
 def nonzero(c: Coefficient) -> bool:
-    """Return whether a coefficient takes part in a step."""
+    """Return whether a coefficient contributes to a step: whether any of its values is not 0."""
     return bool(c.any()) if isinstance(c, Tensor) else c != 0
 
 
@@ -47,7 +47,7 @@ def transition(states: Table, s: int, r: int, eta: float) -> Terms:
     q = a * d / (b * c)
     cz = eta * d * (1 - q.square()).clamp_min(0).sqrt()
     cx = d / b * (1 - eta * eta + (eta * q).square()).sqrt()
-    noise_free, dropped = b == 0, c == 0  # in both rows; what is dropped at r is in neither state
+    noise_free, dropped = b == 0, c == 0  # noise-free in both rows; a component dropped at r is in neither state
     cx = cx.where(~noise_free & ~dropped, 1.0)
     c0 = (c - a * cx).where(~noise_free & ~dropped, 0.0)
     cz = cz.where(~noise_free & ~dropped, 0.0)
@@ -59,8 +59,10 @@ def step(
 ) -> Tensor:
     """Return x_r = c.x0 x0_hat + c.x x_s + c.before x0_hat_before + c.z z: the reverse step of every sampler.
 
-    c: of `transition` for DDIM and ancestral steps. before: x0_hat of the step before, if there was one; z ~ N(0, I),
-    needed where c.z is not zero. ``before`` may be of a smaller state than x, z of a larger one.
+    c: from `transition` for DDIM and ancestral steps.
+    x0_hat: the estimate at row s.
+    before: the estimate of the previous step, None at the first one; it may be of a smaller state than x.
+    z: noise ~ N(0, I), which may be of a larger state than x; raises InputError if it is missing and c.z is not 0.
     """
     out = states.multiplier(c.x0, x) * x0_hat + states.multiplier(c.x, x) * x
     if before is not None and nonzero(c.before):
@@ -79,23 +81,26 @@ def padded(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def posterior(states: Table, x0: Tensor, x: Tensor, s: int, r: int) -> tuple[Tensor, Coefficient]:
-    """Return mean and variance of q(x_r | x_s, x_0) (2006.11239, eq. 6 and 7, for any r < s and any table)."""
+    """Return the mean and the variance of q(x_r | x_s, x_0) (2006.11239, eq. 6 and 7, for any r < s and any table)."""
     c = transition(states, s, r, 1.0)
     mean = states.multiplier(c.x0, x) * x0 + states.multiplier(c.x, x) * x
     return mean, states.multiplier(c.z * c.z, x)
 
 
 def first_state(states: Table, z: Tensor, y: Tensor | None = None) -> Tensor:
-    """Return state S of noise z ~ N(0, I): n z, n = sqrt(a^2 + b^2), with the observation y of the image, if any."""
+    """Return the state at row S from noise z ~ N(0, I): n z with n = sqrt(a^2 + b^2).
+
+    y: observation (B, C', H, W) of a conditional model, which is drawn for row S into its channels.
+    """
     x = states.multiplier(states.on_cpu["scale"][states.S], z) * z
     return x if y is None else observed(states, x, z, states.S, None, y)
 
 
 def arrive(states: Table, out: Tensor, z: Tensor | None, s: int, r: int, x: Tensor, y: Tensor | None = None) -> Tensor:
-    """Return state r from the step that led there from x at s.
+    """Return the state at row r, from the result ``out`` of the step from x at row s.
 
-    Components that are dropped at s and not at r start as noise z, which `needs_noise` asks for; the channels of an
-    observation y are drawn for r.
+    Components that are dropped at s but not at r are added as noise z, which is required if `needs_noise` returns True;
+    the channels of an observation y are drawn for r.
     """
     if states.levels[s] > states.levels[r]:
         assert z is not None
@@ -106,7 +111,7 @@ def arrive(states: Table, out: Tensor, z: Tensor | None, s: int, r: int, x: Tens
 
 
 def needs_noise(states: Table, s: int, r: int) -> bool:
-    """Return whether arriving at r from s takes noise besides that of the step: see `arrive`."""
+    """Return whether `arrive` needs noise at row r for a step from row s."""
     y = states.on_cpu["log_snr"][r, states.image_columns :]
     return states.levels[s] > states.levels[r] or bool(y.isfinite().any())
 
@@ -114,9 +119,11 @@ def needs_noise(states: Table, s: int, r: int) -> bool:
 def observed(
     states: Table, x: Tensor, z: Tensor | None, r: int, before: tuple[Tensor, int] | None, y: Tensor
 ) -> Tensor:
-    """Return state x of row r with the observation y (B, C', H, W) of that row in its channels.
+    """Return state x of row r with its observation channels drawn for that row.
 
-    before: the state and row that the step came from, None at the start. z: the noise of row r; None: y is noise-free.
+    z: noise of row r; None: y is noise-free.
+    before: state and row that the step came from, None at the start.
+    y: the noise-free observation (B, C', H, W).
     """
     assert states.observation is not None
     c, level = x.shape[1] - y.shape[1], states.levels[r]
@@ -124,7 +131,9 @@ def observed(
     if z is None:
         new = y0
     elif before is not None and states.observation.draw == "bridge":
-        mean, variance = posterior(states, y0, padded(before[0], x.shape), before[1], r)  # no past: padded with 0
+        mean, variance = posterior(
+            states, y0, padded(before[0], x.shape), before[1], r
+        )  # new components have no past: padded with 0
         new = mean + variance**0.5 * z
     else:
         new = noise(states, y0, r, z)

@@ -1,7 +1,7 @@
-"""Random numbers as functions of what they are for: an image's seed, or a training step. No global generator.
+"""Random numbers as functions of their purpose (an image's seed, a training step) instead of a global generator.
 
-A torch CPU generator keeps only 32 bits of its seed, so keys are built by bijections of 32-bit words: two images of
-one stream can never share their noise, as hashing 50,000 of them into 32 bits would risk.
+A torch CPU generator keeps only 32 bits of its seed, so keys are built by bijections of 32-bit words: two images of one
+stream never share their noise, whereas hashing 50,000 of them into 32 bits would risk that.
 """
 
 import operator
@@ -16,7 +16,7 @@ _WORD = 1 << 32
 
 
 def mix32(word: int) -> int:
-    """Bijection of 32-bit words with good avalanche (the finaliser of MurmurHash3)."""
+    """Return a bijection of 32-bit words with good avalanche (the finaliser of MurmurHash3)."""
     word &= _WORD - 1
     word = (word ^ word >> 16) * 0x85EBCA6B & _WORD - 1
     word = (word ^ word >> 13) * 0xC2B2AE35 & _WORD - 1
@@ -24,7 +24,7 @@ def mix32(word: int) -> int:
 
 
 def key(*parts: int) -> int:
-    """32-bit key of a few integers; a bijection of the last one."""
+    """Return a 32-bit key of a few integers; it is a bijection of the last one."""
     out = 0
     for part in parts:
         out = mix32(out + 0x9E3779B9 ^ part)
@@ -32,16 +32,20 @@ def key(*parts: int) -> int:
 
 
 def seed_noise(seeds: Sequence[int], stream: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise (len(seeds), *shape), float32 on the CPU; row i is a function of (seeds[i], stream) alone.
+    """Return standard normal noise (len(seeds), *shape), float32 on the CPU.
 
-    stream: what the noise is for: the original index at which it enters the chain. Drawn on the CPU also for a GPU,
-    whose generators give other numbers on other models. Seeds are integers of any type (Python, numpy, a tensor's) and
-    must lie in [0, 2^32).
+    Row i is a function of (seeds[i], stream) alone. It is drawn on the CPU even for a GPU, because the generators of
+    different GPU models give different numbers.
+
+    seeds: integers of any type (Python, numpy, a tensor's) in [0, 2^32).
+    stream: the purpose of the noise: the original index at which it enters the chain.
+
+    Raises InputError for other seeds.
     """
     generator, out = torch.Generator(), torch.empty(len(seeds), *shape)
     for i, given in enumerate(seeds):
         try:
-            seed = operator.index(given)  # a word of numpy would overflow in `key`
+            seed = operator.index(given)  # a numpy integer would overflow in `key`
         except TypeError:
             raise InputError(f"image seeds are integers, got {given!r}") from None
         if not 0 <= seed < _WORD:
@@ -51,10 +55,10 @@ def seed_noise(seeds: Sequence[int], stream: int, shape: Sequence[int]) -> Tenso
 
 
 def draw_rows(rows: Tensor, n: int, generator: torch.Generator | None, balanced: bool = True) -> Tensor:
-    """Draw n of the given rows (R,), int64: uniformly, and if balanced one from each of n equal strata of the list.
+    """Draw n of the given rows (R,), int64: uniformly, or if balanced one from each of n equal strata of the list.
 
-    A balanced draw has every row n/R times if R divides n, else within one of that. Which row a place in the batch gets
-    is independent of the place: readers fill places shard by shard, so every row must meet every place.
+    A balanced draw has every row n/R times if R divides n, else within one of that. The row at a place in the batch is
+    independent of the place: data readers fill places shard by shard, so every row must occur at every place.
     """
     u = torch.rand(1 if balanced else n, generator=generator, device=rows.device, dtype=torch.float64)
     if balanced:

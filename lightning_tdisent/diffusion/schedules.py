@@ -1,8 +1,8 @@
 """Noise schedules: the log-SNR of a full T-chain. One class, one formula, one citation.
 
-All numbers are float64. A state is x_t = a_t x_0 + b_t eps at index t = 0..T. ``log_snr = 2 log(a / b)`` is +inf at
-t = 0, and ``alpha_bar = a^2 / (a^2 + b^2)`` the share of the signal, which is a^2 where a^2 + b^2 = 1; another
-``scale`` sqrt(a^2 + b^2) makes variance-exploding and flow-matching processes of the same log-SNR.
+All numbers are float64. A state is x_t = a_t x_0 + b_t eps at index t = 0..T. ``log_snr = 2 log(a / b)`` is +inf at t =
+0. ``alpha_bar = a^2 / (a^2 + b^2)`` is the fraction of signal, which is a^2 where a^2 + b^2 = 1. Variance-exploding and
+flow-matching processes have the same log-SNR with another ``scale`` sqrt(a^2 + b^2).
 """
 
 import copy
@@ -15,15 +15,15 @@ from torch import Tensor
 from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.errors import InputError, check_number
 
-LONGEST = 200_000  # levels of a chain
+LONGEST = 200_000  # largest number of levels of a chain
 
 
 class NoiseSchedule(Part, ABC):
-    """Log-SNR of a chain of T noise levels.
+    """Base class of schedules: the log-SNR of a chain of T noise levels.
 
-    T: number of levels of the full chain, at least 1.
-    zero_terminal: rescale so that the signal at T is exactly zero (2305.08891, Algorithm 1); the last log-SNR is
-        then -inf, which eps-prediction cannot invert.
+    T: number of levels of the full chain, 1 to `LONGEST`.
+    zero_terminal: rescale so that the signal at T is exactly zero (2305.08891, Algorithm 1); the last log-SNR is then
+        -inf, at which x0 cannot be computed from an eps prediction.
     """
 
     def __init__(self, T: int = 1000, zero_terminal: bool = False) -> None:
@@ -32,10 +32,10 @@ class NoiseSchedule(Part, ABC):
 
     @abstractmethod
     def log_alpha_bar(self) -> Tensor:
-        """Natural logarithm of alpha-bar at t = 0..T, shape (T+1,), float64, 0 at t = 0."""
+        """Return the natural logarithm of alpha-bar at t = 0..T, shape (T+1,), float64, 0 at t = 0."""
 
     def log_snr(self) -> Tensor:
-        """Log-SNR at t = 0..T, shape (T+1,), float64, +inf at t = 0."""
+        """Return the log-SNR at t = 0..T, shape (T+1,), float64, +inf at t = 0."""
         log_ab = self.log_alpha_bar()
         if self.zero_terminal:
             a = (log_ab / 2).exp()
@@ -44,17 +44,17 @@ class NoiseSchedule(Part, ABC):
         return log_ab - (-torch.expm1(log_ab)).log()
 
     def scale(self) -> Tensor:
-        """sqrt(a_t^2 + b_t^2) at t = 0..T, shape (T+1,), float64: 1, as of a variance-preserving process."""
+        """Return sqrt(a_t^2 + b_t^2) at t = 0..T, shape (T+1,), float64; 1 for variance-preserving processes."""
         return torch.ones(self.T + 1, dtype=torch.float64)
 
     def times(self) -> Tensor:
-        """What a network is told at t = 0..T, shape (T+1,): t."""
+        """Return the time input of a network at t = 0..T, shape (T+1,): t."""
         return torch.arange(self.T + 1)
 
     def recomputed(self, S: int, rescale: bool = False) -> "NoiseSchedule":
-        """Return the same formula evaluated for a chain of S levels instead of looking S rows up.
+        """Return the same formula evaluated for a chain of S levels (instead of selecting S of its rows).
 
-        rescale: multiply the range of betas by T/S (schedules that are functions of t/T ignore it).
+        rescale: multiply the range of betas by T/S; schedules that are functions of t/T ignore it.
         """
         other = copy.copy(self)
         other.T = S
@@ -73,7 +73,7 @@ class _Betas(NoiseSchedule):
 
     @abstractmethod
     def betas(self) -> Tensor:
-        """Betas at t = 1..T, shape (T,), float64."""
+        """Return the betas at t = 1..T, shape (T,), float64."""
 
     def log_alpha_bar(self) -> Tensor:
         beta = self.betas()
@@ -105,14 +105,14 @@ class Linear(_Betas):
         super().__init__(T, beta_start, beta_end, zero_terminal)
 
     def betas(self) -> Tensor:
-        """beta_t = beta_start + (beta_end - beta_start) (t-1)/(T-1)."""
+        """Return beta_t = beta_start + (beta_end - beta_start) (t-1)/(T-1)."""
         return torch.linspace(self.beta_start, self.beta_end, self.T, dtype=torch.float64)
 
 
 class ScaledLinear(_Betas):
-    """Square roots of the betas linear in t; defaults of class-conditional latent diffusion (2112.10752).
+    """Square roots of the betas linear in t; the defaults are those of class-conditional latent diffusion (2112.10752).
 
-    Stable Diffusion 1 and 2 use beta_start 0.00085, beta_end 0.012; its signal at T is 0.068, above the default
+    Stable Diffusion 1 and 2 use beta_start 0.00085, beta_end 0.012; the signal at T is then 0.068, above the default
     ``terminal_bound`` of `LatentStates`.
     """
 
@@ -122,7 +122,7 @@ class ScaledLinear(_Betas):
         super().__init__(T, beta_start, beta_end, zero_terminal)
 
     def betas(self) -> Tensor:
-        """sqrt(beta_t) linear from sqrt(beta_start) to sqrt(beta_end)."""
+        """Return betas whose sqrt(beta_t) is linear from sqrt(beta_start) to sqrt(beta_end)."""
         start, end = math.sqrt(self.beta_start), math.sqrt(self.beta_end)
         return torch.linspace(start, end, self.T, dtype=torch.float64).square()
 
@@ -130,7 +130,8 @@ class ScaledLinear(_Betas):
 class Cosine(NoiseSchedule):
     """alpha_bar(u) = cos^2((u + offset)/(1 + offset) pi/2) / alpha_bar(0), betas clipped (2102.09672, eq. 17).
 
-    offset: keeps the first betas from vanishing; max_beta: the clip, in (0, 1).
+    offset: keeps the first betas from vanishing.
+    max_beta: upper bound of the betas, in (0, 1).
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class Cosine(NoiseSchedule):
         self.offset, self.max_beta = offset, max_beta
 
     def log_alpha_bar(self) -> Tensor:
-        """log prod (1 - min(1 - f(t)/f(t-1), max_beta)), f(t) = cos^2(...)."""
+        """Return log prod (1 - min(1 - f(t)/f(t-1), max_beta)), f(t) = cos^2(...)."""
         u = torch.linspace(0, 1, self.T + 1, dtype=torch.float64)
         f = torch.cos((u + self.offset) / (1 + self.offset) * math.pi / 2).square()
         keep = (f[1:] / f[:-1]).clamp_min(1 - self.max_beta)
@@ -152,7 +153,9 @@ class Cosine(NoiseSchedule):
 class Sigmoid(NoiseSchedule):
     """alpha_bar(u) = (g(1) - g(u)) / (g(1) - g(0)), g(u) = sigmoid((u (end - start) + start)/tau) (2301.10972, Alg. 1).
 
-    floor: smallest alpha-bar, since the formula ends at zero.
+    start, end: range of the argument, start < end.
+    tau: temperature, above 0.
+    floor: smallest alpha-bar, in (0, 1), since the formula ends at zero.
     """
 
     def __init__(
@@ -172,7 +175,7 @@ class Sigmoid(NoiseSchedule):
         self.start, self.end, self.tau, self.floor = start, end, tau, floor
 
     def log_alpha_bar(self) -> Tensor:
-        """Log of the clamped formula above."""
+        """Return the logarithm of the formula, clamped at ``floor``."""
         u = torch.linspace(0, 1, self.T + 1, dtype=torch.float64)
         g = torch.sigmoid((u * (self.end - self.start) + self.start) / self.tau)
         return ((g[-1] - g) / (g[-1] - g[0])).clamp_min(self.floor).log()
@@ -188,7 +191,7 @@ class LogLinear(NoiseSchedule):
         self.high, self.low = high, low
 
     def log_alpha_bar(self) -> Tensor:
-        """log sigmoid(high - (high - low) (t-1)/(T-1))."""
+        """Return log sigmoid(high - (high - low) (t-1)/(T-1))."""
         L = torch.linspace(self.high, self.low, self.T, dtype=torch.float64)
         return torch.cat([L.new_zeros(1), torch.nn.functional.logsigmoid(L)])
 
@@ -196,7 +199,8 @@ class LogLinear(NoiseSchedule):
 class Geometric(LogLinear):
     """Deviations growing geometrically, sigma_t = min (max/min)^((t-1)/(T-1)) (VE, 2011.13456, eq. 9).
 
-    Here as the variance-preserving process x / sqrt(1 + sigma^2) of equal SNR, alpha_bar = 1/(1 + sigma^2).
+    This is the variance-preserving process x / sqrt(1 + sigma^2) of equal SNR, alpha_bar = 1/(1 + sigma^2). Requires 0
+    < sigma_min < sigma_max.
     """
 
     def __init__(
@@ -212,15 +216,17 @@ class VarianceExploding(Geometric):
     """x_t = x_0 + sigma_t eps with the deviations of `Geometric` (VE, 2011.13456, eq. 9): a = 1, b = sigma."""
 
     def scale(self) -> Tensor:
-        """sqrt(1 + sigma_t^2)."""
+        """Return sqrt(1 + sigma_t^2)."""
         return (-self.log_alpha_bar() / 2).exp()
 
 
 class FlowMatching(NoiseSchedule):
     """x_t = (1 - sigma) x_0 + sigma eps, sigma_t = shift u / (1 + (shift - 1) u), u = t/T (2403.03206, section 5.3.2).
 
-    a = 1 - sigma, b = sigma: the straight path of rectified flow (2209.03003). The last level is pure noise. A network
-    is told 1000 sigma. shift: above 1 more noise at the same u, as for images of many pixels.
+    a = 1 - sigma, b = sigma: the straight path of rectified flow (2209.03003). The last level is pure noise. The time
+    input of a network is 1000 sigma.
+
+    shift: above 0; values above 1 give more noise at the same u, as used for images of many pixels.
     """
 
     def __init__(self, T: int = 1000, shift: float = 1.0) -> None:
@@ -233,19 +239,19 @@ class FlowMatching(NoiseSchedule):
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def log_alpha_bar(self) -> Tensor:
-        """log (1 - sigma)^2 / ((1 - sigma)^2 + sigma^2)."""
+        """Return log (1 - sigma)^2 / ((1 - sigma)^2 + sigma^2)."""
         return 2 * torch.log1p(-self._sigma()) - 2 * self.scale().log()
 
     def log_snr(self) -> Tensor:
-        """2 log((1 - sigma) / sigma), -inf at T."""
+        """Return 2 log((1 - sigma) / sigma), -inf at T."""
         sigma = self._sigma()
         return 2 * (torch.log1p(-sigma) - sigma.log())
 
     def scale(self) -> Tensor:
-        """sqrt((1 - sigma)^2 + sigma^2)."""
+        """Return sqrt((1 - sigma)^2 + sigma^2)."""
         sigma = self._sigma()
         return ((1 - sigma).square() + sigma.square()).sqrt()
 
     def times(self) -> Tensor:
-        """1000 sigma, float64."""
+        """Return 1000 sigma, float64."""
         return 1000 * self._sigma()
