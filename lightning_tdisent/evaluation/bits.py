@@ -52,7 +52,9 @@ class Bits:
             raise InputError(f"bits: expected a mapping with keys of {', '.join(names)}, got {data!r}")
         return cls(**data)
 
-    def measure(self, model: DenoiserProtocol, held_out: ImageSet, training: ImageSet, batch_size: int) -> dict[str, Any]:
+    def measure(
+        self, model: DenoiserProtocol, held_out: ImageSet, training: ImageSet, batch_size: int
+    ) -> dict[str, Any]:
         """Return keys of a row: bpd, bpd_low, bpd_high (95 %), bpd_terms, bpd_images, those of bpd_ode, or bpd_refused.
 
         They are the same on all ranks (collective).
