@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,7 @@ from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS
 
 if TYPE_CHECKING:
     from lightning_tdisent.evaluation.observations import Observations
-    from lightning_tdisent.fleet.job import Job
     from lightning_tdisent.sampling.sampler import Sampler
-    from lightning_tdisent.studies.plan import Role
     from lightning_tdisent.studies.results import Study
 
 NICKNAMES = {"ddim": "DDIM", "ancestral": "Ancestral", "dpm": "DPMSolver"}  # of samplers
@@ -584,64 +581,14 @@ def _report(a: argparse.Namespace) -> None:
 
 def run_study(a: argparse.Namespace) -> None:
     """Train, compose, evaluate and report what the YAML ``a.config`` names."""
-    from lightning_tdisent.files import write_whole
-    from lightning_tdisent.fleet.draft import draft
-    from lightning_tdisent.fleet.local import run
-    from lightning_tdisent.fleet.state import FleetWork, Jobs
-    from lightning_tdisent.fleet.status import page, tiles
-    from lightning_tdisent.fleet.store import Store
-    from lightning_tdisent.models.compose import discard_damaged, find_files, holds_weights, recompose, refuse_damaged
-    from lightning_tdisent.studies.plan import plan, refuse_cuts, refuse_roles, refuse_samplers
-    from lightning_tdisent.studies.results import BOARDS, Study
+    from lightning_tdisent.studies.plan import plan
+    from lightning_tdisent.studies.run import train
+
+    def fit_prior(source: str, at: int | float, part: dict[str, Any], data: str, folder: Path) -> None:
+        _fit(source, at, part, data, "train", None, folder)
 
     todo = plan(a.config, a.out, a.seed, a.overrides)
-    for line in todo.compare():
-        print(f"{todo.out}: {line}")
-    refuse_damaged([place for name in todo.runs if holds_weights(place := todo.out / name)])
-    for folder in todo.composites.values():
-        if discard_damaged(folder):
-            print(f"{folder}: a file of it is damaged; it is composed anew from its experts")
-    study = Study(**todo.evaluation)
-    study.check()
-    roles = {job.name: _role(job, str(a.config)) for job in todo.jobs}
-    todo, begun = todo.claim(), todo.begun
-    fleets = {}
-    for name, (file, changes) in todo.fleets.items():
-        fleet = draft(
-            file, describe, todo.out / name, todo.seed, changes=changes, begun=begun,
-            check=lambda fleet: fleet.check(describe),
-        )  # fmt: skip
-        fleets[name] = FleetWork(fleet, describe)
-        study.runs |= {f"{name}/{job}": str(todo.out / name / fleet.folder(job)) for job in fleet.names}
-    runs = {name: roles[labels[0]] for name, labels in todo.members.items() if labels}
-    runs |= {name: role(work.fleet.jobs()[-1].argv) for name, work in fleets.items()}
-    study.check(conditional=refuse_roles(todo, runs))
-    states = {tuple(job.argv): roles[job.name].states for job in todo.jobs}
-    refuse_cuts(todo, lambda argv: states[tuple(argv)], {name: work.fleet.table["S"] for name, work in fleets.items()})
-    refuse_samplers(todo, runs)
-    if todo.jobs:
-        run(Jobs(Store(todo.out), todo.jobs), fits, a.workers, title=study.title)
-    for name, work in fleets.items():
-        run(work, fits, a.workers, title=f"{study.title}, {name}")
-    if fleets:
-        boards = "".join(page(tiles(work), name) for name, work in fleets.items())
-        write_whole(todo.out / BOARDS, boards.encode())
-    for name, folder in todo.composites.items():
-        if recompose(find_files(todo.out / name), folder):
-            print(f"{folder}: composed again, since the weights of {name} have changed")
-    for folder, (source, at, part) in todo.priors.items():
-        if not (folder / PRIOR).exists():
-            _fit(source, at, part, study.data, "train", None, folder)
-    _finish(study)
-
-
-def _role(job: "Job", config: str) -> "Role":
-    """Return what a job of a study trains. Raises InputError naming the job and its configs if they are refused."""
-    try:
-        return role(job.argv)
-    except InputError as error:
-        files = ", ".join(word for option, word in pairwise(job.argv) if option == "--config")
-        raise InputError(f"{config}: runs: {job.name} ({files}): {error}") from None
+    _finish(train(todo, a.config, fits, describe, role, fit_prior, a.workers))
 
 
 def _finish(study: "Study") -> None:

@@ -21,14 +21,12 @@ PACKAGE = __package__.split(".")[0]
 # modules that files of earlier versions name, and where their classes are now
 MOVED = {
     f"{PACKAGE}.sampling.start": f"{PACKAGE}.models.truncated",
-    f"{PACKAGE}.models.start": f"{PACKAGE}.models.truncated",
     f"{PACKAGE}.diffusion.bases": f"{PACKAGE}.diffusion.spaces",
 }
 # classes, or arguments by the class they belong to, that files of earlier versions name otherwise
 RENAMED = {
     f"{PACKAGE}.diffusion.components.Condition": f"{PACKAGE}.diffusion.observation.Observation",
     f"{PACKAGE}.sampling.start.Implicit": f"{PACKAGE}.models.truncated.ModelPrior",
-    f"{PACKAGE}.models.start.Implicit": f"{PACKAGE}.models.truncated.ModelPrior",
     f"{PACKAGE}.Implicit": f"{PACKAGE}.models.truncated.ModelPrior",
 }
 ARGUMENTS = {f"{PACKAGE}.diffusion.components.ComponentStates": {"basis": "space", "condition": "observation"}}

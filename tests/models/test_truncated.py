@@ -509,7 +509,7 @@ def read_metadata(file):
         return opened.metadata()
 
 
-@pytest.mark.parametrize("old", ["sampling.start.Implicit", "models.start.Implicit", "Implicit"])
+@pytest.mark.parametrize("old", ["sampling.start.Implicit", "Implicit"])
 def test_a_model_prior_is_built_from_its_earlier_class_paths(old):
     prior = build({"class_path": f"lightning_tdisent.{old}", "init_args": {"source": "runs/vae", "steps": 2}}, Prior)
     assert isinstance(prior, ModelPrior)
