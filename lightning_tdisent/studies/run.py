@@ -7,9 +7,9 @@ from typing import Any
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
+from lightning_tdisent.fleet import local
 from lightning_tdisent.fleet.draft import draft
 from lightning_tdisent.fleet.job import Job
-from lightning_tdisent.fleet.local import run as run_jobs
 from lightning_tdisent.fleet.state import FleetWork, Jobs
 from lightning_tdisent.fleet.status import page, tiles
 from lightning_tdisent.fleet.store import Store
@@ -55,9 +55,9 @@ def train(
     refuse_cuts(todo, lambda argv: states[tuple(argv)], {name: work.fleet.table["S"] for name, work in fleets.items()})
     refuse_samplers(todo, runs)
     if todo.jobs:
-        run_jobs(Jobs(Store(todo.out), todo.jobs), fits, workers, title=study.title)
+        local.run(Jobs(Store(todo.out), todo.jobs), fits, workers, title=study.title)
     for name, work in fleets.items():
-        run_jobs(work, fits, workers, title=f"{study.title}, {name}")
+        local.run(work, fits, workers, title=f"{study.title}, {name}")
     if fleets:
         boards = "".join(page(tiles(work), name) for name, work in fleets.items())
         write_whole(todo.out / BOARDS, boards.encode())
