@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: quickstart test test-ray test-slurm test-cuda faults lint docs bench clean
+.PHONY: quickstart check test test-ray test-slurm test-cuda faults lint docs bench clean
 CLUSTER ?= 1
 CUDA ?= 1
 .DELETE_ON_ERROR:
@@ -36,6 +36,11 @@ data/digits/train-0000.tar: data/digits.py lightning_tdisent/data/digits.py
 quickstart: $(BIN)/.run
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar
 	$(BIN)/python -m lightning_tdisent quickstart
+
+# before each commit: lint, types, and the tests that are neither slow nor start processes; under 3 minutes on 2 cores
+check: lint
+	@$(MAKE) --no-print-directory data/digits/train-0000.tar
+	$(BIN)/python -m pytest -n auto -m "not slow and not cli and not faults"
 
 test: $(BIN)/.test
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar

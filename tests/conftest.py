@@ -13,18 +13,22 @@ import torch
 
 pytest_plugins = ["model_fixtures"]
 ROOT = Path(__file__).parents[1]
+SLOW = Path(__file__).with_name("slow.txt")
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # background jobs of a shell, and their children, ignore SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts processes: `cli` for users of that fixture, `faults` for their folder."""
+    """Mark tests: `cli` for users of that fixture, `faults` for their folder, `slow` for those in slow.txt."""
+    slow = {line for line in SLOW.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")}
     for item in items:
         if "cli" in getattr(item, "fixturenames", ()):
             item.add_marker("cli")
         if "faults" in item.path.parts:
             item.add_marker("faults")
+        if item.nodeid.partition("[")[0].removeprefix("tests/") in slow:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -60,7 +60,7 @@ from lightning_tdisent.lit.resume import (
     refuse_other_runs,
     what_is_trained,
 )
-from lightning_tdisent.models import start
+from lightning_tdisent.models import truncated
 from lightning_tdisent.models.card import read_card
 from lightning_tdisent.models.checkpoint import facts
 from lightning_tdisent.networks import dit, unet  # noqa: F401
@@ -313,7 +313,7 @@ def _exported_steps(folder: Path, run: str) -> int | None:
     if (file := folder / WEIGHTS).exists():
         card = read_card(file)
     elif (file := folder / PRIOR).exists():
-        card = start.read_prior_card(folder)
+        card = truncated.read_prior_card(folder)
     else:
         return None
     if card.run not in ("", run):  # cards of older versions do not name the run
