@@ -270,7 +270,7 @@ def test_a_run_without_a_checkpoint_starts_from_scratch(command, tmp_path):
         file.unlink()
     weights = tmp_path / "run" / "model.safetensors"
     before = weights.read_bytes()
-    with pytest.raises(InputError, match=r"holds model.safetensors .* begins from step 0"):
+    with pytest.raises(InputError, match=r"holds model.safetensors .* starts from step 0"):
         command(steps_=3)
     assert weights.read_bytes() == before
     weights.unlink()
