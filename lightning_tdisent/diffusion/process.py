@@ -131,9 +131,8 @@ def observed(
     if z is None:
         new = y0
     elif before is not None and states.observation.draw == "bridge":
-        mean, variance = posterior(
-            states, y0, padded(before[0], x.shape), before[1], r
-        )  # new components have no past: padded with 0
+        # components that are new at r have no value in the state before: 0
+        mean, variance = posterior(states, y0, padded(before[0], x.shape), before[1], r)
         new = mean + variance**0.5 * z
     else:
         new = noise(states, y0, r, z)

@@ -1,4 +1,4 @@
-"""Spaces: how an image becomes a state and back. `Pixels`, or the components of an image by `Haar` wavelets."""
+"""Spaces: how an image is represented as a state. `Pixels`, or the components of an image in a `Haar` wavelet basis."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from lightning_tdisent.errors import InputError
 
 
 class Space(Part, ABC):
-    """An invertible linear map of images (B, C, H, W) to coefficients of the same number, each of one of K components.
+    """Base class of invertible linear maps of images (B, C, H, W) to as many coefficients, grouped in K components.
 
     Components are counted from coarse to fine. At level n the n finest ones have been dropped: the image is the
     `coarse` one, with sides divided by 2^n, and its coefficients form a tensor of that size.
@@ -22,54 +22,60 @@ class Space(Part, ABC):
     K: int
 
     def coarse(self, x: Tensor, level: int) -> Tensor:
-        """Return the image of the coarser components alone, (B, C, H / 2^level, W / 2^level): 2^level times means."""
+        """Return the image made of the coarser components alone, (B, C, H / 2^level, W / 2^level).
+
+        Its values are 2^level times the means of 2^level x 2^level blocks.
+        """
         return F.avg_pool2d(x, 2**level) * 2**level if level else x
 
     @abstractmethod
     def forward(self, x: Tensor, level: int = 0) -> Tensor:
-        """Return the coefficients of images of this level."""
+        """Return the coefficients of images at this level."""
 
     @abstractmethod
     def inverse(self, z: Tensor, level: int = 0) -> Tensor:
-        """Return the images of this level of coefficients, the inverse of `forward`."""
+        """Return the images at this level from their coefficients: the inverse of `forward`."""
 
     @property
     def isometry(self) -> "Space":
-        """The orthonormal map: without scales."""
+        """The orthonormal map: this space without scales."""
         return self
 
     @abstractmethod
     def columns(self, height: int, width: int) -> Tensor:
-        """Return the component of each coefficient, int64 (H, W) or (1, 1); a coarse image has the corner of it."""
+        """Return the component of each coefficient, int64 (H, W) or (1, 1).
+
+        At a higher level the top left corner of that size holds.
+        """
 
     def check(self, shape: Sequence[int]) -> None:
-        """Refuse images of (C, H, W) that this space cannot represent."""
+        """Raise InputError for images of shape (C, H, W) that this space cannot represent."""
 
     def encode(self, x0: Tensor, level: int = 0) -> Tensor:
-        """Return state 0 of full-size images (B, C, H, W) without their finest components."""
+        """Return state 0 of full-size images (B, C, H, W), without the ``level`` finest components."""
         return self.forward(self.coarse(x0, level), level)
 
     def decode(self, z: Tensor, level: int = 0) -> Tensor:
-        """Return full-size images in [-1, 1] of states; what has been dropped is filled by nearest neighbours."""
+        """Return full-size images in [-1, 1] from states; lower resolutions are upsampled (nearest neighbour)."""
         image = self.inverse(z, level) / 2**level if level else self.inverse(z)
         return F.interpolate(image, scale_factor=float(2**level)) if level else image
 
     def clamp(self, z: Tensor, bound: float, level: int = 0) -> Tensor:
-        """Return states whose images have values within the bound."""
+        """Return states whose images are clamped to [-bound, bound]."""
         bound *= 2**level
         return self.forward(self.inverse(z, level).clamp(-bound, bound), level)
 
     def to_network(self, z: Tensor, level: int) -> Tensor:
-        """Return a state as an image of its resolution, by the orthonormal map."""
+        """Return a state as an image of its resolution, by the orthonormal map: the input of a network."""
         return self.isometry.inverse(z, level)
 
     def from_network(self, x: Tensor, level: int) -> Tensor:
-        """Return the output of a network as a state, the inverse of `to_network`."""
+        """Return the output of a network as a state: the inverse of `to_network`."""
         return self.isometry.forward(x, level)
 
 
 class Pixels(Space):
-    """The image itself: one component."""
+    """The image itself, as one component."""
 
     K = 1
 
@@ -82,20 +88,22 @@ class Pixels(Space):
         return z
 
     def columns(self, height: int, width: int) -> Tensor:
-        """0."""
+        """Return 0, as (1, 1)."""
         return torch.zeros(1, 1, dtype=torch.int64)
 
 
 class Haar(Space):
-    """Haar's wavelets over some levels: averages a_J and differences d_J .. d_1, K = J + 1 (2207.09786, section 3).
+    """Haar wavelets over J levels: averages a_J and differences d_J .. d_1, K = J + 1 (2207.09786, section 3).
 
-    Of each 2x2 block (p q / r s) of a channel: LL = (p+q+r+s)/2, and the differences (p+q-r-s)/2, (p-q+r-s)/2 and
-    (p-q-r+s)/2; the next level takes LL apart. Coefficients lie as in Mallat's layout: LL in the corner of the tensor,
-    top to bottom below it, left to right beside it, so that a tensor without its finest component is its corner.
+    For each 2x2 block (p q / r s) of a channel: LL = (p+q+r+s)/2, and the differences (p+q-r-s)/2, (p-q+r-s)/2 and
+    (p-q-r+s)/2; the next level splits LL again. Coefficients are in Mallat's layout: LL in the top left corner of the
+    tensor, top minus bottom below it, left minus right to its right. So a tensor without its finest component is its
+    corner.
 
-    levels: J, sides must be divisible by 2^J. scales: what the coefficients of a_J, d_J .. d_1 are divided by, such as
-    their deviations in the data (`deviations`): an orthonormal map has averages that grow by 2 a level, and a schedule
-    ends a component of deviation 1 best. 1 if not given.
+    levels: J, 1 to 16; sides must be divisible by 2^J.
+    scales: positive divisors of the coefficients of a_J, d_J .. d_1, such as their standard deviations in the data
+        (`deviations`); 1 if not given. The averages of an orthonormal map grow by a factor of 2 per level, and a
+        schedule fits a component of deviation 1 best.
     """
 
     def __init__(self, levels: int, scales: list[float] | None = None) -> None:
@@ -109,11 +117,11 @@ class Haar(Space):
 
     @property
     def isometry(self) -> "Space":
-        """The same map without scales."""
+        """This map without scales."""
         return self if self.scales is None else Haar(self.levels)
 
     def check(self, shape: Sequence[int]) -> None:
-        """Refuse sides that are not divisible by 2^levels."""
+        """Raise InputError for sides that are not divisible by 2^levels."""
         _, height, width = shape
         if height % 2**self.levels or width % 2**self.levels:
             raise InputError(
@@ -122,7 +130,7 @@ class Haar(Space):
             )
 
     def forward(self, x: Tensor, level: int = 0) -> Tensor:
-        """See `Space`."""
+        """Return the coefficients of images at this level; see `Space.forward`."""
         return self._split(x, self.levels - level)
 
     def _split(self, x: Tensor, levels: int) -> Tensor:
@@ -136,7 +144,7 @@ class Haar(Space):
         return torch.cat([upper, torch.cat([(top - bottom) * scale, (down - across) * scale], -1)], -2)
 
     def inverse(self, z: Tensor, level: int = 0) -> Tensor:
-        """See `Space`."""
+        """Return the images at this level from their coefficients; see `Space.inverse`."""
         return self._join(z, self.levels - level)
 
     def _join(self, z: Tensor, levels: int) -> Tensor:
@@ -151,7 +159,7 @@ class Haar(Space):
         return F.pixel_shuffle(block.flatten(-4, -3), 2)
 
     def columns(self, height: int, width: int) -> Tensor:
-        """J at the finest differences, down to 0 in the corner of the averages."""
+        """Return J for the finest differences, down to 0 for the averages in the corner."""
         out = torch.empty(height, width, dtype=torch.int64)
         for column in range(self.levels, -1, -1):
             deep = self.levels - column
@@ -159,6 +167,9 @@ class Haar(Space):
         return out
 
     def deviations(self, images: Tensor) -> list[float]:
-        """Root mean squares of the components a_J, d_J .. d_1 of images (B, C, H, W) in [-1, 1], to 3 digits."""
+        """Return the root mean squares of the components a_J, d_J .. d_1 of images, to 3 significant digits.
+
+        images: (B, C, H, W) in [-1, 1]. The coefficients are those without scales.
+        """
         z, columns = self.isometry.forward(images), self.columns(*images.shape[-2:])
         return [float(f"{float(z[..., columns == k].square().mean().sqrt()):.3g}") for k in range(self.K)]

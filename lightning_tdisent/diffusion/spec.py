@@ -1,8 +1,8 @@
-"""Parts as plain data: any part is named by its class path and constructor arguments, and can be built again.
+"""Describe components as plain data: their class path and constructor arguments, from which they can be built again.
 
-The convention that makes this work without decorators: a part keeps every constructor argument under its own name.
-An argument that names a file (a mask, a table) is kept with the SHA-256 of its content: with another one it is
-another part.
+The convention that makes this work without decorators: a part keeps every constructor argument as an attribute of the
+same name. An argument that is the path of a file (a mask, a table) is stored with the SHA-256 of the file: with other
+content it is another part.
 """
 
 import importlib
@@ -18,12 +18,12 @@ from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError, nearest
 
 PACKAGE = __package__.split(".")[0]
-# modules that files of earlier versions name, and where their classes are now
+# old module paths in files of earlier versions, and the modules of today; of two old paths the oldest comes first
 MOVED = {
     f"{PACKAGE}.sampling.start": f"{PACKAGE}.models.truncated",
     f"{PACKAGE}.diffusion.bases": f"{PACKAGE}.diffusion.spaces",
 }
-# classes, or arguments by the class they belong to, that files of earlier versions name otherwise
+# old class paths, and old argument names by class, in files of earlier versions
 RENAMED = {
     f"{PACKAGE}.diffusion.components.Condition": f"{PACKAGE}.diffusion.observation.Observation",
     f"{PACKAGE}.sampling.start.Implicit": f"{PACKAGE}.models.truncated.ModelPrior",
@@ -31,13 +31,15 @@ RENAMED = {
 }
 ARGUMENTS = {f"{PACKAGE}.diffusion.components.ComponentStates": {"basis": "space", "condition": "observation"}}
 _PLAIN = (str, int, float, bool, type(None))
-_DIGESTS = "_Part__digests"  # attribute of a part, with the name that Python gives to a private one of `Part`
+_DIGESTS = "_Part__digests"  # attribute of a part: the mangled name of a private attribute of `Part`
 
 
 class Part:
-    """Mark of a class that a checkpoint may name: schedule, table, objective, weight, network, sampler.
+    """Base class for components that configs and checkpoints can name.
 
-    names_files: whether arguments that are paths of files belong to what the part is, with the files' content.
+    These are schedules, tables, objectives, weights, networks, samplers and others.
+
+    names_files: whether the content of files named by arguments belongs to the identity of the part.
     """
 
     names_files = True
@@ -47,9 +49,10 @@ SomePart = TypeVar("SomePart", bound=Part)
 
 
 def spec(part: Part) -> dict[str, Any]:
-    """Return ``{"class_path": .., "init_args": {..}}`` of a part, JSON-like all the way down.
+    """Return ``{"class_path": .., "init_args": {..}}`` of a part, with JSON-like values at all depths.
 
-    Where arguments name files, ``"files": {path: SHA-256}`` is added, as they were when a part was first described.
+    If arguments name files, ``"files": {path: SHA-256}`` is added, with the digests at the time of the first call for
+    this part. Raises InputError for an argument that is not an attribute, or whose value is no plain data.
     """
     cls = type(part)
     names = arguments(cls)
@@ -68,7 +71,7 @@ def spec(part: Part) -> dict[str, Any]:
 
 
 def identity(data: Any) -> Any:
-    """Return a `spec` with the digests of files in place of their paths: what is compared, wherever a file lies."""
+    """Return a `spec` with the digests of files in place of their paths: equal wherever the files are."""
     if isinstance(data, dict) and "files" in data:
         named = _renamed(data["init_args"], data["files"])
         data = {"class_path": data["class_path"], "init_args": named}
@@ -78,7 +81,7 @@ def identity(data: Any) -> Any:
 
 
 def changed(data: Any) -> list[str]:
-    """Return a line for every file of a `spec` that is missing or has another content than when it was described."""
+    """Return a line for every file of a `spec` that is missing or whose content has changed since it was described."""
     if isinstance(data, list):
         return [line for value in data for line in changed(value)]
     if not isinstance(data, dict):
@@ -96,7 +99,7 @@ def changed(data: Any) -> list[str]:
 
 
 def _built(value: Any) -> Any:
-    """An argument with the parts that it describes built, at any depth of lists and mappings."""
+    """Return an argument with the parts described in it built, at any depth of lists and mappings."""
     if isinstance(value, list):
         return [_built(one) for one in value]
     if isinstance(value, dict):
@@ -105,7 +108,10 @@ def _built(value: Any) -> Any:
 
 
 def _files(part: Part, init_args: dict[str, Any]) -> dict[str, str]:
-    """Digests of the files that arguments name, each taken once in the life of a part: it has read them by then."""
+    """Return the digests of the files named by arguments.
+
+    Each is computed once per part, after the part has read the file.
+    """
     known = vars(part).get(_DIGESTS, {})
     for text in _strings(init_args):
         named = bool(Path(text).suffix) or os.sep in text
@@ -116,7 +122,7 @@ def _files(part: Part, init_args: dict[str, Any]) -> dict[str, str]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Strings in the arguments of one part, not in those of the parts within it."""
+    """Yield the strings in the arguments of one part, without those of parts inside it."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -145,14 +151,14 @@ def _sha256(path: str) -> str:
 
 
 def arguments(cls: type) -> list[str]:
-    """Names of the constructor's arguments, followed through ``**kwargs`` to the base classes."""
+    """Return the names of the constructor's arguments, followed through ``**kwargs`` to the base classes."""
     return list(_defaults(cls))
 
 
 def _defaults(cls: type) -> dict[str, Any]:
-    """Names of the constructor's arguments and their defaults, followed through ``**kwargs`` to the base classes.
+    """Return the constructor's arguments and their defaults, followed through ``**kwargs`` to the base classes.
 
-    The default of an argument that must be given is `inspect.Parameter.empty`.
+    The default of a required argument is `inspect.Parameter.empty`.
     """
     found: dict[str, Any] = {}
     for base in cls.__mro__:
@@ -165,22 +171,22 @@ def _defaults(cls: type) -> dict[str, Any]:
     return found
 
 
-# What an argument means in files that were written before it existed, where its default is another one by now:
-# {"class path.argument": value}. A default that is changed gets its old value here; no default has changed so far.
+# Value of an argument in files that were written before it existed, if the default has changed since:
+# {"class path.argument": old default}. Whoever changes a default adds its old value; none has changed so far.
 THEN: dict[str, Any] = {}
 
 
 def defaults_of_then(cls: type) -> dict[str, Any]:
-    """Return what the arguments of a constructor mean where a file lacks them; not of those that must be given."""
+    """Return the values of constructor arguments that a file lacks; required arguments are not included."""
     path = f"{cls.__module__}.{cls.__qualname__}"
     given = {k: v for k, v in _defaults(cls).items() if v is not inspect.Parameter.empty}
     return {k: THEN.get(f"{path}.{k}", list(v) if isinstance(v, tuple) else v) for k, v in given.items()}
 
 
 def filled(data: Any) -> Any:
-    """Return a `spec`, or a config with parts in it, with the arguments that an older file lacks, as of then.
+    """Return a `spec`, or a config that contains some, with the arguments that an older file lacks.
 
-    Parts whose class is not loaded stay as they are.
+    They have the values of `defaults_of_then`. Parts whose class is not loaded are unchanged.
     """
     if isinstance(data, list):
         return [filled(value) for value in data]
@@ -213,9 +219,11 @@ def _plain(value: object, where: str) -> Any:
 
 
 def rebuild(part: SomePart, make: Callable[[dict[str, Any]], Any] | None = None) -> SomePart:
-    """Build a part again from its `spec`, with ``make`` if given; refuse one whose attributes are not its arguments.
+    """Build a part again from its `spec`, and check that its arguments have the same values.
 
-    Raises InputError that names every argument whose attribute has another value in the part built again.
+    make: builds a part from a spec; `build` if not given.
+
+    Raises InputError that names every argument whose attribute has another value in the new part.
     """
     mine, cls = spec(part), type(part)
     try:
@@ -227,14 +235,14 @@ def rebuild(part: SomePart, make: Callable[[dict[str, Any]], Any] | None = None)
             f"a {cls.__name__} cannot be built again from what a file would say of it: {error}"
             + (_KEYWORDS if isinstance(error.__cause__, Exception) else "")
         ) from error
-    except Exception as error:  # a constructor that is not ours
+    except Exception as error:  # a constructor outside this package may raise anything
         raise InputError(
             f"{cls.__name__} cannot be built again from its arguments {mine['init_args']}: {said(error)}{_KEYWORDS}"
         ) from error
     before, after = mine["init_args"], spec(other)["init_args"]
     if changed := [k for k in before if before[k] != after[k]]:
         for k in changed:
-            if isinstance(value := getattr(part, k), Part):  # which says it of itself, in fewer words
+            if isinstance(value := getattr(part, k), Part):  # raises a shorter message about the inner part
                 rebuild(value)
         listed = "; ".join(f"{k} is {before[k]!r}, and {after[k]!r} in one built with {before[k]!r}" for k in changed)
         raise InputError(
@@ -247,11 +255,11 @@ def rebuild(part: SomePart, make: Callable[[dict[str, Any]], Any] | None = None)
 _KEYWORDS = ". Arguments that come through **kwargs, or positional-only ones, are in no file: name them in __init__"
 
 
-SCRIPT = "__main__"  # the module of what a script, or a notebook, defines
+SCRIPT = "__main__"  # module of classes that are defined in a script or notebook
 
 
 def said(error: BaseException) -> str:
-    """Type, first line and place of an error in somebody's code."""
+    """Return type, first line and place of an error raised in code outside this package."""
     frames, package = traceback.extract_tb(error.__traceback__), str(Path(__file__).parents[1])
     own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(package)]
     place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
@@ -260,13 +268,16 @@ def said(error: BaseException) -> str:
 
 
 def moved(path: str) -> str:
-    """Return the class path of today for one that an earlier version wrote."""
+    """Return the current class path for one written by an earlier version."""
     module, dot, name = path.rpartition(".")
     return RENAMED.get(path, MOVED.get(module, module) + dot + name)
 
 
 def first_name(data: Any) -> Any:
-    """Return a `spec` with the class paths under which classes first appeared: what fingerprints hash never moves."""
+    """Return a `spec` with the oldest path of each class.
+
+    Fingerprints hash these paths, so they do not change when classes move.
+    """
     if isinstance(data, list):
         return [first_name(value) for value in data]
     if not isinstance(data, dict):
@@ -323,8 +334,11 @@ def _loaded(base: type[Any]) -> set[str]:
 def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
     """Build a part from its `spec` and check that it is a ``base``.
 
-    A class is taken from this package or from a module that is already imported: reading a file never imports code
-    that its reader did not name, and no class that is not marked as a `Part` is ever called.
+    A class is taken from this package or from a module that is already imported: reading a file never imports code that
+    its reader did not name, and never calls a class that is not a `Part`.
+
+    Raises InputError for other data, unknown classes, modules that are not loaded, changed files, and constructors that
+    fail.
     """
     path, arguments = (data.get("class_path"), data.get("init_args")) if isinstance(data, dict) else (None, None)
     if not isinstance(path, str) or not isinstance(arguments, dict) or not isinstance(data.get("files", {}), dict):

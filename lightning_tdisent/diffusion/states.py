@@ -16,14 +16,17 @@ class LatentStates(Table):
 
     schedule: the full chain; the DDPM linear one if not given.
     S: number of states; all T if not given.
-    spacing: which rows of the chain, 1-based: ``even`` k floor(T/S) (31, 62 .. 992 for 32 of 1000: the paper's),
+    spacing: which rows of the chain, 1-based: ``even`` k floor(T/S) (31, 62 .. 992 for 32 of 1000, as in the paper),
         ``leading`` 1 + (k-1) floor(T/S), ``trailing`` round(kT/S), ``log_snr`` evenly spaced in log-SNR.
-    indices: the rows themselves, ascending, instead of S and spacing.
+    indices: the rows themselves, ascending in 1..T, instead of S and spacing.
     kind: ``mapped`` looks values up in the T-chain; ``native`` evaluates the formula again for a chain of S levels,
-        ``rescaled`` likewise with the betas times T/S. The last two exist for the ablation.
-    cut: the last row kept, or a share of the rows (see `truncate`), of a mapped table: `indices` and the bound follow.
-    terminal_bound: largest share of signal a_S / sqrt(a_S^2 + b_S^2) allowed at the last state, where sampling starts
-        from pure noise.
+        ``rescaled`` likewise with the betas multiplied by T/S. The last two exist for the ablation.
+    terminal_bound: largest fraction of signal a_S / sqrt(a_S^2 + b_S^2) allowed at the last state, where sampling
+        starts from pure noise.
+    cut: the last row to keep, or a fraction of the rows (see `truncate`), for mapped tables. The attributes `indices`
+        and `terminal_bound` are set accordingly.
+
+    Raises InputError for inconsistent arguments, for log-SNRs that do not fall, and for a last signal above the bound.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class LatentStates(Table):
         if kind not in ("mapped", "native", "rescaled"):
             raise InputError(f"kind {kind!r}: choose mapped, native or rescaled")
         chosen = _choose(schedule, S, spacing, indices)
-        self.cut = None  # it is in the indices: a table that is built again has them already
+        self.cut = None  # `indices` contains its effect, so that a table rebuilt from its arguments is not cut twice
         if cut is not None:
             if kind != "mapped":
                 raise InputError(f"cut {cut} is for mapped tables, this one is {kind}")
@@ -83,7 +86,10 @@ class LatentStates(Table):
             )
 
     def restrict(self, indices: Sequence[int]) -> "LatentStates":
-        """Return the table of these original indices alone, values unchanged; refuses an index that is no row here."""
+        """Return the table with these original indices alone, values unchanged.
+
+        Raises InputError for an index that is not a row of this table.
+        """
         here = {int(t): s for s, t in enumerate(self.index.tolist())}
         missing = [t for t in indices if t not in here]
         if missing:
@@ -91,9 +97,10 @@ class LatentStates(Table):
         return self._some([0, *(here[t] for t in sorted(indices))], self.terminal_bound)
 
     def truncate(self, at: int | float) -> "LatentStates":
-        """Return rows 1..at alone, values unchanged; a float up to 1.0 is a share of the rows (2206.05173).
+        """Return rows 1..at alone, values unchanged; a float up to 1.0 is a fraction of the rows (2206.05173).
 
-        What sampling starts from there is no N(0, I) any more: a `Prior` takes its place. The terminal bound goes.
+        The state at the new last row is not N(0, I), so sampling starts from a `Prior` instead, and the terminal bound
+        is raised to the signal there.
         """
         row = row_of(at, self.S)
         return self._some(range(row + 1), max(self.terminal_bound, round_up(_signal(self.log_snr[row]))))
@@ -109,9 +116,10 @@ class LatentStates(Table):
         cls, log_snr: Tensor, index: Tensor, schedule: NoiseSchedule, terminal_bound: float = TERMINAL_BOUND,
         scale: Tensor | None = None, time: Tensor | None = None,
     ) -> "LatentStates":  # fmt: skip
-        """Return the states of an explicit table (S+1, K) of log-SNRs with these original indices (S+1,).
+        """Return states with an explicit table (S+1, K) of log-SNRs and these original indices (S+1,).
 
-        scale: sqrt(a^2 + b^2), (S+1, K), 1 if not given; time: (S+1,), what a network is told, the index if not given.
+        scale: sqrt(a^2 + b^2), (S+1, K); 1 if not given.
+        time: (S+1,), the time input of networks; the index if not given.
         """
         states = cls.__new__(cls)
         nn.Module.__init__(states)
@@ -122,12 +130,12 @@ class LatentStates(Table):
         return states
 
     def extra_repr(self) -> str:
-        """Show where the rows come from."""
+        """Return the arguments that determine the rows, for `repr`."""
         return f"S={self.S}, {self.schedule!r}, {self.kind}, {self.spacing}, fingerprint={self.fingerprint}"
 
 
 def _signal(log_snr: Tensor) -> float:
-    """Return the largest share of signal a / sqrt(a^2 + b^2) of a row."""
+    """Return the largest fraction of signal a / sqrt(a^2 + b^2) of a row."""
     return float(torch.sigmoid(log_snr).sqrt().max())
 
 

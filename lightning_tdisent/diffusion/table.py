@@ -1,12 +1,12 @@
-"""The table of latent states: the numbers that every method of this project is made of.
+"""The table of latent states: the numbers that every method of this project consists of.
 
 Rows are latent states 0..S (0 is the data), columns are K components of the data (K = 1: all of it). An entry is a pair
 (a, b), float64, and a state is
 
     x_s = a_s x_0 + b_s eps,        log-SNR L = 2 log(a / b) falls from row to row.
 
-Any positive pairs will do. With n = sqrt(a^2 + b^2), the ``scale`` of an entry, x / n is the variance-preserving state
-of equal SNR: a / n = sqrt(sigmoid(L)), b / n = sqrt(sigmoid(-L)).
+Any positive pairs are allowed. With n = sqrt(a^2 + b^2), the ``scale`` of an entry, x / n is the variance-preserving
+state of equal SNR: a / n = sqrt(sigmoid(L)), b / n = sqrt(sigmoid(-L)).
 """
 
 from collections.abc import Callable, Sequence
@@ -29,16 +29,28 @@ Coefficient = float | Tensor
 
 
 class Table(Part, nn.Module):
-    """Rows 0..S of a diffusion process, and what its states are made of.
+    """Rows 0..S of a diffusion process, with the space and the observation of its states.
 
-    Base class: `LatentStates` makes one from a schedule, `ComponentStates` one with a column per component of an image.
+    This is the base class of `LatentStates`, which makes a table from a schedule, and `ComponentStates`, which has a
+    column per component of an image. Buffers follow devices but never dtypes.
 
-    Attributes, (S+1, K) float64: ``a``, ``b``, ``log_snr``, +inf in row 0 and -inf where a component has been dropped,
-    and ``scale``; copies of them in ``on_cpu``; ``variance_preserving``: whether every scale is 1. (S+1,): ``index``,
-    int64, position of each row in the chain of T levels, the key of its noise; ``time``, what a network is told;
-    ``levels``, number of components dropped at each row. ``schedule``: the chain; ``space``: how an image becomes a
-    state; ``observation``: what is observed of an image, if anything is; ``image_shape``: (C, H, W) where columns are
-    components of an image, else None. Buffers follow devices but never dtypes.
+    Attributes of shape (S+1, K), float64:
+    ``a``, ``b``: coefficients of the states.
+    ``log_snr``: +inf in row 0, -inf where a component has been dropped.
+    ``scale``: sqrt(a^2 + b^2).
+    ``on_cpu``: copies of these four on the CPU, by name.
+
+    Attributes of shape (S+1,):
+    ``index``: int64, position of each row in the chain of T levels; it keys the noise of the row.
+    ``time``: time input of a network.
+    ``levels``: number of components dropped at each row.
+
+    Other attributes:
+    ``variance_preserving``: whether every scale is 1.
+    ``schedule``: the chain of T levels.
+    ``space``: how an image is represented as a state.
+    ``observation``: what is observed of an image, None for unconditional models.
+    ``image_shape``: (C, H, W) where columns are components of an image, else None.
     """
 
     log_snr: Tensor
@@ -55,7 +67,7 @@ class Table(Part, nn.Module):
     image_shape: list[int] | None = None
 
     def _set(self, log_snr: Tensor, index: Tensor, scale: Tensor | None = None, time: Tensor | None = None) -> None:
-        """Store the numbers and what follows from them."""
+        """Store the numbers, and the attributes computed from them."""
         for name, value in {
             "log_snr": log_snr,
             "scale": (scale := torch.ones_like(log_snr) if scale is None else scale),
@@ -82,7 +94,7 @@ class Table(Part, nn.Module):
 
     @property
     def image_columns(self) -> int:
-        """Number of columns of the image; those of an observation follow them."""
+        """Number of columns of the image; those of an observation come after them."""
         return self.K if self.image_shape is None else self.space.K
 
     @property
@@ -92,7 +104,7 @@ class Table(Part, nn.Module):
 
     @property
     def made_of(self) -> str:
-        """Text that names the space and the observed operator, empty for a table of one column."""
+        """Name of the space and of the observed operator, empty for a table of one column."""
         return self._layout(self.observation and self.observation.operator)
 
     def _layout(self, observed: Part | None) -> str:
@@ -101,7 +113,7 @@ class Table(Part, nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the table to 8 significant digits: machines differ in the last bits of a logarithm."""
+        """Hash of the table, to 8 significant digits because machines differ in the last bits of a logarithm."""
         rows = zip(self.index.tolist(), self.log_snr.tolist(), strict=True)
         text = ";".join(f"{t}:" + ",".join(f"{L:.8g}" for L in row) for t, row in rows) + self._layout(self.observation)
         if not self.variance_preserving:
@@ -111,7 +123,10 @@ class Table(Part, nn.Module):
         return digest(text)[:16]
 
     def level(self, rows: Sequence[int]) -> int:
-        """Return how many components have been dropped at these rows; refuse rows that differ in it."""
+        """Return the number of components that have been dropped at these rows.
+
+        Raises InputError for rows at which it differs: a network takes states of one shape.
+        """
         found = sorted({self.levels[s] for s in rows})
         if len(found) > 1:
             shapes = " and ".join(str(self.shape_at(rows[k])) for k in (0, -1))
@@ -124,7 +139,10 @@ class Table(Part, nn.Module):
         return found[0]
 
     def shape_at(self, s: int, shape: Sequence[int] | None = None) -> list[int]:
-        """Return (C, H, W) of state s, with the channels of an observation; shape: of images, if the table has none."""
+        """Return the shape (C, H, W) of state s, including the channels of an observation.
+
+        shape: (C, H, W) of images; required if the table has no `image_shape`, else ignored.
+        """
         given = self.image_shape or shape
         if given is None:
             raise InputError("the shape of states follows from that of images: give it")
@@ -133,9 +151,10 @@ class Table(Part, nn.Module):
         return [c + extra, h >> self.levels[s], w >> self.levels[s]]
 
     def encode(self, x0: Tensor, item: Tensor | None = None, level: int = 0) -> Tensor:
-        """Return state 0 of images (B, C, H, W), with the observation of each in the channels after its own.
+        """Return state 0 of images (B, C, H, W), with the channels of the observation after those of the image.
 
-        item: int64 (B,), numbers of the images, which an observation may depend on. level: components dropped.
+        item: int64 (B,), item numbers of the images, on which an observation may depend.
+        level: number of components to drop.
         """
         return self.space.encode(x0 if self.observation is None else self.observation.beside(x0, item), level)
 
@@ -144,9 +163,10 @@ class Table(Part, nn.Module):
         return self.space.decode(x if self.image_shape is None else x[:, : self.image_shape[0]], level)
 
     def multiplier(self, c: Coefficient, x: Tensor) -> Coefficient:
-        """Return what multiplies a state x (B, C, H, W) for coefficients c (K,) or (B, K), in the dtype of x.
+        """Return coefficients c, (K,) or (B, K), in a form that multiplies a state x (B, C, H, W), in the dtype of x.
 
-        A float for a float, and for one row of a table of one column, else a tensor (.., C or 1, H or 1, W or 1).
+        Returns a float for a float, and for one row of a table of one column, else a tensor (.., C or 1, H or 1, W or
+        1).
         """
         if not isinstance(c, Tensor):
             return c
@@ -160,9 +180,11 @@ class Table(Part, nn.Module):
         return c[..., None, None] if columns is None else c[..., columns[:, : shape[-2], : shape[-1]]]
 
     def coefficients(self, s: int | Tensor, x: Tensor | None = None) -> tuple[Coefficient, Coefficient]:
-        """Return (a_s, b_s) as they multiply a state x: floats for one row of a table of one column.
+        """Return (a_s, b_s) in a form that multiplies a state x: floats for one row of a table of one column.
 
-        s: a row 0..S, or int64 rows (B,). x: the state, (B, C, H, W); if not given, float64 (.., K, 1, 1).
+        s: a row 0..S, or int64 rows (B,).
+        x: the state, (B, C, H, W). Without it the result is float64 (.., K, 1, 1); raises InputError for tables of
+            components.
         """
         if x is None and self.image_shape is not None and not (isinstance(s, int) and self.K == 1):
             raise InputError("coefficients of components multiply a state: give x")
@@ -184,14 +206,14 @@ class Table(Part, nn.Module):
         """Whether the loss counts an entry, bool (S+1, K)."""
         if self.image_shape is None:
             return torch.ones_like(self.log_snr, dtype=torch.bool)
-        out = self.log_snr.isfinite()  # neither dropped nor noise-free
+        out = self.log_snr.isfinite()  # neither dropped nor free of noise
         if self.observation is not None and not self.observation.weight:
             out[:, self.image_columns :] = False
         return out
 
     @property
     def blocks_of_rows(self) -> list[list[int]]:
-        """Rows by the shape of their states: one network can serve a block."""
+        """Maximal runs of rows whose states have one shape; one network can serve the rows of a run."""
         out: list[list[int]] = []
         for s in self.rows:
             if out and self.levels[s] == self.levels[s - 1]:
@@ -201,15 +223,18 @@ class Table(Part, nn.Module):
         return out
 
     def blocks(self, owners: int) -> list[list[int]]:
-        """Split rows 1..S into contiguous blocks, one per owner, of sizes as equal as possible, low noise first."""
+        """Split rows 1..S into contiguous blocks of nearly equal size, one per owner, lowest noise first.
+
+        See `split_rows` for the numbers of owners that are allowed.
+        """
         return split_rows([len(block) for block in self.blocks_of_rows], owners)
 
     def restrict(self, indices: Sequence[int]) -> "Table":
-        """Return the table of these original indices alone, values unchanged; refuse an index that is no row here."""
+        """Return the table with these original indices alone, values unchanged; raises InputError for other indices."""
         raise NotImplementedError
 
     def truncate(self, at: int | float) -> "Table":
-        """Return rows 1..at alone, values unchanged; a float up to 1.0 is a share of the rows (2206.05173)."""
+        """Return rows 1..at alone, values unchanged; a float up to 1.0 is a fraction of the rows (2206.05173)."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -221,10 +246,12 @@ class Table(Part, nn.Module):
 
 
 def split_rows(sizes: Sequence[int], owners: int) -> list[list[int]]:
-    """Split rows 1.. into contiguous blocks as equal as possible, one per owner; no block crosses a run of ``sizes``.
+    """Split rows 1.. into contiguous blocks of nearly equal size, one per owner.
 
-    sizes: lengths of the runs of rows whose states have one shape. owners: one per row, or a multiple of the number of
-    runs. Raises InputError for other numbers.
+    sizes: lengths of the runs of rows whose states have one shape; no block crosses the border of a run.
+    owners: number of blocks: the number of rows, or a multiple of the number of runs.
+
+    Raises InputError for other numbers.
     """
     S = sum(sizes)
     if not isinstance(owners, int) or not 1 <= owners <= S:
@@ -244,7 +271,10 @@ def split_rows(sizes: Sequence[int], owners: int) -> list[list[int]]:
 
 
 def row_of(at: int | float, S: int) -> int:
-    """Return the row of 1..S that a row number, or a share of the rows in float, names."""
+    """Return the row in 1..S for a row number, or for a float up to 1.0: a fraction of the rows.
+
+    Raises InputError for other values.
+    """
     row = round(at * S) if isinstance(at, float) and abs(at) <= 1 else at
     if isinstance(row, bool) or not isinstance(row, (int, float)) or row not in range(1, S + 1):
         raise InputError(f"a cut at {at} is none of the rows 1..{S}, nor a share of them above 0 and up to 1")
@@ -252,7 +282,7 @@ def row_of(at: int | float, S: int) -> int:
 
 
 def round_up(value: float) -> float:
-    """Round up to two significant digits, so that a bound that a message proposes is enough; 0 stays 0."""
+    """Round up to two significant digits; 0 stays 0. A bound proposed in a message is then large enough."""
     if value <= 0:
         return 0.0
     scale = 10.0 ** (1 - int(f"{value:e}".split("e")[1]))
