@@ -1,1 +1,1 @@
-"""Denoisers and the reverse loop. Read `denoiser`, then `sampler`."""
+"""Denoisers and the reverse loop. Read denoiser, then sampler."""

@@ -1,4 +1,4 @@
-"""`Denoiser`: (x, s) -> x0_hat. Baseline, expert and composite are all denoisers; samplers know nothing else."""
+"""`Denoiser`: (x, s) -> x0_hat. Baseline, expert and composite are all denoisers; samplers use no other interface."""
 
 import contextlib
 import math
@@ -17,7 +17,7 @@ from lightning_tdisent.networks.network import Network, evaluating
 
 
 class DenoiserProtocol(Protocol):
-    """What a sampler needs: a table, an image shape, and x0_hat at one row of the table for a whole batch of states."""
+    """Interface that samplers use: a table, an image shape, and x0_hat at one row for a batch of states."""
 
     states: Table
     shape: list[int]
@@ -27,17 +27,23 @@ class DenoiserProtocol(Protocol):
         """Return x0_hat for x at row s in 1..S, both states (B, C, H, W)."""
 
     def at(self, s: int) -> "Denoiser":
-        """Return the denoiser of one network that answers for row s."""
+        """Return the denoiser of one network that is used at row s."""
 
     def parameters(self) -> Iterable[Tensor]:
-        """All weights."""
+        """Iterate over all weights."""
 
 
 class Denoiser(nn.Module):
-    """A network, what its output means, and the rows of the table it was trained for.
+    """A network with its objective and the rows of the table that it was trained for.
 
-    rows: the rows owned, ascending in 1..S; all if not given. Only the network has weights, so a state dict is the
-    network's with the prefix ``network.``.
+    network: takes states of all rows owned, which must have one shape.
+    objective: what the raw output of the network predicts, and its loss weights.
+    states: the table.
+    rows: the rows owned, ascending in 1..S; all if not given.
+
+    Only the network has weights, so a state dict is the network's with the prefix ``network.``. Raises InputError for
+    rows outside the table, states of another shape than the network takes, and tables that the objective does not
+    support.
     """
 
     weights: Tensor
@@ -57,7 +63,7 @@ class Denoiser(nn.Module):
             raise InputError(f"the network takes {network.shape}, states of rows {_short(self.rows)} are {asked}")
         self.register_buffer("weights", objective.weights(states), persistent=False)
         learned = states.spread(states.learned[self.rows[0]], network.shape).expand(network.shape)
-        self._per_learned = math.prod(network.shape) / int(learned.sum())  # turns a mean into that of what is learned
+        self._per_learned = math.prod(network.shape) / int(learned.sum())  # corrects the mean of a loss
         self._now = None
         self._time: list[int] | list[float] = states.time.tolist()
         self._owned = frozenset(self.rows)
@@ -65,11 +71,11 @@ class Denoiser(nn.Module):
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         weights = self.weights
         super()._apply(fn, recurse)
-        self.weights = weights.to(self.weights.device)  # as the table: follows devices, never dtypes
+        self.weights = weights.to(self.weights.device)  # like the table: follows devices, never dtypes
         return self
 
     def at(self, s: int) -> "Denoiser":
-        """Return self, refusing a row this denoiser does not own."""
+        """Return self; raise InputError for a row that this denoiser does not own."""
         if s not in self._owned:
             raise InputError(
                 f"row {s} is not owned by this denoiser, which has rows {_short(self.rows)}; "
@@ -78,7 +84,7 @@ class Denoiser(nn.Module):
         return self
 
     def anneal(self, step: int) -> None:
-        """Let the loss be that of a step of a training, where its table is not yet the one in the end."""
+        """Use the annealed table of a training step in `loss`; see `diffusion.components.annealed`."""
         now = annealed(self.states, step)
         if now is not self.states:
             self._now = (now, self.objective.weights(now).to(self.weights.device))
@@ -86,7 +92,10 @@ class Denoiser(nn.Module):
             self._now = None
 
     def forward(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
-        """x0_hat at row s, which must be owned, for the whole batch of states; the network is in eval mode for it."""
+        """Return x0_hat at row s for a batch of states (B, C, H, W); the network is in eval mode during the call.
+
+        label: int64 (B,), or None. Raises InputError for a row that is not owned.
+        """
         self.at(s)
         dtype = next(iter(self.network.parameters()), x).dtype
         seen = x.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x
@@ -102,14 +111,19 @@ class Denoiser(nn.Module):
         return space.from_network(self.network(space.to_network(x, self._level), time, label), self._level)
 
     def encode(self, x0: Tensor, item: Tensor | None = None) -> Tensor:
-        """Return state 0 of images (B, C, H, W) at the rows owned: see `Table.encode`."""
+        """Return state 0 of images (B, C, H, W) at the resolution of the rows owned: see `Table.encode`."""
         return self.states.encode(x0, item, self._level)
 
     def loss(self, x0: Tensor, s: Tensor, eps: Tensor, label: Tensor | None = None) -> Tensor:
-        """weight(s) mean (raw(x_s) - target)^2, one number per sample (2508.14413, eq. 4 with eps and Constant).
+        """Return weight(s) mean (raw(x_s) - target)^2 per sample (2508.14413, eq. 4 with eps and Constant).
 
-        x0, from `encode`, and eps (B, C, H, W), s int64 (B,) rows owned; returns float32 (B,). The mean is over
-        what is learned: no component that has been dropped, or that is free of noise.
+        x0: state 0 (B, C, H, W), from `encode`.
+        s: int64 (B,), rows owned.
+        eps: noise (B, C, H, W).
+        label: int64 (B,), or None.
+
+        Returns float32 (B,). The mean is over the learned values: not over components that are dropped or free of
+        noise.
         """
         states, weights = self._now or (self.states, self.weights)
         x = noise(states, x0, s, eps)
@@ -123,7 +137,10 @@ class Denoiser(nn.Module):
         return loss if self._per_learned == 1 else loss * self._per_learned
 
     def restrict(self, states: Table) -> "Denoiser":
-        """Return the same network on a table whose rows are rows of this one with the same values."""
+        """Return the same network on a table whose rows are rows of this one with the same values.
+
+        Raises InputError for a table with other values.
+        """
         here = self.states.restrict(states.index[1:].tolist())
         if here.fingerprint != states.fingerprint:
             raise InputError(

@@ -13,19 +13,23 @@ from lightning_tdisent.distributed import all_gather, rank_and_world
 from lightning_tdisent.images import unit_range
 from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 
-HELD_OUT = 1 << 20  # streams of held-out noise, far from the indices that key the sampler's
+HELD_OUT = 1 << 20  # first noise stream of held-out errors; the sampler's streams are indices, far below
 
 
 @torch.no_grad()
 def state_errors(
     denoise: DenoiserProtocol, images: Tensor, ids: Sequence[int], rows: Sequence[int], label: Tensor | None = None
 ) -> Tensor:
-    """Mean squared errors of x0_hat and of eps_hat per row and image, (2, R, B) float64.
+    """Return mean squared errors of x0_hat and of eps_hat per row and image, (2, R, B) float64.
 
-    images: uint8 (B, C, H, W), or x0 itself, float; noise is keyed by (image id, original index). The error of eps is
-    SNR(s) times that of x0, component by component; of a state that finer components have left, x0 is the image at
-    its resolution. What is given counts in neither. At a row without signal (`has_signal`) every model says eps
-    exactly, since it is x / b: the error of eps tells nothing there, and is NaN.
+    images: uint8 (B, C, H, W), or x_0 itself as floats.
+    ids: one per image; noise is keyed by (image id, original index).
+    rows: R rows of the table.
+    label: int64 (B,), or None.
+
+    The error of eps is SNR(s) times that of x0, component by component. Where finer components have been dropped, x0 is
+    the image at the resolution of the state. The channels of an observation count in neither. At a row without signal
+    (see `has_signal`) the error of eps is NaN: every model predicts eps exactly there, since it is x / b.
     """
     states, device = denoise.states, next(iter(denoise.parameters())).device
     x0 = unit_range(images).to(device)
@@ -46,23 +50,26 @@ def state_errors(
 
 
 def has_signal(states: Table, s: int) -> bool:
-    """Whether any component of the data is left in the state of row s; not at a terminal SNR of zero."""
+    """Return whether any component of the data is left in the state of row s: False at a terminal SNR of zero."""
     return not bool(states.log_snr[s, : states.image_columns].isneginf().all())
 
 
 def x0_errors(
     denoise: DenoiserProtocol, images: Tensor, ids: Sequence[int], rows: Sequence[int], label: Tensor | None = None
 ) -> Tensor:
-    """The first of `state_errors`, (R, B)."""
+    """Return the mean squared errors of x0_hat per row and image, (R, B) float64: the first of `state_errors`."""
     return state_errors(denoise, images, ids, rows, label)[0]
 
 
 def held_out_errors(model: DenoiserProtocol, held_out: ImageSet, rows: Sequence[int], batch_size: int) -> Tensor:
-    """Mean errors of x0 and eps per row, (2, R), with the true labels where a model takes some; ranks share batches."""
+    """Return mean errors of x0 and eps per row, (2, R), with the true labels if the model has classes.
+
+    The batches are shared among the ranks; the result is the same on every rank (collective).
+    """
     (rank, world), batches = rank_and_world(), torch.arange(len(held_out)).split(batch_size)
     device = next(iter(model.parameters())).device
     mine: dict[int, list[Tensor]] = {k: [] for k in range(len(batches))[rank::world]}
-    for s in rows:  # an expert that is not in memory is brought once
+    for s in rows:  # rows in the outer loop: an expert that is not resident is loaded once
         for k, found in mine.items():
             i = batches[k]
             label = held_out.labels[i].to(device) if model.classes else None

@@ -1,4 +1,4 @@
-"""Classifier-free guidance, and what models offer beyond a denoiser."""
+"""Classifier-free guidance, and optional features of models."""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +14,13 @@ from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 class Guided:
     """Classifier-free guidance: x0_u + scale (x0_c - x0_u), both from the owner of the row (2207.12598, eq. 6).
 
-    The formula of eps holds for x0 as it stands, since at one row x0_hat is affine in eps_hat. scale, their 1 + w, is
-    1 for the plain conditional model and 0 for the unconditional one; it costs two network evaluations a step.
+    The formula of the paper is for eps; it holds for x0 too, since at one row x0_hat is affine in eps_hat. Each step
+    costs two network evaluations.
+
+    denoiser: a class-conditional model.
+    scale: the paper's 1 + w; 1 is the plain conditional model, 0 the unconditional one.
+
+    Raises InputError for a model without classes, and a scale that is not finite.
     """
 
     def __init__(self, denoiser: DenoiserProtocol, scale: float) -> None:
@@ -28,7 +33,7 @@ class Guided:
         self.at, self.parameters = denoiser.at, denoiser.parameters
 
     def __call__(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
-        """x0_hat with guidance; needs labels."""
+        """Return x0_hat with guidance at row s; raises InputError without labels."""
         if label is None:
             raise InputError("guidance needs labels")
         assert self.classes is not None
@@ -38,34 +43,36 @@ class Guided:
 
 
 class Extras:
-    """Base class of models that offer more than `DenoiserProtocol`, with the values of one that does not.
+    """Base class of models with more features than `DenoiserProtocol`, with the values for models that lack them.
 
-    Only subclasses are asked for these: a model of another class may use the same names for anything (see `extras`).
+    Only subclasses are asked for these features: a model of another class may use the same names for anything (see
+    `extras`).
 
-    residency: where the experts of a composite are, None for one network; prior: where the chain starts, None for
-    N(0, I); filled: rows of a preview that nobody owns, and what answers there; differs: values of the fields in which
-    experts differ.
+    residency: where the experts of a composite are kept, None for one network.
+    prior: the distribution that sampling starts from, None for N(0, I).
+    filled: rows of a preview that no expert owns, with what is used there instead.
+    differs: values of the fields in which experts differ.
     """
 
     residency: str | None = None
     prior: Prior | None = None
-    filled: dict[int, str] = {}  # assigned anew, never changed in place
+    filled: dict[int, str] = {}  # shared by all instances: assign a new dict, never change it in place
     differs: dict[str, list[str]] = {}
 
     def expect(self, rows: Sequence[int]) -> None:
-        """Prepare for the rows that will be asked for, in this order."""
+        """Prepare for the rows that will be evaluated, in this order."""
 
     def start(self, seeds: Sequence[int], label: Tensor | None = None) -> Tensor | None:
-        """Return x at the last row for these seeds, None for that of the table."""
+        """Return x at the last row for these seeds, None if it is the noise of the table."""
         return None
 
     def check_label(self, label: int | Tensor | None) -> str:
-        """Refuse a label that the start does not fit; return what must be said of the start, or an empty string."""
+        """Raise InputError for a label that does not fit the prior; return a note on the prior, or an empty string."""
         return ""
 
 
 def extras(denoise: DenoiserProtocol) -> Extras:
-    """Return the extras of a model, or of the one that guidance was put around."""
+    """Return the extras of a model; of a `Guided` model those of the model inside."""
     while isinstance(denoise, Guided):
         denoise = denoise.denoiser
     return denoise if isinstance(denoise, Extras) else Extras()

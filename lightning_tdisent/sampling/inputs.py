@@ -1,4 +1,4 @@
-"""Check what a sampler is given: seeds, labels, observations and masks of known pixels."""
+"""Check the inputs of a sampler: seeds, labels, observations and masks of known pixels."""
 
 import operator
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
-    """Return seeds as Python integers; refuse what is no sequence of integers."""
+    """Return seeds as Python integers; raises InputError if they are no sequence of integers."""
     try:
         return [operator.index(seed) for seed in seeds]
     except TypeError:
@@ -21,9 +21,11 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
 
 
 def check_label(denoise: DenoiserProtocol, label: Any, n: int) -> Tensor | None:
-    """Return one label for each of n images, int64; refuse labels that the model does not know.
+    """Return one label for each of n images, int64 (n,), or None without a label.
 
     label: one integer for all images, or a sequence or tensor of n integers; the number of classes is the null label.
+
+    Raises InputError for other labels, and for labels given to a model without classes.
     """
     if label is None:
         return None
@@ -46,7 +48,10 @@ def check_label(denoise: DenoiserProtocol, label: Any, n: int) -> Tensor | None:
 
 
 def check_given(states: Table, given: Tensor | None, n: int) -> Tensor | None:
-    """Refuse observations that a model of this table does not take: none, too few, of another shape or range."""
+    """Return observations (n, C', H, W); raises InputError if they do not fit a model of this table.
+
+    An unconditional model takes none; a conditional one requires one for each of n images, in [-1, 1].
+    """
     if states.observation is None:
         if given is not None:
             raise InputError("an observation was given to an unconditional model")
@@ -66,7 +71,11 @@ def check_given(states: Table, given: Tensor | None, n: int) -> Tensor | None:
 
 
 def check_known(states: Table, known: Tensor | None, given: Tensor | None) -> Tensor | None:
-    """Refuse masks of known pixels that cannot be put back into states of this table; return them as the states are."""
+    """Return masks of known pixels in the dtype and on the device of the observations, or None without masks.
+
+    Raises InputError for masks of another shape than (B, 1, H, W), without observations, for observations with other
+    channels than the image, and for tables whose components are not pixels.
+    """
     if known is None:
         return None
     if given is None or states.image_columns > 1:

@@ -1,16 +1,17 @@
-"""Bits per dimension: the variational bound of any table and any model, and the probability-flow ODE's estimate.
+"""Bits per dimension: the variational bound for any table and any model, and an estimate by the probability-flow ODE.
 
-Both say -log p(x_0), taken apart into what the decoder, every row and the prior contribute: the first is above it, the
-second is off by the error of an integration from row to row, which is small for tables of many rows alone. Data are
-images of 256 grey levels, in [-1, 1] one every 2/255, or anything continuous:
+Both compute -log p(x_0) as a sum of terms of the decoder, of every row and of the prior. The first is an upper bound;
+the second has the error of an integration from row to row, which is small only for tables of many rows. Data are images
+of 256 grey levels, at multiples of 2/255 in [-1, 1], or continuous values:
 
-    discrete   the decoder's mass on the level, open at both ends (2006.11239, eq. 13)
+    discrete   the decoder's probability of the level, open at both ends (2006.11239, eq. 13)
     uniform    x_0 + u, u uniform within a level (dequantisation), the decoder's density, and log2 127.5 for its width
     density    x_0 as it is, such as latents: bits of a density, which may be negative
 
 Noise is a function of (image id, row) alone. The variances of the reverse steps are those of the posterior, and the
-decoder's is b_1^2, or, where mean squared errors of x0_hat are given, those for which the bound is least (2201.06503):
-what few rows lose otherwise is most of it. They must come from other images than those measured: training images.
+decoder's variance is b_1^2. If mean squared errors of x0_hat are given, the variances that minimise the bound are used
+instead (2201.06503); with few rows they remove most of the gap. The errors must come from other images than those
+measured: from training images.
 """
 
 import math
@@ -31,14 +32,19 @@ from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 from lightning_tdisent.sampling.guidance import extras
 
 Decoder = Literal["discrete", "uniform", "density"]
-BOUND = 5 << 20  # streams of noise by row; of the dequantisation, and of probes, further up
+BOUND = 5 << 20  # noise streams by row from here; BOUND - 1 is the dequantisation, probes start at 2 BOUND
 
 
 @dataclass(frozen=True)
 class NLLTerms:
-    """Nats of every image: decoder (B,), rows (R, B) for the rows named, prior (B,), all float64; D values an image.
+    """Terms of the negative log-likelihood of every image, in nats, float64.
 
-    Of the ODE ``rows`` are the changes of volume from each row to the next.
+    decoder: (B,).
+    rows: (R, B) for the rows in ``names``; for the ODE, the changes of volume from each row to the next.
+    prior: (B,).
+    names: rows of ``rows``.
+    D: number of values of an image.
+    decoding: the decoder, which determines how nats become bits.
     """
 
     decoder: Tensor
@@ -50,28 +56,31 @@ class NLLTerms:
 
     @property
     def total(self) -> Tensor:
-        """Bound of -log p of every image (B,), in nats."""
+        """Negative log-likelihood of every image (B,), or its bound, in nats."""
         return self.decoder + self.rows.sum(0) + self.prior
 
     def bits(self, nats: Tensor, whole: bool = False) -> Tensor:
-        """Bits per dimension of some of it; ``whole`` if the width of a grey level is to be counted."""
+        """Return nats in bits per dimension.
+
+        whole: add log2 of the width of a grey level for the uniform decoder, as for a total.
+        """
         width = -math.log2(LEVEL) if whole and self.decoding == "uniform" else 0.0
         return nats / (self.D * math.log(2)) + width
 
     @property
     def bpd(self) -> tuple[float, float]:
-        """Mean of all images, and half of its interval of 95 %."""
+        """Mean of all images in bits per dimension, and half the width of its 95 % confidence interval."""
         return mean_and_half(self.bits(self.total, whole=True))
 
 
 def concatenate(parts: Sequence[NLLTerms]) -> NLLTerms:
-    """Terms of several batches of one model."""
+    """Return the terms of several batches of one model as those of one batch."""
     first, rows, last = (torch.cat([getattr(p, name) for p in parts], -1) for name in ("decoder", "rows", "prior"))
     return NLLTerms(first, rows, last, parts[0].names, parts[0].D, parts[0].decoding)
 
 
 def mean_and_half(values: Tensor) -> tuple[float, float]:
-    """Mean of independent values, and half of its interval of 95 % (normal)."""
+    """Return the mean of independent values, and half the width of its 95 % confidence interval (normal)."""
     half = 1.96 * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return float(values.mean()), half
 
@@ -86,16 +95,22 @@ def variational_bound(
     clip: float | Literal["as images"] | None = "as images",
     errors: Tensor | None = None,
 ) -> NLLTerms:
-    """The variational bound (2006.11239, eq. 5) of images, with every row of the model's table.
+    """Return the variational bound (2006.11239, eq. 5) of images, with every row of the model's table.
 
     For s >= 2 the divergence of q(x_r | x_s, x_0) = N(., v I), r = s - 1, from the reverse step N(., w I) whose mean is
-    off by k (x_0 - x0_hat):  KL_s = (D (v/w - 1 + log w/v) + k^2 |x_0 - x0_hat|^2 / w) / 2, which for w = v is
-    (SNR(r) - SNR(s))/2 |x_0 - x0_hat|^2; then E -log p(x_0 | x_1), and KL(q(x_S | x_0) | prior), closed for N(0, I),
-    else estimated at one sample.
+    off by k (x_0 - x0_hat):  KL_s = (D (v/w - 1 + log w/v) + k^2 |x_0 - x0_hat|^2 / w) / 2, which for w = v is (SNR(r)
+    - SNR(s))/2 |x_0 - x0_hat|^2; then E -log p(x_0 | x_1), and KL(q(x_S | x_0) | prior), in closed form for N(0, I),
+    else estimated from one sample.
 
-    images: uint8 or float (B, C, H, W); ids: one per image; clip: bound of x0_hat as of the sampler, None for
-    exactness, if not given 1 for grey levels and None for a density; errors: (S+1,) mean squared error of x0_hat by
-    row, for w = v + k^2 error and the decoder's variance.
+    images: uint8 or float (B, C, H, W); floats require decoder ``density``.
+    ids: one per image, keys of the noise.
+    label: int64 (B,), or None.
+    decoder: see the module.
+    clip: bound of x0_hat as in a sampler, None for no bound; by default 1 for grey levels and None for a density.
+    errors: (S+1,) mean squared error of x0_hat by row, for w = v + k^2 error and the decoder's variance; if not given,
+        w = v.
+
+    Raises InputError for tables of components and priors without a density.
     """
     refuse_components(model.states, "this model")
     prior, states, device = _prior(model, label), model.states, next(iter(model.parameters())).device
@@ -104,7 +119,7 @@ def variational_bound(
         clip = None if decoder == "density" else 1.0
     rows = torch.zeros(states.S - 1, len(x0), dtype=torch.float64)
     first = torch.zeros(len(x0), dtype=torch.float64)
-    for s in range(states.S, 0, -1):  # as sampled, so that experts that are not resident come once
+    for s in range(states.S, 0, -1):  # in the order of sampling, so that experts that are not resident are loaded once
         estimate = model(_noised(states, x0, s, ids), s, label)
         estimate = estimate if clip is None else estimate.clamp(-clip, clip)
         error = float(errors[s]) if errors is not None else None
@@ -122,19 +137,22 @@ def variational_bound(
 
 
 def refuse_components(states: Table, where: str) -> None:
-    """Refuse tables whose components are no channels."""
+    """Raise InputError for tables whose columns are components of an image.
+
+    where: name of the model, for the message.
+    """
     if states.K > 1 and states.image_shape is not None:
         raise InputError(f"{where}: bits per dimension are not measured for tables of components")
 
 
 def prior_term(prior: Prior, states: Table, s: int, x0: Tensor, ids: Sequence[int]) -> Tensor:
-    """KL(q(x_s | x_0) | prior) of images x_0 in float (B, C, H, W), in nats (B,) float64; exact for N(0, I).
+    """Return KL(q(x_s | x_0) | prior) of images x_0, floats (B, C, H, W), in nats (B,) float64; exact for N(0, I).
 
-    Of others it is log q(x_s | x_0) - log prior(x_s) at one sample, whose noise the two have in common.
+    For other priors it is log q(x_s | x_0) - log prior(x_s) at one sample x_s.
     """
     x0 = x0.cpu()
     a, b, n = (states.on_cpu[k][s][:, None, None].expand(x0.shape[1:]) for k in ("a", "b", "scale"))
-    if isinstance(prior, StandardNormal):  # of x / n: where samples start
+    if isinstance(prior, StandardNormal):  # for x / n, as samples start from n z
         a, b = a / n, b / n
         square = (a * x0.double()).square() + b.square()
         return 0.5 * (square - 1 - 2 * b.log()).flatten(1).sum(1)
@@ -162,10 +180,15 @@ def ode_likelihood(
 
     with x0_hat(s') evaluated at the y that the first two terms give; D is integrated exactly, the trace by the
     trapezoidal rule. Per dimension of data with a known density the estimate is within 0.007 bits with 100 rows and
-    0.004 with 300, for every schedule; 0.06 to 0.6 too many with 8.
+    0.004 with 300, for every schedule; it is 0.06 to 0.6 bits too high with 8.
 
-    probes: number of Rademacher vectors of Hutchinson's estimate of the trace; None computes the exact trace with one
-    vector for each value. Needs a table of one column and gradients of the network; x0_hat is not clipped.
+    images, ids, label, decoder: as for `variational_bound`.
+    probes: number of Rademacher vectors of Hutchinson's estimate of the trace; None computes the exact trace, with one
+        vector for each value.
+    errors: (S+1,) mean squared error of x0_hat by row, whose value at row 1 is the decoder's variance.
+
+    Needs gradients of the network; x0_hat is not clipped. Raises InputError for tables of several columns or zero
+    terminal SNR, and for priors without a density.
     """
     prior, states, parameter = _prior(model, label), model.states, next(iter(model.parameters()))
     if states.K > 1:
@@ -193,7 +216,7 @@ def ode_likelihood(
         rows[s - 2] = (h / 2 * (trace + now) - h * D).cpu()
         trace = now
     x = (y * float(a[-1])).to(x.dtype)
-    n_last = float(n[-1]) if isinstance(prior, StandardNormal) else 1.0  # x / n starts from N(0, I)
+    n_last = float(n[-1]) if isinstance(prior, StandardNormal) else 1.0  # x / n starts from N(0, I) in this case
     last = -prior.log_prob(x.cpu() / n_last) - D * (float((a[-1] / a[1]).log()) - math.log(n_last)) - entropy
     return NLLTerms(first, rows, last, states.rows[1:], D, decoder)
 
@@ -201,7 +224,7 @@ def ode_likelihood(
 def _flow(
     model: DenoiserProtocol, y: Tensor, s: int, label: Tensor | None, probes: int | None, ids: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """x0_hat, and the trace of d x0_hat/dy, at row s, float64."""
+    """Return x0_hat, and the trace of d x0_hat/dy (B,), at row s, float64."""
     a, dtype = float(model.states.on_cpu["a"][s, 0]), next(iter(model.parameters())).dtype
     shape, D = y.shape[1:], y[0].numel()
     with torch.enable_grad():
@@ -223,7 +246,10 @@ def _flow(
 
 
 def _prior(model: DenoiserProtocol, label: Tensor | None) -> Prior:
-    """Return what the model starts from; refuse what has no density, or is of another class than the images."""
+    """Return the prior that sampling starts from.
+
+    Raises InputError for a prior without a density, and a label that does not fit the prior.
+    """
     prior = extras(model).prior or StandardNormal(model.shape)
     extras(model).check_label(label)
     if not prior.has_density:
@@ -254,18 +280,21 @@ def _eps(states: Table, x0: Tensor, s: int, ids: Sequence[int]) -> Tensor:
 
 
 def _decode(decoder: Decoder, x0: Tensor, estimate: Tensor, states: Table, variance: float | None) -> Tensor:
-    """-log p(x_0 | x_1) of N(x0_hat, variance I), b_1^2 / (a_1^2 + b_1^2) if not given, in nats (B,)."""
+    """Return -log p(x_0 | x_1) for N(x0_hat, variance I), in nats (B,).
+
+    variance: b_1^2 / (a_1^2 + b_1^2) if not given.
+    """
     b = (states.on_cpu["b"][1] / states.on_cpu["scale"][1]).to(x0.device)[:, None, None]
     b = b if variance is None else torch.full_like(b, max(variance, 1e-8) ** 0.5)
     error = x0.double() - estimate.double()
     if decoder != "discrete":
         return (0.5 * (error / b).square() + b.log() + 0.5 * LOG_2PI).expand(x0.shape).flatten(1).sum(1)
-    level = ((x0.double() + 1) / LEVEL).round() * LEVEL - 1  # to all digits: variances may be small
+    level = ((x0.double() + 1) / LEVEL).round() * LEVEL - 1  # recomputed in float64: variances may be small
     error = level - estimate.double()
     low, high = (error - LEVEL / 2) / b, (error + LEVEL / 2) / b
     low = torch.where(x0 < -1 + LEVEL / 4, -torch.inf, low)
     high = torch.where(x0 > 1 - LEVEL / 4, torch.inf, high)
-    flip = low > 0  # tails by the side where they are small
+    flip = low > 0  # use the symmetry for tails on the right, where log_ndtr loses precision
     low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
     upper, lower = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
     return -(upper + torch.log(-torch.expm1(lower - upper))).flatten(1).sum(1)

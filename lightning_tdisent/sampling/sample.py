@@ -1,4 +1,4 @@
-"""`sample`: images of many seeds, batch by batch."""
+"""`sample`: generate the images of many seeds, batch by batch."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,8 @@ from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.inputs import check_given, check_label, check_seeds
 from lightning_tdisent.sampling.sampler import Sampler
 
-IN_FLIGHT = 1 << 32  # bytes of unfinished images that `sample` takes from state to state at once
-TOGETHER = 8  # blocks that do so with all experts in memory: the caches of a CPU hold one of them, not all
+IN_FLIGHT = 1 << 32  # bytes of unfinished images that `sample` advances row by row at a time
+TOGETHER = 8  # blocks advanced row by row on a CPU with all experts in memory: its caches hold one expert, not all
 
 
 def sample(
@@ -31,16 +31,23 @@ def sample(
 ) -> Iterator[Tensor]:
     """Yield uint8 images (B, C, H, W) on the model's device, batch by batch, in the order of the seeds.
 
-    label: int64, one per seed; not given, a class-conditional model draws the classes in turn, seed modulo classes.
-    given: observations (B, C', H, W) for a conditional model; known: masks (B, 1, H, W), see `Sampler.walk`.
-    On a CPU a batch has `BLOCK` images whatever batch_size says, the last one filled up, so that image i is the same
-    bit for bit in any company.
+    denoise: a model of images of 1 or 3 channels.
+    seeds: one integer in [0, 2^32) per image.
+    batch_size: images per batch, at least 1. On a CPU a batch has `BLOCK` images regardless, the last one padded, so
+        that an image is the same bit for bit whatever the other seeds are.
+    label: int64, one per seed, or one for all. If not given, a class-conditional model draws class (seed modulo number
+        of classes).
+    by_state: advance all batches by one row before any of them advances by the next, so that each network is loaded
+        once for any number of images. If not given, this is done where the experts of a composite are not all on the
+        device; where they are, on a CPU, it is done for `TOGETHER` blocks at a time.
+    given: observations (B, C', H, W) for a conditional model.
+    known: masks (B, 1, H, W), see `Sampler.walk`.
 
-    by_state: all batches take a step before any of them takes the next, so that each network is needed once however
-    many images there are; not given, where the experts of a composite are not all on the device (where they are, on a
-    CPU, `TOGETHER` blocks do). Nothing is yielded before the last step, and x and x0_hat of all images are kept on the
-    device meanwhile, for 50,000 of 3x32x32 in float32 twice 600 MB; more than `IN_FLIGHT` bytes of them are taken in
-    parts. The images are the same either way.
+    With by_state nothing is yielded before the last step, and x and x0_hat of all images stay on the device: twice 600
+    MB for 50,000 images of 3x32x32 in float32. More than `IN_FLIGHT` bytes of them are processed in parts. The images
+    are the same in both cases.
+
+    Raises InputError for inputs that do not fit the model.
     """
     if batch_size < 1:
         raise InputError(f"batch_size: at least 1, got {batch_size}")
@@ -79,7 +86,7 @@ def sample(
 
 
 def _in_step(walks: list[Iterator[tuple[int, Tensor, Tensor | None]]]) -> Iterator[Tensor]:
-    """The images at the end of walks along the same rows, which all take a step before one takes the next."""
+    """Yield the images at the end of walks along the same rows, which all advance row by row together."""
     row = None
     while row != 0:
         for walk in walks:

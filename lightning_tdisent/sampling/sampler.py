@@ -1,7 +1,7 @@
 """The reverse loop over the rows of one table, and the solvers that take its steps.
 
-Image i depends on (model, sampler, seed i) alone: noise comes from `rng.seed_noise`, keyed by the image's seed and the
-original index at which it enters: one seed starts from one noise in every table of a schedule.
+Image i is a function of (model, sampler, seed i) alone: noise comes from `rng.seed_noise`, keyed by the image's seed
+and the original index at which it enters. So a seed starts from the same noise in every table of a schedule.
 """
 
 from abc import ABC, abstractmethod
@@ -32,16 +32,17 @@ from lightning_tdisent.sampling.inputs import check_given, check_known, check_la
 
 
 def probe_rows(rows: Sequence[int], n: int = 8) -> list[int]:
-    """At most n of the rows, evenly spaced, the last always among them."""
+    """Return at most n of the rows, evenly spaced; the last one is always included."""
     n = min(n, len(rows))
     return [rows[-(-len(rows) * (k + 1) // n) - 1] for k in range(n)]
 
 
 class Sampler(Part, ABC):
-    """A solver on the rows of a table.
+    """Base class of solvers on the rows of a table.
 
-    steps: network evaluations, at evenly spaced rows of the model's table; all rows if not given. clip: bound of
-    x0_hat at every step, 1 for images in [-1, 1]; None for latents and for exactness.
+    steps: number of network evaluations, at least 1, at evenly spaced rows of the model's table; all rows if not given.
+    clip: bound of x0_hat at every step, above 0: 1 for images in [-1, 1], None (no bound) for latents and for
+        exactness.
     """
 
     def __init__(self, steps: int | None = None, clip: float | None = 1.0) -> None:
@@ -52,7 +53,10 @@ class Sampler(Part, ABC):
         self.steps, self.clip = steps, clip
 
     def rows(self, states: Table) -> list[int]:
-        """Rows visited, S first; refuses more steps than the table has rows."""
+        """Return the rows visited, S first; raises InputError for more steps than the table has rows.
+
+        Each resolution of a multi-scale table gets at least one step.
+        """
         if self.steps is not None and self.steps > states.S:
             raise InputError(f"sampler.steps: {self.steps} steps on a table of {states.S} rows; at most {states.S}")
         blocks = states.blocks_of_rows
@@ -64,7 +68,7 @@ class Sampler(Part, ABC):
                 for s in probe_rows(block, n)][::-1]  # fmt: skip
 
     def check(self, states: Table) -> None:
-        """Refuse a table that this sampler cannot walk."""
+        """Raise InputError for a table on which this sampler cannot be used."""
         self.plan(states, [*self.rows(states), 0])
 
     @abstractmethod
@@ -83,11 +87,16 @@ class Sampler(Part, ABC):
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Yield (row, x, x0_hat of the step that led there), from (S, noise, None) to (0, image, image).
 
-        seeds: one per image; label: int64 (B,) or None; start: x at row S instead of N(0, I) of the seeds, or of what
-        a `TruncatedModel` model begins with; given: observations (B, C', H, W) for a conditional model; known: masks
-        (B, 1, H, W) of the pixels that an observation shows as they are: at every row r they are replaced by
-        a_r y + b_r z, by y itself at the end; rows: those to visit, S first, if not all of `rows`. States are those of
-        the table: of components, in the shape of those not dropped; `Table.decode` makes images of them.
+        seeds: one per image.
+        label: int64 (B,), or one integer for all images, or None.
+        start: x at row S; if not given that of a `TruncatedModel`, else noise N(0, I) of the seeds.
+        given: observations (B, C', H, W) for a conditional model.
+        known: masks (B, 1, H, W) of the pixels that the observation y shows unchanged. At every row r these pixels are
+            replaced by a_r y + b_r z, at the end by y itself.
+        rows: rows to visit, S first; those of the method `rows` if not given.
+
+        States are those of the table, which `Table.decode` turns into images; components that are dropped are not part
+        of them.
 
         Raises `NotFinite` in place of the image if the start, an x0_hat before clipping, or the image is not finite.
         """
@@ -133,19 +142,25 @@ class Sampler(Part, ABC):
     def __call__(
         self, denoise: DenoiserProtocol, seeds: Sequence[int], label: Tensor | None = None, given: Tensor | None = None
     ) -> Tensor:
-        """Return the images (B, C, H, W) of these seeds at row 0."""
+        """Return the final images (B, C, H, W), at row 0, of these seeds, as floats."""
         for _, x, _ in self.walk(denoise, seeds, label, given=given):  # noqa: B007
             pass
         return denoise.states.decode(x)
 
 
 def _total(x: Tensor) -> Tensor:
-    """Sum of each image (B,), which is not finite where one of its values is not; the device is not waited for."""
+    """Return the sum of each image, (B,): not finite if one of its values is not.
+
+    The host does not wait for the device.
+    """
     return x.flatten(1).sum(1, dtype=torch.float32)
 
 
 def _refuse_non_finite(sums: Sequence[Tensor], path: Sequence[int], seeds: Sequence[int]) -> None:
-    """Raise `NotFinite` from the sums of the start, of every x0_hat, and of the image: where it began, which seeds."""
+    """Raise `NotFinite` if a sum is not finite, naming the first row and the seeds concerned.
+
+    sums: of each image at the start, of every x0_hat, and of the final images, each (B,).
+    """
     finite = torch.stack([*sums]).isfinite()
     if finite.all():
         return
@@ -162,7 +177,7 @@ def _refuse_non_finite(sums: Sequence[Tensor], path: Sequence[int], seeds: Seque
 
 
 def _put_back(states: Table, x: Tensor, r: int, z: Tensor, given: Tensor | None, known: Tensor) -> Tensor:
-    """State r with a_r y + b_r z where pixels y of the image are known."""
+    """Return state r with a_r y + b_r z where pixels y of the image are known."""
     assert given is not None
     c = given.shape[1]
     there = noise(states, torch.cat([given, x[:, c:]], 1), r, z)[:, :c]
@@ -170,7 +185,7 @@ def _put_back(states: Table, x: Tensor, r: int, z: Tensor, given: Tensor | None,
 
 
 def _shares(total: int, sizes: Sequence[int]) -> list[int]:
-    """Parts of a total in proportion to sizes, each at least 1 and at most its size."""
+    """Return parts of a total in proportion to sizes, each at least 1 and at most its size."""
     parts = [1] * len(sizes)
     for _ in range(total - len(sizes)):
         room = [k for k, size in enumerate(sizes) if parts[k] < size]
@@ -179,7 +194,10 @@ def _shares(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 class DDIM(Sampler):
-    """`process.transition` with the given eta (2010.02502, eq. 12): 0 deterministic, 1 ancestral, or between."""
+    """The solver of `process.transition` (2010.02502, eq. 12): eta 0 is deterministic, eta 1 is ancestral sampling.
+
+    eta: in [0, 1].
+    """
 
     def __init__(self, eta: float = 0.0, steps: int | None = None, clip: float | None = 1.0) -> None:
         super().__init__(steps, clip)
@@ -188,7 +206,7 @@ class DDIM(Sampler):
         self.eta = eta
 
     def plan(self, states: Table, rows: Sequence[int]) -> list[Terms]:
-        """Return those of `process.transition`."""
+        """Return the coefficients of `process.transition` for each step."""
         return [transition(states, s, r, self.eta) for s, r in pairwise(rows)]
 
 
@@ -200,15 +218,15 @@ class Ancestral(DDIM):
 
 
 class DPMSolver(Sampler):
-    """DPM-Solver++(2M): second order in half log-SNR from the estimate of the step before (2211.01095, Algorithm 2).
+    """DPM-Solver++(2M): second order in half log-SNR, using the previous estimate (2211.01095, Algorithm 2).
 
-    x_r = (d/b) x_s - c (e^{-h} - 1) D, D = (1 + 1/(2q)) x0_hat - 1/(2q) x0_before, h = lambda_r - lambda_s,
-    q = h_before/h. The first step and the last, whose h is infinite, are of first order. From a row without signal
-    (zero terminal SNR) h is infinite, too: x_r = c x0_hat + (d/b) x_s; the step after it has q = inf, D = x0_hat.
+    x_r = (d/b) x_s - c (e^{-h} - 1) D, D = (1 + 1/(2q)) x0_hat - 1/(2q) x0_before, h = lambda_r - lambda_s, q =
+    h_before/h. The first step and the last, whose h is infinite, are of first order. From a row without signal (zero
+    terminal SNR) h is infinite, too: x_r = c x0_hat + (d/b) x_s; the next step has q = inf, D = x0_hat.
     """
 
     def plan(self, states: Table, rows: Sequence[int]) -> list[Terms]:
-        """See the class."""
+        """Return the coefficients of the formula above for each step."""
         out: list[Terms] = []
         a, b, half = states.on_cpu["a"], states.on_cpu["b"], states.on_cpu["log_snr"] / 2
         before: Tensor | None = None
@@ -220,15 +238,15 @@ class DPMSolver(Sampler):
                 q = before / h
                 c0, c_before = c0 * (1 + 1 / (2 * q)), -c0 / (2 * q)
             before = h
-            if states.K > 1:  # inf - inf, of what has been dropped or is free of noise
+            if states.K > 1:  # inf - inf, for components that are dropped or free of noise
                 c0, cx, c_before = (torch.nan_to_num(c, 0.0, 0.0, 0.0) for c in (c0, cx, c_before))
             out.append(Terms(x0=c0, x=cx, before=c_before))
         return out
 
 
 def refuse_unowned(name: str, denoise: Any, sampler: Sampler) -> None:
-    """Refuse, before any work, a model that lacks rows which a sampler visits."""
-    owned = getattr(denoise, "rows", None)  # of one network; a composite has all rows or is a preview
+    """Raise InputError, before any work, for a model that lacks rows which a sampler visits; name: of the model."""
+    owned = getattr(denoise, "rows", None)  # only of one network: a composite has all rows or is a preview
     if owned is not None and (lost := sorted(set(sampler.rows(denoise.states)) - set(owned))):
         raise InputError(
             f"{name}: its network has rows {owned} of 1..{denoise.states.S}, the sampler asks it at row {lost[-1]}; "
