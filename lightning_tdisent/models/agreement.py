@@ -1,4 +1,4 @@
-"""What experts must have in common to be one sampler, and that every row is owned exactly once."""
+"""Check that experts agree in everything they must to form one sampler, and that every row is owned exactly once."""
 
 import json
 from collections import Counter
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from lightning_tdisent.models.card import Card
     from lightning_tdisent.sampling.denoiser import Denoiser
 
-ALLOWED = ("training data", "weights", "parametrisation")  # what experts may differ in and still be one sampler
+ALLOWED = ("training data", "weights", "parametrisation")  # fields in which experts may differ if the caller allows it
 
 
 def facts_of(expert: "Denoiser") -> dict[str, Any]:
-    """Return what a denoiser must have in common with the others, and its rows."""
+    """Return the fields of a denoiser that experts must agree in, and its rows."""
     return {
         "rows": expert.rows,
         "S": expert.states.S,
@@ -26,7 +26,7 @@ def facts_of(expert: "Denoiser") -> dict[str, Any]:
 
 
 def facts_of_card(card: "Card") -> dict[str, Any]:
-    """Return what a file of weights must have in common with the others, and its rows."""
+    """Return the fields of a card that experts must agree in, and its rows."""
     network = card.network["init_args"]
     states = card.states["init_args"]
     return {
@@ -49,7 +49,7 @@ def _brief(states: dict[str, Any]) -> str:
 
 
 def differing(facts: Sequence[dict[str, Any]], allow: Sequence[str]) -> dict[str, list[str]]:
-    """Values of the fields in which experts differ as they may."""
+    """Return the values of the fields in ``allow`` in which the experts differ."""
     found = {field: sorted({str(fact[field]) for fact in facts}) for field in allow if field in facts[0]}
     return {field: values for field, values in found.items() if len(values) > 1}
 
@@ -58,10 +58,15 @@ def refuse_unfit(
     names: Sequence[str], facts: Sequence[dict[str, Any]], preview: bool = False, allow: Sequence[str] = (),
     upto: int | None = None,
 ) -> list[int]:  # fmt: skip
-    """Refuse a set of experts that cannot be composed, naming every offender at once with both values.
+    """Raise InputError for experts that cannot be composed, and return the rows that none of them owns.
 
-    What most experts agree on is taken as right, but for the fields in ``allow``; the rows 1..S, or 1..upto, must be
-    owned exactly once, in a preview at most once. Returns the rows among them that nobody owns.
+    The message lists all problems, with both values of a field. Every row 1..upto must be owned, and none twice.
+
+    names: of the experts, for the message.
+    facts: of the experts, from `facts_of` or `facts_of_card`. The most common value of a field is the reference.
+    preview: rows may be missing.
+    allow: fields in which experts may differ, from `ALLOWED`.
+    upto: the last row that must be owned; S if not given.
     """
     if not facts:
         raise InputError("no experts to compose")
@@ -94,9 +99,9 @@ def refuse_unfit(
 
 
 def ownership(names: Sequence[str], rows: Sequence[Sequence[int]], S: int) -> tuple[list[int], list[str]]:
-    """Return the rows of 1..S that nobody owns, and a line for each row that several own or that does not exist.
+    """Return the rows of 1..S that have no owner, and a message for each row with several owners or outside 1..S.
 
-    names: of the owners; rows: those that each owns.
+    names: of the owners. rows: the rows of each owner.
     """
     owners: dict[int, list[str]] = {s: [] for s in range(1, S + 1)}
     for name, own in zip(names, rows, strict=True):

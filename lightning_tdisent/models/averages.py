@@ -1,4 +1,4 @@
-"""Averages of weights over training, of any length, made afterwards from stored snapshots (2312.02696, EDM2)."""
+"""Weight averages over training of any length, reconstructed afterwards from stored snapshots (2312.02696, EDM2)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,10 +18,12 @@ LONGEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean over the whole trai
 
 
 def gamma(sigma_rel: float) -> float:
-    """Exponent of the power-function profile p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t].
+    """Return the exponent of the power-function profile p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t].
 
-    Its standard deviation over its length t is sigma_rel = sqrt((gamma + 1) / ((gamma + 2)^2 (gamma + 3)))
-    (2312.02696, section 3.1): 0.05 gives 16.97, 0.10 gives 6.94. sigma_rel: in (0, 12^-1/2]; raises InputError.
+    Its standard deviation relative to its length t is sigma_rel = sqrt((gamma + 1) / ((gamma + 2)^2 (gamma + 3)))
+    (2312.02696, section 3.1): 0.05 gives 16.97, 0.10 gives 6.94.
+
+    sigma_rel: in (0, 12^-1/2]; raises InputError for other values.
     """
     if not 0 < sigma_rel <= LONGEST:
         raise InputError(f"sigma_rel must lie in (0, {LONGEST:.4f}], the plain mean, got {sigma_rel}")
@@ -31,10 +33,11 @@ def gamma(sigma_rel: float) -> float:
 
 
 def overlap(t: np.ndarray, g: np.ndarray, u: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """Inner product of the profile of exponent g ended at t with that of exponent h ended at u, elementwise.
+    """Return the inner products of two power-function profiles, elementwise, float64.
 
-    (g + 1)(h + 1) / (g + h + 1) m^(g + h + 1) / (t^(g + 1) u^(h + 1)) with m = min(t, u) (2312.02696, appendix C),
-    written with the ratio of the two ends so that no power overflows. Float64.
+    The profile of exponent g ends at t, that of exponent h at u: (g + 1)(h + 1) / (g + h + 1) m^(g + h + 1) / (t^(g +
+    1) u^(h + 1)) with m = min(t, u) (2312.02696, appendix C), written with the ratio of the two ends so that no power
+    overflows.
     """
     low = np.minimum(t, u)
     ratio = (low / np.maximum(t, u)) ** (np.where(t <= u, h, g) + 1)
@@ -42,17 +45,20 @@ def overlap(t: np.ndarray, g: np.ndarray, u: np.ndarray, h: np.ndarray) -> np.nd
 
 
 def coefficients(snapshots: Sequence[tuple[int, float]], step: int, exponent: float) -> tuple[np.ndarray, float]:
-    """Weights x of snapshots (step, gamma) so that sum_i x_i p_i is nearest to the profile p of (step, exponent).
+    """Return weights x of snapshots for which sum_i x_i p_i is nearest to the profile p of (step, exponent).
 
-    Least squares with A_ij = <p_i, p_j>, b_i = <p_i, p> (2312.02696, appendix C), subject to
-    sum_i x_i = 1, so that the average of weights that never change is these weights. Returns x (float64) and the
-    relative error |sum_i x_i p_i - p| / |p| of the profile.
+    Least squares with A_ij = <p_i, p_j>, b_i = <p_i, p> (2312.02696, appendix C), subject to sum_i x_i = 1, so that the
+    average of constant weights is these weights.
+
+    snapshots: (step, gamma) of each snapshot.
+
+    Returns x (float64) and the relative error |sum_i x_i p_i - p| / |p| of the profile.
     """
     t, g = (np.array(column, dtype=np.float64) for column in zip(*snapshots, strict=True))
     a = overlap(t[:, None], g[:, None], t[None], g[None])
     goal_t, goal_g = np.array(step, dtype=np.float64), np.array(exponent, dtype=np.float64)
     b, norm = overlap(t, g, goal_t, goal_g), float(overlap(goal_t, goal_g, goal_t, goal_g))
-    scale = a.diagonal() ** -0.5  # every profile of norm 1: early ones are tall and narrow
+    scale = a.diagonal() ** -0.5  # normalise the profiles: early ones are tall and narrow
     sides = np.stack([b * scale, scale], 1)
     free, shift = scale * np.linalg.lstsq(a * scale[:, None] * scale, sides, rcond=None)[0].T
     x = free + shift * (1 - free.sum()) / shift.sum()  # the unconstrained solution, moved along A^-1 1 to sum 1
@@ -60,9 +66,15 @@ def coefficients(snapshots: Sequence[tuple[int, float]], step: int, exponent: fl
 
 
 def reconstruct(run: Path, sigma_rel: float, out: Path, step: int | None = None) -> float:
-    """Write the average of length sigma_rel ended at a step (the last one) from the snapshots of a run.
+    """Write the average of length sigma_rel that ends at a step, from the snapshots of a run.
 
-    Returns the relative error of its profile. Raises InputError if there are no snapshots, or none at that step.
+    run: the run folder.
+    sigma_rel: relative length, in (0, 12^-1/2].
+    out: the .safetensors file to write.
+    step: training step at which the average ends; the last one if not given. Snapshots must have been taken there.
+
+    Returns the relative error of the profile. Raises InputError if there are no snapshots, none at that step, or
+    snapshots of several runs.
     """
     out, files = output_path(out), [*snapshots_in(run)]
     if not files:
@@ -88,7 +100,7 @@ def reconstruct(run: Path, sigma_rel: float, out: Path, step: int | None = None)
             part = tensor.detach().double() * weight
             total[name] = total[name] + part if name in total else part
     file, last = next((file, card) for file, card, end in used if end[0] == step)
-    denoiser, _ = load_expert(file)  # its buffers are those of the step
+    denoiser, _ = load_expert(file)  # for its buffers
     with torch.no_grad():
         for name, tensor in denoiser.named_parameters():
             tensor.copy_(total[name])

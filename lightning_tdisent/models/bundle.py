@@ -1,4 +1,4 @@
-"""A composite as one file: its folder in a .zip, byte for byte."""
+"""Pack a composite folder into one .zip file, byte for byte, and unpack it."""
 
 import atexit
 import functools
@@ -16,7 +16,7 @@ NAMES = re.compile(r"composite\.json|rows_[\d-]+\.safetensors")
 
 
 def pack(folder: Path, out: Path) -> None:
-    """Write the files of a composite folder as one, uncompressed: weights do not shrink."""
+    """Write the files of a composite folder to one .zip file, uncompressed since weights do not compress."""
     with whole(out) as stream, zipfile.ZipFile(stream, "w") as bundle:
         for file in sorted(folder.iterdir()):
             with file.open("rb") as source, bundle.open(zipfile.ZipInfo(file.name), "w", force_zip64=True) as copy:
@@ -24,10 +24,12 @@ def pack(folder: Path, out: Path) -> None:
 
 
 def unpacked(source: str | Path) -> Path:
-    """The folder that a .zip of `pack` holds, on a disk for as long as this process lives; anything else as it is.
+    """Return a folder with the content of a .zip written by `pack`; any other path is returned as it is.
 
-    ``~``, variables and ``file://`` are expanded (`files.expand`). Raises InputError for a .zip with anything but a
-    composite in it; whether that is whole, its manifest tells. So it does for the URL of a store.
+    The folder is temporary and is removed when the process ends. ``~``, variables and ``file://`` are expanded
+    (`files.expand`). The completeness of the composite is not checked here but by its manifest.
+
+    Raises InputError for a .zip that contains anything but a composite, and for the URL of a store.
     """
     text = expand(str(source))
     if "://" in text:
@@ -48,11 +50,11 @@ def _unpack(path: Path, stamp: int) -> Path:
                 raise InputError(f"{path}: not a composite in one file: {odd[0]!r} does not belong to one")
             if "composite.json" not in bundle.namelist() or len(set(bundle.namelist())) < len(bundle.namelist()):
                 raise InputError(f"{path}: not a composite in one file: its members are {bundle.namelist()}")
-            for entry in bundle.infolist():  # what expands or is encrypted is not of `pack`
+            for entry in bundle.infolist():  # `pack` neither compresses nor encrypts
                 if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
                     raise InputError(f"{path}: not a composite in one file: {entry.filename} is not stored plainly")
             size = sum(entry.file_size for entry in bundle.infolist())
-            if size > path.stat().st_size:  # members that overlap, or lie about their sizes
+            if size > path.stat().st_size:  # members that overlap, or declare wrong sizes
                 raise InputError(f"{path}: not a composite in one file: it has fewer than the {size:,} bytes it lists")
             for name in bundle.namelist():
                 with bundle.open(name) as source, (Path(place.name) / name).open("wb") as copy:

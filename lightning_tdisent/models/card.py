@@ -1,4 +1,4 @@
-"""`Card`: what a file of weights says about itself."""
+"""`Card`: the metadata in a file of weights."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.schemas import Kinds, check_fields, check_schema, is_count, is_number, is_part, is_text
 
 SCHEMA = 2
-PARENT = ("network", "images_seen", "seconds", "validation")  # what a child's card keeps
+PARENT = ("network", "images_seen", "seconds", "validation")  # fields of a parent's card kept in a child's card
 
 
 def _is_network(value: Any) -> bool:
@@ -51,7 +51,7 @@ def _are_rows(value: Any) -> bool:
 
 @contextlib.contextmanager
 def _from_card(where: str) -> Iterator[None]:
-    """Name the file in what is refused inside; parts that were given values of a wrong type may fail anyhow."""
+    """Name the file in errors raised inside; values of a wrong type may make constructors fail in any way."""
     try:
         yield
     except InputError as error:
@@ -60,7 +60,7 @@ def _from_card(where: str) -> Iterator[None]:
         raise InputError(f"{where}: its card describes no model: {said(error):.300}") from error
 
 
-RANGE = [-1.0, 1.0]  # of the images that networks are trained on
+RANGE = [-1.0, 1.0]  # value range of training images
 _KINDS: Kinds = {
     **dict.fromkeys(("module", "fingerprint", "data", "version", "run", "initial"), is_text),
     "label_drop": lambda value: value is None or is_number(value),
@@ -76,23 +76,34 @@ _KINDS: Kinds = {
     "parents": lambda value: isinstance(value, list) and all(map(_is_parent, value)),
     **dict.fromkeys(("errors", "validation"), _are_numbers),
     "rounds": lambda value: isinstance(value, dict) and all(map(_are_numbers, value.values())),
-}  # what the fields of a card may be
+}  # a check for the value of each field of a card
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a file of weights holds and how it came about; everything is plain JSON.
+    """Content and origin of a file of weights; every field is plain JSON.
 
-    module, network, states, objective: class paths with constructor arguments; fingerprint: hash of the table;
-    rows: rows owned; image_range: values the network was trained on; data: digest of the training images;
-    weights: ``ema``, ``live``, or ``start`` where a warm start was better than what training made of it; average: its
-    decay or relative length sigma_rel, the steps averaged, and the steps ``before`` them that it continues;
-    images_seen, steps, seconds: cost of the training; parents: the same, with network and sha256, of the files it
-    started warm from and of theirs; seed; errors: held-out error of x0_hat of the start and of the average (or live
-    weights), where they were compared; validation: ``passes``, images passed through the network while
-    validating, and ``seconds`` of it; rounds: images_seen and seconds at the end of each round of an adaptive budget;
-    run: identity of the run that trained them; initial: hash of the random weights it began with, empty after a warm
-    start; label_drop: share of labels that training replaced by the null label. Older files lack the last three.
+    module, network, states, objective: class paths with constructor arguments.
+    fingerprint: hash of the table.
+    rows: rows owned.
+    image_range: value range of the training images.
+    data: digest of the training images.
+    weights: ``ema``, ``live``, or ``start`` if the weights of a warm start were better than the trained ones.
+    average: decay or relative length sigma_rel of the average, the ``steps`` averaged, and the steps ``before`` them
+        that it continues; None without one.
+    images_seen, steps, seconds: cost of the training.
+    seed: seed of the training.
+    version: version of this package.
+    parents: cost, network and sha256 of the files that the training started from, and of their parents.
+    schema: version of this format.
+    errors: held-out errors of x0_hat of the warm start and of the average (or live weights), if they were compared.
+    validation: ``passes``, number of images passed through the network in validation, and ``seconds``, its time.
+    rounds: images_seen and seconds at the end of each round of an adaptive budget.
+    run: identity of the training run.
+    initial: hash of the random initial weights, empty after a warm start.
+    label_drop: fraction of labels that training replaced by the null label.
+
+    Older files lack the last three.
     """
 
     module: str
@@ -121,26 +132,29 @@ class Card:
 
     @property
     def warm_from(self) -> str:
-        """SHA-256 of the file that it started warm from, empty if it began with random weights."""
+        """SHA-256 of the file that the training started from, empty if it began with random weights."""
         return next((p["sha256"] for p in reversed(self.parents) if "weight" not in p), "")
 
     @property
     def kind(self) -> str:
-        """The weights that the training exports, ``ema`` or ``live``, even where its start was better."""
+        """The weights that the training exports, ``ema`` or ``live``, even if those of its warm start were better."""
         return next((name for name in self.errors if name != "start"), self.weights)
 
     @property
     def shape(self) -> list[int]:
-        """(C, H, W) of the images."""
+        """Shape (C, H, W) of the images."""
         shape: list[int] = self.states["init_args"].get("shape") or self.network["init_args"].get("shape")
         check_shape(f"{self.network['class_path']}: shape", shape)
         return shape
 
     @classmethod
     def of(cls, denoiser: Denoiser, **facts: Any) -> "Card":
-        """Card of a denoiser, with the facts of its training; refuses a table that a schedule cannot rebuild."""
+        """Return the card of a denoiser; facts: the fields about its training.
+
+        Raises InputError for a table that cannot be rebuilt from its arguments.
+        """
         states = spec(denoiser.states)
-        # a file that has changed since it was read is for whoever loads the weights to refuse: they are worth keeping
+        # if a file has changed since it was read, the card is still written: the weights are worth keeping
         if not changed(states) and build(states, LatentStates).fingerprint != denoiser.states.fingerprint:
             raise InputError(f"{denoiser.states} is no table of its schedule and cannot be described in a file")
         return cls(
@@ -155,9 +169,9 @@ class Card:
 
     @classmethod
     def from_json(cls, data: dict[str, Any], where: str) -> "Card":
-        """Card from its JSON; a field with a default may be absent, as older files lack it, and has its default then.
+        """Return a card from its JSON; missing fields that have a default get it, since older files lack them.
 
-        Raises InputError for another schema, fields that are missing or unknown, and values of another kind.
+        Raises InputError for another schema, missing or unknown fields, and values of a wrong type.
         """
         if not isinstance(data, dict):
             raise InputError(f"{where}: its card is a {type(data).__name__}, not an object")
@@ -166,7 +180,11 @@ class Card:
         return cls(**data)
 
     def table(self, where: str) -> LatentStates:
-        """Build the table and check it against the fingerprint and the rows owned."""
+        """Build the table, and check it against the fingerprint and the rows owned.
+
+        where: name of the file, for messages. Raises InputError if they do not agree, for another image range, and for
+            changed files.
+        """
         if self.image_range != RANGE:
             raise InputError(f"{where}: trained on images in {self.image_range}, this version knows {RANGE} alone")
         if lines := changed([self.states, self.network, self.objective]):
@@ -183,9 +201,12 @@ class Card:
         return states
 
     def build(self, where: str, shapes: Mapping[str, Sequence[int]]) -> Denoiser:
-        """Build the denoiser without its weights (on the meta device), within the bounds of the file's tensors.
+        """Build the denoiser without its weights (on the meta device), with memory limits from the file's tensors.
 
-        shapes: of the tensors that the file has; raises InputError for a network that has others.
+        where: name of the file, for messages.
+        shapes: shapes of the tensors in the file, by name.
+
+        Raises InputError for a network with other tensors.
         """
         states = self.table(where)
         with _from_card(where):
@@ -194,7 +215,10 @@ class Card:
 
 
 def read_card(path: str | Path, verify: bool = False) -> Card:
-    """Read the card alone, the header of a .safetensors file; with ``verify`` hash the rest too, and refuse damage."""
+    """Return the card of a file of weights; of a .safetensors file only the header is read.
+
+    verify: also hash the rest of the file. Raises InputError for a missing or damaged file, and one that is no expert.
+    """
     path = Path(path)
     if path.suffix == ".ckpt":
         return read_checkpoint(path)[0]
@@ -215,7 +239,10 @@ def read_card(path: str | Path, verify: bool = False) -> Card:
 
 
 def refuse_foreign(path: Path, card: Card | None = None) -> None:
-    """Refuse weights in a run folder that are of another run, by the id in its ``config.yaml``; early ones say none."""
+    """Raise InputError for weights in a run folder that belong to another run, by the id in its ``config.yaml``.
+
+    Weights of early versions have no id and are accepted.
+    """
     own = identity_of(path.parent)
     run = own and (card or read_card(path)).run
     if run and own != run:
@@ -226,7 +253,7 @@ def refuse_foreign(path: Path, card: Card | None = None) -> None:
 
 
 def read_checkpoint(path: Path) -> tuple[Card, dict[str, Tensor]]:
-    """Return the card in a training's checkpoint, and the first of its averages, or its live weights."""
+    """Return the card in a training checkpoint, and its weights: the first of its averages, or the live weights."""
     content = load(path)
     if not isinstance(content, dict) or "card" not in content or "state_dict" not in content:
         raise InputError(f"{path}: not a checkpoint of this project: it has no card")

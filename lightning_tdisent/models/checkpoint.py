@@ -1,6 +1,6 @@
-"""Read a training's checkpoint: verified against its manifest, as data alone.
+"""Read a training checkpoint: verified against its manifest, as data without code.
 
-The one reader of .ckpt files, for resuming, `load_from_checkpoint`, sampling and evaluation.
+This is the only reader of .ckpt files, for resuming, `load_from_checkpoint`, sampling and evaluation.
 """
 
 import functools
@@ -20,15 +20,18 @@ from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.schemas import check_schema, is_count, is_text, parse_json
 
 SCHEMA = 1
-TEMPORARY = ".temp.ckpt"  # in which Lightning's forked ranks hand back their weights
+TEMPORARY = ".temp.ckpt"  # suffix of the file in which Lightning's forked ranks return their weights
 Manifest = dict[str, Any]
 
 
 def load(path: str | Path, map_location: Any = "cpu") -> Any:
-    """Return the content of a local checkpoint; nothing in it is run.
+    """Return the content of a local checkpoint; no code in it is run.
 
-    Its bytes are compared with its manifest. One without a manifest, such as Lightning's own plugin writes, is read as
-    it is, and a note on stderr says so.
+    Its bytes are verified against its manifest. A checkpoint without a manifest, such as one written by Lightning's own
+    plugin, is read unverified, and a note is printed on stderr.
+
+    Raises InputError for a missing, damaged or unsafe file, and `NotFinite` for NaN or infinity outside callback
+    states.
     """
     path = local(path)
     if not path.is_file():
@@ -40,7 +43,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> Any:
     _refuse_lies(path)
     try:
         content = torch.load(path, map_location, weights_only=True)
-    except Exception as error:  # torch.load documents none
+    except Exception as error:  # torch.load does not document its exceptions
         asked = re.search(r"GLOBAL (\S+)", str(error))
         said = str(error).split("\n")[0] or type(error).__name__
         why = f"it asks for {asked[1]}, and is more than data" if asked else said
@@ -54,7 +57,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> Any:
 
 
 def _refuse_lies(path: Path) -> None:
-    """Refuse what is no archive of torch, or whose members would take more memory than the file has bytes."""
+    """Raise InputError for a file that is no torch archive, or whose members would take more memory than its size."""
     try:
         with zipfile.ZipFile(path) as archive:
             members, size = archive.infolist(), path.stat().st_size
@@ -65,12 +68,12 @@ def _refuse_lies(path: Path) -> None:
 
 
 def non_finite(checkpoint: dict[str, Any]) -> list[str]:
-    """Return `finite.non_finite` of all but the states of callbacks, which may begin with an infinite best value."""
+    """Return the names of non-finite values, except in callback states, which may contain an infinite best value."""
     return finite.non_finite({k: v for k, v in checkpoint.items() if k != "callbacks"})
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Return the manifest of a checkpoint; refuses a missing or damaged one."""
+    """Return the manifest of a checkpoint; raises InputError if it is missing or damaged."""
     try:
         manifest = parse_json(manifest_of(path).read_bytes())
         check = manifest.pop("check")
@@ -78,7 +81,7 @@ def read_manifest(path: Path) -> Manifest:
         raise InputError(f"{path}: has no manifest: it was cut short, or copied without it") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its manifest cannot be read ({type(error).__name__}: {error})") from None
-    check_schema(manifest, str(manifest_of(path)), SCHEMA)  # first: a newer one may guard itself otherwise
+    check_schema(manifest, str(manifest_of(path)), SCHEMA)  # first: a newer schema may have another check
     if check != check_of(manifest):
         raise InputError(f"{path}: its manifest is damaged")
     kinds = {"sha256": is_text, "bytes": is_count, "step": is_count}
@@ -88,7 +91,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def verify(path: Path) -> Manifest:
-    """Return the manifest of a checkpoint whose bytes agree with it; refuses any other, saying what differs."""
+    """Return the manifest of a checkpoint; raises InputError if size or SHA-256 of the file differ from it."""
     manifest = read_manifest(path)
     try:
         size = path.stat().st_size
@@ -103,7 +106,7 @@ def verify(path: Path) -> Manifest:
 
 
 def facts(path: Path) -> Manifest:
-    """Return step and images seen of a checkpoint: from its manifest, or from its content where it has none."""
+    """Return step and images seen of a checkpoint, from its manifest, or from its content if it has none."""
     if manifest_of(path).exists():
         return verify(path)
     content = load(path)
@@ -112,14 +115,14 @@ def facts(path: Path) -> Manifest:
     return {"step": content["global_step"], "images_seen": content["card"]["images_seen"]}
 
 
-@functools.cache  # once for each file
+@functools.cache  # print the note once for each file
 def _note_unverified(path: Path) -> None:
     if rank_and_world()[0] == 0:
         print(f"note: {path} has no manifest ({manifest_of(path).name}): read unverified", file=sys.stderr)
 
 
 def check_of(manifest: Manifest) -> str:
-    """Return the hash by which a manifest guards itself."""
+    """Return the hash that protects a manifest against damage."""
     return digest_of_data(manifest)[:16]
 
 
@@ -129,7 +132,7 @@ def manifest_of(path: Path) -> Path:
 
 
 def local(path: str | Path) -> Path:
-    """Return the path; refuse a URL."""
+    """Return a local path; raises InputError for a URL."""
     if "://" in str(path):
         raise InputError(
             f"{path}: checkpoints are local files. Download it, compare its sha256 with its manifest, name the file"

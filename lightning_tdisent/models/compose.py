@@ -30,7 +30,10 @@ MANIFEST, SCHEMA = "composite.json", 1
 
 
 def _find_filler(fill: str, first: Card, rows: list[int]) -> Member | None:
-    """File of the shared model that ``shared:PATH`` names for rows of a card's table, nothing for ``nearest``."""
+    """Return the file of the shared model in ``shared:PATH``, which will serve these rows; None for ``nearest``.
+
+    first: card of one of the experts. Raises InputError for a model that does not fit, with all reasons.
+    """
     kind, _, path = fill.partition(":")
     if fill == "nearest" or not rows:
         return None
@@ -62,7 +65,10 @@ def _find_filler(fill: str, first: Card, rows: list[int]) -> Member | None:
 
 
 def refuse_taken(out: Path) -> None:
-    """Refuse a folder that holds more than what a compose that was killed has left."""
+    """Raise InputError for a folder that is not empty, except for remains of an interrupted `compose`.
+
+    Temporary files among these are removed.
+    """
     if (out / MANIFEST).exists() or (out.suffix == ".zip" and out.exists()):
         raise InputError(f"{out} already holds a composite; remove it or choose another name")
     remove_orphans(out, "rows_*")
@@ -76,10 +82,16 @@ def refuse_taken(out: Path) -> None:
 def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = None, allow: Sequence[str] = ()) -> Path:
     """Write a composite folder from files or folders of experts: a manifest, and their files (hard-linked if possible).
 
-    Everything is checked on the cards alone, before any weights are read or anything is written. With ``fill`` rows may
-    be missing: the manifest calls the folder a preview, and whoever loads it must say again how to fill them. allow:
-    names of `ALLOWED` in which experts may differ, which the manifest keeps, and all numbers of the composite tell.
-    An ``out`` that ends with .zip is one file, with the same bytes in it; a folder must hold nothing else.
+    Everything is checked from the cards before any weights are read or anything is written.
+
+    paths: files of experts, or folders that `find_files` accepts.
+    out: the folder, which must contain nothing else, or a file that ends with .zip, which gets the same bytes.
+    fill: ``nearest`` or ``shared:PATH``: rows may be missing. The manifest then marks the folder as a preview, and
+        ``fill`` must be given again when it is loaded.
+    allow: fields of `ALLOWED` in which experts may differ; the manifest records the differences, and they are reported
+        with all results of the composite.
+
+    Returns the path written. Raises InputError for experts that cannot be composed.
     """
     out = output_path(expand(str(out), "out"))
     if out.suffix == ".zip":
@@ -106,7 +118,7 @@ def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = Non
         if not (out / name).exists() or not (out / name).samefile(path):
             (out / name).unlink(missing_ok=True)
             try:
-                os.link(os.path.realpath(path), out / name)  # a link to the file, and not to a link
+                os.link(os.path.realpath(path), out / name)  # link to the file itself, not to a symbolic link
             except OSError:
                 with whole(out / name) as copy, Path(path).open("rb") as source:
                     shutil.copyfileobj(source, copy, 1 << 20)
@@ -121,9 +133,9 @@ def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = Non
 
 
 def recompose(paths: Sequence[str | Path], out: Path) -> bool:
-    """Write a composite folder as `compose` does, unless it is whole and of these very weights.
+    """Write a composite folder as `compose` does, unless it is complete and consists of exactly these weights.
 
-    Returns whether it takes the place of one that was not.
+    Returns whether it replaced another composite.
     """
     stale = (out / MANIFEST).exists()
     if stale:
@@ -141,7 +153,10 @@ def recompose(paths: Sequence[str | Path], out: Path) -> bool:
 
 
 def discard_damaged(out: Path) -> bool:
-    """Give up a composite folder whose files are damaged, so that `recompose` writes it; returns whether it was."""
+    """Remove the manifest of a composite folder whose files are damaged, so that `recompose` writes it again.
+
+    Returns whether it was damaged.
+    """
     if not (out / MANIFEST).exists():
         return False
     try:
@@ -153,7 +168,10 @@ def discard_damaged(out: Path) -> bool:
 
 
 def refuse_damaged(sources: Sequence[str | Path]) -> None:
-    """Refuse weights whose bytes are not those written, all files at once; sources: names as `find_files` takes."""
+    """Raise InputError for weights whose bytes differ from those written, for all files at once.
+
+    sources: names that `find_files` accepts.
+    """
     problems: dict[str, None] = {}
     for source in sources:
         try:
@@ -161,7 +179,7 @@ def refuse_damaged(sources: Sequence[str | Path]) -> None:
         except InputError as error:
             problems[str(error)] = None
             continue
-        # those of a composite have been compared; a checkpoint is, whenever it is read
+        # `find_files` has verified those of a composite; a checkpoint is verified whenever it is read
         for file in () if (Path(source) / MANIFEST).exists() else [f for f in files if f.suffix == ".safetensors"]:
             try:
                 read_card(file, verify=True)
@@ -172,7 +190,7 @@ def refuse_damaged(sources: Sequence[str | Path]) -> None:
 
 
 def _refuse_unloadable(files: Sequence[Path], cards: Sequence[Card]) -> None:
-    """Refuse files whose weights do not fit the networks of their cards, all at once; no weights are read."""
+    """Raise InputError for all files whose weights do not fit the network of their card; no weights are read."""
     kinds: dict[str, Denoiser] = {}
     problems = []
     for path, card in zip(files, cards, strict=True):
@@ -198,7 +216,7 @@ def _in_one_file(paths: Sequence[str | Path], out: Path, fill: str | None, allow
 
 
 def _read_cards(files: Sequence[Path], verify: bool = False) -> list[Card]:
-    """Cards of all files, or all that is wrong with them."""
+    """Return the cards of all files; raises InputError with all problems."""
     problems, cards = [], []
     for path in files:
         try:
@@ -213,7 +231,10 @@ def _read_cards(files: Sequence[Path], verify: bool = False) -> list[Card]:
 
 
 def composite_files(folder: str | Path) -> list[Path]:
-    """Files of a composite folder, after comparing the bytes and the card of each with what the manifest says."""
+    """Return the files of a composite folder, verified against its manifest: bytes, cards and missing rows.
+
+    Raises InputError with all problems of a damaged composite.
+    """
     folder = Path(folder)
     content = _manifest(folder)
     members = [(folder / m["file"], m) for m in content["experts"]]
@@ -250,9 +271,9 @@ def composite_files(folder: str | Path) -> list[Path]:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a composite: ``experts``, ``fingerprint``, ``differs`` and ``missing`` rows.
+    """Return the content of a manifest: ``experts``, ``fingerprint``, ``differs`` and the ``missing`` rows.
 
-    Raises InputError for another schema, and for what `compose` does not write.
+    Raises InputError for another schema, and for content that `compose` does not write.
     """
     path = folder / MANIFEST
     try:
@@ -285,7 +306,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def find_files(source: str | Path) -> list[Path]:
-    """Files of weights behind a name: a file of weights, a run folder, a composite, or a folder of runs."""
+    """Return the files of weights behind a name: a file of weights, a run folder, a composite, or a folder of runs.
+
+    Raises InputError if there are none.
+    """
     source = unpacked(source)
     if source.is_file():
         return [source]
@@ -306,7 +330,7 @@ def find_files(source: str | Path) -> list[Path]:
 
 
 def holds_weights(source: Path) -> bool:
-    """Whether a name stands for a model; else it must be a folder or file of images."""
+    """Return whether a path is a model; otherwise it is expected to be a folder or file of images."""
     if source.is_file():
         return source.suffix in (".safetensors", ".ckpt", ".zip")
     return (source / MANIFEST).exists() or any(source.glob(WEIGHTS)) or any(source.glob(f"*/{WEIGHTS}"))
@@ -315,11 +339,15 @@ def holds_weights(source: Path) -> bool:
 def load_model(
     source: str | Path, residency: Residency = "resident", fill: str | None = None, upto: int | float | None = None
 ) -> tuple[Denoiser | CompositeDenoiser, list[Card]]:
-    """Load whatever `find_files` finds: one file that owns all rows as it is, several as a composite.
+    """Load a model and its cards: one file that owns all rows as a denoiser, several files as a composite.
 
-    residency: where the experts of a composite are (see `residency`). fill: ``nearest`` or ``shared:PATH`` for a
-    preview with rows that nobody owns, which are `CompositeDenoiser.filled`; the card of the shared model comes last.
-    upto: the last row that is needed (a share below 1 is that of the rows): experts of those above are not loaded.
+    source: a name that `find_files` accepts.
+    residency: where the experts of a composite are kept (see `residency`).
+    fill: ``nearest`` or ``shared:PATH`` to load a preview, in which rows have no owner; see `CompositeDenoiser.filled`.
+        The card of the shared model comes last.
+    upto: the last row that is needed, or a fraction of the rows; experts of rows above alone are not loaded.
+
+    Raises InputError for files that are damaged or cannot be composed.
     """
     if residency not in get_args(Residency):
         raise InputError(f"residency {residency!r}: choose {', '.join(get_args(Residency))}")
@@ -328,7 +356,7 @@ def load_model(
     cards = _read_cards(files) if len(files) > 1 else [read_card(files[0])]
     if len(files) == 1 and (fill is None or len(cards[0].rows) == facts_of_card(cards[0])["S"]):
         return load_expert(files[0])[0], cards
-    checked = (source / MANIFEST).exists()  # by `find_files`
+    checked = (source / MANIFEST).exists()  # `find_files` has verified it
     allow = list(_manifest(source)["differs"]) if checked else []
     facts = [facts_of_card(c) for c in cards]
     last = build(cards[0].states, LatentStates).truncate(upto).S if upto is not None else None

@@ -1,4 +1,4 @@
-"""`CompositeDenoiser`: experts behind one denoiser. The sampler cannot tell the difference."""
+"""`CompositeDenoiser`: experts behind the interface of one denoiser."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Self
@@ -15,19 +15,22 @@ from lightning_tdisent.sampling.guidance import Extras
 
 
 class CompositeDenoiser(Extras, nn.Module):
-    """Routes every row to the expert that owns it: composite(x, s) = experts[owner(s)](x, s).
+    """Denoiser that calls at every row the expert that owns it: composite(x, s) = experts[owner(s)](x, s).
 
-    Refuses experts that do not own every row exactly once, or whose tables, shapes or classes differ. With ``fill``
-    rows may be missing, for a preview: a denoiser on the same table that owns them answers there, or with ``nearest``
-    the owner of the row r of the nearest log-SNR, by x0_hat_s(x) = x0_hat_r(sqrt(a_r / a_s) x). `filled` says which.
-    allow: names of `ALLOWED` in which experts may differ; `differs` has the values, where they do. upto: the last row
-    that is ever asked for, where the chain starts below S; nobody needs to own those above.
+    experts: denoisers with one table, image shape and number of classes, which own every row exactly once.
+    fill: rows may be missing, for a preview. A denoiser on the same table that owns them is called there. With
+        ``nearest`` the owner of the row r of the nearest log-SNR is called, by x0_hat_s(x) = x0_hat_r(sqrt(a_r / a_s)
+        x). `filled` lists these rows.
+    allow: fields of `ALLOWED` in which experts may differ; `differs` has the values where they do.
+    upto: the last row that is ever used, if the chain starts below S; rows above need no owner.
 
     Why this scaling: along a principal axis of centred data, of variance v, the ideal estimate at row s is w_s x / a_s
     with w = a^2 v / (a^2 v + b^2), and that of row r at (a_r / a_s)^g x is w_r (a_s / a_r)^(1 - g) x / a_s. To first
-    order in d = log(a_s / a_r) it is off by w_s d (1 - g - 2 / (a_s^2 v + b_s^2)) x / a_s: strong axes ask for g = 1,
-    the right signal; those of variance 1 for g = -1; images have both, and g = 1/2 lies between 0 and 1, the best for
-    digits and for large images. The raw output read with (a_s, b_s) instead lets noise through along weak axes.
+    order in d = log(a_s / a_r) it is off by w_s d (1 - g - 2 / (a_s^2 v + b_s^2)) x / a_s: strong axes require g = 1,
+    the right signal; those of variance 1 g = -1. Images have both, and g = 1/2 lies between 0 and 1, the best values
+    for digits and for large images. Interpreting the raw output with (a_s, b_s) instead passes noise along weak axes.
+
+    Raises InputError for experts that do not fit.
     """
 
     def __init__(
@@ -61,11 +64,11 @@ class CompositeDenoiser(Extras, nn.Module):
 
     @property
     def residency(self) -> Residency:  # type: ignore[override]
-        """Where its experts are: all on the device, or one of them."""
+        """Where the experts are kept: ``resident``, ``offload`` or ``stream``."""
         return self._slot.residency if self._slot else "resident"
 
     def expect(self, rows: Sequence[int]) -> None:
-        """Say which rows will be asked for, in this order, so that the next expert can come while one computes."""
+        """Announce the rows that will be evaluated, in this order, so that the next expert is prefetched."""
         if self._slot is None or rows == self._path:
             return
         self._path, self._then, then, before = list(rows), {}, None, None
@@ -76,13 +79,13 @@ class CompositeDenoiser(Extras, nn.Module):
             self._then[s], before = then, expert
 
     def at(self, s: int) -> Denoiser:
-        """Return the owner of row s, or the one that answers in its place."""
+        """Return the owner of row s, or the denoiser that is used in its place."""
         if s not in self._owner:
             raise InputError(f"row {s} is not among the latent rows 1..{self.states.S}")
         return self._owner[s][0]
 
     def forward(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
-        """x0_hat of the owner of row s, for the whole batch."""
+        """Return x0_hat of the owner of row s for a batch of states (B, C, H, W)."""
         expert = self.at(s)
         row = self._owner[s][1]
         if self._slot is not None:
@@ -94,7 +97,7 @@ class CompositeDenoiser(Extras, nn.Module):
         return out
 
     def parameters(self, recurse: bool = True) -> Iterator[Any]:
-        """All weights; where experts are not resident, those of the one that is here, and the shapes of the others."""
+        """Iterate over all weights; of experts that are not loaded these are meta tensors."""
         if self._slot is None:
             return super().parameters(recurse)
         if self._slot.loaded is None:
@@ -112,20 +115,24 @@ class CompositeDenoiser(Extras, nn.Module):
 
 
 def _nearest(states: Table, s: int, rows: Sequence[int]) -> int:
-    """Row of the nearest log-SNR, over all columns; of two the one with more noise."""
+    """Return the row of the nearest log-SNR, summed over all columns; of two, the one with more noise."""
     log_snr = states.log_snr.clamp(-40, 40)
     return min(rows, key=lambda r: (float((log_snr[r] - log_snr[s]).abs().sum()), -r))
 
 
 def _alike(states: Table, s: int, rows: Iterable[int]) -> list[int]:
-    """Those rows whose states have the shape of row s."""
+    """Return those rows whose states have the shape of state s; raises InputError if there are none."""
     if not (out := [r for r in rows if states.levels[r] == states.levels[s]]):
         raise InputError(f"no expert of a row whose states are of the scale of row {s}: nothing can fill it")
     return out
 
 
 def _stretch(states: Table, row: int, s: int, x: Tensor) -> Coefficient:
-    """sqrt(a_row / a_s) of the variance-preserving states, 1 where either has no signal."""
+    """Return the factor that `CompositeDenoiser` applies to states of row s before another row's expert sees them.
+
+    sqrt(a_row / a_s) for variance-preserving states, 1 where either has no signal, converted to the scales of this
+    table.
+    """
     a, n = states.on_cpu["a"], states.on_cpu["scale"]
     ratio = (a[row] / n[row]) / (a[s] / n[s])
     ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
@@ -133,7 +140,7 @@ def _stretch(states: Table, row: int, s: int, x: Tensor) -> Coefficient:
 
 
 def _refuse_filler(filler: Denoiser, expert: Denoiser, rows: Sequence[int]) -> None:
-    """Refuse a denoiser that cannot answer for these rows of an expert's table."""
+    """Raise InputError for a denoiser that cannot serve these rows of an expert's table."""
     mine, theirs = ({k: facts_of(d)[k] for k in ("table", "network input")} for d in (expert, filler))
     if mine != theirs or not set(rows) <= set(filler.rows):
         raise InputError(

@@ -1,4 +1,4 @@
-"""What models cost, in images, floating point operations and seconds."""
+"""The cost of models in images, floating point operations and seconds."""
 
 import dataclasses
 import itertools
@@ -20,8 +20,8 @@ TRAINING = ("network", "images_seen", "seconds")
 
 
 def flops(network: Network) -> int:
-    """Floating point operations of a forward pass of one image."""
-    # the counter does not know the attention that a CPU is given otherwise
+    """Return the floating point operations of a forward pass of one image."""
+    # the counter does not support the attention kernel that a CPU uses otherwise
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         network(*network.example())
     return int(counter.get_total_flops())
@@ -30,18 +30,18 @@ def flops(network: Network) -> int:
 def training_cost(cards: Sequence[Card]) -> dict[str, float]:
     """Return the cost of all trainings behind these cards, and of the longest chain of them.
 
-    What several experts started from counts once; members of an average were trained side by side, so that a chain has
-    the longest of them. In an adaptive budget each round waits for its longest job, so these are summed. Floating point
-    operations of training are 3 x forward x images seen: a forward pass and two of its cost for the backward one.
-    Validation is counted beside it, one forward pass for each image that it passed through a network.
+    A training that several experts started from counts once. Members of a weight average were trained in parallel, so a
+    chain contains the longest of them. In an adaptive budget each round waits for its longest job, so the longest jobs
+    of the rounds are summed. Training takes 3 x forward x images seen operations: a forward pass, and two of its cost
+    for the backward pass. Validation is counted separately, one forward pass for each image passed through a network.
     """
     parents = {p["sha256"]: p for card in cards for p in card.parents}
     known = [[p[k] for k in TRAINING] for p in parents.values()]
-    own = [dataclasses.asdict(card) for card in cards]  # a shared model that fills rows may be a start as well
+    own = [dataclasses.asdict(card) for card in cards]  # a shared model that fills rows may also be a parent
     runs = [*parents.values(), *(run for run in own if [run[k] for k in TRAINING] not in known)]
     of_network = {json.dumps(run["network"], sort_keys=True): 0.0 for run in runs}
     for text in of_network:
-        with Bounded("a start of these weights", 1 << 24, 1000):  # the network of a parent, which no file bounds
+        with Bounded("a start of these weights", 1 << 24, 1000):  # no file limits the size of a parent's network
             network = build(json.loads(text), Network)
         of_network[text] = float(flops(network.eval()))
     each = [of_network[json.dumps(run["network"], sort_keys=True)] for run in runs]
@@ -60,7 +60,10 @@ def training_cost(cards: Sequence[Card]) -> dict[str, float]:
 
 
 def with_prior(cost: dict[str, float], prior: nn.Module, images_seen: int, seconds: float) -> dict[str, float]:
-    """The same with a prior that was trained beside, on so many images."""
+    """Return a cost with that of a prior added, which was trained in parallel on ``images_seen`` images.
+
+    seconds: its training time.
+    """
     if not images_seen:
         return cost
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -73,11 +76,11 @@ def with_prior(cost: dict[str, float], prior: nn.Module, images_seen: int, secon
 
 
 def _validation(run: dict[str, Any], what: str) -> float:
-    return float(run.get("validation", {}).get(what, 0))  # older cards do not have it
+    return float(run.get("validation", {}).get(what, 0))  # older cards have no validation
 
 
 def _longest(cards: Sequence[Card], what: str) -> float:
-    """Return the longest chain that ends at one of these cards, and the longest job of each round after the first."""
+    """Return the longest chain that ends at one of these cards, plus the longest job of each round after the first."""
     chains, later = [], dict[int, list[float]]()
     for card in map(dataclasses.asdict, cards):
         members = [p for p in card["parents"] if "weight" in p]

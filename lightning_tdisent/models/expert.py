@@ -20,10 +20,10 @@ from lightning_tdisent.sampling.denoiser import Denoiser
 
 
 def rebuilt(denoiser: Denoiser) -> Denoiser:
-    """Return the denoiser that a file of this one would give back, with the same tensors as weights.
+    """Return the denoiser that would be read from a file of this one, sharing its tensors as weights.
 
-    Raises InputError, naming the part and what differs, unless network, table, objective and operator compute the
-    same from what the file would say of them. See `networks.rebuild.faithful`.
+    Raises InputError, naming the part and the difference, unless network, table, objective and operator compute the
+    same when built from their description. See `networks.rebuild.faithful`.
     """
     network, objective, states = faithful(denoiser.network), rebuild(denoiser.objective), rebuild(denoiser.states)
     if states.fingerprint != denoiser.states.fingerprint:
@@ -56,10 +56,14 @@ def rebuilt(denoiser: Denoiser) -> Denoiser:
 
 
 def save_expert(path: str | Path, denoiser: Denoiser, card: Card, weights: dict[str, Tensor] | None = None) -> None:
-    """Write weights (the denoiser's own if not given) and card to a .safetensors file; never half-written or NaN.
+    """Write weights and card to a .safetensors file, atomically.
 
-    The card as written begins with the SHA-256 of the whole file, taken with zeros in its own place. Raises InputError,
-    with nothing written, for a network that the file would not give back, or weights of other names or shapes.
+    path: the file to write.
+    weights: tensors by name; those of the denoiser if not given.
+
+    The first entry of the card is the SHA-256 of the whole file, computed with zeros in its own place. Raises
+    InputError, with nothing written, for a network that could not be rebuilt from the file, and for weights of other
+    names or shapes, and `NotFinite` for NaN or infinity.
     """
     faithful(denoiser.network)
     own = denoiser.state_dict()
@@ -73,10 +77,10 @@ def save_expert(path: str | Path, denoiser: Denoiser, card: Card, weights: dict[
 
 
 def weights_digest(network: torch.nn.Module) -> str:
-    """Return a hash that tells random weights of one draw from those of another, empty where they are on no device.
+    """Return a hash that distinguishes random initial weights, empty if they are on the meta device.
 
-    Of the first value of the first 32 that are not constant, to two digits: processors differ in the last bits of what
-    one seed draws.
+    Computed from the first value of the first 32 non-constant tensors, to two digits: processors differ in the last
+    bits of what one seed draws.
     """
     weights = [w for w in network.parameters() if w.numel() > 1]
     if any(w.is_meta for w in weights):
@@ -87,18 +91,20 @@ def weights_digest(network: torch.nn.Module) -> str:
 
 
 def load_expert(path: str | Path, verify: bool = True) -> tuple[Denoiser, Card]:
-    """Build the denoiser of a .safetensors file with its weights, in eval mode; see `spec.build` for classes.
+    """Build the denoiser of a .safetensors file with its weights, in eval mode; see `spec.build` for allowed classes.
 
-    Of a training's .ckpt the first of its averages is taken, the live weights if it keeps none. Raises InputError for
-    a file whose bytes are not those written, unless ``verify`` is false: it has been looked at. Raises `NotFinite`
-    for weights that hold NaN or infinity.
+    path: the file, or the .ckpt of a training, of which the first average is loaded, or the live weights if it has
+        none.
+    verify: check the bytes of a .safetensors file; False if that has been done.
+
+    Raises InputError for a damaged file, and `NotFinite` for weights with NaN or infinity.
     """
     checkpoint = read_checkpoint(Path(path)) if Path(path).suffix == ".ckpt" else None
     card = checkpoint[0] if checkpoint else read_card(path, verify)
     shapes = {k: v.shape for k, v in checkpoint[1].items()} if checkpoint else shapes_in(path)
     denoiser = card.build(str(path), shapes)
     try:
-        # cloned, and so aligned: results must not depend on the length of the header
+        # cloned for alignment: results must not depend on the length of the header
         state = checkpoint[1] if checkpoint else {k: v.clone() for k, v in load_file(path).items()}
         denoiser.load_state_dict(state, strict=True, assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -108,7 +114,7 @@ def load_expert(path: str | Path, verify: bool = True) -> tuple[Denoiser, Card]:
 
 
 def check_finite(path: str | Path) -> None:
-    """Read the tensors of a .safetensors file one by one, and raise `NotFinite` for those with NaN or infinity."""
+    """Raise `NotFinite` for NaN or infinity in a .safetensors file; its tensors are read one by one."""
     try:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (no iterator)
@@ -118,7 +124,10 @@ def check_finite(path: str | Path) -> None:
 
 
 def fitting_pieces(path: str | Path, denoiser: Denoiser) -> list[Piece]:
-    """Return the tensors of a file, which must be those of a denoiser by name and shape; no weights are read."""
+    """Return the positions of the tensors in a file; no weights are read.
+
+    Raises InputError unless their names and shapes are those of the denoiser.
+    """
     found = pieces(path)
     there = {piece.name: list(piece.shape) for piece in found}
     here = {name: list(tensor.shape) for name, tensor in denoiser.state_dict().items()}

@@ -1,7 +1,7 @@
-"""Models as folders for others: safetensors with plain JSON, or a pipeline of diffusers.
+"""Export models for use elsewhere: safetensors with plain JSON, or a pipeline of diffusers.
 
-Importing this module is what lets diffusers load a pipeline of several networks, `Experts`: it imports no class because
-a folder names it.
+Import this module before loading a pipeline of several networks, `Experts`, with diffusers: diffusers does not import a
+class because a folder names it.
 """
 
 import dataclasses
@@ -39,10 +39,15 @@ PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 def export(source: str | Path, out: str | Path, form: Literal["safetensors", "diffusers"] = "safetensors") -> Path:
-    """Write whatever `load_model` loads as a folder: weights, config.json, README.md; refuses one with files in it.
+    """Write a model that `load_model` can load as a folder with weights, config.json and README.md.
 
-    safetensors: model.safetensors, or one file per expert with their composite.json; `load_model` reads it again, bit
-    for bit. diffusers: a DDIMPipeline, for unconditional models of images that own every row of their table.
+    source: name of the model.
+    out: the folder; raises InputError if it is not empty.
+    form: ``safetensors`` writes model.safetensors, or one file per expert with composite.json; `load_model` reads it
+        again, bit for bit. ``diffusers`` writes a DDIMPipeline, for unconditional models of images that own every row
+        of their table.
+
+    Returns the folder.
     """
     out = output_path(out)
     if form not in ("safetensors", "diffusers"):
@@ -57,7 +62,7 @@ def export(source: str | Path, out: str | Path, form: Literal["safetensors", "di
         loading = _DIFFUSERS.format(
             first=_IMPORT if isinstance(pipe.unet, Experts) else "", S=model.states.S, shape=model.shape
         )
-        # safetensors' own writer makes files for their owner alone; this one was made as the umask says
+        # safetensors writes files that only their owner can read; give them the mode of other files
         mode = (out / "model_index.json").stat().st_mode & 0o777
         for file in out.rglob("*.safetensors"):
             file.chmod(mode)
@@ -142,17 +147,17 @@ def _modules(cards: Sequence[Card]) -> list[str]:
 
 
 def _command(model: Denoiser | CompositeDenoiser, cards: Sequence[Card]) -> str:
-    """Return a sentence with the command that draws images."""
+    """Return a sentence with the command that generates images."""
     words = [word for name in _modules(cards) for word in ("--import", name)]
     words += [] if model.states.observation is None else ["--observe", "DATA"]
     return f"Draw images with `{typed('sample', 'FOLDER', '--out', 'images', *words)}`."
 
 
 def describe(model: Denoiser | CompositeDenoiser, cards: Sequence[Card]) -> dict[str, Any]:
-    """All that is known of a model as plain JSON: its table row by row, how it was trained, and what that cost.
+    """Return all facts about a model as plain JSON: its table row by row, how it was trained, and the cost.
 
-    A state is x = signal x_0 + noise eps. ``log_snr`` is null where no signal is left. ``index`` is what a network that
-    sees the state is given.
+    A state is x = signal x_0 + noise eps. ``log_snr`` is null where no signal is left. ``index`` is the input of a
+    network that sees the state.
     """
     cards = sorted(cards, key=lambda card: card.rows)
     states = model.states
@@ -184,10 +189,10 @@ def describe(model: Denoiser | CompositeDenoiser, cards: Sequence[Card]) -> dict
 
 
 def pipeline(model: Denoiser | CompositeDenoiser) -> DDIMPipeline:
-    """diffusers' DDIMPipeline of an unconditional model of images; its timestep is the row less one.
+    """Return a diffusers DDIMPipeline of an unconditional model of images; its timestep is the row minus 1.
 
-    One U-Net becomes a `UNet2DModel` that says the same bit for bit, anything else `Experts`. Refuses, all reasons at
-    once, what that pipeline cannot draw.
+    One U-Net becomes a `UNet2DModel` with the same output bit for bit, anything else `Experts`. Raises InputError, with
+    all reasons, for models that this pipeline cannot sample.
     """
     states, filled = model.states, list(extras(model).filled)
     rows = model.rows if isinstance(model, Denoiser) else states.rows
@@ -226,10 +231,10 @@ def pipeline(model: Denoiser | CompositeDenoiser) -> DDIMPipeline:
 
 
 def betas(states: Table) -> list[float]:
-    """Betas from which diffusers, by running products of 1 - beta in float32, computes alpha-bar of rows 1..S.
+    """Return betas from which diffusers, by running products of 1 - beta in float32, computes alpha-bar of rows 1..S.
 
-    beta_s = 1 - abar_s / prod_{r<s} (1 - beta_r), with what rounding has made of the earlier ones, so that errors do
-    not add up: abar_s is within 1e-7 abar_{s-1}.
+    beta_s = 1 - abar_s / prod_{r<s} (1 - beta_r) with the rounded earlier betas, so that errors do not accumulate:
+    abar_s is within 1e-7 abar_{s-1}.
     """
     out, product = list[float](), 1.0
     for alpha_bar in states.a[1:, 0].square().tolist():
@@ -241,9 +246,9 @@ def betas(states: Table) -> list[float]:
 
 @torch.no_grad()
 def standard(network: UNet, states: Table) -> UNet2DModel:
-    """The same U-Net as diffusers has it, on timesteps 0..S-1 for the rows 1..S.
+    """Return the same U-Net as a diffusers `UNet2DModel`, with timesteps 0..S-1 for the rows 1..S.
 
-    Its embedding of timesteps is a table (``learned``): the sinusoids of the rows' original indices, or zeros for a
+    Its timestep embedding is a table (``learned``): the sinusoids of the rows' original indices, or zeros for a
     time-agnostic network, whose other missing weights are zeros, too.
     """
     config = {name: value for name, value in network.net.config.items() if not name.startswith("_")}
@@ -257,10 +262,12 @@ def standard(network: UNet, states: Table) -> UNet2DModel:
 
 
 class Experts(UNet2DModel):
-    """Networks behind one model of diffusers, which its pipelines take for a `UNet2DModel`.
+    """Several networks as one diffusers model, which its pipelines use as a `UNet2DModel`.
 
-    networks: class paths with arguments, see `spec.build` for which are allowed; owner: of every row 1..S, a number of
-    a network; index: original index of every row.
+    networks: class paths with arguments; see `spec.build` for allowed classes.
+    owner: for every row 1..S, the position of its network in ``networks``.
+    index: original index of every row.
+    in_channels, sample_size: of the images.
     """
 
     @register_to_config
@@ -281,7 +288,10 @@ class Experts(UNet2DModel):
     def forward(
         self, sample: Tensor, timestep: Tensor | int, class_labels: None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
-        """Raw output of the owner of row timestep + 1, one for the batch; refuses what is no timestep of a row."""
+        """Return the raw output of the owner of row timestep + 1, for the whole batch.
+
+        Raises InputError for a timestep that is not an integer in 0..S-1.
+        """
         whole = isinstance(timestep, int) or not timestep.is_floating_point()
         if not whole or not 0 <= int(timestep) < len(self.owner):
             raise InputError(
@@ -297,7 +307,7 @@ class Experts(UNet2DModel):
 
 
 def _readme(config: dict[str, Any], form: str, loading: str) -> str:
-    """The model card."""
+    """Return the text of the model card (README.md)."""
     cost, experts = config["cost"], config["experts"]
     drawn = config["classes"] is None and config["shape"][0] in (1, 3)
     rows = ", ".join(f"{e['rows'][0]}..{e['rows'][-1]}" if len(e["rows"]) > 1 else str(e["rows"][0]) for e in experts)

@@ -1,7 +1,7 @@
-"""Few networks made of many experts, for cheap deployment: averages of the weights of neighbours in the table.
+"""Average the weights of neighbouring experts, so that a few networks replace many in deployment.
 
-Experts that began with the same weights may be averaged to one network for the rows of all of them (2410.06664 merges
-fine-tuned ranges of steps so). It costs no training; what it costs in quality, `Merged.errors` says.
+Experts that were initialised with the same weights may be averaged to one network for all their rows (2410.06664 merges
+fine-tuned ranges of steps in this way). It needs no training; `Merged.errors` has the loss in quality.
 """
 
 import itertools
@@ -38,8 +38,10 @@ Weights = dict[str, Tensor]
 class Merged(NamedTuple):
     """One network of a merged composite.
 
-    rows: owned; members: files it is an average of, with their weights; errors: `step_error` over its rows of the
-    members and of the average, None without data.
+    rows: rows owned.
+    members: files that it is an average of.
+    weights: their weights.
+    errors: `step_error` over its rows, of the members and of the average; None without data.
     """
 
     rows: list[int]
@@ -49,31 +51,31 @@ class Merged(NamedTuple):
 
 
 class Images(NamedTuple):
-    """x0 float (N, C, H, W), ids that key its noise, label int64 (N,) or None."""
+    """Images as model input: x0 float (N, C, H, W), ids that key their noise, label int64 (N,) or None."""
 
     x0: Tensor
     ids: list[int]
     label: Tensor | None
 
     def batches(self, size: int) -> "Iterator[Images]":
-        """The same, a few at a time."""
+        """Yield batches of at most ``size`` images."""
         for i in range(0, len(self.ids), size):
             some = slice(i, i + size)
             yield Images(self.x0[some], self.ids[some], None if self.label is None else self.label[some])
 
 
 def step_weights(states: Table) -> Tensor:
-    """What an error of x0_hat at row s does to the next state: c0_s^2 of x_{s-1} = c0 x0_hat + cx x_s, (S+1,) float64.
+    """Return the effect of an error of x0_hat at row s on the next state: c0_s^2 of x_{s-1} = c0 x0_hat + cx x_s.
 
-    c0 is DDIM's (2010.02502, eq. 12) for variance-preserving states, so that errors of all rows count in one unit. Row
-    0 has 0, several columns the mean of theirs.
+    c0 is DDIM's (2010.02502, eq. 12) for variance-preserving states, so that errors of all rows have one unit. Returns
+    (S+1,) float64: 0 at row 0, the mean over several columns.
     """
     steps = [transition(states, s, s - 1, 0.0).x0 / states.on_cpu["scale"][s - 1] for s in states.rows]
     return torch.stack([torch.zeros((), dtype=torch.float64), *(c0.square().mean() for c0 in steps)])
 
 
 def step_error(denoiser: Denoiser, images: Images, batch_size: int = 250) -> float:
-    """sum_s c0_s^2 mean |x0_hat - x0|^2 over the rows owned: the error that its steps of the sampler add."""
+    """Return sum_s c0_s^2 mean |x0_hat - x0|^2 over the rows owned: the error that its sampling steps add."""
     total = torch.zeros(len(denoiser.rows), dtype=torch.float64)
     for x0, ids, label in images.batches(batch_size):
         total += x0_errors(denoiser, x0, ids, denoiser.rows, label).sum(1)
@@ -81,7 +83,11 @@ def step_error(denoiser: Denoiser, images: Images, batch_size: int = 250) -> flo
 
 
 def average(members: Sequence[Weights], weights: Sequence[float]) -> Weights:
-    """sum_i w_i theta_i in float64, rounded to the dtype of theta, for sum_i w_i = 1; integers of the first."""
+    """Return sum_i w_i theta_i, computed in float64 and rounded to the dtype of theta.
+
+    Integer tensors are those of the first member. Raises InputError unless there is a weight per member and sum_i w_i =
+    1.
+    """
     if abs(sum(weights) - 1) > 1e-9 or len(weights) != len(members):
         raise InputError(f"weights of an average must sum to 1, one for each of {len(members)}, got {list(weights)}")
     out = {}
@@ -98,9 +104,10 @@ def average(members: Sequence[Weights], weights: Sequence[float]) -> Weights:
 def search_weights(
     members: Sequence[Denoiser], images: Images, batch_size: int = 250, evaluations: int = 60
 ) -> tuple[list[float], int]:
-    """Weights >= 0 of sum 1 whose average has the least `step_error` over the members' rows, and the images passed.
+    """Return the weights of the average with the least `step_error` over the members' rows, and the images passed.
 
-    L-BFGS on the logits of a softmax, from equal weights; the same noise at every evaluation, of which the best counts.
+    The weights are >= 0 and sum to 1. L-BFGS on the logits of a softmax, from equal weights, with the same noise in
+    every evaluation; the best evaluation is returned.
     """
     model, n = _joined(members), len(images.ids)
     own = [dict(member.named_parameters()) for member in members]
@@ -122,7 +129,7 @@ def search_weights(
             (scale[s] / n * error).backward()
             total += scale[s] / n * float(error.detach())
         used = [name for name in mixed if leaves[name].grad is not None]
-        # relative to the first, so that tolerances mean the same for every model
+        # relative to the first error, so that tolerances have the same meaning for every model
         unit = (tried[0][0] if tried else total) or 1.0
         torch.autograd.backward([mixed[n] for n in used], [leaves[n].grad / unit for n in used])
         tried.append((total, share.detach().tolist()))
@@ -135,7 +142,10 @@ def search_weights(
 def costs_of_blocks(
     files: Sequence[Path], given: Sequence[float], images: Images, device: str, batch_size: int
 ) -> tuple[list[list[float]], int]:
-    """`step_error` of the average of experts i..j at [i][j - i], and a third of the images passed: no gradients."""
+    """Return `step_error` of the average of experts i..j at [i][j - i], and a third of the images passed.
+
+    A third, since these passes have no backward pass, and costs are counted as three forward passes per image.
+    """
     cost, passed = list[list[float]](), 0
     for i in range(len(files)):
         cost.append([])
@@ -143,7 +153,7 @@ def costs_of_blocks(
         for file, more in zip(files[i:], given[i:], strict=True):
             one = load_expert(file)[0]
             rows, weight = sorted([*rows, *one.rows]), weight + more
-            share = more / weight if weight > 0 else 1.0  # so that three networks are in memory, not all
+            share = more / weight if weight > 0 else 1.0  # a running mean, so that only three networks are in memory
             mean = average([mean, one.state_dict()], [1 - share, share]) if mean else one.state_dict()
             model = Denoiser(one.network, one.objective, one.states, rows)
             model.load_state_dict(mean)
@@ -153,11 +163,11 @@ def costs_of_blocks(
 
 
 def best_blocks(cost: Sequence[Sequence[float]], k: int) -> list[int]:
-    """Sizes of k contiguous blocks of 0..n-1 with the least sum of cost[i][j - i - 1] over blocks i..j-1.
+    """Return sizes of k contiguous blocks of 0..n-1 with the least sum of cost[i][j - i - 1] over blocks i..j-1.
 
     By dynamic programming over the end of the last block: O(k n^2).
     """
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # of 0..j-1 in one more block at every round
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # of 0..j-1; each round adds a block
     for _ in range(k):
         best = {
             j: min((best[i][0] + cost[i][j - i - 1], [*best[i][1], j - i]) for i in best if i < j)
@@ -176,18 +186,21 @@ def merge(
     device: str = "cpu",
     batch_size: int = 250,
 ) -> list[Merged]:
-    """Write a composite of k < n networks, each the average of a contiguous block of n experts, which owns their rows.
+    """Write a composite of k < n networks, each the average of a contiguous block of n experts, whose rows it owns.
 
-    weights: within a block equal, proportional to the images each has seen, found on ``data`` by `search_weights`, or
-    numbers, one per expert in the order of rows. blocks: of equal size, sizes, or those with the least sum of
-    `step_error` on ``data`` (averaged with the weights asked for, equal ones where these are to be found). Refuses
-    experts of other networks or other initial weights than the rest, on their cards, before anything is read.
+    weights: within a block ``uniform``, proportional to the ``images`` each has seen, found on ``data`` by ``search``
+        (`search_weights`), or numbers, one per expert in the order of rows.
+    blocks: of ``equal`` size, the sizes themselves, or by ``search`` those with the least sum of `step_error` on
+        ``data``, for averages with the weights above (equal ones if these are searched).
+    data: images for the searches and the errors.
+
+    Raises InputError, before any weights are read, for experts whose networks or initial weights differ.
     """
     out, files = output_path(out), sorted(map(Path, experts), key=lambda file: read_card(file).rows)
     cards = [read_card(file) for file in files]
     if "shape" in cards[0].states["init_args"]:
         raise InputError("experts of components are not merged: their errors count in no one unit")
-    known = all(card.initial or card.warm_from for card in cards)  # older files know the seed alone
+    known = all(card.initial or card.warm_from for card in cards)  # older files have the seed alone
     refuse_unfit([str(file) for file in files], [_facts(card, known) for card in cards])
     refuse_taken(out)
     given = _given(weights, cards)
@@ -229,7 +242,10 @@ def merge(
 
 
 def _facts(card: Card, known: bool) -> dict[str, Any]:
-    """Return what experts to be merged must have in common; known: compare hashes of random weights, not seeds."""
+    """Return the fields in which experts to be merged must agree.
+
+    known: compare hashes of the random initial weights instead of seeds.
+    """
     random = f"random, of hash {card.initial}" if known else f"random, of seed {card.seed}"
     return {
         "rows": card.rows,
@@ -245,7 +261,7 @@ def _facts(card: Card, known: bool) -> dict[str, Any]:
 
 
 def _given(weights: Any, cards: Sequence[Card]) -> list[float]:
-    """Weight of every expert relative to those of its block, before any search."""
+    """Return the weight of every expert relative to the others of its block, before any search."""
     if weights == "images":
         return [float(card.images_seen) for card in cards]
     if weights in ("uniform", "search"):
@@ -260,7 +276,7 @@ def _given(weights: Any, cards: Sequence[Card]) -> list[float]:
 
 
 def _sizes(blocks: Any, n: int, k: int) -> list[int]:
-    """Experts in each block."""
+    """Return the number of experts in each block."""
     if blocks in ("equal", "search"):
         return [hi - lo for lo, hi in itertools.pairwise(round(j * n / k) for j in range(k + 1))]
     sizes = [0] if isinstance(blocks, str) else [int(size) for size in blocks]
@@ -270,7 +286,7 @@ def _sizes(blocks: Any, n: int, k: int) -> list[int]:
 
 
 def _images(data: ImageSet, card: Card, device: str) -> Images:
-    """Images of a data set as a model of this card takes them; of latents their means."""
+    """Return the images of a data set as input of a model with this card; of latents their means."""
     network = card.network["init_args"]
     batch = data.batch(torch.arange(len(data)))
     x0 = from_uint8(batch["image"]) if "image" in batch else batch["latent"][:, 0].float()
@@ -286,7 +302,7 @@ def _images(data: ImageSet, card: Card, device: str) -> Images:
 
 
 def _joined(members: Sequence[Denoiser]) -> Denoiser:
-    """The first member's network for the rows of all."""
+    """Return the first member's network as a denoiser of the rows of all members."""
     first = members[0]
     rows = sorted(s for member in members for s in member.rows)
     return Denoiser(first.network, first.objective, first.states, rows).to(next(first.parameters()).device).eval()
@@ -295,7 +311,10 @@ def _joined(members: Sequence[Denoiser]) -> Denoiser:
 def _card(
     model: Denoiser, cards: Sequence[Card], digests: Sequence[str], share: Sequence[float], passed: int, seconds: float
 ) -> Card:
-    """Its parents are those of the members, each once, and the members with rows and weight."""
+    """Return the card of an average.
+
+    Its parents are those of the members, each once, and the members themselves with rows and weight.
+    """
     parents = {p["sha256"]: p for card in cards for p in card.parents}
     for digest, card, weight in zip(digests, cards, share, strict=True):
         cost = {name: getattr(card, name) for name in (*PARENT, "rounds")}

@@ -1,4 +1,4 @@
-"""Where sampling starts: a prior fitted at a row, kept with its card, and a model cut off there (2206.05173)."""
+"""Truncated models: sampling starts at a row of the table from a prior fitted there (2206.05173)."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ from lightning_tdisent.sampling.sampler import DDIM
 from lightning_tdisent.schemas import Kinds, check_fields, check_schema, is_count, is_number, is_part, is_text
 
 SCHEMA = 1
-FITTING = 3 << 20  # streams of the noise that priors are fitted with
+FITTING = 3 << 20  # first noise stream of fitting priors
 _KINDS: Kinds = {
     "prior": is_part,
     **dict.fromkeys(("fingerprint", "data", "version", "run"), is_text),
@@ -46,17 +46,24 @@ _KINDS: Kinds = {
     "seconds": is_number,
     "notes": lambda value: isinstance(value, list) and all(map(is_text, value)),
     "label": lambda value: value is None or is_count(value),
-}  # what the fields of a card may be
+}  # a check for the value of each field of a card
 
 
 @dataclasses.dataclass(frozen=True)
 class PriorCard:
-    """What a prior was fitted to; everything is plain JSON.
+    """What a prior was fitted to; every field is plain JSON.
 
-    prior: class path with arguments; fingerprint: of the table cut off at the row; row, index, log_snr: where; data:
-    digest of the images, n of them; label: the class that all of these have, None for all classes; images_seen, steps,
-    seconds: cost of a training, 0 where none was needed; notes: what had to be said of the fit;
+    prior: class path with arguments.
+    fingerprint: hash of the table, truncated at the row.
+    row, index, log_snr: where the prior was fitted.
+    data: digest of the images.
+    n: number of images.
+    images_seen, steps, seconds: cost of a training, 0 if none was needed.
+    notes: caveats of the fit.
+    label: class of all the images, None for all classes.
     run: identity of the training, if there was one.
+    version: version of this package.
+    schema: version of this format.
     """
 
     prior: dict[str, Any]
@@ -77,9 +84,9 @@ class PriorCard:
 
     @classmethod
     def from_json(cls, data: Any, where: str) -> "PriorCard":
-        """Card from its JSON; a field with a default may be absent, as older files lack it, and has its default then.
+        """Return a card from its JSON; missing fields that have a default get it, since older files lack them.
 
-        Raises InputError for another schema, fields that are missing or unknown, and values of another kind.
+        Raises InputError for another schema, missing or unknown fields, and values of a wrong type.
         """
         if not isinstance(data, dict):
             raise InputError(f"{where}: not a prior written by this project: its card is a {type(data).__name__}")
@@ -89,14 +96,21 @@ class PriorCard:
 
     @classmethod
     def of(cls, prior: Prior, states: Table, row: int, **facts: Any) -> "PriorCard":
-        """Card of a prior at a row of a table."""
+        """Return the card of a prior at a row of a table; facts: the other fields."""
         cut = states.truncate(row)
         where: dict[str, Any] = {"row": row, "index": int(cut.index[row]), "log_snr": cut.log_snr[row].tolist()}
         return cls(prior=spec(prior), fingerprint=cut.fingerprint, **where, **facts)
 
 
 def fit_prior(prior: Prior, states: Table, row: int, images: Tensor, data: str, label: int | None = None) -> PriorCard:
-    """Fit a prior at a row of a table to all of some images, uint8 or x_0 in float (N, C, H, W); returns its card."""
+    """Fit a prior at a row of a table to images, and return its card.
+
+    images: uint8, or x_0 as floats, (N, C, H, W); all are used.
+    data: digest of the images.
+    label: their class, None for all classes.
+
+    Raises InputError for a prior that is trained by gradient descent, and for tables of several columns.
+    """
     if prior.learned:
         raise InputError(f"{type(prior).__name__} is trained: fit with lightning_tdisent.PriorModule")
     if states.K > 1:
@@ -119,10 +133,17 @@ def fit_to(
     n: int | None = None,
     label: int | None = None,
 ) -> tuple[Prior, PriorCard]:
-    """Fit a prior (its class path and arguments) at a row of a model's table to images of some data, all if not n.
+    """Fit a prior at a row of a model's table to images of a data set.
 
-    label: fit to the images of this class alone, for a class-conditional model. Raises InputError for images that the
-    model was not trained on: `load_truncated` would refuse the prior.
+    model: name of the model.
+    at: the row, or a fraction of the rows.
+    part: class path of the prior and its arguments.
+    data, split: the data set.
+    n: number of images; all if not given.
+    label: fit to the images of this class alone, for a class-conditional model.
+
+    Returns the prior and its card. Raises InputError for images that the model was not trained on: `load_truncated`
+    would not accept the prior.
     """
     if n is not None and n < 1:
         raise InputError(f"-n {n}: at least 1 image")
@@ -139,7 +160,7 @@ def fit_to(
     if not len(chosen):
         raise InputError(f"{data}, split {split}: holds no image of class {label}")
     batch = found.batch(chosen)
-    images = batch["image"] if "image" in batch else batch["latent"][:, 0].float()  # of latents their means
+    images = batch["image"] if "image" in batch else batch["latent"][:, 0].float()  # the means of latents
     if list(images.shape[1:]) != shape:
         raise InputError(f"{data} has images of {list(images.shape[1:])}, {model} makes {shape}")
     fitted = fit_prior(prior, states, row, images, found.digest, label)
@@ -152,7 +173,10 @@ _ALL_CLASSES = "fitted to images of all classes, so that every class starts alik
 
 
 def refuse_other_data(what: str, digest: str, model: str, cards: Sequence[Card]) -> None:
-    """Refuse a prior's data (its digest) that is not what a model was trained on, where both are known."""
+    """Raise InputError if the digest of a prior's data differs from that of a model's training data, if both are known.
+
+    what, model: names for the message.
+    """
     if digest == "unknown":
         return
     if others := sorted({card.data for card in cards} - {digest, "unknown"}):
@@ -163,19 +187,22 @@ def refuse_other_data(what: str, digest: str, model: str, cards: Sequence[Card])
 
 
 def save_prior(path: str | Path, prior: Prior, card: PriorCard) -> None:
-    """Write a prior and its card to a .safetensors file; never half-written."""
+    """Write a prior and its card to a .safetensors file, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in prior.state_dict().items()}
     refuse_non_finite(str(path), tensors)
     write_whole(path, sealed(tensors, "prior", dataclasses.asdict(card)))
 
 
 def prior_file(source: str | Path) -> Path:
-    """File of a prior, named by itself or by the folder it is in."""
+    """Return the file of a prior, given the file or its folder."""
     return Path(source) / PRIOR if Path(source).is_dir() else Path(source)
 
 
 def read_prior_card(source: str | Path, verify: bool = False) -> PriorCard:
-    """Card of a prior in a file or in the folder it is in; with ``verify`` hash the rest too, and refuse damage."""
+    """Return the card of a prior in a file or folder.
+
+    verify: also hash the rest of the file. Raises InputError for a missing or damaged file, and one that is no prior.
+    """
     path = prior_file(source)
     try:
         return PriorCard.from_json(unsealed(path, "prior", verify, "fit it again"), str(path))
@@ -188,10 +215,14 @@ def read_prior_card(source: str | Path, verify: bool = False) -> PriorCard:
 
 
 def load_prior(source: str | Path) -> tuple[Prior, PriorCard]:
-    """Prior of a file or of the folder it is in, with its card; see `spec.build` for classes."""
+    """Return the prior of a file or folder, in eval mode, and its card; see `spec.build` for allowed classes.
+
+    Raises InputError for a damaged file, and a prior without shape or with a density that is not finite.
+    """
     path, card = prior_file(source), read_prior_card(source, verify=True)
     try:
-        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # not the file's own pages
+        # cloned out of the memory-mapped file
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: damaged: {error}") from None
     refuse_non_finite(str(path), tensors)
@@ -209,7 +240,7 @@ def load_prior(source: str | Path) -> tuple[Prior, PriorCard]:
 
 
 def _fill(prior: Prior, tensors: dict[str, Tensor], where: str) -> None:
-    """Give a prior these tensors; buffers have the sizes that a fit gave them."""
+    """Set the tensors of a prior; buffers get the sizes of the fit. Raises InputError for other names."""
     if missing := prior.state_dict().keys() ^ tensors.keys():
         raise InputError(f"{where}: its tensors do not fit {type(prior).__name__}: {', '.join(sorted(missing)[:6])}")
     for name, tensor in tensors.items():
@@ -222,7 +253,10 @@ def _fill(prior: Prior, tensors: dict[str, Tensor], where: str) -> None:
 
 
 def rebuilt_prior(prior: Prior) -> Prior:
-    """Return the prior that a file of this one would give back, with the same tensors; refuse another density."""
+    """Return the prior that would be read from a file of this one, with the same tensors.
+
+    Raises InputError if its density differs.
+    """
     other, name = rebuild(prior), type(prior).__name__
     _fill(other, prior.state_dict(), name)
     if prior.has_density:
@@ -241,9 +275,14 @@ def rebuilt_prior(prior: Prior) -> Prior:
 
 
 class TruncatedModel(Extras, nn.Module):
-    """A model whose reverse chain starts at a row of its table, from a prior; it is a denoiser on the rows below.
+    """A model whose sampling starts at a row of its table, from a prior; a denoiser on the rows up to it.
 
-    Experts of the rows above are never asked. Refuses a prior that was fitted at another row, table or to other images.
+    denoiser: the model. Experts of the rows above are never called.
+    prior: the distribution at the row.
+    row: the row, or a fraction of the rows.
+    card: card of the prior, None for N(0, I).
+
+    Raises InputError for a prior that was fitted at another row, table or shape.
     """
 
     def __init__(
@@ -263,11 +302,11 @@ class TruncatedModel(Extras, nn.Module):
                 f"ends there with fingerprint {card.fingerprint}; the model's, cut at row {self.states.S} (index "
                 f"{int(self.states.index[-1])}, log-SNR {L}), has {self.states.fingerprint}"
             )
-        self._prior = (prior,)  # no submodule: it draws on the CPU wherever the networks are
+        self._prior = (prior,)  # in a tuple, so that it is no submodule: it samples on the CPU whatever the device
 
     @property
     def prior(self) -> Prior:  # type: ignore[override]
-        """What it starts from."""
+        """The prior that sampling starts from."""
         return self._prior[0]
 
     residency = property(lambda self: extras(self.denoiser).residency)
@@ -275,11 +314,11 @@ class TruncatedModel(Extras, nn.Module):
     differs = property(lambda self: extras(self.denoiser).differs)
 
     def expect(self, rows: Sequence[int]) -> None:
-        """Let the model prepare for these rows."""
+        """Pass the rows that will be evaluated to the model, which prepares for them."""
         extras(self.denoiser).expect(rows)
 
     def check_label(self, label: int | Tensor | None) -> str:
-        """Refuse another class than the prior's; return what must be said of a start, or an empty string.
+        """Raise InputError for another class than the prior's; return a note on the prior, or an empty string.
 
         label: the class of all images or, int64 (B,), of each; None for all classes in turn.
         """
@@ -296,26 +335,26 @@ class TruncatedModel(Extras, nn.Module):
         return "" if own else f"the prior was {_ALL_CLASSES}"
 
     def start(self, seeds: Sequence[int], label: Tensor | None = None) -> Tensor:
-        """x at the last row for these seeds; see `check_label`."""
+        """Return x at the last row for these seeds, drawn from the prior; see `check_label` for errors."""
         self.check_label(label)
         return self.prior.sample(seeds, int(self.states.index[-1]))
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """All weights of the model, which need not be a module."""
+        """Iterate over all weights of the model, which need not be a module."""
         return iter(self.denoiser.parameters())  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
-        """x0_hat of the model at a row that is left."""
+        """Return x0_hat of the model at row s; raises InputError for a row above the truncation."""
         if s > self.states.S:
             raise InputError(f"row {s} was cut off: the chain starts at row {self.states.S}")
         return self.denoiser(x, s, label)
 
     def at(self, s: int) -> Denoiser:
-        """Owner of a row."""
+        """Return the owner of row s."""
         return self.denoiser.at(s)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("rows", "objective", "network"):  # as the model has it
+        if name in ("rows", "objective", "network"):  # attributes of the model inside, if it has them
             return getattr(self.denoiser, name)
         return super().__getattr__(name)
 
@@ -323,10 +362,11 @@ class TruncatedModel(Extras, nn.Module):
 def load_truncated(
     source: str | Path, start: str, residency: Residency = "resident", fill: str | None = None
 ) -> tuple[TruncatedModel, list[Card]]:
-    """Load a model as `load_model` does, cut off where a prior takes over.
+    """Load a model as `load_model` does, truncated at the row of a prior.
 
-    start: file or folder of a prior; or ``cut:ROW`` (or a share of the rows) for N(0, I) there, the plain cut. Raises
-    InputError for a prior of another row, table, shape or data.
+    start: file or folder of a prior; or ``cut:ROW`` (a row, or a fraction of the rows) for N(0, I) at that row.
+
+    Returns the model and the cards of its experts. Raises InputError for a prior of another row, table, shape or data.
     """
     kind, _, text = start.partition(":")
     if kind == "cut" and text:
@@ -353,12 +393,17 @@ def signal_note(model: Any) -> str:
 
 
 class ModelPrior(Prior):
-    """Samples of another model, noised to the row: a start without a density (2205.12524, 2202.09671).
+    """Prior that draws images from another model and adds noise up to the row (2205.12524, 2202.09671).
 
-    source: a run, a file of weights or a composite, whose chain is walked in ``steps`` steps of DDIM; or the folder of
-    a diffusers AutoencoderKL, whose latents are drawn from N(0, I). clip: bound of its estimates of x_0, null for none,
-    which latents want. sha256: of the source's weights, taken at the fit; a prior that is read again refuses a source
-    of other weights.
+    It has no density.
+
+    source: a run, a file of weights or a composite, sampled with DDIM; or the folder of a diffusers AutoencoderKL,
+        whose latents are drawn from N(0, I).
+    steps: number of DDIM steps; all rows if not given.
+    shape: (C, H, W) of the images.
+    sha256: digest of the source's weights, set by the fit; a prior that is loaded raises InputError if the source has
+        other weights.
+    clip: bound of the source's estimates of x_0, None for no bound, which latents require.
     """
 
     has_density = False
@@ -371,10 +416,14 @@ class ModelPrior(Prior):
         super().__init__(shape)
         self.source, self.steps, self.sha256, self.clip = source, steps, sha256, clip
         self.register_buffer("levels", torch.zeros(2, dtype=torch.float64))
-        self._source: tuple[Any, ...] = ()  # no submodule: its weights are in their own files
+        self._source: tuple[Any, ...] = ()  # in a tuple, so that it is no submodule: its weights are in other files
 
     def fit(self, x0: Tensor, a: float, b: float, eps: Tensor | None = None) -> list[str]:
-        """Keep a and b; refuses a source of other images than the data."""
+        """Store a and b, and check the source.
+
+        Raises InputError for a source that requires classes or an observation, makes images of another shape or has
+        another sha256, and for data outside [-clip, clip].
+        """
         super().fit(x0, a, b, eps)
         self.levels = torch.tensor([a, b], dtype=torch.float64)
         found = _digest(self.source)
@@ -383,7 +432,7 @@ class ModelPrior(Prior):
             raise InputError(f"ModelPrior: sha256 {self.sha256} was given, {self.source} has {found}; leave it out")
         self.sha256 = found
         model, latent = self._source
-        if latent is None and (model.classes or model.states.observation is not None):  # an autoencoder takes none
+        if latent is None and (model.classes or model.states.observation is not None):  # an autoencoder has neither
             what = "classes" if model.classes else "an observation"
             raise InputError(f"ModelPrior: {self.source} wants {what}, which a start has none of")
         if self.clip is not None and (most := float(x0.abs().max())) > self.clip:
@@ -396,12 +445,12 @@ class ModelPrior(Prior):
         return []
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """There is none."""
+        """Raise InputError: there is no density."""
         raise InputError("ModelPrior has no density: no likelihood can be computed with it")
 
     @torch.inference_mode()
     def sample(self, seeds: Sequence[int], stream: int) -> Tensor:
-        """a x_0 + b eps with x_0 of the source and the noise of the whole chain."""
+        """Return a x_0 + b eps with x_0 from the source and the noise of the whole chain, (len(seeds), C, H, W)."""
         assert self.shape is not None
         a, b = self.levels.tolist()
         return a * self._images(seeds) + b * seed_noise(seeds, stream, self.shape)
@@ -416,9 +465,9 @@ class ModelPrior(Prior):
             self._source = _open_source(self.source)
         model, latent = self._source
         each = []
-        for seed in seeds:  # one at a time: in a batch the last bits would change with the company
+        for seed in seeds:  # one at a time: in a batch the last bits would depend on the other images
             shape = latent or model.states.shape_at(model.states.S, model.shape)
-            noise = seed_noise([seed], FITTING, shape)  # not that of the row, which is added
+            noise = seed_noise([seed], FITTING, shape)  # another stream than the noise added at the row
             if latent is None:
                 *_, (_, x, _) = DDIM(steps=self.steps, clip=self.clip).walk(model, [seed], start=noise)
                 each.append(model.states.decode(x.float()).cpu())
@@ -429,12 +478,12 @@ class ModelPrior(Prior):
 
     @property
     def cards(self) -> list[Card]:
-        """Return the cards of the source; an autoencoder has none, so its cost is unknown."""
+        """Cards of the source; an autoencoder has none, so its cost is unknown."""
         return [] if _autoencoder(self.source) else [read_card(file) for file in find_files(self.source)]
 
     @property
     def evaluations(self) -> int:
-        """Return the number of network evaluations for one image."""
+        """Number of network evaluations per image."""
         self._source = self._source or _open_source(self.source)
         model, latent = self._source
         return 1 if latent is not None else len(DDIM(steps=self.steps).rows(model.states))
@@ -445,14 +494,14 @@ def _autoencoder(source: str) -> bool:
 
 
 def _digest(source: str) -> str:
-    """SHA-256 of the weights behind a source: of the one file, or of the digests of several."""
+    """Return the SHA-256 of the weights of a source: of the file, or of the digests of several files."""
     files = sorted(Path(source).glob("*.safetensors")) if _autoencoder(source) else find_files(source)
     digests = [sha256(file) for file in files]
     return digests[0] if len(digests) == 1 else digest(*digests)
 
 
 def _open_source(source: str) -> tuple[Any, list[int] | None]:
-    """A denoiser, or an autoencoder of diffusers with the shape of its latents."""
+    """Return a denoiser and None, or a diffusers autoencoder and the shape of its latents."""
     config = Path(source) / "config.json"
     if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderKL":
         from diffusers import AutoencoderKL

@@ -1,4 +1,4 @@
-"""The weights of another run as the start of a training."""
+"""Warm start: initialise a training with the weights of another run."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,15 @@ from lightning_tdisent.sampling.denoiser import Denoiser
 
 
 def start_warm(denoiser: Denoiser, source: str) -> list[dict[str, Any]]:
-    """Give a denoiser the weights of another run whose table has its rows at the same values.
+    """Load the weights of another run, whose table has the rows of this denoiser with the same values.
 
-    A network that sees the state takes them as they are; a time-agnostic one takes those of the source at its row,
-    with the time embedding folded in, so that both say the same there, or those of a time-agnostic expert of another
-    row of the table as they are. Returns what the source cost, for the card.
+    If both networks see the state, weights are copied. A time-agnostic network gets those of a source that sees the
+    state with the time embedding at its row folded in, so that both have the same output there, or those of a
+    time-agnostic expert, copied, even of another row of the table.
+
+    source: name of the run or its weights; it must be one network.
+
+    Returns the cost of the source and of its parents, for the card. Raises InputError for a source that does not fit.
     """
     shared, cards = load_model(source)
     rows = [int(t) for t in denoiser.states.index[denoiser.rows]]
@@ -40,7 +44,10 @@ def start_warm(denoiser: Denoiser, source: str) -> list[dict[str, Any]]:
 
 
 def refuse_start(denoiser: Denoiser, source: str) -> None:
-    """Refuse, by the card of a file of weights alone, what `start_warm` would; nothing is refused of several files."""
+    """Raise InputError, from the card of one file of weights, in the cases in which `start_warm` would.
+
+    Other sources (several files, checkpoints) are not checked.
+    """
     files = find_files(source)
     if len(files) > 1 or Path(files[0]).suffix != ".safetensors":
         return
@@ -49,11 +56,11 @@ def refuse_start(denoiser: Denoiser, source: str) -> None:
     if not (shared.network.sees_state and not denoiser.network.sees_state):
         _refuse_network(denoiser, shared.network, source)
     elif type(shared.network).at_index is Network.at_index:
-        shared.network.at_index(0)  # refuses
+        shared.network.at_index(0)  # raises InputError
 
 
 def _refuse_states(denoiser: Denoiser, shared: Denoiser, source: str) -> None:
-    """Refuse a source that was not trained at these rows, at these noise levels, for this prediction."""
+    """Raise InputError for a source trained at other rows, noise levels or states, or for another prediction."""
     here, there = denoiser.states, shared.states
     row_there = {t: s for s, t in enumerate(there.index.tolist())}
     indices = {s: int(here.index[s]) for s in denoiser.rows}
@@ -82,7 +89,7 @@ def _refuse_states(denoiser: Denoiser, shared: Denoiser, source: str) -> None:
 
 
 def _refuse_network(denoiser: Denoiser, network: Network, source: str) -> None:
-    """Refuse another network, but for its conditioning."""
+    """Raise InputError for a network that differs in more than its conditioning."""
     theirs, mine = (identity(spec(n))["init_args"] | {"conditioning": 0} for n in (network, denoiser.network))
     if theirs != mine:
         raise InputError(f"warm_start: {source} holds another network: {spec(network)} is not {spec(denoiser.network)}")
