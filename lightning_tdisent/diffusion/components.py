@@ -94,7 +94,7 @@ class ComponentStates(LatentStates):
             return [curve.log_snr() for curve in self.curves]
         ends = [1 - k / K for k in range(K)] if self.ends is None else self.ends
         if len(ends) != K or not all(0 < end <= 1 for end in ends):
-            raise InputError(f"states.ends: {K} shares of the T levels above 0 and up to 1, coarse to fine, got {ends}")
+            raise InputError(f"states.ends: expected {K} fractions of T in (0, 1], coarse to fine, got {ends}")
         return [
             (self.schedule if end == 1 else self.schedule.recomputed(max(1, round(end * T)), rescale=True)).log_snr()
             for end in ends
@@ -105,7 +105,7 @@ class ComponentStates(LatentStates):
         if lengths[0] != T or any(fine > coarse for coarse, fine in pairwise(lengths)):
             raise InputError(
                 f"states: components end at levels {lengths} of {T}, coarse to fine; the coarsest must end at {T} and "
-                "none after a coarser one, as what is left is an image of lower resolution"
+                "none after a coarser one, since the remaining components must form an image of lower resolution"
             )
         if self.indices is not None:
             rows = self.indices
@@ -173,12 +173,12 @@ class ComponentStates(LatentStates):
             signal = float(self.a[last, k])
             if signal > self.terminal_bound:
                 raise InputError(
-                    f"component {k} of {own} (coarse to fine) never dies: at its last row {last} (index "
+                    f"component {k} of {own} (coarse to fine) does not reach pure noise: at its last row {last} (index "
                     f"{int(self.index[last])}) its signal is {signal:.4g}, above terminal_bound "
                     f"{self.terminal_bound:g}; give its curve more noise at the end"
                 )
             if last > coarser:
-                raise InputError(f"component {k} lives to row {last}, the coarser {k - 1} to row {coarser} only")
+                raise InputError(f"component {k} ends at row {last}, the coarser component {k - 1} at row {coarser}")
         if bool(self.log_snr[-1, :own].isneginf().all()):
             raise InputError(f"no component is left at row {self.S}")
 
@@ -205,7 +205,7 @@ class ComponentStates(LatentStates):
         here = self.index[1:].tolist()
         if not indices or set(indices) - set(here):
             missing = sorted(set(indices) - set(here))
-            raise InputError(f"indices {missing} are no rows of this table of {self.S} states of T={self.schedule.T}")
+            raise InputError(f"indices {missing} are not rows of this table of {self.S} states of T={self.schedule.T}")
         end = float(self.a[self.index.tolist().index(max(indices)), : self.space.K].max())
         return ComponentStates(
             self.shape, self.schedule, self.space, self.ends, self.curves, self.observation, indices=sorted(indices),
@@ -219,7 +219,7 @@ class ComponentStates(LatentStates):
         """
         if self.K == 1:
             return super().truncate(at)
-        raise InputError("a chain of several components is not cut off: priors are for tables of one column")
+        raise InputError("a table of several components cannot be truncated: priors are for tables of one column")
 
 
 def annealed(states: Table, step: int) -> Table:

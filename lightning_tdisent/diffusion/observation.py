@@ -39,17 +39,17 @@ class Observation(Part):
         anneal_from: float | None = None,
     ) -> None:
         if draw not in ("fresh", "bridge"):
-            raise InputError(f"observation.draw: fresh or bridge, got {draw!r}")
+            raise InputError(f"observation.draw: choose fresh or bridge, got {draw!r}")
         if not 0 <= weight < math.inf:
-            raise InputError(f"observation.weight: 0 or above, got {weight}")
+            raise InputError(f"observation.weight: must be at least 0 and finite, got {weight}")
         if anneal < 0:
-            raise InputError(f"observation.anneal: a number of steps, got {anneal}")
+            raise InputError(f"observation.anneal: must be a number of steps, at least 0, got {anneal}")
         if anneal and not isinstance(schedule, Geometric):
             raise InputError(
                 f"observation.anneal: {anneal} steps require observation.schedule: Geometric, it is {schedule!r}"
             )
         if anneal_from is not None and not 0 < anneal_from < math.inf:
-            raise InputError(f"observation.anneal_from: a sigma above 0, got {anneal_from}")
+            raise InputError(f"observation.anneal_from: must be a sigma above 0, got {anneal_from}")
         self.operator, self.schedule, self.draw, self.weight = operator, schedule, draw, weight
         self.anneal, self.anneal_from = anneal, anneal_from
         spec(operator)  # records the digests of the operator's files now, while they have the content that it read
@@ -64,7 +64,7 @@ class Observation(Part):
         item: int64 (B,), item numbers of the images. Raises InputError if it is None.
         """
         if item is None:
-            raise InputError("what is observed of an image depends on its item number: give one for each")
+            raise InputError("an observation depends on the item number of its image: pass item, one per image")
         return torch.cat([x0, self.operator.observe(x0, item.to(x0.device))], 1)
 
     def log_snr(self, table: Tensor, index: Tensor, T: int, sigma_max: float | None = None) -> Tensor:
@@ -80,7 +80,9 @@ class Observation(Part):
             y = torch.full((len(index),), math.inf, dtype=torch.float64)
         else:
             if curve.T != T:
-                raise InputError(f"observation.schedule has T={curve.T} levels, the image's {T}; one clock")
+                raise InputError(
+                    f"observation.schedule has T={curve.T} levels, that of the image has {T}; make them equal"
+                )
             if sigma_max is not None:
                 assert isinstance(curve, Geometric)
                 curve = Geometric(curve.T, curve.sigma_min, sigma_max)

@@ -93,7 +93,7 @@ class SuperResolution(Operator):
 
     def __init__(self, factor: int = 4) -> None:
         if factor < 2:
-            raise InputError(f"SuperResolution: factor 2 at least, got {factor}")
+            raise InputError(f"SuperResolution: factor must be at least 2, got {factor}")
         self.factor = factor
 
     def check(self, shape: list[int]) -> None:
@@ -142,7 +142,7 @@ class Grey(Operator):
     def check(self, shape: list[int]) -> None:
         """Raise InputError for images that do not have 3 channels."""
         if shape[0] != 3:
-            raise InputError(f"Grey: images of 3 channels have colours, these have {shape[0]}")
+            raise InputError(f"Grey: images must have 3 channels, got {shape[0]}")
 
     def kernel(self, shape: list[int], item: Tensor) -> Tensor:
         """Return the three weights, (1, 3, 1, 1)."""
@@ -182,7 +182,7 @@ def probe(operator: Operator, shape: list[int]) -> None:
     spec(operator)
     channels = operator.channels(shape[0])
     if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
-        raise InputError(f"{name}.channels({shape[0]}) returns {channels!r}: a number of channels is wanted")
+        raise InputError(f"{name}.channels({shape[0]}) returns {channels!r}: expected a number of channels")
     images = torch.rand(4, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     images[2], images[3] = -1.0, 1.0
     item, given = torch.arange(4), images.clone()
@@ -191,14 +191,14 @@ def probe(operator: Operator, shape: list[int]) -> None:
         alone = [operator.observe(given[k : k + 1], item[k : k + 1]) for k in range(4)]
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise InputError(f"{name}.observe returns {kind}: a tensor of floats is wanted")
+        raise InputError(f"{name}.observe returns {kind}: expected a tensor of floats")
     if list(y.shape) != (wanted := [4, channels, *shape[1:]]):
         raise InputError(
             f"{name}.observe makes {list(y.shape)} of images {list(images.shape)}, {wanted} is wanted: an observation "
             f"is as large as its image and has the channels that channels({shape[0]}) returns ({channels})"
         )
     if not torch.equal(given, images):
-        raise InputError(f"{name}.observe changes the images it is given: write to a copy")
+        raise InputError(f"{name}.observe changes its input: write to a copy")
     low, high = float(y.min()), float(y.max())
     if not -1 - GREY_LEVEL <= low <= high <= 1 + GREY_LEVEL:
         raise InputError(f"{name}.observe makes values from {low:.4g} to {high:.4g}: observations lie in [-1, 1]")
@@ -211,4 +211,4 @@ def probe(operator: Operator, shape: list[int]) -> None:
             raise InputError(f"{name}.observe {why}: y must be a function of the image and its item number alone")
     kernel = operator.kernel(list(shape), item)
     if not isinstance(kernel, Tensor) or kernel.ndim != 4:
-        raise InputError(f"{name}.kernel: masks (B, 1, H, W) or one kernel of 4 dimensions is wanted, got {kernel!r}")
+        raise InputError(f"{name}.kernel: masks (B, 1, H, W) or one kernel of 4 dimensions expected, got {kernel!r}")

@@ -108,7 +108,7 @@ class Haar(Space):
 
     def __init__(self, levels: int, scales: list[float] | None = None) -> None:
         if not 1 <= levels <= 16:
-            raise InputError(f"Haar: at least one level, and at most 16, got {levels}")
+            raise InputError(f"Haar: levels must lie in 1..16, got {levels}")
         self.levels, self.scales, self.K = levels, scales, levels + 1
         if scales is not None and (len(scales) != self.K or not all(0 < s < math.inf for s in scales)):
             raise InputError(

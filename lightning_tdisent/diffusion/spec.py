@@ -232,7 +232,7 @@ def rebuild(part: SomePart, make: Callable[[dict[str, Any]], Any] | None = None)
         raise
     except InputError as error:
         raise InputError(
-            f"a {cls.__name__} cannot be built again from what a file would say of it: {error}"
+            f"a {cls.__name__} cannot be built again from its description: {error}"
             + (_KEYWORDS if isinstance(error.__cause__, Exception) else "")
         ) from error
     except Exception as error:  # a constructor outside this package may raise anything
@@ -252,7 +252,7 @@ def rebuild(part: SomePart, make: Callable[[dict[str, Any]], Any] | None = None)
     return other
 
 
-_KEYWORDS = ". Arguments that come through **kwargs, or positional-only ones, are in no file: name them in __init__"
+_KEYWORDS = ". Arguments that come through **kwargs, or positional-only ones, are not stored: name them in __init__"
 
 
 SCRIPT = "__main__"  # module of classes that are defined in a script or notebook
@@ -342,7 +342,7 @@ def build(data: dict[str, Any], base: type[SomePart]) -> SomePart:
     """
     path, arguments = (data.get("class_path"), data.get("init_args")) if isinstance(data, dict) else (None, None)
     if not isinstance(path, str) or not isinstance(arguments, dict) or not isinstance(data.get("files", {}), dict):
-        raise InputError(f"{data!r:.300} is no class_path with init_args")
+        raise InputError(f"{data!r:.300} is not a class_path with init_args")
     path = moved(path)
     arguments = {ARGUMENTS.get(path, {}).get(name, name): value for name, value in arguments.items()}
     module_name, _, name = path.rpartition(".")

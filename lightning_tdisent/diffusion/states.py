@@ -48,7 +48,7 @@ class LatentStates(Table):
         self.cut = None  # `indices` contains its effect, so that a table rebuilt from its arguments is not cut twice
         if cut is not None:
             if kind != "mapped":
-                raise InputError(f"cut {cut} is for mapped tables, this one is {kind}")
+                raise InputError(f"cut: {cut} requires kind: mapped, got {kind}")
             chosen = chosen[: row_of(cut, len(chosen))]
             self.indices = chosen
             self.terminal_bound = max(terminal_bound, round_up(_signal(schedule.log_snr()[chosen[-1]])))
@@ -93,7 +93,7 @@ class LatentStates(Table):
         here = {int(t): s for s, t in enumerate(self.index.tolist())}
         missing = [t for t in indices if t not in here]
         if missing:
-            raise InputError(f"indices {missing} are no rows of this table of {self.S} states of T={self.schedule.T}")
+            raise InputError(f"indices {missing} are not rows of this table of {self.S} states of T={self.schedule.T}")
         return self._some([0, *(here[t] for t in sorted(indices))], self.terminal_bound)
 
     def truncate(self, at: int | float) -> "LatentStates":

@@ -145,7 +145,7 @@ class Table(Part, nn.Module):
         """
         given = self.image_shape or shape
         if given is None:
-            raise InputError("the shape of states follows from that of images: give it")
+            raise InputError("the shape of the images is required: pass shape")
         c, h, w = given
         extra = self.observation.channels(c) if self.observation else 0
         return [c + extra, h >> self.levels[s], w >> self.levels[s]]
@@ -187,7 +187,7 @@ class Table(Part, nn.Module):
             components.
         """
         if x is None and self.image_shape is not None and not (isinstance(s, int) and self.K == 1):
-            raise InputError("coefficients of components multiply a state: give x")
+            raise InputError("coefficients of components depend on the shape of the state: pass x")
         a, b = (self.on_cpu["a"][s], self.on_cpu["b"][s]) if isinstance(s, int) else (self.a[s], self.b[s])
         if x is None:
             x = torch.empty(1, 1, 1, 1, dtype=a.dtype, device=self.a.device)
@@ -259,8 +259,8 @@ def split_rows(sizes: Sequence[int], owners: int) -> list[list[int]]:
     each = [*sizes] if owners == S else [owners // len(sizes)] * len(sizes)
     if sum(each) != owners or any(n > size for n, size in zip(each, sizes, strict=True)):
         raise InputError(
-            f"experts: {owners} owners cannot share the intervals of {list(sizes)} rows, as no network is for rows of "
-            f"two; choose {S}, or a multiple of {len(sizes)}"
+            f"experts: {owners} owners cannot share the intervals of {list(sizes)} rows, as a network "
+            f"cannot take states of two shapes; choose {S}, or a multiple of {len(sizes)}"
         )
     out, begin = [], 1
     for n, size in zip(each, sizes, strict=True):

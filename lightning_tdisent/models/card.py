@@ -57,7 +57,7 @@ def _from_card(where: str) -> Iterator[None]:
     except InputError as error:
         raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: its card describes no model: {said(error):.300}") from error
+        raise InputError(f"{where}: its card does not describe a valid model: {said(error):.300}") from error
 
 
 RANGE = [-1.0, 1.0]  # value range of training images
@@ -156,7 +156,7 @@ class Card:
         states = spec(denoiser.states)
         # if a file has changed since it was read, the card is still written: the weights are worth keeping
         if not changed(states) and build(states, LatentStates).fingerprint != denoiser.states.fingerprint:
-            raise InputError(f"{denoiser.states} is no table of its schedule and cannot be described in a file")
+            raise InputError(f"{denoiser.states} cannot be rebuilt from its schedule and cannot be described in a file")
         return cls(
             network=spec(denoiser.network),
             states=states,
@@ -248,7 +248,7 @@ def refuse_foreign(path: Path, card: Card | None = None) -> None:
     if run and own != run:
         raise InputError(
             f"{path} is of run {run}, {path.parent} is the folder of run {own} (id in its config.yaml). Put the "
-            "file elsewhere to use it; the command of its run exports its own again"
+            "file elsewhere to use it; the command of the run exports its own weights again"
         )
 
 

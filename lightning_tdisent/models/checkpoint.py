@@ -46,7 +46,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> Any:
     except Exception as error:  # torch.load does not document its exceptions
         asked = re.search(r"GLOBAL (\S+)", str(error))
         said = str(error).split("\n")[0] or type(error).__name__
-        why = f"it asks for {asked[1]}, and is more than data" if asked else said
+        why = f"it contains code ({asked[1]}), not only data" if asked else said
         raise InputError(f"{path}: not loaded: {why}") from None
     for name, tensor in finite.tensors(content):
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
@@ -64,7 +64,7 @@ def _refuse_lies(path: Path) -> None:
     except (OSError, EOFError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not loaded: no checkpoint that torch has written ({error})") from None
     if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-        raise InputError(f"{path}: not loaded: its members are compressed, or lie about their sizes")
+        raise InputError(f"{path}: not loaded: its members are compressed, or declare wrong sizes")
 
 
 def non_finite(checkpoint: dict[str, Any]) -> list[str]:

@@ -265,7 +265,7 @@ def composite_files(folder: str | Path) -> list[Path]:
         raise InputError(
             "this composite is damaged:\n"
             + "\n".join(f"  - {p}" for p in problems)
-            + f"\nCopy it anew; or remove {folder}, and compose it again from its experts"
+            + f"\nCopy it again; or remove {folder}, and compose it again from its experts"
         )
     return [path for path, _ in members]
 

@@ -123,7 +123,7 @@ def _nearest(states: Table, s: int, rows: Sequence[int]) -> int:
 def _alike(states: Table, s: int, rows: Iterable[int]) -> list[int]:
     """Return those rows whose states have the shape of state s; raises InputError if there are none."""
     if not (out := [r for r in rows if states.levels[r] == states.levels[s]]):
-        raise InputError(f"no expert of a row whose states are of the scale of row {s}: nothing can fill it")
+        raise InputError(f"row {s} cannot be filled: no expert owns a row whose states have its shape")
     return out
 
 

@@ -27,7 +27,7 @@ def rebuilt(denoiser: Denoiser) -> Denoiser:
     """
     network, objective, states = faithful(denoiser.network), rebuild(denoiser.objective), rebuild(denoiser.states)
     if states.fingerprint != denoiser.states.fingerprint:
-        raise InputError(f"{denoiser.states} is no table of its schedule and cannot be described in a file")
+        raise InputError(f"{denoiser.states} cannot be rebuilt from its schedule and cannot be described in a file")
     states.to(denoiser.weights.device)
     other = Denoiser(network, objective, states, denoiser.rows)
     other.weights = other.weights.to(denoiser.weights.device)

@@ -205,7 +205,7 @@ def pipeline(model: Denoiser | CompositeDenoiser) -> DDIMPipeline:
         "its experts predict different things": "parametrisation" in extras(model).differs,
     }
     if any(why.values()):
-        raise InputError("no pipeline of diffusers: " + "; ".join(k for k, v in why.items() if v))
+        raise InputError("cannot be exported as a diffusers pipeline: " + "; ".join(k for k, v in why.items() if v))
     owners = [model.at(s) for s in rows]
     scheduler = DDIMScheduler(
         num_train_timesteps=states.S,

@@ -199,7 +199,7 @@ def merge(
     out, files = output_path(out), sorted(map(Path, experts), key=lambda file: read_card(file).rows)
     cards = [read_card(file) for file in files]
     if "shape" in cards[0].states["init_args"]:
-        raise InputError("experts of components are not merged: their errors count in no one unit")
+        raise InputError("experts of components cannot be merged: their errors have no common unit")
     known = all(card.initial or card.warm_from for card in cards)  # older files have the seed alone
     refuse_unfit([str(file) for file in files], [_facts(card, known) for card in cards])
     refuse_taken(out)
@@ -207,7 +207,7 @@ def merge(
     if not 1 <= k <= min(len(files) - 1, sum(w > 0 for w in given)):
         raise InputError(f"--merge {k}: fewer networks than {len(files)} experts, each with an expert of weight > 0")
     if data is None and "search" in (weights, blocks):
-        raise InputError("what is to be searched needs images: give --merge-data")
+        raise InputError("a search needs images: give --merge-data")
     for file in files:  # before any search
         read_card(file, verify=True)
     images = None if data is None else _images(data, cards[0], device)

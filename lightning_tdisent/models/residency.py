@@ -81,7 +81,7 @@ class OffloadedExpert(Denoiser):
                             raise InputError(f"{self.path}: ends within {self.pieces[i].name}")
                         view = view[n:]
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be read any more: {error.strerror}") from None
+            raise InputError(f"{self.path}: can no longer be read: {error.strerror}") from None
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -329,7 +329,7 @@ class TruncatedModel(Extras, nn.Module):
             asked = "all classes are drawn in turn" if odd[0] is None else f"class {odd[0]} is asked for"
             raise InputError(
                 f"the prior was fitted to class {self.card.label} alone, {asked}: sample with label {self.card.label} "
-                "for all images, or give a prior of all classes, which is what evaluate and study want"
+                "for all images, or give a prior of all classes, which evaluate and study require"
             )
         own = self.card.label is not None or isinstance(self.prior, StandardNormal)
         return "" if own else f"the prior was {_ALL_CLASSES}"
@@ -346,7 +346,7 @@ class TruncatedModel(Extras, nn.Module):
     def forward(self, x: Tensor, s: int, label: Tensor | None = None) -> Tensor:
         """Return x0_hat of the model at row s; raises InputError for a row above the truncation."""
         if s > self.states.S:
-            raise InputError(f"row {s} was cut off: the chain starts at row {self.states.S}")
+            raise InputError(f"row {s} is above the truncation: sampling starts at row {self.states.S}")
         return self.denoiser(x, s, label)
 
     def at(self, s: int) -> Denoiser:
@@ -434,7 +434,7 @@ class ModelPrior(Prior):
         model, latent = self._source
         if latent is None and (model.classes or model.states.observation is not None):  # an autoencoder has neither
             what = "classes" if model.classes else "an observation"
-            raise InputError(f"ModelPrior: {self.source} wants {what}, which a start has none of")
+            raise InputError(f"ModelPrior: {self.source} requires {what}, which a prior does not have")
         if self.clip is not None and (most := float(x0.abs().max())) > self.clip:
             raise InputError(
                 f"ModelPrior: the data go up to {most:.3g}, clip is {self.clip:g}; give clip: null for latents"
@@ -460,7 +460,7 @@ class ModelPrior(Prior):
             if self.sha256 is not None and (found := _digest(self.source)) != self.sha256:
                 raise InputError(
                     f"ModelPrior: the weights of {self.source} have the sha256 {found[:12]}.., it was fitted with "
-                    f"{self.sha256[:12]}..; put them back, or fit it anew"
+                    f"{self.sha256[:12]}..; put them back, or fit the prior again"
                 )
             self._source = _open_source(self.source)
         model, latent = self._source

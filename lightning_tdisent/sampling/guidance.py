@@ -27,7 +27,7 @@ class Guided:
         if denoiser.classes is None:
             raise InputError("guidance needs a class-conditional model: set classes: on its network")
         if not math.isfinite(scale):
-            raise InputError(f"guidance: a finite scale, got {scale}")
+            raise InputError(f"guidance: scale must be finite, got {scale}")
         self.denoiser, self.scale = denoiser, scale
         self.states, self.shape, self.classes = denoiser.states, denoiser.shape, denoiser.classes
         self.at, self.parameters = denoiser.at, denoiser.parameters

@@ -62,7 +62,7 @@ def sample(
     given = check_given(denoise.states, given, len(seeds))
     if label is None and denoise.classes:
         if given is not None:
-            raise InputError("a model with classes is given observations: say of which class each is (--label)")
+            raise InputError("a class-conditional model with observations needs a label for each of them (--label)")
         label = torch.tensor([seed % denoise.classes for seed in seeds])
     residency = extras(denoise).residency
     parameter = next(iter(denoise.parameters()))

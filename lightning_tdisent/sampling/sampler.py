@@ -49,7 +49,7 @@ class Sampler(Part, ABC):
         if steps is not None:
             check_number("sampler.steps", steps, 1, whole=True)
         if clip is not None and not clip > 0:
-            raise InputError(f"sampler.clip: a positive bound of x0_hat, or null for none, got {clip}")
+            raise InputError(f"sampler.clip: must be a positive bound of x0_hat, or null for none, got {clip}")
         self.steps, self.clip = steps, clip
 
     def rows(self, states: Table) -> list[int]:
@@ -63,7 +63,7 @@ class Sampler(Part, ABC):
         if len(blocks) == 1 or self.steps is None:
             return probe_rows(states.rows, self.steps or states.S)[::-1]
         if self.steps < len(blocks):
-            raise InputError(f"sampler.steps: one at least for each of {len(blocks)} scales, got {self.steps}")
+            raise InputError(f"sampler.steps: must be at least 1 for each of {len(blocks)} scales, got {self.steps}")
         return [s for block, n in zip(blocks, _shares(self.steps, [len(b) for b in blocks]), strict=True)
                 for s in probe_rows(block, n)][::-1]  # fmt: skip
 

@@ -303,9 +303,9 @@ def test_finished_and_clean_entries_pass_through_a_step():
     [
         ([[INF, INF], [5, 4], [-6, -INF], [-10, -9]], "happens once; component 1 has -inf at row 2 and -9 at row 3"),
         ([[INF, INF], [5, 4], [-6, 5], [-10, -9.5]], "must fall from row to row.*component 1 has 4 at row 1 and 5"),
-        ([[INF, INF], [5, 4], [-6, -4], [-10, -INF]], r"component 1 of 2 .* never dies: at its last row 2"),
+        ([[INF, INF], [5, 4], [-6, -4], [-10, -INF]], r"component 1 of 2 .* reach pure noise: at its last row 2"),
         ([[INF, INF], [5, 4], [-6, -4], [-3.9, -10]], "must fall from row to row"),
-        ([[INF, INF], [5, 4], [-10, -4], [-INF, -10]], "component 1 lives to row 3, the coarser 0 to row 2 only"),
+        ([[INF, INF], [5, 4], [-10, -4], [-INF, -10]], "component 1 ends at row 3, the coarser component 0 at row 2"),
         ([[INF, 9], [5, 4], [-10, -11]], r"\+inf at row 0"),
         ([[INF, INF], [5, 4], [-10, -11], [-INF, -INF]], "no component is left at row 3"),
     ],
@@ -320,17 +320,23 @@ def test_tables_that_are_none_are_refused(table, why):
     ("options", "why"),
     [
         ({"space": Haar(5)}, "divisible by 32, the image has 16x16"),
-        ({"space": Haar(1), "ends": [1.0]}, r"2 shares of the T levels.*got \[1.0\]"),
-        ({"space": Haar(1), "ends": [1.0, 1.5]}, "above 0 and up to 1"),
+        ({"space": Haar(1), "ends": [1.0]}, r"2 fractions of T.*got \[1.0\]"),
+        ({"space": Haar(1), "ends": [1.0, 1.5]}, r"in \(0, 1\], coarse to fine"),
         ({"space": Haar(1), "ends": [0.5, 1.0]}, r"components end at levels \[500, 1000\] of 1000"),
         ({"space": Haar(1), "indices": [100, 1000]}, r"components end at \[500\], which must be among the rows"),
         ({"space": Haar(1), "intervals": [1, 2, 3]}, r"\[1, 2, 3\] rows for the 2 intervals"),
         ({"space": Haar(1), "S": 1}, "rows for the 2 intervals"),
         ({"space": Haar(1), "S": 5, "intervals": [2, 2]}, "S=5 but the intervals"),
         ({"space": Haar(1), "curves": [LogLinear()]}, "1 for the 2 components"),
-        ({"space": Haar(1), "curves": [LogLinear(), LogLinear(T=500, low=-3.0)]}, "component 1 of 2.*never dies"),
-        ({"schedule": LogLinear(low=-2.0)}, "component 0 of 1.*never dies.*0.3453, above terminal_bound 0.01"),
-        ({"observation": Observation(Inpainting(), Geometric(T=10))}, "has T=10 levels, the image's 1000"),
+        (
+            {"space": Haar(1), "curves": [LogLinear(), LogLinear(T=500, low=-3.0)]},
+            "component 1 of 2.*reach pure noise",
+        ),
+        (
+            {"schedule": LogLinear(low=-2.0)},
+            "component 0 of 1.*reach pure noise.*0.3453, above terminal_bound 0.01",
+        ),
+        ({"observation": Observation(Inpainting(), Geometric(T=10))}, "has T=10 levels, that of the image has 1000"),
         ({"shape": [8, 8]}, r"must be \[channels, height, width\] of an image, got \[8, 8\]"),
         ({"shape": [1, 0, 8]}, r"got \[1, 0, 8\]"),
         ({"schedule": LogLinear(zero_terminal=True)}, "zero_terminal: false"),
@@ -352,9 +358,9 @@ def test_conditions_that_cannot_be_are_refused():
     for wrong in (0.0, math.inf, -1.0):
         with pytest.raises(InputError, match="anneal_from: a sigma above 0"):
             Observation(Grey(), Geometric(), anneal=10, anneal_from=wrong)
-    with pytest.raises(InputError, match="a number of steps, got -1"):
+    with pytest.raises(InputError, match="a number of steps, at least 0, got -1"):
         Observation(Grey(), Geometric(), anneal=-1)
-    with pytest.raises(InputError, match="images of 3 channels have colours, these have 1"):
+    with pytest.raises(InputError, match="images must have 3 channels, got 1"):
         ComponentStates([1, 8, 8], observation=Observation(Grey()))
 
 
@@ -366,14 +372,14 @@ def test_restricted_tables_keep_their_values():
     assert torch.equal(some.log_snr, states.log_snr[at])
     with pytest.raises(InputError, match=r"\[500\], which must be among"):
         states.restrict([250, 1000])
-    with pytest.raises(InputError, match="are no rows"):
+    with pytest.raises(InputError, match="are not rows"):
         states.restrict([])
-    with pytest.raises(InputError, match="multiply a state"):
+    with pytest.raises(InputError, match="depend on the shape of the state"):
         states.coefficients(1)
     with pytest.raises(InputError, match="for tables of one column"):
         states.truncate(2)
     assert ComponentStates(SHAPE, S=4).truncate(2).S == 2
-    with pytest.raises(InputError, match=r"\[7\] are no rows"):
+    with pytest.raises(InputError, match=r"\[7\] are not rows"):
         states.restrict([7, 500, 1000])
 
 

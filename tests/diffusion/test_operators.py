@@ -85,7 +85,7 @@ def test_what_serves_is_accepted_and_moves_no_generator(operator):
         (NoChannels(), r"makes \[4, 1, 8, 8\] of images \[4, 3, 8, 8\], \[4, 3, 8, 8\] is wanted"),
         (ChannelsOfNothing(), r"channels\(3\) returns None"),
         (Small(), r"makes \[4, 3, 4, 4\]"),
-        (InPlace(), "changes the images"),
+        (InPlace(), "changes its input"),
         (Bytes(), "returns torch.uint8"),
         (Forgets(), r"constructor arguments \['strength'\]"),
         (NoKernel(), "kernel: masks"),

@@ -254,7 +254,7 @@ def test_restrict_takes_values_unchanged():
 
 
 def test_restrict_refuses_what_is_no_row():
-    with pytest.raises(InputError, match=r"\[30, 993\] are no rows .* 32 states"):
+    with pytest.raises(InputError, match=r"\[30, 993\] are not rows .* 32 states"):
         LatentStates(Linear(), S=32).restrict([30, 31, 993])
 
 

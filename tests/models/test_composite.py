@@ -479,7 +479,7 @@ def test_classes_beside_an_observation_are_not_trained_and_their_labels_must_be_
         ReducedStates(unet(0, table.shape_at(1), classes=3), table)
     old = Denoiser(unet(0, table.shape_at(1), classes=3), V(), table).eval()
     given = torch.zeros(1, 1, 8, 8)
-    with pytest.raises(InputError, match="say of which class each is"):
+    with pytest.raises(InputError, match="needs a label for each of them"):
         next(sample(old, DDIM(), [0], given=given))
     assert next(sample(old, DDIM(), [0], label=torch.tensor([1]), given=given)).shape == (1, 1, 8, 8)
 

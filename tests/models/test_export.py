@@ -341,7 +341,9 @@ def test_what_no_pipeline_draws_is_refused_with_all_reasons(model, write, tmp_pa
     for words in ("it has classes", "it makes [4, 8, 8]", "it owns rows [2, 3] of 1..4 only"):
         assert words in text
     preview = CompositeDenoiser([model(rows=[1, 4])], "nearest")
-    assert refusal(pipeline, preview) == "no pipeline of diffusers: it is a preview without rows [2, 3]"
+    assert (
+        refusal(pipeline, preview) == "cannot be exported as a diffusers pipeline: it is a preview without rows [2, 3]"
+    )
     assert "--format onnx: safetensors or diffusers" in refusal(export, tmp_path, tmp_path / "out", "onnx")
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="no weights here"):

@@ -253,7 +253,7 @@ def test_a_file_that_changes_on_the_way_is_refused(folder):
     offloaded(x, 3)
     content = (folder / B).read_bytes()
     (folder / B).unlink()
-    with pytest.raises(InputError, match=r"rows_0002\.safetensors: cannot be read any more: No such file"):
+    with pytest.raises(InputError, match=r"rows_0002\.safetensors: can no longer be read: No such file"):
         offloaded(x, 2)
     (folder / B).write_bytes(content[:-4])
     with pytest.raises(InputError, match=r"rows_0002\.safetensors: changed since"):

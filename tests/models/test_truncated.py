@@ -135,7 +135,7 @@ def test_a_table_made_with_a_cut_is_the_whole_one_cut_there(at, kept):
     for wrong in (0, 33, 1.5):
         with pytest.raises(InputError, match=r"none of the rows 1\.\.32"):
             LatentStates(S=32, cut=wrong)
-    with pytest.raises(InputError, match="for mapped tables, this one is native"):
+    with pytest.raises(InputError, match="requires kind: mapped, got native"):
         LatentStates(S=32, kind="native", cut=at, terminal_bound=1.0)
 
 
@@ -174,7 +174,7 @@ def test_a_model_starts_from_a_prior_of_its_own_row_table_and_data_alone(fitted,
     first = next(DDIM().walk(started, range(5)))
     assert first[0] == 3
     assert torch.equal(first[1], x)
-    with pytest.raises(InputError, match="row 4 was cut off: the chain starts at row 3"):
+    with pytest.raises(InputError, match="row 4 is above the truncation: sampling starts at row 3"):
         started(x, 4)
     with pytest.raises(InputError, match=r"fitted to the data other, .* trained on data"):
         load_truncated(whole, str(fitted(data="other")))

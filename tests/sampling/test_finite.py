@@ -160,9 +160,9 @@ def test_guidance_that_overflows_draws_nothing(model):
     with pytest.raises(NotFinite, match="guidance"):
         list(sample(guided, DDIM(), [1, 2], label=torch.tensor([0, 1])))
     for scale in (float("nan"), float("inf")):
-        with pytest.raises(InputError, match="guidance: a finite scale, got"):
+        with pytest.raises(InputError, match="guidance: scale must be finite, got"):
             Guided(model(classes=3), scale)
-    with pytest.raises(InputError, match=r"sampler\.clip: a positive bound"):
+    with pytest.raises(InputError, match=r"sampler\.clip: must be a positive bound"):
         DDIM(clip=float("nan"))
 
 

@@ -127,7 +127,7 @@ def test_one_column_draws_as_uniform_diffusion():
 def test_fewer_steps_keep_the_births(steps, rows):
     states = ComponentStates(SHAPE, space=Haar(2), S=300)
     assert DDIM(steps=steps).rows(states) == rows
-    with pytest.raises(InputError, match="one at least for each of 3 scales, got 2"):
+    with pytest.raises(InputError, match="must be at least 1 for each of 3 scales, got 2"):
         DDIM(steps=2).rows(states)
 
 
@@ -348,7 +348,7 @@ def test_composites_of_scales(each, condition):
     assert torch.equal(some, whole[[17, 3]])
     with pytest.raises(InputError, match="no expert owns row"):
         CompositeDenoiser(parts[:-1])
-    with pytest.raises(InputError, match="nothing can fill it"):
+    with pytest.raises(InputError, match="cannot be filled: no expert"):
         CompositeDenoiser([p for p in parts if p.rows[0] <= 2], "nearest")
     if each:
         filled = CompositeDenoiser([p for p in parts if p.rows != [3]], "nearest")
@@ -379,7 +379,7 @@ def test_observations_that_do_not_fit_are_refused():
             DDIM()(model, [0, 1], given=given)
         with pytest.raises(InputError, match=why):
             next(sample(model, DDIM(), [0, 1], given=given))
-    with pytest.raises(InputError, match="give one for each"):
+    with pytest.raises(InputError, match="pass item, one per image"):
         model.encode(torch.zeros(1, 1, 8, 8))
     plain = Denoiser(UNet([1, 8, 8], channels=[8, 16], layers=1, groups=4), V(), LatentStates(S=4))
     with pytest.raises(InputError, match="unconditional model"):
