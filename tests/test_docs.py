@@ -20,7 +20,7 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-WITH_PYTHON = [page for page in PAGES if page.parent.name == "docs" and blocks(page, "python")]
+WITH_PYTHON = [page for page in PAGES if page.parent == ROOT / "docs" and blocks(page, "python")]
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_what_a_page_names_exists(page):
         assert name in commands
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent == ROOT / "docs"], ids=lambda page: page.stem)
 def test_every_page_is_in_the_table_of_contents(page):
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     tables = "\n".join(re.findall(r"^```{toctree}\n(.*?)^```", index, re.DOTALL | re.MULTILINE))
