@@ -58,7 +58,7 @@ class Observation(Part):
         """Return the number of channels of y for an image with ``channels`` channels."""
         return self.operator.channels(channels)
 
-    def beside(self, x0: Tensor, item: Tensor | None) -> Tensor:
+    def append(self, x0: Tensor, item: Tensor | None) -> Tensor:
         """Return images x_0 (B, C, H, W) followed by the channels of y.
 
         item: int64 (B,), item numbers of the images. Raises InputError if it is None.

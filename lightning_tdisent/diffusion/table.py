@@ -156,7 +156,7 @@ class Table(Part, nn.Module):
         item: int64 (B,), item numbers of the images, on which an observation may depend.
         level: number of components to drop.
         """
-        return self.space.encode(x0 if self.observation is None else self.observation.beside(x0, item), level)
+        return self.space.encode(x0 if self.observation is None else self.observation.append(x0, item), level)
 
     def decode(self, x: Tensor, level: int = 0) -> Tensor:
         """Return a state as full-size images (B, C, H, W) in [-1, 1], without the observation."""

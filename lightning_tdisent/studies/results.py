@@ -165,7 +165,7 @@ class Study:
         few = [name for name, card in self._cards.items() if build(card.states, LatentStates).S < ODE_ROWS]
         if self.bits is not None and Bits.of_mapping(self.bits).ode and few and len(few) == len(self._cards):
             raise InputError(
-                f"bpd_ode integrates from row to row, and wants {ODE_ROWS} of them; no model here has as many. Take bpd"
+                f"bpd_ode integrates from row to row, and needs {ODE_ROWS} of them; no model here has as many. Take bpd"
             )
         if conditional or self._conditional:
             refuse_number(self._protocol.n, min(self._held_out(True), self._n_held_out_available))
