@@ -150,7 +150,7 @@ def test_a_model_that_cannot_be_measured_is_named_at_the_end(model, tmp_path, ca
         ({"more": ["--reference", "tests"]}, "tests"),
         ({"more": ["--first-seed", str(2**32)]}, "image seeds must lie in"),
         ({"more": ["--device", "cuda:7"]}, "--device cuda:7"),
-        ({"more": ["--metrics", "fd,bpd_ode"]}, "wants 100 of them; no model here has as many. Take bpd"),
+        ({"more": ["--metrics", "fd,bpd_ode"]}, "needs 100 of them; no model here has as many. Take bpd"),
     ],
 )
 def test_what_cannot_be_is_one_line(change, message, model, tmp_path, capsys):

@@ -375,7 +375,7 @@ def test_the_command_fits_prints_and_is_used_by_sample_and_evaluate(
     ask = ["evaluate", str(whole), "--prior", str(out), "--data", str(digits), "--protocol", "digits", "-n", "30"]
     ask += ["--bits-images", "20", "--decoder", "uniform", "--out", str(tmp_path / "eval"), "--metrics"]
     assert main([*ask, "fd,bpd,bpd_ode"]) == 2
-    assert "wants 100 of them; no model here has as many" in capsys.readouterr().err
+    assert "needs 100 of them; no model here has as many" in capsys.readouterr().err
     assert main([*ask, "fd,bpd"]) == 0
     row = json.loads((tmp_path / "eval" / "results.json").read_text(encoding="utf-8"))[0]
     assert (row["cut"], row["prior"], row["nfe"]) == (3, "Mixture", 3)
