@@ -133,7 +133,7 @@ def test_deterministic_steps_take_a_gaussian_to_where_it_belongs():
             assert x == pytest.approx(factor, abs=6e-7), (p, k)
 
 
-def test_birth_and_end_of_components():
+def test_rows_at_which_components_are_added_and_dropped():
     states = ComponentStates(SHAPE, space=Haar(3), S=8)
     assert states.index.tolist() == [0, 125, 250, 375, 500, 625, 750, 875, 1000]
     assert [states.shape_at(s, SHAPE) for s in (1, 2, 3, 5, 8)] == [[3, 16, 16]] * 2 + [[3, 8, 8], [3, 4, 4], [3, 2, 2]]
@@ -310,7 +310,7 @@ def test_finished_and_clean_entries_pass_through_a_step():
         ([[INF, INF], [5, 4], [-10, -11], [-INF, -INF]], "no component is left at row 3"),
     ],
 )  # fmt: skip
-def test_tables_that_are_none_are_refused(table, why):
+def test_invalid_tables_are_refused(table, why):
     table = torch.tensor(table, dtype=torch.float64)
     with pytest.raises(InputError, match=why):
         ComponentStates.of_table(table, torch.arange(len(table)), LogLinear(T=len(table) - 1), SHAPE, Haar(1))
@@ -356,7 +356,7 @@ def test_conditions_that_cannot_be_are_refused():
     with pytest.raises(InputError, match="10 steps require observation"):
         Observation(Grey(), LogLinear(), anneal=10)
     for wrong in (0.0, math.inf, -1.0):
-        with pytest.raises(InputError, match="anneal_from: a sigma above 0"):
+        with pytest.raises(InputError, match="anneal_from: must be a sigma above 0"):
             Observation(Grey(), Geometric(), anneal=10, anneal_from=wrong)
     with pytest.raises(InputError, match="a number of steps, at least 0, got -1"):
         Observation(Grey(), Geometric(), anneal=-1)

@@ -1,4 +1,4 @@
-"""Operators of conditional models: what is refused before a training, and files that one of them reads."""
+"""Operators of conditional models: checks before a training, and an operator that reads a file."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ class NoKernel(Blur):
 
 
 @pytest.mark.parametrize("operator", [Inpainting(), SuperResolution(2), Edges(), Grey(), Blur()])
-def test_what_serves_is_accepted_and_moves_no_generator(operator):
+def test_valid_operators_are_accepted_and_the_global_generator_is_unchanged(operator):
     before = torch.random.get_rng_state()
     probe(operator, [3, 8, 8])
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -162,7 +162,7 @@ def test_two_columns_need_no_noise_where_none_is_added(both):
     torch.testing.assert_close(ddim(both, x, x0, 3, 0, 1.0), x0)
 
 
-def test_inputs_are_left_alone(both):
+def test_inputs_are_not_modified(both):
     for states, channels in ((TABLES["linear"], 1), (both, 2)):
         tensors = [draw(2, channels, 3, 3, seed=k) for k in range(3)]
         copies = [t.clone() for t in tensors]
@@ -176,7 +176,7 @@ def test_inputs_are_left_alone(both):
 
 
 @pytest.mark.parametrize(("s", "r"), [(3, 3), (3, 4), (11, 2), (3, -1), (0, 0)])
-def test_a_step_that_goes_nowhere_is_refused(s, r):
+def test_a_step_to_the_same_or_a_higher_row_is_refused(s, r):
     with pytest.raises(InputError, match=rf"s={s}, r={r}"):
         transition(TABLES["linear"], s, r, 0.0)
 

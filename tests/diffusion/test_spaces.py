@@ -59,7 +59,7 @@ def test_orthonormal_for_any_size(levels, channels, high, wide, seed):
 
 
 @pytest.mark.parametrize("scales", [None, [4.0, 1.0, 0.5, 0.2]])
-def test_what_has_left_is_a_corner(scales):
+def test_a_state_without_the_finest_component_is_a_corner(scales):
     """The coarse image's coefficients are those of the whole without the finest, scales included."""
     x, basis = torch.randn(2, 3, 16, 8, dtype=torch.float64), Haar(3, scales)
     z = basis.forward(x)

@@ -90,7 +90,7 @@ def test_a_class_of_the_reader_is_built_once_it_is_loaded():
     assert (again.extra, again.beta_end) == (9, 0.03)
 
 
-def test_a_part_that_forgets_an_argument_is_refused():
+def test_a_part_without_an_argument_as_attribute_is_refused():
     with pytest.raises(InputError, match=r"Forgetful .*\['lost'\]"):
         spec(Forgetful(1, 2))
 
@@ -124,7 +124,7 @@ def test_a_standard_module_that_is_not_loaded_stays_so():
     assert name not in sys.modules
 
 
-def test_what_is_no_part_is_never_called(tmp_path, monkeypatch):
+def test_a_class_that_is_not_a_part_is_never_called(tmp_path, monkeypatch):
     called = tmp_path / "called"
     assert "subprocess" in sys.modules
     monkeypatch.setattr(subprocess.Popen, "__init__", lambda *_, **__: called.touch())

@@ -253,7 +253,7 @@ def test_restrict_takes_values_unchanged():
     assert even.restrict(even.index[1:].tolist()).fingerprint == even.fingerprint
 
 
-def test_restrict_refuses_what_is_no_row():
+def test_restrict_refuses_indices_that_are_not_rows():
     with pytest.raises(InputError, match=r"\[30, 993\] are not rows .* 32 states"):
         LatentStates(Linear(), S=32).restrict([30, 31, 993])
 

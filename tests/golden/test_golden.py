@@ -1,8 +1,8 @@
-"""Numbers that a change of structure may not move.
+"""Reference numbers that a change of structure must not change.
 
-`golden.json` has them, with the processor and versions they were computed with: there they are compared bit for bit,
-elsewhere to rounding. `GOLDEN=write pytest -p no:xdist tests/golden` keeps new ones; CHANGELOG's Numerics says
-why they moved.
+`golden.json` has them, with the processor and versions they were computed with: on the same ones they are compared bit
+for bit, elsewhere up to rounding. `GOLDEN=write pytest -p no:xdist tests/golden` writes new ones; the section Numerics
+of CHANGELOG gives the reason for each change.
 """
 
 import base64
@@ -47,7 +47,7 @@ FILE = Path(__file__).with_name("golden.json")
 
 
 def processor():
-    """Return the model of the processor, where the system tells: sums depend on it."""
+    """Return the model name of the processor, if the system has it: sums depend on it."""
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8") if info.exists() else ""
     found = re.findall(r"^(?:model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE)
@@ -75,7 +75,7 @@ QUIET = {
 
 
 class Golden:
-    """The numbers kept: a test says what it found, and what differs is refused with both values."""
+    """The stored numbers; a test passes the numbers it computed, and a difference raises an error with both values."""
 
     def __init__(self):
         self.kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}

@@ -167,7 +167,7 @@ def test_the_error_reported_is_that_of_the_best_profile_on_a_fine_grid(sigma_rel
 
 @pytest.mark.parametrize("sigma_rel", [0.03, 0.075, 0.15, 0.2, LONGEST])
 @pytest.mark.parametrize("snapshots", [plan(1000, 125), [(1000, gamma(0.05)), (1000, gamma(0.1))]])
-def test_weights_that_stand_still_are_their_own_average(snapshots, sigma_rel):
+def test_the_average_of_constant_weights_is_these_weights(snapshots, sigma_rel):
     x, _ = coefficients(snapshots, 1000, gamma(sigma_rel))
     assert x @ np.full(len(x), 3.7) == pytest.approx(3.7, abs=1e-9)
 
@@ -231,7 +231,7 @@ def trajectory(steps=2000):
 
 
 def averaged(weights, sigma_rel):
-    """Average after each step, by the recursion in float64."""
+    """Return the average after each step, by the recursion in float64."""
     out = np.empty_like(weights)
     for n, w in enumerate(weights, 1):
         beta = (1 - 1 / n) ** (gamma(sigma_rel) + 1)
@@ -240,7 +240,7 @@ def averaged(weights, sigma_rel):
 
 
 def rebuilt(weights, stored, every, sigma_rel, step):
-    """From stored averages every so many steps: the average of another length, and the error it reports."""
+    """Return the average of another length from averages stored every few steps, and its reported error."""
     kept = [(n, length) for n in range(every, step + 1, every) for length in stored]
     x, error = coefficients([(n, gamma(length)) for n, length in kept], step, gamma(sigma_rel))
     return sum(c * stored[length][n - 1] for c, (n, length) in zip(x, kept, strict=True)), error
@@ -460,7 +460,7 @@ class Buffered(Network):
         return x * self.weight.mean() * self.scale[0]
 
 
-def test_buffers_are_not_averaged_but_those_of_the_step(tmp_path, states, card_of):
+def test_buffers_are_taken_from_the_last_step_and_not_averaged(tmp_path, states, card_of):
     one = Denoiser(Buffered(), V(), states)
     for length in (0.05, 0.1):
         for n in (10, 20, 30):
@@ -479,7 +479,7 @@ def test_buffers_are_not_averaged_but_those_of_the_step(tmp_path, states, card_o
 
 
 @pytest.mark.parametrize("name", ["average", "average.ckpt", "average.pt"])
-def test_a_name_that_nothing_reads_as_weights_is_refused(run, tmp_path, capsys, name):
+def test_an_output_name_without_the_suffix_of_weights_is_refused(run, tmp_path, capsys, name):
     argv = ["average", str(run), "--sigma-rel", "0.1", "--out", str(tmp_path / name)]
     assert main(argv) == 2
     assert f"{name}: weights are read from files named .safetensors" in capsys.readouterr().err

@@ -123,7 +123,7 @@ def test_the_order_of_the_files_does_not_matter(files, folder, tmp_path):
     assert torch.equal(DDIM()(load_model(other)[0], [1]), DDIM()(load_model(folder)[0], [1]))
 
 
-def test_a_composite_outlives_the_files_it_came_from(files, folder):
+def test_a_composite_works_after_its_source_files_are_removed(files, folder):
     expected = DDIM()(load_model(folder)[0], [1])
     for file in files:
         file.unlink()
@@ -218,7 +218,7 @@ def test_a_folder_of_runs_is_checked_before_weights_are_read(nine, write, spoil,
     assert not (tmp_path / "out").exists()
 
 
-def test_one_expert_of_many_makes_no_images(files, tmp_path):
+def test_one_expert_alone_cannot_be_sampled(files, tmp_path):
     run = tmp_path / "runs" / "only"
     run.mkdir(parents=True)
     shutil.copy(files[1], run / "model.safetensors")
@@ -273,7 +273,7 @@ def test_members_of_two_composites_cannot_be_swapped(folder):
 @pytest.mark.parametrize(
     "manifest", ["", "{", "{}", "[]", '{"experts": [{}]}', '{"experts": 3}', "null", '{"experts": ["a"]}']
 )
-def test_a_manifest_that_is_none_is_refused(tmp_path, manifest):
+def test_an_invalid_manifest_is_refused(tmp_path, manifest):
     (tmp_path / "composite.json").write_text(manifest, encoding="utf-8")
     assert re.search(r"composite.json: (not a composite|damaged: its schema is none)", refusal(load_model, tmp_path))
 
@@ -284,7 +284,7 @@ def test_a_composite_is_not_written_over(files, folder):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def test_a_folder_of_something_else_does_not_become_a_composite(files, folder, tmp_path):
+def test_a_folder_with_other_files_is_refused_as_output(files, folder, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "model.safetensors").write_bytes(files[0].read_bytes())
@@ -335,7 +335,7 @@ def test_composing_one_whole_model(model, write, tmp_path):
     assert torch.equal(DDIM()(loaded, [4]), DDIM()(one, [4]))
 
 
-def test_a_composite_leaves_its_experts_alone(experts):
+def test_a_composite_does_not_modify_its_experts(experts):
     before = copy.deepcopy([e.state_dict() for e in experts])
     DDIM()(CompositeDenoiser(experts), [1])
     for expert, state in zip(experts, before, strict=True):
@@ -367,7 +367,7 @@ def ideal(s: int) -> Denoiser:
     return Denoiser(Ideal([1, 8, 8], SPECTRUM, *FINE.coefficients(s)), V(), FINE, [s])
 
 
-def test_the_nearest_expert_stands_in_by_its_formula_and_better_than_naively():
+def test_filling_with_the_nearest_expert_follows_its_formula_and_beats_the_naive_one():
     rows = [1, 2, *range(4, 33, 4)]
     composite = CompositeDenoiser([ideal(s) for s in rows], "nearest")
     log_snr = FINE.log_snr[:, 0].tolist()
@@ -415,7 +415,7 @@ def test_a_row_without_signal_can_be_missing_or_stand_in(unet):
                 assert all(composite(x, s).isfinite().all() for s in filled)
 
 
-def test_a_preview_with_a_shared_model_asks_it_where_experts_are_missing(model, write, tmp_path):
+def test_a_preview_uses_the_shared_model_at_rows_without_an_expert(model, write, tmp_path):
     shared = model(X0(), seed=9)  # another parametrisation: what it says is x0_hat all the same
     experts = [model(rows=[s], seed=s) for s in (1, 3)]
     composite = CompositeDenoiser(experts, shared)
@@ -448,7 +448,7 @@ def test_a_preview_with_a_shared_model_asks_it_where_experts_are_missing(model, 
         [LatentStates(S=4), ComponentStates([1, 8, 8], space=Haar(1), S=4)],
     ],
 )
-def test_states_that_are_made_otherwise_neither_fill_nor_start_each_other(tables, unet, write, tmp_path):
+def test_models_of_other_spaces_are_refused_as_fill_and_as_warm_start(tables, unet, write, tmp_path):
     (mine, theirs), net = tables, lambda t, s: unet(0, t.shape_at(s, [1, 8, 8]))
     for s in (1, 3, 4):
         write(f"experts/{s}/model", Denoiser(net(mine, s), V(), mine, [s]))
@@ -461,7 +461,7 @@ def test_states_that_are_made_otherwise_neither_fill_nor_start_each_other(tables
             call(begun, str(shared))
 
 
-def test_a_start_may_differ_in_how_its_observation_was_trained(unet, write):
+def test_a_warm_start_may_differ_in_the_training_of_its_observation(unet, write):
     table, other = (
         ComponentStates([1, 8, 8], observation=Observation(Inpainting(0.25), weight=weight), S=4)
         for weight in (1.0, 0.0)
@@ -473,7 +473,7 @@ def test_a_start_may_differ_in_how_its_observation_was_trained(unet, write):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in begun.network.state_dict().items())
 
 
-def test_classes_beside_an_observation_are_not_trained_and_their_labels_must_be_given(unet):
+def test_a_class_conditional_model_with_observations_requires_labels(unet):
     table = ComponentStates([1, 8, 8], observation=Observation(Inpainting(0.25)), S=2)
     with pytest.raises(InputError, match="a model is given a class or an observation, not both"):
         ReducedStates(unet(0, table.shape_at(1), classes=3), table)
@@ -502,7 +502,7 @@ def test_a_preview_is_refused_unless_it_is_asked_for(experts, files, tmp_path, r
     assert one.filled == {1: "row 2", 3: "row 2", 4: "row 2"}
 
 
-def test_experts_that_differ_in_what_they_may_are_composed_when_it_is_allowed_and_say_so(model, write, tmp_path):
+def test_allowed_differences_are_composed_and_recorded(model, write, tmp_path):
     experts = [model(rows=[s], seed=s, objective=Eps() if s == 1 else V()) for s in (1, 2, 3, 4)]
     files = [write(f"e{e.rows[0]}", e, **({"data": "other"} if e.rows == [2] else {})) for e in experts]
     said = refusal(compose, files, tmp_path / "out")
@@ -555,7 +555,7 @@ def test_a_file_that_holds_no_composite_is_refused(files, tmp_path):
     assert "'../evil.safetensors' does not belong to one" in refusal(load_model, tmp_path / "evil.zip")
 
 
-def test_what_is_complete_needs_no_filling(experts, files, folder, tmp_path):
+def test_a_complete_set_of_experts_ignores_fill(experts, files, folder, tmp_path):
     loaded, cards = load_model(folder, fill="nearest")
     assert loaded.filled == {}
     assert len(cards) == 4
@@ -565,7 +565,7 @@ def test_what_is_complete_needs_no_filling(experts, files, folder, tmp_path):
     assert CompositeDenoiser(experts, "nearest").filled == {}
 
 
-def test_what_may_not_fill_is_refused_with_all_that_is_wrong(model, nine, write, tmp_path):
+def test_a_model_that_cannot_fill_is_refused_with_all_reasons(model, nine, write, tmp_path):
     files = [write("1", model(rows=[1])), write("3", model(rows=[3]))]
     doubled = [*files, write("again", model(rows=[3]))]
     assert "row 3 is owned by" in refusal(compose, doubled, tmp_path / "out", "nearest")

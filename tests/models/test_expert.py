@@ -61,7 +61,7 @@ def test_a_file_gives_back_the_same_expert(model, write, card_of, classes, condi
 
 
 @pytest.mark.parametrize("classes", [None, 3])
-def test_a_transformer_has_its_buffers_again(states, write, classes):
+def test_the_buffers_of_a_transformer_are_restored(states, write, classes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = DiT([1, 8, 8], patch=4, depth=1, heads=2, head=8, classes=classes)
@@ -91,7 +91,7 @@ def test_other_weights_than_the_live_ones_can_be_written(model, card_of, tmp_pat
     assert all(torch.equal(v, before[k]) for k, v in live.state_dict().items())
 
 
-def test_the_file_says_what_it_is(model, write):
+def test_the_header_contains_the_card(model, write):
     one = model(rows=[4])
     head = header(write("expert", one).read_bytes())
     card = json.loads(head["__metadata__"]["card"])
@@ -137,7 +137,7 @@ BARE = json.dumps({"__metadata__": {"format": "pt"}}).encode()
     ],
     ids=["empty", "three", "text", "huge", "large", "truncated", "no card", "list", "not utf-8", "other safetensors"],
 )
-def test_what_is_no_expert_is_refused(tmp_path, content):
+def test_a_file_that_is_not_an_expert_is_refused(tmp_path, content):
     path = tmp_path / "thing.safetensors"
     path.write_bytes(content)
     for reader in (read_card, load_expert):
@@ -145,7 +145,7 @@ def test_what_is_no_expert_is_refused(tmp_path, content):
             reader(path)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nothing\.safetensors: no such file"):
         read_card(tmp_path / "nothing.safetensors")
     with pytest.raises(InputError, match=tmp_path.name):

@@ -48,7 +48,7 @@ def refusal(call, *args, **options) -> str:
 # safetensors and JSON
 
 
-def test_the_page_of_some_rows_says_to_compose_them(model, write, tmp_path):
+def test_the_readme_of_a_partial_expert_says_to_compose_it(model, write, tmp_path):
     whole = (export(write("all", model(seed=3)), tmp_path / "a") / "README.md").read_text(encoding="utf-8")
     assert "images = next(sample(model, DDIM(), seeds=range(16)))" in whole
     assert "`python -m lightning_tdisent sample FOLDER --out images`" in whole
@@ -255,7 +255,7 @@ def models(kind, objective, states, unet):
 
 @pytest.mark.parametrize("objective", [V(), Eps(), X0()], ids=["v", "eps", "x0"])
 @pytest.mark.parametrize("kind", ["sees the state", "time-agnostic", "transformer", "experts", "blocks of two kinds"])
-def test_a_pipeline_draws_the_images_of_the_own_sampler(unet, states, tmp_path, kind, objective):
+def test_a_pipeline_draws_the_same_images_as_our_sampler(unet, states, tmp_path, kind, objective):
     model = models(kind, objective, states, unet).eval()
     pipeline(model).save_pretrained(tmp_path / "pipe")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipe")
@@ -276,7 +276,7 @@ def test_a_long_chain_draws_the_same(unet, tmp_path):
 
 
 @pytest.mark.parametrize("conditioning", ["state", "none"])
-def test_a_standard_unet_says_the_same_bit_for_bit(unet, conditioning):
+def test_a_standard_unet_has_the_same_output_bit_for_bit(unet, conditioning):
     states = LatentStates(Linear(), indices=[7, 300, 1000])
     mine = UNet([1, 8, 8], channels=[8, 12], groups=2, layers=1, attention=[1], conditioning=conditioning).eval()
     theirs, x = standard(mine, states), torch.randn(3, 1, 8, 8)
@@ -336,7 +336,7 @@ def test_a_folder_in_use_is_refused(composite, tmp_path, form):
     assert [p.name for p in (tmp_path / "used").iterdir()] == ["thing"]
 
 
-def test_what_no_pipeline_draws_is_refused_with_all_reasons(model, write, tmp_path):
+def test_models_that_a_pipeline_cannot_sample_are_refused_with_all_reasons(model, write, tmp_path):
     text = refusal(export, write("odd", model(rows=[2, 3], shape=(4, 8, 8), classes=5)), tmp_path / "out", "diffusers")
     for words in ("it has classes", "it makes [4, 8, 8]", "it owns rows [2, 3] of 1..4 only"):
         assert words in text
@@ -387,7 +387,7 @@ def test_the_schedulers_that_the_readme_names_draw_the_data(scheduler):
     assert 0.03 < float(x.var()) < 0.05
 
 
-def test_dpm_solver_of_diffusers_is_the_own_one_without_its_clip(model):
+def test_dpm_solver_of_diffusers_equals_ours_without_clipping(model):
     own = model()
     x, start = looped(pipeline(own), "DPMSolverMultistepScheduler", 4, 3)
     with torch.no_grad():
@@ -454,7 +454,7 @@ assert not {"lightning", "pytorch_lightning"} & set(sys.modules)
 """
 
 
-def test_others_load_the_folders_without_lightning(model, write, experts, composite, tmp_path):
+def test_exported_folders_load_without_lightning(model, write, experts, composite, tmp_path):
     """One network needs diffusers alone, several this package too; nothing is imported because a folder says so."""
     one = model(seed=1)
     folders = (

@@ -1,4 +1,4 @@
-"""A denoiser of somebody else's is asked for what `DenoiserProtocol` says, whatever other attributes it has."""
+"""Models of other classes are used through `DenoiserProtocol` alone, whatever other attributes they have."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_guided_models_may_use_any_name(odd, toy, states):
     assert torch.equal(one, other)
 
 
-def test_a_cut_off_composite_has_what_the_composite_has(toy, states):
+def test_a_truncated_composite_has_the_extras_of_the_composite(toy, states):
     class Watched(CompositeDenoiser):
         path = None
 

@@ -236,7 +236,7 @@ def test_step_error_is_the_weighted_error_of_the_rows_owned_with_labels(pixels, 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 7), st.data())
-def test_the_best_blocks_are_those_of_all_that_there_are(n, data):
+def test_best_blocks_equals_exhaustive_search(n, data):
     k = data.draw(st.integers(1, n))
     number = st.one_of(st.floats(0, 10), st.just(math.inf))
     cost = [[data.draw(number) for _ in range(n - i)] for i in range(n)]
@@ -300,7 +300,7 @@ def test_the_cost_of_a_block_is_that_of_its_average(gains, images):
             assert cost[i][j - i - 1] == pytest.approx(step_error(one, data), rel=1e-6)
 
 
-def test_blocks_are_found_and_errors_told(gains, images, tmp_path, states):
+def test_blocks_are_searched_and_errors_reported(gains, images, tmp_path, states):
     equal = merge(gains, tmp_path / "equal", 2, data=images)
     found = merge(gains, tmp_path / "found", 2, blocks="search", data=images)
     assert [m.rows for m in equal] == [[1, 2], [3, 4]]
@@ -349,7 +349,7 @@ def refusal(*args, **options) -> str:
     return str(caught.value)
 
 
-def test_experts_that_began_elsewhere_are_refused_all_at_once(model, write, files, spoil, tmp_path, states):
+def test_experts_with_other_initial_weights_are_refused_all_at_once(model, write, files, spoil, tmp_path, states):
     warm = [{"sha256": "a" * 64, "network": {"class_path": "a.B", "init_args": {}}, "images_seen": 1, "seconds": 1.0}]
     other = LatentStates(Cosine(), S=4)
     odd = {
@@ -415,7 +415,7 @@ def test_experts_that_started_warm_from_one_file_merge_whatever_their_seed(model
         (2, {"data": True}, "its images are [1, 2, 2], the experts make [1, 8, 8]"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_anything_is_written(files, images, tmp_path, k, options, words):
+def test_invalid_options_are_refused_before_anything_is_written(files, images, tmp_path, k, options, words):
     if "data" in options:
         options = {"data": images}
     assert words in refusal(files, tmp_path / "out" / "m", k, **options)

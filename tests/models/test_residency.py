@@ -1,4 +1,4 @@
-"""Experts that are not all on the device: the same images bit for bit, each file read once, in the memory of one."""
+"""Experts that are not all on the device: the same images bit for bit, one read per file, memory for one expert."""
 
 import contextlib
 import json
@@ -98,7 +98,7 @@ def test_images_are_bitwise_the_same(folder, solver, residency):
     assert torch.equal(images(Guided(offloaded, 2.0), solver), images(Guided(resident, 2.0), solver))
 
 
-def test_with_all_experts_in_memory_some_blocks_go_together(folder, monkeypatch):
+def test_with_all_experts_in_memory_blocks_advance_in_groups(folder, monkeypatch):
     monkeypatch.setattr(batches, "TOGETHER", 2)
     resident, asked = load_model(folder)[0], []
     for owner, expert in zip("ABC", resident.experts, strict=True):
@@ -141,7 +141,7 @@ def test_each_tensor_is_read_once_however_many_images(folder, reads, monkeypatch
     assert sorted(reads) == sorted((name, i) for name in (A, B, C) * 2 for i in tensors)
 
 
-def test_the_next_expert_begins_to_come_while_one_computes(folder, reads, mixed):
+def test_the_next_expert_is_prefetched_while_one_computes(folder, reads, mixed):
     offloaded, x = load_model(folder, "offload")[0], torch.zeros(2, 1, 8, 8)
     offloaded.expect([4, 3, 2, 1])
     offloaded(x, 4)
@@ -166,7 +166,7 @@ def test_the_next_expert_begins_to_come_while_one_computes(folder, reads, mixed)
 @pytest.mark.parametrize(
     ("residency", "ahead", "bound"), [("stream", 0.25, 1.0), ("offload", 0.25, 1.3), ("offload", 1.0, 2.0)]
 )
-def test_the_memory_is_that_of_one_expert_and_of_the_share_ahead(
+def test_the_slot_has_memory_for_one_expert_and_the_prefetched_part(
     residency, ahead, bound, monkeypatch, model, write, tmp_path
 ):
     monkeypatch.setattr(WeightSlot.__init__, "__defaults__", (ahead,))
@@ -213,7 +213,7 @@ def mixed(tmp_path_factory):
     expected=st.lists(st.integers(1, 8), max_size=8),
     asked=st.lists(st.integers(1, 8), min_size=1, max_size=12),
 )
-def test_whatever_was_expected_the_row_asked_is_answered(mixed, residency, ahead, expected, asked):
+def test_a_wrong_announcement_does_not_change_the_result(mixed, residency, ahead, expected, asked):
     folder, resident = mixed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WeightSlot.__init__, "__defaults__", (ahead,))
@@ -247,7 +247,7 @@ def test_errors_per_row_parameters_and_modes(mixed, residency):
     assert torch.equal(images(offloaded, DDIM()), images(resident, DDIM()))
 
 
-def test_a_file_that_changes_on_the_way_is_refused(folder):
+def test_a_file_that_changes_after_loading_is_refused(folder):
     offloaded, x = load_model(folder, "stream")[0], torch.zeros(1, 1, 8, 8)
     resident = load_model(folder)[0]
     offloaded(x, 3)
@@ -263,7 +263,7 @@ def test_a_file_that_changes_on_the_way_is_refused(folder):
 
 
 @OFFLOADED
-def test_a_read_that_fails_half_way_leaves_no_mixture(mixed, monkeypatch, residency):
+def test_a_failed_read_leaves_no_mixture_of_two_experts(mixed, monkeypatch, residency):
     folder, resident = mixed
     inner, bad = OffloadedExpert.read, set()
 
@@ -403,7 +403,7 @@ class Clocks:
     ),
     asked=st.lists(st.integers(1, 8), max_size=4),
 )
-def test_on_a_device_with_memory_of_its_own_nothing_is_used_before_its_time(mixed, ahead, walks, asked):
+def test_copies_and_computations_are_ordered_on_a_device_with_own_memory(mixed, ahead, walks, asked):
     folder, resident = mixed
     inner = WeightSlot._copy
 
@@ -439,7 +439,7 @@ def test_on_a_device_with_memory_of_its_own_nothing_is_used_before_its_time(mixe
             answer(s)
 
 
-def test_copies_go_beside_and_experts_lie_on_the_host_or_on_disk(mixed, monkeypatch):
+def test_offload_copies_on_the_side_stream_from_host_memory_and_stream_does_not(mixed, monkeypatch):
     folder, resident = mixed
     monkeypatch.setattr(residency, "has_own_memory", lambda device: True)
     monkeypatch.setattr(residency, "CopyStreams", Clocks)
@@ -451,7 +451,7 @@ def test_copies_go_beside_and_experts_lie_on_the_host_or_on_disk(mixed, monkeypa
 
 
 @OFFLOADED
-def test_another_device_computes_from_there_on(mixed, residency):
+def test_a_composite_can_be_moved_to_another_device(mixed, residency):
     offloaded, x = load_model(mixed[0], residency)[0], torch.zeros(1, 1, 4, 4)
     offloaded(x, 8)
     network = offloaded.at(8).network

@@ -1,4 +1,4 @@
-"""Chains that start from a prior: what they draw, and what is refused."""
+"""Truncated models: what sampling from a prior draws, and what is refused."""
 
 import dataclasses
 import io
@@ -165,7 +165,7 @@ def test_a_prior_is_read_back_as_it_was(prior, fitted):
         assert torch.equal(one.log_prob(torch.ones(1, 1, 8, 8)), prior.log_prob(torch.ones(1, 1, 8, 8)))
 
 
-def test_a_model_starts_from_a_prior_of_its_own_row_table_and_data_alone(fitted, model, write, tmp_path):
+def test_a_prior_of_another_row_table_or_data_is_refused(fitted, model, write, tmp_path):
     whole = write("whole", model(rows=[1, 2, 3, 4]), data="data")
     started, cards = load_truncated(whole, str(fitted()))
     assert (started.states.S, len(cards)) == (3, 1)
@@ -197,7 +197,7 @@ def _prior_and_card(folder, row):
     return prior, row, card
 
 
-def test_experts_above_the_cut_need_not_be_there(fitted, model, write, tmp_path):
+def test_experts_above_the_truncation_may_be_missing(fitted, model, write, tmp_path):
     files = [write(f"e{s}", model(rows=[s], seed=s), data="data") for s in (1, 2, 3)]
     for k, file in enumerate(files):
         (tmp_path / "runs" / str(k)).mkdir(parents=True)
@@ -218,7 +218,7 @@ def test_experts_above_the_cut_need_not_be_there(fitted, model, write, tmp_path)
         load_truncated(tmp_path / "runs", str(fitted()))
 
 
-def test_an_implicit_start_is_another_model_s_image_noised_to_the_row(model, write, tmp_path):
+def test_a_model_prior_is_an_image_of_another_model_noised_to_the_row(model, write, tmp_path):
     source = write("source", model(rows=[1, 2, 3, 4], seed=7), data="data")
     prior, states = ModelPrior(str(source), steps=2), LatentStates(S=4)
     card = fit_prior(prior, states, 3, torch.zeros(2, 1, 8, 8), "data")
@@ -248,7 +248,7 @@ def test_an_implicit_start_is_another_model_s_image_noised_to_the_row(model, wri
         of_a_folder.sample(range(2), 750)
 
 
-def test_a_source_of_several_scales_starts_in_its_own_shape_and_ends_as_an_image(unet, write, tmp_path):
+def test_a_multi_scale_source_is_sampled_in_its_own_shape(unet, write, tmp_path):
     table = ComponentStates([1, 8, 8], space=Haar(1, [2.0, 0.25]), S=4)
     for k, rows in enumerate(table.blocks_of_rows):
         net = unet(k, table.shape_at(rows[0], [1, 8, 8]))
@@ -265,7 +265,7 @@ def test_a_source_of_several_scales_starts_in_its_own_shape_and_ends_as_an_image
     assert sum(card.images_seen for card in prior.cards) == sum(card.images_seen for card in load_model(source)[1])
 
 
-def test_what_the_source_of_a_start_costs_is_counted(model, write, digits, tmp_path, monkeypatch):
+def test_the_cost_of_the_source_of_a_prior_is_counted(model, write, digits, tmp_path, monkeypatch):
     monkeypatch.setenv("TDISENT_CACHE", str(tmp_path / "cache"))
     data = Shards.open(digits, "train", Decoder(1)).digest
     source = write("source", model(rows=[1, 2, 3, 4], seed=7), data=data, images_seen=1000)
@@ -281,7 +281,7 @@ def test_what_the_source_of_a_start_costs_is_counted(model, write, digits, tmp_p
         assert (row["images_seen"], row["nfe"]) == (500 + extra, 3 + 2)
 
 
-def test_latents_are_not_clipped_and_say_so_if_they_would_be(model, write, tmp_path):
+def test_latents_above_the_clip_are_refused(model, write, tmp_path):
     source = write("source", model(rows=[1, 2, 3, 4], seed=7), data="data")
     with pytest.raises(InputError, match="the data go up to 3, clip is 1; give clip: null for latents"):
         fit_prior(ModelPrior(str(source)), LatentStates(S=4), 3, torch.full((2, 1, 8, 8), 3.0), "data")
@@ -294,7 +294,7 @@ def test_latents_are_not_clipped_and_say_so_if_they_would_be(model, write, tmp_p
     assert float(free.abs().max()) > 1
 
 
-def test_a_table_that_keeps_signal_at_its_end_says_where_its_samples_start(unet, write, tmp_path, capsys):
+def test_a_table_with_signal_at_its_end_gets_a_note(unet, write, tmp_path, capsys):
     cut = LatentStates(S=4, cut=2)
     table = LatentStates(S=4)
     for name, states, said in (("cut", cut, True), ("whole", table, False)):
@@ -307,7 +307,7 @@ def test_a_table_that_keeps_signal_at_its_end_says_where_its_samples_start(unet,
         assert ("Note: its table ends at row 2" in page) == said
 
 
-def test_a_prior_of_few_images_sees_shards_that_lie_class_by_class_from_end_to_end(model, write, tmp_path):
+def test_a_prior_of_few_images_is_fitted_to_images_spread_over_the_data(model, write, tmp_path):
     levels = [10 + 20 * k for k in range(10)]
     with tarfile.open(tmp_path / "train-0000.tar", "w") as tar:
         for i, level in enumerate(np.repeat(levels, 20)):
@@ -323,7 +323,7 @@ def test_a_prior_of_few_images_sees_shards_that_lie_class_by_class_from_end_to_e
     assert float((prior.mean.mean() / a + 1) * 127.5) == pytest.approx(np.mean(levels), abs=1)
 
 
-def test_an_autoencoder_may_be_the_start(tmp_path):
+def test_an_autoencoder_can_be_the_source_of_a_prior(tmp_path):
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

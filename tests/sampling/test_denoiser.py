@@ -153,7 +153,7 @@ def test_only_the_network_has_weights(model):
     assert denoise.weights.dtype == denoise.states.log_snr.dtype == torch.float64
 
 
-def test_inputs_are_left_alone(toy, states):
+def test_inputs_are_not_modified(toy, states):
     denoise = Denoiser(toy([1, 2, 2], classes=3).double(), V(MinSNR()), states)
     inputs = [draw(2, 1, 2, 2, seed=1), torch.tensor([1, 4]), draw(2, 1, 2, 2, seed=2), torch.tensor([0, 3])]
     copies = [t.clone() for t in inputs]

@@ -1,4 +1,4 @@
-"""What is not finite is refused by name: weights when they are loaded or written, images when they are drawn."""
+"""Values that are not finite raise an error that names them: weights when loaded or written, images when drawn."""
 
 import json
 import types

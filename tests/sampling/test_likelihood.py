@@ -1,4 +1,4 @@
-"""Bounds on Gaussian data with the exact denoiser, where everything is known."""
+"""Likelihoods of Gaussian data with the exact denoiser, where all terms are known in closed form."""
 
 import math
 
@@ -172,7 +172,7 @@ def test_the_ode_gives_the_density_of_row_one_whatever_the_schedule(schedule, S,
     assert float(off.abs().max()) < 2 * bits
 
 
-def test_of_few_rows_the_ode_is_off_by_the_curvature_of_the_estimate(data):
+def test_the_error_of_the_ode_with_few_rows_is_the_curvature_of_the_estimate(data):
     model, x0, nats = data(40, (1, 32, 32), S=8, spacing="trailing", terminal_bound=1.0)
     ids = range(40)
     off, error = difference(ode_likelihood(model, x0, ids, decoder="density", errors=model.errors()), nats)
@@ -281,7 +281,7 @@ def test_an_untrained_uniform_guess_costs_eight_bits():
     assert 8 <= found.bpd[0] < 8.6
 
 
-def test_terms_are_the_same_in_any_company_and_those_below_a_cut_stay(data):
+def test_terms_do_not_depend_on_the_batch_nor_on_a_truncation_above(data):
     model, x0, _ = data(12, (1, 4, 4), S=10, terminal_bound=1.0)
     whole = variational_bound(model, x0, range(12), decoder="density", clip=None)
     parts = [
@@ -300,7 +300,7 @@ def test_terms_are_the_same_in_any_company_and_those_below_a_cut_stay(data):
     assert torch.equal(cut.prior, prior_term(fitted, model.states, 6, x0, range(12)))
 
 
-def test_what_has_no_likelihood_is_refused(data):
+def test_models_without_a_likelihood_are_refused(data):
     model, x0, _ = data(2, (1, 4, 4), S=10, terminal_bound=1.0)
     with pytest.raises(InputError, match="ModelPrior has no density"):
         variational_bound(TruncatedModel(model, ModelPrior("nowhere"), 5), x0, range(2), decoder="density")

@@ -124,7 +124,7 @@ def test_one_column_draws_as_uniform_diffusion():
 @pytest.mark.parametrize(
     ("steps", "rows"), [(3, [300, 200, 100]), (4, [300, 200, 100, 50]), (6, [300, 250, 200, 150, 100, 50])]
 )
-def test_fewer_steps_keep_the_births(steps, rows):
+def test_fewer_steps_keep_a_step_per_scale(steps, rows):
     states = ComponentStates(SHAPE, space=Haar(2), S=300)
     assert DDIM(steps=steps).rows(states) == rows
     with pytest.raises(InputError, match="must be at least 1 for each of 3 scales, got 2"):
@@ -199,7 +199,7 @@ def test_conditional_chains_have_the_moments_of_the_recursion(sigma, draw):
 @pytest.mark.parametrize("sampler", [DDIM(clip=None), DDIM(0.5, clip=None), Ancestral(clip=None), DPMSolver(clip=None)])
 @pytest.mark.parametrize("draw", ["fresh", "bridge"])
 @pytest.mark.parametrize("basis", [None, Haar(1), Haar(1, [2.0, 0.5])])
-def test_what_is_drawn_for_the_observation(sampler, draw, basis):
+def test_observation_channels_follow_their_marginal_at_every_row(sampler, draw, basis):
     """q(y_s | y_0) at every row, of each component that is live there, whatever the sampler takes of noise itself."""
     y = Observation(Edges(), Geometric(sigma_max=1.0), draw)
     states = ComponentStates([1, 8, 8], Geometric(sigma_max=110.0), basis, observation=y, S=10)
@@ -229,7 +229,7 @@ def test_a_clean_observation_stays_as_it_is(draw):
         assert torch.equal(x[:, 1:], given.double())
 
 
-def test_clean_observation_is_the_slowest_and_equal_curves_the_fastest():
+def test_cmde_with_extreme_curves_is_cde_or_cdiffe():
     """CMDE with y at +inf is CDE, with the image's curve CDiffE: the same tables, losses and images."""
     x0, eps, s = torch.rand(4, 1, 8, 8) * 2 - 1, torch.randn(4, 2, 8, 8), torch.tensor([1, 3, 5, 9])
     x_curve = Geometric(sigma_max=110.0)
@@ -299,7 +299,7 @@ def test_losses_of_a_zero_network_given_an_observation(curve, loss):
 
 @pytest.mark.parametrize("objective", [Eps(), X0(), V()])
 @pytest.mark.parametrize("scales", [None, [4.0, 0.5, 0.3]])
-def test_the_right_answer_has_no_error(objective, scales):
+def test_the_exact_prediction_has_no_error(objective, scales):
     """A network that says the target, as an image of its scale, makes x0_hat = x0 and loss 0."""
     states = ComponentStates(
         [2, 8, 8], space=Haar(2, scales), S=6, observation=Observation(Edges(), LogLinear(low=0.0))

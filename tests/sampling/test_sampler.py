@@ -231,7 +231,7 @@ def test_more_steps_than_rows_are_refused(toy, states, cls):
         cls(steps=0)
 
 
-def test_rows_to_look_at():
+def test_probe_rows():
     assert probe_rows([1, 2, 3, 4, 5], 2) == [3, 5]
     assert probe_rows([7], 8) == [7]
     assert probe_rows(range(1, 1001), 4) == [250, 500, 750, 1000]
@@ -347,7 +347,7 @@ def test_guidance_of_one_and_zero(model, sampler):
 
 
 @ALL
-def test_a_sampler_leaves_everything_alone(model, sampler):
+def test_a_sampler_modifies_neither_its_inputs_nor_global_state(model, sampler):
     denoise, seeds, label = model(classes=3), [5, 6], torch.tensor([1, 3])
     start = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     tensors = [start, label, *denoise.parameters(), *denoise.buffers()]
@@ -393,7 +393,7 @@ def test_sample_yields_bytes_in_the_order_of_the_seeds(model, sampler, size):
     assert images.float().std() > 10
 
 
-def test_a_solver_of_the_reader_walks_the_same_loop(toy, states):
+def test_a_user_defined_solver_uses_the_same_loop(toy, states):
     class Jump(Sampler):
         def plan(self, states: LatentStates, rows: list[int]) -> list[Terms]:
             return [Terms(x0=1.0, x=0.0)] * (len(rows) - 1)
