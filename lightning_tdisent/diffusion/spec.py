@@ -18,7 +18,7 @@ from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError, nearest
 
 PACKAGE = __package__.split(".")[0]
-# old module paths in files of earlier versions, and the modules of today; of two old paths the oldest comes first
+# old module paths in files of earlier versions, and the modules of today
 MOVED = {
     f"{PACKAGE}.sampling.start": f"{PACKAGE}.models.truncated",
     f"{PACKAGE}.diffusion.bases": f"{PACKAGE}.diffusion.spaces",
