@@ -163,6 +163,9 @@ def _fleet_run(a: argparse.Namespace) -> None:
     work.store.check()
     names = [name for words in a.only for name in words.split(",")]
     only = [f"expert_{int(name):03d}" if name.isdigit() else name for name in names]
+    unknown = [name for name in only if name not in work.fleet.names]
+    if unknown:
+        raise InputError(f"--only {', '.join(unknown)}: no such expert; there are {', '.join(work.fleet.names)}")
     work.fleet.refuse_late(only)  # only these jobs: a single worker need not read the files of all the others
     work.refuse_fewer(only)
     if a.engine != "local":
@@ -172,9 +175,6 @@ def _fleet_run(a: argparse.Namespace) -> None:
     if a.options or a.detach:
         raise InputError("--option and --detach require --engine ray or slurm")
     here = len(only) == 1
-    unknown = [name for name in only if name not in work.fleet.names]
-    if unknown:
-        raise InputError(f"--only {', '.join(unknown)}: no such expert; there are {', '.join(work.fleet.names)}")
     session, train = Session(only, a.ttl, together=together, quiet=not here), partial(fits, stacked=a.stacked)
     if here:
         for name in SRUN:  # in a user's own batch script, Lightning would assume that srun started this process

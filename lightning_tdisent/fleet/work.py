@@ -77,13 +77,16 @@ def work_through(work: Work, train: Train, session: Session) -> dict[str, str]:
     watch, since = Watch(), None
     work.store.wait_for(session.ttl / lease.BEATS)
     while True:
+        begin = time.monotonic()
         try:
             if (left := _poll_once(work, train, session, watch)) is not None:
                 return left
             since = None
         except OSError as error:
-            since = since or time.monotonic()
-            if time.monotonic() - since > session.ttl:
+            now = time.monotonic()
+            if since is None or now - begin > session.ttl:  # no request takes as long: a training ran in between
+                since = now
+            if now - since > session.ttl:
                 raise Halted(
                     f"{work.store}: has been failing for {session.ttl:.0f} s: {error}. Run the fleet again"
                 ) from None

@@ -450,3 +450,34 @@ def test_a_fleet_without_finished_experts_is_not_composed(planned, tmp_path, cap
     for more in ([], ["--merge", "2"]):
         assert main(["compose", str(fleet.root), "--out", str(tmp_path / "out"), *more]) == 2
         assert "no finished expert to compose" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["local", "slurm", "ray"])
+def test_an_unknown_expert_is_refused_by_every_engine(planned, capsys, engine):
+    fleet = planned(budget=64)
+    assert main(["fleet", "run", str(fleet.root), "--engine", engine, "--only", "99"]) == 2
+    assert "--only expert_099: no such expert" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("between", "halts"), [(100.0, False), (1.0, True)])
+def test_failures_before_and_after_a_training_are_not_one_outage(monkeypatch, between, halts):
+    """A poll that lasts longer than the ttl has trained: the store has answered in between."""
+    clock, polls = [0.0], iter([OSError("away"), OSError("away"), OSError("away"), {}])
+
+    class Waiting:
+        store = type("AStore", (), {"wait_for": lambda self, seconds: None, "__str__": lambda self: "store"})()
+
+    def poll(*_):
+        clock[0] += between if between > 30 else 20.0
+        if isinstance(outcome := next(polls), OSError):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr("lightning_tdisent.fleet.work._poll_once", poll)
+    monkeypatch.setattr("lightning_tdisent.fleet.work.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("lightning_tdisent.fleet.work.time.sleep", lambda seconds: None)
+    if halts:
+        with pytest.raises(Halted, match="has been failing for 30 s"):
+            work_through(Waiting(), fits, Session(ttl=30))
+    else:
+        assert work_through(Waiting(), fits, Session(ttl=30)) == {}
