@@ -482,5 +482,5 @@ def test_buffers_are_taken_from_the_last_step_and_not_averaged(tmp_path, states,
 def test_an_output_name_without_the_suffix_of_weights_is_refused(run, tmp_path, capsys, name):
     argv = ["average", str(run), "--sigma-rel", "0.1", "--out", str(tmp_path / name)]
     assert main(argv) == 2
-    assert f"{name}: weights are read from files named .safetensors" in capsys.readouterr().err
+    assert f"{name}: files of weights must end with .safetensors" in capsys.readouterr().err
     assert not (tmp_path / name).exists()

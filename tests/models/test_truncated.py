@@ -231,7 +231,7 @@ def test_a_model_prior_is_an_image_of_another_model_noised_to_the_row(model, wri
     assert torch.allclose(prior.sample(range(4), 750), a * images + b * noise, atol=1e-6)
     assert torch.equal(prior.sample(range(16), 750)[:4], prior.sample(range(4), 750))
     labelled = write("labelled", model(rows=[1, 2, 3, 4], classes=3), data="data")
-    with pytest.raises(InputError, match="wants classes"):
+    with pytest.raises(InputError, match="requires classes"):
         fit_prior(ModelPrior(str(labelled)), states, 3, torch.zeros(2, 1, 8, 8), "data")
     save_prior(tmp_path / "implicit" / "prior.safetensors", prior, card)
     again, _ = load_prior(tmp_path / "implicit")
