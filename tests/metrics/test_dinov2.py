@@ -167,7 +167,7 @@ def test_what_it_refuses(network, folder, copy, few, tmp_path):
         DINOv2(str(folder), sha256="00")
     with pytest.raises(InputError, match="type 'clip', expected 'dinov2'"):
         DINOv2(str(copy(model_type="clip")))
-    with pytest.raises(InputError, match="patches of 15, which do not divide 224"):
+    with pytest.raises(InputError, match="patch_size 15, which does not divide 224"):
         DINOv2(str(copy(patch_size=15)))
     with pytest.raises(InputError, match="1 or 3 channels, got 2"):
         network(few[:, :2])

@@ -402,7 +402,7 @@ def test_repeats_of_a_study_are_means_with_their_spread(model, sets, digits, tmp
         assert main(["report", *map(str, folders[:2]), "--out", str(tmp_path / name)]) == 2
         assert line in capsys.readouterr().err
     assert main(["report", str(folders[0]), str(moved)]) == 2
-    assert "--out FILE.html is for several folders" in capsys.readouterr().err
+    assert "--out FILE.html is required for several folders" in capsys.readouterr().err
     rows[1]["name"] = "other"
     (moved / "results.json").write_text(json.dumps(rows), encoding="utf-8")
     with pytest.raises(InputError, match=r"(?s)not one study with other seeds:.*repeat 2 has 'other' besides"):
