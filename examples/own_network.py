@@ -33,10 +33,10 @@ class Pyramid(Network):
         self.up = nn.Upsample(scale_factor=2)
         self.last = nn.Sequential(nn.Conv2d(2 * width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, shape[0], 1))
 
-    def forward(self, x: Tensor, index: Tensor | None = None, label: Tensor | None = None) -> Tensor:
-        """Return the raw output (B, C, H, W) for states x at these indices (B,) of the chain."""
-        time = self.of_time(self.indices(x, index)[:, None].to(x.dtype) / 1000)[:, :, None, None]
-        full = self.first(x) + time
+    def forward(self, x: Tensor, time: Tensor | None = None, label: Tensor | None = None) -> Tensor:
+        """Return the raw output (B, C, H, W) for states x of these times (B,)."""
+        vector = self.of_time(self.times(x, time)[:, None].to(x.dtype) / 1000)[:, :, None, None]
+        full = self.first(x) + vector
         return self.last(torch.cat([full, self.up(self.middle(self.down(full)))], 1))
 
 

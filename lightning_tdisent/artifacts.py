@@ -56,7 +56,7 @@ DTYPES = {
 
 
 class Piece(NamedTuple):
-    """Where a tensor lies in its file."""
+    """Position of a tensor in its file."""
 
     name: str
     dtype: torch.dtype

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_tdisent import __version__
 from lightning_tdisent.errors import InputError, Newer
@@ -83,6 +83,7 @@ def check_format(found: Any, expected: str, where: str, oldest: int | None = Non
     check_schema({"schema": int(schema)}, where, int(number), oldest)
 
 
+Card = TypeVar("Card")
 Kinds = Mapping[str, Callable[[Any], bool]]
 
 
@@ -102,6 +103,19 @@ def check_fields(cls: type, data: Mapping[str, Any], where: str, kinds: Kinds) -
         )
     if wrong := [name for name, fits in kinds.items() if name in data and not fits(data[name])]:
         raise InputError(f"{where}: damaged: its card says {wrong[0]}: {data[wrong[0]]!r:.100}")
+
+
+def from_json(cls: type[Card], data: Any, where: str, reads: int, kinds: Kinds) -> Card:
+    """Return a card, a dataclass, from its JSON; missing fields get their defaults, since older files lack them.
+
+    reads: the newest schema that is read; kinds: see `check_fields`. Raises InputError for anything but an object,
+    another schema, missing or unknown fields, and values of a wrong type.
+    """
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: its card is a {type(data).__name__}, not an object")
+    check_schema(data, where, reads)
+    check_fields(cls, data, where, kinds)
+    return cls(**data)
 
 
 def is_text(value: Any) -> bool:

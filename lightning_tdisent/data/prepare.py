@@ -47,7 +47,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How images are converted and stored.
+    """Conversion and storage of images.
 
     size: resize and crop to the central size x size pixels, as ADM does; None leaves every image as it is. encode:
     ``keep`` the bytes of png, jpg and webp files that are not resized, and the format of those that are (other formats
@@ -73,7 +73,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written: the number of samples and shards, the bytes of all shards, and the samples left out.
+    """Result of `prepare`: number of samples and shards, bytes of all shards, and samples left out.
 
     captions: number of samples with a caption, and number of those whose caption is empty. depths: number of images
     that this call wrote, by type of their values (`decode.depth`). shared: number of images that another split in the

@@ -50,7 +50,7 @@ MOST_SHARED = 0.01  # share of held-out samples that may be training samples; re
 
 @dataclass(frozen=True)
 class Policy:
-    """What to do with samples that cannot be used.
+    """Treatment of samples that cannot be used.
 
     on_bad: ``stop`` the run, or ``skip``: use the next sample of the split instead. ceiling: share of the samples, 0 to
     1, that may be skipped; the run stops when there are more. verify: compare every sample with the index when it is

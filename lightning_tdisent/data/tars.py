@@ -67,6 +67,20 @@ def open_tar(url: str) -> Iterator[IO[bytes]]:
             yield raw
 
 
+def expand_braces(pattern: str, where: str) -> list[str]:
+    """Return the names that a pattern with braces stands for, such as ``{0000..0127}``.
+
+    Raises InputError that begins with ``where`` for braces that do not match, and for more than `MAX_SHARDS` names.
+    """
+    try:
+        names = list(itertools.islice(braceexpand.braceexpand(pattern), MAX_SHARDS + 1))
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    if len(names) > MAX_SHARDS:
+        raise InputError(f"{where}: more than {MAX_SHARDS:,} names")
+    return names
+
+
 def find(path: str | Path, split: str) -> list[str]:
     """Return the sorted URLs of the shards of a split: those with its word in their names, or that match a pattern.
 
@@ -87,12 +101,7 @@ def find(path: str | Path, split: str) -> list[str]:
     if twice := sorted(set(shards).intersection(name.removesuffix(".gz") for name in shards if name.endswith(".gz"))):
         raise InputError(f"data.path: {folder} holds {twice[0]} and {twice[0]}.gz: remove one of them")
     if braces:
-        try:
-            wanted = set(itertools.islice(braceexpand.braceexpand(split), MAX_SHARDS + 1))
-        except ValueError as error:  # braces that do not match
-            raise InputError(f"data.path: {folder} {split}: {error}") from None
-        if len(wanted) > MAX_SHARDS:
-            raise InputError(f"data.path: {folder} {split}: more than {MAX_SHARDS:,} names")
+        wanted = set(expand_braces(split, f"data.path: {folder} {split}"))
         found = sorted(wanted.intersection(shards))
         if missing := sorted(wanted.difference(shards)):
             raise InputError(

@@ -1,4 +1,4 @@
-"""What the raw output of a network predicts, and the loss weight of every state.
+"""Objectives: the target of a network's raw output, and the loss weight of every state.
 
 A weight is defined on the error of x0_hat, w(s) |x_0 - x0_hat|^2. The objective converts it to a weight on the raw
 output: |x_0 - x0_hat|^2 = unit(s) |target - raw|^2 with unit = b^2/a^2 (eps), 1 (x0), b^2 (v). For an expert of one
@@ -144,7 +144,8 @@ class Eps(Objective):
         if bool((states.log_snr.isneginf() & states.learned).any()):
             raise InputError(
                 f"objective Eps cannot be used with zero terminal SNR ({states.schedule!r}): at row {states.S} the "
-                "signal is 0 and x0 cannot be recovered from eps. Use objective V or X0, or zero_terminal: false."
+                "signal is 0 and x0 cannot be recovered from eps. Use objective V or X0, or a table that ends with "
+                "some signal"
             )
 
 

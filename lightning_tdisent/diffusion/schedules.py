@@ -47,9 +47,9 @@ class NoiseSchedule(Part, ABC):
         """Return sqrt(a_t^2 + b_t^2) at t = 0..T, shape (T+1,), float64; 1 for variance-preserving processes."""
         return torch.ones(self.T + 1, dtype=torch.float64)
 
-    def times(self) -> Tensor:
-        """Return the time input of a network at t = 0..T, shape (T+1,): t."""
-        return torch.arange(self.T + 1)
+    def times(self) -> Tensor | None:
+        """Return the time input of a network at t = 0..T, float32 (T+1,); None for t itself."""
+        return None
 
     def recomputed(self, S: int, rescale: bool = False) -> "NoiseSchedule":
         """Return the same formula evaluated for a chain of S levels (instead of selecting S of its rows).
@@ -253,5 +253,5 @@ class FlowMatching(NoiseSchedule):
         return ((1 - sigma).square() + sigma.square()).sqrt()
 
     def times(self) -> Tensor:
-        """Return 1000 sigma, float64."""
-        return 1000 * self._sigma()
+        """Return 1000 sigma."""
+        return (1000 * self._sigma()).float()

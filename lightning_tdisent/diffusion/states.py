@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tdisent.diffusion.schedules import Linear, NoiseSchedule
-from lightning_tdisent.diffusion.table import TERMINAL_BOUND, Table, round_up, row_of
+from lightning_tdisent.diffusion.table import TERMINAL_BOUND, Table, round_up, row_of, signal
 from lightning_tdisent.errors import InputError
 
 
@@ -51,11 +51,13 @@ class LatentStates(Table):
                 raise InputError(f"cut: {cut} requires kind: mapped, got {kind}")
             chosen = chosen[: row_of(cut, len(chosen))]
             self.indices = chosen
-            self.terminal_bound = max(terminal_bound, round_up(_signal(schedule.log_snr()[chosen[-1]])))
+            self.terminal_bound = max(terminal_bound, round_up(signal(schedule.log_snr()[chosen[-1]])))
         rows = index = torch.tensor([0, *chosen])
         if kind != "mapped":
             schedule, rows = schedule.recomputed(len(chosen), rescale=kind == "rescaled"), torch.arange(len(chosen) + 1)
-        self._fill(schedule.log_snr()[rows, None], index, schedule.scale()[rows, None], self.schedule.times()[index])
+        times = schedule.times()
+        time = None if times is None else times[rows]
+        self._fill(schedule.log_snr()[rows, None], index, schedule.scale()[rows, None], time)
         self._check_end()
 
     def _fill(self, log_snr: Tensor, index: Tensor, scale: Tensor | None = None, time: Tensor | None = None) -> None:
@@ -70,7 +72,7 @@ class LatentStates(Table):
         self._set(log_snr, index, scale, time)
 
     def _check_end(self) -> None:
-        end = _signal(self.log_snr[-1])
+        end = signal(self.log_snr[-1])
         if end > self.terminal_bound:
             fix = "a schedule with more noise"
             if self.kind != "mapped":
@@ -103,7 +105,7 @@ class LatentStates(Table):
         is raised to the signal there.
         """
         row = row_of(at, self.S)
-        return self._some(range(row + 1), max(self.terminal_bound, round_up(_signal(self.log_snr[row]))))
+        return self._some(range(row + 1), max(self.terminal_bound, round_up(signal(self.log_snr[row]))))
 
     def _some(self, rows: Sequence[int], bound: float) -> "LatentStates":
         rows = [*rows]
@@ -134,11 +136,6 @@ class LatentStates(Table):
         return f"S={self.S}, {self.schedule!r}, {self.kind}, {self.spacing}, fingerprint={self.fingerprint}"
 
 
-def _signal(log_snr: Tensor) -> float:
-    """Return the largest fraction of signal a / sqrt(a^2 + b^2) of a row."""
-    return float(torch.sigmoid(log_snr).sqrt().max())
-
-
 def _choose(schedule: NoiseSchedule, S: int | None, spacing: str, indices: list[int] | None) -> list[int]:
     T = schedule.T
     if indices is not None:
@@ -159,7 +156,7 @@ def _choose(schedule: NoiseSchedule, S: int | None, spacing: str, indices: list[
     if spacing == "log_snr":
         L = schedule.log_snr()[1:]
         if not L.isfinite().all():
-            raise InputError("spacing log_snr needs a finite log-SNR at T; zero_terminal makes it -inf")
+            raise InputError(f"spacing log_snr needs a finite log-SNR at T; that of {schedule!r} is -inf")
         want = torch.linspace(float(L[0]), float(L[-1]), S, dtype=torch.float64)
         chosen = [int((L - w).abs().argmin()) + 1 for w in want]
         if S == 1:

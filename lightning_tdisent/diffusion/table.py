@@ -9,6 +9,7 @@ Any positive pairs are allowed. With n = sqrt(a^2 + b^2), the ``scale`` of an en
 state of equal SNR: a / n = sqrt(sigmoid(L)), b / n = sqrt(sigmoid(-L)).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -28,7 +29,7 @@ OBSERVED = " | "  # separates the space from the observation in a fingerprint
 Coefficient = float | Tensor
 
 
-class Table(Part, nn.Module):
+class Table(Part, nn.Module, ABC):
     """Rows 0..S of a diffusion process, with the space and the observation of its states.
 
     This is the base class of `LatentStates`, which makes a table from a schedule, and `ComponentStates`, which has a
@@ -42,7 +43,7 @@ class Table(Part, nn.Module):
 
     Attributes of shape (S+1,):
     ``index``: int64, position of each row in the chain of T levels; it keys the noise of the row.
-    ``time``: time input of a network.
+    ``time``: time input of a network: the index, int64, or what the schedule says (`NoiseSchedule.times`).
     ``levels``: number of components dropped at each row.
 
     Other attributes:
@@ -172,7 +173,7 @@ class Table(Part, nn.Module):
             return c
         if c.ndim == 1 and self.K == 1:
             return float(c)
-        return self.spread(c.to(x.device, x.dtype), x.shape)
+        return self.spread(c.to(x.device, x.dtype, non_blocking=True), x.shape)
 
     def spread(self, c: Tensor, shape: Sequence[int]) -> Tensor:
         """Return coefficients (.., K) as a tensor that multiplies a state (B, C, H, W) of this shape."""
@@ -195,15 +196,22 @@ class Table(Part, nn.Module):
 
     def normalised(self, s: int | Tensor, x: Tensor) -> tuple[Tensor, Coefficient, Coefficient]:
         """Return x / n, a / n and b / n at row s, n = sqrt(a^2 + b^2): the variance-preserving state of equal SNR."""
-        a, b = self.coefficients(s, x)
         if self.variance_preserving:
-            return x, a, b
+            return x, *self.coefficients(s, x)
         a, b, n = (self.on_cpu[k][s] if isinstance(s, int) else getattr(self, k)[s] for k in ("a", "b", "scale"))
         return x / self.multiplier(n, x), self.multiplier(a / n, x), self.multiplier(b / n, x)
 
+    def difference(self, s: int, other: "Table", r: int) -> tuple[str, list[float], list[float]] | None:
+        """Return the first number in which row s differs from row r of another table: its name and both values."""
+        for name in ("log_snr", "scale", "time"):
+            mine, theirs = (t.double().reshape(-1).cpu() for t in (getattr(self, name)[s], getattr(other, name)[r]))
+            if mine.shape != theirs.shape or not torch.allclose(mine, theirs):
+                return name.replace("log_snr", "log-SNR"), mine.tolist(), theirs.tolist()
+        return None
+
     @property
     def learned(self) -> Tensor:
-        """Whether the loss counts an entry, bool (S+1, K)."""
+        """Mask of the entries that the loss counts, bool (S+1, K)."""
         if self.image_shape is None:
             return torch.ones_like(self.log_snr, dtype=torch.bool)
         out = self.log_snr.isfinite()  # neither dropped nor free of noise
@@ -229,13 +237,13 @@ class Table(Part, nn.Module):
         """
         return split_rows([len(block) for block in self.blocks_of_rows], owners)
 
+    @abstractmethod
     def restrict(self, indices: Sequence[int]) -> "Table":
         """Return the table with these original indices alone, values unchanged; raises InputError for other indices."""
-        raise NotImplementedError
 
+    @abstractmethod
     def truncate(self, at: int | float) -> "Table":
         """Return rows 1..at alone, values unchanged; a float up to 1.0 is a fraction of the rows (2206.05173)."""
-        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         device = fn(torch.empty(0, device=self.a.device)).device
@@ -279,6 +287,11 @@ def row_of(at: int | float, S: int) -> int:
     if isinstance(row, bool) or not isinstance(row, (int, float)) or row not in range(1, S + 1):
         raise InputError(f"a cut at {at} is none of the rows 1..{S}, nor a share of them above 0 and up to 1")
     return int(row)
+
+
+def signal(log_snr: Tensor) -> float:
+    """Return the largest fraction of signal a / sqrt(a^2 + b^2) of a row."""
+    return float(torch.sigmoid(log_snr).sqrt().max())
 
 
 def round_up(value: float) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.rng import seed_noise
+from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.files import output_path, whole
 from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.images import from_uint8, to_uint8
@@ -26,13 +27,18 @@ def forward_strip(denoise: DenoiserProtocol, images: Tensor, rows: Sequence[int]
     return to_uint8(torch.stack(strip, 1))
 
 
+def shown(states: Table, x: Tensor, s: int) -> Tensor:
+    """Return states of row s as images (B, C, H, W) in the range of the variance-preserving state."""
+    return states.decode(states.normalised(s, x)[0], states.levels[s])
+
+
 def _noisy(denoise: DenoiserProtocol, x0: Tensor, s: int) -> tuple[Tensor, Tensor]:
     """Return x_s of the first held-out images, and x_s as an image."""
     states, level, ids = denoise.states, denoise.states.levels[s], range(len(x0))
     z0 = states.encode(x0.to(states.a.device), torch.as_tensor(ids), level)
     eps = seed_noise(ids, HELD_OUT, states.shape_at(1, x0.shape[1:]))[..., : z0.shape[-2], : z0.shape[-1]]
     x = noise(states, z0, s, eps.to(z0))
-    return x, states.decode(x, level).cpu()
+    return x, shown(states, x, s).cpu()
 
 
 @torch.no_grad()
@@ -53,8 +59,8 @@ def reverse_strip(
     keep = {*probe_rows(sampler.rows(denoise.states)[::-1], columns - 1), 0}
     states = denoise.states
     walk = sampler.walk(denoise, seeds, given=given)
-    shown = [(s, to_uint8(states.decode(x, states.levels[s])).cpu()) for s, x, _ in walk if s in keep]
-    return torch.stack([x for _, x in shown], 1), [s for s, _ in shown]
+    strip = [(s, to_uint8(shown(states, x, s)).cpu()) for s, x, _ in walk if s in keep]
+    return torch.stack([x for _, x in strip], 1), [s for s, _ in strip]
 
 
 def png(picture: Tensor) -> bytes:

@@ -62,7 +62,7 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether the job has seen all its images; raises InputError for the weights of another training."""
+        """Return True if the job has seen all its images; raises InputError for the weights of another training."""
         if self.images is None and not self.expect:
             return self.weights.exists() or (self.folder / PRIOR).exists()
         card = self.card

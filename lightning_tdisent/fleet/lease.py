@@ -121,7 +121,7 @@ class Lease:
 
     @property
     def held(self) -> bool:
-        """Whether this process still holds the job; reads the newest lease from the store."""
+        """Return True if this process still holds the job; reads the newest lease from the store."""
         number, content = current(self.store, self.job)
         return not self.lost and number == self.number and (content or {}).get("token") == self._content.get("token")
 

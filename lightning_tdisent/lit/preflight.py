@@ -283,7 +283,7 @@ def refuse_unweighted(denoiser: Denoiser) -> None:
         f"model.objective: the weight {type(objective.weight).__name__} of {type(objective).__name__} is 0 at row"
         f"{'s' * (len(rows) > 1)} {', '.join(map(str, rows))} (SNR {snr} at the last), which would never be trained"
     )
-    remedy = "Use the weight Constant or Likelihood, or a schedule without zero_terminal"
+    remedy = "Use the weight Constant or Likelihood, or a table that ends with signal"
     if rows == denoiser.rows:
         raise InputError(f"{said}: this expert has no other. {remedy}")
     if states.S in rows:

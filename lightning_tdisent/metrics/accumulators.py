@@ -13,7 +13,7 @@ from lightning_tdisent.metrics.distances import Moments
 
 
 class Accumulator(Metric, ABC):
-    """What is accumulated of one output of a feature network, over batches and ranks.
+    """Statistic of one output of a feature network, accumulated over batches and ranks.
 
     width: d of the output; expected: number of images that must have been added over all ranks, any number if None.
     """

@@ -1,4 +1,4 @@
-"""How well generated images agree with their observations."""
+"""Consistency of generated images with their observations."""
 
 from torch import Tensor
 

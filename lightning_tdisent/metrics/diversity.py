@@ -1,4 +1,4 @@
-"""How much the draws for one observation differ."""
+"""Diversity of the draws for one observation."""
 
 import torch
 from torch import Tensor

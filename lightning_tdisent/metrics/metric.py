@@ -1,4 +1,4 @@
-"""What a metric is: its columns in results, what it needs, its fields of the protocol, and how it is computed."""
+"""Base classes of metrics: columns in results, requirements, fields of the protocol, and computation."""
 
 import sys
 from abc import ABC, abstractmethod

@@ -19,7 +19,7 @@ from lightning_tdisent.models.checkpoint import load
 from lightning_tdisent.networks.rebuild import of_file
 from lightning_tdisent.runs import AVERAGES, CONFIG, identity_of
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.schemas import Kinds, check_fields, check_schema, is_count, is_number, is_part, is_text
+from lightning_tdisent.schemas import Kinds, from_json, is_count, is_number, is_part, is_text
 
 SCHEMA = 2
 PARENT = ("network", "images_seen", "seconds", "validation")  # fields of a parent's card kept in a child's card
@@ -173,11 +173,7 @@ class Card:
 
         Raises InputError for another schema, missing or unknown fields, and values of a wrong type.
         """
-        if not isinstance(data, dict):
-            raise InputError(f"{where}: its card is a {type(data).__name__}, not an object")
-        check_schema(data, where, SCHEMA)
-        check_fields(cls, data, where, _KINDS)
-        return cls(**data)
+        return from_json(cls, data, where, SCHEMA, _KINDS)
 
     def table(self, where: str) -> LatentStates:
         """Build the table, and check it against the fingerprint and the rows owned.

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from lightning_tdisent.artifacts import shapes_in
 from lightning_tdisent.diffusion.spec import build, changed
 from lightning_tdisent.diffusion.states import LatentStates
@@ -50,14 +48,13 @@ def _find_filler(fill: str, first: Card, rows: list[int]) -> Member | None:
     if here.made_of != there.made_of or here.K != there.K:
         layouts = [states.made_of or "x_0" for states in (there, here)]
         problems.append(f"its states are made of [{layouts[0]}], those of the experts of [{layouts[1]}]")
-    owned = {int(there.index[s]): there.log_snr[s] for s in card.rows}
+    owned = {int(there.index[s]): s for s in card.rows}
     if none := [t for s in rows if (t := int(here.index[s])) not in owned]:
         problems.append(f"it owns no states of the original indices {', '.join(map(str, none))}")
     problems += [
-        f"log-SNR at index {t} is {owned[t].tolist()}, the experts have {here.log_snr[s].tolist()}"
+        f"{found[0]} at index {t} is {found[2]}, the experts have {found[1]}"
         for s in rows
-        if (t := int(here.index[s])) in owned
-        and not (owned[t].shape == here.log_snr[s].shape and torch.allclose(owned[t], here.log_snr[s]))
+        if (t := int(here.index[s])) in owned and (found := here.difference(s, there, owned[t]))
     ]
     if problems:
         raise InputError(f"{files[0]} cannot fill rows {rows}:\n" + "\n".join(f"  - {p}" for p in problems))

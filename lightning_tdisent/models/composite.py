@@ -64,7 +64,7 @@ class CompositeDenoiser(Extras, nn.Module):
 
     @property
     def residency(self) -> Residency:  # type: ignore[override]
-        """Where the experts are kept: ``resident``, ``offload`` or ``stream``."""
+        """Placement of the experts' weights: ``resident``, ``offload`` or ``stream``."""
         return self._slot.residency if self._slot else "resident"
 
     def expect(self, rows: Sequence[int]) -> None:

@@ -202,6 +202,7 @@ def pipeline(model: Denoiser | CompositeDenoiser) -> DDIMPipeline:
         f"it owns rows {rows} of 1..{states.S} only": rows != states.rows,
         f"it is a preview without rows {filled}": bool(filled),
         f"its table has {states.K} columns, a scheduler of diffusers one": states.K > 1,
+        "its table is not variance preserving, and that of DDIMScheduler is": not states.variance_preserving,
         "its experts predict different things": "parametrisation" in extras(model).differs,
     }
     if any(why.values()):
@@ -231,7 +232,7 @@ def pipeline(model: Denoiser | CompositeDenoiser) -> DDIMPipeline:
 
 
 def betas(states: Table) -> list[float]:
-    """Return betas from which diffusers, by running products of 1 - beta in float32, computes alpha-bar of rows 1..S.
+    """Return betas of a variance-preserving table, so that diffusers' products of 1 - beta are alpha-bar of rows 1..S.
 
     beta_s = 1 - abar_s / prod_{r<s} (1 - beta_r) with the rounded earlier betas, so that errors do not accumulate:
     abar_s is within 1e-7 abar_{s-1}.

@@ -17,10 +17,11 @@ from lightning_tdisent.artifacts import sealed, unsealed
 from lightning_tdisent.data.decode import Decoder, side_of
 from lightning_tdisent.data.shards import Shards
 from lightning_tdisent.diffusion.bounds import Bounded
+from lightning_tdisent.diffusion.process import first_state
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import build, rebuild, spec
 from lightning_tdisent.diffusion.states import LatentStates
-from lightning_tdisent.diffusion.table import TERMINAL_BOUND, Table
+from lightning_tdisent.diffusion.table import TERMINAL_BOUND, Table, signal
 from lightning_tdisent.digests import digest, sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
@@ -34,7 +35,7 @@ from lightning_tdisent.runs import PRIOR
 from lightning_tdisent.sampling.denoiser import Denoiser, DenoiserProtocol
 from lightning_tdisent.sampling.guidance import Extras, extras
 from lightning_tdisent.sampling.sampler import DDIM
-from lightning_tdisent.schemas import Kinds, check_fields, check_schema, is_count, is_number, is_part, is_text
+from lightning_tdisent.schemas import Kinds, from_json, is_count, is_number, is_part, is_text
 
 SCHEMA = 1
 FITTING = 3 << 20  # first noise stream of fitting priors
@@ -51,7 +52,7 @@ _KINDS: Kinds = {
 
 @dataclasses.dataclass(frozen=True)
 class PriorCard:
-    """What a prior was fitted to; every field is plain JSON.
+    """Card of a prior: its fit, as plain JSON.
 
     prior: class path with arguments.
     fingerprint: hash of the table, truncated at the row.
@@ -88,11 +89,7 @@ class PriorCard:
 
         Raises InputError for another schema, missing or unknown fields, and values of a wrong type.
         """
-        if not isinstance(data, dict):
-            raise InputError(f"{where}: not a prior written by this project: its card is a {type(data).__name__}")
-        check_schema(data, where, SCHEMA)
-        check_fields(cls, data, where, _KINDS)
-        return cls(**data)
+        return from_json(cls, data, where, SCHEMA, _KINDS)
 
     @classmethod
     def of(cls, prior: Prior, states: Table, row: int, **facts: Any) -> "PriorCard":
@@ -337,7 +334,8 @@ class TruncatedModel(Extras, nn.Module):
     def start(self, seeds: Sequence[int], label: Tensor | None = None) -> Tensor:
         """Return x at the last row for these seeds, drawn from the prior; see `check_label` for errors."""
         self.check_label(label)
-        return self.prior.sample(seeds, int(self.states.index[-1]))
+        x = self.prior.sample(seeds, int(self.states.index[-1]))
+        return first_state(self.states, x) if isinstance(self.prior, StandardNormal) else x
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Iterate over all weights of the model, which need not be a module."""
@@ -385,7 +383,7 @@ def load_truncated(
 def signal_note(model: Any) -> str:
     """Return a note if sampling starts from pure noise at a row that still has signal, else an empty string."""
     states = model.states
-    end = float(states.a[-1, : states.image_columns].max())
+    end = signal(states.log_snr[-1, : states.image_columns])
     if isinstance(model, TruncatedModel) or end <= TERMINAL_BOUND:
         return ""
     cure = "; fit a prior at that row (the command prior)" if states.K == 1 else ""

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_tdisent.artifacts import shapes_in
 from lightning_tdisent.diffusion.spec import identity, spec
 from lightning_tdisent.digests import sha256
@@ -33,7 +31,7 @@ def start_warm(denoiser: Denoiser, source: str) -> list[dict[str, Any]]:
     _refuse_states(denoiser, shared, source)
     network = shared.network
     if network.sees_state and not denoiser.network.sees_state:
-        network = network.at_index(rows[0])
+        network = network.at_time(shared.states.time[shared.states.index.tolist().index(rows[0])].item())
     _refuse_network(denoiser, network, source)
     denoiser.network.load_state_dict(network.state_dict())
     card = cards[0]
@@ -55,8 +53,8 @@ def refuse_start(denoiser: Denoiser, source: str) -> None:
     _refuse_states(denoiser, shared, source)
     if not (shared.network.sees_state and not denoiser.network.sees_state):
         _refuse_network(denoiser, shared.network, source)
-    elif type(shared.network).at_index is Network.at_index:
-        shared.network.at_index(0)  # raises InputError
+    elif type(shared.network).at_time is Network.at_time:
+        shared.network.at_time(0)  # raises InputError
 
 
 def _refuse_states(denoiser: Denoiser, shared: Denoiser, source: str) -> None:
@@ -71,10 +69,12 @@ def _refuse_states(denoiser: Denoiser, shared: Denoiser, source: str) -> None:
             f"warm_start: the states of {source} are made of [{there.made_of or 'x_0'}], this table's of "
             f"[{here.made_of or 'x_0'}]"
         )
-    if not all(torch.allclose(here.log_snr[s], there.log_snr[row_there[t]]) for s, t in indices.items()):
-        raise InputError(
-            f"warm_start: {source} was trained with other noise levels at indices {list(indices.values())}"
-        )
+    for s, t in indices.items():
+        if found := here.difference(s, there, row_there[t]):
+            raise InputError(
+                f"warm_start: {source} was trained with other noise levels: {found[0]} at index {t} is {found[2]}, in "
+                f"this table {found[1]}"
+            )
     strange = [t for t in indices.values() if row_there[t] not in shared.rows]
     if strange and (shared.network.sees_state or denoiser.network.sees_state):
         owned = [int(there.index[s]) for s in shared.rows]

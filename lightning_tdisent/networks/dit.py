@@ -62,8 +62,8 @@ class DiT(Network):
             self.net.proj_out_1 = Bias(2 * inner)
 
     @torch.no_grad()
-    def at_index(self, index: int) -> Network:
-        """See `Network.at_index`: the time embedding is added to each class vector, or sets the learned vectors."""
+    def at_time(self, time: float) -> Network:
+        """See `Network.at_time`: the time embedding is added to each class vector, or sets the learned vectors."""
         other = self.time_agnostic().to(self.net.device, self.net.dtype)
         assert isinstance(other, DiT)
         state = other.state_dict()
@@ -72,7 +72,7 @@ class DiT(Network):
         for mine, theirs in zip(self.net.transformer_blocks, other.net.transformer_blocks, strict=True):
             emb = mine.norm1.emb
             device = self.net.pos_embed.proj.weight.device
-            t = emb.timestep_embedder(emb.time_proj(torch.tensor([index], device=device)).to(self.net.dtype))
+            t = emb.timestep_embedder(emb.time_proj(torch.tensor([time], device=device)).to(self.net.dtype))
             embeddings.append(t)
             if self.classes is not None:
                 theirs.norm1.emb.class_embedder.embedding_table.weight += t
@@ -82,10 +82,10 @@ class DiT(Network):
             other.net.proj_out_1.bias.copy_(self.net.proj_out_1(silu(embeddings[0]))[0])
         return other
 
-    def forward(self, x: Tensor, index: Tensor | None = None, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | None = None, label: Tensor | None = None) -> Tensor:
         """See `Network`."""
         label = self.labels(x, label)
         if label is None:
             label = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        out: Tensor = self.net(x, self.indices(x, index), class_labels=label, return_dict=False)[0]
+        out: Tensor = self.net(x, self.times(x, time), class_labels=label, return_dict=False)[0]
         return out

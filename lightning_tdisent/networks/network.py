@@ -14,15 +14,16 @@ Conditioning = Literal["state", "none"]
 
 
 class Network(Part, nn.Module):
-    """Base class of networks: (x, original index or None, label) -> raw output. It does not use the noise schedule.
+    """Base class of networks: (x, time or None, label) -> raw output. It does not use the noise schedule.
 
     The constructor of a subclass takes the three arguments below and keeps every argument as an attribute of the same
-    name. The subclass implements ``forward(x, index, label)``: x and the result (B, C, H, W), index int64 (B,) in 1..T
-    or None, label int64 (B,) in 0..classes (``classes`` itself is the null label of classifier-free guidance) or None.
+    name. The subclass implements ``forward(x, time, label)``: x and the result (B, C, H, W), time (B,) or None, label
+    int64 (B,) in 0..classes (``classes`` itself is the null label of classifier-free guidance) or None. The time of a
+    state is its index in 1..T, int64, or what its schedule says (`NoiseSchedule.times`), float32.
 
     shape: (C, H, W) of an image, or the shape of any other state.
     classes: number of class labels, None for an unconditional network.
-    conditioning: ``state`` conditions on the original index of the state; ``none`` is fully time-agnostic: no
+    conditioning: ``state`` conditions on the time of the state; ``none`` is fully time-agnostic: no
         embedding, no projections, fewer parameters (2606.20416). If not given: ``none`` for an expert of one state,
         else ``state``.
     """
@@ -38,7 +39,7 @@ class Network(Part, nn.Module):
 
     @property
     def sees_state(self) -> bool:
-        """True if the output may depend on the index."""
+        """True if the output may depend on the time."""
         return self.conditioning != "none"
 
     def time_agnostic(self) -> "Network":
@@ -57,29 +58,29 @@ class Network(Part, nn.Module):
         data["init_args"] |= arguments
         return build(data, Network)
 
-    def at_index(self, index: int) -> "Network":
-        """Return a time-agnostic network that equals this one at ``index``: its weights absorb the time embedding."""
-        raise InputError(f"{type(self).__name__} has no at_index: a time-agnostic expert cannot start warm from it")
+    def at_time(self, time: float) -> "Network":
+        """Return a time-agnostic network that equals this one at ``time``: its weights absorb the time embedding."""
+        raise InputError(f"{type(self).__name__} has no at_time: a time-agnostic expert cannot start warm from it")
 
     def example(self, n: int = 1) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return example inputs (x, index, label) with the shapes and dtypes that training uses.
+        """Return example inputs (x, time, label) with the shapes and dtypes that training uses.
 
-        x: zeros (n, C, H, W); index: ones (n,), or None for a time-agnostic network; label: class 0 for all but the
+        x: zeros (n, C, H, W); time: ones (n,), or None for a time-agnostic network; label: class 0 for all but the
         last sample, which has the null label, or None without classes.
         """
         parameter = next(self.parameters(), torch.zeros(()))
         x = torch.zeros(n, *self.shape).to(parameter)
-        index = torch.ones(n, dtype=torch.long, device=x.device) if self.sees_state else None
+        time = torch.ones(n, dtype=torch.long, device=x.device) if self.sees_state else None
         label = None if self.classes is None else torch.tensor([0] * (n - 1) + [self.classes], device=x.device)
-        return x, index, label
+        return x, time, label
 
-    def indices(self, x: Tensor, index: Tensor | None) -> Tensor:
-        """Return the original indices, or zeros for a time-agnostic network. Raises InputError if they are missing."""
+    def times(self, x: Tensor, time: Tensor | None) -> Tensor:
+        """Return the times, or zeros for a time-agnostic network. Raises InputError if they are missing."""
         if not self.sees_state:
             return torch.zeros(len(x), dtype=torch.long, device=x.device)
-        if index is None:
-            raise InputError(f"this {type(self).__name__} is conditioned on the state: pass the original index")
-        return index
+        if time is None:
+            raise InputError(f"this {type(self).__name__} is conditioned on the state: pass the time")
+        return time
 
     def labels(self, x: Tensor, label: Tensor | None) -> Tensor | None:
         """Return the labels (B,): the null label if none are given, None for an unconditional network.

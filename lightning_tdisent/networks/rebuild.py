@@ -110,19 +110,19 @@ def faithful(network: Network) -> Network:
         else value
         for key, value in network.named_parameters()
     }
-    zeros, index, label = network.example(2)
+    zeros, time, label = network.example(2)
     random_x = torch.randn(zeros.shape, generator=generator).to(zeros)
     _refuse_signature(network)
 
     def output(of: Network, n: int = 2, seed: int = 0) -> Tensor:
-        x, given = random_x[:n], [None if t is None else t[:n] for t in (index, label)]
+        x, given = random_x[:n], [None if t is None else t[:n] for t in (time, label)]
         with evaluating(of), _seeded(seed):
             try:
                 out = functional_call(of, values, (x, *given))
             except (InputError, OSError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
-                what = f"x {list(x.shape)}, index and label {'none' if label is None else list(label.shape)}"
+                what = f"x {list(x.shape)}, time and label {'none' if label is None else list(label.shape)}"
                 raise InputError(f"{name} fails for {what}: {said(error)}") from error
         if not isinstance(out, Tensor) or out.shape != x.shape:
             found = list(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
@@ -162,13 +162,13 @@ def draws(network: Network) -> bool:
 
     The pass runs on a copy built from the `spec` of the network; network and generators do not change.
     """
-    x, index, label = network.example(2)
+    x, time, label = network.example(2)
     with _seeded(0):
         other = rebuild(network, without_weights)
         other.load_state_dict({k: v.clone() for k, v in network.state_dict().items()}, assign=True)
         other.to(x.device).train()
         before = _states(x.device)
-        other(x, index, label)
+        other(x, time, label)
         return any(not torch.equal(a, b) for a, b in zip(before, _states(x.device), strict=True))
 
 
@@ -193,14 +193,14 @@ def _refuse_other_weights(name: str, mine: dict[str, Tensor], theirs: dict[str, 
 
 
 def _refuse_signature(network: Network) -> None:
-    """Raise InputError unless forward can be called as ``forward(x, index, label)``."""
+    """Raise InputError unless forward can be called as ``forward(x, time, label)``."""
     try:
         signature = inspect.signature(network.forward)
         signature.bind(None, None, None)
     except TypeError:
         raise InputError(
-            f"{type(network).__name__}.forward{signature} cannot be called as forward(x, index, label); it must accept "
-            "these three (index is None for a time-agnostic network, label is None without classes)"
+            f"{type(network).__name__}.forward{signature} cannot be called as forward(x, time, label); it must accept "
+            "these three (time is None for a time-agnostic network, label is None without classes)"
         ) from None
     except ValueError:  # a callable without a signature
         return

@@ -25,7 +25,7 @@ def stack(networks: Sequence[Network]) -> tuple[Network, dict[str, Tensor]]:
     """Return one network that computes S networks, and its weights.
 
     The weights are leaf tensors (S, ...) under the parameter names of a single network. The network takes x
-    (B S, C, H, W), index and label (B S,). Its output for sample n is that of network n % S up to the order of sums,
+    (B S, C, H, W), time and label (B S,). Its output for sample n is that of network n % S up to the order of sums,
     and the gradient of a sample reaches the weights of its own network only. Convolutions, linear layers and group
     normalisations have specialised implementations; other layers with weights use `torch.func.vmap`. A layer that mixes
     the samples of a batch would mix networks. Raises InputError for networks with different specs.
@@ -63,12 +63,12 @@ def obstacle(network: Network) -> str:
         return torch.randn(like.shape, generator=generator).to(like)
 
     leaves = {name: (w.detach() + 0.02 * noise(w)).requires_grad_() for name, w in weights.items()}
-    zeros, index, label = network.example(4)
+    zeros, time, label = network.example(4)
     x = noise(zeros)
     other = torch.cat([x[:2], noise(x[2:])])
     before = dict(network.named_buffers())
     buffers = {name: buffer.clone() for name, buffer in before.items()}
-    out, again = (functional_call(network, {**leaves, **buffers}, (one, index, label)) for one in (x, other))
+    out, again = (functional_call(network, {**leaves, **buffers}, (one, time, label)) for one in (x, other))
     if moved := next((name for name, buffer in buffers.items() if not torch.equal(buffer, before[name])), None):
         return f"{moved} is a buffer that training changes"
     if not torch.allclose(out[:2], again[:2], rtol=1e-3, atol=1e-4 * float(out.detach().abs().max())):

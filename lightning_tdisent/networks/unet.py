@@ -76,13 +76,13 @@ class UNet(Network):
                 self.net.time_embedding = Zero(4 * channels[0])
 
     @torch.no_grad()
-    def at_index(self, index: int) -> Network:
-        """See `Network.at_index`: the projected embedding is added to a bias, or with classes to each class vector."""
+    def at_time(self, time: float) -> Network:
+        """See `Network.at_time`: the projected embedding is added to a bias, or with classes to each class vector."""
         other = self.time_agnostic().to(self.net.device, self.net.dtype)
         assert isinstance(other, UNet)
         state = other.state_dict()
         other.load_state_dict({k: v for k, v in self.state_dict().items() if k in state})
-        t = self.net.time_proj(torch.tensor([index], device=self.net.device)).to(self.net.dtype)
+        t = self.net.time_proj(torch.tensor([time], device=self.net.device)).to(self.net.dtype)
         embedding = self.net.time_embedding(t)
         if self.classes is not None:
             other.net.class_embedding.weight += embedding
@@ -91,9 +91,9 @@ class UNet(Network):
             theirs.conv1.bias += mine.time_emb_proj(silu(embedding))[0]
         return other
 
-    def forward(self, x: Tensor, index: Tensor | None = None, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | None = None, label: Tensor | None = None) -> Tensor:
         """See `Network`."""
-        out: Tensor = self.net(x, self.indices(x, index), class_labels=self.labels(x, label), return_dict=False)[0]
+        out: Tensor = self.net(x, self.times(x, time), class_labels=self.labels(x, label), return_dict=False)[0]
         return out
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_tdisent.data.shards import ImageSet
+from lightning_tdisent.diffusion.table import signal
 from lightning_tdisent.errors import NotFinite
 from lightning_tdisent.evaluation.conditional import DRAWS
 from lightning_tdisent.evaluation.observations import Observations, observed
@@ -159,7 +160,7 @@ def write_report(
         shown = probe_rows(model.states.rows, 8)
         strip = forward_strip(model, few, shown)
         tiles = grid(strip.flatten(0, 1), strip.shape[1])
-        levels = ", ".join(f"{float(model.states.a[s, 0]):.3g}" for s in shown)
+        levels = ", ".join(f"{signal(model.states.log_snr[s, :1]):.3g}" for s in shown)
         of = "" if model.states.K == 1 else " of the coarsest component"
         parts.append(figures.picture(tiles, wide(tiles), f"Forward: x_0, then signal coefficients a{of} = {levels}."))
     for contender in drawn:

@@ -194,7 +194,7 @@ def ode_likelihood(
     if states.K > 1:
         raise InputError(f"the ODE's likelihood is for tables of one column, this one has {states.K}")
     if float(states.on_cpu["a"][-1, 0]) == 0:
-        raise InputError("the ODE's likelihood needs some signal at the last row; use a schedule without zero_terminal")
+        raise InputError("the ODE's likelihood needs some signal at the last row; use a table that ends with signal")
     x0 = _data(images, ids, decoder).to(parameter.device)
     D, a, b, n = x0[0].numel(), *(states.on_cpu[k][:, 0] for k in ("a", "b", "scale"))
     u = (b / a).log()

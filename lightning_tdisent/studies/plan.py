@@ -226,7 +226,7 @@ def _add_fleet_configs(
 
 
 class Role(NamedTuple):
-    """What a run trains.
+    """Role of a run in a study: its training.
 
     kind: ``model`` (of images), ``prior``, or empty for neither.
     name: name of its class.

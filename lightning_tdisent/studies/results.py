@@ -172,7 +172,7 @@ class Study:
 
     @property
     def _conditional(self) -> bool:
-        """Whether a contender whose weights exist is conditional."""
+        """True if a contender whose weights exist is conditional."""
         return any(build(card.states, LatentStates).observation is not None for card in self._cards.values())
 
     @property

@@ -230,7 +230,7 @@ def test_the_table_never_changes_its_dtype(move):
     for name, value in module.states.named_buffers():
         assert value.dtype == before[name].dtype
         assert torch.equal(value, before[name])
-    assert set(before) == {"log_snr", "a", "b", "index", "scale", "time"}
+    assert set(before) == {"log_snr", "a", "b", "index", "scale"}
     assert module.states.fingerprint == fingerprint
     assert [module.states.coefficients(s) for s in range(33)] == rows
 

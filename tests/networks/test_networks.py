@@ -115,7 +115,7 @@ def test_at_index_says_what_the_network_says_there(kind, classes):
     before = {k: v.clone() for k, v in net.state_dict().items()}
     labels = [None] if classes is None else [None, torch.tensor([0, 1, 2]), torch.tensor([3, 0, 3])]
     for t in (1, 300, 992):
-        there = net.at_index(t).eval()
+        there = net.at_time(t).eval()
         assert not there.sees_state
         assert size(there) < size(net)
         for label in labels:
@@ -131,7 +131,7 @@ def test_at_index_says_what_the_network_says_there(kind, classes):
 @torch.no_grad()
 def test_at_index_keeps_the_precision_of_the_network(kind, classes):
     net = make(kind, classes=classes).double()
-    there = net.at_index(300)
+    there = net.at_time(300)
     x = images().double()
     assert (there(x) - net(x, index(300))).abs().max() < 1e-5
 
@@ -218,8 +218,8 @@ def test_a_network_that_cannot_fold_its_embedding_says_so():
     class Plain(Network):
         pass
 
-    with pytest.raises(InputError, match="Plain has no at_index"):
-        Plain([1, 8, 8], None, None).at_index(3)
+    with pytest.raises(InputError, match="Plain has no at_time"):
+        Plain([1, 8, 8], None, None).at_time(3)
 
 
 @KINDS

@@ -130,7 +130,7 @@ def changed(network, **attributes):
         (lambda: changed(Plain(SHAPE), extra=nn.Linear(2, 3)), ["extra.bias [3], rebuilt none", "extra.weight"]),
         (lambda: Wide(SHAPE), ["Wide", "[2, 1, 4, 4]", "[2, 2, 4, 4]"]),
         (lambda: Mean(SHAPE), ["Mean", "[2, 1, 4, 4]", "[2, 1, 1, 1]"]),
-        (lambda: TwoArguments(SHAPE), ["TwoArguments.forward(x, t)", "forward(x, index, label)"]),
+        (lambda: TwoArguments(SHAPE), ["TwoArguments.forward(x, t)", "forward(x, time, label)"]),
         (lambda: Broken(SHAPE), ["Broken fails for x [2, 1, 4, 4]", "RuntimeError", "test_rebuild.py:"]),
         (lambda: Drawn(SHAPE), ["Drawn", "two calls with one input"]),
     ],

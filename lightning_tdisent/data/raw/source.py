@@ -10,10 +10,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
-import braceexpand
-
 from lightning_tdisent.data import splits
-from lightning_tdisent.data.tars import MAX_SHARDS
+from lightning_tdisent.data.tars import expand_braces
 from lightning_tdisent.digests import digest_of
 from lightning_tdisent.errors import InputError
 
@@ -84,11 +82,11 @@ class Source(Protocol):
 
     @property
     def shuffled(self) -> bool | None:
-        """Whether `prepare` shuffles by default, as the raw order may be by class; None: it can only read in order."""
+        """True if `prepare` shuffles by default, as the raw order may be by class; None: it can only read in order."""
 
     @property
     def notes(self) -> list[str]:
-        """What was read as a split, class or caption, and what was not read; one line each."""
+        """Lines that name what was read as a split, class or caption, and what was not read."""
 
     def __len__(self) -> int: ...
 
@@ -211,12 +209,7 @@ def _matching(names: list[str], pattern: str, where: Path) -> list[str]:
 
     Raises `InputError` if braces name a file that does not exist.
     """
-    try:
-        wanted = list(itertools.islice(braceexpand.braceexpand(pattern), MAX_SHARDS + 1))
-    except ValueError as error:  # braces that do not match
-        raise InputError(f"{where}: --split {pattern}: {error}") from None
-    if len(wanted) > MAX_SHARDS:
-        raise InputError(f"{where}: --split {pattern}: more than {MAX_SHARDS:,} names")
+    wanted = expand_braces(pattern, f"{where}: --split {pattern}")
     globs = [w for w in wanted if re.search(r"[*?\[]", w)]
     exact = set(wanted).difference(globs)
     if missing := sorted(exact.difference(names)):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_tdisent.errors import InputError, NotFinite, check_number
 from lightning_tdisent.evaluation.observations import observed
-from lightning_tdisent.evaluation.pictures import estimate_strip, forward_strip, reverse_strip, save_png
+from lightning_tdisent.evaluation.pictures import estimate_strip, forward_strip, reverse_strip, save_png, shown
 from lightning_tdisent.finite import refuse_non_finite
 from lightning_tdisent.images import grid, to_uint8
 from lightning_tdisent.lit.inference import DenoiserModule
@@ -67,7 +67,7 @@ class Pictures(Rehearsed):
         if isinstance(pl_module, PriorModule):
             states = pl_module.prior.sample(seeds, int(denoiser.states.index[rows[-1]]))
             refuse_non_finite("the prior", {"its samples": states})
-            self._show(trainer, "samples", to_uint8(states))
+            self._show(trainer, "samples", to_uint8(shown(denoiser.states, states, rows[-1])))
         elif pl_module.whole:
             given = observed(denoiser.states, data.images, len(seeds))
             self._show(
@@ -88,7 +88,8 @@ class Pictures(Rehearsed):
         data = trainer.datamodule.held_out
         forward_strip(denoiser, data.images[:2], rows[-1:])
         if isinstance(module, PriorModule):
-            images = to_uint8(module.prior.sample(range(2), int(denoiser.states.index[rows[-1]])))
+            states = module.prior.sample(range(2), int(denoiser.states.index[rows[-1]]))
+            images = to_uint8(shown(denoiser.states, states, rows[-1]))
         if images is None:
             images = estimate_strip(denoiser, data.images[:2], rows[-1]).flatten(0, 1)
         grid(images.cpu())
