@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Conditions of a comparison with real images; two numbers are comparable if the hashes of their protocols are equal.
+    """Conditions of a comparison with real images: two numbers are comparable if their protocols have one hash.
 
     features: feature network; resize: how it brings images to its size, dtype: of its arithmetic (None: its default).
     n: number of generated images, of seeds first_seed .. + n - 1 (None: they come from files). split, n_real: real
