@@ -63,6 +63,11 @@ def nearest(word: str, allowed: Iterable[str], likeness: float = 0.5) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def is_whole(value: Any) -> bool:
+    """Return whether a value is an integer and not a boolean."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_number(
     key: str, value: Any, least: float = 0, most: float = math.inf, above: bool = False, whole: bool = False
 ) -> None:
@@ -71,7 +76,7 @@ def check_number(
     key: name of the value, for the message; above: exclude ``least`` itself; whole: accept integers only. Strings and
     booleans are not numbers.
     """
-    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    number = is_whole(value) if whole else isinstance(value, Real) and not isinstance(value, bool)
     if number and least <= value <= most and math.isfinite(value) and not (above and value == least):
         return
     kind = "" if number and math.isfinite(value) else "an integer, " if whole else "a number, "
@@ -88,7 +93,7 @@ LARGEST = 1 << 26  # maximum number of values in a state: one channel of 8192 x 
 
 def check_shape(key: str, shape: Any) -> None:
     """Raise InputError unless ``shape`` is [channels, height, width], integers >= 1 with at most `LARGEST` values."""
-    whole = isinstance(shape, (list, tuple)) and all(isinstance(n, int) and not isinstance(n, bool) for n in shape)
+    whole = isinstance(shape, (list, tuple)) and all(is_whole(n) for n in shape)
     if not whole or len(shape) != 3 or min(shape) < 1:
         raise InputError(f"{key} must be [channels, height, width] of an image, got {shape!r:.200}")
     if math.prod(shape) > LARGEST:

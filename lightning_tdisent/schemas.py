@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from lightning_tdisent import __version__
-from lightning_tdisent.errors import InputError, Newer
+from lightning_tdisent.errors import InputError, Newer, is_whole
 
 DEEPEST = 64  # maximum nesting depth; well above that of any file of this project
 
@@ -45,7 +45,7 @@ def check_schema(
     without it. Raises InputError that names the file and both schemas; Newer if the file's schema is a later one.
     """
     found = data.get("schema", absent)
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+    if not is_whole(found) or found < 1:
         said = f"{found!r:.40}" if "schema" in data else "none"
         raise InputError(f"{where}: damaged: its schema is {said}, expected an integer from 1 to {reads}")
     if found > reads:

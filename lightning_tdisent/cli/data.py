@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 from lightning_tdisent.cli.terminal import Commands, Run, bar, command, cores, wide_console
-from lightning_tdisent.errors import Halted, InputError
+from lightning_tdisent.errors import Halted, InputError, check_number
 from lightning_tdisent.files import write_whole
 
 TEXT = "make, prepare, index, verify or inspect shards of images"
@@ -74,6 +74,12 @@ def add_commands(commands: Commands) -> None:
     n.add_argument("--out", type=Path, help="the PNG to write (default inspect-SPLIT.png in this folder)")
 
 
+def _processes(a: argparse.Namespace) -> int:
+    if a.jobs is not None:
+        check_number("--jobs", a.jobs, 1)
+    return a.jobs or cores()
+
+
 def _prepare(a: argparse.Namespace) -> None:
     from lightning_tdisent.data.prepare import Options, caption_count, is_split, prepare
     from lightning_tdisent.data.raw import class_table, find_source
@@ -101,7 +107,7 @@ def _prepare(a: argparse.Namespace) -> None:
     if source.classes:
         print(f"  class numbers: {_plain(class_table(source.classes))}")
     with bar("samples") as progress:
-        made = prepare(source, split, a.out, options, cores(a.jobs), progress)
+        made = prepare(source, split, a.out, options, _processes(a), progress)
     print(f"{a.out}: {made.samples:,} samples in {made.shards} shards, {made.bytes / 1e6:,.1f} MB, with their index")
     print(f"  captions: {caption_count(made.captions, made.samples)}")
     for kind, n in made.depths.most_common():
@@ -146,7 +152,7 @@ def _toy(a: argparse.Namespace) -> None:
         raise InputError(f"-n {a.n} --size {a.size}: at least one picture, of at least 4 pixels")
     with bar("samples") as progress:
         source = Toy(a.n, a.size, a.seed)
-        made = prepare(source, a.split, a.out, Options(samples=-(-a.n // 4)), cores(a.jobs), progress)
+        made = prepare(source, a.split, a.out, Options(samples=-(-a.n // 4)), _processes(a), progress)
     print(f"{a.out}: {made.samples:,} pictures in {made.shards} shards, with their index")
 
 
@@ -161,7 +167,7 @@ def _index(a: argparse.Namespace) -> None:
     if not is_remote(file):
         refuse_unwritable(Path(file).parent, ELSEWHERE)
     with bar("shards") as progress:
-        index = build(files, cores(a.jobs), progress, regions=not a.no_samples)
+        index = build(files, _processes(a), progress, regions=not a.no_samples)
     if index.unusable[0] == len(index) and index.notes:  # if samples cannot be used, the last note says so
         raise InputError(f"{a.folder} ({a.split}): no sample can be used: {index.notes[-1]}")
     index.save(file)
@@ -173,7 +179,7 @@ def _verify(a: argparse.Namespace) -> None:
     from lightning_tdisent.data.verify import verify
 
     with bar("shards") as progress:
-        index, wrong = verify(a.folder, a.split, cores(a.jobs), progress, a.index)
+        index, wrong = verify(a.folder, a.split, _processes(a), progress, a.index)
     for line in wrong[:20]:
         print(line)
     what = f"{a.folder} ({a.split})"

@@ -108,7 +108,7 @@ def _fleet_plan(a: argparse.Namespace) -> None:
     if simulated:
         pool, given = simulated
         if "speed" not in given:
-            found = rehearse(fleet, fits, min(pool.workers, cores(None)), facts[-1].accumulate)
+            found = rehearse(fleet, fits, min(pool.workers, cores()), facts[-1].accumulate)
             kept = {name: getattr(pool, name) for name in given}
             pool = replace(found, **{"workers": pool.workers, **kept})
         for name, text in lines(fleet, facts, pool):
@@ -181,7 +181,7 @@ def _fleet_run(a: argparse.Namespace) -> None:
             os.environ.pop(name, None)
         if a.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = "" if a.gpus == "none" else a.gpus
-        os.environ["OMP_NUM_THREADS"] = str(threads or cores(None))
+        os.environ["OMP_NUM_THREADS"] = str(threads or cores())
         use_device("cpu")
         work_through(work, train, session)
         refuse_undone(work, session)
@@ -269,8 +269,12 @@ def _fleet_status(a: argparse.Namespace) -> None:
         with Live(LiveBoard(found, title), console=console) as live:
             while any(tile.state not in ("done", "failed") for tile in found):
                 time.sleep(1)
-                found = tiles(work)
-                live.update(LiveBoard(found, title))
+                shown = title
+                try:
+                    found = tiles(work)
+                except OSError as error:  # a failure of the store or network that may pass
+                    shown = f"{title} (not updated: {error})"
+                live.update(LiveBoard(found, shown))
     else:
         console.print(board(found, title), highlight=False)
     if a.html:

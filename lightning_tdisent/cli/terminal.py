@@ -105,11 +105,9 @@ def refuse_no_page(path: Path | None, option: str) -> None:
         raise InputError(f"{option} {path}: the output is a page; name a file that ends with .html")
 
 
-def cores(asked: int | None) -> int:
-    """Return the number of processes: ``asked`` if given (at least 1), else the cores available to this process."""
-    if asked is not None and asked < 1:
-        raise InputError(f"--jobs: at least 1, got {asked}")
-    return asked or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+def cores() -> int:
+    """Return the number of cores available to this process."""
+    return len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import io
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,8 +35,8 @@ Content = bytes | Exception
 
 
 def is_remote(url: str) -> bool:
-    """Return whether fsspec has to open a folder or file."""
-    return "://" in url or "::" in url
+    """Return whether fsspec has to open a folder or file: its name begins with a protocol, ``s3://`` or ``zip::``."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)", url) is not None
 
 
 def file_system(url: str, key: str = "data.path: ") -> tuple[Any, str]:

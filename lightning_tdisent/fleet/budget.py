@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.errors import InputError, is_whole, nearest
 
 RULES = ("uniform", "taper", "snr", "explicit", "adaptive")
 Curve = list[tuple[int, float]]  # (images seen, weighted error)
@@ -61,7 +61,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise InputError(f"rule: unknown {self.rule!r}.{nearest(str(self.rule), RULES)} Known: {', '.join(RULES)}")
-        if isinstance(self.images, bool) or not isinstance(self.images, int) or self.images < 1:
+        if not is_whole(self.images) or self.images < 1:
             raise InputError(f"images: expected the images of all jobs, an integer of at least 1, got {self.images!r}")
         for name, low, high in (("least", 0, 1), ("end", 0, 1), ("first", 0.01, 1), ("rounds", 1, 10_000)):
             value = getattr(self, name)
@@ -80,7 +80,7 @@ class Budget:
     @classmethod
     def of(cls, data: Any, where: str) -> "Budget":
         """Create a budget from a mapping or from a number of images; ``where`` is named in error messages."""
-        data = {"images": data} if isinstance(data, int) and not isinstance(data, bool) else data
+        data = {"images": data} if is_whole(data) else data
         names = [f.name for f in fields(cls)]
         if not isinstance(data, dict) or "images" not in data:
             raise InputError(

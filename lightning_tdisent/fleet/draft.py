@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tdisent.diffusion.table import split_rows
-from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.errors import InputError, is_whole, nearest
 from lightning_tdisent.files import typed
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.kept import CONFIGS, copy_name, edits
@@ -205,7 +205,7 @@ def _blocks(data: dict[str, Any], sizes: Sequence[int], file: str) -> list[list[
         raise InputError(f"{file}: experts and rows are both given; give one of them")
     if data.get("rows") is not None:
         rows = data["rows"]
-        good = isinstance(rows, list) and all(isinstance(b, list) and all(isinstance(s, int) for s in b) for b in rows)
+        good = isinstance(rows, list) and all(isinstance(b, list) and all(is_whole(s) for s in b) for b in rows)
         if not good:
             raise InputError(f"{file}: rows: expected a list of lists of row numbers, got {rows!r}")
         if far := sorted({s for block in rows for s in block} - {*range(1, S + 1)}):

@@ -8,16 +8,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.errors import InputError, is_whole, nearest
 from lightning_tdisent.files import compose_yaml, expand_all
 
 ANY, TEXT, LIST, MAPPING = "", "text", "a list", "a mapping"
 SETTINGS, WHOLE, COUNT = "a mapping of config keys", "an integer", "an integer of at least 1"
 SEED = "an integer in [0, 2^32)"
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
@@ -27,9 +23,9 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     MAPPING: lambda value: isinstance(value, dict),
     "a mapping of names to settings": lambda value: isinstance(value, dict),
     SETTINGS: lambda value: isinstance(value, dict),
-    WHOLE: _is_whole,
-    COUNT: lambda value: _is_whole(value) and value >= 1,
-    SEED: lambda value: _is_whole(value) and 0 <= value < 1 << 32,
+    WHOLE: is_whole,
+    COUNT: lambda value: is_whole(value) and value >= 1,
+    SEED: lambda value: is_whole(value) and 0 <= value < 1 << 32,
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from lightning_tdisent.digests import digest
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, is_whole
 from lightning_tdisent.files import load_yaml, repeated_keys, typed
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.job import Job
@@ -455,7 +455,7 @@ def _parse_expert(entry: Any, where: str) -> Planned:
         except InputError as error:
             wrong.append(str(error))
     rows = entry["rows"]
-    if not isinstance(rows, list) or not rows or not all(isinstance(s, int) for s in rows) or sorted(set(rows)) != rows:
+    if not isinstance(rows, list) or not rows or not all(is_whole(s) for s in rows) or sorted(set(rows)) != rows:
         wrong.append(f"rows: {rows!r} (expected ascending row numbers)")
     name = entry["name"]
     if invalid := fault(name, FOLDERS, "._-+") or ("numbers stand for expert_NNN" if name.isdigit() else None):
@@ -465,7 +465,7 @@ def _parse_expert(entry: Any, where: str) -> Planned:
         wrong.append(f"start: {entry['start']!r}")
     if not isinstance(entry.get("set", {}), dict):
         wrong.append(f"set: {entry['set']!r} (expected a mapping of config keys)")
-    if not isinstance(entry.get("parts", 1), int) or entry.get("parts", 1) < 1:
+    if not is_whole(entry.get("parts", 1)) or entry.get("parts", 1) < 1:
         wrong.append(f"parts: {entry['parts']!r} (expected the batches per step, at least 1)")
     if wrong:
         raise InputError(f"{where} ({name}): {'; '.join(wrong)}")
@@ -477,7 +477,7 @@ def whole_steps(entry: dict[str, Any], where: str) -> int:
     """Return the images of a shared model rounded down to whole optimizer steps; raise InputError for less than one."""
     images, batch, parts = entry["images"], entry["batch"], entry.get("parts", 1)
     step = batch * parts
-    if isinstance(images, bool) or not isinstance(images, int) or images < step:
+    if not is_whole(images) or images < step:
         least = f"{parts} batches" if parts > 1 else "one batch"
         raise InputError(f"{where}: expected at least {least} of {batch} images, got {images!r}")
     return int(images // step * step)
@@ -525,8 +525,10 @@ def settings(pairs: Sequence[str], option: str = "--set") -> list[tuple[str, Any
 
 
 def _parse_value(text: str) -> Any:
-    """Parse a word as YAML; numbers in base 60 or 8, such as the time 00:12:00:00, stay text."""
+    """Parse a word as YAML 1.2: 1e-3 is a number, and the time 00:12:00:00 and 010 stay text."""
     value = yaml.safe_load(text)
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        return float(value)
     return text if isinstance(value, (int, float)) and re.search(r":|^[-+]?0\d", text) else value
 
 

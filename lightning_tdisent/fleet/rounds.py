@@ -19,7 +19,7 @@ def newest(fleet: "Fleet") -> tuple[int, dict[str, Any] | None]:
     numbers = [int(name[:-5]) for name in fleet.store.names(FOLDER) if name.endswith(".json") and name[:-5].isdigit()]
     if not numbers:
         return 0, None
-    return max(numbers), read_json(fleet.store, f"{FOLDER}/{max(numbers):04d}.json")
+    return max(numbers), read_json(fleet.store, f"{FOLDER}/{max(numbers):04d}.json", ("images",))
 
 
 def targets(fleet: "Fleet") -> tuple[int, dict[str, int]]:
@@ -105,4 +105,4 @@ def _remaining(fleet: "Fleet", number: int, images: dict[str, int]) -> tuple[flo
 
 def curve(fleet: "Fleet", name: str) -> dict[str, Any] | None:
     """Return the error curve of an expert or of the shared model; None if it has not written one."""
-    return read_json(fleet.store, f"{fleet.folder(name)}/{CURVE}")
+    return read_json(fleet.store, f"{fleet.folder(name)}/{CURVE}", ("points", "variances"))

@@ -93,7 +93,7 @@ class Jobs:
 
     def curve(self, job: Job) -> dict[str, Any] | None:
         """Return the error curve in the job's folder, None if there is none."""
-        return read_json(Store(job.folder), CURVE)
+        return read_json(Store(job.folder), CURVE, ("points",))
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class FleetWork:
         """
         if not self.store.remote:
             return job.done
-        said = read_json(self.store, f"done/{job.name}.json")
+        said = read_json(self.store, f"done/{job.name}.json", ("images_seen",))
         if said is None:
             return False
         wrong = [f"{k} {said.get(k)}, not {v}" for k, v in job.expect.items() if said.get(k) != v]

@@ -11,6 +11,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import wait
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -220,10 +221,10 @@ class Store:
             raise InputError(f"{self.where}: {CARELESS}")
 
 
-def read_json(store: Store, name: str) -> dict[str, Any] | None:
+def read_json(store: Store, name: str, required: Sequence[str] = ()) -> dict[str, Any] | None:
     """Return the content of a JSON file without its schema, None if the file does not exist.
 
-    Raises InputError with the name of the file if it is truncated or not a JSON object.
+    Raises InputError with the name of the file if it is truncated, not a JSON object, or lacks a required key.
     """
     content = store.read(name)
     if content is None:
@@ -235,6 +236,10 @@ def read_json(store: Store, name: str) -> dict[str, Any] | None:
     if not isinstance(data, dict):
         raise InputError(f"{store}/{name}: damaged: not a JSON object. Remove it, and run the fleet again")
     check_schema(data, f"{store}/{name}", SCHEMA, absent=1)  # the first versions wrote no schema
+    if missing := [key for key in required if key not in data]:
+        raise InputError(
+            f"{store}/{name}: damaged: {', '.join(missing)} is missing. Remove it, and run the fleet again"
+        )
     return {key: value for key, value in data.items() if key != "schema"}
 
 

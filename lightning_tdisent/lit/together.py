@@ -87,11 +87,13 @@ def own_randomness() -> Iterator[None]:
     """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     state = torch.get_rng_state(), random.getstate(), np.random.get_bit_generator()
-    yield
-    torch.set_rng_state(state[0])
-    random.setstate(state[1])
-    np.random.set_bit_generator(state[2])
-    torch.cuda.set_rng_state_all(cuda)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state[0])
+        random.setstate(state[1])
+        np.random.set_bit_generator(state[2])
+        torch.cuda.set_rng_state_all(cuda)
 
 
 class Group:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lightning_tdisent.diffusion.spec import SomePart, build, class_path
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.diffusion.table import row_of
-from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.errors import InputError, is_whole, nearest
 from lightning_tdisent.files import output_path
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.kept import CONFIGS, copy_name
@@ -193,7 +193,7 @@ def _refuse_names(study: dict[str, Any], file: str) -> None:
         count = run.get("experts")
         if count is None:
             continue
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_whole(count) or count < 1:
             problems.append(f"{where}.experts: expected an integer of at least 1, got {count!r}")
             continue
         claims += [(f"{name}_{k:03d}", f"{where}.experts") for k in range(1, count + 1)]

@@ -21,7 +21,7 @@ from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.distributed import rank_and_world
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, is_whole
 from lightning_tdisent.evaluation.bits import ODE_ROWS, Bits
 from lightning_tdisent.evaluation.conditional import DRAWS, refuse_number
 from lightning_tdisent.evaluation.evaluate import REAL, Contender, evaluate, start_digest
@@ -146,7 +146,7 @@ class Study:
         if taken := [name for name in names if name.strip().endswith(REAL)]:
             raise InputError(f"contenders: {taken[0]!r} is the name of the row of the real images; choose another")
         limit = self.n_held_out
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 2):
+        if limit is not None and (not is_whole(limit) or limit < 2):
             raise InputError(f"n_held_out: a whole number from 2 on, got {limit!r}")
         self._contenders()
         if self.bits is not None and not any(c["sampler"] for c in self.contenders):

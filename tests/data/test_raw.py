@@ -379,6 +379,18 @@ def test_parquet_without_labels_and_with_nulls(parquet, tmp_path):
         find_source(tmp_path, "train")[0]
 
 
+def test_parquet_labels_of_text_may_be_numbers_and_none(parquet, tmp_path):
+    pa, rows = pytest.importorskip("pyarrow"), [(image(i), 0, "x") for i in range(3)]
+    parquet("a.parquet", rows, label=pa.array(["0", "-1", "2"]))
+    source = find_source(tmp_path, "train")
+    assert source.classes == []
+    assert [source[i].members.get("cls") for i in range(3)] == [b"0", None, b"2"]
+    parquet("a.parquet", rows, label=pa.array(["no", "-1", "yes"]))
+    source = find_source(tmp_path, "train")
+    assert source.classes == ["no", "yes"]
+    assert [source[i].members.get("cls") for i in range(3)] == [b"0", None, b"1"]
+
+
 def test_parquet_with_other_columns_is_refused(parquet, tmp_path):
     import pyarrow as pa
 

@@ -11,6 +11,7 @@ from making import opened, same, save_index, zipped
 from lightning_tdisent.data.decode import BadSample
 from lightning_tdisent.data.index import Index, path_of
 from lightning_tdisent.data.orders import Shuffled, Streamed
+from lightning_tdisent.data.remote import is_remote
 from lightning_tdisent.data.scan import build
 from lightning_tdisent.data.shards import Policy
 from lightning_tdisent.data.tars import find
@@ -35,6 +36,17 @@ def remote(shards, request):
         return form.format(name=name, folder=shards)
 
     return put
+
+
+def test_a_folder_whose_name_has_colons_is_a_folder(shards, tmp_path):
+    (folder := tmp_path / "set::of: colons").mkdir()
+    for file in shards.glob("*.tar"):
+        file.rename(folder / file.name)
+    save_index(folder)
+    assert opened(folder).decoded().images.shape[0] == 30
+    assert [is_remote(url) for url in ("s3://b/k", "zip::s3://b/k.zip", "memory://", str(folder), "./a::b")] == [
+        True, True, True, False, False
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("form", REMOTE)

@@ -146,6 +146,7 @@ def test_rows_are_owned_once_or_each_wrong_row_is_named(owner, spoil):
     [
         ("rows: [2]", "rows: [3]", "row 2 is owned by no expert\n  - row 3 is owned by expert_002 and expert_003"),
         ("rows: [2]", "rows: [2, 3]", "row 3 is owned by expert_002 and expert_003"),
+        ("rows: [1]", "rows: [true]", "rows: [True] (expected ascending row numbers)"),
         ("rows: [2]", "rows: two", r"experts\[1\] (expert_002): rows: 'two'"),
         ("name: expert_002", "name: expert_003", "two experts are called expert_003"),
         (
@@ -190,6 +191,13 @@ def test_an_edited_plan_that_cannot_be_run_is_refused(old, new, message, planned
         Fleet.load(fleet.store.where)
     assert message.replace("\\", "") in str(refusal.value)
     assert "plan.yaml" in str(refusal.value)
+
+
+def test_values_of_options_are_read_as_yaml_1_2():
+    words = ["a=1e-3", "b=2.5E+2", "c=00:12:00", "d=010", "e=[1, x]", "f=1e", "g=-.5e1"]
+    assert values_of(words) == [
+        ("a", 1e-3), ("b", 250.0), ("c", "00:12:00"), ("d", "010"), ("e", [1, "x"]), ("f", "1e"), ("g", -5.0)
+    ]  # fmt: skip
 
 
 def test_experts_that_wait_for_each_other_are_refused(planned):

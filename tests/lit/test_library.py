@@ -232,6 +232,16 @@ def test_losses_that_are_not_finite_are_reported_without_a_guard_of_ones_own(cls
     assert sum(isinstance(callback, Guard) for callback in trainer.callbacks) == 1
 
 
+def test_a_training_step_that_returns_a_loss_alone_is_told_which_curves_are_missing(make, plain, capsys):
+    loader = torch.utils.data.DataLoader([{"x0": torch.zeros(1, 8, 8)}] * 32, 16)
+    plain(LossPerState(), max_steps=4, log_every_n_steps=1).fit(make(Bare), loader, loader)
+    said = [line for line in capsys.readouterr().err.splitlines() if "neither train/loss" in line]
+    assert said == [
+        "note: Bare.training_step returns no 'losses' and 'row' per sample: neither train/loss nor losses per "
+        "state are logged"
+    ]
+
+
 def digests(folder):
     files = [path for path in sorted(folder.rglob("*.*")) if path.name != ".lock"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

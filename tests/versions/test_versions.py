@@ -244,6 +244,8 @@ def test_what_stores_keep_has_a_schema(tmp_path):
     store = Store(tmp_path)
     store.write("done/a.json", b'{"images_seen": 3}')
     assert read_json(store, "done/a.json") == {"images_seen": 3}
+    with pytest.raises(InputError, match=r"done/a.json: damaged: seconds is missing. Remove it, and run the"):
+        read_json(store, "done/a.json", ("images_seen", "seconds"))
     store.write("done/a.json", b'{"schema": 2, "images_seen": 3}')
     with pytest.raises(InputError, match=r"done/a.json: schema 2, made by a newer version.*reads 1. Upgrade"):
         read_json(store, "done/a.json")

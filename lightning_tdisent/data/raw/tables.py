@@ -50,7 +50,7 @@ class Parquet:
             raise InputError(f"{file}: row {row} of group {group} names the file {path} instead of holding it")
         members = {image_type(content) or "png": content}
         if isinstance(label, str):
-            label = self._numbers[label] if self.words else int(label)
+            label = self._numbers[label] if self.words and label != "-1" else int(label)
         if label is not None and label >= 0:  # some test sets mark missing classes by -1
             members["cls"] = str(label).encode()
         text = next(iter(text), None) if isinstance(text, list) else text
@@ -220,4 +220,4 @@ def _distinct(files: list[Path], column: str) -> set[str]:
         tables = [arrow.parquet.read_table(file, columns=[column])[column] for file in files]
     except (OSError, arrow.ArrowException) as error:
         raise InputError(f"the column {column} cannot be read: {error}") from None
-    return {word for values in tables for word in values.unique().to_pylist() if word is not None}
+    return {word for values in tables for word in values.unique().to_pylist() if word not in (None, "-1")}

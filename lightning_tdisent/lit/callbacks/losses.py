@@ -1,6 +1,7 @@
 """Log the training loss per state; it is summed on the device and read only at log points."""
 
 import math
+import sys
 from typing import Any
 
 import lightning.pytorch as L
@@ -31,6 +32,7 @@ class LossPerState(Logs):
         self.last: tuple[int, dict[str, float]] = (0, {})
         self.sums = torch.zeros(2, 0)
         self._restored: dict[str, Any] | None = None
+        self.lacking = False  # whether the module returns no losses per sample
 
     def _named(self, module: Diffusion) -> list[str]:
         return [f"train_loss/t{int(module.states.index[s]):04d}" for s in probe_rows(module.rows, self.bins)]
@@ -57,7 +59,19 @@ class LossPerState(Logs):
             trainer.logger.experiment.add_custom_scalars({"by state": charts})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], *_: Any) -> None:
-        """Add the losses to the sums; at a log point read, log and reset them."""
+        """Add the losses to the sums; at a log point read, log and reset them.
+
+        Print a note at the first step if a ``training_step`` of the user returns no losses per sample.
+        """
+        if not outputs.keys() >= {"losses", "row"}:
+            if trainer.is_global_zero and not self.lacking:
+                self.lacking = True
+                print(
+                    f"note: {type(pl_module).__name__}.training_step returns no 'losses' and 'row' per sample: "
+                    "neither train/loss nor losses per state are logged",
+                    file=sys.stderr,
+                )
+            return
         finite = outputs["losses"].isfinite()
         bins = self.bin_of[outputs["row"]]
         self.sums[0].index_add_(0, bins, outputs["losses"].where(finite, 0))
