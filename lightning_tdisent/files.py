@@ -11,7 +11,7 @@ import shutil
 import stat
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.processes import began, host
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")  # $NAME and ${NAME}
-_PREFIX = re.compile(r"(?:-{1,2}[\w.-]+=)?([\w.*-]+=)?(?:shared:)?")  # before the path: --set=data.path=~/d
+_PREFIX = re.compile(r"(?:-{1,2}[\w.* ,-]+=)?(?:shared:)?")  # before the path: --set.data.path=~/d
 URL = re.compile(r"[A-Za-z][\w+.-]+:{1,2}/|[A-Za-z][\w+.-]+::")  # also after Path has reduced // to /
 PROSE = ("title", "notes")  # keys of YAML files whose text is not a path
 PATHS = ("path", "run", "warm_start", "index", "mask", "source", "weights", "file", "folder")  # keys of paths
@@ -100,15 +100,20 @@ def output_path(path: str | Path, option: str = "out") -> Path:
     return Path(text)
 
 
-def expand_word(word: str, braces: bool = True) -> str:
-    """Expand the path in a command line argument, where ``--option=``, ``key=`` or both may precede the path.
+def expand_words(words: Sequence[str], braces: bool = True) -> list[str]:
+    """Expand the paths in the words of a command line, which ``--option=`` may precede.
 
-    ``${..}`` is left to OmegaConf after ``key=``, and everywhere if ``braces`` is false.
+    ``${..}`` is left to OmegaConf in the values of dotted options such as ``--set.data.path``, and everywhere if
+    ``braces`` is false.
     """
-    match = _PREFIX.match(word)
-    prefix, key = (match[0], match[1]) if match else ("", None)
-    where = prefix.rstrip("=").rpartition("=")[2] or ""
-    return prefix + expand(word[len(prefix) :], where, braces and not key)
+    out, before = list[str](), ""
+    for word in words:
+        match = _PREFIX.match(word)
+        prefix = match[0] if match else ""
+        option = prefix.partition("=")[0] if "=" in prefix else before
+        out.append(prefix + expand(word[len(prefix) :], option.lstrip("-"), braces and "." not in option))
+        before = word if word.startswith("--") else ""
+    return out
 
 
 def expand_all(data: Any, where: str = "", key: str = "") -> Any:

@@ -85,7 +85,7 @@ def test_a_checkpoint_is_exported_before_it_is_composed(fit, tmp_path, capsys):
         ["sample", "s3://bucket/run", "--out", "images"],
         ["export", "s3://bucket/run", "--out", "folder"],
         ["evaluate", "s3://bucket/run", "--data", "digits", "--protocol", "digits"],
-        ["study", "s3://bucket/run"],
+        ["study", "--config", "s3://bucket/run"],
         ["report", "s3://bucket/run"],
     ],
 )

@@ -17,7 +17,7 @@ from lightning_tdisent.data.shards import Shards
 from lightning_tdisent.data.toy import Toy
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation.pictures import save_png
-from lightning_tdisent.files import absolute_paths, expand, expand_all, expand_word, output_path, write_whole
+from lightning_tdisent.files import absolute_paths, expand, expand_all, expand_words, output_path, write_whole
 from lightning_tdisent.fleet.keys import read_yaml
 from lightning_tdisent.lit import entry
 from lightning_tdisent.models.averages import reconstruct
@@ -56,14 +56,17 @@ def home(tmp_path, monkeypatch) -> Path:
 def test_home_and_variables_are_expanded_in_words(home):
     up = home.parent
     known = {
-        "~": f"{home}", "~/y": f"{home}/y", "--run=~/y": f"--run={home}/y", "path=~/y": f"path={home}/y",
-        "--set=data.path=~/y": f"--set=data.path={home}/y", "*.data.path=$SCRATCH": f"*.data.path={up}/scratch",
+        "~": f"{home}", "~/y": f"{home}/y", "--run=~/y": f"--run={home}/y",
+        "--set.data.path=~/y": f"--set.data.path={home}/y",
+        "--runs.*.set.data.path=$SCRATCH": f"--runs.*.set.data.path={up}/scratch",
         "$SCRATCH/v": f"{up}/scratch/v", "/a/$SCRATCH": f"/a/{up}/scratch", "shared:~/y": f"shared:{home}/y",
-        "file:///a/b": "/a/b", "--out=file:///a": "--out=/a", "path=file://~/y": f"path={home}/y",
+        "file:///a/b": "/a/b", "--out=file:///a": "--out=/a", "--path=file://~/y": f"--path={home}/y",
         "zz_$SCRATCH": f"zz_{up}/scratch", "zz_${SCRATCH}_b/x": f"zz_{up}/scratch_b/x", "--out=a/${SCRATCH}":
-        f"--out=a/{up}/scratch", "n=${SCRATCH}": "n=${SCRATCH}", "--set=n=${NOWHERE}": "--set=n=${NOWHERE}",
+        f"--out=a/{up}/scratch", "--set.n=${SCRATCH}": "--set.n=${SCRATCH}", "--a.n=${NOWHERE}": "--a.n=${NOWHERE}",
     }  # fmt: skip
-    assert {word: expand_word(word) for word in known} == known
+    assert dict(zip(known, expand_words(list(known)), strict=True)) == known
+    words = ["--set.n", "${SCRATCH}", "${SCRATCH}", "--out", "${SCRATCH}"]
+    assert expand_words(words) == ["--set.n", "${SCRATCH}", f"{up}/scratch", "--out", f"{up}/scratch"]
     for same in (
         "a$ b",
         "a$",
@@ -77,12 +80,12 @@ def test_home_and_variables_are_expanded_in_words(home):
         "x.y=1",
         "~approximately",
     ):
-        assert expand_word(same) == same
+        assert expand_words([same]) == [same]
     Path("~").mkdir()  # a path that exists is used as it is
     assert expand("~") == "~"
     Path("o_$NOWHERE").mkdir()  # also if only its leading part exists
     assert expand("o_$NOWHERE/x/$SCRATCH") == f"o_$NOWHERE/x/{up}/scratch"
-    assert expand_word("--run=a_${NOWHERE}", braces=False) == "--run=a_${NOWHERE}"  # left to OmegaConf
+    assert expand_words(["--run=a_${NOWHERE}"], braces=False) == ["--run=a_${NOWHERE}"]  # left to OmegaConf
     unset = ("$NOWHERE/x", "zz_$NOWHERE", "a/zz_${NOWHERE}/x", "s3://a/b$NOWHERE")
     for bad, said in (*((text, "NOWHERE is not set") for text in unset), ("~nobody-of-this-name/x", "no home folder")):
         with pytest.raises(InputError, match=said):
@@ -216,7 +219,7 @@ REFUSED = rf"{URL}: this output is written to a disk of this machine, not to a U
         ("evaluate", "model", "--data", "data/digits", "--protocol", "digits", "--out", URL),
         ("prior", "model", "--at", "1", "--data", "data/digits", "--out", URL),
         ("report", "a", "b", "--out", f"{URL}.html"),
-        ("study", "experiments/digits/quickstart.yaml", "--out", URL),
+        ("study", "--config", "experiments/digits/quickstart.yaml", "--out", URL),
         ("fleet", "status", "fleet", "--html", f"{URL}.html"),
         ("fleet", "run", URL, "--scratch", URL),
         ("fit", "--config", "experiments/digits/experts8.yaml", "--run", URL),
@@ -242,7 +245,7 @@ def test_a_study_whose_yaml_names_a_url_is_refused(tmp_path, capsys):
     file = tmp_path / "study.yaml"
     text = (ROOT / "experiments/digits/quickstart.yaml").read_text(encoding="utf-8")
     file.write_text(re.sub(r"(?m)^out:.*\n", "", text) + f"\nout: {URL}\n", encoding="utf-8")
-    assert main(["study", str(file)]) == 2
+    assert main(["study", "--config", str(file)]) == 2
     assert re.match(rf"error: {re.escape(str(file))}: out: {REFUSED}", capsys.readouterr().err)
 
 

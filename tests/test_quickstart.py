@@ -12,8 +12,9 @@ import pytest
 from lightning_tdisent.cli import main
 
 ROOT = Path(__file__).parents[1]
-FEW = [w for s in ("max_steps=2", "val_check_interval=1", "limit_val_batches=1", "callbacks=[]")
-       for w in ("--set", f"*.trainer.{s}")]  # fmt: skip
+FEW = [
+    f"--runs.*.set.trainer.{s}" for s in ("max_steps=2", "val_check_interval=1", "limit_val_batches=1", "callbacks=[]")
+]
 
 
 @pytest.fixture(scope="module")

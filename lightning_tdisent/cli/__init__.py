@@ -12,10 +12,11 @@ from pathlib import Path
 
 from lightning_tdisent import __version__
 from lightning_tdisent.cli import data, fleets, models, quickstart
+from lightning_tdisent.cli.options import Parser, parse
 from lightning_tdisent.cli.terminal import IMPORTED, import_modules, keep_caches
 from lightning_tdisent.cli.trainings import describe, fits
 from lightning_tdisent.errors import NAMED, Crashed, InputError, nearest
-from lightning_tdisent.files import expand_word, input_path, output_path
+from lightning_tdisent.files import expand_words, input_path, output_path
 
 __all__ = ["describe", "fits", "main", "parser"]
 
@@ -29,7 +30,7 @@ LIGHTNING = {
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands, without the options of Lightning's four, which LightningCLI parses."""
-    out = argparse.ArgumentParser(
+    out = Parser(
         "python -m lightning_tdisent", description="Diffusion models over few latent states, and their composition."
     )
     out.add_argument("--version", action="version", version=__version__)
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # characters missing in the terminal's encoding must not raise
             stream.reconfigure(errors="backslashreplace")
     try:
-        argv = [expand_word(word, braces=argv[0] not in LIGHTNING) for word in argv]
+        argv = expand_words(argv, braces=argv[:1] == [] or argv[0] not in LIGHTNING)
         if invalid := [word for word in argv if any("\ud800" <= c <= "\udfff" for c in word)]:
             raise InputError(f"{invalid[0]!a}: is not UTF-8. Rename the file or folder")
         keep_caches()  # before importing libraries that look up their cache folder
@@ -74,10 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise InputError(
                     f"there is no command {argv[0]!r}.{nearest(argv[0], known)} Commands: {', '.join(known)}"
                 )
-        sampler_arguments = dict[str, str]()
-        if argv[:1] in (["sample"], ["evaluate"]):
-            argv, sampler_arguments = models.split_sampler_arguments(argv)
-        arguments = parser().parse_args(argv, argparse.Namespace(sampler_arguments=sampler_arguments))
+        arguments = parse(parser(), argv)
         for name, value in vars(arguments).items():
             for path in value if isinstance(value, list) else [value]:
                 if isinstance(path, Path):  # a local path; options that accept URLs have type str

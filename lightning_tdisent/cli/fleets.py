@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_tdisent.cli.options import print_merged
 from lightning_tdisent.cli.terminal import Commands, command, cores, refuse_no_page, use_device, wide_console
 from lightning_tdisent.cli.trainings import describe, fits, open_fleet
 from lightning_tdisent.errors import InputError, nearest
@@ -26,22 +27,24 @@ def add_commands(commands: Commands) -> None:
     commands = commands.add_parser("fleet", help=TEXT, description=TEXT).add_subparsers(
         dest="fleet_command", metavar="COMMAND", required=True
     )
-    p = command(commands, "plan", _fleet_plan, "expand the YAML file of a fleet into a plan, or check an existing plan")
+    p = command(
+        commands, "plan", _fleet_plan, "expand the YAML file of a fleet into a plan, or check an existing plan",
+        ("simulate",), "lightning_tdisent.fleet.draft",
+    )  # fmt: skip
+    p.epilog = "Other options are keys of the YAML, e.g. --budget.images 300000 --set.trainer.val_check_interval 100"
     p.add_argument("folder", nargs="?", help="folder or URL of an existing fleet: check its plan, including edits")
-    p.add_argument("--config", type=Path, help="YAML file of a new fleet, e.g. experiments/digits/fleet8.yaml")
     p.add_argument("--out", help="folder or URL of the fleet (default: out of the YAML file)")
     p.add_argument("--seed", type=int, help="seed of all trainings (default: seed of the YAML file)")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                   help="set a config key of every training, e.g. trainer.val_check_interval=100")  # fmt: skip
-
-    p.add_argument("--simulate", metavar="workers=N[,speed=..,failures=..]",
-                   help="predict time and compute; without speed=, first measure a few steps here")  # fmt: skip
+    p.add_argument("--simulate", type=int, metavar="WORKERS", help="predict time and compute of WORKERS workers; "
+                   "--simulate.speed, .failures, .checkpoint ..: images/s of one, failures per hour, ..; without the "
+                   "speed a few steps are measured here")  # fmt: skip
 
     r = command(
         commands,
         "run",
         _fleet_run,
         "train all experts that are not done; repeat the command to resume, or run it on several machines",
+        ("set", "option"),
     )
     r.add_argument("folder", help="folder or URL of the fleet")
     r.add_argument("--only", action="append", default=[], metavar="EXPERT",
@@ -56,12 +59,12 @@ def add_commands(commands: Commands) -> None:
                    "workers in turn, one each (default: all GPUs; none: no GPU)")  # fmt: skip
     r.add_argument("--engine", choices=("local", "ray", "slurm"), default="local",
                    help="where workers run: this machine, a Ray cluster, or SLURM (default local)")  # fmt: skip
-    r.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", dest="options",
-                   help="option of ray or slurm, e.g. cpus=4, gpus=1, memory=16G, retries=3, address=HOST:PORT, "
-                   "sbatch.partition=gpu, sbatch.time=8:00:00")  # fmt: skip
+    r.epilog = (
+        "--option.KEY VALUE: option of ray or slurm, e.g. --option.cpus 4 --option.gpus 1 --option.memory 16G "
+        "--option.retries 3 --option.address HOST:PORT --option.sbatch.partition gpu --option.sbatch.time 8:00:00. "
+        "--set.KEY VALUE: set a config key of the trainings on this machine only, e.g. --set.data.path /data/digits"
+    )
     r.add_argument("--detach", action="store_true", help="with slurm: submit the jobs, and do not wait for them")
-    r.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                   help="set a config key on this machine only, e.g. data.path=/data/digits")  # fmt: skip
     r.add_argument("--scratch", type=Path, help="local folder for runs of a fleet in an object store (default: cache)")
     r.add_argument(
         "--ttl", type=float, default=60.0, help="seconds without a heartbeat until a worker counts as dead (default 60)"
@@ -77,11 +80,18 @@ def _fleet_plan(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.draft import draft
     from lightning_tdisent.fleet.simulate import Pool, lines, rehearse
 
-    if (a.folder is None) == (a.config is None):
+    if (a.folder is None) == (not a.config):
         raise InputError("fleet plan: give either --config FILE for a new fleet, or the folder of an existing fleet")
-    if a.folder and (a.out or a.seed is not None or a.overrides):
-        raise InputError("--out, --seed and --set require --config; edit plan.yaml to change an existing fleet")
-    simulated = Pool.of(a.simulate) if a.simulate else None
+    if a.folder and (a.out or a.seed is not None or a.assigned):
+        raise InputError(
+            "--out, --seed and keys of the YAML require --config; edit plan.yaml to change an existing fleet"
+        )
+    if a.print_config:
+        print_merged(a)
+        return
+    simulated = None
+    if a.simulate is not None or a.dotted["simulate"]:
+        simulated = Pool.of({**({} if a.simulate is None else {"workers": a.simulate}), **a.dotted["simulate"]})
     facts: list[Facts] = []
 
     def check(fleet: "Fleet") -> None:
@@ -90,7 +100,7 @@ def _fleet_plan(a: argparse.Namespace) -> None:
 
     where = a.folder
     if a.config:
-        where = str(draft(a.config, describe, a.out, a.seed, a.overrides, check=check).store)
+        where = str(draft(a.config, describe, a.out, a.seed, a.assigned, check=check).store)
     work = open_fleet(where)
     work.fetch_configs()
     fleet = work.fleet
@@ -151,7 +161,7 @@ def _fleet_run(a: argparse.Namespace) -> None:
     invalid = [name for name, given in {**local, "--stacked": a.stacked or None}.items() if given is not None]
     if invalid and a.engine != "local":
         raise InputError(
-            f"{', '.join(invalid)}: only for --engine local; for {a.engine} use --option cpus=.., gpus=.., .."
+            f"{', '.join(invalid)}: only for --engine local; for {a.engine} use --option.cpus, --option.gpus, .."
         )
     workers, threads, together = a.workers or 0, 1 if a.threads is None else a.threads, a.together or 1
     if a.ttl <= 0 or workers < 0 or threads < 0 or together < 1 or (a.stacked and together == 1):
@@ -159,7 +169,7 @@ def _fleet_run(a: argparse.Namespace) -> None:
             f"--ttl {a.ttl:g} --workers {workers} --together {together}: --ttl must be above 0, --workers and "
             "--threads not negative, and --together at least 1 (2 with --stacked)"
         )
-    work = open_fleet(a.folder, a.overrides, a.scratch)
+    work = open_fleet(a.folder, a.dotted["set"], a.scratch)
     work.store.check()
     names = [name for words in a.only for name in words.split(",")]
     only = [f"expert_{int(name):03d}" if name.isdigit() else name for name in names]
@@ -172,8 +182,8 @@ def _fleet_run(a: argparse.Namespace) -> None:
         _launch(a, work, only)
         print(summary(tiles(work)))
         return
-    if a.options or a.detach:
-        raise InputError("--option and --detach require --engine ray or slurm")
+    if a.dotted["option"] or a.detach:
+        raise InputError("--option.KEY and --detach require --engine ray or slurm")
     here = len(only) == 1
     session, train = Session(only, a.ttl, together=together, quiet=not here), partial(fits, stacked=a.stacked)
     if here:
@@ -198,22 +208,25 @@ def _launch(a: argparse.Namespace, work: "FleetWork", only: Sequence[str]) -> No
     import sys
 
     from lightning_tdisent.fleet.engines import ray, slurm
+    from lightning_tdisent.fleet.keys import value_of
     from lightning_tdisent.fleet.local import told_to_go
-    from lightning_tdisent.fleet.plan import settings
+    from lightning_tdisent.fleet.plan import word_of
 
     if work.store.remote and a.engine == "slurm":
         raise InputError(f"{a.folder}: --engine slurm requires a folder that all nodes share")
     place = a.folder if work.store.remote else str(Path(a.folder).resolve())
     logs = (Path(work.fleet.root) if work.store.remote else Path(place)) / "logs"
     options: dict[str, Any] = {}
-    for (key, value), word in zip(settings(a.options, "--option"), a.options, strict=True):
+    for key, text in a.dotted["option"].items():
         group, _, name = key.rpartition(".")
-        if group:  # values for sbatch are passed on as text: in YAML 8:00:00 is a number
-            options.setdefault(group, {})[name] = word.partition("=")[2] if group == "sbatch" else value
+        plain = group == "sbatch" or key in ("memory", "address") or not isinstance(text, str)
+        value = text if plain else value_of(text, f"--option.{key}")
+        if group:
+            options.setdefault(group, {})[name] = value
         else:
-            options[key] = word.partition("=")[2] if key in ("memory", "address") else value
+            options[key] = value
     common = [word for name in a.imports for word in ("--import", name)]
-    common += [word for pair in a.overrides for word in ("--set", pair)]
+    common += [word for key, value in a.dotted["set"].items() for word in (f"--set.{key}", word_of(value))]
     common += ["--ttl", f"{a.ttl:g}", *(["--scratch", str(a.scratch)] if a.scratch else [])]
 
     def command(job: Any) -> list[str]:
@@ -227,10 +240,10 @@ def _launch(a: argparse.Namespace, work: "FleetWork", only: Sequence[str]) -> No
         f"{k}={v}" for k, v in options.items() if k in taken and k not in TEXTS and not isinstance(v, (int, float))
     ]
     if invalid:
-        raise InputError(f"--option {invalid[0]}: expected a number")
+        raise InputError(f"--option.{invalid[0]}: expected a number")
     if invalid := [key for key in options if key not in taken]:
         raise InputError(
-            f"--option {invalid[0]}: unknown for --engine {a.engine}.{nearest(invalid[0], taken)} Known: "
+            f"--option.{invalid[0]}: unknown for --engine {a.engine}.{nearest(invalid[0], taken)} Known: "
             f"{', '.join(taken)}"
         )
     if a.detach and (a.engine == "ray" or work.fleet.budget.rule == "adaptive"):

@@ -1,13 +1,13 @@
 """Commands on models: sample, compose, export, average, evaluate, prior, fetch, report and study."""
 
 import argparse
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_tdisent.cli.options import arguments_of, print_merged
 from lightning_tdisent.cli.terminal import Commands, bar, command, refuse_no_page, use_device, wide_console
 from lightning_tdisent.cli.trainings import describe, fits, open_fleet, role
 from lightning_tdisent.errors import InputError
@@ -23,7 +23,9 @@ NICKNAMES = {"ddim": "DDIM", "ancestral": "Ancestral", "dpm": "DPMSolver"}  # of
 
 def add_commands(commands: Commands) -> None:
     """Add the subcommands and their options to the parser."""
-    s = command(commands, "sample", _sample, "draw images from a run, a file of weights, or a composite folder")
+    s = command(
+        commands, "sample", _sample, "draw images from a run, a file of weights, or a composite folder", ("sampler",)
+    )
     s.add_argument("model", type=Path, help="run folder, model.safetensors, folder of experts, or composite folder")
     s.add_argument(
         "--out",
@@ -94,6 +96,7 @@ def add_commands(commands: Commands) -> None:
         "evaluate",
         _evaluate,
         "evaluate and compare models and folders of images; with torchrun on several ranks",
+        ("sampler", "protocol"),
     )
     e.add_argument("models", type=Path, nargs="+", help="model as for sample, a .ckpt, a folder of images or shards, "
                    "or an .npz of images in ADM's format")  # fmt: skip
@@ -102,7 +105,8 @@ def add_commands(commands: Commands) -> None:
         "--split", default="test", help="split for the errors per state, and of shards given as models (default test)"
     )
     e.add_argument("--reference", help="reference of distances: a split (default: the protocol's, train), or an .npz")
-    e.add_argument("--protocol", required=True, help="digits, mnist, cifar10, random, adm, clean, torch-fidelity, ..")
+    e.add_argument("--protocol", required=True, help="digits, mnist, cifar10, random, adm, clean, torch-fidelity, ..; "
+                   "--protocol.KEY VALUE changes a field of it, e.g. --protocol.n_real 1000")  # fmt: skip
     e.add_argument("--metrics", help="comma-separated: fd, fd_infinity, is, kid, prdc, sfd, class paths of your own "
                    "(default: the protocol's); in addition bpd, bpd_ode: bits per dimension by the bound and by the "
                    "ODE; lpips: for conditional models")  # fmt: skip
@@ -123,14 +127,15 @@ def add_commands(commands: Commands) -> None:
     )
     _sampler_options(e)
 
-    q = command(commands, "prior", _prior, "fit a density at a row of a model's table, from which sampling can start")
+    q = command(
+        commands, "prior", _prior, "fit a density at a row of a model's table, from which sampling can start",
+        ("prior",),
+    )  # fmt: skip
     q.add_argument("model", type=Path, help="model whose table is used, as for sample")
     q.add_argument("--at", required=True, help="row, or a fraction of the rows such as 0.6")
-    q.add_argument(
-        "--kind", default="Gaussian", help="Gaussian (default), Mixture, StandardNormal, ModelPrior, or a class path"
-    )
-    q.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-                   help="arguments of the prior, e.g. components=20, rank=64, low=8, source=runs/vae")  # fmt: skip
+    q.add_argument("--prior", default="Gaussian", help="Gaussian (default), Mixture, StandardNormal, ModelPrior, a "
+                   "class path, or {class_path: .., init_args: ..}; --prior.KEY VALUE sets an argument of it, e.g. "
+                   "--prior.components 20, --prior.rank 64, --prior.source runs/vae")  # fmt: skip
     q.add_argument("--data", required=True, help="folder of shards to fit to")
     q.add_argument("--split", default="train", help="split of --data (default train)")
     q.add_argument("-n", type=int, help="number of images of --data (default: all)")
@@ -149,16 +154,21 @@ def add_commands(commands: Commands) -> None:
     r.add_argument("--out", type=Path, help=".html file to write for several folders")
 
     f = command(
-        commands, "study", run_study, "train, compose, sample, evaluate and report everything that a YAML lists"
-    )
-    f.add_argument("config", type=Path, help="YAML of the study, e.g. experiments/digits/quickstart.yaml")
-    f.add_argument("--out", type=Path, help="output folder (default: from the YAML)")
-    f.add_argument("--seed", type=int, help="seed of all trainings (default: from the YAML)")
-    f.add_argument(
+        commands, "study", run_study, "train, compose, sample, evaluate and report everything that a YAML lists",
+        keys="lightning_tdisent.studies.plan",
+    )  # fmt: skip
+    study_options(f)
+
+
+def study_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a study; every other key of its YAML is an option as well."""
+    parser.add_argument("--out", type=Path, help="output folder (default: from the YAML)")
+    parser.add_argument("--seed", type=int, help="seed of all trainings (default: from the YAML, or 0)")
+    parser.add_argument(
         "--workers", type=int, default=0, help="number of parallel processes (default: one per GPU, or per core)"
     )
-    f.add_argument("--set", action="append", default=[], metavar="RUN.KEY=VALUE", dest="overrides",
-                   help="override a config key of a run, e.g. experts.model.objective=Eps; *: every run")  # fmt: skip
+    parser.epilog = "Other options are keys of the YAML, e.g. --n 2000 --runs.experts.set.model.objective Eps; the " \
+                    "run '*' stands for all: '--runs.*.set.trainer.max_steps' 200"  # fmt: skip
 
 
 def _sampler_options(command: argparse.ArgumentParser) -> None:
@@ -177,33 +187,14 @@ def _sampler_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ..")
 
 
-def split_sampler_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Take ``--sampler.KEY VALUE`` and ``--sampler.KEY=VALUE`` out of a command line of `sample` or `evaluate`.
-
-    Returns the other words, for argparse, which only knows options that are declared, and the values by key. Also takes
-    ``--sampler.init_args.KEY``, as `fit` does. Raises InputError for an option without a value.
-    """
-    rest, found, words = list[str](), dict[str, str](), iter(argv)
-    for word in words:
-        if not word.startswith("--sampler."):
-            rest.append(word)
-            continue
-        option, equals, value = word.partition("=")
-        value = value if equals else next(words, "")
-        if not value or (not equals and value.startswith("--")):
-            raise InputError(f"{option}: expected a value")
-        found[option.removeprefix("--sampler.").removeprefix("init_args.")] = value
-    return rest, found
-
-
 def _sampler(a: argparse.Namespace) -> "Sampler":
     """Build the sampler of the options; one rule (`part_of`) serves these and the ``sampler:`` of studies."""
     from lightning_tdisent.diffusion.spec import arguments
     from lightning_tdisent.sampling.sampler import Sampler
     from lightning_tdisent.studies.plan import part_of
 
-    entry = _parsed(a.sampler, "--sampler") if a.sampler.lstrip().startswith("{") else a.sampler
-    more = {key: _parsed(value, f"--sampler.{key}") for key, value in a.sampler_arguments.items()}
+    entry = _entry(a.sampler, "--sampler")
+    more = arguments_of(a.dotted["sampler"])
     for key, value in (("steps", a.steps), ("eta", a.eta)):
         if value is not None and key in more:
             raise InputError(f"--{key} and --sampler.{key} set the same argument; leave one out")
@@ -219,14 +210,11 @@ def _sampler(a: argparse.Namespace) -> "Sampler":
     return sampler
 
 
-def _parsed(text: str, option: str) -> Any:
-    """Return the value of an option in JSON, or else in YAML, where 1e-3 is text."""
-    from lightning_tdisent.files import load_yaml
+def _entry(value: Any, option: str) -> Any:
+    """Return the value of an option that names a part: a name, or a mapping given in a file or as text."""
+    from lightning_tdisent.fleet.keys import value_of
 
-    try:
-        return json.loads(text)
-    except ValueError:
-        return load_yaml(text, option)
+    return value_of(value, option) if isinstance(value, str) and value.lstrip().startswith("{") else value
 
 
 def _sampled_by(sampler: "Sampler") -> str:
@@ -335,18 +323,16 @@ def _range(text: str, option: str) -> range:
 
 
 def _prior(a: argparse.Namespace) -> None:
-    from lightning_tdisent.diffusion.spec import class_path
-    from lightning_tdisent.fleet.plan import settings
     from lightning_tdisent.models.compose import holds_weights
     from lightning_tdisent.priors.prior import Prior
-    from lightning_tdisent.studies.plan import row_or_share
+    from lightning_tdisent.studies.plan import part_of, row_or_share
 
     if (a.out / PRIOR).exists():
         raise InputError(f"--out {a.out} already holds a prior; choose another folder")
     if (a.out / CONFIG).exists() or holds_weights(a.out):
         raise InputError(f"--out {a.out} is the folder of a run or of weights; choose another for the prior")
     at = row_or_share(a.at, "--at")
-    part = {"class_path": class_path(a.kind, Prior), "init_args": dict(settings(a.settings))}
+    part, _ = part_of(_entry(a.prior, "--prior"), "Gaussian", Prior, "--prior", more=arguments_of(a.dotted["prior"]))
     _fit(str(a.model), at, part, a.data, a.split, a.n, a.out, a.label)
 
 
@@ -512,7 +498,8 @@ def _evaluate(a: argparse.Namespace) -> None:
     options = {"residency": a.residency, "fill": a.fill, "batch_size": a.batch_size}
     options |= {"lpips": lpips}
     options |= {"bits": bits if bits["bound"] or bits["ode"] else None}
-    protocol = {"preset": a.protocol, **({"metrics": metrics} if metrics else {})}
+    protocol = a.protocol if isinstance(a.protocol, dict) else {"preset": a.protocol}
+    protocol = {**protocol, **a.dotted["protocol"], **({"metrics": metrics} if metrics else {})}
     options |= {"reference": a.reference, "n": a.n, "first_seed": a.first_seed, "n_held_out": a.held_out}
     with _ranks(a.device) as device:
         study = Study(
@@ -580,15 +567,18 @@ def _report(a: argparse.Namespace) -> None:
 
 
 def run_study(a: argparse.Namespace) -> None:
-    """Train, compose, evaluate and report what the YAML ``a.config`` names."""
+    """Train, compose, evaluate and report what the YAML files ``a.config`` name."""
     from lightning_tdisent.studies.plan import plan
     from lightning_tdisent.studies.run import train
 
     def fit_prior(source: str, at: int | float, part: dict[str, Any], data: str, folder: Path) -> None:
         _fit(source, at, part, data, "train", None, folder)
 
-    todo = plan(a.config, a.out, a.seed, a.overrides)
-    _finish(train(todo, a.config, fits, describe, role, fit_prior, a.workers))
+    if a.print_config:
+        print_merged(a)
+        return
+    todo = plan(a.config, a.out, a.seed, a.assigned)
+    _finish(train(todo, a.config[0], fits, describe, role, fit_prior, a.workers))
 
 
 def _finish(study: "Study") -> None:

@@ -1,9 +1,10 @@
 """The command `quickstart`: the first study, from an installed package alone."""
 
 import argparse
+import sys
 from pathlib import Path
 
-from lightning_tdisent.cli.models import run_study
+from lightning_tdisent.cli.models import run_study, study_options
 from lightning_tdisent.cli.terminal import Commands, command
 from lightning_tdisent.errors import InputError
 
@@ -14,13 +15,10 @@ DATA = Path("data/digits")  # as the configs name it
 def add_commands(commands: Commands) -> None:
     """Add the command."""
     q = command(
-        commands, "quickstart", quickstart, "train, compose, sample and evaluate on real digit scans: 6 minutes"
-    )
-    q.add_argument("--out", type=Path, help="folder (default: runs/quickstart)")
-    q.add_argument("--seed", type=int, help="seed of all trainings (default: 0)")
-    q.add_argument("--workers", type=int, default=0, help="processes at a time (default: one per GPU, or core)")
-    q.add_argument("--set", action="append", default=[], metavar="RUN.KEY=VALUE", dest="overrides",
-                   help="override for a run's fit, e.g. '*.trainer.max_steps=200'")  # fmt: skip
+        commands, "quickstart", quickstart, "train, compose, sample and evaluate on real digit scans: 6 minutes",
+        keys="lightning_tdisent.studies.plan",
+    )  # fmt: skip
+    study_options(q)
 
 
 def quickstart(a: argparse.Namespace) -> None:
@@ -30,8 +28,9 @@ def quickstart(a: argparse.Namespace) -> None:
     config = _experiments() / CONFIG
     if not all(shard(DATA, split).exists() for split in SPLITS):
         write(DATA)
-    print(f"study {config}")
-    run_study(argparse.Namespace(config=config, out=a.out, seed=a.seed, workers=a.workers, overrides=a.overrides))
+    print(f"study --config {config}", file=sys.stderr if a.print_config else sys.stdout)
+    a.config = [config, *a.config]
+    run_study(a)
 
 
 def _experiments() -> Path:

@@ -4,7 +4,6 @@ import argparse
 import atexit
 import importlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +22,18 @@ IMPORTED = "TDISENT_IMPORT"  # environment variable: the modules of --import, fo
 CACHES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # of matplotlib and torch, by default below ~
 
 
-def command(commands: Commands, name: str, run: Run, text: str) -> argparse.ArgumentParser:
-    """Add a command with the option --import, which every command that may load classes by name has."""
-    out = commands.add_parser(name, help=text, description=text)
+def command(
+    commands: Commands, name: str, run: Run, text: str, parts: Sequence[str] = (), keys: str = ""
+) -> argparse.ArgumentParser:
+    """Add a command with the options that all commands have; parts, keys: see `options.Parser`."""
+    out: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, parts=parts, keys=keys)
     out.set_defaults(run=run)
-    out._negative_number_matcher = re.compile(r"-[\d.]")  # -3:5 and -1,1 are values, not options
+    what = "YAML of what is to be done; every key of it is an option, too: --KEY.SUBKEY VALUE" if keys else (
+        "YAML with values of the options below; options of the command line count more"
+    )  # fmt: skip
+    out.add_argument("--config", type=Path, action="append", default=[], metavar="FILE",
+                     help=f"{what}. Several files are merged from left to right")  # fmt: skip
+    out.add_argument("--print_config", action="store_true", help="print what the files and options give, and exit")
     out.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE",
                      help="import this module first, so that options and files may name its classes")  # fmt: skip
     return out

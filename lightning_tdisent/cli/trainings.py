@@ -1,6 +1,6 @@
 """Functions that workers call for a training, given its command line: run it, or describe it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,20 +40,20 @@ def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool 
     return [None]
 
 
-def open_fleet(where: str, overrides: Sequence[str] = (), scratch: Path | None = None) -> "FleetWork":
+def open_fleet(where: str, changes: Mapping[str, Any] | None = None, scratch: Path | None = None) -> "FleetWork":
     """Open the fleet of a folder or URL.
 
-    overrides: KEY=VALUE words that change keys of its trainings; scratch: folder for the runs of a fleet in an object
-    store, by default in the cache folder. Raises InputError for ``scratch`` if the fleet is in a folder.
+    changes: config keys of its trainings, and their values on this machine; scratch: folder for the runs of a fleet in
+    an object store, by default in the cache folder. Raises InputError for ``scratch`` if the fleet is in a folder.
     """
     from dataclasses import replace
 
     from lightning_tdisent.fleet.mirror import scratch_of
-    from lightning_tdisent.fleet.plan import Fleet, words
+    from lightning_tdisent.fleet.plan import Fleet, word_of
     from lightning_tdisent.fleet.state import FleetWork
     from lightning_tdisent.metrics.weights import cache_folder
 
-    fleet = Fleet.load(where, words(overrides))
+    fleet = Fleet.load(where, [word for key, value in (changes or {}).items() for word in (f"--{key}", word_of(value))])
     if fleet.store.remote:
         fleet = replace(fleet, scratch=scratch_of(fleet.store, fleet.identity(), scratch, cache_folder))
     elif scratch is not None:

@@ -12,7 +12,7 @@ from lightning_tdisent.errors import InputError, is_whole, nearest
 from lightning_tdisent.files import typed
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.kept import CONFIGS, copy_name, edits
-from lightning_tdisent.fleet.keys import ANY, COUNT, SEED, SETTINGS, TEXT, known, read_yaml, refuse_kind
+from lightning_tdisent.fleet.keys import ANY, COUNT, SEED, SETTINGS, TEXT, Assigned, known, read_yaml, refuse_kind
 from lightning_tdisent.fleet.plan import (
     DEVICES,
     FILE,
@@ -27,7 +27,6 @@ from lightning_tdisent.fleet.plan import (
     flow,
     refuse_reserved,
     refuse_unfit,
-    settings,
     whole_steps,
     word_of,
 )
@@ -42,17 +41,17 @@ Copies = dict[str, tuple[bytes, Path]]  # name of the copy of a config -> its co
 
 
 def draft(
-    config: str | Path, describe: Describe, out: str | Path | None = None, seed: int | None = None,
-    overrides: Sequence[str] = (), changes: dict[str, Any] | None = None, begun: bool = False,
+    config: str | Path | Sequence[Path], describe: Describe, out: str | Path | None = None, seed: int | None = None,
+    assigned: Assigned = (), changes: dict[str, Any] | None = None, begun: bool = False,
     check: Callable[[Fleet], Any] | None = None,
 ) -> Fleet:  # fmt: skip
     """Expand the YAML file of a fleet into a plan; write the plan and copies of all configs.
 
-    config: YAML file of the fleet.
+    config: YAML file of the fleet; of several, each is merged into those before it, and the first is where paths begin.
     describe: returns the facts of a ``fit`` command line.
     out: folder or URL of the fleet; by default ``out`` of the YAML, or ``runs/NAME``.
     seed: seed of all trainings; by default ``seed`` of the YAML, or 0.
-    overrides: words KEY=VALUE that override config keys of every training.
+    assigned: dotted keys of the YAML and their values, which replace those of the files; see `keys.assign`.
     changes: top-level keys that replace those of the YAML; its ``set`` is updated, not replaced.
     begun: whether work that contains this fleet, such as a study, has started. A different plan in the folder is
         replaced only if neither that work nor any expert has started.
@@ -60,8 +59,9 @@ def draft(
     Raises InputError for an invalid YAML file or config, and if the folder holds other files or a different plan that
         has started.
     """
-    file = Path(config)
-    data = read_yaml(file)
+    files = [Path(config)] if isinstance(config, (str, Path)) else config
+    file = files[0]
+    data = read_yaml(files, assigned=assigned)
     if isinstance(data, dict) and changes:
         data |= {**changes, "set": {**(data.get("set") or {}), **(changes.get("set") or {})}}
     data = known(data, KEYS, str(file), required=("configs", "budget"))
@@ -72,7 +72,7 @@ def draft(
     refuse_kind(seed, SEED, "--seed")
     for where, found in (("set", data.get("set")), *((f"for_rows.{k}", v) for k, v in _items(data.get("for_rows")))):
         refuse_reserved(found, f"{file}: {where}")
-    common = {**(data.get("set") or {}), **dict(settings(overrides))}
+    common = dict(data.get("set") or {})
     configs, copies = _read_configs(file, data["configs"], "configs", {})
     shared = None
     if isinstance(data.get("start"), dict):

@@ -1,5 +1,7 @@
 """Read the YAML files of studies, fleets and plans; check their keys and the type of each value."""
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_tdisent.errors import InputError, is_whole, nearest
-from lightning_tdisent.files import compose_yaml, expand_all
+from lightning_tdisent.files import compose_yaml, expand_all, load_yaml
 
 ANY, TEXT, LIST, MAPPING = "", "text", "a list", "a mapping"
 SETTINGS, WHOLE, COUNT = "a mapping of config keys", "an integer", "an integer of at least 1"
 SEED = "an integer in [0, 2^32)"
+NAMED = ("runs", "priors", "contenders")  # keys of a study whose keys are names
+Assigned = Sequence[tuple[str, Any]]  # dotted keys of the command line and their values, in order
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
@@ -72,19 +76,97 @@ def _restore_env(resolved: Any, given: Any, keep: bool) -> Any:
     )
 
 
-def read_yaml(file: Path, secrets: bool = True) -> Any:
+def read_yaml(files: Path | Sequence[Path], secrets: bool = True, assigned: Assigned = ()) -> Any:
     """Return the content of a YAML file with ``${...}``, ``~`` and ``$NAME`` replaced.
+
+    Of several files, each is merged into those before it. assigned: see `assign`; set before ``${...}`` is replaced.
 
     Settings of trainings (below ``set`` and ``for_rows``) keep ``${oc.env:NAME}``, which `fit` resolves. With
     ``secrets`` false every value that refers to an environment variable stays unresolved, so that the content of the
     variable is not written to files.
     """
+    files = [files] if isinstance(files, Path) else files
+    contents = []
+    for file in files:
+        try:
+            compose_yaml(file.read_bytes())
+            contents.append(OmegaConf.load(file))
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: not valid: {' '.join(str(error).split())}") from None
     try:
-        compose_yaml(file.read_bytes())
-        loaded = OmegaConf.load(file)
+        loaded: Any = OmegaConf.merge(*contents) if len(contents) > 1 else contents[0]
+        if assigned:
+            data: Any = OmegaConf.to_container(loaded)
+            loaded = OmegaConf.create(assign(data, assigned) if isinstance(data, dict) else data)
         given = OmegaConf.to_container(loaded)
         return expand_all(_restore_env(OmegaConf.to_container(loaded, resolve=True), given, not secrets), str(file))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid: {' '.join(str(error).split())}") from None
+    except (OmegaConfBaseException, TypeError) as error:
+        raise InputError(f"{', '.join(map(str, files))}: not valid: {' '.join(str(error).split())}") from None
+
+
+def value_of(text: str, where: str) -> Any:
+    """Return the value of an option: JSON or YAML 1.2, in which 1e-3 is a number, and 00:12:00 and 010 are text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = load_yaml(text, where)
+    if isinstance(value, (int, float)) and re.search(r":|^[-+]?0\d", text):
+        return text
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value) and value == text:
+        return float(value)
+    return value
+
+
+def assign(data: Mapping[str, Any], assigned: Assigned) -> dict[str, Any]:
+    """Return nested data in which dotted keys have new values.
+
+    A key may contain dots itself; the longest that exists is taken. Keys below ``set`` and below a range of
+    ``for_rows`` are config keys, dots and all. The key ``*`` of ``runs`` stands for each of them. A class path, or the
+    preset of a protocol, becomes a mapping when a key below it is set; a key of a part that is neither ``class_path``
+    nor ``init_args`` is one of its arguments.
+    """
+    out: dict[str, Any] = _copied(data)
+    for key, value in assigned:
+        _assign(out, "", key, value, key)
+    return out
+
+
+def _copied(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _copied(value) for key, value in data.items()}
+    return [_copied(one) for one in data] if isinstance(data, list) else data
+
+
+def _assign(node: dict[str, Any], parent: str, path: str, value: Any, key: str) -> None:
+    if parent == "runs" and path.startswith("*."):
+        for name in node:
+            _assign(node, parent, f"{name}{path[1:]}", value, key)
+        return
+    names = {str(name): name for name in node}
+    first = max((name for name in names if path == name or path.startswith(f"{name}.")), key=len, default="")
+    if not first:
+        if parent in NAMED:
+            raise InputError(f"--{key}: there is no such key in {parent}, which has {', '.join(names)}")
+        if parent == "set":
+            first = path
+        elif parent == "for_rows" and (match := re.match(r"\d+(\.\.\d+)?(?=\.)", path)):
+            first = match[0]
+        elif "class_path" in node and path.partition(".")[0] not in ("class_path", "init_args", "dict_kwargs"):
+            path, first = f"init_args.{path}", "init_args"
+        else:
+            first = path.partition(".")[0]
+    name, rest = names.get(first, first), path[len(first) + 1 :]
+    if not rest:
+        node[name] = value
+        return
+    inner = node.get(name)
+    if isinstance(inner, str):
+        inner = {"preset": inner} if first == "protocol" else {"class_path": inner}
+    if inner is None:
+        inner = {}
+    if not isinstance(inner, dict):
+        raise InputError(f"--{key}: {first} is {inner!r}, which has no keys")
+    node[name] = inner
+    _assign(inner, "set" if parent == "for_rows" else first, rest, value, key)

@@ -4,7 +4,6 @@ Every mistake that an edit can introduce is checked before anything is trained.
 """
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -505,31 +504,6 @@ def word_of(value: Any) -> str:
 def flow(value: Any) -> str:
     """Return a value as YAML on one line."""
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()
-
-
-def words(overrides: Sequence[str]) -> list[str]:
-    """Return the options of ``fit`` for words KEY=VALUE."""
-    return [word for key, value in settings(overrides) for word in (f"--{key}", word_of(value))]
-
-
-def settings(pairs: Sequence[str], option: str = "--set") -> list[tuple[str, Any]]:
-    """Return the keys and parsed values of words KEY=VALUE; ``option`` is named in error messages."""
-    for word in pairs:
-        key, _, value = word.partition("=")
-        if not key or not value:
-            raise InputError(f"{option} {word}: expected KEY=VALUE")
-    try:
-        return [(word.partition("=")[0], _parse_value(word.partition("=")[2])) for word in pairs]
-    except yaml.YAMLError as error:
-        raise InputError(f"{option}: not valid: {' '.join(str(error).split())}") from None
-
-
-def _parse_value(text: str) -> Any:
-    """Parse a word as YAML 1.2: 1e-3 is a number, and the time 00:12:00:00 and 010 stay text."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
-        return float(value)
-    return text if isinstance(value, (int, float)) and re.search(r":|^[-+]?0\d", text) else value
 
 
 def refuse_reserved(data: Any, where: str) -> None:

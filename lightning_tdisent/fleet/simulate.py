@@ -4,12 +4,12 @@ import heapq
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.errors import InputError, check_number, nearest
 from lightning_tdisent.fleet.job import Job, Report, Train
 from lightning_tdisent.fleet.status import duration
 from lightning_tdisent.fleet.store import Store
@@ -48,27 +48,19 @@ class Pool:
     seed: int = 0
 
     @classmethod
-    def of(cls, text: str) -> tuple["Pool", set[str]]:
-        """Parse a pool such as ``workers=8,speed=900``; return it with the names of the values given."""
+    def of(cls, given: Mapping[str, Any]) -> tuple["Pool", set[str]]:
+        """Return the pool of some values, such as workers and speed, with their names. Raises InputError."""
         names = [f.name for f in fields(cls)]
-        given: dict[str, float] = {}
-        for word in text.split(","):
-            key, _, value = word.partition("=")
+        for key, value in given.items():
             if key not in names:
-                raise InputError(f"--simulate: unknown key {key!r}.{nearest(key, names)} Known: {', '.join(names)}")
-            try:
-                given[key] = float(value)
-            except ValueError:
-                raise InputError(f"--simulate: {key}: expected a number, got {value!r}") from None
-            good = key not in ("workers", "seed") or given[key] == given[key] // 1
-            if not given[key] < float("inf") or not good:
-                raise InputError(f"--simulate: {key}={value}: expected a finite number, workers and seed integers")
-            if given[key] < 0 or (key in ("workers", "speed") and given[key] <= 0):
-                raise InputError(f"--simulate: {key}={value}: must be at least 0, and above 0 for workers and speed")
+                raise InputError(f"--simulate.{key}: no such option.{nearest(key, names)} Known: {', '.join(names)}")
+            check_number(
+                f"--simulate.{key}", value, least=1 if key == "workers" else 0, above=key == "speed",
+                whole=key in ("workers", "seed"),
+            )  # fmt: skip
         if "workers" not in given:
-            raise InputError("--simulate: give at least workers=N")
-        whole = {k: int(v) for k, v in given.items() if k in ("workers", "seed")}
-        return cls(**{"speed": 1.0, **given, **whole}), set(given)  # type: ignore[arg-type]
+            raise InputError("--simulate: give the number of workers")
+        return cls(**{"speed": 1.0, **given}), set(given)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import write_whole
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.kept import CONFIGS, edits, write_copies
+from lightning_tdisent.fleet.keys import assign, value_of
 from lightning_tdisent.fleet.plan import config_digest
 from lightning_tdisent.schemas import check_schema, differences, parse_json
-from lightning_tdisent.studies.sweep import overrides_of, unrolled
+from lightning_tdisent.studies.sweep import unrolled
 
 FILE, SCHEMA = "plan.json", 2
 SAID = ("seed", "runs", "priors", "out", "title", "notes")  # keys not compared here: checked elsewhere, or irrelevant
@@ -122,7 +123,7 @@ def kept(folder: Path) -> dict[str, Any] | None:
         check_schema(content, str(folder / FILE), SCHEMA, oldest=1, absent=1)
         if isinstance(content["study"]["runs"], dict) and isinstance(content["configs"], dict):
             configs = {os.path.normpath(key): entry for key, entry in content["configs"].items()}
-            return {"seed": 0, "overrides": [], **content, "configs": configs}
+            return {"seed": 0, **content, "configs": configs}
     except (FileNotFoundError, NotADirectoryError):
         return None
     except InputError:
@@ -147,10 +148,13 @@ def trained_otherwise(theirs: dict[str, Any], mine: dict[str, Any], seed: bool =
 
 
 def _training_parts(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the runs of a plan, each with its overrides from the command line, and its priors."""
-    study = content["study"]
-    extra = overrides_of(content["overrides"], study["runs"])
-    runs = {name: {**run, **({"--set": extra[name]} if extra[name] else {})} for name, run in study["runs"].items()}
+    """Return the runs of a plan and its priors."""
+    study, runs = content["study"], content["study"]["runs"]
+    for word in content.get("overrides", []):  # RUN.KEY=VALUE, which older versions kept beside the study
+        target, _, text = word.partition("=")
+        name = max((n for n in ("*", *runs) if target.startswith(f"{n}.")), key=len)
+        key = f"{name}.set{target[len(name) :]}"
+        runs = assign({"runs": runs}, [(f"runs.{key}", value_of(text, key))])["runs"]
     return json.loads(json.dumps(runs)), json.loads(json.dumps(unrolled(study, "", False)["priors"]))
 
 

@@ -13,13 +13,24 @@ from lightning_tdisent.errors import InputError, is_whole, nearest
 from lightning_tdisent.files import output_path
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.kept import CONFIGS, copy_name
-from lightning_tdisent.fleet.keys import ANY, MAPPING, SEED, SETTINGS, TEXT, WHOLE, known, read_yaml, refuse_kind
+from lightning_tdisent.fleet.keys import (
+    ANY,
+    MAPPING,
+    SEED,
+    SETTINGS,
+    TEXT,
+    WHOLE,
+    Assigned,
+    known,
+    read_yaml,
+    refuse_kind,
+)
 from lightning_tdisent.fleet.names import clashes, fault
 from lightning_tdisent.fleet.plan import config_digest
 from lightning_tdisent.priors.prior import Prior
 from lightning_tdisent.sampling.sampler import Sampler
 from lightning_tdisent.studies.claim import FILE, SCHEMA, Plan, kept
-from lightning_tdisent.studies.sweep import overrides_of, row_or_share, unrolled
+from lightning_tdisent.studies.sweep import row_or_share, unrolled
 
 KEYS = {
     **dict.fromkeys(("title", "out", "data", "split", "reference", "weights", "notes"), TEXT),
@@ -46,20 +57,24 @@ DECIDED = {
 
 
 def plan(
-    config: str | Path, out: str | Path | None = None, seed: int | None = None, overrides: Sequence[str] = ()
+    config: str | Path | Sequence[Path], out: str | Path | None = None, seed: int | None = None, assigned: Assigned = ()
 ) -> Plan:
     """Read the YAML file of a study and return its plan; nothing is written.
 
-    config: YAML file of the study.
+    config: YAML file of the study; of several, each is merged into those before it, and the first is where paths begin.
     out: folder of the study; by default ``out`` of the YAML, or ``runs/NAME``.
     seed: seed of all trainings; by default ``seed`` of the YAML, or 0.
-    overrides: words RUN.KEY=VALUE that override config keys of runs.
+    assigned: dotted keys of the YAML and their values, which replace those of the files; see `keys.assign`.
 
     Raises InputError for unknown keys, invalid names or values, references to unknown runs, and missing configs.
     """
-    file = Path(config)
-    study = known(read_yaml(file), KEYS, str(file), required=("runs", "data", "protocol"))
-    written = {key: value for key, value in read_yaml(file, secrets=False).items() if value is not None}
+    files = [Path(config)] if isinstance(config, (str, Path)) else config
+    if not files:
+        raise InputError("study: name the YAML with --config FILE")
+    file = files[0]
+    study = known(read_yaml(files, assigned=assigned), KEYS, str(file), required=("runs", "data", "protocol"))
+    written = read_yaml(files, secrets=False, assigned=assigned)
+    written = {key: value for key, value in written.items() if value is not None}
     if not study["runs"]:
         raise InputError(f"{file}: runs: at least one run is required")
     study = unrolled(study, str(file))
@@ -69,7 +84,6 @@ def plan(
     seed = study.get("seed", 0) if seed is None else seed
     refuse_kind(seed, SEED, "--seed")
     _refuse_names(study, str(file))
-    extra = overrides_of(overrides, study["runs"])
     configs: dict[str, tuple[Path, bytes]] = {}
     jobs: list[Job] = []
     composites: dict[str, Path] = {}
@@ -82,7 +96,7 @@ def plan(
             known(run, FLEET_KEYS, f"{file}: runs.{name}")
             fleets[name] = (
                 _add_config(file, run["fleet"], f"runs.{name}.fleet", configs),
-                _overridden_keys(run, extra[name]),
+                {key: run[key] for key in ("budget", "start", "set") if run.get(key)},
             )
             _add_fleet_configs(file, str(run["fleet"]), fleets[name], configs)
             runs[name] = composites[name] = folder / f"{name}_composite"
@@ -90,7 +104,7 @@ def plan(
         argv = ["fit"]
         for entry in run["configs"]:
             argv += ["--config", str(_add_config(file, entry, f"runs.{name}.configs", configs))]
-        chosen = {**(run.get("set") or {}), **extra[name]}
+        chosen = run.get("set") or {}
         if invalid := [key for key in chosen if key in DECIDED]:
             raise InputError(
                 f"{file}: runs.{name}: set: {invalid[0]}: set by the study; change {DECIDED[invalid[0]]} instead"
@@ -166,7 +180,7 @@ def plan(
     for key, (path, _) in configs.items():
         copies.setdefault(key, copy_name(path.stem, copies.values()))
     entries = {key: {"copy": copies[key], "sha256": config_digest(text)} for key, (_, text) in configs.items()}
-    content = {"schema": SCHEMA, "study": written, "seed": seed, "overrides": list(overrides), "configs": entries}
+    content = {"schema": SCHEMA, "study": written, "seed": seed, "configs": entries}
     content = json.loads(json.dumps(content))
     return Plan(folder, jobs, runs, members, composites, fleets, priors, seed, evaluation, content, configs)
 
@@ -201,13 +215,6 @@ def _refuse_names(study: dict[str, Any], file: str) -> None:
     problems += clashes(claims) + clashes([(str(name), "contenders") for name in study["contenders"]])
     if problems:
         raise InputError(f"{file}: invalid names or settings:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def _overridden_keys(run: dict[str, Any], extra: dict[str, str]) -> dict[str, Any]:
-    """Return the keys of a fleet's YAML file that a study overrides."""
-    changes = {key: run[key] for key in ("budget", "start") if key in run}
-    settings = {**(run.get("set") or {}), **extra}
-    return changes | ({"set": settings} if settings else {})
 
 
 def _add_fleet_configs(

@@ -1,6 +1,5 @@
-"""Expand parts of a study's YAML: sweeps over the diffusion time, rows given as a share, and overrides of runs."""
+"""Expand parts of a study's YAML: sweeps over the diffusion time, and rows given as a share."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from lightning_tdisent.errors import InputError
@@ -47,20 +46,3 @@ def row_or_share(value: Any, where: str) -> int | float:
     except (TypeError, ValueError):
         raise InputError(f"{where}: expected a row of at least 1, or a share such as 0.6, got {value!r}") from None
     return int(number) if number.is_integer() and "." not in str(value) else number
-
-
-def overrides_of(words: Sequence[str], runs: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Return the keys and values that words RUN.KEY=VALUE set for each run.
-
-    RUN is the name of a run, which may contain dots, or * for all runs.
-    """
-    out: dict[str, dict[str, str]] = {name: {} for name in runs}
-    for word in words:
-        target, _, value = word.partition("=")
-        name = max((n for n in ("*", *runs) if target.startswith(f"{n}.")), key=len, default="")
-        key = target[len(name) + 1 :]
-        if not name or not value or not key:
-            raise InputError(f"--set {word}: expected RUN.KEY=VALUE with RUN one of *, {', '.join(runs)}")
-        for run in runs if name == "*" else [name]:
-            out[run][key] = value
-    return out

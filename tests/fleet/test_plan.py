@@ -364,8 +364,8 @@ def test_a_fleet_is_planned_in_an_empty_folder(planned, configs, tmp_path, capsy
     (tmp_path / "cut short" / "configs").mkdir(parents=True)
     planned(tmp_path / "cut short")
     words = ["fleet", "plan", "--config", str(configs / "fleet.yaml"), "--out", str(tmp_path / "new")]
-    assert main([*words, "--simulate", "workers=0"]) == 2
-    assert "--simulate: workers=0: must be at least 0, and above 0 for workers" in capsys.readouterr().err
+    assert main([*words, "--simulate", "0"]) == 2
+    assert "--simulate.workers: at least 1, got 0" in capsys.readouterr().err
     assert main([*words, "--seed", "-1"]) == 2
     assert "--seed: expected an integer in [0, 2^32), got -1" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

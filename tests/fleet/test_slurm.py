@@ -216,7 +216,7 @@ def test_a_real_fleet_requeued_and_killed_equals_the_uninterrupted_one(slurm, pl
 def test_the_refusal_of_a_real_command_is_the_reason(slurm, planned, tmp_path):
     fleet = planned(experts=2)
     command = real_command(fleet)
-    words = ["--set", "data.path=nowhere"]
+    words = ["--set.data.path", "nowhere"]
     failed = engine.launch(fleet.jobs()[:1], lambda job: command(job) + words, tmp_path / "logs", every=0.3, say=print)
     assert failed["expert_001"].startswith("data.path: nowhere is not a folder.")
 

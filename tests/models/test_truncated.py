@@ -271,8 +271,8 @@ def test_the_cost_of_the_source_of_a_prior_is_counted(model, write, digits, tmp_
     source = write("source", model(rows=[1, 2, 3, 4], seed=7), data=data, images_seen=1000)
     write("run/model", model(rows=[1, 2, 3, 4]), data=data, images_seen=500)
     for name, path, extra in (("other", source, 1000), ("itself", tmp_path / "run", 0)):
-        fit = ["prior", str(tmp_path / "run"), "--at", "3", "--kind", "ModelPrior", "--set", f"source={path}"]
-        fit += ["--set", "steps=2", "--data", str(digits), "-n", "8", "--out", str(tmp_path / name)]
+        fit = ["prior", str(tmp_path / "run"), "--at", "3", "--prior", "ModelPrior", "--prior.source", str(path)]
+        fit += ["--prior.steps", "2", "--data", str(digits), "-n", "8", "--out", str(tmp_path / name)]
         assert main(fit) == 0
         words = ["evaluate", str(tmp_path / "run"), "--prior", str(tmp_path / name), "--data", str(digits), "-n", "16"]
         out = tmp_path / f"{name}_measured"
@@ -366,8 +366,8 @@ def test_the_command_fits_prints_and_is_used_by_sample_and_evaluate(
     whole = write("whole", model(rows=[1, 2, 3, 4]), data=digest)
     out = tmp_path / "prior"
     words = ["prior", str(whole), "--data", str(digits), "--out", str(out)]
-    assert main([*words, "--at", "0", "--kind", "Gaussian"]) == 2
-    assert main([*words, "--at", "0.75", "--kind", "Mixture", "--set", "components=3", "--set", "dimension=4"]) == 0
+    assert main([*words, "--at", "0", "--prior", "Gaussian"]) == 2
+    assert main([*words, "--at", "0.75", "--prior", "Mixture", "--prior.components", "3", "--prior.dimension=4"]) == 0
     assert "Mixture at row 3 (index 750), 1,500 images" in capsys.readouterr().out
     assert main([*words, "--at", "3"]) == 2
     assert "already holds a prior" in capsys.readouterr().err
@@ -430,7 +430,7 @@ def test_a_prior_of_few_images_says_its_rank(model, write, digest, tmp_path, cap
     assert "note: 2 images for 64 directions: their covariance has rank 1 at most" in capsys.readouterr().out
     assert main(fitting(trained, tmp_path / "one", "-n", 1)) == 2
     assert "wants 2 images at least, there are 1" in capsys.readouterr().err
-    assert main(fitting(trained, tmp_path / "rank", "-n", 9, "--set", "rank=8")) == 0
+    assert main(fitting(trained, tmp_path / "rank", "-n", 9, "--prior.rank", 8)) == 0
     assert main(fitting(trained, tmp_path / "all")) == 0
     assert "note" not in capsys.readouterr().out
 

@@ -37,7 +37,7 @@ def study(tmp_path):
 
 
 def test_a_plan_has_one_job_per_expert_with_its_needs(study, tmp_path):
-    todo = plan(study(), tmp_path / "out", 7, ["experts.model.lr=0.1", "*.data.batch_size=8"])
+    todo = plan(study(), tmp_path / "out", 7, [("runs.experts.set.model.lr", 0.1), ("runs.*.set.data.batch_size", 8)])
     assert [j.name for j in todo.jobs] == ["shared", "experts_001", "experts_002", "experts_003"]
     assert len({j.folder for j in todo.jobs}) == 4
     expert = todo.jobs[2]
@@ -167,9 +167,9 @@ def test_a_seed_on_the_command_line_has_the_same_range(study):
 
 def test_wrong_overrides_are_refused(study):
     with pytest.raises(
-        InputError, match=r"--set expert.x=1: expected RUN.KEY=VALUE with RUN one of \*, shared, experts"
+        InputError, match=r"--runs.expert.set.x: there is no such key in runs, which has shared, experts"
     ):
-        plan(study(), overrides=["expert.x=1"])
+        plan(study(), assigned=[("runs.expert.set.x", 1)])
 
 
 RUN = {"configs": ["a.yaml"]}
@@ -239,7 +239,7 @@ def test_names_used_in_the_experiments_are_valid(study):
         "50 % more",
     ]
     file = study(runs=dict.fromkeys(names, RUN), contenders={n: {"run": n} for n in names})
-    todo = plan(file, None, 0, ["v1.0.model.lr=1"])
+    todo = plan(file, None, 0, [("runs.v1.0.set.model.lr", 1)])
     assert [job.name for job in todo.jobs] == names
     assert ["--model.lr" in job.argv for job in todo.jobs] == [n == "v1.0" for n in names]
 
@@ -370,8 +370,8 @@ def test_studies_are_pooled_if_they_differ_only_in_the_seed(study, tmp_path):
     plan(study(), tmp_path / "again", 1).claim()
     with pytest.raises(InputError, match=r"again: has the same seed 1 as .*s1"):
         refuse_no_repeats([tmp_path / f for f in ("s0", "s1", "again")])
-    plan(study(), tmp_path / "other", 2, ["shared.trainer.max_steps=9"]).claim()
-    with pytest.raises(InputError, match=r"other: runs.shared.--set.trainer.max_steps: nothing there, '9' now"):
+    plan(study(), tmp_path / "other", 2, [("runs.shared.set.trainer.max_steps", 9)]).claim()
+    with pytest.raises(InputError, match=r"other: runs.shared.set.trainer.max_steps: 5 there, 9 now"):
         refuse_no_repeats([tmp_path / "s0", tmp_path / "other"])
     file = study()
     (tmp_path / "b.yaml").write_text("model: {objective: X0}", encoding="utf-8")

@@ -49,10 +49,10 @@ def test_a_killed_study_resumes_even_if_its_folder_was_moved(study, tmp_path, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(local, "run", killed)
-    assert main(["study", study(), "--out", str(out)]) == 130
+    assert main(["study", "--config", study(), "--out", str(out)]) == 130
     config.write_text(text.replace("objective: V", "objective: X0"), encoding="utf-8")
     monkeypatch.setattr(local, "run", whole)
-    assert main(["study", study(), "--out", str(out)]) == 2
+    assert main(["study", "--config", study(), "--out", str(out)]) == 2
     assert "a.yaml: model.init_args.objective: 'V' there, 'X0' now" in capsys.readouterr().err
     assert train == []
     config.write_text(text, encoding="utf-8")
@@ -62,21 +62,21 @@ def test_a_killed_study_resumes_even_if_its_folder_was_moved(study, tmp_path, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluating, "_of_model", interrupt)
-    assert main(["study", study(), "--out", str(out)]) == 130
+    assert main(["study", "--config", study(), "--out", str(out)]) == 130
     assert main(["report", str(out)]) == 2
     assert "keeps no finished study" in capsys.readouterr().err
     moved = tmp_path / "moved"
     out.rename(moved)
     seen = []
     monkeypatch.setattr(evaluating, "_of_model", lambda c, *rest: seen.append(c.name) or measure(c, *rest))
-    assert main(["study", study(), "--out", str(moved)]) == 0  # n = 50 need not be a multiple of 4
+    assert main(["study", "--config", study(), "--out", str(moved)]) == 0  # n = 50 need not be a multiple of 4
     assert not (moved / "fleets.html").exists()
     weights, rows = (
         (moved / "cls" / "model.safetensors").read_bytes(),
         json.loads((moved / "results.json").read_text(encoding="utf-8")),
     )
     contenders = {"one": {"run": "cls"}, "cut": {"run": "cls", "prior": "cut:2"}}
-    assert main(["study", study(contenders=contenders, notes="more"), "--out", str(moved)]) == 0
+    assert main(["study", "--config", study(contenders=contenders, notes="more"), "--out", str(moved)]) == 0
     assert "contenders.cut.run: nothing there, 'cls' now" in capsys.readouterr().out
     assert (train, seen) == (["cls"], ["one", "cut"])
     assert (moved / "cls" / "model.safetensors").read_bytes() == weights
@@ -90,7 +90,7 @@ def test_a_killed_study_resumes_even_if_its_folder_was_moved(study, tmp_path, mo
 def test_a_refused_config_is_named_with_its_run_and_file(study, tmp_path, capsys):
     text = (tmp_path / "a.yaml").read_text(encoding="utf-8") if (tmp_path / "a.yaml").exists() else ""
     (tmp_path / "a.yaml").write_text(text.replace("objective: V", "objectiv: V"), encoding="utf-8")
-    assert main(["study", study(), "--out", str(tmp_path / "out")]) == 2
+    assert main(["study", "--config", study(), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert f"{tmp_path / 'study.yaml'}: runs: cls ({tmp_path / 'a.yaml'}): " in said
     assert not (tmp_path / "out").exists()
@@ -104,7 +104,7 @@ def test_all_damaged_files_are_named_at_once_and_a_damaged_composite_is_rebuilt(
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     runs = {"cls": {"configs": ["a.yaml"]}, "exp": {"configs": ["b.yaml"], "experts": 2}}
     todo = study(runs=runs, contenders={"one": {"run": "cls"}, "two": {"run": "exp"}})
-    assert main(["study", todo, "--out", str(out)]) == 0
+    assert main(["study", "--config", todo, "--out", str(out)]) == 0
     numbers = json.loads((out / "results.json").read_text(encoding="utf-8"))
     rows = sorted((out / "exp_composite").glob("rows_*.safetensors"))
     shutil.copyfile(rows[0], tmp_path / "whole")
@@ -116,7 +116,7 @@ def test_all_damaged_files_are_named_at_once_and_a_damaged_composite_is_rebuilt(
         path.unlink()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     capsys.readouterr()
-    assert main(["study", todo, "--out", str(out)]) == 2
+    assert main(["study", "--config", todo, "--out", str(out)]) == 2
     said = capsys.readouterr().err
     assert [f"{path}: damaged: sha256" in said for path in hurt] == [False, True, True]
     assert "remove it and give the command of its run again" in said
@@ -127,7 +127,7 @@ def test_all_damaged_files_are_named_at_once_and_a_damaged_composite_is_rebuilt(
     for path in hurt[1:]:
         path.unlink()
     study.trained.clear()
-    assert main(["study", todo, "--out", str(out)]) == 0
+    assert main(["study", "--config", todo, "--out", str(out)]) == 0
     assert f"{out / 'exp_composite'}: a file of it is damaged; it is composed anew" in capsys.readouterr().out
     assert study.trained == ["cls", "exp_002"]
     assert [path.read_bytes() for path in hurt] == list(whole.values())

@@ -33,7 +33,7 @@ def test_contenders_that_cannot_be_sampled_are_refused_all_at_once(tmp_path, dig
         "n": 70,
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
-    assert main(["study", str(tmp_path / "study.yaml")]) == 2
+    assert main(["study", "--config", str(tmp_path / "study.yaml")]) == 2
     said = capsys.readouterr().err
     for name in ("wrong", "cut", "started"):
         assert f"contenders.{name}: sampler.steps: 3 steps on a table of 2 rows" in said

@@ -62,7 +62,7 @@ def make(out: Path, work: Path) -> None:
     for k in (1, 2):
         run("fit", "--config", work / "expert.yaml", "--model.expert", k, "--run", work / f"expert{k}")
     run("compose", work / "expert1", work / "expert2", "--out", out / "composite")
-    run("prior", out / "run", "--at", 2, "--set", "rank=2", "--out", out / "prior", "--data", "data/digits", "-n", 64)
+    run("prior", out / "run", "--at", 2, "--prior.rank", 2, "--out", out / "prior", "--data", "data/digits", "-n", 64)
     (out / "yaml").mkdir()
     shutil.copy(work / "expert.yaml", out / "yaml" / "expert.yaml")
     (out / "yaml" / "fleet.yaml").write_text(

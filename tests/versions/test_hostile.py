@@ -249,7 +249,7 @@ def test_yaml_that_expands_or_runs_is_refused_wherever_it_is_read(tmp_path, caps
     (tmp_path / "plan.yaml").write_bytes(content)
     for command in (
         ["fit", "--config", str(tmp_path / "a.yaml"), "--run", str(tmp_path / "run")],
-        ["study", str(tmp_path / "a.yaml"), "--out", str(tmp_path / "out")],
+        ["study", "--config", str(tmp_path / "a.yaml"), "--out", str(tmp_path / "out")],
         ["fleet", "plan", str(tmp_path)],
         ["fleet", "plan", "--config", str(tmp_path / "a.yaml"), "--out", str(tmp_path / "new")],
     ):

@@ -1,0 +1,182 @@
+"""One language for all commands: options, dotted keys, files, and what they give together."""
+
+import json
+
+import pytest
+import yaml
+
+from lightning_tdisent.cli import main, parser
+from lightning_tdisent.cli.options import effective, parse
+from lightning_tdisent.errors import InputError
+from lightning_tdisent.fleet.keys import assign, value_of
+
+
+def refusal(capsys, *words):
+    """Run a command that is refused and return its message."""
+    assert main([str(word) for word in words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(content, name="options.yaml"):
+        (path := tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
+        return str(path)
+
+    return write
+
+
+def test_values_are_read_as_yaml_1_2():
+    values = {"1e-3": 1e-3, "2.5E+2": 250.0, "00:12:00": "00:12:00", "010": "010", "[1, x]": [1, "x"], "1e": "1e",
+              "-.5e1": -5.0, "null": None, "true": True, "{a: 1}": {"a": 1}, "runs/1e3": "runs/1e3"}  # fmt: skip
+    assert {text: value_of(text, "--key") for text in values} == values
+
+
+def test_a_file_gives_what_the_command_line_does_not(file):
+    first = file({"model": "runs/a", "out": "images", "seeds": "0:8", "put-back": True, "batch_size": 4, "label": None,
+                  "sampler": {"class_path": "DDIM", "init_args": {"eta": 0.5}}})  # fmt: skip
+    second = file({"seeds": "8:9", "sampler": {"init_args": {"steps": 2}}}, "second.yaml")
+    found = parse(
+        parser(), ["sample", "--config", first, "--config", second, "--batch-size", "5", "--sampler.eta", "1"]
+    )
+    values = effective(found)
+    assert (str(found.model), str(found.out), found.label) == ("runs/a", "images", None)
+    assert (found.seeds, found.batch_size, found.put_back) == ("8:9", 5, True)
+    assert values["sampler"] == {"class_path": "DDIM", "init_args": {"steps": 2, "eta": 1}}
+    assert found.dotted == {"sampler": {"eta": 1}}
+    other = parse(parser(), ["sample", "elsewhere", "--config", first, "--sampler", "dpm"])
+    assert (str(other.model), other.sampler) == ("elsewhere", "dpm")
+
+
+COMMANDS = [
+    ["sample", "runs/a", "--out", "x", "--sampler", "DPMSolver", "--sampler.steps", "3", "--label", "2"],
+    ["evaluate", "runs/a", "runs/b", "--data", "d", "--protocol", "digits", "--protocol.n_real", "50", "-n", "9"],
+    ["compose", "runs/a", "runs/b", "--out", "x", "--allow-mismatch", "data", "--allow-mismatch", "weights"],
+    ["export", "runs/a", "--out", "x", "--format", "diffusers"],
+    ["average", "runs/a", "--sigma-rel", "1e-1", "--out", "x.safetensors"],
+    ["prior", "runs/a", "--at", "0.6", "--data", "d", "--out", "x", "--prior", "Mixture", "--prior.components", "3"],
+    ["report", "runs/a", "runs/b", "--out", "x.html"],
+    ["fleet", "run", "f", "--set.data.path", "there", "--option.cpus", "4", "--only", "1", "--only", "2"],
+    ["fleet", "status", "f", "--watch"],
+    ["data", "toy", "x", "-n", "8", "--jobs", "1"],
+    ["data", "prepare", "a", "b", "--no-shuffle", "--bad", "0.5"],
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: "-".join(words[:2]))
+def test_what_is_printed_gives_the_same_options_again(words, file, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--print_config"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    command = [word for word in words[:2] if word in ("fleet", "data")] + [words[words[0] in ("fleet", "data")]]
+    assert effective(parse(parser(), [*command, "--config", file(said)])) == effective(parse(parser(), words))
+    assert effective(parse(parser(), words)) == yaml.safe_load(said)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"seedz": 3}, "unknown key 'seedz'. Did you mean 'seeds'? Known: model, out, seeds,"),
+        ({"config": "x"}, "unknown key 'config'."),
+        ({"batch_size": "many"}, "batch_size: invalid int value: 'many'"),
+        ({"batch_size": [1]}, "batch_size: expected one value, got [1]"),
+        ({"batch_size": True}, "batch_size: expected one value, got True"),
+        ({"residency": "here"}, "residency: invalid choice: 'here'"),
+        ({"put_back": "yes"}, "put_back: expected true or false, got 'yes'"),
+        ([1], "expected a mapping of the options of this command, got [1]"),
+        ("a: [", "not valid: "),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_key(content, message, file, capsys):
+    line = refusal(capsys, "sample", "m", "--out", "x", "--config", file(content))
+    assert "options.yaml: " in line
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sample", "m", "--outt", "x"], "--outt: no such option. Did you mean '--out'?"),
+        (["sample", "m", "--see", "0:1", "--out", "x"], "--see: no such option. Did you mean '--seeds'?"),
+        (["sample", "m", "x", "--out", "y"], "x: one argument too many."),
+        (["sample", "m"], "sample: the following arguments are required: --out"),
+        (
+            ["sample", "m", "--out", "x", "--samplr.steps", "3"],
+            "--samplr.steps: no such option. Did you mean '--sampler'?",
+        ),
+        (["sample", "m", "--out", "x", "--batch-size", "x"], "sample: --batch-size: invalid int value: 'x'"),
+        (["sample", "m", "--out", "x", "--config"], "--config: expected a value"),
+        (["sample", "m", "--out", "x", "--config", "none.yaml"], "none.yaml: cannot be read: No such file"),
+        (["study", "a.yaml"], "a.yaml: one argument too many. The YAML is named with --config FILE"),
+        (["study"], "study: name the YAML with --config FILE"),
+        (["study", "--print_config"], "--print_config: name the YAML with --config FILE"),
+        (["study", "--tilte", "x"], "--tilte: no such option. Did you mean '--title'?"),
+        (["fleet"], "fleet: the following arguments are required: COMMAND"),
+        (["fleet", "run", "f", "--set.a"], "--set.a: expected a value"),
+        (["fleet", "run", "f", "--budget.images", "3"], "--budget.images: no such option."),
+        (["fleet", "plan", "f", "--n.x", "3"], "--n.x: no such option."),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_line(words, message, capsys):
+    assert refusal(capsys, *words).startswith(f"error: {message}")
+
+
+STUDY = {
+    "runs": {
+        "a": {"configs": ["a.yaml"]},
+        "v1.0": {"configs": ["a.yaml"], "set": {"model.lr": 1}},
+        "f": {"fleet": "f.yaml"},
+    },
+    "contenders": {"a, 8 steps": {"run": "a", "sampler": "DDIM"}},
+    "protocol": "digits",
+}
+
+
+def test_dotted_keys_set_what_they_name():
+    assigned = [
+        ("runs.*.set.trainer.max_steps", 5), ("runs.v1.0.set.model.lr", 2), ("contenders.a, 8 steps.sampler.eta", 1.0),
+        ("contenders.a, 8 steps.sampler.init_args.steps", 3), ("protocol.n_real", 50), ("n", 7), ("bits.n", 9),
+    ]  # fmt: skip
+    before = json.dumps(STUDY)
+    found = assign(STUDY, assigned)
+    assert found["runs"] == {
+        "a": {"configs": ["a.yaml"], "set": {"trainer.max_steps": 5}},
+        "v1.0": {"configs": ["a.yaml"], "set": {"model.lr": 2, "trainer.max_steps": 5}},
+        "f": {"fleet": "f.yaml", "set": {"trainer.max_steps": 5}},
+    }
+    sampler = {"class_path": "DDIM", "init_args": {"eta": 1.0, "steps": 3}}
+    assert found["contenders"] == {"a, 8 steps": {"run": "a", "sampler": sampler}}
+    assert (found["protocol"], found["n"], found["bits"]) == ({"preset": "digits", "n_real": 50}, 7, {"n": 9})
+    assert json.dumps(STUDY) == before
+    fleet = {"budget": {"images": 8}, "for_rows": {"1..2": {"model.lr": 1}}}
+    more = [("for_rows.1..2.model.lr", 3), ("for_rows.3..4.model.lr", 4), ("start.shared.set.model.lr", 5)]
+    assert assign(fleet, [("budget.rule", "uniform"), *more]) == {
+        "budget": {"images": 8, "rule": "uniform"},
+        "for_rows": {"1..2": {"model.lr": 3}, "3..4": {"model.lr": 4}},
+        "start": {"shared": {"set": {"model.lr": 5}}},
+    }
+    for key, message in (("runs.b.set.x", "has a, v1.0, f"), ("n.x", "n is 7, which has no keys")):
+        with pytest.raises(InputError, match=f"--{key}: .*{message}"):
+            assign({**STUDY, "n": 7}, [(key, 1)])
+
+
+def test_a_study_of_several_files_is_printed_as_one(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "/there")
+    first = file({"runs": {"a": {"configs": ["a.yaml"], "set": {"model.lr": 1}}}, "n": 3, "title": "A"})
+    second = file({"runs": {"a": {"set": {"model.warmup": 2}}}, "contenders": {"c": {"run": "a"}}}, "second.yaml")
+    words = ["study", "--config", first, "--config", second, "--n", "4", "--out", "there", "--seed", "7"]
+    assert main([*words, "--runs.a.set.data.path", "${oc.env:MY_SECRET}", "--print_config"]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[0] == f"# paths of configs are relative to {tmp_path}"
+    assert yaml.safe_load(said) == {
+        "runs": {"a": {"configs": ["a.yaml"], "set": {
+            "model.lr": 1, "model.warmup": 2, "data.path": "${oc.env:MY_SECRET}"}}},
+        "n": 4, "title": "A", "contenders": {"c": {"run": "a"}}, "out": "there", "seed": 7,
+    }  # fmt: skip
+
+
+def test_the_options_that_are_shipped_are_options():
+    found = parse(parser(), ["sample", "m", "--out", "x", "--config", "experiments/digits/sample.yaml"])
+    assert (found.seeds, found.sampler) == ("0:64", {"class_path": "DPMSolver", "init_args": {"steps": 8}})
