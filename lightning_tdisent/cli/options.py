@@ -127,9 +127,6 @@ def _split(
     leaf: Parser, words: Sequence[str], dotted: dict[str, dict[str, Any]], assigned: list[tuple[str, Any]]
 ) -> tuple[list[str], list[Path]]:
     """Take dotted keys, and keys of the YAML that a command reads, out of a command line; return the rest and files."""
-    from lightning_tdisent.files import input_path
-    from lightning_tdisent.fleet.keys import value_of
-
     options = set(leaf.known())
     rest, files = list[str](), list[Path]()
     queue = iter(words)
@@ -142,6 +139,9 @@ def _split(
             continue
         if option != "--config" and not _takes(leaf, first, name):
             leaf.refuse(word)
+        from lightning_tdisent.files import input_path  # imported here: --help must not wait for it
+        from lightning_tdisent.fleet.keys import value_of
+
         text = text if equals else next(queue, "")
         if not text or (not equals and text.startswith("--")):
             raise InputError(f"{option}: expected a value")
@@ -162,6 +162,8 @@ def _takes(leaf: Parser, first: str, name: str) -> bool:
 
 def _set_defaults(leaf: Parser, files: Sequence[Path], dotted: dict[str, dict[str, Any]]) -> None:
     """Make the values of files the defaults of a command's options; check them as if they were given as options."""
+    if not files:
+        return
     from lightning_tdisent.fleet.keys import read_yaml
 
     actions = {action.dest: action for action in leaf._actions if action.dest not in (*HIDDEN, "help")}
