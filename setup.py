@@ -16,7 +16,9 @@ class BuildWithExperiments(build_py):
         if self.editable_mode:
             return
         source = Path(__file__).parent / "experiments"
-        for file in source.rglob("*.yaml"):
+        if not (files := sorted(source.rglob("*.yaml"))):
+            raise SystemExit(f"{source} has no YAML files, which the wheel must carry")
+        for file in files:
             target = Path(self.build_lib) / "lightning_tdisent" / "experiments" / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)

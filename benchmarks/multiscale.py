@@ -63,7 +63,7 @@ class Echo(Network):
         super().__init__(shape, None, None)
         self.weight = torch.nn.Parameter(torch.zeros(1))  # gives states their device and dtype
 
-    def forward(self, x: Tensor, index: Tensor | None = None, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | None = None, label: Tensor | None = None) -> Tensor:
         """Return x."""
         return x
 

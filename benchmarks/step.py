@@ -79,8 +79,8 @@ class Tiny(Network):
         super().__init__(shape, classes, conditioning)
         self.conv = nn.Conv2d(shape[0], shape[0], 1)
 
-    def forward(self, x: Tensor, index: Tensor | None = None, label: Tensor | None = None) -> Tensor:
-        """Convolve x; ignore the index."""
+    def forward(self, x: Tensor, time: Tensor | None = None, label: Tensor | None = None) -> Tensor:
+        """Convolve x; ignore the time."""
         return self.conv(x)
 
 

@@ -22,7 +22,7 @@ from lightning_tdisent.sampling.denoiser import Denoiser
 
 
 class Toy(Network):
-    """An elementwise nonlinear network that records the indices it was called with."""
+    """An elementwise nonlinear network that records the times it was called with."""
 
     def __init__(
         self, shape: list[int], classes: int | None = None, conditioning: str | None = None, gain: float = 0.7
@@ -30,11 +30,11 @@ class Toy(Network):
         super().__init__(shape, classes, conditioning)
         self.gain, self.weight, self.seen = gain, nn.Parameter(torch.tensor(gain)), []
 
-    def forward(self, x: Tensor, index: Tensor | None = None, label: Tensor | None = None) -> Tensor:
-        self.seen.append(index)
+    def forward(self, x: Tensor, time: Tensor | None = None, label: Tensor | None = None) -> Tensor:
+        self.seen.append(time)
         out = torch.tanh(self.weight * x) + 0.3 * torch.sin(3 * x)
         if self.sees_state:
-            out = out + 0.2 * torch.sin(self.indices(x, index) / 200.0).to(x.dtype)[:, None, None, None]
+            out = out + 0.2 * torch.sin(self.times(x, time) / 200.0).to(x.dtype)[:, None, None, None]
         label = self.labels(x, label)
         return out if label is None else out + (0.15 * label.to(x.dtype) - 0.2)[:, None, None, None] * (1 + 0.1 * x)
 

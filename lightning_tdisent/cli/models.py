@@ -399,6 +399,8 @@ def _sources(names: Sequence[str]) -> Iterator[list[Path]]:
 
 
 def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
+    from lightning_tdisent.diffusion.spec import build
+    from lightning_tdisent.diffusion.states import LatentStates
     from lightning_tdisent.files import typed
     from lightning_tdisent.models.card import read_card
     from lightning_tdisent.models.compose import compose
@@ -418,7 +420,7 @@ def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
     out = compose(files, a.out, a.fill, a.allow_mismatch)
     how = ["--fill", a.fill] if a.fill is not None else []
     how += [word for name in a.imports for word in ("--import", name)]
-    how += ["--observe", "DATA"] if read_card(files[0]).states["init_args"].get("condition") else []
+    how += ["--observe", "DATA"] if build(read_card(files[0]).states, LatentStates).observation is not None else []
     images = out.with_name(f"{out.stem}_images")
     experts = f"{len(files)} expert{'s' if len(files) > 1 else ''}"
     print(f"{experts} composed in {out}: {typed('sample', out, '--out', images, *how)}")

@@ -215,6 +215,9 @@ class Geometric(LogLinear):
 class VarianceExploding(Geometric):
     """x_t = x_0 + sigma_t eps with the deviations of `Geometric` (VE, 2011.13456, eq. 9): a = 1, b = sigma."""
 
+    def __init__(self, T: int = 1000, sigma_min: float = 0.005, sigma_max: float = 110.0) -> None:
+        super().__init__(T, sigma_min, sigma_max)
+
     def scale(self) -> Tensor:
         """Return sqrt(1 + sigma_t^2)."""
         return (-self.log_alpha_bar() / 2).exp()

@@ -256,8 +256,8 @@ class Member(L.Callback):
             return why
         if trainer.precision not in ("32-true", "bf16-mixed"):
             return f"trainer.precision is {trainer.precision}, not 32-true or bf16-mixed"
-        if (condition := module.states.observation) is not None and condition.anneal:
-            return "its table changes while it trains (condition.anneal)"
+        if (observation := module.states.observation) is not None and observation.anneal:
+            return "its table changes while it trains (observation.anneal)"
         groups = [(o, group["params"]) for o in trainer.optimizers for group in o.param_groups]
         mine = list(module.denoiser.parameters())
         if len(groups) != 1 or [id(p) for p in groups[0][1]] != [id(p) for p in mine]:

@@ -156,12 +156,13 @@ def _command(model: Denoiser | CompositeDenoiser, cards: Sequence[Card]) -> str:
 def describe(model: Denoiser | CompositeDenoiser, cards: Sequence[Card]) -> dict[str, Any]:
     """Return all facts about a model as plain JSON: its table row by row, how it was trained, and the cost.
 
-    A state is x = signal x_0 + noise eps. ``log_snr`` is null where no signal is left. ``index`` is the input of a
-    network that sees the state.
+    A state is x = signal x_0 + noise eps. ``log_snr`` is null where no signal is left. ``index`` is the level in the
+    chain, ``time`` the input of a network that sees the state.
     """
     cards = sorted(cards, key=lambda card: card.rows)
     states = model.states
-    table = zip(states.rows, states.index[1:].tolist(), states.log_snr[1:].tolist(), strict=True)
+    columns = (states.index, states.time, states.log_snr)
+    table = zip(states.rows, *(column[1:].tolist() for column in columns), strict=True)
     a, b = states.a.tolist(), states.b.tolist()
     return {
         "format": "lightning_tdisent",
@@ -177,11 +178,12 @@ def describe(model: Denoiser | CompositeDenoiser, cards: Sequence[Card]) -> dict
             {
                 "row": s,
                 "index": t,
+                "time": time,
                 "log_snr": [x if math.isfinite(x) else None for x in L],
                 "signal": a[s],
                 "noise": b[s],
             }
-            for s, t, L in table
+            for s, t, time, L in table
         ],
         "cost": training_cost(cards),
         "experts": [dataclasses.asdict(card) for card in cards],
@@ -196,6 +198,7 @@ def pipeline(model: Denoiser | CompositeDenoiser) -> DDIMPipeline:
     """
     states, filled = model.states, list(extras(model).filled)
     rows = model.rows if isinstance(model, Denoiser) else states.rows
+    unknown = sorted({model.at(s).objective.prediction for s in rows} - PREDICTION.keys())
     why = {
         "it has classes, and DDIMPipeline gives no labels": model.classes is not None,
         f"it makes {model.shape}, and DDIMPipeline draws images of 1 or 3 channels": model.shape[0] not in (1, 3),
@@ -203,6 +206,7 @@ def pipeline(model: Denoiser | CompositeDenoiser) -> DDIMPipeline:
         f"it is a preview without rows {filled}": bool(filled),
         f"its table has {states.K} columns, a scheduler of diffusers one": states.K > 1,
         "its table is not variance preserving, and that of DDIMScheduler is": not states.variance_preserving,
+        f"diffusers does not know {', '.join(unknown)}": bool(unknown),
         "its experts predict different things": "parametrisation" in extras(model).differs,
     }
     if any(why.values()):
@@ -222,7 +226,7 @@ def pipeline(model: Denoiser | CompositeDenoiser) -> DDIMPipeline:
     unet = Experts(
         [spec(e.network) for e in experts],
         [experts.index(owner) for owner in owners],
-        states.index[1:].tolist(),
+        states.time[1:].tolist(),
         model.shape[0],
         model.shape[1:],
     )
@@ -249,7 +253,7 @@ def betas(states: Table) -> list[float]:
 def standard(network: UNet, states: Table) -> UNet2DModel:
     """Return the same U-Net as a diffusers `UNet2DModel`, with timesteps 0..S-1 for the rows 1..S.
 
-    Its timestep embedding is a table (``learned``): the sinusoids of the rows' original indices, or zeros for a
+    Its timestep embedding is a table (``learned``): the sinusoids of the rows' times, or zeros for a
     time-agnostic network, whose other missing weights are zeros, too.
     """
     config = {name: value for name, value in network.net.config.items() if not name.startswith("_")}
@@ -257,7 +261,7 @@ def standard(network: UNet, states: Table) -> UNet2DModel:
     zeros = {name: torch.zeros_like(value, dtype=network.net.dtype) for name, value in net.state_dict().items()}
     weights = zeros | network.net.state_dict()
     if network.sees_state:
-        weights["time_proj.weight"] = network.net.time_proj(states.index[1:])
+        weights["time_proj.weight"] = network.net.time_proj(states.time[1:])
     net.load_state_dict(weights, assign=True)
     return net.eval()
 
@@ -267,7 +271,7 @@ class Experts(UNet2DModel):
 
     networks: class paths with arguments; see `spec.build` for allowed classes.
     owner: for every row 1..S, the position of its network in ``networks``.
-    index: original index of every row.
+    index: time input of every row.
     in_channels, sample_size: of the images.
     """
 
@@ -276,7 +280,7 @@ class Experts(UNet2DModel):
         self,
         networks: list[dict[str, Any]],
         owner: list[int],
-        index: list[int],
+        index: list[int | float],
         in_channels: int,
         sample_size: list[int],
     ) -> None:

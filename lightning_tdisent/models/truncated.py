@@ -467,7 +467,8 @@ class ModelPrior(Prior):
             shape = latent or model.states.shape_at(model.states.S, model.shape)
             noise = seed_noise([seed], FITTING, shape)  # another stream than the noise added at the row
             if latent is None:
-                *_, (_, x, _) = DDIM(steps=self.steps, clip=self.clip).walk(model, [seed], start=noise)
+                start = first_state(model.states, noise)
+                *_, (_, x, _) = DDIM(steps=self.steps, clip=self.clip).walk(model, [seed], start=start)
                 each.append(model.states.decode(x.float()).cpu())
                 continue
             z = noise / model.config.scaling_factor + (getattr(model.config, "shift_factor", None) or 0.0)

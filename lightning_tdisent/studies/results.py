@@ -32,6 +32,7 @@ from lightning_tdisent.evaluation.real_images import real_images, refuse_trained
 from lightning_tdisent.files import output_path, write_whole
 from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.lpips import LPIPS, load_lpips
+from lightning_tdisent.metrics.metric import PairedMetric
 from lightning_tdisent.metrics.network import FeatureNetwork
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.models.card import Card, read_card
@@ -135,10 +136,10 @@ class Study:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise _damaged(folder / FILE, error) from None
 
-    def check(self, conditional: bool = False) -> None:
+    def check(self, conditional: bool | None = None) -> None:
         """Raise InputError for a study whose evaluation cannot succeed; call it before training.
 
-        conditional: whether models that are still to be trained are conditional.
+        conditional: whether models that are still to be trained are conditional; None if that is not known.
         """
         names = [c["name"] for c in self.contenders]
         if len(set(names)) < len(names):
@@ -169,6 +170,14 @@ class Study:
             )
         if conditional or self._conditional:
             refuse_number(self._protocol.n, min(self._held_out(True), self._n_held_out_available))
+            return
+        pairs = [m.name for m in (*self._protocol.chosen, *self._lpips) if isinstance(m, PairedMetric)]
+        untrained = [c["name"] for c in self.contenders if c["sampler"] and c["name"] not in self._cards]
+        if pairs and not (conditional is None and untrained):
+            raise InputError(
+                f"metrics: {', '.join(pairs)}: compare each image with the one that it was drawn for, but no model "
+                "here is conditional; leave it out"
+            )
 
     @property
     def _conditional(self) -> bool:

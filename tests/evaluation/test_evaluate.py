@@ -20,8 +20,11 @@ from lightning_tdisent.diffusion.components import ComponentStates
 from lightning_tdisent.diffusion.observation import Observation
 from lightning_tdisent.diffusion.operators import Inpainting
 from lightning_tdisent.diffusion.states import LatentStates
+from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation import evaluate as evaluating
+from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.modules import ReducedStates, SingleState
+from lightning_tdisent.metrics.metric import Column, PairedMetric
 from lightning_tdisent.models.card import read_card
 from lightning_tdisent.models.expert import load_expert, save_expert
 from lightning_tdisent.networks.unet import UNet
@@ -211,6 +214,22 @@ def test_a_picture_that_cannot_be_decoded_costs_its_row_alone(model, tmp_path, c
     assert "000007.png" in files["refused"]
     assert made["fd_digits"] > 0
     assert len(made["sha256"][0]) == 64
+
+
+def test_metrics_of_pairs_are_refused_if_no_model_is_conditional(model, tmp_path, capsys):
+    class Furthest(PairedMetric):
+        name = "furthest"
+        columns = (Column("furthest", "largest error", "lower", with_features=False),)
+
+        def of_images(self, pair):
+            return (pair.images.double() - pair.originals.double()).abs().flatten(1).amax(1)
+
+    words = ["evaluate", str(model), "--data", "data/digits", "--protocol", "digits", "-n", "37"]
+    assert main([*words, "--out", str(tmp_path / "e"), "--metrics", "fd,furthest"]) == 2
+    said = "metrics: furthest: compare each image with the one that it was drawn for, but no model here is conditional"
+    assert said in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"SampleQuality: furthest: compare each image .* only evaluate and study"):
+        SampleQuality({"preset": "digits", "metrics": ["fd", "furthest"]})
 
 
 def test_held_out_images_that_are_references_or_were_trained_on_are_refused(model, tmp_path, capsys, digits):

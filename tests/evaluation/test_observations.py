@@ -178,6 +178,16 @@ def test_an_own_picture_and_mask(tmp_path, conditional, write, drawn):
         assert not torch.equal(pixels(out / name)[0][hole == 255], pixels(image)[0][hole == 255])
 
 
+def test_compose_says_how_to_sample_with_observations(tmp_path, unet, write, capsys):
+    states = ComponentStates([1, 8, 8], observation=Observation(Inpainting()), S=2)
+    files = [
+        write(f"e{s}", Denoiser(unet(s, shape=states.shape_at(1), conditioning="none"), V(), states, [s]).eval())
+        for s in (1, 2)
+    ]
+    assert main(["compose", *map(str, files), "--out", str(tmp_path / "all")]) == 0
+    assert "--observe DATA" in capsys.readouterr().out
+
+
 def test_a_folder_of_pictures_is_observed_in_turn(tmp_path, conditional, write, drawn):
     weights = write("sr", conditional(SuperResolution(2)))
     folder = tmp_path / "mine"

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from lightning_tdisent.diffusion.objectives import X0, Eps, V
-from lightning_tdisent.diffusion.schedules import Cosine, Linear, Sigmoid
+from lightning_tdisent.diffusion.schedules import Cosine, FlowMatching, Linear, Sigmoid
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
@@ -113,6 +113,15 @@ def test_the_table_in_the_json_is_that_of_the_formula(unet, write, tmp_path):
     facts = ["shape", "classes", "image_range", "prediction", "T", "S", "fingerprint"]
     assert [config[f] for f in facts] == [[1, 8, 8], None, [-1.0, 1.0], "v", T, S, states.fingerprint]
     assert config["experts"][0]["rows"] == [2]
+
+
+def test_the_table_in_the_json_has_the_times_of_a_flow_matching_path(unet, write, tmp_path):
+    states = LatentStates(FlowMatching(shift=3.0), S=4)
+    out = export(write("flow", Denoiser(unet(), V(), states)), tmp_path / "out")
+    table = strict((out / "config.json").read_text(encoding="utf-8"))["table"]
+    assert [row["index"] for row in table] == [250, 500, 750, 1000]
+    assert [row["time"] for row in table] == pytest.approx([500, 750, 900, 1000])
+    assert all(row["time"] == pytest.approx(1000 * row["noise"][0]) for row in table)
 
 
 def test_the_readme_says_what_it_is_and_what_it_cost(composite, tmp_path):
@@ -344,6 +353,11 @@ def test_models_that_a_pipeline_cannot_sample_are_refused_with_all_reasons(model
     assert (
         refusal(pipeline, preview) == "cannot be exported as a diffusers pipeline: it is a preview without rows [2, 3]"
     )
+
+    class Own(V):
+        prediction = "velocity"
+
+    assert "diffusers does not know velocity" in refusal(pipeline, Denoiser(model().network, Own(), model().states))
     assert "--format onnx: safetensors or diffusers" in refusal(export, tmp_path, tmp_path / "out", "onnx")
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="no weights here"):

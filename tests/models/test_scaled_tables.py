@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from lightning_tdisent.diffusion.objectives import V
-from lightning_tdisent.diffusion.process import noise
-from lightning_tdisent.diffusion.schedules import FlowMatching, Geometric, VarianceExploding
+from lightning_tdisent.diffusion.process import first_state, noise
+from lightning_tdisent.diffusion.rng import seed_noise
+from lightning_tdisent.diffusion.schedules import FlowMatching, Geometric, Linear, VarianceExploding
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation.pictures import forward_strip
 from lightning_tdisent.models.compose import compose
 from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.export import pipeline
-from lightning_tdisent.models.truncated import TruncatedModel, signal_note
+from lightning_tdisent.models.truncated import FITTING, ModelPrior, TruncatedModel, signal_note
 from lightning_tdisent.models.warm import start_warm
 from lightning_tdisent.priors.prior import StandardNormal
 from lightning_tdisent.sampling.denoiser import Denoiser
@@ -136,3 +137,41 @@ def test_experts_of_a_flow_matching_table_compose_and_sample(unet):
     images = DDIM()(composite, range(3))
     assert bool(images.isfinite().all())
     torch.testing.assert_close(images[1:2], DDIM()(composite, [1]), rtol=0, atol=1e-5)
+
+
+def test_the_source_of_a_prior_draws_the_images_that_it_would_draw_itself(pair, write):
+    """The chain of the source starts at its own scale, 110 on this table."""
+    mine, theirs = (ModelPrior(str(write(str(k), d))) for k, d in enumerate(pair))
+    for prior, denoiser in ((mine, pair[0]), (theirs, Denoiser(pair[1].network, V(), EXPLODING).eval())):
+        images = prior._images(range(3))
+        noise = torch.cat([seed_noise([seed], FITTING, [1, 8, 8]) for seed in range(3)])
+        *_, (_, x, _) = DDIM().walk(denoiser, list(range(3)), start=first_state(denoiser.states, noise))
+        torch.testing.assert_close(images, x, rtol=0, atol=1e-5)
+
+
+class Halved(Linear):
+    """Linear, whose networks are told half the level."""
+
+    def times(self):
+        return torch.arange(self.T + 1).float() / 2
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_exported_network_is_told_the_time_and_not_the_index(unet, several):
+    states, x = LatentStates(Halved(), S=4), torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    if several:
+        parts = [Denoiser(unet(k, conditioning="state"), V(), states, rows) for k, rows in enumerate(([1, 3], [2, 4]))]
+        model = CompositeDenoiser([part.eval() for part in parts]).eval()
+    else:
+        model = Denoiser(unet(0), V(), states).eval()
+    net = pipeline(model).unet
+    for s in states.rows:
+        owner = model.at(s)
+        raw = owner.network(x, torch.full((2,), 125.0 * s), None)
+        torch.testing.assert_close(net(x, s - 1).sample, raw, rtol=0, atol=1e-6)
+
+
+def test_a_variance_exploding_schedule_has_no_zero_terminal():
+    with pytest.raises(TypeError, match="zero_terminal"):
+        VarianceExploding(zero_terminal=True)
+    torch.testing.assert_close(LatentStates(VarianceExploding(), S=8).a, torch.ones(9, 1).double(), rtol=0, atol=1e-12)

@@ -16,6 +16,7 @@ from lightning_tdisent.evaluation.score import open_quality, score
 from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.lit.preflight import Logs, Rehearsed
 from lightning_tdisent.metrics.features import load_features
+from lightning_tdisent.metrics.metric import PairedMetric
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
 
@@ -46,6 +47,11 @@ class SampleQuality(Rehearsed, Logs):
     ) -> None:
         check_number("SampleQuality.batch_size", batch_size, 1, whole=True)
         self.protocol = Protocol.preset(protocol, n=n, first_seed=first_seed, split=split, n_real=n_real)
+        if pairs := [metric.name for metric in self.protocol.chosen if isinstance(metric, PairedMetric)]:
+            raise InputError(
+                f"SampleQuality: {', '.join(pairs)}: compare each image with the one that it was drawn for; only "
+                "evaluate and study measure them"
+            )
         self.weights, self.batch_size = weights, batch_size
         self._quality: Quality | None = None
 
