@@ -58,7 +58,7 @@ def check_schema(
             f"{where}: schema {found}, made by an older version; this one ({__version__}) reads {reads}. Create it "
             "again, or use the version that made it"
         )
-    return found
+    return int(found)
 
 
 def check_metadata(metadata: Mapping[str, str] | None, where: str, reads: int) -> None:

@@ -325,7 +325,8 @@ def _range(text: str, option: str) -> range:
 def _prior(a: argparse.Namespace) -> None:
     from lightning_tdisent.models.compose import holds_weights
     from lightning_tdisent.priors.prior import Prior
-    from lightning_tdisent.studies.plan import part_of, row_or_share
+    from lightning_tdisent.studies.plan import part_of
+    from lightning_tdisent.studies.sweep import row_or_share
 
     if (a.out / PRIOR).exists():
         raise InputError(f"--out {a.out} already holds a prior; choose another folder")

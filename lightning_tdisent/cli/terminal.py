@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning_tdisent.errors import InputError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Run = Callable[[argparse.Namespace], None]
-Commands = argparse._SubParsersAction
+Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 IMPORTED = "TDISENT_IMPORT"  # environment variable: the modules of --import, for worker processes
 CACHES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # of matplotlib and torch, by default below ~
 

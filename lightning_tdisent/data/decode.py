@@ -197,7 +197,8 @@ def _decode_jpeg(content: bytes, channels: int, where: object) -> np.ndarray[Any
     if space not in ("YCbCr", "Gray") or (space == "YCbCr" and channels == 1):  # colour to grey: with Pillow's weights
         return None
     try:
-        return simplejpeg.decode_jpeg(content, "RGB" if channels == 3 else "Gray")
+        pixels: np.ndarray = simplejpeg.decode_jpeg(content, "RGB" if channels == 3 else "Gray")
+        return pixels
     except ValueError:
         return None
 
@@ -217,7 +218,7 @@ def _may_be_rotated(content: bytes) -> bool:
             exif = Image.Exif()
             try:
                 exif.load(content[at + 4 : at + 2 + length])
-                return exif.get(0x0112, 1) != 1
+                return bool(exif.get(0x0112, 1) != 1)
             except Exception:  # Pillow raises almost any exception on damaged EXIF
                 return True
         at += 2 + length

@@ -85,7 +85,7 @@ class _File(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         with store_errors():
-            return self.file.read(size)
+            return bytes(self.file.read(size))
 
     def readinto(self, buffer: Any) -> int:
         content = self.read(len(buffer))
@@ -94,10 +94,10 @@ class _File(io.RawIOBase):
 
     def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
         with store_errors():
-            return self.file.seek(place, whence)
+            return int(self.file.seek(place, whence))
 
     def tell(self) -> int:
-        return self.file.tell()
+        return int(self.file.tell())
 
     def close(self) -> None:
         self.file.close()
@@ -161,7 +161,8 @@ class Fetch:
         """Return, for each range, its content or the exception that was raised for it."""
         try:
             if self._request is None:
-                return self._system.cat_ranges(*map(list, zip(*asked, strict=True)), on_error="return")
+                found: list[Content] = self._system.cat_ranges(*map(list, zip(*asked, strict=True)), on_error="return")
+                return found
             limit = PATIENCE + sum(end - begin for _, begin, end in asked) / SLOWEST
             try:
                 found = self._request.result(limit)

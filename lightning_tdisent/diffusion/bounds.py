@@ -21,7 +21,7 @@ class Bounded(TorchDispatchMode):
     """
 
     def __init__(self, where: str, largest: int, count: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.where, self.largest = where, largest
         self.most, self.left = max(4 * largest, 1 << 24), max(100 * count, 5_000)
 

@@ -81,7 +81,8 @@ class Inpainting(Operator):
         left = (key(self.seed, 1, item) % (width - side + 1))[:, None]  # type: ignore[arg-type, index]
         y, x = torch.arange(height, device=item.device), torch.arange(width, device=item.device)
         rows, columns = (y >= top) & (y < top + side), (x >= left) & (x < left + side)
-        return (~(rows[:, None, :, None] & columns[:, None, None])).float()
+        holes: Tensor = rows[:, None, :, None] & columns[:, None, None]
+        return (~holes).float()
 
     def observe(self, x0: Tensor, item: Tensor) -> Tensor:
         """Return x_0 times the mask."""

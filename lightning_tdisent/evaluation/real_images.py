@@ -44,7 +44,8 @@ def real_images(path: str | Path, split: str, channels: int, size: int | None = 
         batch = shards.batch(numbers.tolist())
         if "image" not in batch:
             raise InputError(f"{path}: holds latents, which an evaluation cannot decode; give shards of images")
-        return batch["image"]
+        images: Tensor = batch["image"]
+        return images
 
     def take(numbers: Tensor) -> Tensor:
         if shards.random_access:

@@ -157,4 +157,4 @@ class _Clock:
     def seconds(self) -> float:
         if self.cuda:
             torch.cuda.synchronize(self.device)
-        return self.spent + sum(start.elapsed_time(end) for start, end in self.events) / 1000
+        return self.spent + sum((float(start.elapsed_time(end)) for start, end in self.events), 0.0) / 1000

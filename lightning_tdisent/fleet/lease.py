@@ -87,7 +87,7 @@ class Watch:
         if before != beat:
             self._seen[job, number] = (beat, now)
             return False
-        return now - since > content.get("ttl", TTL)
+        return bool(now - since > content.get("ttl", TTL))
 
 
 class Lease:

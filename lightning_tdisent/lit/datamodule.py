@@ -96,8 +96,9 @@ class ResumableLoader:
         self.close()
         if not self.loader.num_workers:
             return iter(self.source)
-        self._workers = iter(self.loader)
-        return self._workers
+        workers: Iterator[dict[str, Any]] = iter(self.loader)
+        self._workers = workers
+        return workers
 
     def state_dict(self) -> dict[str, int]:
         """Return the batches handed out, the images in each over all ranks, and what the order depends on."""
@@ -266,7 +267,8 @@ class ImageShards(L.LightningDataModule):
     def held_out(self) -> ImageSet:
         """The held-out images in memory; a damaged one always raises InputError."""
         what = (self.path, self.val, self.decoder, Policy(verify=self.policy.verify), self.index)
-        return self._make_once((*what, self.val_limit), lambda: Shards.open(*what).decoded(self.val_limit))
+        images: ImageSet = self._make_once((*what, self.val_limit), lambda: Shards.open(*what).decoded(self.val_limit))
+        return images
 
     @cached_property
     def shards(self) -> Shards:
@@ -276,7 +278,8 @@ class ImageShards(L.LightningDataModule):
     @cached_property
     def training(self) -> ImageSet:
         """The training images in memory."""
-        return self._make_once(self._training_key, self.shards.decoded)
+        images: ImageSet = self._make_once(self._training_key, self.shards.decoded)
+        return images
 
     @property
     def digest(self) -> str:

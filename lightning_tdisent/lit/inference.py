@@ -44,6 +44,8 @@ def clean(batch: dict[str, Any], generator: torch.Generator | None = None, look:
                 "'x0' instead (2 * image - 1 of floats in [0, 1])"
             )
         return from_uint8(image)
+    mean: Tensor
+    deviation: Tensor
     mean, deviation = batch["latent"].float().unbind(1)
     if generator is None:
         return mean
@@ -162,13 +164,13 @@ class DenoiserModule(L.LightningModule):
         """
         if self.shards is not None:
             return dict(batch)
-        batch = as_batch(batch, self.denoiser.shape, self.classes, look)
-        trainer, n = self.trainer, len(batch["label"])
-        if "id" not in batch and training:
-            batch["id"] = torch.full((n,), -1)
-        elif "id" not in batch:
-            batch["id"] = (torch.arange(n) + int(self._sums[-1])) * trainer.world_size + trainer.global_rank
-        return batch
+        found = as_batch(batch, self.denoiser.shape, self.classes, look)
+        trainer, n = self.trainer, len(found["label"])
+        if "id" not in found and training:
+            found["id"] = torch.full((n,), -1)
+        elif "id" not in found:
+            found["id"] = (torch.arange(n) + int(self._sums[-1])) * trainer.world_size + trainer.global_rank
+        return found
 
     def on_validation_epoch_start(self) -> None:
         """Reset the sums of errors at the probe rows."""

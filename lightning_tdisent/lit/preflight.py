@@ -128,7 +128,8 @@ def _batch(trainer: L.Trainer, module: "Diffusion") -> dict[str, Any] | None:
         image = torch.randint(256, (N, *module.denoiser.shape), dtype=torch.uint8)
         batch = {"image": image, "label": torch.zeros(N, dtype=torch.long), "id": torch.arange(N)}
     batch = trainer.strategy.batch_to_device(batch, module.device)
-    return trainer.precision_plugin.convert_input(batch)
+    converted: dict[str, Any] = trainer.precision_plugin.convert_input(batch)
+    return converted
 
 
 def _copied(denoiser: Any) -> Any:

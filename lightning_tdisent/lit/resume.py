@@ -109,7 +109,7 @@ def check_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     An option that the stored config lacks takes the default of the version that wrote it, which is printed (see
     `filled`).
     """
-    old = absolute_paths(config_of(folder))
+    old: dict[str, Any] = absolute_paths(config_of(folder))
     there, old = _flat(old), filled(_completed(old))
     mine, theirs = _flat(absolute_paths(config)), _flat(old)
     differ = [k for k in sorted(mine.keys() | theirs.keys()) if _defines_run(k) and mine.get(k) != theirs.get(k)]

@@ -292,7 +292,8 @@ class Member(L.Callback):
 
     def loss(self, x0: Tensor, s: Tensor, eps: Tensor, label: Tensor | None = None) -> Tensor:
         """Return the losses as `Denoiser.loss` does; their gradient with respect to ``flat`` is already computed."""
-        return _KnownGradient.apply(*self.group.loss(self.number, (x0, s, eps, label)), self.flat)
+        losses: Tensor = _KnownGradient.apply(*self.group.loss(self.number, (x0, s, eps, label)), self.flat)  # type: ignore[no-untyped-call]
+        return losses
 
     def alone(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Return the losses (B,) and the gradient of their mean, computed by this expert's network alone."""

@@ -22,4 +22,4 @@ class Consistency(PairedMetric):
 
     def finish(self, mean: float) -> float:
         """Return the root."""
-        return mean**0.5
+        return float(mean**0.5)

@@ -145,11 +145,13 @@ def _loaded(folder: Path) -> nn.Module:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence progress bars and reports: their content is checked."""
+    import logging as levels
+
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(levels.CRITICAL)
     try:
         yield
     finally:

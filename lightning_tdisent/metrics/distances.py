@@ -101,7 +101,8 @@ def _factor(c: Tensor) -> Tensor:
     """Return F (d, rank) with F F^T = C."""
     values, vectors = torch.linalg.eigh(c)
     kept = values > len(c) * torch.finfo(c.dtype).eps * values[-1]
-    return vectors[:, kept] * values[kept].sqrt()
+    root: Tensor = vectors[:, kept] * values[kept].sqrt()
+    return root
 
 
 HALVES = 2020  # seed of the permutation into halves, by RandomState, whose numbers numpy promises never to change
@@ -169,7 +170,7 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
     """
 
     def total(x: Tensor, y: Tensor) -> float:
-        return sum(float(_kernel(rows, y).sum()) for rows in x.split(CHUNK))
+        return sum((float(_kernel(rows, y).sum()) for rows in x.split(CHUNK)), 0.0)
 
     def within(x: Tensor) -> float:
         own = (x.square().sum(1) / x.shape[1] + 1).pow(3).sum()

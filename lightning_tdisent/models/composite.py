@@ -106,7 +106,8 @@ class CompositeDenoiser(Extras, nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self._slot is None:
-            return super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
         self._slot.move(fn)
         self.states._apply(fn)
         for expert in self.experts:

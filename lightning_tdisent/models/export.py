@@ -266,7 +266,7 @@ def standard(network: UNet, states: Table) -> UNet2DModel:
     return net.eval()
 
 
-class Experts(UNet2DModel):
+class Experts(UNet2DModel):  # type: ignore[misc]
     """Several networks as one diffusers model, which its pipelines use as a `UNet2DModel`.
 
     networks: class paths with arguments; see `spec.build` for allowed classes.
@@ -275,7 +275,7 @@ class Experts(UNet2DModel):
     in_channels, sample_size: of the images.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         networks: list[dict[str, Any]],

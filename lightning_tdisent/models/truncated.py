@@ -451,7 +451,8 @@ class ModelPrior(Prior):
         """Return a x_0 + b eps with x_0 from the source and the noise of the whole chain, (len(seeds), C, H, W)."""
         assert self.shape is not None
         a, b = self.levels.tolist()
-        return a * self._images(seeds) + b * seed_noise(seeds, stream, self.shape)
+        x: Tensor = a * self._images(seeds) + b * seed_noise(seeds, stream, self.shape)
+        return x
 
     def _images(self, seeds: Iterable[int]) -> Tensor:
         if not self._source:

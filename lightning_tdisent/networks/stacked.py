@@ -88,7 +88,8 @@ def _convolution(module: Any, weights: dict[str, Tensor], S: int) -> Forward:
     def pointwise(x: Tensor) -> Tensor:
         y = weight.flatten(2) @ x.flatten(2).unflatten(0, (-1, S))
         y = y if bias is None else y + bias[..., None]
-        return y.reshape(len(x), -1, *x.shape[2:])
+        out: Tensor = y.reshape(len(x), -1, *x.shape[2:])
+        return out
 
     if module.kernel_size == (1, 1) and options == ((1, 1), (0, 0), (1, 1), S):
         return pointwise  # 25 % faster than a grouped convolution, gradients included

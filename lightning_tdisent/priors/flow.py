@@ -107,7 +107,8 @@ class Flow(Prior):
         self._refuse_unbuilt()
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.flow.q0[0].loc.dtype)
-            return self.flow.inverse_and_log_det(x if self.levels else x.flatten(1))
+            found: tuple[list[Tensor], Tensor] = self.flow.inverse_and_log_det(x if self.levels else x.flatten(1))
+            return found
 
     def to_state(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the x (B, C, H, W) of latents, and log |det dx/dz| (B,)."""

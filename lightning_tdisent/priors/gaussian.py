@@ -101,7 +101,8 @@ class Gaussian(Prior):
         rows, columns = (_dct_matrix(side) for side in self.shape[1:])
         if inverse:
             rows, columns = rows.T, columns.T
-        return (rows @ x.unflatten(1, self.shape) @ columns.T).flatten(1)
+        images: Tensor = x.unflatten(1, self.shape)
+        return (rows @ images @ columns.T).flatten(1)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the coordinates (B, m) in the basis, and the log-density (B,) of the part outside the basis."""
@@ -136,7 +137,8 @@ class Gaussian(Prior):
 
     def _to_image(self, inside: Tensor, outside: Tensor) -> Tensor:
         x = self._from_coordinates(outside + inside @ self.basis.T) + self.mean
-        return x.unflatten(1, self.shape or ()).float()
+        images: Tensor = x.unflatten(1, self.shape or ())
+        return images.float()
 
 
 def _principal(x: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,8 @@ class Mixture(Gaussian):
         log_det = self.factors.diagonal(dim1=1, dim2=2).log().sum(1)
         each = self.weights.log()[:, None] - 0.5 * z.square().sum(1) - log_det[:, None] - 0.5 * p * LOG_2PI
         others, v = inside[:, p:], self.variances[p:]
-        return each.logsumexp(0) - 0.5 * (others.square() / v + v.log() + LOG_2PI).sum(1) + outside
+        total: Tensor = each.logsumexp(0) - 0.5 * (others.square() / v + v.log() + LOG_2PI).sum(1) + outside
+        return total
 
     def _from_normal(self, z: Tensor, seeds: Sequence[int], stream: int) -> Tensor:
         p = self.means.shape[1]

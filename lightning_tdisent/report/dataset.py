@@ -180,7 +180,9 @@ def _channels(look: Look) -> list[str]:
 
 def _picture(sample: Sample) -> np.ndarray:
     if "image" in sample:
-        return sample["image"].permute(1, 2, 0).numpy()
+        image: Tensor = sample["image"]
+        return image.permute(1, 2, 0).numpy()
     planes = sample["latent"][0, 0].float()
     planes = planes[: 3 if len(planes) > 2 else 1]  # the first channels of a latent
-    return ((planes.clamp(-2, 2) + 2) / 4).expand(3, -1, -1).permute(1, 2, 0).numpy()
+    shown: Tensor = (planes.clamp(-2, 2) + 2) / 4
+    return shown.expand(3, -1, -1).permute(1, 2, 0).numpy()

@@ -120,7 +120,10 @@ def write_report(
     drawn = [c for c in contenders if c.sampler is not None]
     side = real.images.shape[-1]
     zoom = max(1, 34 // side)
-    wide = lambda picture: picture.shape[-1] * zoom  # noqa: E731
+
+    def wide(picture: Tensor) -> int:
+        return int(picture.shape[-1]) * zoom
+
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(notes)}</p>" if notes else ""]
     for line, alike in tables(rows):
         parts.append(f"<p>{html.escape(line)}</p>{html_table(alike)}")

@@ -2,8 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +68,9 @@ class Denoiser(nn.Module):
         self._time: list[int] | list[float] = states.time.tolist()
         self._owned = frozenset(self.rows)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         weights = self.weights
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.weights = weights.to(self.weights.device)  # like the table: follows devices, never dtypes
         return self
 

@@ -155,10 +155,12 @@ def prior_term(prior: Prior, states: Table, s: int, x0: Tensor, ids: Sequence[in
     if isinstance(prior, StandardNormal):  # for x / n, as samples start from n z
         a, b = a / n, b / n
         square = (a * x0.double()).square() + b.square()
-        return 0.5 * (square - 1 - 2 * b.log()).flatten(1).sum(1)
+        divergence: Tensor = 0.5 * (square - 1 - 2 * b.log())
+        return divergence.flatten(1).sum(1)
     eps = _eps(states, x0, s, ids)
     x = a.to(x0.dtype) * x0 + b.to(x0.dtype) * eps
-    return -0.5 * (eps.double().square() + 2 * b.log() + LOG_2PI).flatten(1).sum(1) - prior.log_prob(x)
+    entropy: Tensor = 0.5 * (eps.double().square() + 2 * b.log() + LOG_2PI)
+    return -entropy.flatten(1).sum(1) - prior.log_prob(x)
 
 
 def ode_likelihood(
@@ -297,4 +299,5 @@ def _decode(decoder: Decoder, x0: Tensor, estimate: Tensor, states: Table, varia
     flip = low > 0  # use the symmetry for tails on the right, where log_ndtr loses precision
     low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
     upper, lower = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
-    return -(upper + torch.log(-torch.expm1(lower - upper))).flatten(1).sum(1)
+    each: Tensor = upper + torch.log(-torch.expm1(lower - upper))
+    return -each.flatten(1).sum(1)
