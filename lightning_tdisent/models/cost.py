@@ -92,4 +92,5 @@ def _longest(cards: Sequence[Card], what: str) -> float:
             for (_, end), (number, after) in itertools.pairwise(ends):
                 later.setdefault(number, []).append(after - end)
         chains.append(before + max(firsts))
-    return float(max(chains) + sum(max(of_round) for of_round in later.values()))
+    total: float = max(chains) + sum(max(of_round) for of_round in later.values())
+    return total
