@@ -1,14 +1,16 @@
 """One language for all commands: options, dotted keys, files, and what they give together."""
 
 import json
+import pickle
 
 import pytest
 import yaml
 
 from lightning_tdisent.cli import main, parser
 from lightning_tdisent.cli.options import effective, parse
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, Newer
 from lightning_tdisent.fleet.keys import assign, value_of
+from lightning_tdisent.models.agreement import refuse_unfit
 
 
 def refusal(capsys, *words):
@@ -180,3 +182,20 @@ def test_a_study_of_several_files_is_printed_as_one(file, tmp_path, capsys, monk
 def test_the_options_that_are_shipped_are_options():
     found = parse(parser(), ["sample", "m", "--out", "x", "--config", "experiments/digits/sample.yaml"])
     assert (found.seeds, found.sampler) == ("0:64", {"class_path": "DPMSolver", "init_args": {"steps": 8}})
+
+
+def test_errors_carry_what_they_say(file):
+    with pytest.raises(InputError) as one:
+        parse(parser(), ["sample", "m", "--outt", "x"])
+    assert (one.value.key, one.value.nearest) == ("--outt", "--out")
+    with pytest.raises(InputError) as two:
+        parse(parser(), ["sample", "--config", file({"seedz": 1})])
+    assert (two.value.where, two.value.key, two.value.nearest) == (file({"seedz": 1}), "seedz", "seeds")
+    inside = two.value.within("a study")
+    assert (inside.where, inside.key, str(inside)) == ("a study", "seedz", f"a study: {two.value}")
+    copy = pickle.loads(pickle.dumps(inside))  # noqa: S301, as workers report their errors
+    assert (copy.where, copy.key, str(copy)) == ("a study", "seedz", str(inside))
+    with pytest.raises(InputError) as three:
+        refuse_unfit(["a", "b", "c"], [{"rows": [k], "S": 3, "weights": w} for k, w in ((1, "x"), (2, "x"), (2, "y"))])
+    assert [problem.split(" ")[0] for problem in three.value.problems] == ["c:", "no", "row"]
+    assert isinstance(Newer("n").within("f"), Newer)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.errors import InputError, closest, nearest
 
 GLOBAL = ("config", "print_config", "imports")  # options that no file sets
 TEXTS = ("option",)  # parts whose values stay text, for another program
@@ -37,10 +37,12 @@ class Parser(argparse.ArgumentParser):
         """Raise InputError for a word that is no option, with the closest option."""
         if not word.startswith("-"):
             hint = " The YAML is named with --config FILE" if self.keys else ""
-            raise InputError(f"{word}: one argument too many.{hint}")
-        option = word.partition("=")[0].partition(".")[0]
-        close = nearest(option, [*self.known(), *(f"--{key}" for key in (*self.parts, *self.keys_of_files()))], 0.6)
-        raise InputError(f"{word.partition('=')[0]}: no such option.{close}")
+            raise InputError(f"{word}: one argument too many.{hint}", value=word)
+        option = word.partition("=")[0]
+        every = [*self.known(), *(f"--{key}" for key in (*self.parts, *self.keys_of_files()))]
+        close = closest(option.partition(".")[0], every, 0.6)
+        hint = f" Did you mean {close!r}?" if close else ""
+        raise InputError(f"{option}: no such option.{hint}", key=option, nearest=close)
 
     def known(self) -> list[str]:
         """Return the long options of this command."""
@@ -176,7 +178,10 @@ def _set_defaults(leaf: Parser, files: Sequence[Path], dotted: dict[str, dict[st
         for key, value in data.items():
             name = str(key).replace("-", "_")
             if name not in known:
-                raise InputError(f"{file}: unknown key {key!r}.{nearest(name, known)} Known: {', '.join(known)}")
+                raise InputError(
+                    f"{file}: unknown key {key!r}.{nearest(name, known)} Known: {', '.join(known)}", where=str(file),
+                    key=str(key), nearest=closest(name, known),
+                )  # fmt: skip
             before = found.get(name, (None, ""))[0]
             both = isinstance(before, dict) and isinstance(value, dict)
             found[name] = {**before, **value} if both else value, f"{file}: {key}"

@@ -196,7 +196,7 @@ def tar_members(stream: Any, mode: Any, where: str) -> Iterator[tarfile.TarFile]
         with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Header) as tar:
             yield tar
     except InputError as error:
-        raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
+        raise error if str(error).startswith(where) else error.within(where) from None
 
 
 def note(unread: Unread, kind: str, name: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning_tdisent.digests import sha256
-from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.errors import InputError, closest, nearest
 
 PACKAGE = __package__.split(".")[0]
 # old module paths in files of earlier versions, and the modules of today
@@ -316,7 +316,9 @@ def class_path(name: str, base: type[Part], aliases: Mapping[str, str] | None = 
     names = list(dict.fromkeys([*aliases, *sorted(path.rpartition(".")[2] for path in loaded)]))
     raise InputError(
         f"there is no {base.__name__} {name!r}.{nearest(name, names)} There are {', '.join(names)}; for a class of "
-        "your own, import its module with --import MODULE"
+        "your own, import its module with --import MODULE",
+        value=name,
+        nearest=closest(name, names),
     )
 
 

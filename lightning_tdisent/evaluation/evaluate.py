@@ -124,7 +124,7 @@ def evaluate(
         try:
             qualities[name] = quality.of(found.n)
         except InputError as error:
-            raise InputError(f"{name} ({found.n:,} images): {error}") from None
+            raise error.within(f"{name} ({found.n:,} images)") from None
     models = [model[0] for model in loaded if model is not None]
     common = _Common.of([m.states for m in models if not isinstance(m, TruncatedModel)] or [m.states for m in models])
     given = {

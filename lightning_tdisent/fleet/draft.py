@@ -90,7 +90,7 @@ def draft(
             return describe(["fit", *words, "--run", f"{store}/nothing"])
         except InputError as error:
             files = ", ".join(str(copies[name][1]) for name in names)
-            raise InputError(f"{file}: configs {files}: {error}") from None
+            raise error.within(f"{file}: configs {files}") from None
 
     facts = facts_of(list(configs), common)
     if facts.devices not in ("auto", "-1", -1, "1", 1):

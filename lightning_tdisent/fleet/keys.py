@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_tdisent.errors import InputError, is_whole, nearest
+from lightning_tdisent.errors import InputError, closest, is_whole, nearest
 from lightning_tdisent.files import compose_yaml, expand_all, load_yaml
 
 ANY, TEXT, LIST, MAPPING = "", "text", "a list", "a mapping"
@@ -37,7 +37,7 @@ def refuse_kind(value: Any, kind: str, where: str) -> None:
     """Raise InputError unless a value is of the given kind; several kinds are joined by `` or ``."""
     if not any(_KINDS[one](value) for one in kind.split(" or ")):
         quotes = "; write it in quotes" if kind == TEXT and isinstance(value, (int, float)) else ""
-        raise InputError(f"{where}: expected {kind}, got {value!r}{quotes}")
+        raise InputError(f"{where}: expected {kind}, got {value!r}{quotes}", where=where, value=value, expected=kind)
 
 
 def known(data: Any, keys: Mapping[str, str], where: str, required: Sequence[str] = ()) -> dict[str, Any]:
@@ -50,7 +50,11 @@ def known(data: Any, keys: Mapping[str, str], where: str, required: Sequence[str
         raise InputError(f"{where}: expected a mapping with the keys {', '.join(keys)}, got {data!r}")
     for key in data:
         if key not in keys:
-            raise InputError(f"{where}: unknown key {key!r}.{nearest(str(key), list(keys))} Known: {', '.join(keys)}")
+            close = nearest(str(key), keys)
+            raise InputError(
+                f"{where}: unknown key {key!r}.{close} Known: {', '.join(keys)}", where=where, key=str(key),
+                nearest=closest(str(key), keys),
+            )  # fmt: skip
     missing = [key for key in required if key not in data]
     if missing:
         raise InputError(f"{where}: {', '.join(missing)} is missing")

@@ -324,7 +324,7 @@ class Fleet:
             try:
                 facts = describe(job.argv)
             except InputError as error:
-                raise InputError(f"{job.name}: {error}") from None
+                raise error.within(job.name) from None
             parts = {e.name: e.parts for e in self.experts}.get(job.name, (self.shared or {}).get("parts", 1))
             if facts.parts != parts:
                 raise InputError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_tdisent.errors import InputError, check_number, nearest
+from lightning_tdisent.errors import InputError, check_number, closest, nearest
 from lightning_tdisent.fleet.job import Job, Report, Train
 from lightning_tdisent.fleet.status import duration
 from lightning_tdisent.fleet.store import Store
@@ -53,7 +53,10 @@ class Pool:
         names = [f.name for f in fields(cls)]
         for key, value in given.items():
             if key not in names:
-                raise InputError(f"--simulate.{key}: no such option.{nearest(key, names)} Known: {', '.join(names)}")
+                raise InputError(
+                    f"--simulate.{key}: no such option.{nearest(key, names)} Known: {', '.join(names)}",
+                    key=f"--simulate.{key}", nearest=closest(key, names),
+                )  # fmt: skip
             check_number(
                 f"--simulate.{key}", value, least=1 if key == "workers" else 0, above=key == "speed",
                 whole=key in ("workers", "seed"),

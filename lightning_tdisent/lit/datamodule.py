@@ -209,7 +209,7 @@ class ImageShards(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if channels not in (1, 3):
-            raise InputError(f"data.channels: images have 1 or 3 channels, got {channels}")
+            raise InputError.of_value("data.channels", channels, "images have 1 or 3 channels")
         for name, value, low in (("batch_size", batch_size, 1), ("buffer", buffer, 1), ("workers", workers, 0)):
             check_number(f"data.{name}", value, low, whole=True)
         for name, limit in (("size", size), ("val_limit", val_limit)):
@@ -217,14 +217,14 @@ class ImageShards(L.LightningDataModule):
                 check_number(f"data.{name}", limit, 1, whole=True)
         for name, text in (("path", path), ("train", train), ("val", val)):
             if not isinstance(text, str | os.PathLike) or not str(text):
-                raise InputError(f"data.{name}: expected text, got {text!r}")
+                raise InputError.of_value(f"data.{name}", repr(text), "expected text")
         for name, flag in (("verify", verify), ("flip", flip)):
             if not isinstance(flag, bool):
-                raise InputError(f"data.{name}: expected true or false, got {flag!r}")
+                raise InputError.of_value(f"data.{name}", repr(flag), "expected true or false")
         if resident not in (True, False, "device"):
-            raise InputError(f"data.resident: expected true, false or device, got {resident}")
+            raise InputError.of_value("data.resident", resident, "expected true, false or device")
         if access not in ("auto", "random", "sequential"):
-            raise InputError(f"data.access: expected auto, random or sequential, got {access}")
+            raise InputError.of_value("data.access", access, "expected auto, random or sequential")
         self.path, self.batch_size, self.train, self.val = expand(str(path), "data.path"), batch_size, train, val
         self.val_limit, self.resident, self.buffer, self.access = val_limit, resident, buffer, access
         self.workers, self.seed, self.flip = workers, seed, flip

@@ -91,7 +91,7 @@ class Diffusion(Part, DenoiserModule):
         super().__init__()
         check_number("model.label_drop", label_drop, most=1)
         if draw not in ("balanced", "iid"):
-            raise InputError(f"model.draw: balanced or iid, got {draw}")
+            raise InputError.of_value("model.draw", draw, "balanced or iid")
         states = states or LatentStates()
         rows = self.owned(states)
         if network.shape == states.image_shape != (shape := states.shape_at(rows[0], network.shape)):
@@ -123,7 +123,7 @@ class Diffusion(Part, DenoiserModule):
         if clip_norm is not None:
             check_number("model.clip_norm (null for none)", clip_norm, above=True)
         if decay not in ("constant", "cosine"):
-            raise InputError(f"model.decay: constant or cosine, got {decay}")
+            raise InputError.of_value("model.decay", decay, "constant or cosine")
         self.denoiser = denoiser
         self.lr, self.warmup, self.decay, self.weight_decay, self.clip_norm = lr, warmup, decay, weight_decay, clip_norm
         self.register_buffer("row_choices", torch.tensor(denoiser.rows), persistent=False)

@@ -122,7 +122,9 @@ def check_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         lines = "\n".join(f"  - {k}: {theirs.get(k)} there, {mine.get(k)} now" for k in differ)
         raise InputError(
             f"run: {folder} holds a run of another config:\n{lines}\nUse the stored config, or choose another folder "
-            f"with --run{_branch_options(folder, differ, mine)}"
+            f"with --run{_branch_options(folder, differ, mine)}",
+            where=str(folder),
+            problems=lines.splitlines(),
         )
     return old
 

@@ -94,7 +94,8 @@ def refuse_unfit(
         )
     problems += wrong
     if problems:
-        raise InputError(f"these {len(facts)} experts cannot be composed:\n" + "\n".join(f"  - {p}" for p in problems))
+        lines = "\n".join(f"  - {p}" for p in problems)
+        raise InputError(f"these {len(facts)} experts cannot be composed:\n{lines}", problems=problems)
     return missing
 
 

@@ -55,7 +55,7 @@ def _from_card(where: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
+        raise error if str(error).startswith(where) else error.within(where) from None
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{where}: its card does not describe a valid model: {said(error):.300}") from error
 

@@ -214,7 +214,8 @@ def _refuse_names(study: dict[str, Any], file: str) -> None:
         claims.append((f"{name}_composite", where))
     problems += clashes(claims) + clashes([(str(name), "contenders") for name in study["contenders"]])
     if problems:
-        raise InputError(f"{file}: invalid names or settings:\n" + "\n".join(f"  - {p}" for p in problems))
+        lines = "\n".join(f"  - {p}" for p in problems)
+        raise InputError(f"{file}: invalid names or settings:\n{lines}", where=file, problems=problems)
 
 
 def _add_fleet_configs(
@@ -334,7 +335,7 @@ def refuse_cuts(todo: Plan, describe: Callable[[list[str]], Any], fleets: dict[s
         try:
             row_of(at, rows[source])
         except InputError as error:
-            raise InputError(f"{source}: {error}") from None
+            raise error.within(source) from None
 
 
 def part_of(
@@ -358,7 +359,7 @@ def part_of(
         part = {"class_path": path, "init_args": {**entry.get("init_args", {}), **(more or {})}}
         return part, build(part, kind)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise error.within(where) from None
 
 
 def _add_config(file: Path, entry: Any, where: str, configs: dict[str, tuple[Path, bytes]]) -> Path:

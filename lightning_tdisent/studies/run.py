@@ -76,4 +76,4 @@ def _role(job: Job, config: str, role: Callable[[list[str]], Role]) -> Role:
         return role(job.argv)
     except InputError as error:
         files = ", ".join(word for option, word in pairwise(job.argv) if option == "--config")
-        raise InputError(f"{config}: runs: {job.name} ({files}): {error}") from None
+        raise error.within(f"{config}: runs: {job.name} ({files})") from None

@@ -10,9 +10,9 @@ from lightning_tdisent.cli import describe, main
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet.draft import draft
+from lightning_tdisent.fleet.keys import value_of
 from lightning_tdisent.fleet.lease import Watch, take
 from lightning_tdisent.fleet.plan import Fleet, Planned, refuse_unfit
-from lightning_tdisent.fleet.plan import settings as values_of
 from lightning_tdisent.fleet.state import FleetWork
 
 BY_EPOCH = {"trainer.val_check_interval": 0.5, "trainer.check_val_every_n_epoch": 1}
@@ -191,13 +191,6 @@ def test_an_edited_plan_that_cannot_be_run_is_refused(old, new, message, planned
         Fleet.load(fleet.store.where)
     assert message.replace("\\", "") in str(refusal.value)
     assert "plan.yaml" in str(refusal.value)
-
-
-def test_values_of_options_are_read_as_yaml_1_2():
-    words = ["a=1e-3", "b=2.5E+2", "c=00:12:00", "d=010", "e=[1, x]", "f=1e", "g=-.5e1"]
-    assert values_of(words) == [
-        ("a", 1e-3), ("b", 250.0), ("c", "00:12:00"), ("d", "010"), ("e", [1, "x"]), ("f", "1e"), ("g", -5.0)
-    ]  # fmt: skip
 
 
 def test_experts_that_wait_for_each_other_are_refused(planned):
@@ -432,4 +425,4 @@ def test_only_the_images_of_a_started_expert_may_change(planned):
     ],
 )
 def test_words_are_yaml_except_for_numbers_in_base_8_and_60(word, value):
-    assert values_of([f"trainer.max_time={word}"]) == [("trainer.max_time", value)]
+    assert value_of(word, "--set.trainer.max_time") == value

@@ -49,7 +49,7 @@ class EMA(L.Callback):
         check_number("ema.snapshot_every", snapshot_every, 1, whole=True)
         self.decay, self.lengths, self.snapshot_every = decay, lengths or [], snapshot_every
         if len({f"{length:g}" for length in self.lengths}) < len(self.lengths):
-            raise InputError(f"ema.lengths: each must differ from the others, got {self.lengths}")
+            raise InputError.of_value("ema.lengths", self.lengths, "each must differ from the others")
         self.gammas = [gamma(length) for length in self.lengths]
         self.averages: list[Tensor] = []  # flat vectors, so that a step is one cat and one lerp for all parameters
         self.updates, self.before = 0, 0
