@@ -110,6 +110,13 @@ def arguments_of(dotted: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix("init_args."): value for key, value in dotted.items()}
 
 
+def part_entry(value: Any, option: str) -> Any:
+    """Return the value of an option that names a part: a name, or a mapping given in a file or as text."""
+    from lightning_tdisent.fleet.keys import value_of
+
+    return value_of(value, option) if isinstance(value, str) and value.lstrip().startswith("{") else value
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]

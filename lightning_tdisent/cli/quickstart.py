@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lightning_tdisent.cli.models import run_study, study_options
+from lightning_tdisent.cli.evaluations import run_study, study_options
 from lightning_tdisent.cli.terminal import Commands, command
 from lightning_tdisent.errors import InputError
 
