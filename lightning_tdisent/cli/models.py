@@ -205,7 +205,7 @@ def fit_and_save(
     label: int | None = None,
 ) -> None:  # fmt: skip
     """Fit a prior, write it, and print its row, the number of images and the notes of the fit."""
-    from lightning_tdisent.models.truncated import fit_to, save_prior
+    from lightning_tdisent.models.prior_files import fit_to, save_prior
 
     use_device("cpu")
     prior, fitted = fit_to(model, at, part, data, split, n, label)

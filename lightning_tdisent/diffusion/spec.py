@@ -20,14 +20,14 @@ from lightning_tdisent.errors import InputError, closest, nearest
 PACKAGE = __package__.split(".")[0]
 # old module paths in files of earlier versions, and the modules of today
 MOVED = {
-    f"{PACKAGE}.sampling.start": f"{PACKAGE}.models.truncated",
+    f"{PACKAGE}.sampling.start": f"{PACKAGE}.models.prior_files",
     f"{PACKAGE}.diffusion.bases": f"{PACKAGE}.diffusion.spaces",
 }
 # old class paths, and old argument names by class, in files of earlier versions
 RENAMED = {
     f"{PACKAGE}.diffusion.components.Condition": f"{PACKAGE}.diffusion.observation.Observation",
-    f"{PACKAGE}.sampling.start.Implicit": f"{PACKAGE}.models.truncated.ModelPrior",
-    f"{PACKAGE}.Implicit": f"{PACKAGE}.models.truncated.ModelPrior",
+    f"{PACKAGE}.sampling.start.Implicit": f"{PACKAGE}.models.model_prior.ModelPrior",
+    f"{PACKAGE}.Implicit": f"{PACKAGE}.models.model_prior.ModelPrior",
 }
 ARGUMENTS = {f"{PACKAGE}.diffusion.components.ComponentStates": {"basis": "space", "condition": "observation"}}
 _PLAIN = (str, int, float, bool, type(None))

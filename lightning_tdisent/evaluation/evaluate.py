@@ -40,8 +40,10 @@ from lightning_tdisent.models.card import Card
 from lightning_tdisent.models.compose import find_files, load_model
 from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.cost import training_cost, with_prior
+from lightning_tdisent.models.model_prior import ModelPrior
+from lightning_tdisent.models.prior_files import prior_file
 from lightning_tdisent.models.residency import Residency
-from lightning_tdisent.models.truncated import ModelPrior, TruncatedModel, load_truncated, prior_file, signal_note
+from lightning_tdisent.models.truncated import TruncatedModel, load_truncated, signal_note
 from lightning_tdisent.sampling.denoiser import Denoiser, DenoiserProtocol
 from lightning_tdisent.sampling.errors_by_row import has_signal, held_out_errors
 from lightning_tdisent.sampling.guidance import extras

@@ -60,9 +60,10 @@ from lightning_tdisent.lit.resume import (
     refuse_other_runs,
     what_is_trained,
 )
-from lightning_tdisent.models import truncated
+from lightning_tdisent.models import model_prior  # noqa: F401
 from lightning_tdisent.models.card import read_card
 from lightning_tdisent.models.checkpoint import facts
+from lightning_tdisent.models.prior_files import read_prior_card
 from lightning_tdisent.networks import dit, unet  # noqa: F401
 from lightning_tdisent.priors import flow, gaussian, mixture  # noqa: F401
 from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS, RunFolder, checkpoints_in, held, new_identity
@@ -313,7 +314,7 @@ def _exported_steps(folder: Path, run: str) -> int | None:
     if (file := folder / WEIGHTS).exists():
         card = read_card(file)
     elif (file := folder / PRIOR).exists():
-        card = truncated.read_prior_card(folder)
+        card = read_prior_card(folder)
     else:
         return None
     if card.run not in ("", run):  # cards of older versions do not name the run

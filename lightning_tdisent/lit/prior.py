@@ -14,7 +14,8 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.lit.inference import DenoiserModule, clean
 from lightning_tdisent.lit.modules import Diffusion
-from lightning_tdisent.models.truncated import FITTING, PriorCard, rebuilt_prior, save_prior
+from lightning_tdisent.models.model_prior import FITTING
+from lightning_tdisent.models.prior_files import PriorCard, rebuilt_prior, save_prior
 from lightning_tdisent.priors.prior import Prior
 from lightning_tdisent.runs import PRIOR
 from lightning_tdisent.sampling.errors_by_row import HELD_OUT
@@ -60,7 +61,7 @@ class PriorModule(Diffusion):
     """Train a prior of the states at one row, from which sampling can start (2206.05173).
 
     Validation logs -log p of held-out states, ``nll`` in nats and ``bits`` in bits per value. The run exports
-    ``prior.safetensors``, which `models.truncated.load_prior` reads.
+    ``prior.safetensors``, which `models.prior_files.load_prior` reads.
 
     prior: a learned prior such as `Flow`; it takes the shape of the data if it has none.
     states: the table of the model that will start from the prior.

@@ -179,6 +179,6 @@ def test_parts_in_lists_are_built_again():
 
 def test_class_paths_of_earlier_versions_are_resolved():
     """Old paths resolve, and fingerprints keep hashing them."""
-    old, new = "lightning_tdisent.sampling.start.PriorCard", "lightning_tdisent.models.truncated.PriorCard"
+    old, new = "lightning_tdisent.sampling.start.PriorCard", "lightning_tdisent.models.prior_files.PriorCard"
     assert moved(old) == new
     assert first_name({"class_path": new}) == {"class_path": old}

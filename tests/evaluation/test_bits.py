@@ -8,7 +8,8 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation.bits import Bits
 from lightning_tdisent.lit.modules import ReducedStates
-from lightning_tdisent.models.truncated import ModelPrior, TruncatedModel
+from lightning_tdisent.models.model_prior import ModelPrior
+from lightning_tdisent.models.truncated import TruncatedModel
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.sampling.errors_by_row import x0_errors
 from lightning_tdisent.sampling.likelihood import variational_bound

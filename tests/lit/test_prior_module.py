@@ -25,7 +25,8 @@ from lightning_tdisent.lit.checkpoints import DurableIO, load, newest
 from lightning_tdisent.lit.entry import run
 from lightning_tdisent.lit.modules import Diffusion, ReducedStates
 from lightning_tdisent.lit.prior import PriorAt, PriorModule
-from lightning_tdisent.models.truncated import TruncatedModel, load_prior
+from lightning_tdisent.models.prior_files import load_prior
+from lightning_tdisent.models.truncated import TruncatedModel
 from lightning_tdisent.priors.flow import Flow
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.sampling.errors_by_row import HELD_OUT

@@ -13,7 +13,8 @@ from lightning_tdisent.evaluation.pictures import forward_strip
 from lightning_tdisent.models.compose import compose
 from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.export import pipeline
-from lightning_tdisent.models.truncated import FITTING, ModelPrior, TruncatedModel, signal_note
+from lightning_tdisent.models.model_prior import FITTING, ModelPrior
+from lightning_tdisent.models.truncated import TruncatedModel, signal_note
 from lightning_tdisent.models.warm import start_warm
 from lightning_tdisent.priors.prior import StandardNormal
 from lightning_tdisent.sampling.denoiser import Denoiser

@@ -26,18 +26,9 @@ from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.models.compose import compose, load_model
 from lightning_tdisent.models.export import export
-from lightning_tdisent.models.truncated import (
-    FITTING,
-    ModelPrior,
-    PriorCard,
-    TruncatedModel,
-    fit_prior,
-    fit_to,
-    load_prior,
-    load_truncated,
-    save_prior,
-    signal_note,
-)
+from lightning_tdisent.models.model_prior import FITTING, ModelPrior
+from lightning_tdisent.models.prior_files import PriorCard, fit_prior, fit_to, load_prior, save_prior
+from lightning_tdisent.models.truncated import TruncatedModel, load_truncated, signal_note
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.priors.mixture import Mixture
 from lightning_tdisent.priors.prior import Prior, StandardNormal

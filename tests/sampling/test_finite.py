@@ -22,7 +22,8 @@ from lightning_tdisent.metrics.features import load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.models.compose import compose, load_model
 from lightning_tdisent.models.expert import load_expert, save_expert
-from lightning_tdisent.models.truncated import TruncatedModel, fit_prior, load_prior, save_prior
+from lightning_tdisent.models.prior_files import fit_prior, load_prior, save_prior
+from lightning_tdisent.models.truncated import TruncatedModel
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.guidance import Guided
@@ -89,7 +90,7 @@ def test_a_prior_that_is_not_finite_is_neither_written_nor_loaded(states, tmp_pa
     prior.mean.view(-1)[0] = float("nan")
     with pytest.raises(NotFinite, match=r"prior.safetensors: mean \(1 in all\)"):
         save_prior(tmp_path / "prior.safetensors", prior, card)
-    monkeypatch.setattr("lightning_tdisent.models.truncated.refuse_non_finite", lambda *_: None)
+    monkeypatch.setattr("lightning_tdisent.models.prior_files.refuse_non_finite", lambda *_: None)
     save_prior(tmp_path / "prior.safetensors", prior, card)
     monkeypatch.undo()
     with pytest.raises(NotFinite, match=r"prior.safetensors: mean \(1 in all\)"):

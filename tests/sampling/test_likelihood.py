@@ -10,7 +10,8 @@ from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.schedules import Cosine, Geometric, Linear, LogLinear, ScaledLinear, Sigmoid
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
-from lightning_tdisent.models.truncated import ModelPrior, TruncatedModel
+from lightning_tdisent.models.model_prior import ModelPrior
+from lightning_tdisent.models.truncated import TruncatedModel
 from lightning_tdisent.priors.gaussian import Gaussian
 from lightning_tdisent.priors.prior import StandardNormal
 from lightning_tdisent.sampling.errors_by_row import x0_errors

@@ -34,7 +34,7 @@ from lightning_tdisent.models.checkpoint import check_of, load
 from lightning_tdisent.models.compose import load_model
 from lightning_tdisent.models.cost import training_cost
 from lightning_tdisent.models.expert import load_expert
-from lightning_tdisent.models.truncated import load_prior
+from lightning_tdisent.models.prior_files import load_prior
 from lightning_tdisent.studies.claim import kept
 from lightning_tdisent.studies.results import Study
 

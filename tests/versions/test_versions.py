@@ -35,7 +35,7 @@ from lightning_tdisent.models.card import read_card
 from lightning_tdisent.models.checkpoint import check_of
 from lightning_tdisent.models.compose import load_model
 from lightning_tdisent.models.expert import load_expert
-from lightning_tdisent.models.truncated import load_prior
+from lightning_tdisent.models.prior_files import load_prior
 from lightning_tdisent.schemas import check_schema
 from lightning_tdisent.studies.claim import kept
 from lightning_tdisent.studies.plan import plan
