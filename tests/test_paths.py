@@ -20,6 +20,7 @@ from lightning_tdisent.evaluation.pictures import save_png
 from lightning_tdisent.files import absolute_paths, expand, expand_all, expand_words, output_path, write_whole
 from lightning_tdisent.fleet.keys import read_yaml
 from lightning_tdisent.lit import entry
+from lightning_tdisent.lit.command_line import configs_first
 from lightning_tdisent.models.averages import reconstruct
 from lightning_tdisent.models.expert import load_expert
 from lightning_tdisent.models.export import export
@@ -190,7 +191,7 @@ def test_an_untrained_network_is_not_validated(home, capsys):
 
 def test_options_count_before_a_config_as_after_it(home):
     words = [str(word) for word in ["fit", "--run", "x", "--trainer.max_steps=3", *TINY, 4]]
-    assert entry._configs_first(words)[1].startswith("--config=")
+    assert configs_first(words)[1].startswith("--config=")
     cli = entry.parse([*words[:4], *words[4:-2]])
     assert cli.trainer.max_steps == 3
 

@@ -6,20 +6,19 @@ one message whose last line names the file, the key and the closest valid word.
 
 import contextlib
 import logging
-import os
 import re
 import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import jsonargparse
 import lightning.pytorch as L
 import yaml
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler
@@ -30,18 +29,8 @@ from omegaconf.errors import OmegaConfBaseException
 # imported so that a config can use the short names of their classes
 from lightning_tdisent.diffusion import components, objectives, operators, schedules, spaces  # noqa: F401
 from lightning_tdisent.diffusion.spec import said
-from lightning_tdisent.errors import InputError, check_number, nearest
-from lightning_tdisent.files import (
-    absolute_paths,
-    ask_guards,
-    check_name,
-    check_utf8_mode,
-    expand_all,
-    output_path,
-    refuse_link,
-    repeated_keys,
-    write_whole,
-)
+from lightning_tdisent.errors import InputError, check_number
+from lightning_tdisent.files import absolute_paths, ask_guards, expand_all, output_path, refuse_link
 from lightning_tdisent.lit import datamodule, inference, modules, prior  # noqa: F401
 from lightning_tdisent.lit.callbacks import pictures, quality  # noqa: F401
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
@@ -50,16 +39,16 @@ from lightning_tdisent.lit.callbacks.losses import LossPerState
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.checkpoints import DurableIO, resolve
-from lightning_tdisent.lit.explain import HERE, explain, explain_interpolation
+from lightning_tdisent.lit.command_line import LINE, UNRESOLVED, Parser, check_yaml, config_files, configs_first
+from lightning_tdisent.lit.explain import HERE, explain_interpolation
 from lightning_tdisent.lit.resume import (
     check_config,
-    check_header,
     find_checkpoint,
-    header,
     refuse_other_data,
     refuse_other_runs,
     what_is_trained,
 )
+from lightning_tdisent.lit.saved_config import SaveConfig, without_secrets
 from lightning_tdisent.models import model_prior  # noqa: F401
 from lightning_tdisent.models.card import read_card
 from lightning_tdisent.models.checkpoint import facts
@@ -69,48 +58,8 @@ from lightning_tdisent.priors import flow, gaussian, mixture  # noqa: F401
 from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS, RunFolder, checkpoints_in, held, new_identity
 from lightning_tdisent.sampling import sampler  # noqa: F401
 
-_RUN_FILES = (CHECKPOINTS, WEIGHTS, PRIOR)  # at least one of these lies next to the config of a run
-COMMANDS = ("fit", "validate", "test", "predict")
-# of the running command, per thread: its command line and config files, and the locks it holds until it ends
-LINE: ContextVar[tuple[Sequence[str], Sequence[Path]]] = ContextVar("LINE", default=((), ()))
+# of the running command, per thread: the locks it holds until it ends
 LOCKS: ContextVar[contextlib.ExitStack] = ContextVar("LOCKS")
-UNRESOLVED: ContextVar[str] = ContextVar("UNRESOLVED", default="")  # its config with ${oc.env:..} not yet replaced
-
-
-class Parser(LightningArgumentParser):
-    """Parser whose errors are a single message, rewritten by `explain`."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the explained message as an `InputError`."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        raise InputError(explain(str(message), *LINE.get(), self)) from None
-
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
-        """Parse the arguments, keeping a null inside the value of a nested option.
-
-        jsonargparse passes such a value to the parser of the class as Python's ``None``, which YAML reads as text.
-        """
-        if getattr(self, "_inner_parser", False) and args is not None:
-            args = [self._as_typed(word) if "None" in word else word for word in args]
-        return super().parse_args(args, *rest, **options)
-
-    def dump(self, *args: Any, **options: Any) -> Any:
-        """Dump the config; remember the one in which jsonargparse is about to replace ``${oc.env:..}``."""
-        text = super().dump(*args, **options)
-        if options.get("skip_link_targets") is False and "oc.env" in text:
-            UNRESOLVED.set(text)
-        return text
-
-    def _as_typed(self, word: str) -> str:
-        """Return ``--key=value`` with the value as typed on the command line, if it is the same value."""
-        key, _, value = word.partition("=")
-        for option, typed in typed_values(LINE.get()[0]):
-            if f".{option}".replace(".init_args", "").endswith(f".{key[2:]}".replace(".init_args", "")):
-                with contextlib.suppress(yaml.YAMLError):
-                    if str(yaml.safe_load(typed)) == value:
-                        return f"{key}={typed}"
-        return word
 
 
 class CLI(LightningCLI):
@@ -355,81 +304,6 @@ class _Logger(TensorBoardLogger):
         return super().experiment
 
 
-class SaveConfig(SaveConfigCallback):
-    """Write the resolved config to ``config.yaml`` of the run folder, on rank 0 and for `fit` only."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse values that YAML cannot represent. Nothing is written yet: a refused run must not claim its folder."""
-        if stage == "fit" and not trainer.fast_dev_run and (lost := _unserializable(self._resolved(trainer))):
-            raise InputError(
-                f"{', '.join(lost)}: a value that config.yaml cannot store, so that the run could not be resumed. Give "
-                "each as a number, text or a class_path, or leave the option out"
-            )
-
-    def _resolved(self, trainer: L.Trainer) -> dict[str, Any]:
-        config = self.config.clone()
-        config.ckpt_path = None  # a later resume uses the newest checkpoint, not the one used this time
-        kept: dict[str, Any] = absolute_paths(yaml.safe_load(self.parser.dump(config, skip_none=False)))
-        kept = without_secrets(kept)
-        del kept["run"]  # it is the folder of the file
-        place = held(trainer.default_root_dir)
-        kept["id"] = place.run if place else None
-        return kept
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the config before the first step."""
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            kept = self._resolved(trainer)
-            # a large width keeps each key on one line
-            text = yaml.dump(kept, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
-            write_whole(Path(trainer.default_root_dir) / CONFIG, (header() + text).encode())
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quote text such as 1e5, which the config parser would read as a number and PyYAML would not."""
-
-
-_NUMBER = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
-
-
-def without_secrets(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config in which values from the environment are again references such as ``${oc.env:NAME}``.
-
-    So are values that another ``${..}`` takes from the environment. The default of an unset variable is kept.
-    """
-    text = UNRESOLVED.get()
-    given = yaml.safe_load(text) if text else {}
-    given = next((given[command] for command in COMMANDS if command in given), given)
-
-    def read(text: str) -> set[str]:
-        names = re.findall(r"oc\.env:\s*([^\s,}]+)", text)
-        return {os.environ[name] for name in names if os.environ.get(name)}
-
-    values = read(text)
-
-    def kept(mine: Any, theirs: Any) -> Any:
-        if isinstance(theirs, str) and "${" in theirs:
-            return theirs if read(theirs) or any(value in str(mine) for value in values) else mine
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            return {key: kept(value, theirs.get(key)) for key, value in mine.items()}
-        if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
-            return [kept(*pair) for pair in zip(mine, theirs, strict=True)]
-        return mine
-
-    out: dict[str, Any] = kept(config, given)
-    return out
-
-
-def _unserializable(value: Any, key: str = "") -> list[str]:
-    """Return the keys of the values that jsonargparse could not serialise and replaced by a text."""
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        found = [name for k, v in items for name in _unserializable(v, f"{key}.{k}" if key else str(k))]
-        return [name.replace(".init_args", "") for name in found]
-    return [key] if isinstance(value, str) and value.startswith("Unable to serialize instance ") else []
-
-
 def parse(argv: Sequence[str]) -> CLI:
     """Build the module, data and trainer of a command line, without running it."""
     return run(argv, cls=Parsed)
@@ -443,10 +317,10 @@ def run(argv: Sequence[str], callbacks: Sequence[L.Callback] = (), cls: type["CL
     """
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     _silence_warnings()
-    files = _config_files(argv)
+    files = config_files(argv)
     for file in files:
-        _check_yaml(file)
-    argv = _configs_first(argv)
+        check_yaml(file)
+    argv = configs_first(argv)
     HERE.set(Path.cwd())
     LINE.set((argv, files))
     UNRESOLVED.set("")
@@ -527,61 +401,3 @@ def _silence_warnings() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="diffusers|torch|lightning|jsonargparse")
     for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed", "pytorch.trainer.connectors"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
-
-
-def typed_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the options of a command line and their values: ``--key value`` and ``--key=value``."""
-    for word, after in zip(argv, [*argv[1:], ""], strict=True):
-        if word.startswith("--"):
-            key, equals, value = word[2:].partition("=")
-            yield key, value if equals else after
-
-
-def _config_files(argv: Sequence[str]) -> list[Path]:
-    return [Path(argv[i].partition("=")[2] or argv[i + 1]) for i in _config_positions(argv)]
-
-
-def _config_positions(argv: Sequence[str]) -> list[int]:
-    """Return the positions of the words ``--config FILE`` and ``--config=FILE``."""
-    alone = [i for i, word in enumerate(argv[:-1]) if word in ("--config", "-c")]
-    return sorted(alone + [i for i, word in enumerate(argv) if word.startswith("--config=")])
-
-
-def _configs_first(argv: Sequence[str]) -> list[str]:
-    """Return the command line with all config files first, so that every option overrides them.
-
-    The config stored in a run folder selects that folder as ``--run``, also after the folder was moved.
-    """
-    configs, taken = [], {0}
-    for i in _config_positions(argv):
-        joined = argv[i].startswith("--config=")
-        file = Path(argv[i].partition("=")[2] if joined else argv[i + 1])
-        configs += [f"--config={file}"]
-        run = re.search(r"(?m)^id: \S+", file.read_text(encoding="utf-8"))
-        if file.name == CONFIG and (run or any((file.parent / name).exists() for name in _RUN_FILES)):
-            configs += [f"--run={file.parent}"]
-        elif run and not any(re.fullmatch("--run(=.*)?", word) for word in argv):
-            raise InputError(f"--config {file}: is the config of a run ({run[0]}); give the folder to use with --run")
-        taken |= {i} if joined else {i, i + 1}
-    return [*argv[:1], *configs, *(word for i, word in enumerate(argv) if i not in taken)]
-
-
-def _check_yaml(file: Path) -> None:
-    check_name(file, "--config")
-    try:
-        text = file.read_bytes()
-        if not text.isascii():
-            check_utf8_mode(f"--config {file}: contains non-ASCII text")  # jsonargparse uses the locale's encoding
-        check_header(text, file)
-        twice = repeated_keys(text)
-    except FileNotFoundError:
-        near = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
-        raise InputError(f"--config {file}: no such file.{nearest(str(file), near)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {file}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
-    if twice:
-        raise InputError(
-            f"{file}: {'; '.join(twice)}: a key that this mapping has already; the earlier value would be lost"
-        )

@@ -28,8 +28,8 @@ from lightning_tdisent.lit.callbacks.pictures import Pictures
 from lightning_tdisent.lit.callbacks.progress import StepProgress
 from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
+from lightning_tdisent.lit.command_line import LINE
 from lightning_tdisent.lit.datamodule import ImageShards, Seeds
-from lightning_tdisent.lit.entry import LINE
 from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.models.card import read_card
 from lightning_tdisent.models.compose import load_model

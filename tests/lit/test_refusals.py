@@ -29,10 +29,10 @@ from lightning_tdisent.lit.callbacks.pictures import Pictures
 from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.datamodule import ImageShards, Seeds
-from lightning_tdisent.lit.entry import SaveConfig
 from lightning_tdisent.lit.inference import as_batch
 from lightning_tdisent.lit.modules import ReducedStates, SingleState
 from lightning_tdisent.lit.prior import PriorModule
+from lightning_tdisent.lit.saved_config import SaveConfig
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.networks.unet import UNet
 from lightning_tdisent.priors.flow import Flow

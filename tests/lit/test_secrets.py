@@ -4,8 +4,8 @@ import yaml
 
 from lightning_tdisent.cli import main
 from lightning_tdisent.fleet.keys import read_yaml
-from lightning_tdisent.lit import entry
-from lightning_tdisent.lit.entry import UNRESOLVED, without_secrets
+from lightning_tdisent.lit.command_line import UNRESOLVED
+from lightning_tdisent.lit.saved_config import Dumper, without_secrets
 
 
 def test_a_value_of_the_environment_is_used_and_written_nowhere(tmp_path, digits, monkeypatch, capsys):
@@ -58,7 +58,7 @@ def test_a_value_that_is_taken_from_a_secret_one_is_kept_as_it_was_given(monkeyp
 
 def test_texts_that_look_like_numbers_are_quoted():
     kept = {"a": "1e5", "b": "12e4567890123456", "c": 1e-05, "d": "plain", "e": 3, "f": "+2E-7", "g": ["9e9", 1.5]}
-    text = yaml.dump(kept, Dumper=entry._Dumper, sort_keys=False)
+    text = yaml.dump(kept, Dumper=Dumper, sort_keys=False)
     assert yaml.safe_load(text) == kept
     assert "a: '1e5'" in text
     assert "b: '12e4567890123456'" in text
