@@ -37,7 +37,7 @@ quickstart: $(BIN)/.run
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar
 	$(BIN)/python -m lightning_tdisent quickstart
 
-# before each commit: lint, types, and the tests that are neither slow nor start processes; under 3 minutes on 2 cores
+# before each commit: lint, types, and the tests that are neither slow nor start processes
 check: lint
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar
 	$(BIN)/python -m pytest -n auto -m "not slow and not cli and not faults"
