@@ -51,6 +51,11 @@ def test_a_file_gives_what_the_command_line_does_not(file):
     assert (str(other.model), other.sampler) == ("elsewhere", "dpm")
 
 
+def test_a_list_in_a_file_is_one_with_commas(file):
+    words = ["evaluate", "m", "--data", "d", "--protocol", "digits"]
+    assert parse(parser(), [*words, "--config", file({"metrics": ["fd", "kid"]})]).metrics == "fd,kid"
+
+
 COMMANDS = [
     ["sample", "runs/a", "--out", "x", "--sampler", "DPMSolver", "--sampler.steps", "3", "--label", "2"],
     ["evaluate", "runs/a", "runs/b", "--data", "d", "--protocol", "digits", "--protocol.n_real", "50", "-n", "9"],

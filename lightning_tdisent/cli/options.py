@@ -214,6 +214,8 @@ def _converted(leaf: Parser, action: argparse.Action, value: Any, where: str) ->
             raise InputError(f"{where}: expected true or false, got {value!r}")
         return value
     many = action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction)
+    if isinstance(value, list) and action.type is None and not many:  # as --metrics fd,kid
+        value = ",".join(map(str, value))
     if isinstance(value, (dict, bool)) or (isinstance(value, list) and not many):
         raise InputError(f"{where}: expected one value, got {value!r}")
     try:
