@@ -40,10 +40,11 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from lightning_tdisent.data.decode import Decoder, adm_crop, decode_image
+from lightning_tdisent.data.image_set import ImageSet
 from lightning_tdisent.data.index import path_of
 from lightning_tdisent.data.orders import Shuffled, Streamed
 from lightning_tdisent.data.scan import build
-from lightning_tdisent.data.shards import ImageSet, Policy, Shards
+from lightning_tdisent.data.shards import Policy, Shards
 from lightning_tdisent.data.tars import find
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.images import from_uint8

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from lightning_tdisent.data.shards import ImageSet, load
+from lightning_tdisent.data.image_set import ImageSet
+from lightning_tdisent.data.shards import load
 from lightning_tdisent.metrics.features import (
     SHIPPED,
     SmallClassifier,

@@ -15,7 +15,8 @@ from lightning_tdisent.cli.trainings import describe, fits, open_fleet
 from lightning_tdisent.errors import InputError, nearest
 
 if TYPE_CHECKING:
-    from lightning_tdisent.fleet.plan import Facts, Fleet
+    from lightning_tdisent.fleet.plan import Fleet
+    from lightning_tdisent.fleet.planned import Facts
     from lightning_tdisent.fleet.state import FleetWork
 
 TEXTS = ("memory", "address", "sbatch", "resources")  # engine options that are not numbers

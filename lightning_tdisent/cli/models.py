@@ -102,7 +102,7 @@ def _sources(names: Sequence[str]) -> Iterator[list[Path]]:
     """
     import tempfile
 
-    from lightning_tdisent.fleet.plan import FILE
+    from lightning_tdisent.fleet.planned import FILE
     from lightning_tdisent.fleet.store import Store
     from lightning_tdisent.models.compose import find_files
 

@@ -8,7 +8,7 @@ from lightning_tdisent.errors import InputError
 
 if TYPE_CHECKING:
     from lightning_tdisent.fleet.job import Report
-    from lightning_tdisent.fleet.plan import Facts
+    from lightning_tdisent.fleet.planned import Facts
     from lightning_tdisent.fleet.state import FleetWork
     from lightning_tdisent.studies.plan import Role
 
@@ -84,7 +84,8 @@ def describe(argv: list[str]) -> "Facts":
     from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
     from lightning_tdisent.diffusion.spec import spec
-    from lightning_tdisent.fleet.plan import Facts, flow
+    from lightning_tdisent.fleet.plan import flow
+    from lightning_tdisent.fleet.planned import Facts
     from lightning_tdisent.lit.entry import parse
     from lightning_tdisent.lit.modules import Diffusion
     from lightning_tdisent.lit.prior import PriorModule

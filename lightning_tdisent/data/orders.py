@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_tdisent.data.decode import BadSample, Members
-from lightning_tdisent.data.shards import ImageSet, Sample, Shards
+from lightning_tdisent.data.image_set import ImageSet, Sample
+from lightning_tdisent.data.shards import Shards
 from lightning_tdisent.diffusion.rng import key
 from lightning_tdisent.errors import InputError
 

@@ -27,12 +27,12 @@ import numpy as np
 import webdataset
 
 from lightning_tdisent.data.decode import LATENT
+from lightning_tdisent.data.held_out import MOST_SHARED
 from lightning_tdisent.data.index import Index, path_of
 from lightning_tdisent.data.latents import LatentEncoder
 from lightning_tdisent.data.raw import Source
 from lightning_tdisent.data.raw.convert import ENCODE, Convert, Made, Samples, Skipped, Task, in_order
 from lightning_tdisent.data.scan import build, scan
-from lightning_tdisent.data.shards import MOST_SHARED
 from lightning_tdisent.data.tars import PREPARED, SUFFIXES, planned
 from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import Halted, InputError, nearest

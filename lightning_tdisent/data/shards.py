@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_tdisent.data.decode import BadSample, Decoder, Members, parse_class
+from lightning_tdisent.data.image_set import ImageSet, Sample, mirrored
 from lightning_tdisent.data.index import Index, index_command, path_of
 from lightning_tdisent.data.npz import is_npz, read_npz
 from lightning_tdisent.data.remote import BYTES_AHEAD, PAUSES, Fetch, Range, fetched, is_remote, may_pass
@@ -37,15 +38,13 @@ from lightning_tdisent.data.tars import (
     walk,
 )
 from lightning_tdisent.data.verify import differences, matched
-from lightning_tdisent.distributed import rank_and_world
 from lightning_tdisent.errors import Halted, InputError
 from lightning_tdisent.files import expand
 from lightning_tdisent.images import spaced
 
-Sample = dict[str, Any]
 READ, BAD = 1, 2  # states of a sample in `Shards.known`; 0: not read yet
+
 PART = 2**20  # bytes of neighbouring samples that are fetched from an object store at a time
-MOST_SHARED = 0.01  # share of held-out samples that may be training samples; real data sets have a few duplicates
 
 
 @dataclass(frozen=True)
@@ -431,41 +430,6 @@ class Shards:
             raise ValueError(f"it holds {n} samples, but its index says {row.samples}")
 
 
-def refuse_shared(held_out: Shards, training: Shards, what: str, remedy: str) -> None:
-    """Raise `InputError` if more than 1 % of the held-out samples have a training image; print a note if fewer have.
-
-    what: the two splits, and remedy: what to do, for messages. Images are compared by the bytes of their files.
-    """
-    for one in (held_out, training):
-        if one.hashed_index.regions is not None and not one.hashed_index.keyed:
-            print(
-                f"note: the index of {one.where} is of an earlier version, with which images that are in both splits "
-                f"({what}) are not found; make it anew: {one.again}",
-                file=sys.stderr,
-            )
-    shared, n = held_out.hashed_index.shared(training.hashed_index), len(held_out)
-    said = f"{what}: {shared:,} of {n:,} held-out samples of {held_out.where} are among the {len(training):,} training"
-    if shared > MOST_SHARED * n:
-        raise InputError(f"{said} samples of {training.where}, so they would not be held out. {remedy}")
-    if shared:
-        print(f"note: {said} samples of {training.where}", file=sys.stderr)
-
-
-def note_classes(what: str, labels: Tensor, where: str, classes: int) -> None:
-    """Print, on the first rank, which classes of a network no image has. Print nothing if an image has no class.
-
-    what: the key or the model that has this number of ``classes``, and where: the images, for the message.
-    """
-    lacking = sorted(set(range(classes)).difference(labels.unique().tolist()))
-    if lacking and int(labels.min()) >= 0 and rank_and_world()[0] == 0:
-        some = ", ".join(map(str, lacking[:5])) + (f", .. ({len(lacking):,} in all)" if len(lacking) > 5 else "")
-        print(
-            f"note: {what} is {classes}, but {where} have none of the classes {some}; samples of all classes in "
-            "turn, as sample and evaluate draw them, include these classes, too",
-            file=sys.stderr,
-        )
-
-
 class _Name:
     """The name of a sample, formatted only when a message needs it."""
 
@@ -498,47 +462,6 @@ def _pread(url: str, begin: int, size: int) -> bytes | Exception:
         return os.pread(file.number, size, begin)
     except OSError as error:
         return error
-
-
-def mirrored(images: Tensor, flip: Tensor | None) -> Tensor:
-    """Return the images, those with ``flip`` mirrored.
-
-    Of latents (B, 2, 2, C, h, w), return (B, 2, C, h, w): those that were encoded from the original or mirrored image.
-    """
-    if images.ndim == 6:
-        return images[torch.arange(len(images), device=images.device), 0 if flip is None else flip.long()]
-    return images if flip is None else torch.where(flip[:, None, None, None], images.flip(-1), images)
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Decoded images uint8 (N, C, H, W) with labels int64 (N,), and the digest of the shards they came from.
-
-    ``images`` may also be latents, float16 (N, 2, 2, C, h, w): [original, flipped] x [mean, standard deviation].
-    """
-
-    images: Tensor
-    labels: Tensor
-    digest: str
-    captions: tuple[str, ...] | None = None
-    numbers: Tensor | None = None  # positions in the split, if samples were left out or spread
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batch(self, numbers: Tensor, flip: Tensor | None = None) -> Sample:
-        """Return these images as a batch, in the format of `Shards.collate`."""
-        kind = "latent" if self.images.ndim == 6 else "image"
-        out = {kind: mirrored(self.images[numbers], flip), "label": self.labels[numbers]}
-        out["id"] = numbers if self.numbers is None else self.numbers[numbers]
-        if self.captions is not None:
-            out["caption"] = [self.captions[n] for n in numbers.tolist()]  # type: ignore[assignment]
-        return out
-
-    def to(self, device: torch.device) -> "ImageSet":
-        """Return the same images on a device."""
-        numbers = self.numbers if self.numbers is None else self.numbers.to(device)
-        return ImageSet(self.images.to(device), self.labels.to(device), self.digest, self.captions, numbers)
 
 
 def load(

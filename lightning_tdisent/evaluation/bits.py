@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_tdisent.data.shards import ImageSet
+from lightning_tdisent.data.image_set import ImageSet
 from lightning_tdisent.distributed import all_gather, rank_and_world, shared_errors
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.metrics.likelihood import BOUND, HOW, ODE, REFUSED

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_tdisent.data.shards import ImageSet
+from lightning_tdisent.data.image_set import ImageSet
 from lightning_tdisent.diffusion.operators import Operator
 from lightning_tdisent.diffusion.spec import spec
 from lightning_tdisent.distributed import rank_and_world

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_tdisent.data.shards import ImageSet, note_classes
+from lightning_tdisent.data.held_out import note_classes
+from lightning_tdisent.data.image_set import ImageSet
 from lightning_tdisent.diffusion.spec import spec
 from lightning_tdisent.diffusion.table import OBSERVED, Table
 from lightning_tdisent.digests import digest, sha256

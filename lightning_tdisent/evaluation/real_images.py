@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_tdisent.data.decode import Decoder
+from lightning_tdisent.data.held_out import refuse_shared
 from lightning_tdisent.data.npz import is_npz, read_npz
 from lightning_tdisent.data.raw import Item, find_source
-from lightning_tdisent.data.shards import Shards, load, refuse_shared
+from lightning_tdisent.data.shards import Shards, load
 from lightning_tdisent.data.splits import canonical
 from lightning_tdisent.errors import InputError
 

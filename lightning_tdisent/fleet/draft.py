@@ -13,22 +13,17 @@ from lightning_tdisent.files import typed
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.kept import CONFIGS, copy_name, edits
 from lightning_tdisent.fleet.keys import ANY, COUNT, SEED, SETTINGS, TEXT, Assigned, known, read_yaml, refuse_kind
-from lightning_tdisent.fleet.plan import (
-    DEVICES,
+from lightning_tdisent.fleet.plan import DEVICES, SHARED_KEYS, Fleet, config_digest, flow, word_of
+from lightning_tdisent.fleet.planned import (
     FILE,
     IDENTITY,
     SHARED,
-    SHARED_KEYS,
     Describe,
     Facts,
-    Fleet,
     Planned,
-    config_digest,
-    flow,
     refuse_reserved,
     refuse_unfit,
     whole_steps,
-    word_of,
 )
 from lightning_tdisent.fleet.store import Store
 from lightning_tdisent.runs import new_identity

@@ -15,7 +15,8 @@ from lightning_tdisent.fleet.status import duration
 from lightning_tdisent.fleet.store import Store
 
 if TYPE_CHECKING:
-    from lightning_tdisent.fleet.plan import Facts, Fleet
+    from lightning_tdisent.fleet.plan import Fleet
+    from lightning_tdisent.fleet.planned import Facts
 
 PROCESS = 450e6  # bytes of memory of a worker with Lightning and torch on a CPU, before it trains anything
 PER_WEIGHT = 20  # bytes per parameter in training: value, gradient, two moments of AdamW, average

@@ -12,7 +12,8 @@ from lightning_tdisent.files import ask_guards
 from lightning_tdisent.fleet import rounds
 from lightning_tdisent.fleet.job import Job
 from lightning_tdisent.fleet.mirror import POINTER, Mirror, step_of
-from lightning_tdisent.fleet.plan import BEGUN, FILE, SHARED, Describe, Fleet
+from lightning_tdisent.fleet.plan import Fleet
+from lightning_tdisent.fleet.planned import BEGUN, FILE, SHARED, Describe
 from lightning_tdisent.fleet.store import Store, dump_json, read_json
 from lightning_tdisent.runs import CURVE, WEIGHTS
 

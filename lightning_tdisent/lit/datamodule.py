@@ -15,9 +15,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_tdisent.data.decode import Decoder
+from lightning_tdisent.data.held_out import note_classes, refuse_shared
+from lightning_tdisent.data.image_set import ImageSet, Sample
 from lightning_tdisent.data.orders import Shuffled, Streamed
 from lightning_tdisent.data.remote import is_remote
-from lightning_tdisent.data.shards import ImageSet, Policy, Sample, Shards, note_classes, refuse_shared
+from lightning_tdisent.data.shards import Policy, Shards
 from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.files import expand
 from lightning_tdisent.lit.checkpoints import refuse_to_load

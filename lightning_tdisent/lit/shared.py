@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
-from lightning_tdisent.data.shards import Sample
+from lightning_tdisent.data.image_set import Sample
 
 WINDOW = 4  # recent batches kept: co-trained runs are at most two batches apart, as Lightning prefetches one
 

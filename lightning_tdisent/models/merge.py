@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 import lightning_tdisent
-from lightning_tdisent.data.shards import ImageSet
+from lightning_tdisent.data.image_set import ImageSet
 from lightning_tdisent.diffusion.process import noise, transition
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.spec import filled

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from lightning_tdisent.data import splits
 from lightning_tdisent.data.decode import BadSample, Decoder
+from lightning_tdisent.data.image_set import Sample
 from lightning_tdisent.data.prepare import caption_count
 from lightning_tdisent.data.raw.source import class_table, names_in
 from lightning_tdisent.data.remote import is_remote
-from lightning_tdisent.data.shards import Policy, Sample, Shards
+from lightning_tdisent.data.shards import Policy, Shards
 from lightning_tdisent.data.tars import PREPARED, SUFFIXES
 from lightning_tdisent.report.figures import COLOURS, STYLE
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tdisent.data.shards import ImageSet
+from lightning_tdisent.data.image_set import ImageSet
 from lightning_tdisent.diffusion.table import signal
 from lightning_tdisent.errors import NotFinite
 from lightning_tdisent.evaluation.conditional import DRAWS

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_tdisent.data.shards import ImageSet
+from lightning_tdisent.data.image_set import ImageSet
 from lightning_tdisent.diffusion.process import noise
 from lightning_tdisent.diffusion.rng import seed_noise
 from lightning_tdisent.diffusion.table import Table

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lightning_tdisent.data.decode import side_of
+from lightning_tdisent.data.image_set import ImageSet
 from lightning_tdisent.data.npz import is_npz
-from lightning_tdisent.data.shards import ImageSet, load
+from lightning_tdisent.data.shards import load
 from lightning_tdisent.data.tars import find
 from lightning_tdisent.diffusion.spec import build
 from lightning_tdisent.diffusion.states import LatentStates

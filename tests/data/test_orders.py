@@ -16,9 +16,10 @@ from making import opened, save_index, zipped
 
 from lightning_tdisent.data import tars
 from lightning_tdisent.data.decode import Decoder
+from lightning_tdisent.data.image_set import ImageSet
 from lightning_tdisent.data.index import Index, Shard
 from lightning_tdisent.data.orders import Shuffled, Streamed
-from lightning_tdisent.data.shards import ImageSet, Shards, load
+from lightning_tdisent.data.shards import Shards, load
 from lightning_tdisent.data.tars import find
 from lightning_tdisent.diffusion.rng import draw_rows, key
 from lightning_tdisent.errors import InputError

@@ -12,7 +12,8 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet.draft import draft
 from lightning_tdisent.fleet.keys import value_of
 from lightning_tdisent.fleet.lease import Watch, take
-from lightning_tdisent.fleet.plan import Fleet, Planned, refuse_unfit
+from lightning_tdisent.fleet.plan import Fleet
+from lightning_tdisent.fleet.planned import Planned, refuse_unfit
 from lightning_tdisent.fleet.state import FleetWork
 
 BY_EPOCH = {"trainer.val_check_interval": 0.5, "trainer.check_val_every_n_epoch": 1}

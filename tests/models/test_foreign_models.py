@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_tdisent.data.shards import ImageSet
+from lightning_tdisent.data.image_set import ImageSet
 from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.evaluation.bits import Bits
 from lightning_tdisent.models.composite import CompositeDenoiser

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_tdisent.cli import main
-from lightning_tdisent.data.shards import ImageSet
+from lightning_tdisent.data.image_set import ImageSet
 from lightning_tdisent.diffusion.objectives import X0, V
 from lightning_tdisent.diffusion.process import noise, step, transition
 from lightning_tdisent.diffusion.rng import seed_noise

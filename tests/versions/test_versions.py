@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from lightning_tdisent.cli import main
 from lightning_tdisent.data.decode import Decoder
+from lightning_tdisent.data.held_out import refuse_shared
 from lightning_tdisent.data.index import Index
-from lightning_tdisent.data.shards import Shards, refuse_shared
+from lightning_tdisent.data.shards import Shards
 from lightning_tdisent.diffusion.schedules import Linear
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation.measured import Measured
