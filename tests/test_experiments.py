@@ -13,11 +13,12 @@ ALL = sorted(f for f in FOLDER.rglob("*.yaml"))
 STUDIES = [f for f in ALL if "runs" in yaml.safe_load(f.read_text(encoding="utf-8"))]
 OVERLAYS = sorted((FOLDER / "ablate").glob("*.yaml"))
 FLEETS = [f for f in ALL if "budget" in yaml.safe_load(f.read_text(encoding="utf-8"))]
-RUNS = [f for f in ALL if f not in STUDIES and f not in OVERLAYS and f not in FLEETS]
+OPTIONS = [f for f in ALL if "seeds" in yaml.safe_load(f.read_text(encoding="utf-8"))]  # of sample: test_options.py
+RUNS = [f for f in ALL if not any(f in kind for kind in (STUDIES, OVERLAYS, FLEETS, OPTIONS))]
 
 
-def test_the_four_kinds_are_all_there_is():
-    assert len(STUDIES) + len(OVERLAYS) + len(RUNS) + len(FLEETS) == len(ALL)
+def test_the_five_kinds_are_all_there_is():
+    assert len(STUDIES) + len(OVERLAYS) + len(RUNS) + len(FLEETS) + len(OPTIONS) == len(ALL)
     assert {f.stem for f in RUNS if f.parent.name == "mnist"} >= {"baseline", "reduced10", "native10", "experts10"}
 
 

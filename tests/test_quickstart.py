@@ -21,7 +21,8 @@ FEW = [
 def wheel(tmp_path_factory):
     """The wheel of this checkout, built from a copy so that nothing is written here."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listing = ["git", "ls-files", "-co", "--exclude-standard"]
+    files = subprocess.run(listing, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
     for name in files.stdout.splitlines():
         if (ROOT / name).is_file() and ("/" not in name or name.startswith(("lightning_tdisent/", "experiments/"))):
             (source / name).parent.mkdir(parents=True, exist_ok=True)

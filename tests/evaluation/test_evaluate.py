@@ -24,7 +24,8 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation import evaluate as evaluating
 from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.modules import ReducedStates, SingleState
-from lightning_tdisent.metrics.metric import Column, PairedMetric
+from lightning_tdisent.metrics.protocol import Protocol
+from lightning_tdisent.metrics.psnr import PSNR
 from lightning_tdisent.models.card import read_card
 from lightning_tdisent.models.expert import load_expert, save_expert
 from lightning_tdisent.networks.unet import UNet
@@ -216,20 +217,15 @@ def test_a_picture_that_cannot_be_decoded_costs_its_row_alone(model, tmp_path, c
     assert len(made["sha256"][0]) == 64
 
 
-def test_metrics_of_pairs_are_refused_if_no_model_is_conditional(model, tmp_path, capsys):
-    class Furthest(PairedMetric):
-        name = "furthest"
-        columns = (Column("furthest", "largest error", "lower", with_features=False),)
-
-        def of_images(self, pair):
-            return (pair.images.double() - pair.originals.double()).abs().flatten(1).amax(1)
-
+def test_metrics_of_pairs_are_refused_if_no_model_is_conditional(model, tmp_path, capsys, monkeypatch):
+    chosen = vars(Protocol)["chosen"].func  # a class defined here would be a metric of all later tests
+    monkeypatch.setattr(Protocol, "chosen", property(lambda self: (*chosen(self), PSNR())))
     words = ["evaluate", str(model), "--data", "data/digits", "--protocol", "digits", "-n", "37"]
-    assert main([*words, "--out", str(tmp_path / "e"), "--metrics", "fd,furthest"]) == 2
-    said = "metrics: furthest: compare each image with the one that it was drawn for, but no model here is conditional"
+    assert main([*words, "--out", str(tmp_path / "e"), "--metrics", "fd"]) == 2
+    said = "metrics: psnr: compare each image with the one that it was drawn for, but no model here is conditional"
     assert said in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"SampleQuality: furthest: compare each image .* only evaluate and study"):
-        SampleQuality({"preset": "digits", "metrics": ["fd", "furthest"]})
+    with pytest.raises(InputError, match=r"SampleQuality: psnr: compare each image .* only evaluate and study"):
+        SampleQuality("digits")
 
 
 def test_held_out_images_that_are_references_or_were_trained_on_are_refused(model, tmp_path, capsys, digits):
