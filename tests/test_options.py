@@ -176,9 +176,8 @@ def test_a_study_of_several_files_is_printed_as_one(file, tmp_path, capsys, monk
     words = ["study", "--config", first, "--config", second, "--n", "4", "--out", "there", "--seed", "7"]
     assert main([*words, "--runs.a.set.data.path", "${oc.env:MY_SECRET}", "--print_config"]) == 0
     said = capsys.readouterr().out
-    assert said.splitlines()[0] == f"# paths of configs are relative to {tmp_path}"
     assert yaml.safe_load(said) == {
-        "runs": {"a": {"configs": ["a.yaml"], "set": {
+        "runs": {"a": {"configs": [f"{tmp_path}/a.yaml"], "set": {
             "model.lr": 1, "model.warmup": 2, "data.path": "${oc.env:MY_SECRET}"}}},
         "n": 4, "title": "A", "contenders": {"c": {"run": "a"}}, "out": "there", "seed": 7,
     }  # fmt: skip
@@ -204,3 +203,55 @@ def test_errors_carry_what_they_say(file):
         refuse_unfit(["a", "b", "c"], [{"rows": [k], "S": 3, "weights": w} for k, w in ((1, "x"), (2, "x"), (2, "y"))])
     assert [problem.split(" ")[0] for problem in three.value.problems] == ["c:", "no", "row"]
     assert isinstance(Newer("n").within("f"), Newer)
+
+
+def test_files_are_merged_to_any_depth_and_the_command_line_replaces_lists(file):
+    first = file({"sampler": {"class_path": "DDIM", "init_args": {"steps": 4}}, "put_back": True})
+    second = file({"sampler": {"init_args": {"eta": 0.5}}}, "second.yaml")
+    words = ["sample", "m", "--out", "x", "--config", first, "--config", second]
+    assert parse(parser(), words).sampler == {"class_path": "DDIM", "init_args": {"steps": 4, "eta": 0.5}}
+    assert parse(parser(), [*words, "--put-back", "false"]).put_back is False
+    assert parse(parser(), [*words, "--put-back=false"]).put_back is False
+    assert parse(parser(), [*words, "--put-back"]).put_back is True
+    assert parse(parser(), ["data", "prepare", "a", "b", "--shuffle", "false"]).shuffle is False
+    assert parse(parser(), ["data", "prepare", "a", "b", "--shuffle"]).shuffle is True
+    again = ["--sampler.steps", "4", "--sampler.init_args.steps", "8", "--sampler.steps", "2"]
+    assert parse(parser(), ["sample", "m", "--out", "x", *again]).dotted == {"sampler": {"steps": 2}}
+    assert parse(parser(), ["sample", "m", "--out", "x", "--sampler.class_path", "Ancestral"]).sampler == "Ancestral"
+    only = file({"only": [1]}, "only.yaml")
+    assert parse(parser(), ["fleet", "run", "f", "--config", only]).only == ["1"]
+    assert parse(parser(), ["fleet", "run", "f", "--config", only, "--only", "2"]).only == ["2"]
+
+
+def test_numbers_with_colons_in_a_file_are_text(file):
+    found = parse(parser(), ["sample", "m", "--out", "x", "--config", file("seeds: 10:20\nlabel: 3\n")])
+    assert (found.seeds, found.label) == ("10:20", 3)
+
+
+def test_configs_of_an_overlay_are_those_of_its_folder(tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a/s.yaml").write_text("runs: {one: {configs: [c.yaml]}}\n", encoding="utf-8")
+    (tmp_path / "b/o.yaml").write_text("runs: {two: {configs: [c.yaml]}, f: {fleet: f.yaml}}\n", encoding="utf-8")
+    assert (
+        main(["study", "--config", f"{tmp_path}/a/s.yaml", "--config", f"{tmp_path}/b/o.yaml", "--print_config"]) == 0
+    )
+    runs = yaml.safe_load(capsys.readouterr().out)["runs"]
+    assert runs == {
+        "one": {"configs": [f"{tmp_path}/a/c.yaml"]},
+        "two": {"configs": [f"{tmp_path}/b/c.yaml"]},
+        "f": {"fleet": f"{tmp_path}/b/f.yaml"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sample", "m", "--out", "."], "--out .: name a folder for the images"),
+        (["sample", "m", "--out", ".."], "--out ..: name a folder for the images"),
+        (["sample", "m", "--out", "x", "--put-back=yes"], "--put-back: expected true or false, got 'yes'"),
+        (["study", "--config", "s.yaml", "--workers", "-1"], "--workers: at least 0, got -1"),
+    ],
+)
+def test_more_wrong_values_are_refused_in_one_line(words, message, capsys):
+    assert refusal(capsys, *words).startswith(f"error: {message}")

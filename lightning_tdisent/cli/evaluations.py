@@ -12,7 +12,7 @@ from lightning_tdisent.cli.options import print_merged
 from lightning_tdisent.cli.samples import sampled_by, sampler_of, sampler_options
 from lightning_tdisent.cli.terminal import Commands, bar, command, refuse_no_page, use_device, wide_console
 from lightning_tdisent.cli.trainings import describe, fits, role
-from lightning_tdisent.errors import InputError
+from lightning_tdisent.errors import InputError, check_number
 from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ def _evaluate(a: argparse.Namespace) -> None:
     metrics = [name for name in asked if name and name not in (BOUND.name, ODE.name, LPIPS.name)]
     if a.lpips_weights and LPIPS.name not in asked:
         raise InputError("--lpips-weights: belongs to --metrics lpips, which is not given")
+    if not {BOUND.name, ODE.name} & {*asked} and (a.bits_images != 256 or a.decoder != "discrete"):
+        raise InputError("--bits-images, --decoder: belong to --metrics bpd or bpd_ode, which is not given")
     lpips = (a.lpips_weights or "") if LPIPS.name in asked else None
     bits = {"bound": BOUND.name in asked, "ode": ODE.name in asked, "n": a.bits_images, "decoder": a.decoder}
     options = {"residency": a.residency, "fill": a.fill, "batch_size": a.batch_size}
@@ -200,6 +202,7 @@ def run_study(a: argparse.Namespace) -> None:
     def fit_prior(source: str, at: int | float, part: dict[str, Any], data: str, folder: Path) -> None:
         fit_and_save(source, at, part, data, "train", None, folder)
 
+    check_number("--workers", a.workers, 0)
     if a.print_config:
         print_merged(a)
         return

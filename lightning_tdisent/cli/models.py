@@ -136,6 +136,7 @@ def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
         _merge(a, files)
         return
     chosen = {"--merge-weights": a.merge_weights != "uniform", "--merge-blocks": a.merge_blocks != "equal"}
+    chosen |= {"--merge-split": a.merge_split != "train", "-n": a.n != 256, "--device": a.device != "cpu"}
     if misplaced := [name for name, given in {**chosen, "--merge-data": a.merge_data}.items() if given]:
         raise InputError(f"{', '.join(misplaced)}: belong to --merge K, which is not given")
     out = compose(files, a.out, a.fill, a.allow_mismatch)

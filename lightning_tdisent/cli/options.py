@@ -65,9 +65,12 @@ def parse(root: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namesp
     leaf, words = _leaf(root, argv)
     dotted: dict[str, dict[str, Any]] = {part: {} for part in leaf.parts}
     assigned: list[tuple[str, Any]] = []
-    rest, files = _split(leaf, words, dotted, assigned)
+    off = set[str]()
+    rest, files = _split(leaf, words, dotted, assigned, off)
     if not leaf.keys:
-        _set_defaults(leaf, files, dotted)
+        given = {word.partition("=")[0] for word in rest}
+        said = {action.dest for action in leaf._actions if given & set(action.option_strings)}
+        _set_defaults(leaf, files, dotted, off | said)
     begin = [*argv[: len(argv) - len(words)], *rest]
     found, extra = root.parse_known_args(begin, argparse.Namespace(dotted=dotted, assigned=assigned))
     if extra:
@@ -100,9 +103,8 @@ def print_merged(found: argparse.Namespace) -> None:
     if not found.config:
         raise InputError("--print_config: name the YAML with --config FILE")
     extra = [(name, _plain(value)) for name in ("out", "seed") if (value := getattr(found, name)) is not None]
-    merged = read_yaml(found.config, secrets=False, assigned=[*found.assigned, *extra])
-    print(f"# paths of configs are relative to {found.config[0].parent.resolve()}")
-    print(yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=120), end="")
+    content = read_yaml(found.config, secrets=False, assigned=[*found.assigned, *extra], absolute=True)
+    print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120), end="")
 
 
 def arguments_of(dotted: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,14 +135,32 @@ def _leaf(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Parser,
 
 
 def _split(
-    leaf: Parser, words: Sequence[str], dotted: dict[str, dict[str, Any]], assigned: list[tuple[str, Any]]
+    leaf: Parser,
+    words: Sequence[str],
+    dotted: dict[str, dict[str, Any]],
+    assigned: list[tuple[str, Any]],
+    off: set[str],
 ) -> tuple[list[str], list[Path]]:
     """Take dotted keys, and keys of the YAML that a command reads, out of a command line; return the rest and files."""
-    options = set(leaf.known())
+    options = {word: action for action in leaf._actions for word in action.option_strings if word.startswith("--")}
     rest, files = list[str](), list[Path]()
-    queue = iter(words)
-    for word in queue:
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
         option, equals, text = word.partition("=")
+        if isinstance(action := options.get(option), argparse._StoreTrueAction | argparse.BooleanOptionalAction):
+            said = text if equals else queue[0] if queue and queue[0] in ("true", "false") else "true"
+            if said not in ("true", "false"):
+                raise InputError(f"{option}: expected true or false, got {said!r}", key=option, value=said)
+            queue = queue[not equals and bool(queue) and queue[0] == said :]
+            switch_off = said == "false"
+            if not switch_off:
+                rest.append(option)
+            elif isinstance(action, argparse.BooleanOptionalAction):
+                rest.append(f"--no-{option[2:]}")
+            else:
+                off.add(action.dest)
+            continue
         name = option[2:] if option.startswith("--") else ""
         first = name.partition(".")[0]
         if not name or (option in options and option != "--config"):
@@ -151,14 +171,17 @@ def _split(
         from lightning_tdisent.files import input_path  # imported here: --help must not wait for it
         from lightning_tdisent.fleet.keys import value_of
 
-        text = text if equals else next(queue, "")
+        text = text if equals else queue.pop(0) if queue else ""
         if not text or (not equals and text.startswith("--")):
             raise InputError(f"{option}: expected a value")
         if option == "--config":
             files.append(input_path(Path(text), "--config"))
             rest += ["--config", text]
+        elif name == f"{first}.class_path" and first in leaf.parts:
+            rest += [f"--{first}", text]
         elif first in leaf.parts:
-            dotted[first][name[len(first) + 1 :]] = text if first in TEXTS else value_of(text, option)
+            key = name[len(first) + 1 :].removeprefix("init_args.")
+            dotted[first][key] = text if first in TEXTS else value_of(text, option)
         else:
             assigned.append((name, value_of(text, option)))
     return rest, files
@@ -169,11 +192,14 @@ def _takes(leaf: Parser, first: str, name: str) -> bool:
     return name != first if first in leaf.parts else first in leaf.keys_of_files()
 
 
-def _set_defaults(leaf: Parser, files: Sequence[Path], dotted: dict[str, dict[str, Any]]) -> None:
-    """Make the values of files the defaults of a command's options; check them as if they were given as options."""
+def _set_defaults(leaf: Parser, files: Sequence[Path], dotted: dict[str, dict[str, Any]], given: set[str]) -> None:
+    """Make the values of files the defaults of a command's options; check them as if they were given as options.
+
+    given: options of the command line, which count more: a list is not extended.
+    """
     if not files:
         return
-    from lightning_tdisent.fleet.keys import read_yaml
+    from lightning_tdisent.fleet.keys import merged, read_yaml
 
     actions = {action.dest: action for action in leaf._actions if action.dest not in (*HIDDEN, "help")}
     known = [*actions, *(part for part in leaf.parts if part not in actions)]
@@ -189,9 +215,7 @@ def _set_defaults(leaf: Parser, files: Sequence[Path], dotted: dict[str, dict[st
                     f"{file}: unknown key {key!r}.{nearest(name, known)} Known: {', '.join(known)}", where=str(file),
                     key=str(key), nearest=closest(name, known),
                 )  # fmt: skip
-            before = found.get(name, (None, ""))[0]
-            both = isinstance(before, dict) and isinstance(value, dict)
-            found[name] = {**before, **value} if both else value, f"{file}: {key}"
+            found[name] = merged(found.get(name, (None, ""))[0], value), f"{file}: {key}"
     for name, (value, where) in found.items():
         if name not in actions:
             if not isinstance(value, dict):
@@ -201,7 +225,8 @@ def _set_defaults(leaf: Parser, files: Sequence[Path], dotted: dict[str, dict[st
         if value is not None:
             action = actions[name]
             part = name in leaf.parts and isinstance(value, dict)
-            action.default = value if part else _converted(leaf, action, value, where)
+            value = value if part else _converted(leaf, action, value, where)
+            action.default = action.default if name in given else value
             action.required = False
             if not action.option_strings:  # a positional argument
                 action.nargs = "*" if action.nargs == "+" else "?"

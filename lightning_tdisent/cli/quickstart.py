@@ -26,7 +26,7 @@ def quickstart(a: argparse.Namespace) -> None:
     from lightning_tdisent.data.digits import SPLITS, shard, write
 
     config = _experiments() / CONFIG
-    if not all(shard(DATA, split).exists() for split in SPLITS):
+    if not a.print_config and not all(shard(DATA, split).exists() for split in SPLITS):
         write(DATA)
     print(f"study --config {config}", file=sys.stderr if a.print_config else sys.stdout)
     a.config = [config, *a.config]

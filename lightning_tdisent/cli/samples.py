@@ -106,6 +106,8 @@ def _sample(a: argparse.Namespace) -> None:
     from lightning_tdisent.sampling.sample import sample
     from lightning_tdisent.sampling.sampler import refuse_unowned
 
+    if a.out.name in ("", ".."):
+        raise InputError(f"--out {a.out}: name a folder for the images; their grid is written beside it")
     seeds, tiles = _range(a.seeds, "--seeds"), a.out.with_name(f"{a.out.name}.png")
     if a.out.exists() and any(a.out.glob("*.png")):
         raise InputError(f"--out {a.out} already holds images; choose another folder")

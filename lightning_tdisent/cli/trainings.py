@@ -50,9 +50,11 @@ def open_fleet(where: str, changes: Mapping[str, Any] | None = None, scratch: Pa
 
     from lightning_tdisent.fleet.mirror import scratch_of
     from lightning_tdisent.fleet.plan import Fleet, word_of
+    from lightning_tdisent.fleet.planned import refuse_reserved
     from lightning_tdisent.fleet.state import FleetWork
     from lightning_tdisent.metrics.weights import cache_folder
 
+    refuse_reserved(changes, "--set")
     fleet = Fleet.load(where, [word for key, value in (changes or {}).items() for word in (f"--{key}", word_of(value))])
     if fleet.store.remote:
         fleet = replace(fleet, scratch=scratch_of(fleet.store, fleet.identity(), scratch, cache_folder))

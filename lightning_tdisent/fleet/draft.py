@@ -12,7 +12,18 @@ from lightning_tdisent.errors import InputError, is_whole, nearest
 from lightning_tdisent.files import typed
 from lightning_tdisent.fleet.budget import Budget
 from lightning_tdisent.fleet.kept import CONFIGS, copy_name, edits
-from lightning_tdisent.fleet.keys import ANY, COUNT, SEED, SETTINGS, TEXT, Assigned, known, read_yaml, refuse_kind
+from lightning_tdisent.fleet.keys import (
+    ANY,
+    COUNT,
+    SEED,
+    SETTINGS,
+    TEXT,
+    Assigned,
+    known,
+    merged,
+    read_yaml,
+    refuse_kind,
+)
 from lightning_tdisent.fleet.plan import DEVICES, SHARED_KEYS, Fleet, config_digest, flow, word_of
 from lightning_tdisent.fleet.planned import (
     FILE,
@@ -58,7 +69,7 @@ def draft(
     file = files[0]
     data = read_yaml(files, assigned=assigned)
     if isinstance(data, dict) and changes:
-        data |= {**changes, "set": {**(data.get("set") or {}), **(changes.get("set") or {})}}
+        data = merged(data, changes)
     data = known(data, KEYS, str(file), required=("configs", "budget"))
     store = Store(out or data.get("out") or f"runs/{file.stem}")
     if store.remote:

@@ -80,10 +80,56 @@ def _restore_env(resolved: Any, given: Any, keep: bool) -> Any:
     )
 
 
-def read_yaml(files: Path | Sequence[Path], secrets: bool = True, assigned: Assigned = ()) -> Any:
+def merged(before: Any, value: Any) -> Any:
+    """Return nested data with those of ``value`` in the place of, or below, those of ``before``."""
+    if not isinstance(before, dict) or not isinstance(value, dict):
+        return value
+    return {**before, **{key: merged(before.get(key), inner) for key, inner in value.items()}}
+
+
+def _relative_to(folder: Path, data: Any) -> Any:
+    """Return data in which the configs of runs and fleets are absolute paths, given relative to ``folder``."""
+    if isinstance(data, list):
+        return [_relative_to(folder, value) for value in data]
+    if not isinstance(data, dict):
+        return data
+    out = {key: _relative_to(folder, value) for key, value in data.items()}
+    if isinstance(names := out.get("configs"), list):
+        out["configs"] = [str(folder / name) if isinstance(name, str) else name for name in names]
+    if isinstance(name := out.get("fleet"), str):
+        out["fleet"] = str(folder / name)
+    return out
+
+
+def _with_times_quoted(text: str) -> str:
+    """Return YAML in which plain numbers in base 60, such as 10:20, are quoted: they are meant as text."""
+    places = []
+    nodes = [compose_yaml(text)]
+    while nodes:
+        node = nodes.pop()
+        if (
+            isinstance(node, yaml.ScalarNode)
+            and not node.style
+            and re.fullmatch(r"[-+]?\d+(:\d+)+(\.\d*)?", node.value)
+        ):
+            places.append((node.start_mark.index, node.end_mark.index))
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            nodes += [one for pair in node.value for one in pair]
+    for begin, end in sorted(set(places), reverse=True):
+        text = f"{text[:begin]}'{text[begin:end]}'{text[end:]}"
+    return text
+
+
+def read_yaml(
+    files: Path | Sequence[Path], secrets: bool = True, assigned: Assigned = (), absolute: bool = False
+) -> Any:
     """Return the content of a YAML file with ``${...}``, ``~`` and ``$NAME`` replaced.
 
     Of several files, each is merged into those before it. assigned: see `assign`; set before ``${...}`` is replaced.
+    Configs that a file names are relative to its folder: those of files in another folder than the first, or of all
+    files if ``absolute``, become absolute paths.
 
     Settings of trainings (below ``set`` and ``for_rows``) keep ``${oc.env:NAME}``, which `fit` resolves. With
     ``secrets`` false every value that refers to an environment variable stays unresolved, so that the content of the
@@ -94,7 +140,10 @@ def read_yaml(files: Path | Sequence[Path], secrets: bool = True, assigned: Assi
     for file in files:
         try:
             compose_yaml(file.read_bytes())
-            contents.append(OmegaConf.load(file))
+            one: Any = OmegaConf.create(_with_times_quoted(file.read_text(encoding="utf-8")))
+            if absolute or file.parent.resolve() != files[0].parent.resolve():
+                one = OmegaConf.create(_relative_to(file.parent.resolve(), OmegaConf.to_container(one)))
+            contents.append(one)
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {error.strerror}") from None
         except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:

@@ -189,7 +189,6 @@ def refuse_reserved(data: Any, where: str) -> None:
     """Raise InputError for settings that are not a mapping, and for keys that the plan itself sets."""
     if data is not None and not isinstance(data, dict):
         raise InputError(f"{where}: expected a mapping of config keys, got {data!r}")
-    if invalid := [key for key in data or {} if key in RESERVED]:
-        raise InputError(
-            f"{where}: {', '.join(invalid)}: set by the plan itself; change {RESERVED[invalid[0]]} instead"
-        )
+    if invalid := [key for key in data or {} if key.replace(".init_args", "") in RESERVED]:
+        instead = RESERVED[invalid[0].replace(".init_args", "")]
+        raise InputError(f"{where}: {', '.join(invalid)}: set by the plan itself; change {instead} instead")

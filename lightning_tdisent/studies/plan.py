@@ -105,10 +105,10 @@ def plan(
         for entry in run["configs"]:
             argv += ["--config", str(_add_config(file, entry, f"runs.{name}.configs", configs))]
         chosen = run.get("set") or {}
-        if invalid := [key for key in chosen if key in DECIDED]:
-            raise InputError(
-                f"{file}: runs.{name}: set: {invalid[0]}: set by the study; change {DECIDED[invalid[0]]} instead"
-            )
+        decided = DECIDED if run.get("experts") is None else {**DECIDED, "model.rows": "experts"}
+        if invalid := [key for key in chosen if key.replace(".init_args", "") in decided]:
+            instead = decided[invalid[0].replace(".init_args", "")]
+            raise InputError(f"{file}: runs.{name}: set: {invalid[0]}: set by the study; change {instead} instead")
         for key, value in {**chosen, "seed_everything": seed}.items():
             argv += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
         needs: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_tdisent.cli import describe, main
+from lightning_tdisent.cli.trainings import open_fleet
 from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet.draft import draft
@@ -192,6 +193,20 @@ def test_an_edited_plan_that_cannot_be_run_is_refused(old, new, message, planned
         Fleet.load(fleet.store.where)
     assert message.replace("\\", "") in str(refusal.value)
     assert "plan.yaml" in str(refusal.value)
+
+
+def test_a_study_changes_single_keys_of_a_budget(configs, tmp_path):
+    file = configs / "fleet.yaml"
+    content = {"configs": ["expert.yaml"], "budget": {"images": 128, "rule": "explicit", "shares": [3, 1, 2, 2]}}
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    fleet = draft(file, describe, tmp_path / "f", changes={"budget": {"images": 256}})
+    assert (fleet.budget.images, fleet.budget.rule, fleet.budget.shares) == (256, "explicit", (3, 1, 2, 2))
+
+
+@pytest.mark.parametrize("key", ["run", "seed_everything", "model.init_args.expert", "model.rows", "trainer.max_steps"])
+def test_what_the_plan_sets_is_not_set_on_one_machine(key, planned):
+    with pytest.raises(InputError, match=f"--set: {key}: set by the plan itself"):
+        open_fleet(planned().store.where, {key: 1})
 
 
 def test_experts_that_wait_for_each_other_are_refused(planned):
