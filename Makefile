@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: quickstart check test test-ray test-slurm test-cuda faults lint docs bench clean
+.PHONY: quickstart check test coverage test-ray test-slurm test-cuda faults lint docs bench clean
 CLUSTER ?= 1
 CUDA ?= 1
 .DELETE_ON_ERROR:
@@ -42,13 +42,15 @@ check: lint
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar
 	$(BIN)/python -m pytest -n auto -m "not slow and not cli and not faults"
 
-# the share of the lines of the package that the first part must run (in this process: not those of its workers)
-FLOOR := 0
-
 test: $(BIN)/.test
 	@$(MAKE) --no-print-directory data/digits/train-0000.tar
-	$(BIN)/python -m pytest -n auto -m "not slow and not faults" --cov=lightning_tdisent --cov-report= --cov-fail-under=$(FLOOR)
+	$(BIN)/python -m pytest -n auto -m "not slow and not faults"
 	$(BIN)/python -m pytest -n auto -m "slow or faults"
+
+# the share of the package's lines that the tests below run in their own processes; a third of them reached 68 % (2026-12-01)
+coverage: $(BIN)/.test
+	@$(MAKE) --no-print-directory data/digits/train-0000.tar
+	$(BIN)/python -m pytest -n auto -m "not slow and not faults" --cov=lightning_tdisent --cov-report=term --cov-fail-under=68
 
 # real clusters on this machine, 5 minutes each; CLUSTER=required fails where one cannot start, instead of skipping
 test-ray: $(BIN)/.test
