@@ -228,18 +228,21 @@ def test_numbers_with_colons_in_a_file_are_text(file):
     assert (found.seeds, found.label) == ("10:20", 3)
 
 
-def test_configs_of_an_overlay_are_those_of_its_folder(tmp_path, capsys):
+def test_configs_of_an_overlay_are_those_of_its_folder(tmp_path, capsys, monkeypatch):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     (tmp_path / "a/s.yaml").write_text("runs: {one: {configs: [c.yaml]}}\n", encoding="utf-8")
-    (tmp_path / "b/o.yaml").write_text("runs: {two: {configs: [c.yaml]}, f: {fleet: f.yaml}}\n", encoding="utf-8")
+    text = "runs: {two: {configs: [c.yaml, ~/d.yaml, $BASE/e.yaml]}, f: {fleet: f.yaml}}\n"
+    (tmp_path / "b/o.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("BASE", "/base")
     assert (
         main(["study", "--config", f"{tmp_path}/a/s.yaml", "--config", f"{tmp_path}/b/o.yaml", "--print_config"]) == 0
     )
     runs = yaml.safe_load(capsys.readouterr().out)["runs"]
     assert runs == {
         "one": {"configs": [f"{tmp_path}/a/c.yaml"]},
-        "two": {"configs": [f"{tmp_path}/b/c.yaml"]},
+        "two": {"configs": [f"{tmp_path}/b/c.yaml", "/home/me/d.yaml", "/base/e.yaml"]},
         "f": {"fleet": f"{tmp_path}/b/f.yaml"},
     }
 
@@ -251,6 +254,10 @@ def test_configs_of_an_overlay_are_those_of_its_folder(tmp_path, capsys):
         (["sample", "m", "--out", ".."], "--out ..: name a folder for the images"),
         (["sample", "m", "--out", "x", "--put-back=yes"], "--put-back: expected true or false, got 'yes'"),
         (["study", "--config", "s.yaml", "--workers", "-1"], "--workers: at least 0, got -1"),
+        (
+            ["prior", "m", "--at", "1", "--data", "d", "--out", "x", "--prior", "gaussian"],
+            "--prior: there is no Prior 'gaussian'. Did you mean 'Gaussian'?",
+        ),
     ],
 )
 def test_more_wrong_values_are_refused_in_one_line(words, message, capsys):

@@ -82,8 +82,7 @@ def study_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=0, help="number of parallel processes (default: one per GPU, or per core)"
     )
-    parser.epilog = "Other options are keys of the YAML, e.g. --n 2000 --runs.experts.set.model.objective Eps; the " \
-                    "run '*' stands for all: '--runs.*.set.trainer.max_steps' 200"  # fmt: skip
+    parser.epilog = "Other options are keys of the YAML, e.g. --n 2000 --runs.NAME.set.model.lr 1e-3; * is every run"
 
 
 def _evaluate(a: argparse.Namespace) -> None:

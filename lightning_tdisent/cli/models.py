@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_tdisent.cli.options import arguments_of, part_entry
+from lightning_tdisent.cli.options import part_entry
 from lightning_tdisent.cli.terminal import Commands, command, use_device
 from lightning_tdisent.cli.trainings import open_fleet
 from lightning_tdisent.errors import InputError
@@ -185,7 +185,9 @@ def _export(a: argparse.Namespace) -> None:
 
 
 def _prior(a: argparse.Namespace) -> None:
+    from lightning_tdisent.models import model_prior  # noqa: F401, a message lists the classes that are loaded
     from lightning_tdisent.models.compose import holds_weights
+    from lightning_tdisent.priors import gaussian, mixture  # noqa: F401
     from lightning_tdisent.priors.prior import Prior
     from lightning_tdisent.studies.plan import part_of
     from lightning_tdisent.studies.sweep import row_or_share
@@ -195,9 +197,7 @@ def _prior(a: argparse.Namespace) -> None:
     if (a.out / CONFIG).exists() or holds_weights(a.out):
         raise InputError(f"--out {a.out} is the folder of a run or of weights; choose another for the prior")
     at = row_or_share(a.at, "--at")
-    part, _ = part_of(
-        part_entry(a.prior, "--prior"), "Gaussian", Prior, "--prior", more=arguments_of(a.dotted["prior"])
-    )
+    part, _ = part_of(part_entry(a.prior, "--prior"), "Gaussian", Prior, "--prior", more=a.dotted["prior"])
     fit_and_save(str(a.model), at, part, a.data, a.split, a.n, a.out, a.label)
 
 

@@ -5,7 +5,7 @@
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -107,11 +107,6 @@ def print_merged(found: argparse.Namespace) -> None:
     print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120), end="")
 
 
-def arguments_of(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a part that dotted keys set, as ``--sampler.steps`` or ``--sampler.init_args.steps``."""
-    return {key.removeprefix("init_args."): value for key, value in dotted.items()}
-
-
 def part_entry(value: Any, option: str) -> Any:
     """Return the value of an option that names a part: a name, or a mapping given in a file or as text."""
     from lightning_tdisent.fleet.keys import value_of
@@ -153,8 +148,7 @@ def _split(
             if said not in ("true", "false"):
                 raise InputError(f"{option}: expected true or false, got {said!r}", key=option, value=said)
             queue = queue[not equals and bool(queue) and queue[0] == said :]
-            switch_off = said == "false"
-            if not switch_off:
+            if said == "true":
                 rest.append(option)
             elif isinstance(action, argparse.BooleanOptionalAction):
                 rest.append(f"--no-{option[2:]}")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_tdisent.cli.options import arguments_of, part_entry
+from lightning_tdisent.cli.options import part_entry
 from lightning_tdisent.cli.terminal import Commands, command, use_device
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.runs import CONFIG
@@ -68,7 +68,7 @@ def sampler_of(a: argparse.Namespace) -> "Sampler":
     from lightning_tdisent.studies.plan import part_of
 
     entry = part_entry(a.sampler, "--sampler")
-    more = arguments_of(a.dotted["sampler"])
+    more = dict(a.dotted["sampler"])
     for key, value in (("steps", a.steps), ("eta", a.eta)):
         if value is not None and key in more:
             raise InputError(f"--{key} and --sampler.{key} set the same argument; leave one out")

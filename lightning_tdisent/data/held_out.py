@@ -1,4 +1,4 @@
-"""What sets of images must hold: images that the other does not, and images of every class."""
+"""Compare sets of images: refuse held-out images that were trained on, and note classes without images."""
 
 import sys
 

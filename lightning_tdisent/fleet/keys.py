@@ -81,7 +81,7 @@ def _restore_env(resolved: Any, given: Any, keep: bool) -> Any:
 
 
 def merged(before: Any, value: Any) -> Any:
-    """Return nested data with those of ``value`` in the place of, or below, those of ``before``."""
+    """Return two nested mappings as one, in which the values of the second count; other values are replaced."""
     if not isinstance(before, dict) or not isinstance(value, dict):
         return value
     return {**before, **{key: merged(before.get(key), inner) for key, inner in value.items()}}
@@ -94,10 +94,14 @@ def _relative_to(folder: Path, data: Any) -> Any:
     if not isinstance(data, dict):
         return data
     out = {key: _relative_to(folder, value) for key, value in data.items()}
+
+    def joined(name: Any) -> Any:  # ~ and $NAME are not replaced yet
+        return str(folder / name) if isinstance(name, str) and not name.startswith(("~", "$")) else name
+
     if isinstance(names := out.get("configs"), list):
-        out["configs"] = [str(folder / name) if isinstance(name, str) else name for name in names]
-    if isinstance(name := out.get("fleet"), str):
-        out["fleet"] = str(folder / name)
+        out["configs"] = [joined(name) for name in names]
+    if "fleet" in out:
+        out["fleet"] = joined(out["fleet"])
     return out
 
 
