@@ -307,6 +307,29 @@ def experts(tmp_path):
     return make
 
 
+@pytest.mark.parametrize("words", [("--merge-split", "test"), ("-n", "5"), ("--device", "cuda"), ("--merge-data", "d")])
+def test_options_of_a_merge_are_refused_without_one(words, experts, tmp_path, capsys):
+    folder = experts()[0].parents[1]
+    said = refusal(capsys, "compose", folder, "--out", tmp_path / "all", *words)
+    assert said.startswith(f"error: {words[0]}: belong to --merge K, which is not given")
+    assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize("words", [("--bits-images", "5"), ("--decoder", "uniform")])
+def test_options_of_bits_are_refused_without_them(words, experts, tmp_path, capsys):
+    ask = [
+        "evaluate",
+        experts()[0].parents[1],
+        "--data",
+        "data/digits",
+        "--protocol",
+        "digits",
+        "--out",
+        tmp_path / "e",
+    ]
+    assert "belong to --metrics bpd or bpd_ode" in refusal(capsys, *ask, "--metrics", "fd", *words)
+
+
 def test_compose_sample_evaluate_report_by_hand(experts, tmp_path, capsys):
     files = experts()
     out = tmp_path / "all"

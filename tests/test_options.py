@@ -223,6 +223,13 @@ def test_files_are_merged_to_any_depth_and_the_command_line_replaces_lists(file)
     assert parse(parser(), ["fleet", "run", "f", "--config", only, "--only", "2"]).only == ["2"]
 
 
+def test_printing_the_quickstart_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["quickstart", "--n", "20", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["n"] == 20
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_numbers_with_colons_in_a_file_are_text(file):
     found = parse(parser(), ["sample", "m", "--out", "x", "--config", file("seeds: 10:20\nlabel: 3\n")])
     assert (found.seeds, found.label) == ("10:20", 3)
