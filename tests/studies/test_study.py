@@ -267,6 +267,14 @@ def test_a_sweep_does_not_replace_contenders_of_the_study(study):
         plan(study(diffusion_time={**sweep, "cuts": [2, 3, 2]}))
 
 
+@pytest.mark.parametrize("key", ["model.init_args.expert", "model.init_args.warm_start", "model.rows"])
+def test_keys_that_the_study_sets_are_refused_however_they_are_spelt(key, study):
+    with pytest.raises(InputError, match=f"runs.experts: set: {key}: set by the study"):
+        plan(study(), assigned=[(f"runs.experts.set.{key}", 1)])
+    if key == "model.rows":  # of a single network it is an option like any other
+        assert "--model.rows" in plan(study(), assigned=[("runs.shared.set.model.rows", [1])]).jobs[0].argv
+
+
 def test_keys_that_the_study_sets_are_refused_in_runs(study):
     with pytest.raises(InputError, match=r"runs.a: set: seed_everything: set by the study; change seed instead"):
         plan(study(runs={"a": {**RUN, "set": {"seed_everything": 4}}}, contenders={"a": {"run": "a"}}))
