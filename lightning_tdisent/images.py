@@ -34,6 +34,12 @@ def grid(images: Tensor, columns: int = 16, gap: int = 1) -> Tensor:
     return out
 
 
+def zoomed(images: Tensor, least: int = 48) -> Tensor:
+    """Enlarge small images (.., H, W) by the smallest whole factor that gives each side ``least`` pixels."""
+    factor = -(-least // min(images.shape[-2:]))
+    return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2) if factor > 1 else images
+
+
 def spaced(n: int, total: int) -> Tensor:
     """Return n evenly spaced int64 numbers below ``total``.
 

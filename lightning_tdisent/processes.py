@@ -1,9 +1,20 @@
-"""Identify this process so that others can tell later whether it still runs."""
+"""What this process may use of its machine, and who it is, so that others can tell later whether it still runs."""
 
 import os
 import socket
 from pathlib import Path
 from typing import Any
+
+
+def cores() -> int:
+    """Return the number of cores available to this process."""
+    return len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
+def threads() -> int:
+    """Return the number of threads that this process should use: $OMP_NUM_THREADS if it is set, else all its cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return max(1, int(given)) if given.isdigit() else cores()
 
 
 def me() -> dict[str, Any]:

@@ -348,7 +348,7 @@ def test_compose_sample_evaluate_report_by_hand(experts, tmp_path, capsys):
     assert "DPMSolver(steps=None, clip=1.0)" in page
     capsys.readouterr()
     assert "already keeps results" in refusal(capsys, *argv, "--out", tmp_path / "e")
-    assert "already holds images" in refusal(capsys, "sample", out, "--out", tmp_path / "a")
+    assert "drawn with other sampler" in refusal(capsys, "sample", out, "--out", tmp_path / "a", "--steps", "2")
     assert "is the folder of a run or of weights" in refusal(capsys, "sample", out, "--out", out)
 
 

@@ -2,12 +2,23 @@
 
 import argparse
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning_tdisent.cli.terminal import Commands, Run, bar, command, cores, wide_console
+from lightning_tdisent.cli.terminal import DEVICE, Commands, Run, command, use_device, wide_console
 from lightning_tdisent.errors import Halted, InputError, check_number
 from lightning_tdisent.files import write_whole
+from lightning_tdisent.processes import cores
+from lightning_tdisent.progress import Progress
 
+if TYPE_CHECKING:
+    from lightning_tdisent.data.prepare import Options, Summary
+    from lightning_tdisent.data.raw import Source
+
+TRAIN, HELD_OUT, SHARE = "train", "test", 0.05  # splits that prepare writes, and the share of the second
+FEWEST = 40  # images of which a share is held out by default
 TEXT = "make, prepare, index, verify or inspect shards of images"
 
 
@@ -20,7 +31,7 @@ def add_commands(commands: Commands) -> None:
     def add(name: str, run: Run, text: str, jobs: bool = True, made: bool = False) -> argparse.ArgumentParser:
         out = command(commands, name, run, text)
         which = "split to write (default train)" if made else "split (default train), or a pattern of its shards"
-        out.add_argument("--split", default="train", help=which)
+        out.add_argument("--split", default=None if run is _prepare else TRAIN, help=which)
         if jobs:
             out.add_argument("--jobs", type=int, help="number of processes (default: one per core)")
         return out
@@ -42,9 +53,11 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=None, help=shuffle)
     p.add_argument("--seed", type=int, default=0, help="seed of the order")
     p.add_argument("--vae", type=Path, help="folder of a diffusers AutoencoderKL: store latents instead of images")
-    p.add_argument("--device", default="cpu", help="device of the autoencoder (default cpu)")
+    p.add_argument("--device", default="auto", help=f"device of the autoencoder; {DEVICE}")
     p.add_argument("--batch-size", type=int, default=32, help="batch size of the autoencoder (default 32)")
     p.add_argument("--bad", type=float, default=0.001, help="share of the samples that may be left out (default 0.001)")
+    p.add_argument("--hold-out", type=float, metavar="SHARE", help="share of the images that become the split test, if "
+                   f"the source has no splits (default {SHARE:g}; 0: none)")  # fmt: skip
     p.add_argument("--as", dest="name", metavar="NAME", help="name of the split to write, if --split is a pattern")
     p.add_argument("--range", help="LOW,HIGH: values of black and white, for images with floats, 32 or 16 bits "
                    "(default for 16 bits: 0,65535)")  # fmt: skip
@@ -81,34 +94,81 @@ def _processes(a: argparse.Namespace) -> int:
 
 
 def _prepare(a: argparse.Namespace) -> None:
-    from lightning_tdisent.data.prepare import Options, caption_count, is_split, prepare
+    from lightning_tdisent.data.prepare import Options, is_split, prepare
     from lightning_tdisent.data.raw import class_table, find_source
+    from lightning_tdisent.data.raw.hold_out import hold_out, sizes_of
 
     if a.out.resolve() == a.source.resolve():
         raise InputError(
             f"{a.out} is the source itself. Name another folder for the shards; it may be inside the source"
         )
+    device = use_device(a.device) if a.vae else "cpu"
     options = Options(
-        a.size, a.encode, a.samples, a.shuffle, a.seed, vae=a.vae, device=a.device, batch_size=a.batch_size, bad=a.bad,
+        a.size, a.encode, a.samples, a.shuffle, a.seed, vae=a.vae, device=device, batch_size=a.batch_size, bad=a.bad,
         range=_range(a.range),
     )  # fmt: skip
-    source = find_source(
-        a.source, a.split, a.kind, skip=a.out, columns=_columns(a.columns), labels=a.labels, links=a.follow_links
-    )
+    opened = partial(
+        find_source, a.source, kind=a.kind, skip=a.out, columns=_columns(a.columns), labels=a.labels,
+        links=a.follow_links,
+    )  # fmt: skip
+    source = opened(a.split or TRAIN)
     if a.labels != "auto" and source.kind not in ("folder", "ilsvrc", "webdataset"):
         raise InputError(f"--labels {a.labels} is for images in folders and shards, but {a.source} is {source.kind}")
-    split = a.split if a.name is None else a.name
+    split = (a.split or TRAIN) if a.name is None else a.name
     if not is_split(split):
         what = f"--split {split}: name the split that is written" if a.name is None else f"--as {split}: name it"
         raise InputError(f"{what} with letters of a to z, digits and _, as in --as train")
+    parts: dict[str, Source] = {split: source}
+    if share := _share_held_out(a, source, opened):
+        with Progress("read", unit="images") as progress:
+            parts = dict(zip((split, HELD_OUT), hold_out(source, share, a.seed, progress.update), strict=True))
     print(f"{a.source}: {len(source):,} samples of {source.kind}")
-    for line in source.notes:
+    for line in parts[split].notes:
         print(f"  {_plain(line)}")
     if source.classes:
         print(f"  class numbers: {_plain(class_table(source.classes))}")
-    with bar("samples") as progress:
-        made = prepare(source, split, a.out, options, _processes(a), progress)
-    print(f"{a.out}: {made.samples:,} samples in {made.shards} shards, {made.bytes / 1e6:,.1f} MB, with their index")
+    if a.size is None and len(sizes := sizes_of(source)) > 1:
+        listed = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:: max(1, len(sizes) // 3)])
+        print(
+            f"  note: the images have different sizes (such as {listed}), and a training needs one: give --size, or "
+            "data.size when training"
+        )
+    for name, part in parts.items():
+        with Progress(f"prepare {name}", unit="samples") as progress:
+            made = prepare(part, name, a.out, options, _processes(a), progress.update)
+        _print_made(a, name, options, made)
+
+
+def _share_held_out(a: argparse.Namespace, source: "Source", opened: Callable[[str], "Source"]) -> float:
+    """Return the share of the images to hold out, 0 for none: that of --hold-out, else `SHARE` without splits.
+
+    A source has no splits if its split test is the same as its split train.
+    """
+    if a.hold_out is not None and a.split is not None and a.hold_out:
+        raise InputError("--hold-out: makes the splits train and test of all images; leave --split out")
+    if a.split is not None or a.name is not None or a.hold_out == 0:
+        return 0.0
+    try:
+        alike = opened(HELD_OUT).fingerprint() == source.fingerprint()
+    except InputError:  # it has a split train alone
+        alike = False
+    if not alike:
+        if a.hold_out:
+            raise InputError(f"--hold-out {a.hold_out:g}: {a.source} has splits of its own; prepare these with --split")
+        return 0.0
+    if a.hold_out is None and len(source) < FEWEST:
+        print(f"note: {len(source)} images are too few to hold some out (--hold-out SHARE does)")
+        return 0.0
+    return SHARE if a.hold_out is None else float(a.hold_out)
+
+
+def _print_made(a: argparse.Namespace, split: str, options: "Options", made: "Summary") -> None:
+    from lightning_tdisent.data.prepare import caption_count
+
+    print(
+        f"{a.out}, {split}: {made.samples:,} samples in {made.shards} shards, {made.bytes / 1e6:,.1f} MB, with their "
+        "index"
+    )
     print(f"  captions: {caption_count(made.captions, made.samples)}")
     for kind, n in made.depths.most_common():
         low, high = options.range or (0, 65535)
@@ -150,9 +210,9 @@ def _toy(a: argparse.Namespace) -> None:
 
     if a.n < 1 or a.size < 4:
         raise InputError(f"-n {a.n} --size {a.size}: at least one picture, of at least 4 pixels")
-    with bar("samples") as progress:
+    with Progress("prepare", unit="samples") as progress:
         source = Toy(a.n, a.size, a.seed)
-        made = prepare(source, a.split, a.out, Options(samples=-(-a.n // 4)), _processes(a), progress)
+        made = prepare(source, a.split, a.out, Options(samples=-(-a.n // 4)), _processes(a), progress.update)
     print(f"{a.out}: {made.samples:,} pictures in {made.shards} shards, with their index")
 
 
@@ -166,8 +226,8 @@ def _index(a: argparse.Namespace) -> None:
     files, file = find(a.folder, a.split), path_of(a.folder, a.split, a.out)
     if not is_remote(file):
         refuse_unwritable(Path(file).parent, ELSEWHERE)
-    with bar("shards") as progress:
-        index = build(files, _processes(a), progress, regions=not a.no_samples)
+    with Progress("index", unit="shards") as progress:
+        index = build(files, _processes(a), progress.update, regions=not a.no_samples)
     if index.unusable[0] == len(index) and index.notes:  # if samples cannot be used, the last note says so
         raise InputError(f"{a.folder} ({a.split}): no sample can be used: {index.notes[-1]}")
     index.save(file)
@@ -178,8 +238,8 @@ def _index(a: argparse.Namespace) -> None:
 def _verify(a: argparse.Namespace) -> None:
     from lightning_tdisent.data.verify import verify
 
-    with bar("shards") as progress:
-        index, wrong = verify(a.folder, a.split, _processes(a), progress, a.index)
+    with Progress("verify", unit="shards") as progress:
+        index, wrong = verify(a.folder, a.split, _processes(a), progress.update, a.index)
     for line in wrong[:20]:
         print(line)
     what = f"{a.folder} ({a.split})"

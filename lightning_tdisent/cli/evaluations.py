@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lightning_tdisent.cli.models import fit_and_save
 from lightning_tdisent.cli.options import print_merged
 from lightning_tdisent.cli.samples import sampled_by, sampler_of, sampler_options
-from lightning_tdisent.cli.terminal import Commands, bar, command, refuse_no_page, use_device, wide_console
+from lightning_tdisent.cli.terminal import DEVICE, Commands, command, refuse_no_page, use_device, wide_console
 from lightning_tdisent.cli.trainings import describe, fits, role
 from lightning_tdisent.errors import InputError, check_number
+from lightning_tdisent.progress import Progress
 from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def study_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=0, help="number of parallel processes (default: one per GPU, or per core)"
     )
+    parser.add_argument("--device", default="auto", help=f"device that draws and measures; {DEVICE}")
     parser.epilog = "Other options are keys of the YAML, e.g. --n 2000 --runs.NAME.set.model.lr 1e-3; * is every run"
 
 
@@ -128,7 +130,7 @@ def _evaluate(a: argparse.Namespace) -> None:
     protocol = a.protocol if isinstance(a.protocol, dict) else {"preset": a.protocol}
     protocol = {**protocol, **a.dotted["protocol"], **({"metrics": metrics} if metrics else {})}
     options |= {"reference": a.reference, "n": a.n, "first_seed": a.first_seed, "n_held_out": a.held_out}
-    with _ranks(a.device) as device:
+    with _ranks(use_device(a.device)) as device:
         study = Study(
             str(a.out), "Evaluation", contenders, a.data, protocol, a.weights, a.split, device=device, **options
         )
@@ -151,8 +153,7 @@ def _ranks(device: str) -> Iterator[str]:
         yield device
         return
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        use_device(device)
+        device = use_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     # ranks wait for each other only at the end, which may be hours after the first rank is done
     dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=datetime.timedelta(hours=12))
     try:
@@ -165,8 +166,8 @@ def _ranks(device: str) -> Iterator[str]:
 def _fetch(a: argparse.Namespace) -> None:
     from lightning_tdisent.metrics.weights import fetch
 
-    with bar("MB") as progress:
-        print(fetch(a.name, a.source, progress=lambda done, total: progress(done >> 20, (total or 0) >> 20)))
+    with Progress("fetch", unit="MB") as progress:
+        print(fetch(a.name, a.source, progress=lambda done, total: progress.update(done >> 20, (total or 0) >> 20)))
 
 
 def _report(a: argparse.Namespace) -> None:
@@ -206,6 +207,7 @@ def run_study(a: argparse.Namespace) -> None:
         print_merged(a)
         return
     todo = plan(a.config, a.out, a.seed, a.assigned)
+    todo.evaluation["device"] = use_device(a.device)
     _finish(train(todo, a.config[0], fits, describe, role, fit_prior, a.workers))
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.cli.options import print_merged
-from lightning_tdisent.cli.terminal import Commands, command, cores, refuse_no_page, use_device, wide_console
+from lightning_tdisent.cli.terminal import Commands, command, refuse_no_page, use_device, wide_console
 from lightning_tdisent.cli.trainings import describe, fits, open_fleet
 from lightning_tdisent.errors import InputError, nearest
+from lightning_tdisent.processes import cores
 
 if TYPE_CHECKING:
     from lightning_tdisent.fleet.plan import Fleet
@@ -274,13 +275,13 @@ def _fleet_status(a: argparse.Namespace) -> None:
     from rich.live import Live
 
     from lightning_tdisent.files import write_whole
-    from lightning_tdisent.fleet.status import LiveBoard, board, page, tiles
+    from lightning_tdisent.fleet.status import Board, page, tiles
 
     refuse_no_page(a.html, "--html")
     work, console = open_fleet(a.folder), wide_console()
     found, title = tiles(work), work.fleet.title
     if a.watch:
-        with Live(LiveBoard(found, title), console=console) as live:
+        with Live(Board(found, title), console=console) as live:
             while any(tile.state not in ("done", "failed") for tile in found):
                 time.sleep(1)
                 shown = title
@@ -288,8 +289,8 @@ def _fleet_status(a: argparse.Namespace) -> None:
                     found = tiles(work)
                 except OSError as error:  # a failure of the store or network that may pass
                     shown = f"{title} (not updated: {error})"
-                live.update(LiveBoard(found, shown))
+                live.update(Board(found, shown))
     else:
-        console.print(board(found, title), highlight=False)
+        console.print(Board(found, title), highlight=False)
     if a.html:
         write_whole(a.html, f"<!DOCTYPE html><meta charset=utf-8>{page(found, title)}".encode())

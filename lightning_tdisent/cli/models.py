@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tdisent.cli.options import part_entry
-from lightning_tdisent.cli.terminal import Commands, command, use_device
+from lightning_tdisent.cli.terminal import DEVICE, Commands, command, use_device
 from lightning_tdisent.cli.trainings import open_fleet
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.runs import CONFIG, PRIOR
@@ -34,7 +34,7 @@ def add_commands(commands: Commands) -> None:
     c.add_argument("--merge-data", help="folder of shards for a search; also prints the errors before and after")
     c.add_argument("--merge-split", default="train", help="split of --merge-data (default train)")
     c.add_argument("-n", type=int, default=256, help="number of images of --merge-data (default 256)")
-    c.add_argument("--device", default="cpu", help="device of the search: cpu, cuda, cuda:1 ..")
+    c.add_argument("--device", default="auto", help=f"device of the search; {DEVICE}")
 
     x = command(
         commands,
@@ -136,7 +136,7 @@ def _compose_files(a: argparse.Namespace, files: list[Path]) -> None:
         _merge(a, files)
         return
     chosen = {"--merge-weights": a.merge_weights != "uniform", "--merge-blocks": a.merge_blocks != "equal"}
-    chosen |= {"--merge-split": a.merge_split != "train", "-n": a.n != 256, "--device": a.device != "cpu"}
+    chosen |= {"--merge-split": a.merge_split != "train", "-n": a.n != 256, "--device": a.device != "auto"}
     if misplaced := [name for name, given in {**chosen, "--merge-data": a.merge_data}.items() if given]:
         raise InputError(f"{', '.join(misplaced)}: belong to --merge K, which is not given")
     out = compose(files, a.out, a.fill, a.allow_mismatch)
@@ -158,7 +158,7 @@ def _merge(a: argparse.Namespace, files: list[Path]) -> None:
 
     if a.n < 1:
         raise InputError(f"-n {a.n}: at least 1 image")
-    use_device(a.device)
+    a.device = use_device(a.device)
     shape = read_card(files[0]).shape
     data = None
     if a.merge_data:

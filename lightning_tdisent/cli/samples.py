@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.cli.options import part_entry
-from lightning_tdisent.cli.terminal import Commands, command, use_device
+from lightning_tdisent.cli.terminal import DEVICE, Commands, command, use_device
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.progress import Progress
 from lightning_tdisent.runs import CONFIG
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def add_commands(commands: Commands) -> None:
         "--out",
         type=Path,
         required=True,
-        help="folder for the images SEED.png; their grid is OUT.png. Must not contain images",
+        help="folder for the images SEED.png; their grid is OUT.png. The same command resumes",
     )
     s.add_argument("--seeds", default="0:64", help="seeds of the images, FIRST:END (default 0:64)")
     s.add_argument("--label", type=int, help="class of all images, for a class-conditional model "
@@ -58,7 +59,7 @@ def sampler_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fill", help="make a preview with missing experts replaced: nearest, or shared:PATH")
     command.add_argument("--prior", help="start at the row of this prior (a folder written by the command prior); "
                          "cut:ROW, or cut: and a fraction of the rows, starts there from N(0, I)")  # fmt: skip
-    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ..")
+    command.add_argument("--device", default="auto", help=DEVICE)
 
 
 def sampler_of(a: argparse.Namespace) -> "Sampler":
@@ -97,9 +98,12 @@ def sampled_by(sampler: "Sampler") -> str:
 def _sample(a: argparse.Namespace) -> None:
     import torch
 
+    from lightning_tdisent.diffusion.spec import spec
+    from lightning_tdisent.digests import digest
+    from lightning_tdisent.evaluation.drawn import Drawn, drawn_from
     from lightning_tdisent.evaluation.observations import FILE as OBSERVATIONS
-    from lightning_tdisent.evaluation.pictures import save_png
-    from lightning_tdisent.images import grid
+    from lightning_tdisent.evaluation.pictures import read_png, save_png
+    from lightning_tdisent.images import grid, zoomed
     from lightning_tdisent.models.compose import holds_weights, load_model
     from lightning_tdisent.models.truncated import load_truncated, signal_note
     from lightning_tdisent.sampling.guidance import Guided, extras
@@ -109,13 +113,12 @@ def _sample(a: argparse.Namespace) -> None:
     if a.out.name in ("", ".."):
         raise InputError(f"--out {a.out}: name a folder for the images; their grid is written beside it")
     seeds, tiles = _range(a.seeds, "--seeds"), a.out.with_name(f"{a.out.name}.png")
-    if a.out.exists() and any(a.out.glob("*.png")):
-        raise InputError(f"--out {a.out} already holds images; choose another folder")
-    if tiles.exists():
-        raise InputError(f"--out {a.out}: {tiles}, the grid of the first images, already exists; choose another folder")
     if (a.out / CONFIG).exists() or holds_weights(a.out):
         raise InputError(f"--out {a.out} is the folder of a run or of weights; choose another for the images")
-    use_device(a.device)
+    drawn = Drawn(a.out)
+    if not drawn.begun and tiles.exists():
+        raise InputError(f"--out {a.out}: {tiles}, the grid of the first images, already exists; choose another folder")
+    a.device = use_device(a.device)
     sampler = sampler_of(a)
     loaded = (
         load_truncated(a.model, a.prior, a.residency, a.fill) if a.prior else load_model(a.model, a.residency, a.fill)
@@ -140,17 +143,35 @@ def _sample(a: argparse.Namespace) -> None:
     label = None if a.label is None else torch.full((len(seeds),), a.label, device=a.device)
     print(sampled_by(sampler))
     seen = _observations(a, model, seeds)
-    given = None if seen is None else seen.y
-    known = seen.kernel.expand(len(seen), -1, -1, -1) if seen is not None and a.put_back else None
-    left, first = iter(seeds), list[torch.Tensor]()
-    for batch in sample(model, sampler, seeds, a.batch_size, label, given=given, known=known):
-        if seen is not None and not first:
-            seen.save(a.out / OBSERVATIONS)
-        for image in batch.cpu():  # saved one by one, so that an interrupted command keeps them
-            save_png(image, a.out / f"{next(left):06d}.png")
-            if len(first) < 256:
-                first.append(image)
-    save_png(grid(torch.stack(first)), tiles)
+    drawn.claim({
+        **drawn_from(a.model, a.fill, a.prior),
+        "sampler": spec(sampler), "label": a.label, "guidance": a.guidance, "put_back": a.put_back,
+        "observations": None if seen is None else digest(seen.y.numpy().tobytes()),
+    })  # fmt: skip
+    there = drawn.of(seeds)
+    left = [k for k, seed in enumerate(seeds) if seed not in there]
+    if there:
+        print(f"going on with {a.out}: {len(there)} of {len(seeds)} images are there")
+    label = None if a.label is None else torch.full((len(left),), a.label, device=a.device)
+    given = None if seen is None else seen.y[left]
+    known = seen.kernel.expand(len(left), -1, -1, -1) if seen is not None and a.put_back else None
+    todo = [seeds[k] for k in left]
+    try:
+        with Progress("sample", len(seeds), len(there), unit="images") as progress:
+            images = sample(
+                model, sampler, todo, a.batch_size, label, given=given, known=known, progress=progress.advance
+            )
+            written = iter(todo)
+            for batch in images:
+                if not drawn.begun:
+                    drawn.begin()
+                    if seen is not None:
+                        seen.save(a.out / OBSERVATIONS)
+                for image in batch.cpu():
+                    save_png(image, drawn.file(next(written)))
+    finally:
+        if shown := sorted(drawn.of(seeds[:256])):
+            save_png(grid(zoomed(torch.stack([read_png(drawn.file(seed)) for seed in shown]))), tiles)
     print(f"{len(seeds)} images in {a.out}, the first of them in {tiles}")
 
 

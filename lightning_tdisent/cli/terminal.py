@@ -6,8 +6,7 @@ import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 Run = Callable[[argparse.Namespace], None]
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 IMPORTED = "TDISENT_IMPORT"  # environment variable: the modules of --import, for worker processes
+DEVICE = "auto (default): the GPU if there is one, else the CPU; or cpu, cuda, cuda:1 .."
 CACHES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # of matplotlib and torch, by default below ~
 
 
@@ -75,13 +75,18 @@ def _remove_caches(folder: str, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def use_device(name: str) -> None:
-    """Select a device of torch. Raises InputError if it is not available.
+def use_device(name: str) -> str:
+    """Select a device of torch and return its name; ``auto`` is the GPU if there is one, else the CPU.
 
-    On a CPU, torch uses $OMP_NUM_THREADS threads, 1 by default: small networks are fastest on one thread.
+    On a CPU, torch uses $OMP_NUM_THREADS threads, 1 by default, since small networks are fastest on one thread;
+    sampling uses the cores for different images (`sample`).
+
+    Raises InputError if the device is not available.
     """
     import torch
 
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if torch.device(name).type == "meta":
             raise RuntimeError("a meta tensor has no values; use cpu, cuda, cuda:1 ..")
@@ -92,6 +97,7 @@ def use_device(name: str) -> None:
         torch.cuda.set_device(torch.device(name).index or 0)
     if name == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    return name
 
 
 def wide_console(least: int = 200) -> "Console":
@@ -109,21 +115,3 @@ def refuse_no_page(path: Path | None, option: str) -> None:
     """Raise InputError for a path that does not end with .html or .htm, or is a folder. Call it before any work."""
     if path is not None and (path.suffix.lower() not in (".html", ".htm") or path.is_dir()):
         raise InputError(f"{option} {path}: the output is a page; name a file that ends with .html")
-
-
-def cores() -> int:
-    """Return the number of cores available to this process."""
-    return len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
-
-
-@contextmanager
-def bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on stderr if that is a terminal; yields a function (done, total) that updates it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(text, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -24,7 +24,7 @@ def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool 
     from lightning_tdisent.lit.entry import run
 
     import_modules(imported_by_parent())
-    callbacks = [[StepProgress(report), Curve()] for report in reports]
+    callbacks = [[StepProgress(report, shown=len(argvs) == 1), Curve()] for report in reports]
     if len(argvs) > 1:
         from lightning_tdisent.lit.together import together
 

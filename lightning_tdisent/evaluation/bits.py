@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -53,11 +54,16 @@ class Bits:
         return cls(**data)
 
     def measure(
-        self, model: DenoiserProtocol, held_out: ImageSet, training: ImageSet, batch_size: int
+        self,
+        model: DenoiserProtocol,
+        held_out: ImageSet,
+        training: ImageSet,
+        batch_size: int,
+        progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
         """Return keys of a row: bpd, bpd_low, bpd_high (95 %), bpd_terms, bpd_images, those of bpd_ode, or bpd_refused.
 
-        They are the same on all ranks (collective).
+        They are the same on all ranks (collective). progress: called with the number of images of each batch.
         """
         held_out, training, S = _first(held_out, self.n), _first(training, self.n), model.states.S
         how = f"{self.decoder} decoder, {len(held_out)} held-out images, variances by {len(training)} training images"
@@ -66,7 +72,7 @@ class Bits:
         if prior is not None and not prior.has_density:
             return out | {REFUSED: f"{type(prior).__name__} has no density"}
         errors = torch.zeros(S + 1, dtype=torch.float64)
-        errors[1:] = held_out_errors(model, training, model.states.rows, batch_size)[0]
+        errors[1:] = held_out_errors(model, training, model.states.rows, batch_size, progress)[0]
         for column, wanted in ((BOUND, self.bound), (ODE, self.ode)):
             if not wanted:
                 continue
@@ -75,7 +81,7 @@ class Bits:
                 out[REFUSED] = f"bpd_ode integrates from row to row, and needs at least {ODE_ROWS} rows; there are {S}"
                 continue
             try:
-                terms = self._terms(model, held_out, batch_size, errors, column is ODE)
+                terms = self._terms(model, held_out, batch_size, errors, column is ODE, progress)
             except InputError as error:
                 out[REFUSED] = str(error)
                 continue
@@ -94,7 +100,15 @@ class Bits:
             out |= {column.key(part=part): value for part, value in parts.items()}
         return out
 
-    def _terms(self, model: DenoiserProtocol, images: ImageSet, batch_size: int, errors: Tensor, ode: bool) -> NLLTerms:
+    def _terms(
+        self,
+        model: DenoiserProtocol,
+        images: ImageSet,
+        batch_size: int,
+        errors: Tensor,
+        ode: bool,
+        progress: Callable[[int], None] | None,
+    ) -> NLLTerms:
         (rank, world), batches = rank_and_world(), torch.arange(len(images)).split(batch_size)
         device = next(iter(model.parameters())).device
         mine: dict[int, NLLTerms] = {}
@@ -106,6 +120,8 @@ class Bits:
                 mine[k] = (
                     ode_likelihood(*batch, self.probes, errors) if ode else variational_bound(*batch, errors=errors)
                 )
+                if progress:
+                    progress(len(i))
         parts = {k: terms for part in all_gather(mine) for k, terms in part.items()}
         return concatenate([parts[k] for k in range(len(batches))])
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import platform
@@ -26,6 +25,7 @@ from lightning_tdisent.distributed import all_gather, rank_and_world, shared_err
 from lightning_tdisent.errors import InputError, NotFinite
 from lightning_tdisent.evaluation.bits import Bits
 from lightning_tdisent.evaluation.conditional import Given
+from lightning_tdisent.evaluation.drawn import drawn_from, start_digest
 from lightning_tdisent.evaluation.measured import Measured
 from lightning_tdisent.evaluation.observations import Observations
 from lightning_tdisent.evaluation.provenance import provenance
@@ -42,9 +42,9 @@ from lightning_tdisent.models.compose import find_files, load_model
 from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.cost import training_cost, with_prior
 from lightning_tdisent.models.model_prior import ModelPrior
-from lightning_tdisent.models.prior_files import prior_file
 from lightning_tdisent.models.residency import Residency
 from lightning_tdisent.models.truncated import TruncatedModel, load_truncated, signal_note
+from lightning_tdisent.progress import Progress
 from lightning_tdisent.sampling.denoiser import Denoiser, DenoiserProtocol
 from lightning_tdisent.sampling.errors_by_row import has_signal, held_out_errors
 from lightning_tdisent.sampling.guidance import extras
@@ -87,7 +87,7 @@ def evaluate(
     batch_size: int = 250,
     device: str = "cpu",
     keep: int = 64,
-    progress: Callable[[str, int], None] | None = None,
+    progress: Progress | None = None,
     bits: tuple[Bits, ImageSet] | None = None,
     observations: dict[str, Observations] | None = None,
     further: Sequence[PairedMetric] = (),
@@ -95,17 +95,21 @@ def evaluate(
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Return one row of numbers per contender, and its first ``keep`` images; the same on all ranks (collective).
 
-    real: the images that distances are computed to; held_out: images for the errors per state. A model generates the
-    images of the protocol's seeds; image files are measured as they are. Errors are measured at the rows of the model
-    with the fewest rows, for every model that has those rows with the same values. The last row scores the held-out
-    images as if a model had generated them: what a perfect model would reach with so few. If a metric refuses its
-    input, the row has the reason under ``refused``.
+    A model generates the images of the protocol's seeds; image files are measured as they are. Errors are measured at
+    the rows of the model with the fewest rows, for every model that has those rows with the same values. The last row
+    scores the held-out images as if a model had generated them: what a perfect model would reach with so few. If a
+    metric refuses its input, the row has the reason under ``refused``.
 
-    batch_size: images at a time; progress: called with the contender's name and the number of images of each batch;
-    bits: how to measure bits per dimension, None not to, and training images. A conditional model gets observations of
-    held-out images (see `Given`), which are stored in ``observations`` by its name; further: metrics of conditional
-    models besides those that are always computed. measured: stored rows; one is reused if everything that it depends on
-    is equal. Raises InputError, before any work, for models and images that cannot be compared.
+    real: the images that distances are computed to.
+    held_out: images for the errors per state.
+    batch_size: images at a time.
+    progress: shows what is measured.
+    bits: how to measure bits per dimension, None not to, and training images.
+    observations: gets the observations of each conditional model (see `Given`) by its name.
+    further: metrics of conditional models besides those that are always computed.
+    measured: stored rows; one is reused if everything that it depends on is equal.
+
+    Raises InputError, before any work, for models and images that cannot be compared.
     """
     loaded = [c.load() if c.sampler else None for c in contenders]
     shape = list(held_out.images.shape[1:])
@@ -121,7 +125,14 @@ def evaluate(
             if bits:
                 refuse_components(model[0].states, str(contender.source))
     files = {c.name: image_files(c.source, c.split, shape) for c in contenders if c.sampler is None}
-    quality = open_quality(protocol, network, real, shape, device)
+    progress = progress or Progress("measure", shown=False)
+
+    def take(numbers: Tensor) -> Tensor:
+        progress.advance(len(numbers))
+        return real.take(numbers)
+
+    progress.begin("features of the real images", protocol.n_real or real.n)
+    quality = open_quality(protocol, network, dataclasses.replace(real, take=take), shape, device)
     qualities = {}
     for name, found in files.items():
         try:
@@ -146,7 +157,6 @@ def evaluate(
         **({"sources": protocol.sources} if protocol.sources else {}),
     }
     for contender, model in zip(contenders, loaded, strict=True):
-        advance = functools.partial(progress, contender.name) if progress else None
         found_quality = qualities[contender.name] if model is None else quality
         key = {"protocol": found_quality.protocol.fields, **common_key, **_identity(contender, files)}
         if (own := given.get(contender.name)) is not None:
@@ -157,13 +167,16 @@ def evaluate(
             row, first = known
         elif model is None:
             found = files[contender.name]
-            row, first = _of_files(found, found_quality, keep, advance)
+            progress.begin(f"{contender.name}: images", found.n / rank_and_world()[1])
+            row, first = _of_files(found, found_quality, keep, progress.advance)
             row["measured"] = provenance(len(held_out))
         else:
             if own is not None:
                 own.reference(real, pairs)
-            row, first = _of_model(contender, model, quality, held_out, common, batch_size, device, keep, advance, own)
-            row |= bits[0].measure(model[0].to(device), held_out, bits[1], batch_size) if bits else {}
+            row, first = _of_model(contender, model, quality, held_out, common, batch_size, device, keep, progress, own)
+            if bits:
+                progress.begin(f"{contender.name}: bits per dimension")
+                row |= bits[0].measure(model[0].to(device), held_out, bits[1], batch_size, progress.advance)
             row["measured"] = provenance(len(held_out))
             model[0].cpu()
         if measured is not None:
@@ -182,18 +195,7 @@ def _identity(contender: Contender, files: dict[str, RealImages]) -> dict[str, A
     """Return the digests of a contender's weights, start and sampler, or of its images; without names and paths."""
     if contender.sampler is None:
         return {"images": files[contender.name].digest}
-    shared = (contender.fill or "").removeprefix("shared:")
-    return {
-        "weights": [sha256(file) for file in find_files(contender.source)],
-        "fill": [contender.fill, [sha256(f) for f in find_files(shared)] if shared not in ("", "nearest") else []],
-        "prior": start_digest(contender.prior),
-        "sampler": spec(contender.sampler),
-    }
-
-
-def start_digest(prior: str | None) -> str | None:
-    """Return the digest of the file of a prior; of a plain cut, its row."""
-    return prior if prior is None or prior.startswith("cut:") else sha256(prior_file(prior))
+    return {**drawn_from(contender.source, contender.fill, contender.prior), "sampler": spec(contender.sampler)}
 
 
 @dataclasses.dataclass
@@ -236,7 +238,7 @@ def _of_model(
     batch_size: int,
     device: str,
     keep: int,
-    progress: Callable[[int], None] | None,
+    progress: Progress,
     given: Given | None = None,
 ) -> tuple[dict[str, Any], Tensor]:
     (model, cards), sampler = loaded, contender.sampler
@@ -245,12 +247,14 @@ def _of_model(
     _reset_peak(device)
     start = time.perf_counter()
     seen, also = (given.given, given.add) if given else (None, None)
-    scored = score(model, sampler, quality, batch_size, keep, progress, seen, also)
+    progress.begin(f"{contender.name}: images", quality.protocol.n / rank_and_world()[1])
+    scored = score(model, sampler, quality, batch_size, keep, progress.advance, seen, also)
     parts = all_gather((scored.numbers, scored.images, scored.seconds, _peak(device)))
     images, order = torch.cat([p[1] for p in parts]), torch.cat([p[0] for p in parts]).argsort()
     errors: dict[str, dict[str, float]] = {}
     if at := common.rows(model.states):
-        x0, eps = held_out_errors(model, held_out, at, batch_size)
+        progress.begin(f"{contender.name}: held-out errors", len(at) * len(held_out) / rank_and_world()[1])
+        x0, eps = held_out_errors(model, held_out, at, batch_size, progress.advance)
         names = [str(t) for t in common.indices]
         lit = [k for k, t in enumerate(at) if has_signal(model.states, t)]
         errors = {"x0_mse": dict(zip(names, x0.tolist(), strict=True))}

@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -68,6 +69,13 @@ def png(picture: Tensor) -> bytes:
     array, buffer = picture.permute(1, 2, 0).numpy(), io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "png")
     return buffer.getvalue()
+
+
+def read_png(path: Path) -> Tensor:
+    """Return a picture written by `save_png`, uint8 (C, H, W)."""
+    with Image.open(path) as image:
+        array = torch.from_numpy(np.array(image))
+    return array[None] if array.ndim == 2 else array.permute(2, 0, 1)
 
 
 def save_png(picture: Tensor, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import html
 import json
-import os
 import platform
 import shlex
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from lightning_tdisent.distributed import all_gather
+from lightning_tdisent.processes import cores
 
 PACKAGES = ("torch", "lightning", "diffusers", "torchmetrics", "lightning_tdisent")
 UNKNOWN = "measured by a version that did not record the command, the machine and the versions of packages"
@@ -24,14 +24,13 @@ def provenance(held_out: int) -> dict[str, Any]:
 
     held_out: number of held-out images.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     mine = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
         "held-out images": held_out,
         "machine": {
             "processor": platform.machine(),
-            "CPU cores": cores,
+            "CPU cores": cores(),
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         },

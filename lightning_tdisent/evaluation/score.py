@@ -58,7 +58,7 @@ def score(
     quality: Quality,
     batch_size: int = 250,
     keep: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[float], None] | None = None,
     given: Tensor | None = None,
     also: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Scored:
@@ -66,10 +66,13 @@ def score(
 
     Exactly n images are measured for any number of ranks; image i depends only on its seed, and no rank waits for
     another until all have generated their images. On a GPU, features are extracted while the next images are sampled.
-    batch_size: images at a time; keep: number of first images that are returned; progress: called with the number of
-    images of each batch; given: observations for a conditional model, one for each of the n images; also: called with
-    each batch of images and their numbers. If an image is not finite on any rank, the values of all ranks are that
-    `NotFinite`, and no images are returned.
+    If an image is not finite on any rank, the values of all ranks are that `NotFinite`, and no images are returned.
+
+    batch_size: images at a time.
+    keep: number of first images that are returned.
+    progress: see `sample`.
+    given: observations for a conditional model, one for each of the n images.
+    also: called with each batch of images and their numbers.
     """
     (rank, world), n, first = rank_and_world(), quality.protocol.n, quality.protocol.first_seed
     assert first is not None
@@ -83,7 +86,8 @@ def score(
     kept: list[Tensor] = []
     quality.reset()
     mine = None if given is None else given[numbers]
-    images = iter(sample(denoise, sampler, (first + numbers).tolist(), batch_size, given=mine))
+    seeds = (first + numbers).tolist()
+    images = iter(sample(denoise, sampler, seeds, batch_size, given=mine, progress=progress))
     done, failure = 0, ""
     while done < len(numbers) and not failure:
         try:
@@ -107,8 +111,6 @@ def score(
         if some := int((numbers[done : done + len(batch)] < keep).sum()):
             kept.append(batch[:some].cpu())
         done += len(batch)
-        if progress:
-            progress(len(batch))
     if beside is not None:
         torch.cuda.current_stream(device).wait_stream(beside)
     if failures := [said for said in all_gather(failure) if said]:

@@ -16,8 +16,10 @@ from rich.live import Live
 from lightning_tdisent.errors import Crashed, Halted, InputError
 from lightning_tdisent.fleet.job import Train
 from lightning_tdisent.fleet.state import Work
-from lightning_tdisent.fleet.status import LiveBoard, tiles
+from lightning_tdisent.fleet.status import Board, summary, tiles
 from lightning_tdisent.fleet.work import Session, failures, work_through
+from lightning_tdisent.processes import cores
+from lightning_tdisent.progress import EVERY
 
 
 def run(
@@ -32,7 +34,7 @@ def run(
     train: called in a worker process with command lines and progress callbacks; must be importable by name.
     workers: number of processes; if 0, one per GPU, or one per core if there is no GPU.
     session: options of this launch.
-    show: show a live status board if the output is a terminal.
+    show: show the status: a live board if the output is a terminal, otherwise a line every 30 seconds on stderr.
     gpus: values for CUDA_VISIBLE_DEVICES, assigned to the workers in turn, one each; if None, all GPUs that this
         process may use.
     title: title of the board.
@@ -48,14 +50,13 @@ def run(
         unknown = set(job.needs) - set(names)
         if unknown:
             raise InputError(f"{job.name} needs {sorted(unknown)}, which are not among the jobs {names}")
-    cores = len(os.sched_getaffinity(0))
     gpus = visible_gpus() if gpus is None else gpus
-    count = workers or len(gpus) or cores
+    count = workers or len(gpus) or cores()
     count = max(1, min(count, len(session.only) or len(jobs)))
     context = multiprocessing.get_context("spawn")
 
     def start(number: int) -> multiprocessing.process.BaseProcess:
-        mine = {"OMP_NUM_THREADS": str(threads or max(1, cores // count))}  # torch reads it when it is imported
+        mine = {"OMP_NUM_THREADS": str(threads or max(1, cores() // count))}  # torch reads it when it is imported
         if gpus:
             mine["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
         process = context.Process(target=_run_worker, args=(work, train, session, os.getpid()))
@@ -64,17 +65,20 @@ def run(
         return process
 
     live = Live(refresh_per_second=2, transient=True)
-    show = show and live.console.is_terminal
+    on_terminal = live.console.is_terminal
     with told_to_go():
-        pool, starts = [start(k) for k in range(count)], count
+        pool, starts, said = [start(k) for k in range(count)], count, time.monotonic()
         try:
-            if show:
+            if show and on_terminal:
                 live.start()
             while running := [p for p in pool if p.exitcode != 0]:
                 wait([p.sentinel for p in running], timeout=1.0)
                 with contextlib.suppress(OSError, InputError):  # display only; ignore errors
-                    if show:
-                        live.update(LiveBoard(tiles(work), title))
+                    if show and on_terminal:
+                        live.update(Board(tiles(work), title))
+                    elif show and time.monotonic() - said >= EVERY:
+                        said = time.monotonic()
+                        print(summary(tiles(work)), file=sys.stderr, flush=True)
                 for k, process in enumerate(pool):
                     if process.exitcode:
                         starts += 1
@@ -84,8 +88,7 @@ def run(
                             )
                         pool[k] = start(k)  # the new worker resumes the job of the dead one
         finally:
-            if show:
-                live.stop()
+            live.stop()
             for process in pool:
                 process.terminate()
             for process in pool:

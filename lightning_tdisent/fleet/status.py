@@ -1,4 +1,4 @@
-"""Status of every job of a fleet, read from its files, shown as tiles in a terminal or as HTML."""
+"""Status of every job of a fleet, read from its files, shown as lines in a terminal or as HTML."""
 
 import html
 import time
@@ -8,9 +8,6 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from rich.columns import Columns
-from rich.console import Group, RenderableType
-from rich.panel import Panel
 from rich.text import Text
 
 from lightning_tdisent.errors import InputError
@@ -35,6 +32,7 @@ class Tile:
     loss: recent training loss.
     x0: held-out error of x0_hat.
     predicted: held-out error of x0_hat that an adaptive budget predicts for the end of the round.
+    rate: images per second.
     eta: seconds until it is done.
     note: the worker, or the reason of the state.
     """
@@ -47,19 +45,25 @@ class Tile:
     loss: float | None = None
     x0: float | None = None
     predicted: float | None = None
+    rate: float | None = None
     eta: float | None = None
     note: str = ""
 
-    def lines(self) -> list[str]:
-        """Return the lines of text below the name."""
+    def words(self) -> tuple[str, ...]:
+        """Return the texts of its line: name, state, rows, images, rate, time left, errors, and note."""
         rows = f"row{'s' * (len(self.rows) > 1)} {_span(self.rows)}" if self.rows else ""
-        of = f" of {self.images:,}" if self.images else ""
-        numbers = [f"loss {self.loss:.4g}"] if self.loss is not None else []
-        numbers += [f"x0 {self.x0:.4g}"] if self.x0 is not None else []
-        numbers += [f"predicted {self.predicted:.4g}"] if self.predicted is not None else []
-        time_left = f", {duration(self.eta)} left" if self.eta is not None else ""
-        lines = [f"{self.state}{time_left}", rows, f"{self.seen:,}{of} images", " ".join(numbers), self.note]
-        return [line for line in lines if line]
+        of = f"/{self.images:,}" if self.images else ""
+        errors = (("loss", self.loss), ("x0", self.x0), ("predicted", self.predicted))
+        return (
+            self.name,
+            self.state,
+            rows,
+            f"{self.seen:,}{of} images",
+            f"{self.rate:,.0f}/s" if self.rate is not None else "",
+            f"eta {duration(self.eta)}" if self.eta is not None else "",
+            " ".join(f"{name} {value:.4g}" for name, value in errors if value is not None),
+            self.note,
+        )
 
 
 def tiles(work: Work, now: float | None = None) -> list[Tile]:
@@ -99,10 +103,11 @@ def _tile(
     if held and not lease.gone(held):
         silent = now - held.get("written", 0)
         state = "silent" if silent > held.get("ttl", lease.TTL) else "training"
-        rate = held.get("rate") or 0
-        eta = max(0, job.images - seen) / rate if job.images and rate and state == "training" else None
+        rate = (held.get("rate") or None) if state == "training" else None
+        eta = max(0, job.images - seen) / rate if job.images and rate else None
         who = f"process {held.get('pid')} on {host}" + (f", silent for {duration(silent)}" * (state == "silent"))
-        return Tile(job.name, state, rows, seen, job.images, held.get("loss"), held.get("x0_mse"), eta=eta, note=who)
+        errors = held.get("loss"), held.get("x0_mse")
+        return Tile(job.name, state, rows, seen, job.images, *errors, rate=rate, eta=eta, note=who)
     if failed:
         return Tile(job.name, "failed", rows, seen, job.images, note=" ".join(str(failed["reason"]).split()))
     lost = "" if not held or held.get("released") else f"its worker on {host} died at step {held.get('step', 0)}"
@@ -120,39 +125,31 @@ def _curve(work: Work, job: Job) -> float | None:
         return None
 
 
-def board(found: Sequence[Tile], title: str = "") -> RenderableType:
-    """Return the tiles as panels below a summary line."""
-    panels = []
-    for tile in found:
-        text = Text("\n".join(tile.lines()), overflow="fold")
-        panels.append(Panel(text, title=tile.name, border_style=COLOURS[tile.state], width=34))
-    return Group(Text(" ".join(filter(None, [title, summary(found)]))), Columns(panels))
+@dataclass(frozen=True)
+class Board:
+    """The status of all jobs: a summary and a line for each job.
 
-
-class LiveBoard:
-    """Show the board if it fits the height of the terminal, otherwise one line per job, failed and running jobs first.
-
-    If there are more jobs than lines, the rest is only counted.
+    On a terminal with fewer lines than jobs, failed and running jobs come first, and the rest is counted.
     """
 
-    def __init__(self, found: Sequence[Tile], title: str = "") -> None:
-        self.found, self.title = found, title
+    found: Sequence[Tile]
+    title: str = ""
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        """Yield the board or the lines."""
-        whole = board(self.found, self.title)
-        if not console.is_terminal or len(console.render_lines(whole, options)) < console.height:
-            yield whole
-            return
-        order = ("failed", "silent", "training", "waiting", "done")
-        sorted_ = sorted(self.found, key=lambda tile: order.index(tile.state))
-        room = max(1, console.height - 4)
+        """Yield the lines."""
+        room = max(1, console.height - 4) if console.is_terminal else len(self.found)
+        shown = list(self.found)
+        if len(shown) > room:
+            order = ("failed", "silent", "training", "waiting", "done")
+            shown = sorted(shown, key=lambda tile: order.index(tile.state))[:room]
         yield Text(" ".join(filter(None, [self.title, summary(self.found)])))
-        for tile in sorted_[:room]:
-            line = f"{tile.name}: {', '.join(tile.lines())}"
-            yield Text(line, style=COLOURS[tile.state], overflow="ellipsis", no_wrap=True)
-        if len(sorted_) > room:
-            yield Text(f"and {len(sorted_) - room} more")
+        rows = [tile.words() for tile in shown]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for tile, words in zip(shown, rows, strict=True):
+            cells = [w.ljust(width) for w, width in zip(words, widths, strict=True) if width]
+            yield Text("  ".join(cells).rstrip(), style=COLOURS[tile.state], overflow="fold")
+        if rest := Counter(tile.state for tile in self.found) - Counter(tile.state for tile in shown):
+            yield Text(f"and {', '.join(f'{count} {state}' for state, count in rest.items())}")
 
 
 def summary(found: Sequence[Tile]) -> str:
@@ -161,7 +158,9 @@ def summary(found: Sequence[Tile]) -> str:
     states = ", ".join(f"{count[state]} {state}" for state in COLOURS if count[state])
     seen, planned = sum(tile.seen for tile in found), sum(tile.images or 0 for tile in found)
     share = f", {seen:,} of {planned:,} images ({seen / planned:.0%})" if planned else ""
-    return f"{len(found)} jobs: {states}{share}"
+    rate = sum(tile.rate or 0 for tile in found)
+    left = f", {rate:,.0f} images/s, eta {duration((planned - seen) / rate)}" if rate and planned > seen else ""
+    return f"{len(found)} jobs: {states}{share}{left}"
 
 
 def page(found: Sequence[Tile], title: str) -> str:
@@ -169,7 +168,7 @@ def page(found: Sequence[Tile], title: str) -> str:
     boxes = []
     for tile in found:
         share = min(1.0, tile.seen / tile.images) if tile.images else float(tile.state == "done")
-        lines = "<br>".join(html.escape(line) for line in tile.lines())
+        lines = "<br>".join(html.escape(word) for word in tile.words()[1:] if word)
         boxes.append(
             f'<div style="border:2px solid {HTML[tile.state]};border-radius:6px;padding:6px 8px;font:12px sans-serif;'
             f'overflow-wrap:anywhere"><b>{html.escape(tile.name)}</b><div style="background:#eee;height:5px;margin:4px '

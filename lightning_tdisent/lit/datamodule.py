@@ -25,6 +25,7 @@ from lightning_tdisent.files import expand
 from lightning_tdisent.lit.checkpoints import refuse_to_load
 from lightning_tdisent.lit.shared import Shared
 
+FIRST = 1000  # training images that are looked at where there are no held-out ones
 MAX_LOOKED_AT = 100_000  # classes of a data set that is not resident are read before training up to this many samples
 
 
@@ -170,7 +171,8 @@ class ImageShards(L.LightningDataModule):
     channels: channels of the images, 1 or 3.
     size: side that images are cropped and resized to, as in ADM; images keep their size if not given.
     batch_size: images per rank and step.
-    train, val: names of the training split and of the held-out split, or patterns of their shards.
+    train, val: names of the training split and of the held-out split, or patterns of their shards. Without a held-out
+        split (null) nothing is validated.
     val_limit: number of held-out images used during training (the first ones), null for all.
     flip: mirror a random half of the training images.
     resident: decode the training images once and keep them in memory (true) or on the device (``device``), for data
@@ -196,7 +198,7 @@ class ImageShards(L.LightningDataModule):
         size: int | None = None,
         batch_size: int = 64,
         train: str = "train",
-        val: str = "test",
+        val: str | None = "test",
         val_limit: int | None = 1000,
         flip: bool = False,
         resident: bool | Literal["device"] = True,
@@ -218,7 +220,7 @@ class ImageShards(L.LightningDataModule):
             if limit is not None:
                 check_number(f"data.{name}", limit, 1, whole=True)
         for name, text in (("path", path), ("train", train), ("val", val)):
-            if not isinstance(text, str | os.PathLike) or not str(text):
+            if (not (name == "val" and text is None) and not isinstance(text, str | os.PathLike)) or not str(text):
                 raise InputError.of_value(f"data.{name}", repr(text), "expected text")
         for name, flag in (("verify", verify), ("flip", flip)):
             if not isinstance(flag, bool):
@@ -267,10 +269,17 @@ class ImageShards(L.LightningDataModule):
 
     @cached_property
     def held_out(self) -> ImageSet:
-        """The held-out images in memory; a damaged one always raises InputError."""
+        """The held-out images in memory; raises InputError for a damaged one, and if there is no held-out split."""
+        if self.val is None:
+            raise InputError("data.val: null: there are no held-out images, which are needed here; name a split")
         what = (self.path, self.val, self.decoder, Policy(verify=self.policy.verify), self.index)
         images: ImageSet = self._make_once((*what, self.val_limit), lambda: Shards.open(*what).decoded(self.val_limit))
         return images
+
+    @property
+    def examples(self) -> ImageSet:
+        """The held-out images, or without a held-out split the first training images."""
+        return self.held_out if self.val is not None else self.images(self.train, self.val_limit or FIRST)
 
     @cached_property
     def shards(self) -> Shards:
@@ -302,8 +311,8 @@ class ImageShards(L.LightningDataModule):
 
     @property
     def image_shape(self) -> list[int]:
-        """(C, H, W) of the held-out images or latents."""
-        return list(self.held_out.images.shape[-3:])
+        """(C, H, W) of the images or latents."""
+        return list(self.examples.images.shape[-3:])
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -311,11 +320,20 @@ class ImageShards(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Refuse held-out images that are also trained on, and have labels checked against the network's classes."""
         self.run_seed = None
+        if self.val is None and self.trainer and stage in ("validate", "test"):
+            raise InputError(f"data.val: null: {stage} needs a held-out split; name one")
+        if self.val is None and self.trainer and stage == "fit" and self.trainer.limit_val_batches:
+            self.trainer.limit_val_batches = 0
+            if self._rank_and_world()[0] == 0:
+                print("note: data.val: null: nothing is validated, and no pictures are drawn", file=sys.stderr)
         if stage == "fit" and not (self.trainer and self.trainer.overfit_batches):
-            what = f"data.train {self.train}, data.val {self.val}"
-            held_out = Shards.open(self.path, self.val, self.decoder, self.policy, self.index)
-            refuse_shared(held_out, self.shards, what, "Choose other splits, or select their shards by patterns")
-            for split, shards in ((self.train, self.shards), (self.val, held_out)):
+            opened = {self.train: self.shards}
+            if self.val is not None:
+                what = f"data.train {self.train}, data.val {self.val}"
+                opened[self.val] = Shards.open(self.path, self.val, self.decoder, self.policy, self.index)
+                remedy = "Choose other splits, or select their shards by patterns"
+                refuse_shared(opened[self.val], self.shards, what, remedy)
+            for split, shards in opened.items():
                 # whoever makes an index is shown its notes then
                 if not shards.index.hashed and self._rank_and_world()[0] == 0:
                     print("".join(f"note: {split}: {line}\n" for line in shards.index.notes), end="", file=sys.stderr)
@@ -391,6 +409,8 @@ class ImageShards(L.LightningDataModule):
 
     def val_dataloader(self) -> FixedBatches:
         """Return batches of this rank's held-out images: every world-th image, none padded or left out."""
+        if self.val is None:
+            return FixedBatches([])
         rank, world = self._rank_and_world()
         ids = torch.arange(len(self.held_out))[rank::world]
         data = self.held_out

@@ -231,7 +231,7 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _choose_progress(self, callbacks: list[L.Callback], shown: bool | None) -> None:
-        """Silence `StepProgress` if progress is disabled; remove it if the user gives another progress bar.
+        """Let `StepProgress` write its log only if progress is disabled; remove it if the user gives another bar.
 
         A `StepProgress` that reports to a worker draws nothing and is kept.
         """
@@ -244,7 +244,7 @@ class CLI(LightningCLI):
             options.verbose = False  # `StepProgress` prints the metrics
         if shown is False:
             for callback in drawn:
-                callback.disable()
+                callback.shown = False
 
 
 def _why_ended(step: int, mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:

@@ -145,7 +145,7 @@ class DenoiserModule(L.LightningModule):
                 f"model.network.shape is {self.denoiser.shape}, the images of data.path {data.path} have {shape}. "
                 "Set the network's shape to that of the data."
             )
-        labels = data.held_out.labels
+        labels = data.examples.labels
         if self.denoiser.classes is not None:
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.denoiser.classes:

@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import re
+import sys
+import time
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -30,12 +32,13 @@ from lightning_tdisent.errors import InputError, nearest
 from lightning_tdisent.evaluation.observations import observed
 from lightning_tdisent.images import to_uint8
 from lightning_tdisent.sampling.denoiser import Denoiser
-from lightning_tdisent.sampling.sampler import Sampler
+from lightning_tdisent.sampling.sampler import Sampler, probe_rows
 
 if TYPE_CHECKING:
     from lightning_tdisent.lit.modules import Diffusion
 
 N = 2  # images in each trial
+FEW, LONG = 10_000, 60.0  # a validation of fewer images, or fewer seconds, is not announced
 EVALUATIONS = 4  # network evaluations for the sample
 # errors of a device, which may not occur at the next attempt
 DEVICE = tuple(getattr(torch, name) for name in ("OutOfMemoryError", "AcceleratorError") if hasattr(torch, name))
@@ -50,6 +53,10 @@ class Rehearsed(L.Callback):
         images: uint8 on the device, sampled from the untrained module; None if the module cannot sample.
         """
         raise NotImplementedError
+
+    def passes(self, trainer: L.Trainer, module: "Diffusion") -> int:
+        """Return the images that all ranks pass through the network at each validation."""
+        return 0
 
 
 class Logs(L.Callback):
@@ -84,6 +91,7 @@ def preflight(trainer: L.Trainer, module: "Diffusion") -> None:
         finally:
             module.denoiser, module.images_seen = live, seen
             del module.log, module.log_dict
+    note_cost(trainer, module)
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:
@@ -114,12 +122,12 @@ def _try_all(trainer: L.Trainer, module: "Diffusion", batch: dict[str, Any] | No
 
 
 def _batch(trainer: L.Trainer, module: "Diffusion") -> dict[str, Any] | None:
-    """Return a batch for the trials: held-out images of `ImageShards`, or random images if the data are other.
+    """Return a batch for the trials: some images of `ImageShards`, or random images if the data are other.
 
     Return None for other data if the module has its own training or validation step, which may need another batch.
     """
     if module.shards is not None:
-        held_out = module.shards.held_out
+        held_out = module.shards.examples
         batch: dict[str, Any] = held_out.batch(torch.arange(min(N, len(held_out))))
     else:
         own = (type(module).training_step, type(module).validation_step)
@@ -156,6 +164,42 @@ def _sampled(module: "Diffusion", batch: dict[str, Any] | None) -> Tensor:
     walk = sampler.walk(denoiser, range(N), label, **options)  # an overridden walk is stopped after EVALUATIONS steps
     *_, (_, x, _) = itertools.islice(walk, EVALUATIONS + 1)
     return to_uint8(denoiser.states.decode(x))
+
+
+def note_cost(trainer: L.Trainer, module: "Diffusion") -> None:
+    """Print how long each validation will take, if that is more than `LONG` seconds; measured with one batch.
+
+    Without this, a long validation looks like a training that hangs.
+    """
+    plain = isinstance(module.denoiser, Denoiser) and module.states.observation is None
+    if not trainer.enable_validation or module.shards is None or not plain:
+        return
+    n, rows, own = len(module.shards.held_out), len(probe_rows(module.rows)), module.shards.examples
+    parts = {f"{n:,} held-out images at {rows} rows": n * rows}
+    for callback in trainer.callbacks:
+        if isinstance(callback, Rehearsed):
+            parts[type(callback).__name__] = callback.passes(trainer, module)
+    total, denoiser = sum(parts.values()), module.denoiser
+    if total < FEW:
+        return
+    x = torch.zeros(min(len(own), 64), *denoiser.network.shape, device=module.device)
+    label = torch.zeros(len(x), dtype=torch.long, device=module.device) if denoiser.classes else None
+    training = denoiser.training
+    with torch.no_grad(), trainer.precision_plugin.val_step_context():
+        denoiser.eval()
+        for _ in range(2):  # the first call is slower
+            begun = time.perf_counter()
+            float(denoiser(x, module.rows[-1], label).sum())
+            spent = time.perf_counter() - begun
+        denoiser.train(training)
+    seconds = spent / len(x) * total / trainer.world_size
+    if seconds > LONG and trainer.is_global_zero:
+        listed = ", ".join(f"{name}: {passes:,}" for name, passes in parts.items() if passes)
+        print(
+            f"note: each validation passes {total:,} images through the network ({listed}), about {seconds / 60:,.1f} "
+            "minutes; data.val_limit, the arguments of these callbacks and trainer.val_check_interval make that less",
+            file=sys.stderr,
+        )
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ class Group:
             if self.told:
                 raise Preempted(self.code)
             self.members[number] = Member(self, number)
-            run(argv, [*(callbacks or [StepProgress(lambda *_: None)]), self.members[number]])
+            run(argv, [*(callbacks or [StepProgress(shown=False)]), self.members[number]])
         except SystemExit as end:
             self.ends[number] = end if end.code else None
         except BaseException as error:

@@ -1,6 +1,6 @@
 """Compute the error of a denoiser at each row of its table, on held-out images and fixed noise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,8 +61,16 @@ def x0_errors(
     return state_errors(denoise, images, ids, rows, label)[0]
 
 
-def held_out_errors(model: DenoiserProtocol, held_out: ImageSet, rows: Sequence[int], batch_size: int) -> Tensor:
+def held_out_errors(
+    model: DenoiserProtocol,
+    held_out: ImageSet,
+    rows: Sequence[int],
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
     """Return mean errors of x0 and eps per row, (2, R), with the true labels if the model has classes.
+
+    progress: called with the number of images of each batch at each row.
 
     The batches are shared among the ranks; the result is the same on every rank (collective).
     """
@@ -74,5 +82,7 @@ def held_out_errors(model: DenoiserProtocol, held_out: ImageSet, rows: Sequence[
             i = batches[k]
             label = held_out.labels[i].to(device) if model.classes else None
             found.append(state_errors(model, held_out.images[i], i.tolist(), [s], label).sum(2))
+            if progress:
+                progress(len(i))
     sums = {k: torch.cat(v, 1) for part in all_gather(mine) for k, v in part.items()}
     return torch.stack([sums[k] for k in range(len(batches))]).sum(0) / len(held_out)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from rich.progress import Progress
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -25,7 +24,8 @@ from lightning_tdisent.distributed import rank_and_world
 from lightning_tdisent.errors import InputError, is_whole
 from lightning_tdisent.evaluation.bits import ODE_ROWS, Bits
 from lightning_tdisent.evaluation.conditional import DRAWS, refuse_number
-from lightning_tdisent.evaluation.evaluate import REAL, Contender, evaluate, start_digest
+from lightning_tdisent.evaluation.drawn import start_digest
+from lightning_tdisent.evaluation.evaluate import REAL, Contender, evaluate
 from lightning_tdisent.evaluation.measured import FOLDER as MEASURED
 from lightning_tdisent.evaluation.measured import Measured
 from lightning_tdisent.evaluation.observations import Observations
@@ -39,6 +39,7 @@ from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.models.card import Card, read_card
 from lightning_tdisent.models.compose import find_files, holds_weights
 from lightning_tdisent.models.residency import Residency
+from lightning_tdisent.progress import Progress
 from lightning_tdisent.report.page import write_report
 from lightning_tdisent.report.table import WideTable, costs, notes, refuse_texts, table, tables
 from lightning_tdisent.sampling.sampler import Sampler
@@ -266,15 +267,11 @@ class Study:
         observations = dict[str, Observations]()
         first = rank_and_world()[0] == 0
         measured = Measured(self.folder / MEASURED)
-        with Progress(transient=True, disable=not first) as bar:
-            share = protocol.n // rank_and_world()[1]
-            tasks = {
-                c.name: bar.add_task(f"measuring {c.name}", total=share if c.sampler else None) for c in contenders
-            }
+        with Progress("measure", unit="images", shown=first) as progress:
             rows, images = evaluate(
                 contenders, protocol, self._network, real_images(*self._reference, channels, size),
                 self._load_real(self.split, self.n_held_out), self.batch_size, self.device,
-                progress=lambda name, count: bar.advance(tasks[name], count), bits=self._bits(),
+                progress=progress, bits=self._bits(),
                 observations=observations, further=self._lpips, measured=measured,
             )  # fmt: skip
         if not first:

@@ -80,12 +80,12 @@ def share(rank, world, batch, denoiser, digits, folder):
     scored = score(denoiser, DDIM(), quality, batch, keep=9, progress=lambda n: calls.append(n))
     sums = quality.accumulators[FeatureMoments, "features", "{}"]
     state = {k: getattr(sums, k) for k in ("n", "shift", "total", "outer")}
-    steps = [i for i, c in enumerate(calls) if isinstance(c, int)]
-    quiet = all(isinstance(c, int) for c in calls[steps[0] : steps[-1] + 1])
+    steps = [i for i, c in enumerate(calls) if isinstance(c, float)]
+    quiet = all(isinstance(c, float) for c in calls[steps[0] : steps[-1] + 1])
     kept = {
         "numbers": scored.numbers,
         "images": scored.images,
-        "generated": sum(c for c in calls if isinstance(c, int)),
+        "generated": round(sum(c for c in calls if isinstance(c, float)), 6),
     }
     torch.save((scored.values, state, kept, quiet), folder / f"{world}_{batch}_{rank}.pt")
     dist.destroy_process_group()

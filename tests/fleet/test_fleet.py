@@ -22,7 +22,7 @@ from lightning_tdisent.fleet.mirror import Mirror
 from lightning_tdisent.fleet.plan import Fleet
 from lightning_tdisent.fleet.rounds import advance
 from lightning_tdisent.fleet.state import FleetWork
-from lightning_tdisent.fleet.status import LiveBoard, Tile, board, page, summary, tiles
+from lightning_tdisent.fleet.status import Board, Tile, page, summary, tiles
 from lightning_tdisent.fleet.store import Store
 from lightning_tdisent.fleet.work import Session, work_through
 from lightning_tdisent.models.card import read_card
@@ -389,18 +389,18 @@ def test_unknown_experts_are_refused(planned):
         train(planned(), "expert_009")
 
 
-def test_a_board_higher_than_the_terminal_has_one_line_per_job_failed_jobs_first():
+def test_a_board_has_a_line_for_each_job_and_higher_than_the_terminal_failed_jobs_first():
     states = ["done"] * 40 + ["training", "failed", "silent", "waiting"]
     found = [Tile(f"expert_{k:03d}", state, [k], 5, 10) for k, state in enumerate(states)]
     for height, whole in ((500, True), (24, False)):
         stream = io.StringIO()
         console = Console(file=stream, width=80, height=height, force_terminal=True, color_system=None)
-        with Live(LiveBoard(found, "t"), console=console, auto_refresh=False):
+        with Live(Board(found, "t"), console=console, auto_refresh=False):
             pass
         text = stream.getvalue()
         assert ("expert_039" in text) == whole
         assert all(f"expert_{k:03d}" in text for k in range(40, 44))
-        assert ("and 24 more" in text) != whole
+        assert ("and 24 done" in text) != whole
         assert "44 jobs: 40 done, 1 training, 1 silent, 1 waiting, 1 failed" in text
 
 
@@ -428,17 +428,23 @@ def test_the_board_distinguishes_training_silent_waiting_and_dead_jobs(planned):
         "expert_004": "training", "expert_003": "silent", "expert_002": "waiting", "expert_001": "waiting"
     }  # fmt: skip
     assert found["expert_004"].eta == 2.0
-    assert found["expert_004"].lines() == [
-        "training, 2 s left",
+    assert found["expert_004"].words() == (
+        "expert_004",
+        "training",
         "row 4",
-        "16 of 32 images",
+        "16/32 images",
+        "8/s",
+        "eta 2 s",
         "loss 0.25 x0 0.5",
         "process 77 on far",
-    ]
+    )
+    assert summary(list(found.values())).endswith(", 8 images/s, eta 10 s")
     assert "silent for 3 min 30 s" in found["expert_003"].note
     assert "died at step 2" in found["expert_002"].note
     assert found["expert_001"].note == "for expert_002"
-    assert board(list(found.values()))
+    console = Console(file=(stream := io.StringIO()), width=120)
+    console.print(Board(list(found.values())))
+    assert "expert_004  training  row 4  16/32 images  8/s  eta 2 s  loss 0.25 x0 0.5" in stream.getvalue()
     text = page(list(found.values()), "A <fleet>")
     assert "A &lt;fleet&gt;" in text
     assert text.count("<b>expert_") == 4

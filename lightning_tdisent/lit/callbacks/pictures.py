@@ -94,6 +94,12 @@ class Pictures(Rehearsed):
             images = estimate_strip(denoiser, data.images[:2], rows[-1]).flatten(0, 1)
         grid(images.cpu())
 
+    def passes(self, trainer: L.Trainer, module: DenoiserModule) -> int:
+        """Return the images of the samples, once for each step of the sampler."""
+        if isinstance(module, PriorModule) or not module.whole:
+            return self.strips
+        return (self.samples + self.strips) * len(module.sampler.rows(module.denoiser.states))
+
     def _show(self, trainer: L.Trainer, name: str, images: Tensor, columns: int = 16) -> None:
         picture, step = grid(images, columns), trainer.global_step
         for logger in trainer.loggers:

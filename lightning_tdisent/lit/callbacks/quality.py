@@ -90,6 +90,12 @@ class SampleQuality(Rehearsed, Logs):
             quality.add(images, torch.arange(len(images)))
             quality.reset()
 
+    def passes(self, trainer: L.Trainer, module: DenoiserModule) -> int:
+        """Return the images of the protocol, once for each step of the sampler."""
+        if self._quality is None:
+            return 0
+        return self._quality.protocol.n * len(module.sampler.rows(module.denoiser.states))
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: DenoiserModule) -> None:
         """Score this rank's share of the seeds, and log the metrics over all ranks."""
         if self._quality is None or trainer.sanity_checking:
