@@ -107,12 +107,12 @@ class Steps:
 @torch.inference_mode()
 def times(folder: Path, rounds: int) -> dict[str, list[float]]:
     """Return the seconds of every portion of all variants; print whether their images are equal."""
-    one, resident = load_expert(folder / "model.safetensors")[0], load_model(folder / "composite")[0]
+    one, resident = load_expert(folder / "model.safetensors")[0], load_model(folder / "composite")
     S = one.states.S
     models: dict[str, tuple[Any, int]] = {
         "model": (one, 1),
         "resident": (resident, TOGETHER),
-        "stream": (load_model(folder / "composite", "stream")[0], S),
+        "stream": (load_model(folder / "composite", "stream"), S),
     }
     if rounds > 1:
         models["resident, block by block"] = (resident, 1)
@@ -159,7 +159,7 @@ def peak(folder: Path, residency: str) -> float:
     model = (
         load_expert(folder / "model.safetensors")[0]
         if residency == "one"
-        else load_model(folder / "composite", "offload")[0]
+        else load_model(folder / "composite", "offload")
     )
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # reset the peak, to measure that of drawing
     draw(model)
@@ -168,8 +168,9 @@ def peak(folder: Path, residency: str) -> float:
 
 def load(folder: Path, way: str, device: str) -> Any:
     """Return the single model for all rows, or the composite with its experts resident, offloaded or streamed."""
-    found = load_expert(folder / "model.safetensors") if way == "model" else load_model(folder / "composite", way)  # type: ignore[arg-type]
-    return found[0].to(device)
+    if way == "model":
+        return load_expert(folder / "model.safetensors")[0].to(device)
+    return load_model(folder / "composite", way).to(device)  # type: ignore[arg-type]
 
 
 def draw(model: Any, images: int, batch: int, by_state: bool | None = None) -> tuple[float, torch.Tensor]:

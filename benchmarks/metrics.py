@@ -123,7 +123,8 @@ def training(steps: int, device: str, n: int = 1000) -> tuple[float, float]:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run(["fit", "--config", "experiments/digits/reduced8.yaml", *words.split(), "--run", f"{folder}/run"])
-        model, cards = load_model(f"{folder}/run")
+        model = load_model(f"{folder}/run")
+        cards = model.cards
         per_step = cards[0].seconds / steps
         quality = open_quality(
             Protocol.preset("digits", n=n, metrics=("fd", "is", "kid", "prdc")), load_features("digits"),

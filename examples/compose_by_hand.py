@@ -39,6 +39,7 @@ def train(k: int) -> Path:
 
 folders = [train(k) for k in (1, 2, 3, 4)]
 compose(folders, FOLDER / "composite")  # refuses experts that do not fit, or rows that nobody owns
-model, cards = load_model(FOLDER / "composite")
+model = load_model(FOLDER / "composite")
+cards = model.cards
 print(f"{len(cards)} experts, {sum(card.images_seen for card in cards):,} images seen by all of them")
 save_png(grid(torch.cat(list(sample(model, DPMSolver(), range(64))))), "by_hand.png")

@@ -53,7 +53,8 @@ def main() -> None:
         default_root_dir=FOLDER,
     )
     trainer.fit(module, datamodule=ImageShards("data/digits", channels=1))
-    model, (card,) = load_model(FOLDER)
+    model = load_model(FOLDER)
+    (card,) = model.cards
     print(f"{card.network['class_path']}: {card.steps} steps, rows {card.rows}")
     save_png(grid(torch.cat(list(sample(model, DPMSolver(), range(64))))), "own_network.png")
 

@@ -33,6 +33,7 @@ _HOMES = {
     "models.expert": "load_expert save_expert",
     "sampling.sampler": "Sampler DDIM Ancestral DPMSolver",
     "sampling.sample": "sample",
+    "library": "evaluate plan_fleet run_fleet",
     "models.model_prior": "ModelPrior",
     "models.prior_files": "load_prior",
     "models.truncated": "TruncatedModel load_truncated",
@@ -45,9 +46,14 @@ _HOMES = {
     "lit.modules": "Baseline ReducedStates SingleState",
     "lit.inference": "Composite",
     "lit.datamodule": "ImageShards",
+    "errors": "InputError",
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_NAMES]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

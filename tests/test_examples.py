@@ -47,7 +47,8 @@ def test_train_and_sample():
 def test_own_network_is_read_by_the_commands_too(elsewhere, monkeypatch):
     monkeypatch.delitem(sys.modules, "own_network", raising=False)
     run("own_network.py")
-    model, (card,) = load_model("runs/own_network")
+    model = load_model("runs/own_network")
+    (card,) = model.cards
     assert (card.network["class_path"], card.steps, card.weights) == ("own_network.Pyramid", 4, "ema")
     assert model.rows == [*range(1, 9)]
     assert size_of("own_network.png") == SIZE
@@ -60,7 +61,8 @@ def test_own_network_is_read_by_the_commands_too(elsewhere, monkeypatch):
 def test_compose_by_hand(capsys):
     run("compose_by_hand.py")
     assert "4 experts, 1,024 images seen by all of them" in capsys.readouterr().out
-    model, cards = load_model("runs/by_hand/composite")
+    model = load_model("runs/by_hand/composite")
+    cards = model.cards
     assert [card.rows for card in cards] == [[1], [2], [3], [4]]
     assert [expert.rows for expert in model.experts] == [[1], [2], [3], [4]]
     assert size_of("by_hand.png") == SIZE

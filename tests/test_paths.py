@@ -291,9 +291,9 @@ def test_paths_have_this_meaning_in_a_script_too(home, digits, monkeypatch):
     network = UNet(shape=[1, 8, 8], channels=[8, 16], layers=1, groups=4)
     ReducedStates(network, LatentStates(S=4)).export(home / "run" / "model.safetensors")
     for name in [name.replace("digits", "run") for name in names]:
-        assert load_model(name)[1][0].rows == [1, 2, 3, 4]
+        assert load_model(name).cards[0].rows == [1, 2, 3, 4]
     compose(["~/run"], "~/both")
-    assert load_model("~/both")[0].shape == [1, 8, 8]
+    assert load_model("~/both").shape == [1, 8, 8]
     with pytest.raises(InputError, match=r"^s3://bucket/run: weights are read from local files"):
         load_model("s3://bucket/run")
 

@@ -20,7 +20,7 @@ OUT = Path(__file__).with_name("overview.png")
 
 def draw(source: str, seeds: range = range(3)) -> None:
     """Write the figure for the experts of one folder."""
-    model, _ = load_model(source)
+    model = load_model(source)
     strip, rows = reverse_strip(model, DPMSolver(), seeds, columns=model.states.S + 1)
     figure, axes = plt.subplots(
         1 + len(seeds), len(rows), figsize=(9, 4.2), gridspec_kw={"height_ratios": [1, *[1] * len(seeds)]}

@@ -120,10 +120,10 @@ def _sample(a: argparse.Namespace) -> None:
         raise InputError(f"--out {a.out}: {tiles}, the grid of the first images, already exists; choose another folder")
     a.device = use_device(a.device)
     sampler = sampler_of(a)
-    loaded = (
+    loaded: Any = (
         load_truncated(a.model, a.prior, a.residency, a.fill) if a.prior else load_model(a.model, a.residency, a.fill)
     )
-    model: Any = loaded[0].to(a.device)
+    model: Any = loaded.to(a.device)
     if filled := extras(model).filled:
         print("a preview: " + ", ".join(f"row {s} is filled by {what}" for s, what in filled.items()))
     if a.prior and (note := model.check_label(a.label)):
@@ -132,7 +132,7 @@ def _sample(a: argparse.Namespace) -> None:
     if note := signal_note(model):
         print(f"note: {note}")
     if a.guidance is not None:
-        if a.guidance != 1 and any(card.label_drop == 0 and not card.warm_from for card in loaded[1]):
+        if a.guidance != 1 and any(card.label_drop == 0 and not card.warm_from for card in loaded.cards):
             raise InputError(
                 f"--guidance {a.guidance:g}: {a.model} was trained with label_drop 0, so its null label, which "
                 "guidance needs, was never trained"

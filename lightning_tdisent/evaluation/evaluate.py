@@ -71,8 +71,8 @@ class Contender:
     fill: str | None = None
     prior: str | None = None
 
-    def load(self) -> tuple[Denoiser | CompositeDenoiser | TruncatedModel, list[Card]]:
-        """Return the model and the cards of its files."""
+    def load(self) -> Denoiser | CompositeDenoiser | TruncatedModel:
+        """Return the model."""
         if self.prior is not None:
             return load_truncated(self.source, self.prior, self.residency, self.fill)
         return load_model(self.source, self.residency, self.fill)
@@ -115,15 +115,15 @@ def evaluate(
     shape = list(held_out.images.shape[1:])
     for contender, model in zip(contenders, loaded, strict=True):
         if model is not None and contender.sampler is not None:
-            if model[0].shape != shape:
-                raise InputError(f"{contender.source} generates images of {model[0].shape}, the real ones are {shape}")
-            contender.sampler.check(model[0].states)
-            refuse_unowned(contender.name, model[0], contender.sampler)
-            _check_labels(contender.name, model[0], held_out)
-            if isinstance(model[0], TruncatedModel):
-                model[0].check_label(None)  # refuses a prior of one class
+            if model.shape != shape:
+                raise InputError(f"{contender.source} generates images of {model.shape}, the real ones are {shape}")
+            contender.sampler.check(model.states)
+            refuse_unowned(contender.name, model, contender.sampler)
+            _check_labels(contender.name, model, held_out)
+            if isinstance(model, TruncatedModel):
+                model.check_label(None)  # refuses a prior of one class
             if bits:
-                refuse_components(model[0].states, str(contender.source))
+                refuse_components(model.states, str(contender.source))
     files = {c.name: image_files(c.source, c.split, shape) for c in contenders if c.sampler is None}
     progress = progress or Progress("measure", shown=False)
 
@@ -139,12 +139,12 @@ def evaluate(
             qualities[name] = quality.of(found.n)
         except InputError as error:
             raise error.within(f"{name} ({found.n:,} images)") from None
-    models = [model[0] for model in loaded if model is not None]
+    models = [model for model in loaded if model is not None]
     common = _Common.of([m.states for m in models if not isinstance(m, TruncatedModel)] or [m.states for m in models])
     given = {
-        c.name: Given(model[0], held_out, quality, further=further)
+        c.name: Given(model, held_out, quality, further=further)
         for c, model in zip(contenders, loaded, strict=True)
-        if model is not None and model[0].states.observation is not None
+        if model is not None and model.states.observation is not None
     }
     pairs: dict[str, Metric] = {}
     rows, images = [], dict[str, Tensor]()
@@ -176,9 +176,9 @@ def evaluate(
             row, first = _of_model(contender, model, quality, held_out, common, batch_size, device, keep, progress, own)
             if bits:
                 progress.begin(f"{contender.name}: bits per dimension")
-                row |= bits[0].measure(model[0].to(device), held_out, bits[1], batch_size, progress.advance)
+                row |= bits[0].measure(model.to(device), held_out, bits[1], batch_size, progress.advance)
             row["measured"] = provenance(len(held_out))
-            model[0].cpu()
+            model.cpu()
         if measured is not None:
             measured.put(key, row, first)
         images |= {contender.name: first} if len(first) else {}
@@ -231,7 +231,7 @@ def _units(states: Table) -> str:
 
 def _of_model(
     contender: Contender,
-    loaded: tuple[Any, list[Card]],
+    model: Any,
     quality: Quality,
     held_out: ImageSet,
     common: _Common,
@@ -241,7 +241,7 @@ def _of_model(
     progress: Progress,
     given: Given | None = None,
 ) -> tuple[dict[str, Any], Tensor]:
-    (model, cards), sampler = loaded, contender.sampler
+    sampler, cards = contender.sampler, model.cards
     assert sampler is not None
     model.to(device)
     _reset_peak(device)

@@ -255,7 +255,8 @@ class Composite(DenoiserModule):
     def __init__(self, path: str, sampler: Sampler | None = None) -> None:
         super().__init__()
         self.path, self.sampler = path, sampler or DDIM()
-        self.denoiser, self.cards = load_model(path)
+        self.denoiser = load_model(path)
+        self.cards = self.denoiser.cards
 
     def configure_optimizers(self) -> None:
         """Raise InputError: a composite cannot be trained."""

@@ -189,15 +189,15 @@ class Diffusion(Part, DenoiserModule):
             self.before = max(1, round(of_start["steps"] * len(self.rows) / len(of_start["rows"])))
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return a `Guard` if the trainer has none, so that skipped steps are reported and too many end the run.
+        """Return the callbacks that the trainer lacks: see `brought`.
 
         Lightning calls this before the `setup` of callbacks, so that unsupported callbacks are refused here.
         """
         if self.trainer.state.fn == "fit":
             refuse_callbacks(self.trainer)
-        from lightning_tdisent.lit.callbacks.guard import Guard  # imported here because it imports this module
+        from lightning_tdisent.lit.callbacks.brought import brought  # imported here because it imports this module
 
-        return [] if any(isinstance(c, Guard) for c in self.trainer.callbacks) else [Guard()]
+        return brought(self.trainer)
 
     def on_fit_start(self) -> None:
         """Create the generator of the training noise on the device, and run the preflight."""

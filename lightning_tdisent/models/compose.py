@@ -335,8 +335,10 @@ def holds_weights(source: Path) -> bool:
 
 def load_model(
     source: str | Path, residency: Residency = "resident", fill: str | None = None, upto: int | float | None = None
-) -> tuple[Denoiser | CompositeDenoiser, list[Card]]:
-    """Load a model and its cards: one file that owns all rows as a denoiser, several files as a composite.
+) -> Denoiser | CompositeDenoiser:
+    """Load a model: one file that owns all rows as a denoiser, several files as a composite.
+
+    Its attribute ``cards`` has the cards of the files.
 
     source: a name that `find_files` accepts.
     residency: where the experts of a composite are kept (see `residency`).
@@ -352,7 +354,9 @@ def load_model(
     files = find_files(source)
     cards = _read_cards(files) if len(files) > 1 else [read_card(files[0])]
     if len(files) == 1 and (fill is None or len(cards[0].rows) == facts_of_card(cards[0])["S"]):
-        return load_expert(files[0])[0], cards
+        one = load_expert(files[0])[0]
+        one.cards = cards
+        return one
     checked = (source / MANIFEST).exists()  # `find_files` has verified it
     allow = list(_manifest(source)["differs"]) if checked else []
     facts = [facts_of_card(c) for c in cards]
@@ -376,4 +380,5 @@ def load_model(
         stand_in = experts.pop() if filler else None
     composite = CompositeDenoiser(experts, stand_in or ("nearest" if fill else None), allow, last).eval()
     composite.differs = differing(facts, allow)
-    return composite, [*cards, filler.card] if filler else cards
+    composite.cards = [*cards, filler.card] if filler else cards
+    return composite

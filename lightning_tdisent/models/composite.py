@@ -10,7 +10,7 @@ from lightning_tdisent.diffusion.table import Coefficient, Table
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.models.agreement import differing, facts_of, refuse_unfit
 from lightning_tdisent.models.residency import OffloadedExpert, Residency
-from lightning_tdisent.sampling.denoiser import Denoiser
+from lightning_tdisent.sampling.denoiser import Denoiser, described
 from lightning_tdisent.sampling.guidance import Extras
 
 
@@ -59,8 +59,12 @@ class CompositeDenoiser(Extras, nn.Module):
             self.filled = {s: f"row {r}" for s, r in nearest.items()}
         self.experts = nn.ModuleList(experts)
         self._slot = experts[0].slot if isinstance(experts[0], OffloadedExpert) else None
+        self.cards: list[Any] = []  # of the files that it was loaded from
         self._path: list[int] = []
         self._then: dict[int, OffloadedExpert | None] = {}
+
+    def __repr__(self) -> str:
+        return f"CompositeDenoiser({len(self.experts)} experts, {described(self, self.states.rows)})"
 
     @property
     def residency(self) -> Residency:  # type: ignore[override]

@@ -54,7 +54,8 @@ def export(source: str | Path, out: str | Path, form: Literal["safetensors", "di
         raise InputError(f"--format {form}: safetensors or diffusers")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already; choose another folder")
-    model, cards = load_model(source)
+    model = load_model(source)
+    cards = model.cards
     config = describe(model, cards)
     if form == "diffusers":
         pipe = pipeline(model)
@@ -92,7 +93,8 @@ Without Lightning, with the package:
 
 {imports}    from lightning_tdisent.models.compose import load_model
 
-    model, cards = load_model("FOLDER")  # checks the table, the rows and every byte
+    model = load_model("FOLDER")  # checks the table, the rows and every byte
+    cards = model.cards
 {drawn}
 {command} Without the package: the tensors are plain safetensors with
 the names of `network`'s modules in config.json, and the table there holds all that a sampler needs.

@@ -139,4 +139,4 @@ def _open_source(source: str) -> tuple[Any, list[int] | None]:
         autoencoder = AutoencoderKL.from_pretrained(source, local_files_only=True, use_safetensors=True).eval()
         side = autoencoder.config.sample_size // 2 ** (len(autoencoder.config.block_out_channels) - 1)
         return autoencoder, [autoencoder.config.latent_channels, side, side]
-    return load_model(source)[0], None
+    return load_model(source), None

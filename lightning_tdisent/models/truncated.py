@@ -58,6 +58,14 @@ class TruncatedModel(Extras, nn.Module):
     filled = property(lambda self: extras(self.denoiser).filled)
     differs = property(lambda self: extras(self.denoiser).differs)
 
+    def __repr__(self) -> str:
+        return f"TruncatedModel({self.denoiser!r}, from row {self.states.S}, {type(self.prior).__name__})"
+
+    @property
+    def cards(self) -> list[Card]:
+        """Cards of the files of the model."""
+        return getattr(self.denoiser, "cards", [])
+
     def expect(self, rows: Sequence[int]) -> None:
         """Pass the rows that will be evaluated to the model, which prepares for them."""
         extras(self.denoiser).expect(rows)
@@ -107,12 +115,12 @@ class TruncatedModel(Extras, nn.Module):
 
 def load_truncated(
     source: str | Path, start: str, residency: Residency = "resident", fill: str | None = None
-) -> tuple[TruncatedModel, list[Card]]:
+) -> TruncatedModel:
     """Load a model as `load_model` does, truncated at the row of a prior.
 
     start: file or folder of a prior; or ``cut:ROW`` (a row, or a fraction of the rows) for N(0, I) at that row.
 
-    Returns the model and the cards of its experts. Raises InputError for a prior of another row, table, shape or data.
+    Raises InputError for a prior of another row, table, shape or data.
     """
     kind, _, text = start.partition(":")
     if kind == "cut" and text:
@@ -120,12 +128,11 @@ def load_truncated(
             row: int | float = int(text) if text.isdigit() else float(text)
         except ValueError:
             raise InputError(f"{start}: expected cut:ROW with a row, or a share of the rows such as 0.6") from None
-        model, cards = load_model(source, residency, fill, row)
-        return TruncatedModel(model, StandardNormal(), row), cards
+        return TruncatedModel(load_model(source, residency, fill, row), StandardNormal(), row)
     prior, card = load_prior(start)
-    model, cards = load_model(source, residency, fill, card.row)
-    refuse_other_data(f"{start}: the prior was fitted to the data", card.data, str(source), cards)
-    return TruncatedModel(model, prior, card.row, card).eval(), cards
+    model = load_model(source, residency, fill, card.row)
+    refuse_other_data(f"{start}: the prior was fitted to the data", card.data, str(source), model.cards)
+    return TruncatedModel(model, prior, card.row, card).eval()
 
 
 def signal_note(model: Any) -> str:

@@ -24,7 +24,8 @@ def start_warm(denoiser: Denoiser, source: str) -> list[dict[str, Any]]:
 
     Returns the cost of the source and of its parents, for the card. Raises InputError for a source that does not fit.
     """
-    shared, cards = load_model(source)
+    shared = load_model(source)
+    cards = shared.cards
     rows = [int(t) for t in denoiser.states.index[denoiser.rows]]
     if not isinstance(shared, Denoiser):
         raise InputError(f"warm_start: {source} must be one network that has indices {rows}")

@@ -159,7 +159,7 @@ def write_report(
     few = real.images[:5]
     if drawn:
         parts.append("<h2>From image to noise and back</h2>")
-        model = drawn[-1].load()[0]
+        model = drawn[-1].load()
         shown = probe_rows(model.states.rows, 8)
         strip = forward_strip(model, few, shown)
         tiles = grid(strip.flatten(0, 1), strip.shape[1])
@@ -167,7 +167,7 @@ def write_report(
         of = "" if model.states.K == 1 else " of the coarsest component"
         parts.append(figures.picture(tiles, wide(tiles), f"Forward: x_0, then signal coefficients a{of} = {levels}."))
     for contender in drawn:
-        model = contender.load()[0]
+        model = contender.load()
         given = observed(model.states, few, len(few))
         try:
             strip, at = reverse_strip(model, contender.sampler, range(len(few)), given=given)

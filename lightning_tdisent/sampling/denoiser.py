@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ class Denoiser(nn.Module):
         self.register_buffer("weights", objective.weights(states), persistent=False)
         learned = states.spread(states.learned[self.rows[0]], network.shape).expand(network.shape)
         self._per_learned = math.prod(network.shape) / int(learned.sum())  # corrects the mean of a loss
+        self.cards: list[Any] = []  # of the files that it was loaded from
         self._now = None
         self._time: list[int] | list[float] = states.time.tolist()
         self._owned = frozenset(self.rows)
@@ -73,6 +74,9 @@ class Denoiser(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.weights = weights.to(self.weights.device)  # like the table: follows devices, never dtypes
         return self
+
+    def __repr__(self) -> str:
+        return f"Denoiser({type(self.network).__name__}, {described(self, self.rows)})"
 
     def at(self, s: int) -> "Denoiser":
         """Return self; raise InputError for a row that this denoiser does not own."""
@@ -148,6 +152,13 @@ class Denoiser(nn.Module):
                 f"({here.fingerprint}); both must come from one schedule and be mapped"
             )
         return Denoiser(self.network, self.objective, states)
+
+
+def described(model: DenoiserProtocol, rows: list[int]) -> str:
+    """Return rows, shape, classes and number of weights of a model in a few words."""
+    classes = f", {model.classes} classes" if model.classes else ""
+    weights = sum(p.numel() for p in model.parameters())
+    return f"rows {_short(rows)} of {model.states.S}, images {model.shape}{classes}, {weights:,} weights"
 
 
 def _short(rows: list[int]) -> str:

@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder, residency="resident", device="cuda"):
-    return load_model(folder, residency)[0].to(device)
+    return load_model(folder, residency).to(device)
 
 
 def images(model, solver, **options):
@@ -118,7 +118,7 @@ def peak(folder, residency):
 
 
 def test_experts_that_pass_take_the_memory_of_one(folder):
-    one = sum(p.numel() * p.element_size() for p in load_model(folder)[0].at(1).parameters())
+    one = sum(p.numel() * p.element_size() for p in load_model(folder).at(1).parameters())
     assert one > 4 * 5e6
     images(load(folder), DDIM())  # what libraries allocate once
     resident, offload, stream = (peak(folder, residency) for residency in ("resident", "offload", "stream"))

@@ -278,7 +278,7 @@ def composite(tmp_path_factory, digits):
 
 
 def test_composites(golden, composite):
-    model, _ = load_model(composite)
+    model = load_model(composite)
     for name in ("DDIM", "ancestral", "DPM-Solver++"):
         golden.check(f"images: composite, {name}", torch.cat([*sample(model, SAMPLERS[name], SEEDS)]))
 
@@ -336,7 +336,7 @@ def test_files_made_elsewhere_give_the_same_images(golden, tmp_path):
     """A round trip through a file moves nothing."""
     made = module()
     save_expert(tmp_path / "model.safetensors", made.denoiser, made.card("live"))
-    again, _ = load_model(tmp_path)
+    again = load_model(tmp_path)
     first = torch.cat([*sample(made.denoiser.eval(), DDIM(), SEEDS)])
     assert torch.equal(first, torch.cat([*sample(again, DDIM(), SEEDS)]))
     golden.check("images: from a file", first)

@@ -121,7 +121,7 @@ def trained(folder, data, network, callback, logger, *more):
     )
     trainer.fit(module, datamodule=data)
     (numbers,) = trainer.validate(module, datamodule=data, verbose=False)
-    images = torch.cat(list(sample(load_model(folder / "model.safetensors")[0], DDIM(), range(3))))
+    images = torch.cat(list(sample(load_model(folder / "model.safetensors"), DDIM(), range(3))))
     return module.state_dict(), logger.logged, told, numbers, images
 
 

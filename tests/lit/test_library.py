@@ -285,7 +285,8 @@ def test_a_stock_checkpoint_is_read_by_every_reader_and_called_unverified(make, 
     trainer.fit(module := make(), datamodule=data(val_limit=64))
     path = tmp_path / "stock" / "best.ckpt"
     assert [file.name for file in path.parent.iterdir()] == ["best.ckpt"]
-    model, (card,) = load_model(path)
+    model = load_model(path)
+    (card,) = model.cards
     loaded = ReducedStates.load_from_checkpoint(path, map_location="cpu")
     for name, weight in module.denoiser.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight)
@@ -518,7 +519,8 @@ def test_the_script_of_the_readme_trains_what_load_model_reads(digits, tmp_path,
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "readme_script.py").write_text(script, encoding="utf-8")
     importlib.import_module("readme_script")
-    model, (card,) = load_model(tmp_path / "run")
+    model = load_model(tmp_path / "run")
+    (card,) = model.cards
     assert (card.steps, card.weights, model.rows) == (2, "ema", [*range(1, 9)])
 
 

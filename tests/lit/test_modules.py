@@ -341,7 +341,7 @@ def test_the_composite_module_predicts_what_the_denoiser_samples(tiny, tmp_path)
     predicted = torch.cat(trainer.predict(module, datamodule=Seeds(5, 2, 2)))
     from lightning_tdisent.sampling.sample import sample
 
-    assert torch.equal(predicted, torch.cat(list(sample(load_model(folder)[0], DDIM(), range(2, 7), 2))))
+    assert torch.equal(predicted, torch.cat(list(sample(load_model(folder), DDIM(), range(2, 7), 2))))
     with pytest.raises(InputError, match="not trained"):
         module.configure_optimizers()
 

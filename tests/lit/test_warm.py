@@ -87,7 +87,7 @@ def test_experts_that_kept_their_start_are_composed_with_those_that_did_not(warm
         _, folder = warm([row], 4, lr=lr, folder=f"fleet/expert_{row}")
         kinds.append(read_card(folder / "model.safetensors").weights)
     assert set(kinds) == {"ema", "start"}
-    assert load_model(tmp_path / "fleet")[0].states.S == 4
+    assert load_model(tmp_path / "fleet").states.S == 4
 
 
 @pytest.mark.parametrize("options", [{"decay": 0.95}, {"lengths": [0.1]}], ids=["decay", "lengths"])

@@ -105,7 +105,8 @@ def test_experts_in_memory_that_differ_are_refused(model, unet):
 @pytest.mark.parametrize("sampler", [DDIM(), Ancestral()], ids=["ddim", "ancestral"])
 def test_composing_and_loading_changes_no_bit(experts, files, folder, sampler):
     before = [f.read_bytes() for f in files]
-    loaded, cards = load_model(folder)
+    loaded = load_model(folder)
+    cards = loaded.cards
     assert isinstance(loaded, CompositeDenoiser)
     assert [c.rows for c in cards] == [[1], [2], [3], [4]]
     assert not loaded.training
@@ -120,14 +121,14 @@ def test_composing_and_loading_changes_no_bit(experts, files, folder, sampler):
 def test_the_order_of_the_files_does_not_matter(files, folder, tmp_path):
     other = compose(files[::-1], tmp_path / "other")
     assert (other / "composite.json").read_bytes() == (folder / "composite.json").read_bytes()
-    assert torch.equal(DDIM()(load_model(other)[0], [1]), DDIM()(load_model(folder)[0], [1]))
+    assert torch.equal(DDIM()(load_model(other), [1]), DDIM()(load_model(folder), [1]))
 
 
 def test_a_composite_works_after_its_source_files_are_removed(files, folder):
-    expected = DDIM()(load_model(folder)[0], [1])
+    expected = DDIM()(load_model(folder), [1])
     for file in files:
         file.unlink()
-    assert torch.equal(DDIM()(load_model(folder)[0], [1]), expected)
+    assert torch.equal(DDIM()(load_model(folder), [1]), expected)
 
 
 def test_the_manifest(experts, folder):
@@ -141,7 +142,7 @@ def test_the_manifest(experts, folder):
 def test_experts_of_several_rows_compose(model, write, tmp_path):
     experts = [model(rows=[1, 4], seed=1), model(rows=[2, 3], seed=2)]
     folder = compose([write("a", experts[0]), write("b", experts[1])], tmp_path / "two")
-    assert torch.equal(DDIM()(load_model(folder)[0], [5]), DDIM()(CompositeDenoiser(experts), [5]))
+    assert torch.equal(DDIM()(load_model(folder), [5]), DDIM()(CompositeDenoiser(experts), [5]))
 
 
 ROWS = 9
@@ -223,7 +224,7 @@ def test_one_expert_alone_cannot_be_sampled(files, tmp_path):
     run.mkdir(parents=True)
     shutil.copy(files[1], run / "model.safetensors")
     for source in (files[1], run, tmp_path / "runs"):
-        assert re.search(r"own.* rows? |row .*own", refusal(lambda s=source: DDIM()(load_model(s)[0], [1])))
+        assert re.search(r"own.* rows? |row .*own", refusal(lambda s=source: DDIM()(load_model(s), [1])))
 
 
 def test_files_that_are_no_experts_are_all_named(files, tmp_path):
@@ -323,7 +324,8 @@ def test_find_files(files, folder, tmp_path):
 
 def test_one_file_that_owns_all_rows_is_a_model(model, write):
     one = model(X0())
-    loaded, (card,) = load_model(write("whole", one))
+    loaded = load_model(write("whole", one))
+    (card,) = loaded.cards
     assert isinstance(loaded, Denoiser)
     assert card.rows == [1, 2, 3, 4]
     assert torch.equal(DDIM()(loaded, [1]), DDIM()(one, [1]))
@@ -331,7 +333,7 @@ def test_one_file_that_owns_all_rows_is_a_model(model, write):
 
 def test_composing_one_whole_model(model, write, tmp_path):
     one = model()
-    loaded, _ = load_model(compose([write("whole", one)], tmp_path / "composite"))
+    loaded = load_model(compose([write("whole", one)], tmp_path / "composite"))
     assert torch.equal(DDIM()(loaded, [4]), DDIM()(one, [4]))
 
 
@@ -434,7 +436,8 @@ def test_a_preview_uses_the_shared_model_at_rows_without_an_expert(model, write,
     assert preview == {"missing": [2, 4], "fill": fill, "sha256": sha256(fill[7:])}
     expected = DDIM()(composite, [1, 2])
     for residency in ("resident", "offload", "stream"):
-        loaded, cards = load_model(folder, residency, fill)
+        loaded = load_model(folder, residency, fill)
+        cards = loaded.cards
         assert loaded.filled == composite.filled
         assert [c.rows for c in cards] == [[1], [3], list(range(1, 9))]
         assert torch.equal(DDIM()(loaded, [1, 2]), expected)
@@ -491,14 +494,15 @@ def test_a_preview_is_refused_unless_it_is_asked_for(experts, files, tmp_path, r
     assert words in refusal(compose, some, tmp_path / "preview")
     folder = compose(some, tmp_path / "preview", "nearest")
     assert words in refusal(load_model, folder, residency)
-    loaded, cards = load_model(folder, residency, "nearest")
+    loaded = load_model(folder, residency, "nearest")
+    cards = loaded.cards
     assert loaded.filled == {2: "row 1", 4: "row 3"}
     assert len(cards) == 2
     made = CompositeDenoiser([experts[0], experts[2]], "nearest")
     assert torch.equal(DPMSolver()(loaded, [5]), DPMSolver()(made, [5]))
     manifest = json.loads((folder / "composite.json").read_text(encoding="utf-8"))
     assert manifest["preview"] == {"missing": [2, 4], "fill": "nearest", "sha256": None}
-    one, _ = load_model(files[1], residency, "nearest")
+    one = load_model(files[1], residency, "nearest")
     assert one.filled == {1: "row 2", 3: "row 2", 4: "row 2"}
 
 
@@ -512,7 +516,7 @@ def test_allowed_differences_are_composed_and_recorded(model, write, tmp_path):
     assert "experts may differ in training data, weights, param" in refusal(compose, files, tmp_path, None, ["table"])
     out = compose(files, tmp_path / "out", allow=["parametrisation", "training data", "weights"])
     for residency in ("resident", "stream"):
-        loaded = load_model(out, residency)[0]
+        loaded = load_model(out, residency)
         assert loaded.differs["parametrisation"] == ["Eps", "V"]
         assert sorted(loaded.differs) == ["parametrisation", "training data"]
         x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -533,7 +537,7 @@ def _members(composite, tmp_path):
 def test_one_file_holds_what_the_separate_files_do_bit_for_bit(residency, files, folder, tmp_path):
     file = compose(files, tmp_path / "all.zip")
     assert [p.read_bytes() for p in find_files(file)] == [p.read_bytes() for p in find_files(folder)]
-    one, many = (next(sample(load_model(source, residency)[0], DDIM(), range(5))) for source in (file, folder))
+    one, many = (next(sample(load_model(source, residency), DDIM(), range(5))) for source in (file, folder))
     assert torch.equal(one, many)
     assert "is there already" in refusal(compose, files, file)
 
@@ -556,7 +560,8 @@ def test_a_file_that_holds_no_composite_is_refused(files, tmp_path):
 
 
 def test_a_complete_set_of_experts_ignores_fill(experts, files, folder, tmp_path):
-    loaded, cards = load_model(folder, fill="nearest")
+    loaded = load_model(folder, fill="nearest")
+    cards = loaded.cards
     assert loaded.filled == {}
     assert len(cards) == 4
     assert torch.equal(DDIM()(loaded, [1]), DDIM()(CompositeDenoiser(experts), [1]))
@@ -598,7 +603,7 @@ def test_an_expert_starts_warm_as_its_neighbour(model, write, nine):
     cold = model(rows=[1], seed=1, conditioning="none")
     (parent,) = start_warm(cold, str(source))
     assert parent["sha256"] == sha256(source)
-    assert all(torch.equal(p, q) for p, q in zip(cold.parameters(), load_model(source)[0].parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(cold.parameters(), load_model(source).parameters(), strict=True))
     seeing, whole = write("seeing", model(rows=[2])), write("whole", model(conditioning="none", seed=3))
     for denoiser, path in ((cold, seeing), (model(rows=[1]), seeing), (model(rows=[1]), source)):
         assert "was trained at indices [500], not at [250]" in refusal(start_warm, denoiser, str(path))

@@ -64,7 +64,8 @@ def test_one_network_is_exported_bit_for_bit(model, write, tmp_path):
         out = export(given, tmp_path / name)
         assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
         assert (out / "model.safetensors").read_bytes() == source.read_bytes()
-    loaded, cards = load_model(tmp_path / "b")
+    loaded = load_model(tmp_path / "b")
+    cards = loaded.cards
     assert cards == [read_card(source)]
     assert torch.equal(DDIM()(loaded, [1, 2]), DDIM()(model(seed=3), [1, 2]))
     assert all(name.startswith("network.net.") for name in loaded.state_dict())
@@ -78,7 +79,7 @@ def test_a_composite_is_exported_bit_for_bit(experts, composite, tmp_path):
     files = [f"rows_000{s}.safetensors" for s in (1, 2, 3, 4)]
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "composite.json", "config.json", *files]
     shutil.rmtree(composite)
-    loaded, _ = load_model(out)
+    loaded = load_model(out)
     assert torch.equal(DDIM()(loaded, [5]), DDIM()(CompositeDenoiser(experts), [5]))
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert config["files"] == {name: sha256(out / name) for name in files}
@@ -463,7 +464,7 @@ import lightning_tdisent.models.export
 torch.save(draw(DiffusionPipeline.from_pretrained(many)), many + "/drawn.pt")
 from lightning_tdisent.models.compose import load_model
 from lightning_tdisent.sampling.sampler import DDIM
-torch.save(DDIM()(load_model(plain)[0], [1, 2]), plain + "/drawn.pt")
+torch.save(DDIM()(load_model(plain), [1, 2]), plain + "/drawn.pt")
 assert not {"lightning", "pytorch_lightning"} & set(sys.modules)
 """
 

@@ -131,7 +131,8 @@ def test_copies_merge_to_the_shared_network_bit_for_bit(model, write, tmp_path):
     copies = [write(f"e{s}", Denoiser(shared.network, V(), shared.states, [s])) for s in (1, 2, 3, 4)]
     for k in (1, 2, 3):
         merge(copies, tmp_path / f"m{k}", k)
-        loaded, cards = load_model(tmp_path / f"m{k}")
+        loaded = load_model(tmp_path / f"m{k}")
+        cards = loaded.cards
         assert len(cards) == k
         assert torch.equal(DDIM()(loaded, [1, 2]), DDIM()(shared, [1, 2]))
 
@@ -148,7 +149,8 @@ def test_copies_merge_to_the_shared_network_bit_for_bit(model, write, tmp_path):
 )
 def test_each_block_is_owned_by_the_average_of_its_experts(files, tmp_path, options, share):
     found = merge(files[::-1], tmp_path / "m", 2, **options)
-    loaded, cards = load_model(tmp_path / "m")
+    loaded = load_model(tmp_path / "m")
+    cards = loaded.cards
     assert isinstance(loaded, CompositeDenoiser)
     assert [tuple(c.rows) for c in cards] == list(share)
     assert [tuple(m.rows) for m in found] == list(share)
@@ -186,7 +188,7 @@ def test_experts_of_blocks_that_see_the_state_merge(model, write, tmp_path):
     blocks = [model(rows=r, seed=r[0], conditioning="state") for r in ([1, 2], [3], [4])]
     files = [write(f"b{b.rows[0]}", b) for b in blocks]
     merge(files, tmp_path / "m", 2, blocks=[2, 1])
-    loaded, _ = load_model(tmp_path / "m")
+    loaded = load_model(tmp_path / "m")
     assert loaded.at(1) is loaded.at(3)
     assert loaded.at(1).rows == [1, 2, 3]
     x = torch.randn(2, 1, 8, 8)
@@ -199,7 +201,8 @@ def test_experts_of_blocks_that_see_the_state_merge(model, write, tmp_path):
 def test_what_was_merged_can_be_merged_again_and_started_from(files, tmp_path):
     merge(files, tmp_path / "two", 2)
     merge(sorted((tmp_path / "two").glob("*.safetensors")), tmp_path / "one", 1)
-    loaded, cards = load_model(tmp_path / "one")
+    loaded = load_model(tmp_path / "one")
+    cards = loaded.cards
     assert loaded.rows == [1, 2, 3, 4]
     parts = [weights_of(f) for f in files]
     for name, value in loaded.state_dict().items():
@@ -307,7 +310,8 @@ def test_blocks_are_searched_and_errors_reported(gains, images, tmp_path, states
     assert [m.rows for m in found] == [[1], [2, 3, 4]]
     data = prepared(images)
     for folder, result in (("equal", equal), ("found", found)):
-        loaded, cards = load_model(tmp_path / folder)
+        loaded = load_model(tmp_path / folder)
+        cards = loaded.cards
         assert len(cards) == len(result)
         for one in result:
             before = sum(step_error(load_expert(f)[0], data) for f in one.members)
@@ -316,8 +320,8 @@ def test_blocks_are_searched_and_errors_reported(gains, images, tmp_path, states
     assert found[0].errors[0] == found[0].errors[1]
     assert sum(m.errors[1] for m in found) < sum(m.errors[1] for m in equal)
     # 10 averages of 1 to 4 rows, 20 in all, of 20 images; forward passes count a third
-    assert load_model(tmp_path / "found")[1][0].images_seen == math.ceil(20 * 20 / 3)
-    assert load_model(tmp_path / "equal")[1][0].images_seen == 0
+    assert load_model(tmp_path / "found").cards[0].images_seen == math.ceil(20 * 20 / 3)
+    assert load_model(tmp_path / "equal").cards[0].images_seen == 0
 
 
 def test_searched_weights_are_no_worse_than_equal_ones_and_counted(gains, images, tmp_path):
@@ -325,7 +329,7 @@ def test_searched_weights_are_no_worse_than_equal_ones_and_counted(gains, images
     found = merge(gains, tmp_path / "found", 1, weights="search", data=images)
     assert found[0].errors[1] < equal[0].errors[1]
     assert sum(found[0].weights) == pytest.approx(1)
-    _, cards = load_model(tmp_path / "found")
+    cards = load_model(tmp_path / "found").cards
     assert cards[0].images_seen > 0
     assert cards[0].images_seen % (4 * len(images)) == 0
     assert cards[0].seconds > 0
@@ -387,7 +391,7 @@ def test_experts_that_started_warm_from_one_file_merge_whatever_their_seed(model
 
     files = [expert(s, "a", s) for s in (1, 2, 3, 4)]
     merge(files, tmp_path / "m", 2)
-    cards = load_model(tmp_path / "m")[1]
+    cards = load_model(tmp_path / "m").cards
     assert [p["sha256"] for p in cards[0].parents] == ["a" * 64, sha256(files[0]), sha256(files[1])]
     merge(sorted((tmp_path / "m").glob("*.safetensors")), tmp_path / "again", 1)
     text = refusal([*files[:3], expert(4, "b", 4)], tmp_path / "n", 2)
@@ -447,7 +451,7 @@ def test_random_weights_are_compared_and_not_the_seed_alone(model, write, tmp_pa
     merge([*equal, older], tmp_path / "o", 2)
     bare = [write(f"bare{s}", model(rows=[s], conditioning="none"), initial="a" * 64, label_drop=0.0) for s in rows]
     merge(bare, tmp_path / "p", 2)
-    assert [(card.label_drop, card.warm_from) for card in load_model(tmp_path / "p")[1]] == [(0.0, "")] * 2
+    assert [(card.label_drop, card.warm_from) for card in load_model(tmp_path / "p").cards] == [(0.0, "")] * 2
 
 
 def test_a_folder_with_other_files_is_refused_before_the_search(gains, images, tmp_path, monkeypatch):
@@ -470,9 +474,7 @@ def test_a_merged_composite_is_exported_and_draws_the_same(files, tmp_path, monk
     merge(files, tmp_path / "merged", 2)
     from lightning_tdisent.models.export import export
 
-    one, two = (
-        load_model(folder)[0] for folder in (tmp_path / "merged", export(tmp_path / "merged", tmp_path / "out"))
-    )
+    one, two = (load_model(folder) for folder in (tmp_path / "merged", export(tmp_path / "merged", tmp_path / "out")))
     assert torch.equal(DDIM()(one, [0, 1]), DDIM()(two, [0, 1]))
     merge(files, tmp_path / "merged.zip", 2)
     monkeypatch.setattr("lightning_tdisent.models.merge.average", None)

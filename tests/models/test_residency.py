@@ -85,7 +85,7 @@ def images(model, solver: Sampler, **options: object) -> Tensor:
     "solver", [DDIM(), Ancestral(), DPMSolver(), DDIM(eta=0.5, steps=3)], ids=["ddim", "ancestral", "dpm", "fewer"]
 )
 def test_images_are_bitwise_the_same(folder, solver, residency):
-    resident, offloaded = load_model(folder)[0], load_model(folder, residency)[0]
+    resident, offloaded = load_model(folder), load_model(folder, residency)
     assert (resident.residency, offloaded.residency) == ("resident", residency)
     expected = images(resident, solver)
     assert len(expected) == 40
@@ -100,7 +100,7 @@ def test_images_are_bitwise_the_same(folder, solver, residency):
 
 def test_with_all_experts_in_memory_blocks_advance_in_groups(folder, monkeypatch):
     monkeypatch.setattr(batches, "TOGETHER", 2)
-    resident, asked = load_model(folder)[0], []
+    resident, asked = load_model(folder), []
     for owner, expert in zip("ABC", resident.experts, strict=True):
         expert.network.register_forward_pre_hook(lambda _, args, owner=owner: asked.append(owner))
     images(resident, DDIM())  # three blocks
@@ -114,7 +114,7 @@ def test_with_all_experts_in_memory_blocks_advance_in_groups(folder, monkeypatch
 def test_copies_of_one_network_are_that_network(model, write, tmp_path, residency):
     one = model()
     files = [write(f"{s}", Denoiser(one.network, V(), one.states, [s])) for s in one.states.rows]
-    offloaded = load_model(compose(files, tmp_path / "copies"), residency)[0]
+    offloaded = load_model(compose(files, tmp_path / "copies"), residency)
     assert torch.equal(images(offloaded, DPMSolver()), images(one, DPMSolver()))
 
 
@@ -123,7 +123,7 @@ A, B, C = ("rows_0001-0004.safetensors", "rows_0002.safetensors", "rows_0003.saf
 
 @OFFLOADED
 def test_each_tensor_is_read_once_however_many_images(folder, reads, monkeypatch, residency):
-    offloaded = load_model(folder, residency)[0]
+    offloaded = load_model(folder, residency)
     assert reads == []
     expected = images(offloaded, Ancestral())
     tensors = range(len(pieces(folder / B)))
@@ -142,7 +142,7 @@ def test_each_tensor_is_read_once_however_many_images(folder, reads, monkeypatch
 
 
 def test_the_next_expert_is_prefetched_while_one_computes(folder, reads, mixed):
-    offloaded, x = load_model(folder, "offload")[0], torch.zeros(2, 1, 8, 8)
+    offloaded, x = load_model(folder, "offload"), torch.zeros(2, 1, 8, 8)
     offloaded.expect([4, 3, 2, 1])
     offloaded(x, 4)
     early = offloaded.at(3).layout.n_early
@@ -157,7 +157,7 @@ def test_the_next_expert_is_prefetched_while_one_computes(folder, reads, mixed):
     assert reads == [(A, i) for i in range(n)]
     images(Guided(offloaded, 2.0), DDIM(steps=2))
     assert offloaded._path == [4, 2]  # which a sampler says, also through guidance
-    two = load_model(mixed[0], "offload")[0]
+    two = load_model(mixed[0], "offload")
     two.expect([4, 3, 2])
     two(torch.zeros(1, 1, 4, 4), 4)
     assert two._slot.prefetched is two.at(2)  # row 3 is of the owner of row 4
@@ -171,7 +171,7 @@ def test_the_slot_has_memory_for_one_expert_and_the_prefetched_part(
 ):
     monkeypatch.setattr(WeightSlot.__init__, "__defaults__", (ahead,))
     experts = [Denoiser(model(seed=s).network, V(), model().states, [s]) for s in (1, 2, 3, 4)]
-    offloaded = load_model(compose([write(f"{e.rows[0]}", e) for e in experts], tmp_path / "few"), residency)[0]
+    offloaded = load_model(compose([write(f"{e.rows[0]}", e) for e in experts], tmp_path / "few"), residency)
     slot, layout = offloaded._slot, offloaded.at(1).layout
     assert slot.memory is None  # nothing before the first is asked
     found = images(offloaded, DDIM())
@@ -217,7 +217,7 @@ def test_a_wrong_announcement_does_not_change_the_result(mixed, residency, ahead
     folder, resident = mixed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WeightSlot.__init__, "__defaults__", (ahead,))
-        offloaded = load_model(folder, residency)[0]
+        offloaded = load_model(folder, residency)
     offloaded.expect(expected)
     x = torch.linspace(-2, 2, 32).view(2, 1, 4, 4)
     with torch.inference_mode():
@@ -231,7 +231,7 @@ def test_a_wrong_announcement_does_not_change_the_result(mixed, residency, ahead
 @OFFLOADED
 def test_errors_per_row_parameters_and_modes(mixed, residency):
     folder, resident = mixed
-    offloaded = load_model(folder, residency)[0].eval().to("cpu").float()
+    offloaded = load_model(folder, residency).eval().to("cpu").float()
     pictures = torch.randint(0, 256, (4, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     rows = [1, 3, 8]
     assert torch.equal(x0_errors(offloaded, pictures, range(4), rows), x0_errors(resident, pictures, range(4), rows))
@@ -248,8 +248,8 @@ def test_errors_per_row_parameters_and_modes(mixed, residency):
 
 
 def test_a_file_that_changes_after_loading_is_refused(folder):
-    offloaded, x = load_model(folder, "stream")[0], torch.zeros(1, 1, 8, 8)
-    resident = load_model(folder)[0]
+    offloaded, x = load_model(folder, "stream"), torch.zeros(1, 1, 8, 8)
+    resident = load_model(folder)
     offloaded(x, 3)
     content = (folder / B).read_bytes()
     (folder / B).unlink()
@@ -275,7 +275,7 @@ def test_a_failed_read_leaves_no_mixture_of_two_experts(mixed, monkeypatch, resi
 
     monkeypatch.setattr(OffloadedExpert, "read", read)
     monkeypatch.setattr(WeightSlot.__init__, "__defaults__", (0.6,))
-    offloaded, x = load_model(folder, residency)[0], torch.linspace(-2, 2, 16).view(1, 1, 4, 4)
+    offloaded, x = load_model(folder, residency), torch.linspace(-2, 2, 16).view(1, 1, 4, 4)
     with torch.no_grad():
         offloaded.expect([6, 7])
         offloaded(x, 6)  # the one of row 7 begins to come
@@ -418,7 +418,7 @@ def test_copies_and_computations_are_ordered_on_a_device_with_own_memory(mixed, 
         patch.setattr(residency, "has_own_memory", lambda device: True)
         patch.setattr(residency, "CopyStreams", Clocks)
         patch.setattr(WeightSlot, "_copy", copy)
-        offloaded, x = load_model(folder, "offload")[0], torch.linspace(-2, 2, 16).view(1, 1, 4, 4)
+        offloaded, x = load_model(folder, "offload"), torch.linspace(-2, 2, 16).view(1, 1, 4, 4)
         slot = offloaded._slot
 
         def answer(s: int) -> None:
@@ -444,7 +444,7 @@ def test_offload_copies_on_the_side_stream_from_host_memory_and_stream_does_not(
     monkeypatch.setattr(residency, "has_own_memory", lambda device: True)
     monkeypatch.setattr(residency, "CopyStreams", Clocks)
     for kind, hosts, beside in (("offload", 5, True), ("stream", 0, False)):
-        offloaded = load_model(folder, kind)[0]
+        offloaded = load_model(folder, kind)
         assert torch.equal(images(offloaded, DPMSolver()), images(resident, DPMSolver()))
         slot = offloaded._slot
         assert (len(slot.hosts), slot.streams.side_used > 0) == (hosts, beside)
@@ -452,7 +452,7 @@ def test_offload_copies_on_the_side_stream_from_host_memory_and_stream_does_not(
 
 @OFFLOADED
 def test_a_composite_can_be_moved_to_another_device(mixed, residency):
-    offloaded, x = load_model(mixed[0], residency)[0], torch.zeros(1, 1, 4, 4)
+    offloaded, x = load_model(mixed[0], residency), torch.zeros(1, 1, 4, 4)
     offloaded(x, 8)
     network = offloaded.at(8).network
     offloaded.to("meta")  # a device with memory of its own, without values

@@ -158,7 +158,8 @@ def test_a_prior_is_read_back_as_it_was(prior, fitted):
 
 def test_a_prior_of_another_row_table_or_data_is_refused(fitted, model, write, tmp_path):
     whole = write("whole", model(rows=[1, 2, 3, 4]), data="data")
-    started, cards = load_truncated(whole, str(fitted()))
+    started = load_truncated(whole, str(fitted()))
+    cards = started.cards
     assert (started.states.S, len(cards)) == (3, 1)
     x = started.start(range(5))
     assert torch.equal(x, load_prior(fitted())[0].sample(range(5), 750))
@@ -171,12 +172,12 @@ def test_a_prior_of_another_row_table_or_data_is_refused(fitted, model, write, t
         load_truncated(whole, str(fitted(data="other")))
     other = fitted(states=LatentStates(Linear(beta_end=0.03), S=4), data="table")
     with pytest.raises(InputError, match=r"fitted at row 3 \(index 750, log-SNR .* cut at row 3 .* has "):
-        TruncatedModel(load_model(whole)[0], *_prior_and_card(other, 3))
+        TruncatedModel(load_model(whole), *_prior_and_card(other, 3))
     with pytest.raises(InputError, match=r"fitted at row 2 .* cut at row 3"):
-        TruncatedModel(load_model(whole)[0], *_prior_and_card(fitted(row=2), 3))
+        TruncatedModel(load_model(whole), *_prior_and_card(fitted(row=2), 3))
     with pytest.raises(InputError, match=r"the prior makes \[1, 4, 4\], the model \[1, 8, 8\]"):
-        TruncatedModel(load_model(whole)[0], StandardNormal([1, 4, 4]), 3)
-    plain, _ = load_truncated(whole, "cut:0.5")
+        TruncatedModel(load_model(whole), StandardNormal([1, 4, 4]), 3)
+    plain = load_truncated(whole, "cut:0.5")
     assert plain.states.S == 2
     for wrong, message in (("cut:x", "expected cut:ROW"), ("cut:9", "a cut at 9"), ("nowhere", "no such file")):
         with pytest.raises(InputError, match=message):
@@ -195,12 +196,14 @@ def test_experts_above_the_truncation_may_be_missing(fitted, model, write, tmp_p
         (tmp_path / "runs" / str(k) / "model.safetensors").write_bytes(file.read_bytes())
     with pytest.raises(InputError, match="no expert owns row 4"):
         load_model(tmp_path / "runs")
-    few, cards = load_truncated(tmp_path / "runs", str(fitted()))
+    few = load_truncated(tmp_path / "runs", str(fitted()))
+    cards = few.cards
     assert len(cards) == 3
     files.append(write("e4", model(rows=[4], seed=4), data="data"))
     whole = compose(files, tmp_path / "whole")
     for residency in ("resident", "stream"):
-        started, cards = load_truncated(whole, str(fitted()), residency)
+        started = load_truncated(whole, str(fitted()), residency)
+        cards = started.cards
         assert len(cards) == 3
         images = [next(sample(m, DDIM(), range(5))) for m in (few, started)]
         assert torch.equal(*images)
@@ -216,7 +219,7 @@ def test_a_model_prior_is_an_image_of_another_model_noised_to_the_row(model, wri
     a, b = states.coefficients(3)
     with torch.inference_mode():
         noises = [seed_noise([k], FITTING, [1, 8, 8]) for k in range(4)]
-        drawn = [[*DDIM(steps=2).walk(load_model(source)[0], [k], start=n)][-1][1] for k, n in enumerate(noises)]
+        drawn = [[*DDIM(steps=2).walk(load_model(source), [k], start=n)][-1][1] for k, n in enumerate(noises)]
         images = torch.cat(drawn)
     noise = StandardNormal([1, 8, 8]).sample(range(4), 750)
     assert torch.allclose(prior.sample(range(4), 750), a * images + b * noise, atol=1e-6)
@@ -247,13 +250,13 @@ def test_a_multi_scale_source_is_sampled_in_its_own_shape(unet, write, tmp_path)
     source = compose([tmp_path / "parts" / str(k) for k in range(2)], tmp_path / "source")
     prior = ModelPrior(str(source))
     fit_prior(prior, LatentStates(S=4), 3, torch.zeros(2, 1, 8, 8), "data")
-    model, _ = load_model(source)
+    model = load_model(source)
     with torch.inference_mode():
         noise = seed_noise([5], FITTING, table.shape_at(4, [1, 8, 8]))
         image = table.decode([*DDIM().walk(model, [5], start=noise)][-1][1])
         assert torch.equal(prior._images([5]), image)
     assert prior.evaluations == 4
-    assert sum(card.images_seen for card in prior.cards) == sum(card.images_seen for card in load_model(source)[1])
+    assert sum(card.images_seen for card in prior.cards) == sum(card.images_seen for card in load_model(source).cards)
 
 
 def test_the_cost_of_the_source_of_a_prior_is_counted(model, write, digits, tmp_path, monkeypatch):
@@ -280,7 +283,7 @@ def test_latents_above_the_clip_are_refused(model, write, tmp_path):
     fit_prior(prior, LatentStates(S=4), 3, torch.full((2, 1, 8, 8), 3.0), "data")
     with torch.inference_mode():
         noise = seed_noise([5], FITTING, [1, 8, 8])
-        free = [*DDIM(clip=None).walk(load_model(source)[0], [5], start=noise)][-1][1]
+        free = [*DDIM(clip=None).walk(load_model(source), [5], start=noise)][-1][1]
     assert torch.equal(prior._images([5]), free)
     assert float(free.abs().max()) > 1
 
@@ -290,7 +293,7 @@ def test_a_table_with_signal_at_its_end_gets_a_note(unet, write, tmp_path, capsy
     table = LatentStates(S=4)
     for name, states, said in (("cut", cut, True), ("whole", table, False)):
         write(f"{name}/model", Denoiser(unet(), V(), states), data="unknown")
-        assert bool(signal_note(load_model(tmp_path / name)[0])) == said
+        assert bool(signal_note(load_model(tmp_path / name))) == said
         words = ["sample", str(tmp_path / name), "--out", str(tmp_path / f"{name}_images"), "--seeds", "0:2"]
         assert main(words) == 0
         assert ("its table ends at row 2 with 0.28 of the signal" in capsys.readouterr().out) == said
@@ -455,7 +458,7 @@ def test_a_prior_of_a_class_conditional_model_says_of_which_classes_it_is(model,
     words = ["evaluate", str(trained), "--data", "data/digits", "--protocol", "digits", "-n", "20"]
     assert main([*words, "--prior", str(tmp_path / "three"), "--out", str(tmp_path / "e")]) == 2
     assert "class 3 alone" in capsys.readouterr().err
-    started, label = load_truncated(trained, str(tmp_path / "three"))[0], torch.tensor([3, 3])
+    started, label = load_truncated(trained, str(tmp_path / "three")), torch.tensor([3, 3])
     assert len(torch.cat(list(sample(started, DDIM(), [0, 1], 2, label)))) == 2
     assert variational_bound(started, images.images[:2], [0, 1], label).prior.isfinite().all()
     for odd in (None, torch.tensor([3, 4])):  # from Python too, with guidance around the model and for a likelihood

@@ -189,8 +189,8 @@ def test_an_evaluation_says_why_and_measures_the_others(model, write, forge, dig
     assert not {"fd_digits", "x0_mse", "eps_mse"} & rows[1].keys()
     assert list(images) == ["good"]
     json.dumps(rows, allow_nan=False)
-    assert len(score(load_model(good)[0], DDIM(), quality, keep=5).images) == 5
-    assert len(score(load_model(files["bad"])[0], DDIM(), quality, keep=5).images) == 0
+    assert len(score(load_model(good), DDIM(), quality, keep=5).images) == 5
+    assert len(score(load_model(files["bad"]), DDIM(), quality, keep=5).images) == 0
 
 
 def test_the_command_draws_nothing_and_exits_with_two(model, forge, write, tmp_path, capsys):

@@ -121,7 +121,7 @@ def _plan(file: Path) -> tuple[Any, Any]:
 
 
 def _composite(folder: Path) -> Any:
-    return answer(load_model(folder)[0])
+    return answer(load_model(folder))
 
 
 KINDS = {

@@ -60,7 +60,8 @@ def test_weights_and_checkpoints_are_read(old):
     again, _ = load_expert(path)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in one.state_dict().items())
     assert step_of((old / "run" / "checkpoints" / "newest.json").read_bytes()) == 2
-    model, cards = load_model(old / "composite")
+    model = load_model(old / "composite")
+    cards = model.cards
     assert [c.rows for c in cards] == [[1, 2], [3, 4]]
     assert model(torch.zeros(1, 1, 8, 8), 4).isfinite().all()
     prior, fitted = load_prior(old / "prior")

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_tdisent.distributed import shared_errors
@@ -240,12 +241,28 @@ class Export(L.Callback):
     The file is ``model.safetensors``, or the one that the module names (``file``). After a warm start the initial
     weights are written instead, with ``weights: start`` in the card, if their held-out error (mean over the rows owned)
     is below that of the average. The card has both errors.
+
+    The file is written to ``trainer.default_root_dir``. If that is the current folder, as it is by default, it is
+    written to the folder of the logger, or without one not at all, which is said.
+
+    say: print the path of the file.
     """
+
+    def __init__(self, say: bool = False) -> None:
+        self.say = say
+
+    def path(self, trainer: L.Trainer, pl_module: Diffusion) -> Path | None:
+        """Return the file, None if there is no folder for it."""
+        folder = Path(trainer.default_root_dir)
+        if folder.resolve() != Path.cwd():
+            return folder / pl_module.file
+        place = trainer.log_dir if trainer.loggers else None
+        return None if place is None or Path(place).resolve() == Path.cwd() else Path(place) / pl_module.file
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Raise InputError for a folder that holds the weights of another run."""
-        path = Path(trainer.default_root_dir) / pl_module.file
-        if not trainer.fast_dev_run:
+        path = self.path(trainer, pl_module)
+        if not trainer.fast_dev_run and path is not None:
             with shared_errors():
                 refuse_other_run(trainer, [path] if trainer.is_global_zero and path.exists() else [])
 
@@ -253,7 +270,12 @@ class Export(L.Callback):
         """Write the file on rank 0, also when a resumed run finds its training complete."""
         if trainer.interrupted or trainer.fast_dev_run or not trainer.global_step:
             return
-        path = Path(trainer.default_root_dir) / pl_module.file
+        path = self.path(trainer, pl_module)
+        if path is None:
+            rank_zero_info(
+                "no weights are written, since the trainer has neither a folder nor a logger: give it default_root_dir"
+            )
+            return
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
         start = ema.start_error if ema is not None else None
         own = ema.measure(trainer, pl_module) if ema is not None and start is not None else []
@@ -269,3 +291,5 @@ class Export(L.Callback):
                 print(f"{path}: the initial weights are kept: held-out error {start:.4g}, trained {fmean(own):.4g}")
             weights, average = (ema.start, ema.describe(steps=0)) if kept else (ema.state(pl_module), ema.describe())
             pl_module.export(path, weights, average, "start" if kept else "ema", errors)
+        if self.say:
+            print(f"weights of step {trainer.global_step:,}: {path}")
