@@ -11,7 +11,7 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.fleet.draft import draft
 from lightning_tdisent.fleet.local import run
 from lightning_tdisent.fleet.plan import Fleet
-from lightning_tdisent.models.compose import holds_weights
+from lightning_tdisent.models.compose import holds_weights, newest_of, short_names
 from lightning_tdisent.sampling.sampler import DDIM, Sampler
 from lightning_tdisent.studies.results import Study
 
@@ -41,13 +41,15 @@ def evaluate(
     """
     if isinstance(models, str | Path):
         models = [models]
-    named = models if isinstance(models, Mapping) else {str(model): model for model in models}
-    if missing := [str(place) for place in named.values() if not Path(place).exists()]:
+    if not isinstance(models, Mapping):
+        models = dict(zip(short_names([Path(model) for model in models]), models, strict=True))
+    if missing := [str(place) for place in models.values() if not Path(place).exists()]:
         raise InputError(f"{', '.join(missing)}: not there")
     part = spec(sampler or DDIM())
+    sources = {name: newest_of(Path(place)) for name, place in models.items()}
     contenders = [
-        {"name": name, "source": str(place), "sampler": part if holds_weights(Path(place)) else None}
-        for name, place in named.items()
+        {"name": name, "source": str(place), "sampler": part if holds_weights(place) else None}
+        for name, place in sources.items()
     ]
     kind = protocol if isinstance(protocol, str) else dict(protocol)
     with tempfile.TemporaryDirectory(prefix="evaluation-") as place:

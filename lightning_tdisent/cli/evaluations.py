@@ -91,7 +91,7 @@ def _evaluate(a: argparse.Namespace) -> None:
     from lightning_tdisent.diffusion.spec import spec
     from lightning_tdisent.metrics.likelihood import BOUND, ODE
     from lightning_tdisent.metrics.lpips import LPIPS
-    from lightning_tdisent.models.compose import MANIFEST, holds_weights, refuse_damaged
+    from lightning_tdisent.models.compose import MANIFEST, holds_weights, newest_of, refuse_damaged, short_names
     from lightning_tdisent.studies.results import Study
 
     for name in ("study.json", "plan.json", "plan.yaml", CONFIG, CHECKPOINTS, WEIGHTS, MANIFEST, PRIOR):
@@ -109,12 +109,12 @@ def _evaluate(a: argparse.Namespace) -> None:
     sampler = sampler_of(a)
     contenders = [
         {
-            "name": str(m),
-            "source": str(m),
-            "sampler": spec(sampler) if holds_weights(m) else None,
+            "name": name,
+            "source": str(source),
+            "sampler": spec(sampler) if holds_weights(source) else None,
             **({"prior": a.prior} if a.prior else {}),
         }
-        for m in a.models
+        for name, source in zip(short_names(a.models), map(newest_of, a.models), strict=True)
     ]
     asked = (a.metrics or "").split(",")
     metrics = [name for name in asked if name and name not in (BOUND.name, ODE.name, LPIPS.name)]

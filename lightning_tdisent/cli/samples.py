@@ -47,10 +47,11 @@ def add_commands(commands: Commands) -> None:
 
 def sampler_options(command: argparse.ArgumentParser) -> None:
     """Add the options of a sampler and of how a model is loaded."""
-    command.add_argument("--sampler", default="ddim", metavar="NAME",
-                         help="ddim (default), ancestral, dpm, or any sampler by its class name, its class path, or as "
-                         "{class_path: .., init_args: ..}; --sampler.KEY VALUE sets an argument of it. The sampler in "
-                         "the config of a run is not used")  # fmt: skip
+    own = "that of the run, else ddim" if command.prog.endswith(" sample") else "ddim for all models"
+    command.add_argument("--sampler", metavar="NAME",
+                         help="ddim, ancestral, dpm, or any sampler by its class name, its class path, or as "
+                         "{class_path: .., init_args: ..}; --sampler.KEY VALUE sets an argument of it (default: "
+                         f"{own})")  # fmt: skip
     command.add_argument("--eta", type=float, help="of ddim: 0 deterministic (default) .. 1 ancestral")
     command.add_argument("--steps", type=int, help="network evaluations (default: every row of the model's table)")
     command.add_argument("--batch-size", type=int, default=250, help="batch size of sampling (default 250)")
@@ -62,13 +63,16 @@ def sampler_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help=DEVICE)
 
 
-def sampler_of(a: argparse.Namespace) -> "Sampler":
-    """Build the sampler of the options; one rule (`part_of`) serves these and the ``sampler:`` of studies."""
+def sampler_of(a: argparse.Namespace, own: Any = None) -> "Sampler":
+    """Build the sampler of the options; one rule (`part_of`) serves these and the ``sampler:`` of studies.
+
+    own: entry of a sampler that is used if --sampler is not given.
+    """
     from lightning_tdisent.diffusion.spec import arguments
     from lightning_tdisent.sampling.sampler import Sampler
     from lightning_tdisent.studies.plan import part_of
 
-    entry = part_entry(a.sampler, "--sampler")
+    entry = part_entry(a.sampler, "--sampler") if a.sampler is not None else own or "ddim"
     more = dict(a.dotted["sampler"])
     for key, value in (("steps", a.steps), ("eta", a.eta)):
         if value is not None and key in more:
@@ -85,14 +89,26 @@ def sampler_of(a: argparse.Namespace) -> "Sampler":
     return sampler
 
 
-def sampled_by(sampler: "Sampler") -> str:
-    """Describe the sampler in one line: it is set by the options, not by the config of a run."""
+def _own_sampler(model: Path) -> tuple[Any, str]:
+    """Return the sampler in the config of the run that a model is of, and where it stands; None if there is none."""
+    from lightning_tdisent.fleet.keys import read_yaml
+
+    places = (model.parent, model.parent.parent) if model.is_file() else (model,)
+    for file in (place / CONFIG for place in places):
+        if file.is_file():
+            found = read_yaml(file, secrets=False).get("model", {})
+            return (found.get("init_args") or {}).get("sampler"), f"{file}: model.init_args.sampler"
+    return None, ""
+
+
+def sampled_by(sampler: "Sampler", whose: str = "") -> str:
+    """Describe a sampler in one line; whose: where it was set."""
     from lightning_tdisent.diffusion.spec import arguments
 
     values = {name: getattr(sampler, name) for name in arguments(type(sampler)) if hasattr(sampler, name)}
     steps = ["every row"] if values.get("steps", 0) is None else []
     listed = [type(sampler).__name__, *(f"{k} {v}" for k, v in values.items() if v is not None), *steps]
-    return f"sampler: {', '.join(listed)} (set by options; the sampler in the config of a run is not used)"
+    return f"sampler: {', '.join(listed)}{whose}"
 
 
 def _sample(a: argparse.Namespace) -> None:
@@ -104,7 +120,7 @@ def _sample(a: argparse.Namespace) -> None:
     from lightning_tdisent.evaluation.observations import FILE as OBSERVATIONS
     from lightning_tdisent.evaluation.pictures import read_png, save_png
     from lightning_tdisent.images import grid, zoomed
-    from lightning_tdisent.models.compose import holds_weights, load_model
+    from lightning_tdisent.models.compose import holds_weights, load_model, newest_of
     from lightning_tdisent.models.truncated import load_truncated, signal_note
     from lightning_tdisent.sampling.guidance import Guided, extras
     from lightning_tdisent.sampling.sample import sample
@@ -119,7 +135,12 @@ def _sample(a: argparse.Namespace) -> None:
     if not drawn.begun and tiles.exists():
         raise InputError(f"--out {a.out}: {tiles}, the grid of the first images, already exists; choose another folder")
     a.device = use_device(a.device)
-    sampler = sampler_of(a)
+    a.model = newest_of(a.model)
+    own, place = _own_sampler(a.model)
+    try:
+        sampler = sampler_of(a, own)
+    except InputError as error:
+        raise (error.within(place) if own and a.sampler is None else error) from None
     loaded: Any = (
         load_truncated(a.model, a.prior, a.residency, a.fill) if a.prior else load_model(a.model, a.residency, a.fill)
     )
@@ -141,7 +162,7 @@ def _sample(a: argparse.Namespace) -> None:
     if a.label is not None and (model.classes is None or not 0 <= a.label < model.classes):
         raise InputError(f"--label {a.label}: the model has {model.classes or 'no'} classes")
     label = None if a.label is None else torch.full((len(seeds),), a.label, device=a.device)
-    print(sampled_by(sampler))
+    print(sampled_by(sampler, "" if a.sampler else " (of the run; --sampler takes another)" if own else " (default)"))
     seen = _observations(a, model, seeds)
     drawn.claim({
         **drawn_from(a.model, a.fill, a.prior),

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_tdisent.diffusion import components, objectives, operators, schedules, spaces  # noqa: F401
 from lightning_tdisent.diffusion.spec import said
 from lightning_tdisent.errors import InputError, check_number
-from lightning_tdisent.files import absolute_paths, ask_guards, expand_all, output_path, refuse_link
+from lightning_tdisent.files import absolute_paths, ask_guards, expand_all, output_path, refuse_link, typed
 from lightning_tdisent.lit import datamodule, inference, modules, prior  # noqa: F401
 from lightning_tdisent.lit.callbacks import pictures, quality  # noqa: F401
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
@@ -359,6 +359,8 @@ def _report_end(cli: CLI, quiet: bool) -> None:
         )
     if not quiet and trainer.is_global_zero and not trainer.fast_dev_run and (file := folder / cli.model.file).exists():
         print(f"weights of step {trainer.global_step:,}: {file}")
+        if isinstance(cli.model, modules.Diffusion) and cli.model.whole:
+            print(f"draw images: {typed('sample', folder, '--out', folder.with_name(f'{folder.name}_images'))}")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -234,6 +234,15 @@ def read_card(path: str | Path, verify: bool = False) -> Card:
     return Card.from_json(card, str(path))
 
 
+def has_card(path: Path) -> bool:
+    """Return whether a safetensors file has a card; read from its header alone."""
+    try:
+        unsealed(path, "card", False, "")
+    except (InputError, OSError, struct.error, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
 def refuse_foreign(path: Path, card: Card | None = None) -> None:
     """Raise InputError for weights in a run folder that belong to another run, by the id in its ``config.yaml``.
 

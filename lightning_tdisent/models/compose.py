@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +17,11 @@ from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import expand, output_path, remove_orphans, typed, whole, write_whole
 from lightning_tdisent.models.agreement import ALLOWED, differing, facts_of_card, ownership, refuse_unfit
 from lightning_tdisent.models.bundle import pack, unpacked
-from lightning_tdisent.models.card import Card, read_card, refuse_foreign
+from lightning_tdisent.models.card import Card, has_card, read_card, refuse_foreign
 from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.expert import check_finite, fitting_pieces, load_expert
 from lightning_tdisent.models.residency import Member, Residency, offloaded
-from lightning_tdisent.runs import CHECKPOINTS, WEIGHTS
+from lightning_tdisent.runs import CHECKPOINTS, WEIGHTS, checkpoints_in
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.schemas import check_schema, parse_json
 
@@ -303,7 +304,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def find_files(source: str | Path) -> list[Path]:
-    """Return the files of weights behind a name: a file of weights, a run folder, a composite, or a folder of runs.
+    """Return the files of weights behind a name.
+
+    It is a file of weights, a run folder, a composite, a folder of runs, or a folder of files of weights.
 
     Raises InputError if there are none.
     """
@@ -313,7 +316,7 @@ def find_files(source: str | Path) -> list[Path]:
     if (source / MANIFEST).exists():
         return composite_files(source)
     found = [source / WEIGHTS]
-    found = found if found[0].exists() else sorted(source.glob(f"*/{WEIGHTS}"))
+    found = found if found[0].exists() else sorted(source.glob(f"*/{WEIGHTS}")) or _loose(source)
     for file in found:
         refuse_foreign(file)
     if not found:
@@ -330,7 +333,35 @@ def holds_weights(source: Path) -> bool:
     """Return whether a path is a model; otherwise it is expected to be a folder or file of images."""
     if source.is_file():
         return source.suffix in (".safetensors", ".ckpt", ".zip")
-    return (source / MANIFEST).exists() or any(source.glob(WEIGHTS)) or any(source.glob(f"*/{WEIGHTS}"))
+    kinds = (MANIFEST, WEIGHTS, f"*/{WEIGHTS}")
+    return any(any(source.glob(kind)) for kind in kinds) or bool(_loose(source))
+
+
+def _loose(folder: Path) -> list[Path]:
+    """Return the files of weights in a folder by whatever names, such as those received from other machines."""
+    return [file for file in sorted(folder.glob("*.safetensors")) if has_card(file)]
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each path: its last parts, as many as make all names different.
+
+    The name of a file of weights in a run folder is that of the folder.
+    """
+    parts = [Path(os.path.abspath(p.parent if p.name == WEIGHTS else p)).parts for p in paths]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-n:]).lstrip("/") or str(path) for part, path in zip(parts, paths, strict=True)]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def newest_of(source: Path) -> Path:
+    """Return the newest checkpoint of a run that has no weights yet, and print which; any other path as it is."""
+    checkpoints = checkpoints_in(source / CHECKPOINTS)
+    if not checkpoints or holds_weights(source):
+        return source
+    print(f"note: {source} is not finished: its newest checkpoint is used, {checkpoints[-1]}", file=sys.stderr)
+    return checkpoints[-1]
 
 
 def load_model(

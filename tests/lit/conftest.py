@@ -13,6 +13,16 @@ from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.networks.unet import UNet
 
 
+@pytest.fixture(autouse=True)
+def nothing_brought(monkeypatch):
+    """Let a module bring nothing but a guard: these tests name their callbacks, tests/test_functions.py the others."""
+
+    def guard(trainer):
+        return [] if any(isinstance(callback, Guard) for callback in trainer.callbacks) else [Guard()]
+
+    monkeypatch.setattr("lightning_tdisent.lit.callbacks.brought.brought", guard)
+
+
 @pytest.fixture
 def tiny():
     """Return a factory of small networks of the digits' shape."""

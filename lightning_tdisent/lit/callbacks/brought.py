@@ -20,5 +20,5 @@ def brought(trainer: L.Trainer) -> list[L.Callback]:
     if trainer.state.fn == "fit":
         out += [LossPerState()] if lacks(LossPerState) else []
         out += [EMA()] if lacks(*AVERAGING) else []
-        out += [Export(say=True)] if lacks(Export) else []
+        out += [Export(brought=True)] if lacks(Export) else []
     return out

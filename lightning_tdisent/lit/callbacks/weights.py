@@ -242,22 +242,21 @@ class Export(L.Callback):
     weights are written instead, with ``weights: start`` in the card, if their held-out error (mean over the rows owned)
     is below that of the average. The card has both errors.
 
-    The file is written to ``trainer.default_root_dir``. If that is the current folder, as it is by default, it is
-    written to the folder of the logger, or without one not at all, which is said.
-
-    say: print the path of the file.
+    brought: by a module to a trainer without this callback. The file is then written to the folder of the logger, which
+        is new for each training; without a logger to ``trainer.default_root_dir``, or, if that is the current folder,
+        as it is by default, not at all. Its path is printed. Otherwise it is always ``trainer.default_root_dir``.
     """
 
-    def __init__(self, say: bool = False) -> None:
-        self.say = say
+    def __init__(self, brought: bool = False) -> None:
+        self.brought = brought
 
     def path(self, trainer: L.Trainer, pl_module: Diffusion) -> Path | None:
         """Return the file, None if there is no folder for it."""
         folder = Path(trainer.default_root_dir)
-        if folder.resolve() != Path.cwd():
+        if not self.brought:
             return folder / pl_module.file
-        place = trainer.log_dir if trainer.loggers else None
-        return None if place is None or Path(place).resolve() == Path.cwd() else Path(place) / pl_module.file
+        folder = Path((trainer.log_dir if trainer.loggers else None) or folder)
+        return folder / pl_module.file if folder.resolve() != Path.cwd() else None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
         """Raise InputError for a folder that holds the weights of another run."""
@@ -291,5 +290,5 @@ class Export(L.Callback):
                 print(f"{path}: the initial weights are kept: held-out error {start:.4g}, trained {fmean(own):.4g}")
             weights, average = (ema.start, ema.describe(steps=0)) if kept else (ema.state(pl_module), ema.describe())
             pl_module.export(path, weights, average, "start" if kept else "ema", errors)
-        if self.say:
+        if self.brought:
             print(f"weights of step {trainer.global_step:,}: {path}")
