@@ -12,7 +12,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 $(BIN)/.run: setup.cfg .ci/constraints.txt | $(BIN)/python
-	$(PIP) -e ".[digits]"
+	$(PIP) -e .
 	@touch $@
 
 $(BIN)/.test: setup.cfg .ci/constraints.txt | $(BIN)/python

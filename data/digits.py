@@ -1,4 +1,4 @@
-"""Write the digit scans of scikit-learn as WebDataset shards: see `lightning_tdisent.data.digits.write`.
+"""Write the digit scans that the package carries as WebDataset shards: see `lightning_tdisent.data.digits.write`.
 
 python data/digits.py [FOLDER]
 """

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from lightning_tdisent.cli import main
-
 ROOT = Path(__file__).parents[1]
 FEW = [
     f"--runs.*.set.trainer.{s}" for s in ("max_steps=2", "val_check_interval=1", "limit_val_batches=1", "callbacks=[]")
@@ -54,11 +52,3 @@ def test_the_quickstart_runs_from_the_wheel_in_an_empty_folder(wheel, tmp_path):
     rows = json.loads((work / "runs/quickstart/results.json").read_text(encoding="utf-8"))
     assert "experts, 8 steps" in str(rows)
     assert (work / "runs/quickstart/report.html").stat().st_size > 10_000
-
-
-def test_the_quickstart_without_scikit_learn_says_what_to_install(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert main(["quickstart"]) == 2
-    assert "pip install 'lightning_tdisent[digits]'" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

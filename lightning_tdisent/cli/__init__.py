@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_tdisent import __version__
-from lightning_tdisent.cli import data, evaluations, fleets, models, quickstart, samples
+from lightning_tdisent.cli import data, evaluations, fleets, models, project, quickstart, samples
 from lightning_tdisent.cli.options import Parser, parse
 from lightning_tdisent.cli.terminal import IMPORTED, import_modules, keep_caches
 from lightning_tdisent.cli.trainings import describe, fits
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     commands = out.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in LIGHTNING.items():
         commands.add_parser(name, help=text, add_help=False)
-    for part in (quickstart, samples, models, evaluations, fleets, data):
+    for part in (quickstart, samples, models, evaluations, fleets, data, project):
         part.add_commands(commands)
     out.set_defaults(commands=commands.choices)
     return out

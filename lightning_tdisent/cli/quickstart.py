@@ -25,7 +25,7 @@ def quickstart(a: argparse.Namespace) -> None:
     """Write the digit shards to data/digits of the current folder if they are not there, and run the study."""
     from lightning_tdisent.data.digits import SPLITS, shard, write
 
-    config = _experiments() / CONFIG
+    config = experiments() / CONFIG
     if not a.print_config and not all(shard(DATA, split).exists() for split in SPLITS):
         write(DATA)
     print(f"study --config {config}", file=sys.stderr if a.print_config else sys.stdout)
@@ -33,7 +33,7 @@ def quickstart(a: argparse.Namespace) -> None:
     run_study(a)
 
 
-def _experiments() -> Path:
+def experiments() -> Path:
     """Return the folder of the experiments: in the installed package, or in the checkout that holds it."""
     package = Path(__file__).parents[1]
     for folder in (package / "experiments", package.parent / "experiments"):

@@ -1,4 +1,8 @@
-"""Write the 1,797 digit scans of scikit-learn (8x8, grey; UCI ML repository, CC BY 4.0) as WebDataset shards."""
+"""Write the 1,797 digit scans that come with this package (8x8, grey) as WebDataset shards.
+
+They are the test set of "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak (UCI Machine Learning
+Repository, CC BY 4.0), as scikit-learn distributes it.
+"""
 
 import io
 from pathlib import Path
@@ -7,9 +11,9 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from lightning_tdisent.errors import Unavailable
 from lightning_tdisent.files import whole
 
+SHIPPED = Path(__file__).parent / "shipped" / "digits.npz"  # images uint8 (1797, 8, 8) 0..16, labels uint8 (1797,)
 SPLITS = {"train": slice(None, 1500), "test": slice(1500, None)}
 
 
@@ -21,17 +25,11 @@ def shard(folder: Path, split: str) -> Path:
 def write(folder: Path) -> None:
     """Write train-0000.tar (1,500 scans) and test-0000.tar (297), always the same bytes.
 
-    The scans are scaled from 0..16 to 0..255 and shuffled with seed 0. Raises Unavailable without scikit-learn, which
-    carries them.
+    The scans are scaled from 0..16 to 0..255 and shuffled with seed 0.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise Unavailable(
-            "the digit scans come with scikit-learn, which is not installed: pip install 'lightning_tdisent[digits]'"
-        ) from None
-    images, labels = load_digits(return_X_y=True)
-    images = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    with np.load(SHIPPED, allow_pickle=False) as file:
+        images, labels = file["images"], file["labels"]
+    images = np.round(images * (255 / 16)).astype(np.uint8)
     order = np.random.default_rng(0).permutation(len(images))
     folder.mkdir(parents=True, exist_ok=True)
     for split, part in SPLITS.items():

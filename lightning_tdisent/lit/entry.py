@@ -172,6 +172,16 @@ class CLI(LightningCLI):
             place.name(run)
         path, manifest, bad = (asked, facts(asked), list[str]()) if asked else find_checkpoint(folder)
         step, limit = manifest.get("step", 0), config.trainer.max_steps
+        if path is None and (exported := _exported_steps(folder, run)) is not None:
+            why = _why_ended(exported, mine["trainer"], theirs["trainer"])
+            if not why:
+                raise InputError(
+                    f"run: {folder} has weights of step {exported:,} and no checkpoint to resume from. Choose another "
+                    "--run, which may start from it (model.warm_start), or remove the weights to train it again"
+                )
+            if rank_zero_only.rank == 0:
+                print(f"{folder}: {why} in another folder, since its checkpoints were removed")
+            raise SystemExit(0)
         if path is not None and _exported_steps(folder, run) == step:
             self.ended = step
             if why := _why_ended(step, mine["trainer"], theirs["trainer"]):
