@@ -39,7 +39,6 @@ from _machine import add_sizes, describe, lines, of_size, quartiles, timed
 
 from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.diffusion.states import LatentStates
-from lightning_tdisent.metrics.network import BLOCK
 from lightning_tdisent.models.card import Card
 from lightning_tdisent.models.compose import compose, load_model
 from lightning_tdisent.models.expert import load_expert, save_expert
@@ -48,7 +47,7 @@ from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.sample import TOGETHER, sample
 from lightning_tdisent.sampling.sampler import DDIM
 
-STATES = 32
+STATES, BLOCK = 32, 16  # experts, and images that are drawn at a time
 FEW, BY_BATCH = 4, "offload, batch by batch"  # images, few enough for weights to dominate memory; variant
 FACTS: dict[str, Any] = {
     "module": "SingleState", "data": "none", "weights": "live", "average": None, "images_seen": 0, "steps": 0,

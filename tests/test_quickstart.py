@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FEW = [
-    f"--runs.*.set.trainer.{s}" for s in ("max_steps=2", "val_check_interval=1", "limit_val_batches=1", "callbacks=[]")
-]
+SINGLE = ("max_steps=2", "val_check_interval=1", "limit_val_batches=1", "callbacks=[]")
+FEW = [f"--runs.{run}.set.trainer.{option}" for run in ("baseline", "reduced", "experts") for option in SINGLE]
+FEW += [
+    f"--runs.fleet.{key}"
+    for key in (
+        "budget.images=1024", "budget.rule=uniform", "start.shared.images=128",
+        "start.shared.set.trainer.val_check_interval=1", "set.trainer.val_check_interval=1",
+    )
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,5 +56,5 @@ def test_the_quickstart_runs_from_the_wheel_in_an_empty_folder(wheel, tmp_path):
     assert str(site) in done.stdout  # the config of the wheel, not of a checkout
     assert sorted(p.name for p in work.iterdir()) == ["data", "runs"]
     rows = json.loads((work / "runs/quickstart/results.json").read_text(encoding="utf-8"))
-    assert "experts, 8 steps" in str(rows)
+    assert [row["networks"] for row in rows[:5]] == [1, 1, 1, 8, 8]
     assert (work / "runs/quickstart/report.html").stat().st_size > 10_000

@@ -15,7 +15,7 @@ DATA = Path("data/digits")  # as the configs name it
 def add_commands(commands: Commands) -> None:
     """Add the command."""
     q = command(
-        commands, "quickstart", quickstart, "train, compose, sample and evaluate on real digit scans: 6 minutes",
+        commands, "quickstart", quickstart, "train, compose, sample and evaluate on real digit scans: 4 minutes",
         keys="lightning_tdisent.studies.plan",
     )  # fmt: skip
     study_options(q)

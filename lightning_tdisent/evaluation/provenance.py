@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +28,11 @@ def provenance(held_out: int) -> dict[str, Any]:
     mine = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
+        "commit": _commit(),
         "held-out images": held_out,
         "machine": {
             "processor": platform.machine(),
+            "model": _processor(),
             "CPU cores": cores(),
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
@@ -64,5 +67,49 @@ def facts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def html_facts(found: Any) -> str:
-    """Return `facts` as HTML, the last section of a page."""
-    return f"<h2>How these numbers were obtained</h2><pre>{html.escape(json.dumps(found, indent=1))}</pre>"
+    """Return `facts` as HTML."""
+    return f"<pre>{html.escape(json.dumps(found, indent=1))}</pre>"
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line for each way in which rows were measured: dates, commit, machine, versions."""
+    out = []
+    for how in facts(rows)["measured"]:
+        if "machine" not in how:
+            out.append(how["note"])
+            continue
+        machine, versions = how["machine"], how["versions"]
+        dates = " to ".join(f"{date[:10]} {date[11:16]}" for date in how.get("date", "").split(" to "))
+        commit = f", commit {how['commit'][:10]}" if how.get("commit") else ""
+        gpu = "no GPU" if machine["accelerator"] == "none" else machine["accelerator"]
+        out.append(
+            f"Measured {dates}{commit}, {machine.get('model') or machine['processor']}, "
+            f"{machine['CPU cores']} CPU cores, {gpu}, torch {versions['torch']}, "
+            f"lightning_tdisent {versions['lightning_tdisent']}"
+        )
+    return out
+
+
+def _commit() -> str:
+    """Return the commit of the checkout that this package is part of, "" if it is installed otherwise."""
+    git = Path(__file__).parents[2] / ".git"
+    try:
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        if not head.startswith("ref: "):
+            return head
+        name = head.removeprefix("ref: ")
+        if (git / name).exists():
+            return (git / name).read_text(encoding="utf-8").strip()
+        packed = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return next((line.split()[0] for line in packed if line.endswith(f" {name}")), "")
+    except OSError:
+        return ""
+
+
+def _processor() -> str:
+    """Return the name of the processor, "" if the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -176,7 +176,7 @@ def page(found: Sequence[Tile], title: str) -> str:
             f"{lines}</div>"
         )
     return (
-        f"<section><h2>{html.escape(title)}</h2><p>{html.escape(summary(found))}</p>"
+        f"<section><h3>{html.escape(title)}</h3><p>{html.escape(summary(found))}</p>"
         '<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px">'
         + "".join(boxes)
         + "</div></section>"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.errors import InputError
 
-BLOCK = 16  # batch size on a CPU, where kernels round differently for other batch sizes; also the fastest
+BLOCK = 16  # batch size on a CPU, where kernels round differently for other batch sizes
 
 
 class Extracted(NamedTuple):

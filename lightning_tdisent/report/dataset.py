@@ -24,7 +24,8 @@ from lightning_tdisent.data.raw.source import class_table, names_in
 from lightning_tdisent.data.remote import is_remote
 from lightning_tdisent.data.shards import Policy, Shards
 from lightning_tdisent.data.tars import PREPARED, SUFFIXES
-from lightning_tdisent.report.figures import COLOURS, STYLE
+from lightning_tdisent.report.figures import STYLE
+from lightning_tdisent.report.palette import COLOURS
 
 PICTURES = 72
 BLOCKS = " ▁▂▃▄▅▆▇█"

@@ -15,15 +15,16 @@ from typing import Any
 import matplotlib as mpl
 from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from lightning_tdisent.evaluation.pictures import png
 from lightning_tdisent.metrics.features import known_features
 from lightning_tdisent.metrics.likelihood import BOUND
 from lightning_tdisent.metrics.registry import columns, columns_of
+from lightning_tdisent.report.palette import COLOURS, Palette, group_of
 from lightning_tdisent.runs import identity_of
 
-COLOURS = ["#3b6fb6", "#d1495b", "#2e9e6b", "#b07aa1", "#e0a030", "#66656f", "#17a2b8", "#8c564b"]
 BPD_TERMS = BOUND.key(part="terms")
 STYLE: Any = {
     "axes.spines.top": False,
@@ -52,12 +53,11 @@ def drawing(figure: Figure, caption: str) -> str:
     figure.savefig(buffer, format="svg", bbox_inches="tight")
     data = base64.b64encode(buffer.getvalue()).decode()
     alt = html.escape(caption)
-    return (
-        f'<figure><img alt="{alt}" src="data:image/svg+xml;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-    )
+    image = f'<img class="figure" alt="{alt}" src="data:image/svg+xml;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def errors_per_state(rows: Sequence[dict[str, Any]]) -> str:
+def errors_per_state(rows: Sequence[dict[str, Any]], palette: Palette) -> str:
     """Draw held-out x0-MSE against the original index, absolute and relative to the first model, a curve per model."""
     models: dict[str, dict[str, Any]] = {}
     for r in rows:  # one curve per model, also if it is sampled in several ways
@@ -69,15 +69,14 @@ def errors_per_state(rows: Sequence[dict[str, Any]]) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure((10, 3.4))
         axes = figure.subplots(1, 2)
-        reference, heads = shown[0]["x0_mse"], [r["name"].partition(",")[0] for r in shown]
-        labels = [h if heads.count(h) == 1 else r["name"] for r, h in zip(shown, heads, strict=True)]
-        for row, label in zip(shown, labels, strict=True):
-            t = [int(index) for index in row["x0_mse"]]
-            axes[0].plot(t, list(row["x0_mse"].values()), "o-", ms=4, label=label)
+        reference = shown[0]["x0_mse"]
+        for row in shown:
+            t, style = [int(index) for index in row["x0_mse"]], {"color": palette.colour(row), "ms": 4}
+            axes[0].plot(t, list(row["x0_mse"].values()), "o-", label=palette.label(row), **style)
             relative = [100 * (row["x0_mse"][k] / reference[k] - 1) for k in row["x0_mse"]]
-            axes[1].plot(t, relative, "o-", ms=4, label=label)
+            axes[1].plot(t, relative, "o-", label=palette.label(row), **style)
         axes[0].set(yscale="log", xlabel="index t of the state (right: pure noise)", title="held-out error of x0")
-        axes[1].set(xlabel="index t of the state", title=f"the same, % above {labels[0]}")
+        axes[1].set(xlabel="index t of the state", title=f"the same, % above {palette.label(shown[0])}")
         axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing(
         figure,
@@ -91,7 +90,7 @@ def _distance(rows: Sequence[dict[str, Any]]) -> str | None:
     return next((key for row in rows for key, column in columns_of(row).items() if column.distance), None)
 
 
-def cost(rows: Sequence[dict[str, Any]]) -> str:
+def cost(rows: Sequence[dict[str, Any]], palette: Palette) -> str:
     """Draw the distance reached, total compute and the longest job as bars."""
     first = _distance(rows)
     metric = first if first and all(first in r for r in rows) else None
@@ -105,7 +104,7 @@ def cost(rows: Sequence[dict[str, Any]]) -> str:
             ("training seconds of the longest job", [r["training_seconds_longest"] for r in rows]),
         ]
         for axis, (title, values) in zip(axes, panels, strict=True):
-            bars = axis.barh(names, values[::-1], color=[COLOURS[i % 8] for i in range(len(rows))][::-1])
+            bars = axis.barh(names, values[::-1], color=[palette.colour(r) for r in rows][::-1])
             axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=9)
             axis.set_title(title, fontsize=10)
             axis.margins(x=0.2)
@@ -117,7 +116,7 @@ def _compute(row: dict[str, Any]) -> float:
     return float(row["training_flops"] + row.get("validation_flops", 0.0))
 
 
-def quality_over_compute(rows: Sequence[dict[str, Any]]) -> str:
+def quality_over_compute(rows: Sequence[dict[str, Any]], palette: Palette) -> str:
     """Draw the distance against the compute of all jobs, validation included, with its spread over repeated trainings.
 
     Models called NAME and "NAME, .." that differ in compute are joined by a line. Return "" if all cost the same.
@@ -139,18 +138,28 @@ def quality_over_compute(rows: Sequence[dict[str, Any]]) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure((8, 4.2))
         axes = figure.subplots()
-        for line, colour in zip(lines, COLOURS * len(lines), strict=False):
-            name, head = line[0]["name"], line[0]["name"].partition(",")[0]
+        for line in lines:
+            colour, name, head = palette.colour(line[0]), line[0]["name"], line[0]["name"].partition(",")[0]
             label = name if len(line) == 1 else f"{head}, .." if head in names else head
             x, y = [_compute(r) / 1e12 for r in line], [r[metric] for r in line]
             spread = [r.get(f"{metric}_sd", 0.0) for r in line]
             axes.errorbar(x, y, spread, fmt="o-" if len(line) > 1 else "s", ms=5, capsize=3, color=colour, label=label)
-        axes.set(xscale="log", yscale="log", xlabel="TFLOP of all jobs, validation included", ylabel=metric)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("{x:g}")
+        axes.set(xlabel="TFLOP of all jobs, validation included", ylabel=metric)
+        _scale(axes.xaxis, [_compute(r) / 1e12 for r in shown])
+        _scale(axes.yaxis, [r[metric] for r in shown])
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing(figure, "Quality against total compute (lower left is better).")
+
+
+def _scale(axis: Any, values: Sequence[float]) -> None:
+    """Make an axis logarithmic if its values span more than a factor of 2, with few numbers and no exponents."""
+    span = max(values) / max(min(values), 1e-300)
+    if span <= 2:
+        return
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 100 else (1.0,), numticks=8))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def bits(rows: Sequence[dict[str, Any]]) -> str:
@@ -247,7 +256,7 @@ def _own_events(folder: Path) -> Iterator[Path]:
         yield Path(place)
 
 
-def training_curves(folders: dict[str, Path]) -> str:
+def training_curves(folders: dict[str, Path], palette: Palette) -> str:
     """Draw training loss and, if it was measured, a distance against images seen by the job."""
     curves = {name: read_curves(folder) for name, folder in folders.items()}
     distances = [key for name in known_features() for key, column in columns(name).items() if column.distance]
@@ -259,10 +268,13 @@ def training_curves(folders: dict[str, Path]) -> str:
         figure = Figure((9, 3.2))
         axes = figure.subplots(1, 2)
         groups: dict[str, list[str]] = {}
-        for name in curves:  # NAME/expert_001 of a fleet, NAME_001 of `experts:` are jobs of NAME
-            groups.setdefault(re.sub(r"(/shared|/expert_\d+|_\d{3,})$", "", name), []).append(name)
-        for (group, names), colour in zip(groups.items(), COLOURS * len(groups), strict=False):
-            style: dict[str, Any] = {"color": colour, **({"alpha": 0.5, "lw": 1} if len(names) > 1 else {})}
+        for name in curves:
+            groups.setdefault(group_of(name), []).append(name)
+        for group, names in groups.items():
+            style: dict[str, Any] = {
+                "color": palette.of_group(group),
+                **({"alpha": 0.5, "lw": 1} if len(names) > 1 else {}),
+            }
             for i, name in enumerate(names):
                 label = name if len(names) == 1 else f"{group} ({len(names)} jobs)" if i == 0 else None
                 points = curves[name].get("train/loss", [])

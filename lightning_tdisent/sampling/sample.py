@@ -15,14 +15,23 @@ from torch import Tensor
 from lightning_tdisent import processes
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.images import to_uint8
-from lightning_tdisent.metrics.network import BLOCK
 from lightning_tdisent.sampling.denoiser import DenoiserProtocol
 from lightning_tdisent.sampling.guidance import extras
 from lightning_tdisent.sampling.inputs import check_given, check_label, check_seeds
 from lightning_tdisent.sampling.sampler import Sampler
 
+VALUES, LEAST, MOST = 25_000, 16, 128  # of a block on a CPU: values it should have, and bounds of its images
 IN_FLIGHT = 1 << 32  # bytes of unfinished images that `sample` advances row by row at a time
 TOGETHER = 8  # blocks advanced row by row on a CPU with all experts in memory: its caches hold one expert, not all
+
+
+def block_size(shape: Sequence[int]) -> int:
+    """Return the batch size on a CPU for images of (C, H, W): a power of 2 from `LEAST` to `MOST`.
+
+    Kernels round differently for other batch sizes, so that it may depend on nothing but the shape. Small images need
+    large blocks, in which the cost of a call counts less; large ones are fastest in blocks that fit the caches.
+    """
+    return min(MOST, max(LEAST, 1 << math.ceil(math.log2(VALUES / math.prod(shape)))))
 
 
 def sample(
@@ -41,8 +50,8 @@ def sample(
 
     denoise: a model of images of 1 or 3 channels.
     seeds: one integer in [0, 2^32) per image.
-    batch_size: images per batch, at least 1. On a CPU a batch has `BLOCK` images regardless, the last one padded, so
-        that an image is the same bit for bit whatever the other seeds are.
+    batch_size: images per batch, at least 1. On a CPU a batch has `block_size` images regardless, the last one padded,
+        so that an image is the same bit for bit whatever the other seeds are.
     label: int64, one per seed, or one for all. If not given, a class-conditional model draws class (seed modulo number
         of classes).
     by_state: advance all batches by one row before any of them advances by the next, so that each network is loaded
@@ -80,7 +89,7 @@ def sample(
     residency = extras(denoise).residency
     parameter = next(iter(denoise.parameters()))
     on_cpu = parameter.device.type == "cpu"
-    size = BLOCK if on_cpu else batch_size
+    size = block_size(denoise.shape) if on_cpu else batch_size
     together = 1
     if by_state or (by_state is None and residency not in (None, "resident")):
         together = max(1, IN_FLIGHT // (2 * parameter.itemsize * math.prod(denoise.shape) * size))

@@ -42,6 +42,7 @@ from lightning_tdisent.models.residency import Residency
 from lightning_tdisent.progress import Progress
 from lightning_tdisent.report.page import write_report
 from lightning_tdisent.report.table import WideTable, costs, notes, refuse_texts, table, tables
+from lightning_tdisent.report.verdict import verdict
 from lightning_tdisent.sampling.sampler import Sampler
 from lightning_tdisent.schemas import check_schema, parse_json
 
@@ -356,7 +357,8 @@ class Study:
         names = [c["name"] for c in self.contenders]
         return {name: Observations.load(file) for name in names if (file := self._observations_file(name)).exists()}
 
-    def _images(self) -> dict[str, Tensor]:
+    def images(self) -> dict[str, Tensor]:
+        """Return the first images of each contender, by name."""
         file = self.folder / SAMPLES
         try:
             kept = load_file(file)
@@ -405,7 +407,8 @@ class Study:
         if (there := self._n_held_out_available) > (taken := self.n_held_out or HELD_OUT):
             remarks.append(f"held-out images: the first {taken:,} of the {there:,} of {self.split} (n_held_out)")
         costly = [WideTable("what it cost", cost)] if len(cost) > 1 else []
-        return [self.title, *out, *costly, *(f"note: {line}" for line in remarks)]
+        sentences = [text for _, alike in tables(self.rows) if (text := verdict(alike))]
+        return [self.title, *sentences, *out, *costly, *(f"note: {line}" for line in remarks)]
 
     def write_report(self) -> Path:
         """Write report.html and return its path.
@@ -422,7 +425,7 @@ class Study:
             self.folder / "report.html",
             self.title,
             self.rows,
-            self._images(),
+            self.images(),
             self._contenders(),
             held_out,
             load(*self._reference, channels, NEAREST // held_out.images[0].numel(), size).images,

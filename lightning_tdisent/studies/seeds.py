@@ -2,17 +2,23 @@
 
 import html
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from urllib.parse import quote
+
+import torch
 
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.evaluation.provenance import facts, html_facts
 from lightning_tdisent.files import output_path, write_whole
+from lightning_tdisent.images import grid, zoomed
 from lightning_tdisent.metrics.likelihood import HOW, KEYS, OF_IMAGES, REFUSED
 from lightning_tdisent.report import figures
-from lightning_tdisent.report.page import document, html_cells, html_table
+from lightning_tdisent.report.page import html_cells, html_table, marks, page
+from lightning_tdisent.report.palette import Palette
 from lightning_tdisent.report.table import costs, mean_eps_mse, notes, tables
 from lightning_tdisent.schemas import differences
 from lightning_tdisent.studies.results import Study
@@ -79,6 +85,7 @@ def pool(repeats: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = ())
                     row["eps_mse_sd"] = stdev(mean_eps_mse(other) for other in alike)
             elif isinstance(value, int) and all(isinstance(other.get(key), int) for other in alike):
                 row[key] = round(fmean(other[key] for other in alike))
+        row["repeats"] = len(alike)
         if lacking:
             repeat = dict(zip(names, alike, strict=True))
             why = [f"{who}: {other[REFUSED]}" for who, other in repeat.items() if REFUSED in other]
@@ -124,20 +131,39 @@ def write_page(studies: Sequence[Study], path: Path) -> list[dict[str, Any]]:
         raise InputError(f"a folder is given twice: {', '.join(str(study.folder) for study in studies)}")
     kept = {str(study.folder): study.rows for study in studies}
     rows = pool(list(kept.values()), list(kept))
-    title = html.escape(studies[0].title)
-    parts = [f"<h1>{title}</h1><p>Means and standard deviations of {len(studies)} trainings: "]
-    parts.append(f"{html.escape(', '.join(kept))}.</p>")
-    for line, alike in tables(rows):
-        parts.append(f"<p>{html.escape(line)}</p>{html_table(alike)}")
     remarks = notes_of(kept, rows)
-    parts.append(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in remarks)}</ul>" if remarks else "")
+    numbers = "".join(html_table(alike, line) for line, alike in tables(rows))
+    numbers += f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in remarks)}</ul>" if remarks else ""
+    sections = {"Numbers": f"{numbers}<p>{marks(rows)}</p>"}
     models = [row for row in rows if "networks" in row]
     if models:
-        parts.append("<h2>Mean cost of the trainings</h2>" + html_cells(costs(models)))
-        parts += [figures.quality_over_compute(models), figures.errors_per_state(models)]
-    parts.append(html_facts({folder: facts(own) for folder, own in kept.items()}))
-    write_whole(path, document(studies[0].title, parts).encode())
+        palette = Palette(models)
+        sections["Mean cost of the trainings"] = html_cells(costs(models)) + figures.cost(models, palette)
+        curves = figures.quality_over_compute(models, palette) + figures.errors_per_state(models, palette)
+        sections["Where the models are right and wrong"] = curves
+    links = "".join(
+        f'<li><a href="{quote(os.path.relpath(folder, path.parent))}/report.html">{html.escape(folder)}</a></li>'
+        for folder in kept
+    )
+    sections["Samples and pages of the trainings"] = _pictures(studies) + f"<ul>{links}</ul>"
+    how = {folder: facts(own) for folder, own in kept.items()}
+    sections["How these numbers were obtained"] = html_facts(how)
+    notes = f"Means and standard deviations of {len(studies)} trainings: {', '.join(kept)}."
+    write_whole(path, page(studies[0].title, rows, sections, notes).encode())
     return rows
+
+
+def _pictures(studies: Sequence[Study]) -> str:
+    """Return the first samples of each model, one row of images for each training."""
+    drawn = [study.images() for study in studies]
+    out = ""
+    for name in drawn[0]:
+        rows = [own[name][:12] for own in drawn if name in own]
+        if len({row.shape for row in rows}) == 1:
+            tiles = grid(zoomed(torch.cat(rows), 34), len(rows[0]))
+            caption = f"{html.escape(name)}: a row for each training, the same seeds"
+            out += figures.picture(tiles, tiles.shape[-1], caption)
+    return out
 
 
 def notes_of(kept: dict[str, list[dict[str, Any]]], rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -4,6 +4,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_tdisent.report import figures
+from lightning_tdisent.report.palette import Palette
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,8 @@ def points(axes):
     ],
 )
 def test_every_model_is_a_point_of_quality_against_compute(rows, expected):
-    figure = figures.quality_over_compute([row(name, flops * 1e12, fd) for name, flops, fd in rows])
+    rows = [row(name, flops * 1e12, fd) for name, flops, fd in rows]
+    figure = figures.quality_over_compute(rows, Palette(rows))
     assert points(figure.axes[0]) == expected
 
 
@@ -51,7 +53,7 @@ def test_errors_are_relative_to_the_first_model_and_say_which_that_is():
         row("reduced, half, 2 steps", 1.0, 9.0, x0_mse={"500": 2.0, "1000": 4.0}),
     ]
     rows[2]["source"] = rows[0]["source"]  # sampled in another way: no curve of its own, and no other place
-    figure = figures.errors_per_state(rows)
+    figure = figures.errors_per_state(rows, Palette(rows))
     assert figure.axes[1].get_title() == "the same, % above reduced, half"
     assert points(figure.axes[1]) == {
         "reduced, half": [(500, 0.0), (1000, 0.0)],
@@ -62,7 +64,7 @@ def test_errors_are_relative_to_the_first_model_and_say_which_that_is():
 def test_training_curves_have_a_colour_and_a_label_for_each_run_of_a_study(monkeypatch):
     names = ["reduced", "experts_001", "experts_002", "fleet/shared", "fleet/expert_001", "my/net"]
     monkeypatch.setattr(figures, "read_curves", lambda name: {"train/loss": [(1, len(name)), (2, 1.0)]})
-    left = figures.training_curves(dict(zip(names, names, strict=True))).axes[0]
+    left = figures.training_curves(dict(zip(names, names, strict=True)), Palette([], names)).axes[0]
     assert left.get_legend_handles_labels()[1] == ["reduced", "experts (2 jobs)", "fleet (2 jobs)", "my/net"]
     colours = [line.get_color() for line in left.lines]
     assert [line.get_ydata()[0] for line in left.lines] == [len(name) for name in names]

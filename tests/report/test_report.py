@@ -224,7 +224,7 @@ def test_a_study_is_kept_and_shown_again(model, sets, digits, tmp_path):
     results = json.loads((tmp_path / "s" / "results.json").read_text(encoding="utf-8"))
     assert f"{results[0]['fd_digits']:.3f}" in page
     assert results[0]["protocol"] in page
-    assert not re.search(r'(src|href)="(?!data:)', page)  # one file that needs no other
+    assert not re.search(r'(src|href)="(?!data:|#)', page)  # one file that needs no other
     with pytest.raises(InputError, match="keeps no finished study"):
         Study.load(tmp_path)
 
@@ -385,7 +385,8 @@ def test_repeats_of_a_study_are_means_with_their_spread(model, sets, digits, tmp
     assert "Means and standard deviations of 3 trainings" in (
         page := (tmp_path / "all.html").read_text(encoding="utf-8")
     )
-    assert page.count("data:image/svg") == 2
+    assert page.count("data:image/svg") == 3
+    assert page.count("a row for each training, the same seeds") == 4  # of two models, caption and alternative text
     assert "5.0 ± 1.0" in (said := capsys.readouterr().out)
     for text in ("fd_digits of n=20: 64 features", "How these numbers were obtained", "&quot;seeds&quot;: [\n     2\n"):
         assert text in page

@@ -41,10 +41,10 @@ def test_images_are_bitwise_the_same_for_any_number_of_threads(kind, model):
     else:
         made = model(classes=3) if kind == "guided" else model()
     made = Guided(made, 2.0) if kind == "guided" else made
-    one, sizes = drawn(made, Ancestral(), 85, threads=1)
+    one, sizes = drawn(made, Ancestral(), 300, threads=1)
     before = torch.get_num_threads()
     for threads in (2, 3, 16):
-        other, same = drawn(made, Ancestral(), 85, threads=threads)
+        other, same = drawn(made, Ancestral(), 300, threads=threads)
         assert torch.equal(one, other)
         assert sizes == same
         assert torch.get_num_threads() == before
@@ -53,17 +53,17 @@ def test_images_are_bitwise_the_same_for_any_number_of_threads(kind, model):
 def test_a_network_that_keeps_its_input_is_copied_for_each_thread(states):
     network = Keeping([1, 8, 8])
     made = Denoiser(network, V(), states).eval()
-    one, _ = drawn(made, DDIM(), 128, threads=1)
+    one, _ = drawn(made, DDIM(), 300, threads=1)
     for _ in range(3):
-        assert torch.equal(one, drawn(made, DDIM(), 128, threads=4)[0])
+        assert torch.equal(one, drawn(made, DDIM(), 300, threads=4)[0])
     assert set(network.threads) == {threading.get_ident()}  # the model itself was used by no other thread
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_progress_adds_up_to_the_number_of_images_step_by_step(threads, model):
     told = []
-    drawn(model(), DDIM(), 37, threads=threads, progress=told.append)
-    assert sum(told) == pytest.approx(37)
+    drawn(model(), DDIM(), 300, threads=threads, progress=told.append)
+    assert sum(told) == pytest.approx(300)
     assert len(told) == 3 * 4  # blocks x steps
 
 
@@ -74,8 +74,8 @@ def test_threads_end_when_an_image_is_not_finite_or_nobody_asks_for_more(states)
 
     made = Denoiser(Spoilt([1, 8, 8]), V(), states).eval()
     with pytest.raises(NotFinite):
-        drawn(made, DDIM(), 160, threads=2)
-    images = sample(Denoiser(Keeping([1, 8, 8]), V(), states).eval(), DDIM(), range(160), threads=2)
+        drawn(made, DDIM(), 400, threads=2)
+    images = sample(Denoiser(Keeping([1, 8, 8]), V(), states).eval(), DDIM(), range(400), threads=2)
     next(images)
     images.close()
     assert not [t for t in threading.enumerate() if "ThreadPool" in t.name]
@@ -88,5 +88,5 @@ def test_a_model_that_cannot_be_copied_is_used_by_one_thread(states):
 
     network = Closed([1, 8, 8])
     made = Denoiser(network, V(), states).eval()
-    assert len(drawn(made, DDIM(), 64, threads=4)[0]) == 64
+    assert len(drawn(made, DDIM(), 300, threads=4)[0]) == 300
     assert set(network.threads) == {threading.get_ident()}
