@@ -269,3 +269,14 @@ def test_configs_of_an_overlay_are_those_of_its_folder(tmp_path, capsys, monkeyp
 )
 def test_more_wrong_values_are_refused_in_one_line(words, message, capsys):
     assert refusal(capsys, *words).startswith(f"error: {message}")
+
+
+def test_help_of_a_part_without_its_class_says_how_to_ask(capsys):
+    words = ["--config", "experiments/digits/reduced8.yaml", "--model.objective.help"]
+    assert main(["fit", *words]) == 2
+    said = capsys.readouterr().err
+    assert "command line: --model.objective.help shows the arguments of a class: name it" in said
+    assert "--model ReducedStates --model.objective.help CLASS" in said
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--model", "ReducedStates", "--model.objective.help", "V"])
+    assert "Help for --objective.help=lightning_tdisent.V" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,8 @@ def study_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a study; every other key of its YAML is an option as well."""
     parser.add_argument("--out", type=Path, help="output folder (default: from the YAML)")
     parser.add_argument("--seed", type=int, help="seed of all trainings (default: from the YAML, or 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="repeat the study with these seeds, each "
+                        "in OUT_SEED, and pool them in the page OUT.html")  # fmt: skip
     parser.add_argument(
         "--workers", type=int, default=0, help="number of parallel processes (default: one per GPU, or per core)"
     )
@@ -171,10 +173,8 @@ def _fetch(a: argparse.Namespace) -> None:
 
 
 def _report(a: argparse.Namespace) -> None:
-    from lightning_tdisent.report.table import WideTable, costs, table, tables
     from lightning_tdisent.studies.claim import refuse_no_repeats
     from lightning_tdisent.studies.results import Study
-    from lightning_tdisent.studies.seeds import notes_of, write_page
 
     if (len(a.folders) > 1) == (a.out is None):
         raise InputError("report: --out FILE.html is required for several folders, and only allowed for several")
@@ -184,14 +184,25 @@ def _report(a: argparse.Namespace) -> None:
     if a.out is None:
         print(f"report: {studies[0].write_report()}")
         return
-    rows = write_page(studies, a.out)
+    _print_pooled(studies, a.out)
+
+
+def _print_pooled(studies: Sequence["Study"], out: Path) -> None:
+    """Write the page of studies that differ in their seeds, and print its tables and notes."""
+    from lightning_tdisent.report.table import WideTable, costs, table, tables
+    from lightning_tdisent.report.verdict import verdict
+    from lightning_tdisent.studies.seeds import notes_of, write_page
+
+    rows = write_page(studies, out)
     for line, alike in tables(rows):
+        if text := verdict(alike):
+            print(text)
         wide_console(1000).print(WideTable(line, table(alike)), highlight=False)
     if len(cost := costs(rows)) > 1:
         wide_console(1000).print(WideTable("what it cost", cost), highlight=False)
     for line in notes_of({str(study.folder): study.rows for study in studies}, rows):
         print(f"note: {line}")
-    print(f"report: {a.out}")
+    print(f"report: {out}")
 
 
 def run_study(a: argparse.Namespace) -> None:
@@ -206,9 +217,21 @@ def run_study(a: argparse.Namespace) -> None:
     if a.print_config:
         print_merged(a)
         return
-    todo = plan(a.config, a.out, a.seed, a.assigned)
-    todo.evaluation["device"] = use_device(a.device)
-    _finish(train(todo, a.config[0], fits, describe, role, fit_prior, a.workers))
+    if not a.seeds:
+        todo = plan(a.config, a.out, a.seed, a.assigned)
+        todo.evaluation["device"] = use_device(a.device)
+        _finish(train(todo, a.config[0], fits, describe, role, fit_prior, a.workers))
+        return
+    if a.seed is not None or len({*a.seeds}) < len(a.seeds):
+        raise InputError("--seeds: give each seed once, and no --seed beside them")
+    base = Path(a.out or plan(a.config, None, a.seeds[0], a.assigned).out)
+    plans = [plan(a.config, base.with_name(f"{base.name}_{seed}"), seed, a.assigned) for seed in a.seeds]
+    studies = []
+    for todo in plans:  # all of them were checked before the first training
+        todo.evaluation["device"] = use_device(a.device)
+        studies.append(train(todo, a.config[0], fits, describe, role, fit_prior, a.workers))
+        _finish(studies[-1])
+    _print_pooled(studies, base.with_name(f"{base.name}.html"))
 
 
 def _finish(study: "Study") -> None:

@@ -25,6 +25,11 @@ def explain(message: str, argv: Sequence[str], files: Sequence[Path], parser: js
 
     argv: the command line. files: its config files. parser: the parser that reported the error.
     """
+    if helps := [word for word in argv if word.startswith("--") and word.endswith(".help")]:
+        return (
+            f"command line: {helps[0]} shows the arguments of a class: name it, before it the classes that it is part "
+            f"of, and no --config, as in --model ReducedStates {helps[0]} CLASS"
+        )
     if match := re.search(r"unrecognized arguments: (.*)", message):
         word = match[1].split()[0]
         return f"command line: {word}: no such option.{_suggestion(word, argv, _options(parser))}"

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_tdisent.diffusion.spec import Part, build, spec
+from lightning_tdisent.diffusion.spec import Part, arguments, build, spec
 from lightning_tdisent.errors import InputError, check_shape
 
 Conditioning = Literal["state", "none"]
@@ -16,10 +16,11 @@ Conditioning = Literal["state", "none"]
 class Network(Part, nn.Module):
     """Base class of networks: (x, time or None, label) -> raw output. It does not use the noise schedule.
 
-    The constructor of a subclass takes the three arguments below and keeps every argument as an attribute of the same
-    name. The subclass implements ``forward(x, time, label)``: x and the result (B, C, H, W), time (B,) or None, label
-    int64 (B,) in 0..classes (``classes`` itself is the null label of classifier-free guidance) or None. The time of a
-    state is its index in 1..T, int64, or what its schedule says (`NoiseSchedule.times`), float32.
+    The constructor of a subclass takes ``shape``, the other two arguments below if it uses them, and its own, and keeps
+    every argument as an attribute of the same name. The subclass implements ``forward(x, time, label)``: x and the
+    result (B, C, H, W), time (B,) or None, label int64 (B,) in 0..classes (``classes`` itself is the null label of
+    classifier-free guidance) or None. The time of a state is its index in 1..T, int64, or what its schedule says
+    (`NoiseSchedule.times`), float32.
 
     shape: (C, H, W) of an image, or the shape of any other state.
     classes: number of class labels, None for an unconditional network.
@@ -28,7 +29,7 @@ class Network(Part, nn.Module):
         else ``state``.
     """
 
-    def __init__(self, shape: list[int], classes: int | None, conditioning: Conditioning | None) -> None:
+    def __init__(self, shape: list[int], classes: int | None = None, conditioning: Conditioning | None = None) -> None:
         super().__init__()
         check_shape("shape", shape)
         if classes is not None and (not isinstance(classes, int) or isinstance(classes, bool) or classes < 1):
@@ -44,6 +45,12 @@ class Network(Part, nn.Module):
 
     def time_agnostic(self) -> "Network":
         """Return a new network with the same arguments except ``conditioning: none``."""
+        if "conditioning" not in arguments(type(self)):
+            raise InputError(
+                f"{type(self).__name__} has no argument conditioning, and an expert of one state is not told the time: "
+                "add conditioning=None to its constructor, pass it to super().__init__, and ignore the time if "
+                "self.sees_state is false"
+            )
         return self._with(conditioning="none")
 
     def of_shape(self, shape: list[int]) -> "Network":

@@ -252,3 +252,22 @@ def test_arguments_that_do_not_fit_are_refused(make_one, words):
         make_one()
     for word in words:
         assert word in str(refusal.value)
+
+
+class Plain(Network):
+    """A network that needs no class and is never told whether to use the time."""
+
+    def __init__(self, shape, width=8):
+        super().__init__(shape)
+        self.width = width
+        self.net = torch.nn.Conv2d(shape[0], shape[0], 3, padding=1)
+
+    def forward(self, x, time=None, label=None):
+        return self.net(x)
+
+
+def test_a_network_of_ones_own_needs_no_classes_and_no_conditioning_unless_it_is_an_expert():
+    network = Plain([1, 8, 8])
+    assert (network.classes, network.conditioning, network.sees_state) == (None, None, True)
+    with pytest.raises(InputError, match="Plain has no argument conditioning, and an expert of one state is not told"):
+        network.time_agnostic()

@@ -132,3 +132,22 @@ def test_all_damaged_files_are_named_at_once_and_a_damaged_composite_is_rebuilt(
     assert study.trained == ["cls", "exp_002"]
     assert [path.read_bytes() for path in hurt] == list(whole.values())
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == numbers
+
+
+def test_several_seeds_are_one_command_and_one_page(study, tmp_path, capsys):
+    words = ["study", "--config", study(), "--out", str(tmp_path / "s"), "--device", "cpu"]
+    assert main([*words, "--seeds", "3", "4"]) == 0
+    said = capsys.readouterr().out
+    assert [row["seeds"] for row in json.loads((tmp_path / "s_4" / "results.json").read_bytes()) if "seeds" in row] == [
+        [4]
+    ]
+    page = (tmp_path / "s.html").read_text(encoding="utf-8")
+    assert "Means and standard deviations of 2 trainings" in page
+    assert 'href="s_3/report.html"' in page
+    assert f"report: {tmp_path / 's.html'}" in said
+    assert len(study.trained) == 2
+    assert main([*words, "--seeds", "3", "4"]) == 0  # nothing is trained again
+    assert len(study.trained) == 2
+    for wrong in (["--seeds", "3", "3"], ["--seeds", "3", "4", "--seed", "3"]):
+        assert main([*words, *wrong]) == 2
+        assert "--seeds: give each seed once" in capsys.readouterr().err
