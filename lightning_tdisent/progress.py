@@ -58,13 +58,13 @@ class Progress:
         self._said = self._clock()
 
     def __enter__(self) -> Self:
-        self.open()
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def open(self) -> None:
+    def start(self) -> None:
         """Show the bar, if stderr is a terminal."""
         from rich.console import Console
 

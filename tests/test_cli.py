@@ -237,10 +237,10 @@ def test_a_sampler_has_a_nickname_a_name_and_a_class_path(experts, capsys, tmp_p
     assert all(one == drawn[0] for one in drawn)
     assert drawn[0][1] == "sampler: DPMSolver, steps 3, clip 1.0"
     ddim = images(capsys, folder, tmp_path / "ddim")
-    assert ddim[1] == "sampler: DDIM, eta 0.0, clip 1.0, every row"
+    assert ddim[1] == "sampler: DDIM, eta 0.0, clip 1.0, every row (default)"
     assert ddim[0] != drawn[0][0]
     free = images(capsys, folder, tmp_path / "free", "--sampler.clip", "null", "--eta", "0")
-    assert free[1] == "sampler: DDIM, eta 0.0, every row"
+    assert free[1] == "sampler: DDIM, eta 0.0, every row (default)"
 
 
 MINE = """

@@ -54,7 +54,7 @@ def test_the_log_has_the_lines_and_stderr_does_not_get_them_twice(tmp_path, caps
         "p = Progress('step', log=Path(sys.argv[1]), every=0); p.say('output'); p.update(7)"
     )
     for name in ("one.txt", "two.txt"):
-        with (tmp_path / "one.txt").open("w") as out:
+        with (tmp_path / "one.txt").open("wb") as out:
             subprocess.run([sys.executable, "-c", program, tmp_path / name], stdout=out, stderr=out, check=True)
         lines = [line.rpartition("Z ")[2] for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
         assert lines == ["output", "step 7"]

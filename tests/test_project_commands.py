@@ -25,7 +25,8 @@ def lines(capsys, *words):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_listed_has_a_line_of_text_each(kind, capsys):
-    found = lines(capsys, "list", kind)
+    # without classes that other tests have defined, which are listed by their paths
+    found = [line for line in lines(capsys, "list", kind) if kind in KINDS[-4:] or "." not in line.split()[0]]
     assert len(found) >= 2
     assert all(re.match(r"\S.*?  +\S", line) for line in found)
 

@@ -1,6 +1,7 @@
 """Commands that make or change files of models: compose, export, average and prior."""
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,6 +210,7 @@ def fit_and_save(
     from lightning_tdisent.models.prior_files import fit_to, save_prior
 
     use_device("cpu")
+    print(f"fitting {part['class_path'].rpartition('.')[2]} to the images of {data}", file=sys.stderr, flush=True)
     prior, fitted = fit_to(model, at, part, data, split, n, label)
     save_prior(out / PRIOR, prior, fitted)
     name = part["class_path"].rpartition(".")[2]

@@ -47,6 +47,7 @@ from lightning_tdisent.sampling.sampler import Sampler
 from lightning_tdisent.schemas import check_schema, parse_json
 
 FILE, RESULTS, SAMPLES = "study.json", "results.json", "samples.safetensors"
+SHIPPED_FOR = ("digits", "mnist", "cifar10")  # data sets of the shipped classifiers
 SCHEMA = 2  # of `FILE`; covers `RESULTS` and `SAMPLES` as well
 HELD_OUT = 1000  # default number of held-out images
 BOARDS = "fleets.html"  # status of the study's fleets at the end of their training
@@ -396,6 +397,12 @@ class Study:
         if path == self.data and (self.split == reference or is_npz(path)):
             what = path if is_npz(path) else self.split
             remarks.append(f"the reference and the held-out images are both of {what}: their distance has no meaning")
+        features = self._protocol.features
+        if features in SHIPPED_FOR and features not in Path(self.data).name.lower():
+            remarks.append(
+                f"the features are of a classifier of {features} and say little of other images; {self.data} is "
+                "another data set by its name: take Inception for it (fetch inception), or random to compare models"
+            )
         if self.n is not None:
             others = {
                 r["name"]: r["n"] for r in self.rows if "networks" not in r and "source" in r and r["n"] != self.n

@@ -116,7 +116,7 @@ def test_arguments_of_modules_have_ranges(key, expected, value, options, tiny):
         ("data.workers", "at least 0", "-1", lambda: ImageShards("data/digits", 1, workers=-1)),
         ("data.workers", "an integer, at least 0", "None", lambda: ImageShards("data/digits", 1, workers=None)),
         ("data.batch_size", "an integer, at least 1", "None", lambda: ImageShards("data/digits", 1, batch_size=None)),
-        ("data.val", "expected text", "None", lambda: ImageShards("data/digits", 1, val=None)),
+        ("data.val", "expected text", "3", lambda: ImageShards("data/digits", 1, val=3)),
         ("data.train", "expected text", "''", lambda: ImageShards("data/digits", 1, train="")),
         ("data.verify", "expected true or false", "None", lambda: ImageShards("data/digits", 1, verify=None)),
         ("data.batch_size", "an integer, at least 1", "8.5", lambda: ImageShards("data/digits", 1, batch_size=8.5)),

@@ -100,6 +100,7 @@ def test_images_are_bitwise_the_same(folder, solver, residency):
 
 def test_with_all_experts_in_memory_blocks_advance_in_groups(folder, monkeypatch):
     monkeypatch.setattr(batches, "TOGETHER", 2)
+    monkeypatch.setattr(batches, "MOST", 16)
     resident, asked = load_model(folder), []
     for owner, expert in zip("ABC", resident.experts, strict=True):
         expert.network.register_forward_pre_hook(lambda _, args, owner=owner: asked.append(owner))
@@ -123,6 +124,7 @@ A, B, C = ("rows_0001-0004.safetensors", "rows_0002.safetensors", "rows_0003.saf
 
 @OFFLOADED
 def test_each_tensor_is_read_once_however_many_images(folder, reads, monkeypatch, residency):
+    monkeypatch.setattr(batches, "MOST", 16)
     offloaded = load_model(folder, residency)
     assert reads == []
     expected = images(offloaded, Ancestral())

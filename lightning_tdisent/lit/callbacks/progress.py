@@ -47,7 +47,7 @@ class StepProgress(ProgressBar):
             open_own(log).close()
         steps = trainer.max_steps if trainer.max_steps > 0 else None
         self._progress = Progress("step", steps, trainer.global_step, log=log, shown=self.shown)
-        self._progress.open()
+        self._progress.start()
         weights, states = sum(p.numel() for p in pl_module.parameters()), pl_module.denoiser.states
         self._progress.say(
             f"{type(pl_module).__name__}: {weights:,} weights, rows {pl_module.rows[0]}..{pl_module.rows[-1]} of "
