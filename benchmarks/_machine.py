@@ -4,7 +4,6 @@ import argparse
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 import lightning_tdisent
+from lightning_tdisent.evaluation.provenance import commit, processor
 
 Size = TypeVar("Size")
 
@@ -33,21 +33,15 @@ def of_size(args: argparse.Namespace, toy: Size, quick: Size, full: Size) -> Siz
 
 def describe(*packages: str, **hardware: str) -> None:
     """Print hardware, versions (of torch, ``packages`` and this package), commit and command."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, encoding="utf-8", check=True).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    cpu = next((line.split(":")[1].strip() for line in lines("/proc/cpuinfo") if "model name" in line), "")
     load = next(iter(lines("/proc/loadavg")), "unknown").split()[0]
     more = "".join(f", {name} {value}" for name, value in hardware.items())
     print(
-        f"hardware: {cpu or platform.processor() or platform.machine()}, {os.cpu_count()} cores{more}, "
+        f"hardware: {processor() or platform.machine()}, {os.cpu_count()} cores{more}, "
         f"threads {torch.get_num_threads()}, load {load}\n"
         f"versions: python {platform.python_version()}, "
         f"{', '.join(f'{name} {version(name)}' for name in ('torch', *packages))}, "
         f"lightning_tdisent {lightning_tdisent.__version__}\n"
-        f"commit: {commit}, {time.strftime('%Y-%m-%d')}\n"
+        f"commit: {commit() or 'unknown'}, {time.strftime('%Y-%m-%d')}\n"
         f"command: python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_tdisent.cli.terminal import default_device
 from lightning_tdisent.cli.trainings import describe, fits, open_fleet
 from lightning_tdisent.diffusion.spec import spec
 from lightning_tdisent.errors import InputError
@@ -51,6 +52,7 @@ def evaluate(
         {"name": name, "source": str(place), "sampler": part if holds_weights(place) else None}
         for name, place in sources.items()
     ]
+    options.setdefault("device", default_device())
     kind = protocol if isinstance(protocol, str) else dict(protocol)
     with tempfile.TemporaryDirectory(prefix="evaluation-") as place:
         study = Study(str(out or place), "Evaluation", contenders, str(data), kind, **options)

@@ -1,9 +1,16 @@
-"""What this process may use of its machine, and who it is, so that others can tell later whether it still runs."""
+"""Count the cores that this process may use, and identify it so that others can tell later whether it still runs."""
 
 import os
 import socket
 from pathlib import Path
 from typing import Any
+
+IMPORTED = "TDISENT_IMPORT"  # environment variable: the modules of --import, for worker processes
+
+
+def imported() -> list[str]:
+    """Return the modules that this command, or the parent process, imported with --import."""
+    return [name for name in os.environ.get(IMPORTED, "").split(",") if name]
 
 
 def cores() -> int:

@@ -112,3 +112,26 @@ def test_a_fleet_is_planned_trained_and_composed(tmp_path, monkeypatch):
     model = td.load_model(td.compose(files, tmp_path / "composite"))
     assert len(model.cards) == 8
     assert td.run_fleet(tmp_path / "fleet") == files
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_logger_with_one_folder_for_all_trainings_does_not_get_the_weights(digits, tmp_path, monkeypatch):
+    from lightning.pytorch.loggers.logger import DummyLogger
+
+    class Shared(DummyLogger):
+        save_dir = str(tmp_path / "shared")
+
+    def fit(**place):
+        L.Trainer(
+            max_steps=2,
+            accelerator="cpu",
+            logger=Shared(),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            **place,
+        ).fit(module(), data(digits))
+
+    monkeypatch.chdir(tmp_path)
+    fit(default_root_dir=tmp_path / "own")
+    fit()  # nowhere, which is said
+    assert [p.relative_to(tmp_path) for p in tmp_path.rglob("*.safetensors")] == [Path("own/model.safetensors")]

@@ -112,7 +112,8 @@ def test_a_source_with_splits_or_few_pictures_is_left_as_it_is(tmp_path, capsys)
     words = ["data", "prepare", str(tmp_path / "raw"), str(tmp_path / "more"), "--size", "16"]
     for more, said in (
         (["--hold-out", "0.1"], "has splits of its own"),
-        (["--hold-out", "0.1", "--split", "train"], "leave --split out"),
+        (["--hold-out", "0.1", "--split", "train"], "leave --split and --as out"),
+        (["--hold-out", "0.1", "--as", "train"], "leave --split and --as out"),
     ):
         assert main([*words, *more]) == 2
         assert said in capsys.readouterr().err

@@ -67,7 +67,10 @@ def test_a_project_begins_with_the_files_of_an_experiment(experiment, tmp_path, 
         for words in commands:
             assert main([*words, *quick, "--run", f"runs/{len(words)}"]) == 0
     assert main(["init", str(folder)]) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "is there already" in capsys.readouterr().err
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    assert main(["init", str(tmp_path / "file")]) == 2
+    assert "is there already" in capsys.readouterr().err
     assert main(["init", str(tmp_path / "x"), "--experiment", "digit"]) == 2
     assert "Did you mean 'digits'" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
@@ -104,7 +107,7 @@ def test_checkpoints_of_finished_runs_are_removed_when_asked(tmp_path, capsys):
     assert "nothing: it is not finished" in found[1]
     assert found[2].endswith("MB would be removed; --yes removes it")
     assert len(list((run / "checkpoints").iterdir())) == 5
-    assert lines(capsys, "clean", str(tmp_path / "runs"), "--yes")[-1].endswith("MB removed")
+    assert lines(capsys, "clean", str(tmp_path / "runs"), str(run), "--yes")[-1].endswith("MB removed")
     assert not list((run / "checkpoints").iterdir())
     assert list((tmp_path / "runs" / "unfinished" / "checkpoints").iterdir())
     assert main(["sample", str(run), "--out", str(tmp_path / "images"), "--seeds", "0:2"]) == 0

@@ -143,3 +143,13 @@ def test_models_are_named_by_the_last_parts_that_differ():
     assert short_names(paths) == ["a/seed0", "b/seed0", "b/one.safetensors"]
     assert short_names(paths[:1]) == ["seed0"]
     assert short_names([Path("runs/x"), Path("runs/x")]) == ["runs/x", "runs/x"]
+
+
+def test_a_config_that_is_not_of_a_run_names_no_sampler(weights, tmp_path, capsys):
+    for k, text in enumerate(("[1, 2]", "model: UNet", "model: {init_args: null}", "")):
+        place = tmp_path / f"place {k}"
+        place.mkdir()
+        (place / "other.safetensors").write_bytes(Path(weights).read_bytes())
+        (place / "config.yaml").write_text(text, encoding="utf-8")
+        assert sampled(str(place), tmp_path / f"images {k}") == 0
+        assert "sampler: DDIM, eta 0.0, clip 1.0, every row (default)" in capsys.readouterr().out

@@ -13,10 +13,11 @@ from pathlib import Path
 from lightning_tdisent import __version__
 from lightning_tdisent.cli import data, evaluations, fleets, models, project, quickstart, samples
 from lightning_tdisent.cli.options import Parser, parse
-from lightning_tdisent.cli.terminal import IMPORTED, import_modules, keep_caches
+from lightning_tdisent.cli.terminal import import_modules, keep_caches
 from lightning_tdisent.cli.trainings import describe, fits
 from lightning_tdisent.errors import NAMED, Crashed, InputError, nearest
 from lightning_tdisent.files import expand_words, input_path, output_path
+from lightning_tdisent.processes import IMPORTED
 
 __all__ = ["describe", "fits", "main", "parser"]
 

@@ -144,9 +144,10 @@ def _share_held_out(a: argparse.Namespace, source: "Source", opened: Callable[[s
 
     A source has no splits if its split test is the same as its split train.
     """
-    if a.hold_out is not None and a.split is not None and a.hold_out:
-        raise InputError("--hold-out: makes the splits train and test of all images; leave --split out")
-    if a.split is not None or a.name is not None or a.hold_out == 0:
+    named = a.split is not None or a.name is not None
+    if a.hold_out and named:
+        raise InputError("--hold-out: makes the splits train and test of all images; leave --split and --as out")
+    if named or a.hold_out == 0:
         return 0.0
     try:
         alike = opened(HELD_OUT).fingerprint() == source.fingerprint()

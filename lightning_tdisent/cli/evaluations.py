@@ -225,9 +225,12 @@ def run_study(a: argparse.Namespace) -> None:
     if a.seed is not None or len({*a.seeds}) < len(a.seeds):
         raise InputError("--seeds: give each seed once, and no --seed beside them")
     base = Path(a.out or plan(a.config, None, a.seeds[0], a.assigned).out)
+    refuse_no_page(base.with_name(f"{base.name}.html"), "--seeds")
     plans = [plan(a.config, base.with_name(f"{base.name}_{seed}"), seed, a.assigned) for seed in a.seeds]
+    for todo in plans:  # folders of other studies are refused before the first training
+        todo.compare()
     studies = []
-    for todo in plans:  # all of them were checked before the first training
+    for todo in plans:
         todo.evaluation["device"] = use_device(a.device)
         studies.append(train(todo, a.config[0], fits, describe, role, fit_prior, a.workers))
         _finish(studies[-1])

@@ -14,12 +14,14 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
+from lightning_tdisent import __version__
 from lightning_tdisent.cli.quickstart import experiments
 from lightning_tdisent.cli.terminal import Commands, command
 from lightning_tdisent.cli.trainings import open_fleet
 from lightning_tdisent.errors import InputError, Unavailable, nearest
 from lightning_tdisent.files import typed
 from lightning_tdisent.processes import cores, threads
+from lightning_tdisent.runs import RunFolder
 
 # kinds of parts: their base class, and the modules of this package that define some
 PARTS = {
@@ -121,8 +123,8 @@ def _init(a: argparse.Namespace) -> None:
         raise InputError(
             f"--experiment {a.experiment}: not there.{nearest(a.experiment, names)} There are: {', '.join(names)}"
         )
-    if a.folder.exists() and any(a.folder.iterdir()):
-        raise InputError(f"{a.folder} is not empty; name a new folder")
+    if a.folder.exists() and not (a.folder.is_dir() and not any(a.folder.iterdir())):
+        raise InputError(f"{a.folder} is there already; name a new folder")
     place = a.folder / "experiments"
     for name in (a.experiment, "ablate"):
         for file in sorted((experiments() / name).glob("*.yaml")):
@@ -169,9 +171,14 @@ def _packages() -> Iterator[str]:
     """Print the versions of all packages that are used; yield those that are required and do not fit."""
     from packaging.requirements import Requirement
 
-    print(f"{PACKAGE} {version(PACKAGE)}")
+    print(f"{PACKAGE} {__version__}")
+    try:
+        needs = requires(PACKAGE) or []
+    except PackageNotFoundError:
+        print("  not installed as a package: what it requires cannot be checked")
+        return
     extras: dict[str, list[str]] = {}
-    for text in requires(PACKAGE) or ():
+    for text in needs:
         need = Requirement(text)
         named = re.search(r"extra == [\"'](\w+)[\"']", text)
         extra = named[1] if named else ""
@@ -198,7 +205,7 @@ def _clean(a: argparse.Namespace) -> None:
 
     if missing := [str(folder) for folder in a.runs if not folder.is_dir()]:
         raise InputError(f"{', '.join(missing)}: no such folder")
-    found = [run for folder in a.runs for run in runs_below(folder)]
+    found = list(dict.fromkeys(run.resolve() for folder in a.runs for run in runs_below(folder)))
     if not found:
         raise InputError(f"{', '.join(map(str, a.runs))}: no run folder is there or below")
     total = 0
@@ -210,8 +217,10 @@ def _clean(a: argparse.Namespace) -> None:
         total += freed
         what = f"{len(files)} files of checkpoints, {freed / 1e6:,.1f} MB" if files else f"nothing: {why}"
         print(f"{run}: {size / 1e6:,.1f} MB; to remove: {what}")
-        for file in files if a.yes else ():
-            file.unlink()
+        if files and a.yes:
+            with RunFolder(run):  # nobody may begin to train in it meanwhile
+                for file in files:
+                    file.unlink()
     for place in [cache_folder() / name for name in CACHED] if a.cache else ():
         if place.exists():
             total += (size := _size(place))

@@ -96,8 +96,10 @@ def _own_sampler(model: Path) -> tuple[Any, str]:
     places = (model.parent, model.parent.parent) if model.is_file() else (model,)
     for file in (place / CONFIG for place in places):
         if file.is_file():
-            found = read_yaml(file, secrets=False).get("model", {})
-            return (found.get("init_args") or {}).get("sampler"), f"{file}: model.init_args.sampler"
+            found: Any = read_yaml(file, secrets=False)
+            for key in ("model", "init_args", "sampler"):
+                found = found.get(key) if isinstance(found, dict) else None
+            return found, f"{file}: model.init_args.sampler"
     return None, ""
 
 
@@ -161,7 +163,6 @@ def _sample(a: argparse.Namespace) -> None:
         model = Guided(model, a.guidance)
     if a.label is not None and (model.classes is None or not 0 <= a.label < model.classes):
         raise InputError(f"--label {a.label}: the model has {model.classes or 'no'} classes")
-    label = None if a.label is None else torch.full((len(seeds),), a.label, device=a.device)
     print(sampled_by(sampler, "" if a.sampler else " (of the run; --sampler takes another)" if own else " (default)"))
     seen = _observations(a, model, seeds)
     drawn.claim({

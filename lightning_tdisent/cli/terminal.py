@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.processes import IMPORTED
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Run = Callable[[argparse.Namespace], None]
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
-IMPORTED = "TDISENT_IMPORT"  # environment variable: the modules of --import, for worker processes
 DEVICE = "auto (default): the GPU if there is one, else the CPU; or cpu, cuda, cuda:1 .."
 CACHES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # of matplotlib and torch, by default below ~
 
@@ -40,7 +40,7 @@ def command(
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import the user's modules, here and in the worker processes that this one starts (see `imported_by_parent`)."""
+    """Import the user's modules, here and in the worker processes that this one starts (see `processes.imported`)."""
     for name in names:
         try:
             importlib.import_module(name)
@@ -48,11 +48,6 @@ def import_modules(names: Sequence[str]) -> None:
             raise InputError(f"--import {name}: {error}") from None
     if names:
         os.environ[IMPORTED] = ",".join(names)
-
-
-def imported_by_parent() -> list[str]:
-    """Return the modules that the parent process imported with --import."""
-    return [name for name in os.environ.get(IMPORTED, "").split(",") if name]
 
 
 def keep_caches() -> None:
@@ -75,6 +70,13 @@ def _remove_caches(folder: str, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def default_device() -> str:
+    """Return the GPU if there is one, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def use_device(name: str) -> str:
     """Select a device of torch and return its name; ``auto`` is the GPU if there is one, else the CPU.
 
@@ -85,8 +87,7 @@ def use_device(name: str) -> str:
     """
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = default_device() if name == "auto" else name
     try:
         if torch.device(name).type == "meta":
             raise RuntimeError("a meta tensor has no values; use cpu, cuda, cuda:1 ..")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.processes import imported
 
 if TYPE_CHECKING:
     from lightning_tdisent.fleet.job import Report
@@ -18,12 +19,12 @@ def fits(argvs: Sequence[list[str]], reports: Sequence["Report"], stacked: bool 
 
     Several trainings are run in lockstep, see `lit.together`. stacked: compute the steps of equal experts at once.
     """
-    from lightning_tdisent.cli.terminal import import_modules, imported_by_parent
+    from lightning_tdisent.cli.terminal import import_modules
     from lightning_tdisent.lit.callbacks.curve import Curve
     from lightning_tdisent.lit.callbacks.progress import StepProgress
     from lightning_tdisent.lit.entry import run
 
-    import_modules(imported_by_parent())
+    import_modules(imported())
     callbacks = [[StepProgress(report, shown=len(argvs) == 1), Curve()] for report in reports]
     if len(argvs) > 1:
         from lightning_tdisent.lit.together import together

@@ -1,9 +1,11 @@
 """Record how each number was obtained, and show it on a page."""
 
+import functools
 import html
 import json
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -28,11 +30,11 @@ def provenance(held_out: int) -> dict[str, Any]:
     mine = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
-        "commit": _commit(),
+        "commit": commit(),
         "held-out images": held_out,
         "machine": {
             "processor": platform.machine(),
-            "model": _processor(),
+            "model": processor(),
             "CPU cores": cores(),
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
@@ -80,33 +82,33 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
             continue
         machine, versions = how["machine"], how["versions"]
         dates = " to ".join(f"{date[:10]} {date[11:16]}" for date in how.get("date", "").split(" to "))
-        commit = f", commit {how['commit'][:10]}" if how.get("commit") else ""
+        code = f", commit {how['commit']}" if how.get("commit") else ""
         gpu = "no GPU" if machine["accelerator"] == "none" else machine["accelerator"]
         out.append(
-            f"Measured {dates}{commit}, {machine.get('model') or machine['processor']}, "
+            f"Measured {dates}{code}, {machine.get('model') or machine['processor']}, "
             f"{machine['CPU cores']} CPU cores, {gpu}, torch {versions['torch']}, "
             f"lightning_tdisent {versions['lightning_tdisent']}"
         )
     return out
 
 
-def _commit() -> str:
-    """Return the commit of the checkout that this package is part of, "" if it is installed otherwise."""
-    git = Path(__file__).parents[2] / ".git"
+@functools.cache
+def commit() -> str:
+    """Return the commit of the checkout that this package is part of, with ``-dirty`` if files have changed.
+
+    Empty if the package is installed otherwise, or git is not.
+    """
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        head = (git / "HEAD").read_text(encoding="utf-8").strip()
-        if not head.startswith("ref: "):
-            return head
-        name = head.removeprefix("ref: ")
-        if (git / name).exists():
-            return (git / name).read_text(encoding="utf-8").strip()
-        packed = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
-        return next((line.split()[0] for line in packed if line.endswith(f" {name}")), "")
-    except OSError:
+        return subprocess.run(words, capture_output=True, encoding="utf-8", check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
         return ""
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the name of the processor, "" if the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -276,7 +276,7 @@ class ImageShards(L.LightningDataModule):
         images: ImageSet = self._make_once((*what, self.val_limit), lambda: Shards.open(*what).decoded(self.val_limit))
         return images
 
-    @property
+    @cached_property
     def examples(self) -> ImageSet:
         """The held-out images, or without a held-out split the first training images."""
         return self.held_out if self.val is not None else self.images(self.train, self.val_limit or FIRST)

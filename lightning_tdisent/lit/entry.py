@@ -55,6 +55,7 @@ from lightning_tdisent.models.checkpoint import facts
 from lightning_tdisent.models.prior_files import read_prior_card
 from lightning_tdisent.networks import dit, unet  # noqa: F401
 from lightning_tdisent.priors import flow, gaussian, mixture  # noqa: F401
+from lightning_tdisent.processes import imported
 from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS, RunFolder, checkpoints_in, held, new_identity
 from lightning_tdisent.sampling import sampler  # noqa: F401
 
@@ -369,8 +370,11 @@ def _report_end(cli: CLI, quiet: bool) -> None:
         )
     if not quiet and trainer.is_global_zero and not trainer.fast_dev_run and (file := folder / cli.model.file).exists():
         print(f"weights of step {trainer.global_step:,}: {file}")
-        if isinstance(cli.model, modules.Diffusion) and cli.model.whole:
-            print(f"draw images: {typed('sample', folder, '--out', folder.with_name(f'{folder.name}_images'))}")
+        if cli.model.file == WEIGHTS and cli.model.whole:
+            more = [] if cli.model.states.observation is None else ["--observe", "DATA"]
+            more += [word for name in imported() for word in ("--import", name)]
+            images = folder.with_name(f"{folder.name}_images")
+            print(f"draw images: {typed('sample', folder, '--out', images, *more)}")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -25,7 +25,8 @@ def explain(message: str, argv: Sequence[str], files: Sequence[Path], parser: js
 
     argv: the command line. files: its config files. parser: the parser that reported the error.
     """
-    if helps := [word for word in argv if word.startswith("--") and word.endswith(".help")]:
+    helps = [word for word in argv if word.startswith("--") and word.endswith(".help")]
+    if helps and "expected one argument" in message:
         return (
             f"command line: {helps[0]} shows the arguments of a class: name it, before it the classes that it is part "
             f"of, and no --config, as in --model ReducedStates {helps[0]} CLASS"

@@ -174,7 +174,7 @@ def note_cost(trainer: L.Trainer, module: "Diffusion") -> None:
     plain = isinstance(module.denoiser, Denoiser) and module.states.observation is None
     if not trainer.enable_validation or module.shards is None or not plain:
         return
-    n, rows, own = len(module.shards.held_out), len(probe_rows(module.rows)), module.shards.examples
+    n, rows = len(module.shards.held_out), len(probe_rows(module.rows))
     parts = {f"{n:,} held-out images at {rows} rows": n * rows}
     for callback in trainer.callbacks:
         if isinstance(callback, Rehearsed):
@@ -182,16 +182,13 @@ def note_cost(trainer: L.Trainer, module: "Diffusion") -> None:
     total, denoiser = sum(parts.values()), module.denoiser
     if total < FEW:
         return
-    x = torch.zeros(min(len(own), 64), *denoiser.network.shape, device=module.device)
+    x = torch.zeros(min(n, 64), *denoiser.network.shape, device=module.device)
     label = torch.zeros(len(x), dtype=torch.long, device=module.device) if denoiser.classes else None
-    training = denoiser.training
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
-        denoiser.eval()
         for _ in range(2):  # the first call is slower
             begun = time.perf_counter()
             float(denoiser(x, module.rows[-1], label).sum())
             spent = time.perf_counter() - begun
-        denoiser.train(training)
     seconds = spent / len(x) * total / trainer.world_size
     if seconds > LONG and trainer.is_global_zero:
         listed = ", ".join(f"{name}: {passes:,}" for name, passes in parts.items() if passes)

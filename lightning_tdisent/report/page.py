@@ -3,7 +3,7 @@
 import html
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_tdisent.data.image_set import ImageSet
+from lightning_tdisent.diffusion.process import nonzero
 from lightning_tdisent.diffusion.table import signal
 from lightning_tdisent.errors import NotFinite
 from lightning_tdisent.evaluation.conditional import DRAWS
@@ -27,7 +28,7 @@ from lightning_tdisent.report.palette import Palette
 from lightning_tdisent.report.table import EPS_MSE, costs, directions, table, tables
 from lightning_tdisent.report.table import notes as notes_of
 from lightning_tdisent.report.verdict import best, verdict
-from lightning_tdisent.sampling.sampler import Sampler, probe_rows
+from lightning_tdisent.sampling.sampler import probe_rows
 
 CSS = """
 :root{--ink:#1d1d24;--soft:#5d5c66;--line:#e2e2e8;--paper:#fff;--accent:#2f62a8;--pale:#f6f6f9;color-scheme:light dark}
@@ -150,17 +151,14 @@ def write_report(
         "no model was trained on: what a perfect model would reach with so few. Total compute counts all experts; the "
         "longest job is the time to wait with one machine per job.</p>"
     )
+    strips, noisy = _strips(drawn, real.images[:5], wide)
     pictures = "".join(
         figures.picture(tiles := grid(some[:64], 8), wide(tiles), html.escape(name)) for name, some in images.items()
     )
     tiles = grid(real.images[:64], 8)
     pictures += figures.picture(tiles, wide(tiles), "real images, held out")
-    noisy = [c.name for c in drawn if _draws_noise(c.sampler)]
-    own = (
-        f" {', '.join(noisy)}: the sampler draws noise at every step, too, so these are other images." if noisy else ""
-    )
-    alike = "Image i of every model starts from the noise of seed i."
-    sections["Samples"] = f"<p>{alike}{html.escape(own)}</p>{pictures}"
+    own = f" These draw noise at every step, too, so that their images are others: {'; '.join(noisy)}." if noisy else ""
+    sections["Samples"] = f"<p>Image i of every model is drawn from seed i.{html.escape(own)}</p>{pictures}"
     if observations:
         shown = [
             figures.picture(
@@ -182,27 +180,6 @@ def write_report(
         sections["Training"] = figures.training_curves(runs, palette) + f"<p>Run folders: {links}.</p>"
     if boards:
         sections["Fleets"] = boards
-    few = real.images[:5]
-    strips = ""
-    if drawn:
-        model = drawn[-1].load()
-        at_rows = probe_rows(model.states.rows, 8)
-        strip = forward_strip(model, few, at_rows)
-        tiles = grid(strip.flatten(0, 1), strip.shape[1])
-        levels = ", ".join(f"{signal(model.states.log_snr[s, :1]):.3g}" for s in at_rows)
-        of = "" if model.states.K == 1 else " of the coarsest component"
-        strips += figures.picture(tiles, wide(tiles), f"Forward: x_0, then signal coefficients a{of} = {levels}.")
-    for contender in drawn:
-        model = contender.load()
-        given = observed(model.states, few, len(few))
-        try:
-            strip, at = reverse_strip(model, contender.sampler, range(len(few)), given=given)
-        except NotFinite as error:
-            strips += f"<p>Reverse, {html.escape(contender.name)}: {html.escape(str(error))}</p>"
-            continue
-        tiles = grid(strip.flatten(0, 1), strip.shape[1])
-        caption = f"Reverse, {html.escape(contender.name)}: rows {', '.join(map(str, at))}."
-        strips += figures.picture(tiles, wide(tiles), caption)
     if strips:
         sections["From image to noise and back"] = strips
     if training is not None and images:
@@ -212,17 +189,40 @@ def write_report(
         caption = f"{html.escape(name)}: samples above, the nearest training image of each below."
         sections["Are they copies?"] = figures.picture(tiles, wide(tiles), caption)
     sections["How these numbers were obtained"] = html_facts(facts(rows))
-    write_whole(path, page(title, rows, sections, notes).encode())
+    write_whole(path, page(title, rows, sections, rows, notes).encode())
     return path
+
+
+def _strips(contenders: Sequence[Any], few: Tensor, wide: Callable[[Tensor], int]) -> tuple[str, list[str]]:
+    """Return the forward process and the reverse process of each model, and the names of those that draw noise."""
+    out, noisy = "", []
+    for contender in contenders:
+        model, sampler = contender.load(), contender.sampler
+        states = model.states
+        if contender is contenders[0]:
+            at = probe_rows(states.rows, 8)
+            strip = forward_strip(model, few, at)
+            tiles = grid(strip.flatten(0, 1), strip.shape[1])
+            levels = ", ".join(f"{signal(states.log_snr[s, :1]):.3g}" for s in at)
+            of = "" if states.K == 1 else " of the coarsest component"
+            out += figures.picture(tiles, wide(tiles), f"Forward: x_0, then signal coefficients a{of} = {levels}.")
+        if any(nonzero(terms.z) for terms in sampler.plan(states, [*sampler.rows(states), 0])):
+            noisy.append(contender.name)
+        given = observed(states, few, len(few))
+        try:
+            strip, at = reverse_strip(model, sampler, range(len(few)), given=given)
+        except NotFinite as error:
+            out += f"<p>Reverse, {html.escape(contender.name)}: {html.escape(str(error))}</p>"
+            continue
+        tiles = grid(strip.flatten(0, 1), strip.shape[1])
+        caption = f"Reverse, {html.escape(contender.name)}: rows {', '.join(map(str, at))}."
+        out += figures.picture(tiles, wide(tiles), caption)
+    return out, noisy
 
 
 def _link(name: str, folder: Path, start: Path) -> str:
     place = quote(os.path.relpath(folder, start))
     return f'<a href="{place}/">{html.escape(name)}</a>'
-
-
-def _draws_noise(sampler: Sampler) -> bool:
-    return bool(getattr(sampler, "eta", 0))
 
 
 def marks(rows: Sequence[dict[str, Any]]) -> str:
@@ -233,12 +233,18 @@ def marks(rows: Sequence[dict[str, Any]]) -> str:
     return "Bold: better than all others beyond its 95 % interval; numbers of one training without one are not marked."
 
 
-def page(title: str, rows: Sequence[dict[str, Any]], sections: Mapping[str, str], notes: str = "") -> str:
-    """Return a page: title, verdict, how it was measured, contents, and sections by their titles."""
+def page(
+    title: str, rows: Sequence[dict[str, Any]], sections: Mapping[str, str], measured: Sequence[dict[str, Any]],
+    notes: str = "",
+) -> str:  # fmt: skip
+    """Return a page: title, verdict, how it was measured, contents, and sections by their titles.
+
+    rows: of the verdict. measured: rows as they were measured, which are those of all repetitions if they are pooled.
+    """
     sentences = [text for _, alike in tables(rows) if (text := verdict(alike))]
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(notes)}</p>" if notes else ""]
     parts += [f'<p class="verdict">{html.escape(text)}</p>' for text in sentences]
-    parts += [f'<p class="how">{html.escape(line)}</p>' for line in summary(rows)]
+    parts += [f'<p class="how">{html.escape(line)}</p>' for line in summary(measured)]
     ids = {name: re.sub(r"\W+", "-", name.lower()).strip("-") for name in sections}
     links = [f'<a href="#{ids[name]}">{html.escape(name)}</a>' for name in sections]
     parts.append(f"<nav>{''.join(links)}</nav>")

@@ -1,4 +1,4 @@
-"""What the numbers carry: which values are better beyond their intervals, and one sentence on the models."""
+"""Find the values that are better beyond their intervals, and put the comparison of the models into one sentence."""
 
 import math
 from collections.abc import Sequence

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_tdisent import processes
+from lightning_tdisent.distributed import rank_and_world
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.images import to_uint8
 from lightning_tdisent.sampling.denoiser import DenoiserProtocol
@@ -31,7 +32,7 @@ def block_size(shape: Sequence[int]) -> int:
     Kernels round differently for other batch sizes, so that it may depend on nothing but the shape. Small images need
     large blocks, in which the cost of a call counts less; large ones are fastest in blocks that fit the caches.
     """
-    return min(MOST, max(LEAST, 1 << math.ceil(math.log2(VALUES / math.prod(shape)))))
+    return min(MOST, 1 << math.ceil(math.log2(max(LEAST, VALUES / math.prod(shape)))))
 
 
 def sample(
@@ -60,8 +61,8 @@ def sample(
     given: observations (B, C', H, W) for a conditional model.
     known: masks (B, 1, H, W), see `Sampler.walk`.
     threads: blocks that are drawn at the same time on a CPU, each by a thread of its own with a copy of the modules;
-        the images are the same for any number. If not given, see `processes.threads`. Models whose experts are not all
-        in memory use one.
+        the images are the same for any number. If not given, this rank's share of `processes.threads`. Models whose
+        experts are not all in memory use one.
     progress: called after each step of each batch with the share of images that it has finished; these add up to the
         number of images.
 
@@ -98,7 +99,8 @@ def sample(
     batches = [range(i, min(i + size, len(seeds))) for i in range(0, len(seeds), size)]
     if not on_cpu or by_state or residency not in (None, "resident") or torch.is_autocast_enabled("cpu"):
         threads = 1  # a thread would not inherit autocast
-    threads = max(1, min(processes.threads() if threads is None else threads, len(batches)))
+    own = processes.threads() // rank_and_world()[1]  # ranks share the cores
+    threads = max(1, min(own if threads is None else threads, len(batches)))
     together = max(1, min(together, -(-len(batches) // threads)))
     done = _Shares(progress, len(sampler.rows(denoise.states)))
 
@@ -127,7 +129,7 @@ def _copies(denoise: DenoiserProtocol, count: int) -> list[DenoiserProtocol]:
     weights = {id(p): p for p in denoise.parameters()}
     try:
         return [copy.deepcopy(denoise, dict(weights)) for _ in range(count)]
-    except (TypeError, RuntimeError):
+    except Exception:  # whatever a module's own __deepcopy__ or __getstate__ raises
         return []
 
 

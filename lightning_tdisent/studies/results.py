@@ -31,7 +31,7 @@ from lightning_tdisent.evaluation.measured import Measured
 from lightning_tdisent.evaluation.observations import Observations
 from lightning_tdisent.evaluation.real_images import real_images, refuse_trained
 from lightning_tdisent.files import output_path, write_whole
-from lightning_tdisent.metrics.features import load_features
+from lightning_tdisent.metrics.features import SHIPPED, load_features
 from lightning_tdisent.metrics.lpips import LPIPS, load_lpips
 from lightning_tdisent.metrics.metric import PairedMetric
 from lightning_tdisent.metrics.network import FeatureNetwork
@@ -47,7 +47,6 @@ from lightning_tdisent.sampling.sampler import Sampler
 from lightning_tdisent.schemas import check_schema, parse_json
 
 FILE, RESULTS, SAMPLES = "study.json", "results.json", "samples.safetensors"
-SHIPPED_FOR = ("digits", "mnist", "cifar10")  # data sets of the shipped classifiers
 SCHEMA = 2  # of `FILE`; covers `RESULTS` and `SAMPLES` as well
 HELD_OUT = 1000  # default number of held-out images
 BOARDS = "fleets.html"  # status of the study's fleets at the end of their training
@@ -398,7 +397,8 @@ class Study:
             what = path if is_npz(path) else self.split
             remarks.append(f"the reference and the held-out images are both of {what}: their distance has no meaning")
         features = self._protocol.features
-        if features in SHIPPED_FOR and features not in Path(self.data).name.lower():
+        shipped = (SHIPPED / f"{features}.safetensors").exists()
+        if shipped and features not in os.path.basename(os.path.abspath(self.data)).lower():
             remarks.append(
                 f"the features are of a classifier of {features} and say little of other images; {self.data} is "
                 "another data set by its name: take Inception for it (fetch inception), or random to compare models"

@@ -148,8 +148,9 @@ def write_page(studies: Sequence[Study], path: Path) -> list[dict[str, Any]]:
     sections["Samples and pages of the trainings"] = _pictures(studies) + f"<ul>{links}</ul>"
     how = {folder: facts(own) for folder, own in kept.items()}
     sections["How these numbers were obtained"] = html_facts(how)
-    notes = f"Means and standard deviations of {len(studies)} trainings: {', '.join(kept)}."
-    write_whole(path, page(studies[0].title, rows, sections, notes).encode())
+    said = f"Means and standard deviations of {len(studies)} trainings: {', '.join(kept)}."
+    measured = [row for own in kept.values() for row in own]
+    write_whole(path, page(studies[0].title, rows, sections, measured, said).encode())
     return rows
 
 

@@ -150,7 +150,7 @@ def test_names_beyond_ascii_go_through_all_commands(images, tmp_path, capsys):
     assert main(["sample", str(made), "--out", str(tmp_path / "Muster ü 🐶"), "--seeds", "0:2"]) == 0
     assert main(["export", str(made), "--out", str(tmp_path / "Ausfuhr ü 🐶")]) == 0
     assert f"path: {set_}" in (run / "config.yaml").read_text(encoding="utf-8")
-    assert len(list((tmp_path / "Muster ü 🐶").iterdir())) == 2
+    assert len(list((tmp_path / "Muster ü 🐶").glob("*.png"))) == 2
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "a\udcffb"])

@@ -386,6 +386,8 @@ def test_repeats_of_a_study_are_means_with_their_spread(model, sets, digits, tmp
         page := (tmp_path / "all.html").read_text(encoding="utf-8")
     )
     assert page.count("data:image/svg") == 3
+    assert page.count('<p class="how">Measured 20') == 1
+    assert "did not record the command" not in page
     assert page.count("a row for each training, the same seeds") == 4  # of two models, caption and alternative text
     assert "5.0 ± 1.0" in (said := capsys.readouterr().out)
     for text in ("fd_digits of n=20: 64 features", "How these numbers were obtained", "&quot;seeds&quot;: [\n     2\n"):

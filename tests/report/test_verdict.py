@@ -1,4 +1,4 @@
-"""What the numbers carry: marks, the verdict, and one colour and label for each model."""
+"""Marks beyond intervals, the verdict, and one colour and label for each model."""
 
 import pytest
 
@@ -83,7 +83,7 @@ def test_a_model_has_one_colour_and_label_in_all_figures():
 
 def test_a_page_begins_with_the_verdict_and_has_contents():
     rows = [row("a <b>", 10.0), row("c", 12.0)]
-    text = page("title", rows, {"Numbers": html_table(rows, "caption"), "Are they copies?": "x"})
+    text = page("title", rows, {"Numbers": html_table(rows, "caption"), "Are they copies?": "x"}, rows)
     assert text.index("By fd_digits, a &lt;b&gt; (10) is ahead of c (12)") < text.index("<nav>")
     for anchor in ("numbers", "are-they-copies"):
         assert f'href="#{anchor}"' in text

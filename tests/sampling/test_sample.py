@@ -5,13 +5,14 @@ import threading
 import pytest
 import torch
 
+from lightning_tdisent import processes
 from lightning_tdisent.diffusion.objectives import V
 from lightning_tdisent.errors import NotFinite
 from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.networks.network import Network
 from lightning_tdisent.sampling.denoiser import Denoiser
 from lightning_tdisent.sampling.guidance import Guided
-from lightning_tdisent.sampling.sample import sample
+from lightning_tdisent.sampling.sample import block_size, sample
 from lightning_tdisent.sampling.sampler import DDIM, Ancestral
 
 
@@ -59,6 +60,23 @@ def test_a_network_that_keeps_its_input_is_copied_for_each_thread(states):
     assert set(network.threads) == {threading.get_ident()}  # the model itself was used by no other thread
 
 
+def test_threads_are_those_of_the_environment_or_all_cores_and_ranks_share_them(states, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
+    assert processes.threads() == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "0")
+    assert processes.threads() == 1
+    for other in ("", "many"):
+        monkeypatch.setenv("OMP_NUM_THREADS", other)
+        assert processes.threads() == processes.cores()
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    for world, expected in ((1, 3), (2, 2), (8, 1)):  # of three blocks
+        used = []
+        monkeypatch.setattr(f"{sample.__module__}.rank_and_world", lambda world=world: (0, world))
+        monkeypatch.setattr(f"{sample.__module__}._copies", lambda denoise, count, used=used: used.append(count))
+        drawn(Denoiser(Keeping([1, 8, 8]), V(), states).eval(), DDIM(), 300)
+        assert used == ([expected] if expected > 1 else [])
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_progress_adds_up_to_the_number_of_images_step_by_step(threads, model):
     told = []
@@ -90,3 +108,23 @@ def test_a_model_that_cannot_be_copied_is_used_by_one_thread(states):
     made = Denoiser(network, V(), states).eval()
     assert len(drawn(made, DDIM(), 300, threads=4)[0]) == 300
     assert set(network.threads) == {threading.get_ident()}
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ([1, 8, 8], 128),
+        ([1, 28, 28], 32),
+        ([3, 32, 32], 16),
+        ([3, 64, 64], 16),
+        ([3, 256, 256], 16),
+        ([3, 1024, 1024], 16),
+    ],
+)
+def test_a_block_of_any_shape_is_a_power_of_two_between_its_bounds(shape, size):
+    assert block_size(shape) == size
+
+
+def test_images_of_256_pixels_are_drawn(states):
+    images = torch.cat(list(sample(Denoiser(Keeping([1, 256, 256]), V(), states).eval(), DDIM(steps=1), range(2))))
+    assert images.shape == (2, 1, 256, 256)

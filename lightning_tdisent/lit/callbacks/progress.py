@@ -94,5 +94,8 @@ class StepProgress(ProgressBar):
             self._progress.close()
             self._progress = None
 
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:  # noqa: D102
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Remove the progress line, and append the reason to the log."""
+        if self._progress is not None:
+            self._progress.append(f"stopped: {type(exception).__name__}: {exception}")
         self.on_train_end(trainer, pl_module)

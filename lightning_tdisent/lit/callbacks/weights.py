@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -242,9 +243,10 @@ class Export(L.Callback):
     weights are written instead, with ``weights: start`` in the card, if their held-out error (mean over the rows owned)
     is below that of the average. The card has both errors.
 
-    brought: by a module to a trainer without this callback. The file is then written to the folder of the logger, which
-        is new for each training; without a logger to ``trainer.default_root_dir``, or, if that is the current folder,
-        as it is by default, not at all. Its path is printed. Otherwise it is always ``trainer.default_root_dir``.
+    brought: by a module to a trainer without this callback. The file is then written to the folder of a
+        TensorBoardLogger or CSVLogger, which is new for each training; without one to ``trainer.default_root_dir``, or,
+        if that is the current folder, as it is by default, not at all. Its path is printed. Otherwise it is always
+        ``trainer.default_root_dir``.
     """
 
     def __init__(self, brought: bool = False) -> None:
@@ -255,7 +257,8 @@ class Export(L.Callback):
         folder = Path(trainer.default_root_dir)
         if not self.brought:
             return folder / pl_module.file
-        folder = Path((trainer.log_dir if trainer.loggers else None) or folder)
+        own = isinstance(trainer.logger, TensorBoardLogger | CSVLogger)  # others have one folder for all trainings
+        folder = Path((trainer.log_dir if own else None) or folder)
         return folder / pl_module.file if folder.resolve() != Path.cwd() else None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
