@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: quickstart check test coverage test-ray test-slurm test-cuda faults lint docs bench clean
+.PHONY: quickstart check test coverage test-loggers test-ray test-slurm test-cuda faults lint docs bench clean
 CLUSTER ?= 1
 CUDA ?= 1
 .DELETE_ON_ERROR:
@@ -56,6 +56,12 @@ coverage: $(BIN)/.test
 test-ray: $(BIN)/.test
 	$(PIP) -e ".[ray]"
 	CLUSTER=$(CLUSTER) $(BIN)/python -m pytest tests/fleet/test_ray.py
+
+# W&B offline and MLflow, which are not installed otherwise
+test-loggers: $(BIN)/.test
+	@$(MAKE) --no-print-directory data/digits/train-0000.tar
+	$(PIP) wandb mlflow-skinny
+	$(BIN)/python -m pytest tests/lit/test_loggers.py
 
 # Debian's slurm-wlm and munge must be installed
 test-slurm: $(BIN)/.test

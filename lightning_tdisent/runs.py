@@ -22,6 +22,7 @@ except ImportError:  # not available on all systems
 
 # file and folder names in a run folder
 CONFIG, WEIGHTS, PRIOR, CURVE = "config.yaml", "model.safetensors", "prior.safetensors", "curve.json"
+METRICS = "metrics.jsonl"  # all that a training logs
 CHECKPOINTS, AVERAGES, PICTURES, LOG, LOCK = "checkpoints", "averages", "pictures", "log.txt", ".lock"
 NEWEST = "newest.json"  # in the checkpoint folder: names the last checkpoint
 _HELD: dict[str, "RunFolder"] = {}
@@ -153,7 +154,7 @@ class RunFolder:
         os.ftruncate(lock.fileno(), len(content))
 
     def _remove_files(self) -> None:
-        for litter in (self.path / LOCK, self.path / "hparams.yaml", *self.path.glob("events.out.tfevents.*")):
+        for litter in (self.path / LOCK, *self.path.glob("events.out.tfevents.*")):
             litter.unlink(missing_ok=True)
         for folder in (self.path / CHECKPOINTS, self.path):
             with contextlib.suppress(OSError):  # not empty: it holds other files

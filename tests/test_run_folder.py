@@ -106,7 +106,7 @@ def test_a_folder_that_is_moved_or_replaced_is_noticed_and_left_alone(instead, o
         if instead != "nothing":
             folder.mkdir()
         if instead == "a run":
-            (folder / "hparams.yaml").write_text("{}", encoding="utf-8")
+            (folder / "notes.yaml").write_text("{}", encoding="utf-8")
             (folder / LOCK).write_text("process 1 on elsewhere", encoding="utf-8")
         if instead == "a held run":
             other(folder)

@@ -1,12 +1,13 @@
 """Strips of images that show the forward and reverse process of a denoiser, and PNG files."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lightning_tdisent.diffusion.process import noise
@@ -62,6 +63,19 @@ def reverse_strip(
     walk = sampler.walk(denoise, seeds, given=given)
     strip = [(s, to_uint8(shown(states, x, s)).cpu()) for s, x, _ in walk if s in keep]
     return torch.stack([x for _, x in strip], 1), [s for s, _ in strip]
+
+
+def captioned(picture: Tensor, caption: str) -> Tensor:
+    """Return a uint8 picture (C, H, W) of one or three channels with lines of text below it, RGB, at least 480 wide."""
+    picture = picture.expand(3, -1, -1)
+    width = max(480, picture.shape[2])
+    font, text = ImageFont.load_default(size=18), "\n".join(textwrap.wrap(caption, width // 9))
+    below = Image.new("RGB", (width, 23 * (text.count("\n") + 1) + 8), "white")
+    ImageDraw.Draw(below).multiline_text((2, 2), text, fill="black", font=font)
+    out = torch.full((3, picture.shape[1] + below.height, width), 255, dtype=torch.uint8)
+    out[:, : picture.shape[1], : picture.shape[2]] = picture
+    out[:, picture.shape[1] :] = torch.from_numpy(np.array(below)).permute(2, 0, 1)
+    return out
 
 
 def png(picture: Tensor) -> bytes:

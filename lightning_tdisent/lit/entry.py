@@ -19,7 +19,6 @@ import lightning.pytorch as L
 import yaml
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -30,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_tdisent.diffusion import components, objectives, operators, schedules, spaces  # noqa: F401
 from lightning_tdisent.diffusion.spec import said
 from lightning_tdisent.errors import InputError, check_number
-from lightning_tdisent.files import absolute_paths, ask_guards, expand_all, output_path, refuse_link, typed
+from lightning_tdisent.files import absolute_paths, expand_all, output_path, refuse_link, typed
 from lightning_tdisent.lit import datamodule, inference, modules, prior  # noqa: F401
 from lightning_tdisent.lit.callbacks import pictures, quality  # noqa: F401
 from lightning_tdisent.lit.callbacks.checkpoint import Checkpoint
@@ -41,6 +40,7 @@ from lightning_tdisent.lit.callbacks.weights import EMA, Export
 from lightning_tdisent.lit.checkpoints import DurableIO, resolve
 from lightning_tdisent.lit.command_line import LINE, UNRESOLVED, Parser, check_yaml, config_files, configs_first
 from lightning_tdisent.lit.explain import HERE, explain_interpolation
+from lightning_tdisent.lit.loggers import MetricsFile, TensorBoard
 from lightning_tdisent.lit.resume import (
     check_config,
     find_checkpoint,
@@ -56,7 +56,17 @@ from lightning_tdisent.models.prior_files import read_prior_card
 from lightning_tdisent.networks import dit, unet  # noqa: F401
 from lightning_tdisent.priors import flow, gaussian, mixture  # noqa: F401
 from lightning_tdisent.processes import imported
-from lightning_tdisent.runs import CHECKPOINTS, CONFIG, PRIOR, WEIGHTS, RunFolder, checkpoints_in, held, new_identity
+from lightning_tdisent.runs import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    PRIOR,
+    WEIGHTS,
+    RunFolder,
+    checkpoints_in,
+    held,
+    new_identity,
+)
 from lightning_tdisent.sampling import sampler  # noqa: F401
 
 # of the running command, per thread: the locks it holds until it ends
@@ -226,9 +236,15 @@ class CLI(LightningCLI):
         if options["logger"] in (None, True):
             place = held(run)
             suffix = f".{place.run}" if place and place.run else ""
-            logger = _Logger(run, "", "", default_hp_metric=False, purge_step=self.purge_step, filename_suffix=suffix)
-            refuse_link(Path(run) / logger.NAME_HPARAMS_FILE)  # the logger would follow a link
-            kwargs.setdefault("logger", logger)
+            logger: Any = TensorBoard(
+                run, "", "", default_hp_metric=False, purge_step=self.purge_step, filename_suffix=suffix
+            )
+        else:
+            logger = options["logger"] or []
+        theirs = logger if isinstance(logger, list) else [logger]
+        refuse_link(Path(run) / METRICS)
+        until = self.purge_step if (Path(run) / CONFIG).exists() else -1
+        kwargs.setdefault("logger", [*theirs, MetricsFile(run, until)])
         if not options["profiler"]:
             kwargs.setdefault("profiler", Unprofiled())
         plugins = options["plugins"] or []
@@ -303,16 +319,6 @@ class Unprofiled(PassThroughProfiler):
     def profile(self, action_name: str) -> Any:
         """Do nothing."""
         return self._nothing
-
-
-class _Logger(TensorBoardLogger):
-    """TensorBoard logger that writes only while this process holds the run folder."""
-
-    @property
-    def experiment(self) -> Any:
-        """Return the event writer; raise Lost if this process has lost the run folder."""
-        ask_guards(Path(self.log_dir) / "events", quick=True)
-        return super().experiment
 
 
 def parse(argv: Sequence[str]) -> CLI:

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import absolute_paths, write_whole
 from lightning_tdisent.lit.command_line import COMMANDS, UNRESOLVED
+from lightning_tdisent.lit.loggers import flat
 from lightning_tdisent.lit.resume import header
 from lightning_tdisent.runs import CONFIG, held
 
@@ -38,12 +39,18 @@ class SaveConfig(SaveConfigCallback):
         return kept
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the config before the first step."""
+        """Write the config before the first step, and give it to the loggers as hyperparameters."""
         if trainer.is_global_zero and not trainer.fast_dev_run:
             kept = self._resolved(trainer)
+            for logger in trainer.loggers:
+                logger.log_hyperparams(flat({key: kept[key] for key in kept if key not in _NO_HYPERPARAMETERS}))
             # a large width keeps each key on one line
             text = yaml.dump(kept, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10**6)
             write_whole(Path(trainer.default_root_dir) / CONFIG, (header() + text).encode())
+
+
+# what moves no weight, and what names this training
+_NO_HYPERPARAMETERS = ("id", "ckpt_path", "resume", "round", "checkpoint", "guard", "losses", "weights_only", "verbose")
 
 
 class Dumper(yaml.SafeDumper):

@@ -6,7 +6,7 @@ import io
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -18,12 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
+from lightning_tdisent import curves
 from lightning_tdisent.evaluation.pictures import png
 from lightning_tdisent.metrics.features import known_features
 from lightning_tdisent.metrics.likelihood import BOUND
 from lightning_tdisent.metrics.registry import columns, columns_of
 from lightning_tdisent.report.palette import COLOURS, Palette, group_of
-from lightning_tdisent.runs import identity_of
+from lightning_tdisent.runs import METRICS, identity_of
 
 BPD_TERMS = BOUND.key(part="terms")
 STYLE: Any = {
@@ -226,11 +227,14 @@ def diffusion_time(rows: Sequence[dict[str, Any]]) -> str:
     return drawing(figure, "How much diffusion time is enough: quality and likelihood of one model, cut off at a row.")
 
 
-def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Return the scalars of a run's event files by tag, as (images seen, value).
+def read_curves(folder: Path) -> Mapping[str, Sequence[tuple[float, float]]]:
+    """Return what a run logged by name, as (images seen, value), from its ``metrics.jsonl``.
 
-    If a folder has event files of several runs, only those are read whose names end with the id of its ``config.yaml``.
+    Runs of versions before that file are read from their event files. If a folder has event files of several runs, only
+    those are read whose names end with the id of its ``config.yaml``.
     """
+    if (folder / METRICS).exists():
+        return curves.read(folder)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns about every resumed run
@@ -258,9 +262,9 @@ def _own_events(folder: Path) -> Iterator[Path]:
 
 def training_curves(folders: dict[str, Path], palette: Palette) -> str:
     """Draw training loss and, if it was measured, a distance against images seen by the job."""
-    curves = {name: read_curves(folder) for name, folder in folders.items()}
+    logged = {name: read_curves(folder) for name, folder in folders.items()}
     distances = [key for name in known_features() for key, column in columns(name).items() if column.distance]
-    drawn = [tag for key in distances for c in curves.values() for tag in c if tag.split("/")[:2] == ["quality", key]]
+    drawn = [tag for key in distances for c in logged.values() for tag in c if tag.split("/")[:2] == ["quality", key]]
     distance = sorted(dict.fromkeys(drawn), key=lambda tag: -drawn.count(tag))[
         :1
     ]  # one protocol: others are not comparable
@@ -268,7 +272,7 @@ def training_curves(folders: dict[str, Path], palette: Palette) -> str:
         figure = Figure((9, 3.2))
         axes = figure.subplots(1, 2)
         groups: dict[str, list[str]] = {}
-        for name in curves:
+        for name in logged:
             groups.setdefault(group_of(name), []).append(name)
         for group, names in groups.items():
             style: dict[str, Any] = {
@@ -277,10 +281,10 @@ def training_curves(folders: dict[str, Path], palette: Palette) -> str:
             }
             for i, name in enumerate(names):
                 label = name if len(names) == 1 else f"{group} ({len(names)} jobs)" if i == 0 else None
-                points = curves[name].get("train/loss", [])
+                points = logged[name].get("train/loss", [])
                 axes[0].plot([x for x, _ in points], [y for _, y in points], label=label, **style)
                 for tag in distance:
-                    if points := curves[name].get(tag, []):
+                    if points := logged[name].get(tag, []):
                         axes[1].plot([x for x, _ in points], [y for _, y in points], "o-", ms=4, **style)
         axes[0].set(yscale="log", xlabel="images seen by the job", title="training loss (of each job's states)")
         axes[1].set(

@@ -81,7 +81,7 @@ def test_a_training_whose_folder_goes_ends_and_writes_nothing_into_what_lies_the
         shutil.rmtree(away)
     if what == "replaced":
         run.mkdir()
-        (run / "hparams.yaml").write_text("mine: 1", encoding="utf-8")
+        (run / "notes.yaml").write_text("mine: 1", encoding="utf-8")
         (run / "checkpoints").mkdir()
         (run / "checkpoints" / name_of(3)).write_bytes(b"mine")
     if what == "taken":

@@ -203,7 +203,7 @@ def test_what_is_no_plain_file_of_one_name_is_not_appended_to(kind, tmp_path, pr
 # commands
 
 
-@pytest.mark.parametrize("name", [".lock", "hparams.yaml"])
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl"])
 def test_a_run_folder_with_a_link_in_the_place_of_a_file_is_refused_in_one_line(name, tmp_path, precious, capsys):
     run = tmp_path / "run"
     run.mkdir()

@@ -26,6 +26,7 @@ from lightning_tdisent.runs import checkpoints_in
 LENGTH, VALIDATE, EVERY = 50, 20, 10  # an epoch has 46 steps
 OFTEN = [f"--trainer.val_check_interval={VALIDATE}", f"--checkpoint.every={EVERY}"]
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
+SPEED = "train/images_per_second"  # differs from run to run
 
 
 def children(pid):
@@ -72,9 +73,9 @@ def trained(run):
 
 
 def curves(run):
-    """Return every scalar of a run as TensorBoard shows it: name -> [(images seen, value)]."""
+    """Return every scalar of a run but the speed as TensorBoard shows it: name -> [(images seen, value)]."""
     events = EventAccumulator(str(run), {"scalars": 0}).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag != SPEED}
 
 
 def same_end(run, other):

@@ -93,7 +93,7 @@ class Memory(Logger):
         self.logged = []
 
     def log_metrics(self, metrics, step=None):
-        self.logged.append((step, dict(metrics)))
+        self.logged.append((step, {name: v for name, v in metrics.items() if name != "train/images_per_second"}))
 
     def log_hyperparams(self, *_, **__):
         pass

@@ -121,7 +121,11 @@ def contents(folder):
         "card": {
             k: v for k, v in vars(load_expert(folder / "model.safetensors")[1]).items() if k not in ("seconds", "run")
         },
-        "curves": {tag: [(e.step, e.value) for e in curves.Scalars(tag)] for tag in curves.Tags()["scalars"]},
+        "curves": {
+            tag: [(e.step, e.value) for e in curves.Scalars(tag)]
+            for tag in curves.Tags()["scalars"]
+            if "per_second" not in tag
+        },
         "pictures": {p.name: p.read_bytes() for p in sorted((folder / "pictures").glob("*"))},
     }
 

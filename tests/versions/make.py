@@ -103,7 +103,7 @@ def make(out: Path, work: Path) -> None:
     build([str(out / "train-0000.tar")]).save(out / "train.index.safetensors")
     images = torch.arange(128, dtype=torch.uint8).view(2, 1, 8, 8)
     Observations.of(Inpainting(), images, torch.arange(2)).save(out / "observations.safetensors")
-    for litter in [*out.glob("run/events*"), *out.glob("run/hparams.yaml"), *out.rglob(".lock"), *out.rglob("*.html")]:
+    for litter in [*out.glob("run/events*"), *out.glob("run/metrics.jsonl"), *out.rglob(".lock"), *out.rglob("*.html")]:
         litter.unlink()
     for file in [*out.rglob("*.json"), *out.rglob("*.yaml")]:  # nothing of the machine
         text = file.read_text(encoding="utf-8").replace(f"{ROOT}/", "").replace(lease.me()["host"], "machine")

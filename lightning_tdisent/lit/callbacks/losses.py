@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from typing import Any
 
 import lightning.pytorch as L
@@ -18,6 +19,9 @@ from lightning_tdisent.sampling.sampler import probe_rows
 class LossPerState(Logs):
     """Log ``train/loss``, the mean loss per state, and the norm of the gradient.
 
+    ``train/lr`` is the learning rate of the next step, ``train/epoch`` the share of the training data seen, and
+    ``train/images_per_second`` the speed since the last log point, without validations and pictures.
+
     Between two log points nothing is copied from the device, and ``self.log``, which takes half a millisecond per
     step, is not used. These curves contain only the finite losses of rank 0; validation is exact over all ranks. The
     x-axis is images seen. A resumed run continues the sums of its checkpoint. On a single rank callbacks can monitor
@@ -26,12 +30,13 @@ class LossPerState(Logs):
     bins: largest number of curves; more states are grouped into this many bins.
     """
 
-    def __init__(self, bins: int = 32) -> None:
+    def __init__(self, bins: int = 8) -> None:
         check_number("losses.bins", bins, 1, whole=True)
         self.bins = bins
         self.last: tuple[int, dict[str, float]] = (0, {})
         self.sums = torch.zeros(2, 0)
         self._restored: dict[str, Any] | None = None
+        self._since, self._paused = (0.0, 0), 0.0
         self.lacking = False  # whether the module returns no losses per sample
 
     def _named(self, module: Diffusion) -> list[str]:
@@ -48,6 +53,7 @@ class LossPerState(Logs):
         self.bin_of = torch.searchsorted(ends, torch.arange(int(ends[-1]) + 1)).to(pl_module.device)
         self.names = self._named(pl_module)
         self.logged = trainer.global_step
+        self._since = time.perf_counter(), pl_module.images_seen
         self.sums = torch.zeros(2, len(ends), device=pl_module.device)
         if self._restored is not None and self._restored["sums"].shape == self.sums.shape:  # ``bins`` may have changed
             self.sums, self.last = self._restored["sums"].to(pl_module.device), self._restored["last"]
@@ -58,7 +64,16 @@ class LossPerState(Logs):
             charts = {kind: ["Multiline", [f"{kind}/t.*"]] for kind in ("train_loss", "val_eps_mse", "val_x0_mse")}
             trainer.logger.experiment.add_custom_scalars({"by state": charts})
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], *_: Any) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Diffusion) -> None:  # noqa: D102
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Diffusion) -> None:
+        """Leave the time of the validation out of the speed."""
+        self._since = self._since[0] + time.perf_counter() - self._paused, self._since[1]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Diffusion, outputs: dict[str, Tensor], batch: Any, batch_idx: int
+    ) -> None:
         """Add the losses to the sums; at a log point read, log and reset them.
 
         Print a note at the first step if a ``training_step`` of the user returns no losses per sample.
@@ -88,14 +103,22 @@ class LossPerState(Logs):
             values["train/loss"] = sum(total) / sum(count)
         if not pl_module.skipped:
             values["train/gradient_norm"] = float(pl_module.gradient_norm)
-        self._log(trainer, pl_module.images_seen, values)
+        values |= {f"train/lr{i or ''}": float(lr) for i, lr in enumerate(_learning_rates(trainer))}
+        values["train/epoch"] = trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches
+        now, (then, seen) = time.perf_counter(), self._since
+        self._since = now, pl_module.images_seen
+        speed = {"train/images_per_second": (pl_module.images_seen - seen) / (now - then)}
+        self._log(trainer, pl_module.images_seen, values, speed)
 
-    def _log(self, trainer: L.Trainer, images_seen: int, values: dict[str, float]) -> None:
+    def _log(
+        self, trainer: L.Trainer, images_seen: int, values: dict[str, float], speed: dict[str, float] | None = None
+    ) -> None:
+        """Log values; the speed is not kept in `last`, which checkpoints hold, since it differs from run to run."""
         self.last = (images_seen, values)
         if trainer.world_size == 1:  # a monitored value must be equal on all ranks
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
-            logger.log_metrics(values, images_seen)
+            logger.log_metrics(values | (speed or {}), images_seen)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums since the last log point, and the values logged there."""
@@ -104,3 +127,7 @@ class LossPerState(Logs):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the stored sums until training starts."""
         self._restored = state_dict
+
+
+def _learning_rates(trainer: L.Trainer) -> list[float]:
+    return [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]

@@ -1,21 +1,23 @@
 """Pictures during training from fixed seeds and images, made by the same code as those of reports."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_tdisent.diffusion.table import Table
 from lightning_tdisent.errors import InputError, NotFinite, check_number
 from lightning_tdisent.evaluation.observations import observed
 from lightning_tdisent.evaluation.pictures import estimate_strip, forward_strip, reverse_strip, save_png, shown
 from lightning_tdisent.finite import refuse_non_finite
-from lightning_tdisent.images import grid, to_uint8
+from lightning_tdisent.images import grid, to_uint8, zoomed
 from lightning_tdisent.lit.inference import DenoiserModule
+from lightning_tdisent.lit.loggers import log_picture
 from lightning_tdisent.lit.preflight import Rehearsed
 from lightning_tdisent.lit.prior import PriorModule
 from lightning_tdisent.runs import PICTURES
@@ -62,23 +64,29 @@ class Pictures(Rehearsed):
         denoiser, data = pl_module.denoiser, trainer.datamodule.held_out
         rows = probe_rows(pl_module.rows)
         strip = forward_strip(denoiser, data.images[: self.strips], rows)
-        self._show(trainer, "forward_strip", strip.flatten(0, 1), strip.shape[1])
+        caption = f"Each line: a held-out image, and its noisy state at {_listed(denoiser.states, rows)}."
+        self._show(trainer, "forward_strip", strip.flatten(0, 1), caption, strip.shape[1])
         seeds = range(self.first_seed, self.first_seed + self.samples)
         if isinstance(pl_module, PriorModule):
             states = pl_module.prior.sample(seeds, int(denoiser.states.index[rows[-1]]))
             refuse_non_finite("the prior", {"its samples": states})
-            self._show(trainer, "samples", to_uint8(shown(denoiser.states, states, rows[-1])))
+            caption = f"States of seeds {seeds[0]}..{seeds[-1]}, from which chains start at row {rows[-1]}."
+            self._show(trainer, "samples", to_uint8(shown(denoiser.states, states, rows[-1])), caption)
         elif pl_module.whole:
             given = observed(denoiser.states, data.images, len(seeds))
-            self._show(
-                trainer, "samples", torch.cat(list(sample(denoiser, pl_module.sampler, seeds, given=given))).cpu()
-            )
+            images = torch.cat(list(sample(denoiser, pl_module.sampler, seeds, given=given))).cpu()
+            caption = f"Samples of seeds {seeds[0]}..{seeds[-1]} by {type(pl_module.sampler).__name__}."
+            self._show(trainer, "samples", images, caption)
             some = None if given is None else given[: self.strips]
-            strip, _ = reverse_strip(denoiser, pl_module.sampler, seeds[: self.strips], given=some)
-            self._show(trainer, "reverse_strip", strip.flatten(0, 1), strip.shape[1])
+            strip, shown_rows = reverse_strip(denoiser, pl_module.sampler, seeds[: self.strips], given=some)
+            caption = (
+                f"Each line: the states of a sample from noise to image, at {_listed(denoiser.states, shown_rows)}."
+            )
+            self._show(trainer, "reverse_strip", strip.flatten(0, 1), caption, strip.shape[1])
         else:
             triple = estimate_strip(denoiser, data.images[: self.strips], rows[-1])
-            self._show(trainer, "estimate", triple.flatten(0, 1), 3)
+            caption = f"Each line: a held-out image, its noisy state at row {rows[-1]}, and x0_hat of that state."
+            self._show(trainer, "estimate", triple.flatten(0, 1), caption, 3)
 
     def rehearse(self, trainer: L.Trainer, module: DenoiserModule, images: Tensor | None) -> None:
         """Draw the pictures of two images without logging or writing them."""
@@ -100,12 +108,16 @@ class Pictures(Rehearsed):
             return self.strips
         return (self.samples + self.strips) * len(module.sampler.rows(module.denoiser.states))
 
-    def _show(self, trainer: L.Trainer, name: str, images: Tensor, columns: int = 16) -> None:
-        picture, step = grid(images, columns), trainer.global_step
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(name, picture, trainer.lightning_module.images_seen)
-        save_png(picture, Path(trainer.default_root_dir) / PICTURES / f"{name}_{step:07d}.png")
+    def _show(self, trainer: L.Trainer, name: str, images: Tensor, caption: str, columns: int = 16) -> None:
+        step = trainer.global_step
+        seen: Any = trainer.lightning_module.images_seen
+        log_picture(trainer.loggers, name, grid(zoomed(images), columns), caption, seen)
+        save_png(grid(images, columns), Path(trainer.default_root_dir) / PICTURES / f"{name}_{step:07d}.png")
+
+
+def _listed(states: Table, rows: Sequence[int]) -> str:
+    """Return rows with their times: ``rows 1 (t=0031), 8 (t=0249)``; row 0 is the image."""
+    return "rows " + ", ".join(f"{s} (t={int(states.index[s]):04d})" if s else "0 (image)" for s in rows)
 
 
 class WriteImages(BasePredictionWriter):
