@@ -6,8 +6,9 @@ Both go to stderr, so that they do not mix with the output of a command, which g
 import contextlib
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -81,6 +82,11 @@ class Progress:
             self._task = self._bar.add_task(self.text, total=self.total, completed=self.done, extra="")
             self._bar.start()
 
+    @property
+    def drawn(self) -> bool:
+        """Whether a bar is shown."""
+        return self._bar is not None
+
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
@@ -138,6 +144,27 @@ class Progress:
         words = [self._extra, f"{speed} {self._unit}/s" if self._unit else ""]
         words.append(f"eta {_minutes((self.total - self.done) / rate)}" if self.total else "")
         return "  ".join(filter(None, words))
+
+
+@contextlib.contextmanager
+def working(text: str, every: float = EVERY) -> Iterator[None]:
+    """Show that a piece of work goes on whose share is not known: a moving bar, or a line with the time spent."""
+    ended, began = threading.Event(), time.monotonic()
+
+    def say(progress: Progress) -> None:
+        while not ended.wait(every):
+            print(f"{progress.text}: {_minutes(time.monotonic() - began)}", file=sys.stderr, flush=True)
+
+    with Progress(text) as progress:
+        lines = threading.Thread(target=say, args=(progress,), daemon=True)
+        if not progress.drawn:  # a bar moves by itself
+            lines.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if not progress.drawn:
+                lines.join()
 
 
 def _same_file(stream: TextIO, path: Path | None) -> bool:

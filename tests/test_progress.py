@@ -4,8 +4,12 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 
-from lightning_tdisent.progress import Progress
+import pytest
+
+from lightning_tdisent.progress import Progress, working
 
 
 class Clock:
@@ -38,6 +42,18 @@ def test_the_rate_is_of_what_was_done_now_and_each_piece_of_work_has_its_own(cap
         progress.update(4000, 8000)
     said = capsys.readouterr().err.splitlines()
     assert said == ["step 950/1,000  loss 0.291  eta 0:05", "errors 2", "errors 4,000/8,000  eta 0:10"]
+
+
+def test_work_of_unknown_length_says_that_it_goes_on(capsys):
+    with working("fit Mixture", every=0.05):
+        time.sleep(0.28)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 5
+    assert {*lines} == {"fit Mixture: 0:00"}
+    before = threading.active_count()
+    with pytest.raises(KeyError), working("fit", every=60):
+        raise KeyError  # ends at once, without waiting for the next line
+    assert threading.active_count() == before
 
 
 def test_the_log_has_the_lines_and_stderr_does_not_get_them_twice(tmp_path, capsys):

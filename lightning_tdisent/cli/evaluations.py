@@ -189,17 +189,16 @@ def _report(a: argparse.Namespace) -> None:
 
 def _print_pooled(studies: Sequence["Study"], out: Path) -> None:
     """Write the page of studies that differ in their seeds, and print its tables and notes."""
-    from lightning_tdisent.report.table import WideTable, costs, table, tables
+    from lightning_tdisent.report.table import printed, tables
     from lightning_tdisent.report.verdict import verdict
     from lightning_tdisent.studies.seeds import notes_of, write_page
 
     rows = write_page(studies, out)
-    for line, alike in tables(rows):
+    for _, alike in tables(rows):
         if text := verdict(alike):
             print(text)
-        wide_console(1000).print(WideTable(line, table(alike)), highlight=False)
-    if len(cost := costs(rows)) > 1:
-        wide_console(1000).print(WideTable("what it cost", cost), highlight=False)
+    for shown in printed(rows):
+        wide_console(1000).print(shown, highlight=False)
     for line in notes_of({str(study.folder): study.rows for study in studies}, rows):
         print(f"note: {line}")
     print(f"report: {out}")

@@ -11,6 +11,7 @@ from lightning_tdisent.cli.options import part_entry
 from lightning_tdisent.cli.terminal import DEVICE, Commands, command, use_device
 from lightning_tdisent.cli.trainings import open_fleet
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.progress import working
 from lightning_tdisent.runs import CONFIG, PRIOR
 
 
@@ -165,7 +166,9 @@ def _merge(a: argparse.Namespace, files: list[Path]) -> None:
     if a.merge_data:
         data = load(a.merge_data, a.merge_split, shape[0], a.n, side_of(shape), spread=True)
     weights, blocks = _numbers(a.merge_weights, float), _numbers(a.merge_blocks, int)
-    for one in merge(files, a.out, a.merge, weights, blocks, data, a.device):
+    with working("merge"):
+        merged = merge(files, a.out, a.merge, weights, blocks, data, a.device)
+    for one in merged:
         cost = f", error of its steps {one.errors[0]:.4g} -> {one.errors[1]:.4g}" if one.errors else ""
         print(f"rows {one.rows[0]}..{one.rows[-1]}: weights {', '.join(f'{w:.3f}' for w in one.weights)}{cost}")
     print(f"{len(files)} experts merged to {a.merge} in {a.out}")
@@ -182,7 +185,9 @@ def _numbers(text: str, kind: type) -> Any:
 def _export(a: argparse.Namespace) -> None:
     from lightning_tdisent.models.export import export
 
-    print(f"{a.model} exported to {export(a.model, a.out, a.format)}; its README.md says how to load it")
+    with working("export"):
+        folder = export(a.model, a.out, a.format)
+    print(f"{a.model} exported to {folder}; its README.md says how to load it")
 
 
 def _prior(a: argparse.Namespace) -> None:
@@ -210,10 +215,11 @@ def fit_and_save(
     from lightning_tdisent.models.prior_files import fit_to, save_prior
 
     use_device("cpu")
-    print(f"fitting {part['class_path'].rpartition('.')[2]} to the images of {data}", file=sys.stderr, flush=True)
-    prior, fitted = fit_to(model, at, part, data, split, n, label)
-    save_prior(out / PRIOR, prior, fitted)
     name = part["class_path"].rpartition(".")[2]
+    print(f"fitting {name} to the images of {data}", file=sys.stderr, flush=True)
+    with working(f"fit {name}"):
+        prior, fitted = fit_to(model, at, part, data, split, n, label)
+    save_prior(out / PRIOR, prior, fitted)
     of = "" if label is None else f" of class {label}"
     print(f"{name} at row {fitted.row} (index {fitted.index}), {fitted.n:,} images{of}: {out / PRIOR}")
     for note in fitted.notes:

@@ -37,7 +37,10 @@ class Constant(Weight):
 
 
 class MinSNR(Weight):
-    """Weight min(SNR, gamma) on the x0 error (2303.09556, eq. 7); gamma must be positive."""
+    """Weight min(SNR, gamma) on the x0 error (2303.09556, eq. 7).
+
+    gamma: largest weight, above 0; raises InputError otherwise.
+    """
 
     def __init__(self, gamma: float = 5.0) -> None:
         if gamma <= 0:
@@ -52,7 +55,7 @@ class MinSNR(Weight):
 class P2(Weight):
     """Weight 1/(k + SNR)^gamma on the eps error, so SNR/(k + SNR)^gamma on x0 (2204.00227, eq. 8).
 
-    k: above 0; raises InputError otherwise.
+    k: offset of the SNR, above 0; raises InputError otherwise. gamma: exponent; 0 weights the eps error alike.
     """
 
     def __init__(self, k: float = 1.0, gamma: float = 1.0) -> None:

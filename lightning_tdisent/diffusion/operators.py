@@ -90,7 +90,10 @@ class Inpainting(Operator):
 
 
 class SuperResolution(Operator):
-    """Replace every factor x factor block by its mean; the image keeps its size."""
+    """Replace every factor x factor block by its mean; the image keeps its size.
+
+    factor: side of a block, at least 2.
+    """
 
     def __init__(self, factor: int = 4) -> None:
         if factor < 2:

@@ -97,7 +97,10 @@ class _Betas(NoiseSchedule):
 
 
 class Linear(_Betas):
-    """Betas linear in t: beta_1 = beta_start .. beta_T = beta_end (DDPM, 2006.11239, section 4)."""
+    """Betas linear in t: beta_1 = beta_start .. beta_T = beta_end (DDPM, 2006.11239, section 4).
+
+    beta_start: variance added at t = 1, above 0. beta_end: variance added at t = T, below 1.
+    """
 
     def __init__(
         self, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, zero_terminal: bool = False
@@ -114,6 +117,8 @@ class ScaledLinear(_Betas):
 
     Stable Diffusion 1 and 2 use beta_start 0.00085, beta_end 0.012; the signal at T is then 0.068, above the default
     ``terminal_bound`` of `LatentStates`.
+
+    beta_start: variance added at t = 1, above 0. beta_end: variance added at t = T, below 1.
     """
 
     def __init__(
@@ -182,7 +187,10 @@ class Sigmoid(NoiseSchedule):
 
 
 class LogLinear(NoiseSchedule):
-    """log-SNR linear in t, from ``high`` at t = 1 to ``low`` at t = T: the curves of 2207.09786, with eps = 1/T."""
+    """log-SNR linear in t, from ``high`` at t = 1 to ``low`` at t = T: the curves of 2207.09786, with eps = 1/T.
+
+    high: log-SNR at t = 1. low: log-SNR at t = T, below ``high``.
+    """
 
     def __init__(self, T: int = 1000, high: float = 10.0, low: float = -10.0, zero_terminal: bool = False) -> None:
         super().__init__(T, zero_terminal)
@@ -199,8 +207,9 @@ class LogLinear(NoiseSchedule):
 class Geometric(LogLinear):
     """Deviations growing geometrically, sigma_t = min (max/min)^((t-1)/(T-1)) (VE, 2011.13456, eq. 9).
 
-    This is the variance-preserving process x / sqrt(1 + sigma^2) of equal SNR, alpha_bar = 1/(1 + sigma^2). Requires 0
-    < sigma_min < sigma_max.
+    This is the variance-preserving process x / sqrt(1 + sigma^2) of equal SNR, alpha_bar = 1/(1 + sigma^2).
+
+    sigma_min: deviation of the noise at t = 1, above 0. sigma_max: deviation at t = T, above ``sigma_min``.
     """
 
     def __init__(
@@ -213,7 +222,10 @@ class Geometric(LogLinear):
 
 
 class VarianceExploding(Geometric):
-    """x_t = x_0 + sigma_t eps with the deviations of `Geometric` (VE, 2011.13456, eq. 9): a = 1, b = sigma."""
+    """x_t = x_0 + sigma_t eps with the deviations of `Geometric` (VE, 2011.13456, eq. 9): a = 1, b = sigma.
+
+    sigma_min: deviation of the noise at t = 1, above 0. sigma_max: deviation at t = T, above ``sigma_min``.
+    """
 
     def __init__(self, T: int = 1000, sigma_min: float = 0.005, sigma_max: float = 110.0) -> None:
         super().__init__(T, sigma_min, sigma_max)

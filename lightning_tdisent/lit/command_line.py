@@ -1,6 +1,9 @@
 """Words and config files of the command line, and the parser that explains its errors."""
 
 import contextlib
+import functools
+import inspect
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -41,6 +44,15 @@ class Parser(LightningArgumentParser):
             args = [self._as_typed(word) if "None" in word else word for word in args]
         return super().parse_args(args, *rest, **options)
 
+    def add_class_arguments(self, class_type: type, *rest: Any, **options: Any) -> list[str]:
+        """Add the arguments of a class, with the sentences of its docstring as their help."""
+        added: list[str] = super().add_class_arguments(class_type, *rest, **options)
+        texts = sentences(class_type)
+        for action in self._actions:
+            if action.dest in added and not action.help and (text := texts.get(action.dest.rpartition(".")[2])):
+                action.help = text.replace("%", "%%").replace("`", "")
+        return added
+
     def dump(self, *args: Any, **options: Any) -> Any:
         """Dump the config; remember the one in which jsonargparse is about to replace ``${oc.env:..}``."""
         text = super().dump(*args, **options)
@@ -57,6 +69,22 @@ class Parser(LightningArgumentParser):
                     if str(yaml.safe_load(typed)) == value:
                         return f"{key}={typed}"
         return word
+
+
+@functools.cache
+def sentences(cls: type) -> dict[str, str]:
+    """Return what the docstrings of a class and its bases say of each argument, as ``name: text`` or ``a, b: text``."""
+    out: dict[str, str] = {}
+    for base in cls.__mro__[:-1]:
+        own = [name for name in inspect.signature(base).parameters if not name.startswith("_")]
+        doc, names = inspect.cleandoc(vars(base).get("__doc__") or ""), "|".join(map(re.escape, own))
+        head = rf"(?m)(?:^|(?<=[;.] )|(?<=, ))((?:{names})(?:, (?:{names}))*):\s"
+        found = [*re.finditer(head, doc)] if own else []
+        for match, after in itertools.zip_longest(found, found[1:]):
+            text = doc[match.end() : after.start() if after else None].partition("\n\n")[0]
+            for name in match[1].split(", "):
+                out.setdefault(name, " ".join(text.split()).rstrip(";,. "))
+    return out
 
 
 def typed_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:

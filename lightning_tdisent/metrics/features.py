@@ -113,6 +113,8 @@ class Random(FeatureNetwork):
     Weights are He-initialised from ``seed`` on the CPU; the 2 width features are mean and standard deviation over the
     places of the last layer's ``width`` channels. Random features do distinguish distributions, but poorly (1801.03924,
     table 5).
+
+    channels: of the images. width: channels of each layer. seed: of the weights.
     """
 
     name = "random"

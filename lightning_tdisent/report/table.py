@@ -91,11 +91,26 @@ def costs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     return _text([r for r in rows if "networks" in r], columns)
 
 
+def printed(rows: Sequence[dict[str, Any]]) -> list["WideTable"]:
+    """Return a table per protocol and one of costs; the features are named in the title, not again in each column."""
+    out = []
+    for line, alike in tables(rows):
+        head, *body = table(alike)
+        suffix = f"_{features_of(alike[0])}"
+        out.append(WideTable(line, [tuple(name.removesuffix(suffix) for name in head), *body]))
+    cost = costs(rows)
+    return out + [WideTable("what it cost", cost)] * (len(cost) > 1)
+
+
+Pieces = list[list[int]]
+
+
 class WideTable:
-    """A table for the terminal; one that is too wide is split into several, each with the first column.
+    """A table for the terminal; one that is too wide is turned, or split into several, each with the first column.
 
     text: head and rows; left: further columns that are aligned to the left. No cell is cut: a number without its last
-    digits is another number. Names in the first column are folded if they leave no room.
+    digits is another number. Names in the first column are folded if they leave no room. A table is turned (rows
+    across, columns down) if it takes fewer pieces then.
     """
 
     def __init__(self, title: str, text: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
@@ -103,28 +118,46 @@ class WideTable:
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         """Yield the title and the pieces."""
-        from rich.cells import cell_len
         from rich.table import Table
         from rich.text import Text
 
         if self.title:
             yield Text(self.title, style="italic")
-        widths = [max(cell_len(row[i]) for row in self.text) + 3 for i in range(len(self.text[0]))]
-        pieces: list[list[int]] = [[]]
-        for i in range(1, len(widths)):
-            if pieces[-1] and 1 + widths[0] + widths[i] + sum(widths[k] for k in pieces[-1]) > options.max_width:
-                pieces.append([])
-            pieces[-1].append(i)
-        head, *body = self.text
+        text, turned = self.text, list(zip(*self.text, strict=True))
+        (widths, pieces), (other, fewer) = (_pieces(t, options.max_width) for t in (text, turned))
+        left = self.left
+        if len(fewer) < len(pieces) and other[0] + max(other[1:]) < options.max_width:
+            text, widths, pieces, left = turned, other, fewer, ()
+        head, *body = text
         for piece in pieces:
             out = Table()
             for i in (0, *piece):
-                side: Any = "left" if i == 0 or head[i] in self.left else "right"
-                least = None if i == 0 else widths[i] - 3
-                out.add_column(head[i], justify=side, no_wrap=i > 0, overflow="fold", min_width=least)
+                side: Any = "left" if i == 0 or head[i] in left else "right"
+                width = None if i == 0 else widths[i] - 3
+                out.add_column(head[i], justify=side, overflow="fold", min_width=width, max_width=width)
             for row in body:
                 out.add_row(*(row[i] for i in (0, *piece)))
             yield out
+
+
+def _pieces(text: Sequence[Sequence[str]], most: int) -> tuple[list[int], Pieces]:
+    """Return the widths of the columns with their borders, and the columns of each piece beside the first.
+
+    A head is wrapped between words if it is the widest cell.
+    """
+    from rich.cells import cell_len
+
+    head = text[0]
+    widths = [3 + max(cell_len(row[i]) for row in text[i > 0 :]) for i in range(len(head))]
+    for i in range(1, len(head)):
+        words = max(map(cell_len, head[i].split()), default=0)
+        widths[i] = max(widths[i], 3 + words, 3 + min(cell_len(head[i]), 16))
+    pieces: Pieces = [[]]
+    for i in range(1, len(widths)):
+        if pieces[-1] and 1 + widths[0] + widths[i] + sum(widths[k] for k in pieces[-1]) > most:
+            pieces.append([])
+        pieces[-1].append(i)
+    return widths, pieces
 
 
 def _text(rows: Sequence[dict[str, Any]], columns: Columns) -> list[tuple[str, ...]]:

@@ -41,7 +41,7 @@ from lightning_tdisent.models.compose import find_files, holds_weights
 from lightning_tdisent.models.residency import Residency
 from lightning_tdisent.progress import Progress
 from lightning_tdisent.report.page import write_report
-from lightning_tdisent.report.table import WideTable, costs, notes, refuse_texts, table, tables
+from lightning_tdisent.report.table import WideTable, notes, printed, refuse_texts, tables
 from lightning_tdisent.report.verdict import verdict
 from lightning_tdisent.sampling.sampler import Sampler
 from lightning_tdisent.schemas import check_schema, parse_json
@@ -389,8 +389,6 @@ class Study:
 
     def lines(self) -> list[WideTable | str]:
         """Return the output for the terminal: a table per protocol, the costs of the models, and notes."""
-        out: list[WideTable | str] = [WideTable(line, table(rows)) for line, rows in tables(self.rows)]
-        cost = costs(self.rows)
         remarks = notes(self.rows)
         path, reference = self._reference
         if path == self.data and (self.split == reference or is_npz(path)):
@@ -413,9 +411,8 @@ class Study:
             ]
         if (there := self._n_held_out_available) > (taken := self.n_held_out or HELD_OUT):
             remarks.append(f"held-out images: the first {taken:,} of the {there:,} of {self.split} (n_held_out)")
-        costly = [WideTable("what it cost", cost)] if len(cost) > 1 else []
         sentences = [text for _, alike in tables(self.rows) if (text := verdict(alike))]
-        return [self.title, *sentences, *out, *costly, *(f"note: {line}" for line in remarks)]
+        return [self.title, *sentences, *printed(self.rows), *(f"note: {line}" for line in remarks)]
 
     def write_report(self) -> Path:
         """Write report.html and return its path.

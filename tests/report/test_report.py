@@ -305,8 +305,24 @@ def test_no_number_of_a_table_is_cut_in_a_narrow_terminal(width):
     assert max(map(len, lines)) <= width
     assert "…" not in stream.getvalue()
     assert all(f" {k}.{k:05d} " in stream.getvalue() for k in range(14))
-    pieces = sum("a model, 10 steps" in line for line in lines)
-    assert (pieces == 1) == (width == 400)
+    assert sum(line.startswith(("│ model ", "┃ model ")) for line in lines) == (2 if width == 40 else 1)  # pieces
+    assert any("a model, 10 steps" in line for line in lines) == (width == 400)
+
+
+def test_a_long_list_is_not_turned_and_a_wide_table_of_many_is_split_between_models():
+    stream = io.StringIO()
+    console = Console(file=stream, width=80, force_terminal=True, color_system=None)
+    console.print(WideTable("jobs", [("job", "state"), *((f"expert {k}", "done") for k in range(9))]))
+    assert stream.getvalue().count(" done ") == 9
+    assert not any(line.count(" done ") > 1 for line in stream.getvalue().splitlines())
+    stream = io.StringIO()
+    console = Console(file=stream, width=80, force_terminal=True, color_system=None)
+    many = [("model", *(f"metric {i}" for i in range(30))), *((f"model {k}", *["12.345"] * 30) for k in range(7))]
+    console.print(WideTable("models", many))
+    lines = stream.getvalue().splitlines()
+    assert sum("metric 29" in line for line in lines) == 2  # two pieces of at most six models
+    assert max(map(len, lines)) <= 80
+    assert stream.getvalue().count("12.345") == 7 * 30
 
 
 def test_a_name_that_leaves_no_room_is_folded_and_its_numbers_are_not():
@@ -319,13 +335,13 @@ def test_a_name_that_leaves_no_room_is_folded_and_its_numbers_are_not():
     assert max(map(len, stream.getvalue().splitlines())) <= 60
 
 
-def test_names_are_not_folded_and_small_numbers_have_three_digits(monkeypatch, capsys):
+def test_names_are_wrapped_between_words_and_small_numbers_have_three_digits(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
     assert wide_console().width == 200  # no number is cut where there is no terminal
-    name = "a rather long name of a contender, 10 steps"
+    name = "a rather long name of a contender, 1000000000 steps"
     Console(width=60).print(WideTable("t", [("model", "sampler", "states", "NFE"), (name, "DDIM", "10", "10")]))
     lines = capsys.readouterr().out.splitlines()
-    assert any(name in line for line in lines)
+    assert all(any(f" {word} " in line for line in lines) for word in name.split())
     assert max(map(len, lines)) <= 60
     title = "protocol 08fe7f29: digits features, n=16 (files) against 1500 of train (88f25eaa6d04)"
     wide_console().print(WideTable(title, [("model", "fd"), ("a", "1")]))
