@@ -1,6 +1,7 @@
 """The shipped feature networks, and `load_features`, which loads any feature network by name."""
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -186,6 +187,17 @@ def load_features(
     if name not in (known := known_features()):
         raise InputError(f"features: there is no {name!r}.{nearest(name, known)} Choose from {', '.join(known)}")
     return load_classifier(SHIPPED / f"{name}.safetensors")
+
+
+def foreign_features(name: str, data: str | Path) -> list[str]:
+    """Return a note if the features are of a classifier of another data set, judged by the name of its folder."""
+    shipped = (SHIPPED / f"{name}.safetensors").exists()
+    if not shipped or name in os.path.basename(os.path.abspath(data)).lower():
+        return []
+    return [
+        f"the features are of a classifier of {name} and say little of other images; {data} is another data set by its "
+        "name: take Inception for it (fetch inception), or random to compare models"
+    ]
 
 
 def known_features() -> list[str]:

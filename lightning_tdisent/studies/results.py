@@ -31,7 +31,7 @@ from lightning_tdisent.evaluation.measured import Measured
 from lightning_tdisent.evaluation.observations import Observations
 from lightning_tdisent.evaluation.real_images import real_images, refuse_trained
 from lightning_tdisent.files import output_path, write_whole
-from lightning_tdisent.metrics.features import SHIPPED, load_features
+from lightning_tdisent.metrics.features import foreign_features, load_features
 from lightning_tdisent.metrics.lpips import LPIPS, load_lpips
 from lightning_tdisent.metrics.metric import PairedMetric
 from lightning_tdisent.metrics.network import FeatureNetwork
@@ -394,13 +394,7 @@ class Study:
         if path == self.data and (self.split == reference or is_npz(path)):
             what = path if is_npz(path) else self.split
             remarks.append(f"the reference and the held-out images are both of {what}: their distance has no meaning")
-        features = self._protocol.features
-        shipped = (SHIPPED / f"{features}.safetensors").exists()
-        if shipped and features not in os.path.basename(os.path.abspath(self.data)).lower():
-            remarks.append(
-                f"the features are of a classifier of {features} and say little of other images; {self.data} is "
-                "another data set by its name: take Inception for it (fetch inception), or random to compare models"
-            )
+        remarks += foreign_features(self._protocol.features, self.data)
         if self.n is not None:
             others = {
                 r["name"]: r["n"] for r in self.rows if "networks" not in r and "source" in r and r["n"] != self.n

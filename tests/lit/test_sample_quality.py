@@ -9,7 +9,7 @@ from lightning_tdisent.evaluation.real_images import real_images
 from lightning_tdisent.evaluation.score import open_quality, score
 from lightning_tdisent.lit.callbacks.quality import SampleQuality
 from lightning_tdisent.lit.modules import ReducedStates, SingleState
-from lightning_tdisent.metrics.features import SmallClassifier, load_features
+from lightning_tdisent.metrics.features import SmallClassifier, foreign_features, load_features
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.sampling.sampler import DDIM
 
@@ -40,9 +40,7 @@ class Constant(DDIM):
         yield 0, torch.zeros(len(seeds), *denoise.shape), None
 
 
-def test_it_logs_the_numbers_of_evaluate(fitted, digits, monkeypatch):
-    said = []
-    monkeypatch.setattr("lightning_tdisent.lit.callbacks.quality.rank_zero_info", said.append)
+def test_it_logs_the_numbers_of_evaluate(fitted, digits, capsys):
     module, found = fitted(SampleQuality("digits", 40, first_seed=3, n_real=1000))
     protocol = Protocol.preset("digits", n=40, first_seed=3, n_real=1000)
     quality = open_quality(protocol, load_features("digits"), real_images(digits, "train", 1), [1, 8, 8])
@@ -50,7 +48,14 @@ def test_it_logs_the_numbers_of_evaluate(fitted, digits, monkeypatch):
     tagged = {f"quality/{k}/{quality.protocol.hash}": v for k, v in values.items()}
     assert found == pytest.approx(tagged, rel=1e-6)  # Lightning stores float32
     assert quality.protocol.n_real == 1000
-    assert "n=40 images leave a covariance of 64 features without full rank" in said[0]
+    said = capsys.readouterr().err
+    assert "note: SampleQuality: n=40 images leave a covariance of 64 features without full rank" in said
+    assert "of a classifier of" not in said  # of these images
+    assert foreign_features("digits", digits / "other") == [
+        f"the features are of a classifier of digits and say little of other images; {digits / 'other'} is another "
+        "data set by its name: take Inception for it (fetch inception), or random to compare models"
+    ]
+    assert not foreign_features("random", digits / "other")
 
 
 def test_a_second_training_does_not_evaluate_real_images_again(fitted, monkeypatch):

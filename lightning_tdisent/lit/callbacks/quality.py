@@ -1,11 +1,12 @@
 """Metrics of generated images during validation."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_tdisent.distributed import all_gather, shared_errors
@@ -15,7 +16,7 @@ from lightning_tdisent.evaluation.real_images import real_images
 from lightning_tdisent.evaluation.score import open_quality, score
 from lightning_tdisent.lit.inference import DenoiserModule
 from lightning_tdisent.lit.preflight import Logs, Rehearsed
-from lightning_tdisent.metrics.features import load_features
+from lightning_tdisent.metrics.features import foreign_features, load_features
 from lightning_tdisent.metrics.metric import PairedMetric
 from lightning_tdisent.metrics.protocol import Protocol
 from lightning_tdisent.metrics.quality import Quality
@@ -71,12 +72,15 @@ class SampleQuality(Rehearsed, Logs):
             rank_zero_warn(f"SampleQuality is left out: {max(missing)}")
             return
         assert network is not None
+        notes = foreign_features(p.features, data.path)
         self._quality = open_quality(p, network, real, shape, trainer.strategy.root_device)
         for name, bias in self._quality.biases.items() if p.n <= network.num_features else ():
-            rank_zero_info(
-                f"SampleQuality: n={p.n} images leave a covariance of {network.num_features} features without full "
-                f"rank; a perfect model would have a distance of about {bias:.3f} ({name})"
+            notes.append(
+                f"n={p.n} images leave a covariance of {network.num_features} features without full rank; a perfect "
+                f"model would have a distance of about {bias:.3f} ({name})"
             )
+        for line in notes if trainer.is_global_zero else ():
+            print(f"note: SampleQuality: {line}", file=sys.stderr)
 
     def logged_by(self, trainer: L.Trainer, module: DenoiserModule) -> list[str]:
         """Return the pattern of the metrics that callbacks can monitor."""
