@@ -1,6 +1,7 @@
 """One language for all commands: options, dotted keys, files, and what they give together."""
 
 import json
+import os
 import pickle
 
 import pytest
@@ -49,6 +50,25 @@ def test_a_file_gives_what_the_command_line_does_not(file):
     assert found.dotted == {"sampler": {"eta": 1}}
     other = parse(parser(), ["sample", "elsewhere", "--config", first, "--sampler", "dpm"])
     assert (str(other.model), other.sampler) == ("elsewhere", "dpm")
+
+
+def test_a_part_without_a_class_changes_the_default_one(file):
+    words = ["sample", "runs/a", "--out", "x", "--config"]
+    for content in ({"sampler": {"steps": 4, "clip": 2}}, {"sampler": {"init_args": {"steps": 4, "clip": 2}}}):
+        found = parse(parser(), [*words, file(content), "--sampler.clip", "3"])
+        assert (found.sampler, found.dotted["sampler"]) == (None, {"steps": 4, "clip": 3})
+    evaluation = ["evaluate", "m", "--data", "d", "--protocol", "digits", "--out", "x", "--config"]
+    found = parse(parser(), [*evaluation, file({"protocol": {"n_real": 20}}), "--n", "30"])
+    assert (found.protocol, found.dotted["protocol"], found.n) == ("digits", {"n_real": 20}, 30)
+
+
+def test_a_pipe_as_a_config_and_no_run_folder_are_refused(tmp_path, capsys):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    said = refusal(capsys, "fit", "--config", pipe)
+    assert said == f"error: --config {pipe}: is a pipe or a device, which cannot be read twice; give a file"
+    config = "experiments/digits/reduced8.yaml"
+    said = refusal(capsys, "fit", "--config", config, "--run", "null")
+    assert said == "error: --run null: a run folder is required; ./null is one of this name"
 
 
 def test_a_list_in_a_file_is_one_with_commas(file):

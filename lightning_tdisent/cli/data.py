@@ -67,7 +67,7 @@ def add_commands(commands: Commands) -> None:
 
     t = add("toy", _toy, "make shards of generated pictures with classes and captions, without a download", made=True)
     t.add_argument("out", type=Path, help="folder for the shards")
-    t.add_argument("-n", type=int, default=2000, help="number of pictures (default 2000), in at most 4 shards")
+    t.add_argument("-n", "--n", type=int, default=2000, help="number of pictures (default 2000), in at most 4 shards")
     t.add_argument("--size", type=int, default=32, help="width and height in pixels (default 32)")
     t.add_argument("--seed", type=int, default=0, help="seed of the pictures; use another one for each split")
 
@@ -83,7 +83,7 @@ def add_commands(commands: Commands) -> None:
 
     n = add("inspect", _inspect, "show a contact sheet, histogram and classes, as PNG and in the terminal", jobs=False)
     n.add_argument("folder", help="folder of the shards, or its URL")
-    n.add_argument("-n", type=int, default=1000, help="number of samples to read (default 1000)")
+    n.add_argument("-n", "--n", type=int, default=1000, help="number of samples to read (default 1000)")
     n.add_argument("--out", type=Path, help="the PNG to write (default inspect-SPLIT.png in this folder)")
 
 

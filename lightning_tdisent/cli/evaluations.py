@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tdisent.cli.models import fit_and_save
-from lightning_tdisent.cli.options import print_merged
+from lightning_tdisent.cli.options import part_entry, print_merged
 from lightning_tdisent.cli.samples import sampled_by, sampler_of, sampler_options
 from lightning_tdisent.cli.terminal import DEVICE, Commands, command, refuse_no_page, use_device, wide_console
 from lightning_tdisent.cli.trainings import describe, fits, role
@@ -46,7 +46,7 @@ def add_commands(commands: Commands) -> None:
     e.add_argument("--decoder", choices=("discrete", "uniform", "density"), default="discrete",
                    help="for bits per dimension: grey levels (default), uniform dequantisation, or none")  # fmt: skip
     e.add_argument("--weights", help="file or folder of the feature network, if the protocol's is not shipped")
-    e.add_argument("-n", type=int, help="images generated per model (default: the protocol's, e.g. 1000 or 50000)")
+    e.add_argument("-n", "--n", type=int, help="images generated per model (default: the protocol's, e.g. 1000)")
     e.add_argument("--first-seed", type=int, help="first seed of the generated images (default: the protocol's, 0)")
     e.add_argument("--held-out", type=int, help="maximum number of images of --split (default: 1000; for a "
                    "conditional model as many as its draws need)")  # fmt: skip
@@ -129,7 +129,8 @@ def _evaluate(a: argparse.Namespace) -> None:
     options = {"residency": a.residency, "fill": a.fill, "batch_size": a.batch_size}
     options |= {"lpips": lpips}
     options |= {"bits": bits if bits["bound"] or bits["ode"] else None}
-    protocol = a.protocol if isinstance(a.protocol, dict) else {"preset": a.protocol}
+    protocol = part_entry(a.protocol, "--protocol")
+    protocol = protocol if isinstance(protocol, dict) else {"preset": protocol}
     protocol = {**protocol, **a.dotted["protocol"], **({"metrics": metrics} if metrics else {})}
     options |= {"reference": a.reference, "n": a.n, "first_seed": a.first_seed, "n_held_out": a.held_out}
     with _ranks(use_device(a.device)) as device:

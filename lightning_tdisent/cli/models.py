@@ -35,7 +35,7 @@ def add_commands(commands: Commands) -> None:
     )
     c.add_argument("--merge-data", help="folder of shards for a search; also prints the errors before and after")
     c.add_argument("--merge-split", default="train", help="split of --merge-data (default train)")
-    c.add_argument("-n", type=int, default=256, help="number of images of --merge-data (default 256)")
+    c.add_argument("-n", "--n", type=int, default=256, help="number of images of --merge-data (default 256)")
     c.add_argument("--device", default="auto", help=f"device of the search; {DEVICE}")
 
     x = command(
@@ -71,7 +71,7 @@ def add_commands(commands: Commands) -> None:
                    "--prior.components 20, --prior.rank 64, --prior.source runs/vae")  # fmt: skip
     q.add_argument("--data", required=True, help="folder of shards to fit to")
     q.add_argument("--split", default="train", help="split of --data (default train)")
-    q.add_argument("-n", type=int, help="number of images of --data (default: all)")
+    q.add_argument("-n", "--n", type=int, help="number of images of --data (default: all)")
     q.add_argument("--label", type=int, help="for a class-conditional model: fit to the images of this class only")
     q.add_argument("--out", type=Path, required=True, help="folder for prior.safetensors")
 

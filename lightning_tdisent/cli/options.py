@@ -216,6 +216,9 @@ def _set_defaults(leaf: Parser, files: Sequence[Path], dotted: dict[str, dict[st
                 raise InputError(f"{where}: expected a mapping, got {value!r}")
             dotted[name] = {**value, **dotted[name]}
             continue
+        if name in leaf.parts and isinstance(value, dict) and not {"class_path", "preset"} & value.keys():
+            dotted[name] = {**value.get("init_args", value), **dotted[name]}  # of the default, as --sampler.steps 4
+            continue
         if value is not None:
             action = actions[name]
             part = name in leaf.parts and isinstance(value, dict)

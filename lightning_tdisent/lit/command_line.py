@@ -128,6 +128,8 @@ def configs_first(argv: Sequence[str]) -> list[str]:
 def check_yaml(file: Path) -> None:
     """Raise InputError for a config file that is missing, not valid YAML, or repeats a key."""
     check_name(file, "--config")
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise InputError(f"--config {file}: is a pipe or a device, which cannot be read twice; give a file")
     try:
         text = file.read_bytes()
         if not text.isascii():

@@ -153,6 +153,8 @@ class CLI(LightningCLI):
 
     def _enter_run_folder(self, config: Any) -> None:
         """Hold the run folder and choose the checkpoint to resume from; refuse the folder of another run."""
+        if config.run in ("null", "None", "~"):
+            raise InputError(f"--run {config.run}: a run folder is required; ./{config.run} is one of this name")
         folder, asked = output_path(config.run, "--run"), config.ckpt_path and Path(config.ckpt_path)
         if config.trainer.fast_dev_run:  # reads and writes no checkpoint
             return

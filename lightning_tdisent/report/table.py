@@ -123,11 +123,12 @@ class WideTable:
 
         if self.title:
             yield Text(self.title, style="italic")
-        text, turned = self.text, list(zip(*self.text, strict=True))
-        (widths, pieces), (other, fewer) = (_pieces(t, options.max_width) for t in (text, turned))
-        left = self.left
-        if len(fewer) < len(pieces) and other[0] + max(other[1:]) < options.max_width:
-            text, widths, pieces, left = turned, other, fewer, ()
+        turned, most = list(zip(*self.text, strict=True)), options.max_width
+        ways = [(self.text, *_pieces(self.text, most)), (self.text, *_pieces(self.text, most, wrap=True))]
+        if (way := _pieces(turned, most, wrap=True))[0][0] + max(way[0][1:]) < most:  # else a name would be cut
+            ways.append((turned, *way))
+        text, widths, pieces = min(ways, key=lambda way: len(way[2]))  # the first of those with the fewest pieces
+        left = self.left if text is self.text else ()
         head, *body = text
         for piece in pieces:
             out = Table()
@@ -140,10 +141,10 @@ class WideTable:
             yield out
 
 
-def _pieces(text: Sequence[Sequence[str]], most: int) -> tuple[list[int], Pieces]:
+def _pieces(text: Sequence[Sequence[str]], most: int, wrap: bool = False) -> tuple[list[int], Pieces]:
     """Return the widths of the columns with their borders, and the columns of each piece beside the first.
 
-    A head is wrapped between words if it is the widest cell.
+    wrap: whether a head that is wider than the cells below is wrapped between its words.
     """
     from rich.cells import cell_len
 
@@ -151,7 +152,7 @@ def _pieces(text: Sequence[Sequence[str]], most: int) -> tuple[list[int], Pieces
     widths = [3 + max(cell_len(row[i]) for row in text[i > 0 :]) for i in range(len(head))]
     for i in range(1, len(head)):
         words = max(map(cell_len, head[i].split()), default=0)
-        widths[i] = max(widths[i], 3 + words, 3 + min(cell_len(head[i]), 16))
+        widths[i] = max(widths[i], 3 + words, 3 + min(cell_len(head[i]), 16 if wrap else most))
     pieces: Pieces = [[]]
     for i in range(1, len(widths)):
         if pieces[-1] and 1 + widths[0] + widths[i] + sum(widths[k] for k in pieces[-1]) > most:
