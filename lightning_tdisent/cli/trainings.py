@@ -68,13 +68,19 @@ def open_fleet(where: str, changes: Mapping[str, Any] | None = None, scratch: Pa
 
 
 def role(argv: list[str]) -> "Role":
-    """Return what a `fit` command line trains. Reads only its configs."""
+    """Return what a `fit` command line trains; raises InputError if its data are not there. Opens no shard."""
+    from lightning_tdisent.data.tars import find
+    from lightning_tdisent.lit.datamodule import ImageShards
     from lightning_tdisent.lit.entry import parse
     from lightning_tdisent.lit.modules import Diffusion
     from lightning_tdisent.lit.prior import PriorModule
     from lightning_tdisent.studies.plan import Role
 
-    module = parse(argv).model
+    cli = parse(argv)
+    module, data = cli.model, cli.datamodule
+    if isinstance(data, ImageShards):
+        for split in filter(None, (data.train, data.val)):
+            find(data.path, split)
     if isinstance(module, PriorModule):
         return Role("prior", type(module).__name__, module.denoiser.states)
     is_model = isinstance(module, Diffusion)

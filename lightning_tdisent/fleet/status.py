@@ -157,10 +157,13 @@ def summary(found: Sequence[Tile]) -> str:
     count = Counter(tile.state for tile in found)
     states = ", ".join(f"{count[state]} {state}" for state in COLOURS if count[state])
     seen, planned = sum(tile.seen for tile in found), sum(tile.images or 0 for tile in found)
-    share = f", {seen:,} of {planned:,} images ({seen / planned:.0%})" if planned else ""
+    share = (
+        f", {seen:,} of {planned:,} images ({seen / planned:.0%})" if planned else f", {seen:,} images" if seen else ""
+    )
     rate = sum(tile.rate or 0 for tile in found)
-    left = f", {rate:,.0f} images/s, eta {duration((planned - seen) / rate)}" if rate and planned > seen else ""
-    return f"{len(found)} jobs: {states}{share}{left}"
+    speed = f", {rate:,.0f} images/s" if rate and not seen >= planned > 0 else ""
+    left = f", eta {duration((planned - seen) / rate)}" if rate and planned > seen else ""
+    return f"{len(found)} jobs: {states}{share}{speed}{left}"
 
 
 def page(found: Sequence[Tile], title: str) -> str:

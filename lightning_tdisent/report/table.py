@@ -187,7 +187,7 @@ def _eps_mse(row: dict[str, Any]) -> str:
 def _spread(mean: float, deviation: float) -> str:
     """Return a mean and its standard deviation, the latter with two significant digits, with as many decimals each."""
     if not 0 < deviation < math.inf:
-        return f"{mean:.3f} ± {deviation:g}"
+        return f"{mean:.3f}" + (f" ± {deviation:g}" if deviation else "")  # 0: the same images each time
     decimals = max(0, 1 - math.floor(math.log10(deviation)))
     return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
 

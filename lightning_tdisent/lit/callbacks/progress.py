@@ -32,6 +32,7 @@ class StepProgress(ProgressBar):
         self.report, self.shown, self._enabled = report, shown, True
         self._progress: Progress | None = None
         self._numbers: dict[str, float] = {}
+        self._words = ""
 
     def disable(self) -> None:
         """Show, write and report nothing; Lightning calls this on ranks other than 0."""
@@ -69,7 +70,8 @@ class StepProgress(ProgressBar):
         if self._progress is not None:
             words = [f"loss {self._numbers['loss']:.4g}"] if "loss" in self._numbers else []
             words += [f"lr {group['lr']:.3g}" for o in trainer.optimizers[:1] for group in o.param_groups[:1]]
-            self._progress.update(step, extra="  ".join([*words, f"{rate:,.0f} images/s"]))
+            self._words = "  ".join([*words, f"{rate:,.0f} images/s"])
+            self._progress.update(step, extra=self._words)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: D102
         if self._progress is not None:
@@ -82,6 +84,8 @@ class StepProgress(ProgressBar):
         if "val/x0_mse" in trainer.callback_metrics:
             self._numbers["x0_mse"] = float(trainer.callback_metrics["val/x0_mse"])
         numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "quality/"))}
+        if self._progress is not None:
+            self._progress.update(self._progress.done, extra=self._words)
         if self._progress is not None and numbers:
             listed = ", ".join(f"{k} {v:.4g}" for k, v in numbers.items())
             self._progress.say(f"step {trainer.global_step:,}: {listed}")
