@@ -213,7 +213,6 @@ REFUSED = rf"{URL}: this output is written to a disk of this machine, not to a U
         ("data", "inspect", "data/digits", "--out", f"{URL}.png"),
         ("sample", "model", "--out", URL),
         ("compose", "model", "--out", URL),
-        ("compose", "model", "--out", f"{URL}.zip"),
         ("compose", "a", "b", "--merge", "1", "--out", URL),
         ("export", "model", "--out", URL),
         ("average", "run", "--sigma-rel", "0.1", "--out", f"{URL}.safetensors"),

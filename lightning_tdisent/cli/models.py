@@ -21,7 +21,7 @@ def add_commands(commands: Commands) -> None:
     c.add_argument(
         "experts", nargs="+", help="run folders, a folder of run folders, a fleet's folder or URL, or files of weights"
     )
-    c.add_argument("--out", type=Path, required=True, help="composite to write: a folder, or a single file NAME.zip")
+    c.add_argument("--out", type=Path, required=True, help="folder of the composite")
     c.add_argument("--fill", help="make a preview with missing experts replaced: nearest, or shared:PATH")
     c.add_argument("--allow-mismatch", action="append", default=[], metavar="FIELD",
                    help="allow experts to differ in training data, weights or parametrisation; recorded")  # fmt: skip

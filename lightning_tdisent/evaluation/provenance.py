@@ -70,7 +70,8 @@ def facts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def html_facts(found: Any) -> str:
     """Return `facts` as HTML."""
-    return f"<pre>{html.escape(json.dumps(found, indent=1))}</pre>"
+    shown = html.escape(json.dumps(found, indent=1))
+    return f"<details><summary>protocols, models, commands and machines as JSON</summary><pre>{shown}</pre></details>"
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +15,6 @@ from lightning_tdisent.digests import sha256
 from lightning_tdisent.errors import InputError
 from lightning_tdisent.files import expand, output_path, remove_orphans, typed, whole, write_whole
 from lightning_tdisent.models.agreement import ALLOWED, differing, facts_of_card, ownership, refuse_unfit
-from lightning_tdisent.models.bundle import pack, unpacked
 from lightning_tdisent.models.card import Card, has_card, read_card, refuse_foreign
 from lightning_tdisent.models.composite import CompositeDenoiser
 from lightning_tdisent.models.expert import check_finite, fitting_pieces, load_expert
@@ -67,7 +65,9 @@ def refuse_taken(out: Path) -> None:
 
     Temporary files among these are removed.
     """
-    if (out / MANIFEST).exists() or (out.suffix == ".zip" and out.exists()):
+    if out.suffix == ".zip":
+        raise InputError(f"{out}: a composite is a folder; choose a name without .zip")
+    if (out / MANIFEST).exists():
         raise InputError(f"{out} already holds a composite; remove it or choose another name")
     remove_orphans(out, "rows_*")
     if others := [p.name for p in sorted(out.glob("*")) if not p.match("rows_*.safetensors")]:
@@ -83,7 +83,7 @@ def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = Non
     Everything is checked from the cards before any weights are read or anything is written.
 
     paths: files of experts, or folders that `find_files` accepts.
-    out: the folder, which must contain nothing else, or a file that ends with .zip, which gets the same bytes.
+    out: the folder, which must contain nothing else.
     fill: ``nearest`` or ``shared:PATH``: rows may be missing. The manifest then marks the folder as a preview, and
         ``fill`` must be given again when it is loaded.
     allow: fields of `ALLOWED` in which experts may differ; the manifest records the differences, and they are reported
@@ -92,9 +92,7 @@ def compose(paths: Sequence[str | Path], out: str | Path, fill: str | None = Non
     Returns the path written. Raises InputError for experts that cannot be composed.
     """
     out = output_path(expand(str(out), "out"))
-    if out.suffix == ".zip":
-        return _in_one_file(paths, out, fill, allow)
-    files = sorted((f for p in map(unpacked, paths) for f in (find_files(p) if p.is_dir() else [p])), key=str)
+    files = sorted((f for p in map(local, paths) for f in (find_files(p) if p.is_dir() else [p])), key=str)
     if begun := [str(file) for file in files if file.suffix == ".ckpt"]:
         raise InputError(
             f"{', '.join(begun)}: checkpoints are not composed; finish these trainings, or export each first: "
@@ -203,14 +201,12 @@ def _refuse_unloadable(files: Sequence[Path], cards: Sequence[Card]) -> None:
         raise InputError("these files could be composed, but not loaded:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def _in_one_file(paths: Sequence[str | Path], out: Path, fill: str | None, allow: Sequence[str]) -> Path:
-    if out.exists():
-        raise InputError(f"{out} is there already; choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".composite-") as place:
-        folder = compose(paths, Path(place) / "composite", fill, allow)
-        pack(folder, out)
-    return out
+def local(source: str | Path) -> Path:
+    """Return the path of a model with ``~``, variables and ``file://`` expanded; raises InputError for other URLs."""
+    text = expand(str(source))
+    if "://" in text:
+        raise InputError(f"{text}: weights are read from local files; copy them here, and name the file or folder")
+    return Path(text)
 
 
 def _read_cards(files: Sequence[Path], verify: bool = False) -> list[Card]:
@@ -310,7 +306,7 @@ def find_files(source: str | Path) -> list[Path]:
 
     Raises InputError if there are none.
     """
-    source = unpacked(source)
+    source = local(source)
     if source.is_file():
         return [source]
     if (source / MANIFEST).exists():
@@ -332,7 +328,7 @@ def find_files(source: str | Path) -> list[Path]:
 def holds_weights(source: Path) -> bool:
     """Return whether a path is a model; otherwise it is expected to be a folder or file of images."""
     if source.is_file():
-        return source.suffix in (".safetensors", ".ckpt", ".zip")
+        return source.suffix in (".safetensors", ".ckpt")
     kinds = (MANIFEST, WEIGHTS, f"*/{WEIGHTS}")
     return any(any(source.glob(kind)) for kind in kinds) or bool(_loose(source))
 
@@ -381,7 +377,7 @@ def load_model(
     """
     if residency not in get_args(Residency):
         raise InputError(f"residency {residency!r}: choose {', '.join(get_args(Residency))}")
-    source = unpacked(source)
+    source = local(source)
     files = find_files(source)
     cards = _read_cards(files) if len(files) > 1 else [read_card(files[0])]
     if len(files) == 1 and (fill is None or len(cards[0].rows) == facts_of_card(cards[0])["S"]):

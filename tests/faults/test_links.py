@@ -283,7 +283,6 @@ def test_every_file_of_a_chain_of_commands_has_the_mode_that_the_umask_says(tmp_
         made, expert = tmp_path / "made", tmp_path / "expert.safetensors"
         expert.symlink_to(tmp_path / "run" / "model.safetensors")  # the file is composed, not the link
         assert main(["compose", str(expert), "--out", str(made / "folder")]) == 0
-        assert main(["compose", str(expert), "--out", str(made / "bundle.zip")]) == 0
         assert main(["sample", str(made / "folder"), "--out", str(made / "images"), "--seeds", "0:2"]) == 0
         assert main(["export", str(made / "folder"), "--out", str(made / "diffusers"), "--format", "diffusers"]) == 0
     finally:
