@@ -4,7 +4,6 @@ import argparse
 import inspect
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +37,7 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--out", help="folder or URL of the fleet (default: out of the YAML file)")
     p.add_argument("--seed", type=int, help="seed of all trainings (default: seed of the YAML file)")
     p.add_argument("--simulate", type=int, metavar="WORKERS", help="predict time and compute of WORKERS workers; "
-                   "--simulate.speed, .failures, .checkpoint ..: images/s of one, failures per hour, ..; without the "
-                   "speed a few steps are measured here")  # fmt: skip
+                   "--simulate.speed: images/s of one (default: as the finished jobs of the fleet)")  # fmt: skip
 
     r = command(
         commands,
@@ -80,7 +78,7 @@ def add_commands(commands: Commands) -> None:
 
 def _fleet_plan(a: argparse.Namespace) -> None:
     from lightning_tdisent.fleet.draft import draft
-    from lightning_tdisent.fleet.simulate import Pool, lines, rehearse
+    from lightning_tdisent.fleet.forecast import Pool, lines, speeds
 
     if (a.folder is None) == (not a.config):
         raise InputError("fleet plan: give either --config FILE for a new fleet, or the folder of an existing fleet")
@@ -91,9 +89,9 @@ def _fleet_plan(a: argparse.Namespace) -> None:
     if a.print_config:
         print_merged(a)
         return
-    simulated = None
-    if a.simulate is not None or a.dotted["simulate"]:
-        simulated = Pool.of({**({} if a.simulate is None else {"workers": a.simulate}), **a.dotted["simulate"]})
+    pool: dict[str, Any] = {**({} if a.simulate is None else {"workers": a.simulate}), **a.dotted["simulate"]}
+    if pool:
+        Pool.of(pool, {} if a.config else {"speed": 1.0})  # refuses what is wrong before a plan is written
     facts: list[Facts] = []
 
     def check(fleet: "Fleet") -> None:
@@ -117,13 +115,8 @@ def _fleet_plan(a: argparse.Namespace) -> None:
             f"expert network); the other {fleet.budget.images - first:,.0f} follow from the error curves, in "
             f"{fleet.budget.rounds} more rounds"
         )
-    if simulated:
-        pool, given = simulated
-        if "speed" not in given:
-            found = rehearse(fleet, fits, min(pool.workers, cores()), facts[-1].accumulate)
-            kept = {name: getattr(pool, name) for name in given}
-            pool = replace(found, **{"workers": pool.workers, **kept})
-        for name, text in lines(fleet, facts, pool):
+    if pool:
+        for name, text in lines(fleet, facts, Pool.of(pool, speeds(work, facts))):
             print(f"{name}: {text}")
     from lightning_tdisent.files import typed
 

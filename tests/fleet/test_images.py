@@ -8,10 +8,10 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_tdisent.cli import describe, fits, main
 from lightning_tdisent.errors import InputError
+from lightning_tdisent.fleet.forecast import loads_of
 from lightning_tdisent.fleet.local import refuse_undone
 from lightning_tdisent.fleet.plan import Fleet
 from lightning_tdisent.fleet.rounds import targets
-from lightning_tdisent.fleet.simulate import loads_of
 from lightning_tdisent.fleet.state import FleetWork
 from lightning_tdisent.fleet.status import summary, tiles
 from lightning_tdisent.fleet.work import Session, work_through
