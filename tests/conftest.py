@@ -11,6 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before importing torch; process
 import pytest
 import torch
 
+from lightning_tdisent.metrics import registry
+from lightning_tdisent.metrics.metric import KNOWN
+
 pytest_plugins = ["model_fixtures"]
 ROOT = Path(__file__).parents[1]
 SLOW = Path(__file__).with_name("slow.txt")
@@ -70,3 +73,13 @@ def prepared():
         pytest.skip(f"{name} is in none of {', '.join(map(str, places))}")
 
     return find
+
+
+@pytest.fixture
+def own_metrics():
+    """Forget the metrics that a test defines after it."""
+    registry.known()  # the built-in ones stay
+    before = dict(KNOWN)
+    yield
+    KNOWN.clear()
+    KNOWN.update(before)

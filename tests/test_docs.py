@@ -36,6 +36,7 @@ def conf():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
+@pytest.mark.usefixtures("own_metrics")
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, digits, monkeypatch):
     """As one module, whose classes can be built again, with 2 steps for each training."""
     (tmp_path / "data").mkdir()

@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -63,13 +64,15 @@ def add_commands(commands: Commands) -> None:
 def _list(a: argparse.Namespace) -> None:
     if a.kind is not None and a.kind not in KINDS:
         raise InputError(f"list: there is no kind {a.kind!r}.{nearest(a.kind, KINDS)} Kinds: {', '.join(KINDS)}")
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000  # one line each in a file
     for kind in [a.kind] if a.kind else KINDS:
         lines = dict(_lines(kind))
         if not a.kind:
             print(f"{kind}:")
         width = max(map(len, lines), default=0)
         for name, text in lines.items():
-            print(f"{'' if a.kind else '  '}{name.ljust(width)}  {text}")
+            head = f"{'' if a.kind else '  '}{name.ljust(width)}  "
+            print(textwrap.fill(text, columns, initial_indent=head, subsequent_indent=" " * len(head)) or head)
 
 
 def _lines(kind: str) -> Iterator[tuple[str, str]]:
@@ -111,8 +114,8 @@ def _subclasses(base: type) -> Iterator[type]:
 
 def _sentence(cls: type) -> str:
     """Return the first sentence of a docstring."""
-    text = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
-    return re.split(r"(?<=[.:;]) (?=[A-Z(])", text)[0]
+    text = " ".join((cls.__doc__ or "").split("\n\n")[0].split()).replace("`", "")
+    return re.split(r"(?<=\.)(?<!app\.)(?<!eq\.) (?=[A-Z])", text)[0]
 
 
 def _init(a: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from lightning_tdisent.metrics.reference import Reference
 
 
 class FrechetDistance(SetMetric):
-    """`frechet` between the Gaussians of generated and real features, with its bias for n images (`frechet_bias`)."""
+    """Fréchet distance of the Gaussians of generated and real features (`frechet`), with its bias for n images."""
 
     name = "fd"
     accumulator = FeatureMoments

@@ -12,7 +12,10 @@ HALVES = "of a permutation"
 
 
 class FrechetInfinity(SetMetric):
-    """`frechet_infinity` with the ends of its 95 % interval; halves: records how the images are halved."""
+    """Fréchet distance at infinitely many images (`frechet_infinity`), with the ends of its 95 % interval.
+
+    halves: records how the images are halved.
+    """
 
     name = "fd_infinity"
     accumulator = FeatureList

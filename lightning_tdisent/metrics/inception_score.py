@@ -58,7 +58,7 @@ class Scores(Accumulator):
 
 
 class InceptionScore(SetMetric):
-    """exp E KL(p(y|x) || p(y)), averaged over parts of the images, with the standard deviation over the parts.
+    """Inception Score: exp E KL(p(y|x) || p(y)), mean and standard deviation over parts of the images.
 
     score_splits: number of parts, made by a permutation of the image numbers with score_seed; score_part: number of
     images of a part instead, in the order of their numbers.

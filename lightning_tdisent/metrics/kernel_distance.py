@@ -9,7 +9,7 @@ from lightning_tdisent.metrics.reference import Reference
 
 
 class KernelDistance(SetMetric):
-    """`kernel_distance` between generated features and the ``kept`` ones of the real images."""
+    """Kernel distance (KID) of generated features and the ``kept`` ones of the real images, see `kernel_distance`."""
 
     name = "kid"
     accumulator = FeatureList

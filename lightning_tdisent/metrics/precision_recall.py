@@ -17,7 +17,7 @@ BALLS = "closed for precision and recall, open for density and coverage"
 
 
 class PrecisionRecall(SetMetric):
-    """`precision_recall` of generated features and the ``kept`` ones of the real images.
+    """Precision, recall, density and coverage (`precision_recall`) of generated and of ``kept`` real features.
 
     neighbours: k of the balls, which reach the k-th nearest neighbour; balls: records which of them are closed.
     """

@@ -7,7 +7,7 @@ from lightning_tdisent.metrics.reference import Reference
 
 
 class SpatialFrechetDistance(SetMetric):
-    """`frechet` between the Gaussians of features of an inner layer, which keep their places in the image."""
+    """Fréchet distance (`frechet`) of the Gaussians of features that keep their places in the image."""
 
     name = "sfd"
     needs = "spatial"

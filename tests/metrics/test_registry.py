@@ -28,14 +28,7 @@ from lightning_tdisent.report.table import directions, notes, table, tables
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    """Forget the metrics of a test after it."""
-    registry.known()  # the built-in ones stay
-    before = dict(metric.KNOWN)
-    yield
-    metric.KNOWN.clear()
-    metric.KNOWN.update(before)
+pytestmark = pytest.mark.usefixtures("own_metrics")
 
 
 @pytest.fixture
@@ -86,7 +79,7 @@ def test_a_metric_of_ones_own_is_one_file(own, models, digits, tmp_path, capsys,
     path = own(name, lower=better)
     words = ["evaluate", *models, "--data", str(digits), "--protocol", "digits", "-n", "40", "--out", str(out)]
     assert main([*words, "--metrics", f"fd,{path}", "--import", name]) == 0, capsys.readouterr().err
-    assert "mean_distance_digits" in capsys.readouterr().out
+    assert "mean_distance" in capsys.readouterr().out
     rows = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert rows[0]["protocol_fields"]["metrics"] == ["fd", path]
     assert rows[0]["protocol_fields"]["norm_order"] == 2
