@@ -51,8 +51,7 @@ def run(
         if unknown:
             raise InputError(f"{job.name} needs {sorted(unknown)}, which are not among the jobs {names}")
     gpus = visible_gpus() if gpus is None else gpus
-    count = workers or len(gpus) or cores()
-    count = max(1, min(count, len(session.only) or len(jobs)))
+    count = at_once(workers, len(session.only) or len(jobs), gpus)
     context = multiprocessing.get_context("spawn")
 
     def start(number: int) -> multiprocessing.process.BaseProcess:
@@ -97,6 +96,12 @@ def run(
                     process.kill()
                     process.join()
     refuse_undone(work, session)
+
+
+def at_once(workers: int, jobs: int, gpus: Sequence[str] | None = None) -> int:
+    """Return the number of worker processes for ``workers``; 0 is one per GPU, or per core if there is no GPU."""
+    gpus = visible_gpus() if gpus is None else gpus
+    return max(1, min(workers or len(gpus) or cores(), jobs))
 
 
 def visible_gpus() -> list[str]:

@@ -77,7 +77,8 @@ class Study:
     notes: plain text for the report, below the title.
     bits: fields of `Bits` if bits per dimension are to be measured.
     lpips: weights of LPIPS, or "" for the default, if conditional models are to be measured with it.
-    runs: name of a training -> folder with its TensorBoard event files, for the training curves.
+    runs: name of a training -> its run folder, for the training curves.
+    workers: number of worker processes of the last training, on which the seconds of its jobs depend.
     """
 
     out: str
@@ -99,6 +100,7 @@ class Study:
     bits: dict[str, Any] | None = None
     lpips: str | None = None
     runs: dict[str, str] = field(default_factory=dict)
+    workers: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -418,6 +420,11 @@ class Study:
         held_out = self._load_real(self.split, self._held_out(self._conditional))
         gone = [name for name, folder in self.runs.items() if not Path(folder).is_dir()]
         lost = f" No training curves of {', '.join(gone)}: their folders do not exist." if gone else ""
+        trained = (
+            f" Trained by {self.workers} worker process{'es' * (self.workers > 1)} on one machine."
+            if self.workers
+            else ""
+        )
         channels, size = self._size()
         return write_report(
             self.folder / "report.html",
@@ -428,7 +435,7 @@ class Study:
             held_out,
             load(*self._reference, channels, NEAREST // held_out.images[0].numel(), size).images,
             {name: Path(folder) for name, folder in self.runs.items() if name not in gone},
-            self.notes + lost,
+            (self.notes + trained + lost).strip(),
             observations=self._saved_observations(),
             boards=boards.read_text(encoding="utf-8") if (boards := self.folder / BOARDS).exists() else "",
         )

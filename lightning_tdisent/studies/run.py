@@ -10,14 +10,14 @@ from lightning_tdisent.files import write_whole
 from lightning_tdisent.fleet import local
 from lightning_tdisent.fleet.draft import draft
 from lightning_tdisent.fleet.job import Job
-from lightning_tdisent.fleet.state import FleetWork, Jobs
+from lightning_tdisent.fleet.state import FleetWork, Jobs, Work
 from lightning_tdisent.fleet.status import page, tiles
 from lightning_tdisent.fleet.store import Store
 from lightning_tdisent.models.compose import discard_damaged, find_files, holds_weights, recompose, refuse_damaged
 from lightning_tdisent.runs import PRIOR
 from lightning_tdisent.studies.claim import Plan
 from lightning_tdisent.studies.plan import Role, refuse_cuts, refuse_roles, refuse_samplers
-from lightning_tdisent.studies.results import BOARDS, Study
+from lightning_tdisent.studies.results import BOARDS, FILE, Study
 
 
 def train(
@@ -54,8 +54,13 @@ def train(
     states = {tuple(job.argv): roles[job.name].states for job in todo.jobs}
     refuse_cuts(todo, lambda argv: states[tuple(argv)], {name: work.fleet.table["S"] for name, work in fleets.items()})
     refuse_samplers(todo, runs)
+    jobs = Jobs(Store(todo.out), todo.jobs)
+    works: list[Work] = [jobs, *fleets.values()]
+    undone = [job for work in works for job in work.jobs() if not work.done(job)]
+    kept = Study.load(todo.out).workers if (todo.out / FILE).exists() else None
+    study.workers = local.at_once(workers, len(undone)) if undone else kept
     if todo.jobs:
-        local.run(Jobs(Store(todo.out), todo.jobs), fits, workers, title=study.title)
+        local.run(jobs, fits, workers, title=study.title)
     for name, work in fleets.items():
         local.run(work, fits, workers, title=f"{study.title}, {name}")
     if fleets:

@@ -134,6 +134,14 @@ def test_all_damaged_files_are_named_at_once_and_a_damaged_composite_is_rebuilt(
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == numbers
 
 
+def test_the_page_names_the_workers_that_trained(study, tmp_path):
+    out = tmp_path / "s"
+    words = ["study", "--config", study(), "--out", str(out), "--device", "cpu"]
+    for workers in ("1", "2"):  # the second time nothing is trained
+        assert main([*words, "--workers", workers]) == 0
+        assert "Trained by 1 worker process on one machine." in (out / "report.html").read_text(encoding="utf-8")
+
+
 def test_several_seeds_are_one_command_and_one_page(study, tmp_path, capsys):
     words = ["study", "--config", study(), "--out", str(tmp_path / "s"), "--device", "cpu"]
     assert main([*words, "--seeds", "3", "4"]) == 0
