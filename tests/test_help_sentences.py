@@ -57,6 +57,10 @@ def test_sentences_are_read_from_lines_lists_and_bases():
 
         def __init__(self, a, d): ...
 
+    class Mapping(dict, Own):
+        """Yet another."""
+
+    assert sentences(Mapping)["a"] == "mine"
     assert sentences(Base) == {"a": "one line more", "b": "two things", "c": "two things", "d": "50 % of it"}
     assert sentences(Own) == {**sentences(Base), "a": "mine"}
 

@@ -76,7 +76,10 @@ def sentences(cls: type) -> dict[str, str]:
     """Return what the docstrings of a class and its bases say of each argument, as ``name: text`` or ``a, b: text``."""
     out: dict[str, str] = {}
     for base in cls.__mro__[:-1]:
-        own = [name for name in inspect.signature(base).parameters if not name.startswith("_")]
+        try:
+            own = [name for name in inspect.signature(base).parameters if not name.startswith("_")]
+        except ValueError:  # of a class that is written in C
+            continue
         doc, names = inspect.cleandoc(vars(base).get("__doc__") or ""), "|".join(map(re.escape, own))
         head = rf"(?m)(?:^|(?<=[;.] )|(?<=, ))((?:{names})(?:, (?:{names}))*):\s"
         found = [*re.finditer(head, doc)] if own else []

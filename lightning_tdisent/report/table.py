@@ -125,7 +125,7 @@ class WideTable:
             yield Text(self.title, style="italic")
         turned, most = list(zip(*self.text, strict=True)), options.max_width
         ways = [(self.text, *_pieces(self.text, most)), (self.text, *_pieces(self.text, most, wrap=True))]
-        if (way := _pieces(turned, most, wrap=True))[0][0] + max(way[0][1:]) < most:  # else a name would be cut
+        if (way := _pieces(turned, most, wrap=True))[0][0] + max(way[0][1:], default=0) < most:  # no name is cut
             ways.append((turned, *way))
         text, widths, pieces = min(ways, key=lambda way: len(way[2]))  # the first of those with the fewest pieces
         left = self.left if text is self.text else ()

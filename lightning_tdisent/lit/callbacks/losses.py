@@ -107,7 +107,7 @@ class LossPerState(Logs):
         values["train/epoch"] = trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches
         now, (then, seen) = time.perf_counter(), self._since
         self._since = now, pl_module.images_seen
-        speed = {"train/images_per_second": (pl_module.images_seen - seen) / (now - then)}
+        speed = {"train/images_per_second": (pl_module.images_seen - seen) / max(1e-9, now - then)}
         self._log(trainer, pl_module.images_seen, values, speed)
 
     def _log(
