@@ -180,6 +180,8 @@ def _fleet_run(a: argparse.Namespace) -> None:
     if a.dotted["option"] or a.detach:
         raise InputError("--option.KEY and --detach require --engine ray or slurm")
     here = len(only) == 1
+    if here and workers > 1:
+        raise InputError(f"--workers {workers}: --only {only[0]} is one job, which one worker trains; leave it out")
     session, train = Session(only, a.ttl, together=together, quiet=not here), partial(fits, stacked=a.stacked)
     if here:
         for name in SRUN:  # in a user's own batch script, Lightning would assume that srun started this process

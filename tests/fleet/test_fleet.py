@@ -465,6 +465,11 @@ def test_an_unknown_expert_is_refused_by_every_engine(planned, capsys, engine):
     assert "--only expert_099: no such expert" in capsys.readouterr().err
 
 
+def test_more_workers_than_jobs_that_are_asked_for_are_refused(planned, capsys):
+    assert main(["fleet", "run", str(planned(budget=64).root), "--only", "2", "--workers", "2"]) == 2
+    assert "--workers 2: --only expert_002 is one job, which one worker trains" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("between", "halts"), [(100.0, False), (1.0, True)])
 def test_failures_before_and_after_a_training_are_not_one_outage(monkeypatch, between, halts):
     """A poll that lasts longer than the ttl has trained: the store has answered in between."""
