@@ -52,6 +52,14 @@ def test_a_file_gives_what_the_command_line_does_not(file):
     assert (str(other.model), other.sampler) == ("elsewhere", "dpm")
 
 
+@pytest.mark.parametrize("text", ["A: B", "2026", "[x", "null"])
+def test_a_title_is_text(text, capsys):
+    words = ["study", "--config", "experiments/digits/quickstart.yaml", "--title", text, "--notes", text]
+    assert main([*words, "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["title"], printed["notes"]) == (text, text)
+
+
 def test_a_part_without_a_class_changes_the_default_one(file):
     words = ["sample", "runs/a", "--out", "x", "--config"]
     for content in ({"sampler": {"steps": 4, "clip": 2}}, {"sampler": {"init_args": {"steps": 4, "clip": 2}}}):

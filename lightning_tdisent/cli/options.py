@@ -13,6 +13,7 @@ from lightning_tdisent.errors import InputError, closest, nearest
 
 GLOBAL = ("config", "print_config", "imports")  # options that no file sets
 TEXTS = ("option",)  # parts whose values stay text, for another program
+PROSE = ("title", "notes")  # keys of files whose values on the command line are text, whatever they look like
 HIDDEN = (*GLOBAL, "run", "command", "fleet_command", "data_command", "commands", "dotted", "assigned")
 
 
@@ -177,7 +178,7 @@ def _split(
             key = name[len(first) + 1 :].removeprefix("init_args.")
             dotted[first][key] = text if first in TEXTS else value_of(text, option)
         else:
-            assigned.append((name, value_of(text, option)))
+            assigned.append((name, text if name in PROSE else value_of(text, option)))
     return rest, files
 
 
