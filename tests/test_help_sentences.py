@@ -9,6 +9,7 @@ from lightning_tdisent.diffusion.spec import Part
 from lightning_tdisent.lit import entry
 from lightning_tdisent.lit.command_line import sentences
 from lightning_tdisent.lit.inference import DenoiserModule
+from lightning_tdisent.metrics import registry
 
 
 def below(cls):
@@ -17,6 +18,7 @@ def below(cls):
         yield from below(one)
 
 
+registry.known()  # imports the metrics
 OTHERS = [
     entry.datamodule.ImageShards, entry.datamodule.Seeds, entry.pictures.Pictures, entry.quality.SampleQuality,
     entry.EMA, entry.LossPerState, entry.Guard, entry.Checkpoint,

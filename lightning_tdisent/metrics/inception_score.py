@@ -60,8 +60,8 @@ class Scores(Accumulator):
 class InceptionScore(SetMetric):
     """Inception Score: exp E KL(p(y|x) || p(y)), mean and standard deviation over parts of the images.
 
-    score_splits: number of parts, made by a permutation of the image numbers with score_seed; score_part: number of
-    images of a part instead, in the order of their numbers.
+    score_splits: number of parts, made by a permutation of the image numbers; score_seed: seed of the permutation;
+    score_part: number of images of a part instead, in the order of their numbers.
     """
 
     name = "is"

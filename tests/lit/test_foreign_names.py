@@ -185,7 +185,7 @@ def test_modules_of_other_projects_can_use_the_data_module(data, tmp_path, monke
     from lightning_tdisent.cli import trainings
     from lightning_tdisent.lit import entry
 
-    monkeypatch.setattr(entry, "parse", lambda argv: type("Parsed", (), {"model": Foreign()}))
+    monkeypatch.setattr(entry, "parse", lambda argv: type("Parsed", (), {"model": Foreign(), "datamodule": None}))
     assert trainings.role(["fit"]) == Role("", "Foreign", None)
 
 

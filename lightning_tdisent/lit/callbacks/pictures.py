@@ -110,8 +110,9 @@ class Pictures(Rehearsed):
 
     def _show(self, trainer: L.Trainer, name: str, images: Tensor, caption: str, columns: int = 16) -> None:
         step = trainer.global_step
-        seen: Any = trainer.lightning_module.images_seen
-        log_picture(trainer.loggers, name, grid(zoomed(images), columns), caption, seen)
+        if trainer.loggers:
+            seen: Any = trainer.lightning_module.images_seen
+            log_picture(trainer.loggers, name, grid(zoomed(images), columns), caption, seen)
         save_png(grid(images, columns), Path(trainer.default_root_dir) / PICTURES / f"{name}_{step:07d}.png")
 
 
