@@ -243,10 +243,11 @@ class CLI(LightningCLI):
             )
         else:
             logger = options["logger"] or []
-        theirs = logger if isinstance(logger, list) else [logger]
-        refuse_link(Path(run) / METRICS)
-        until = self.purge_step if (Path(run) / CONFIG).exists() else -1
-        kwargs.setdefault("logger", [*theirs, MetricsFile(run, until)])
+        loggers = list(logger) if isinstance(logger, list) else [logger]
+        if self.subcommand == "fit":
+            refuse_link(Path(run) / METRICS)
+            loggers.append(MetricsFile(run, self.purge_step if (Path(run) / CONFIG).exists() else -1))
+        kwargs.setdefault("logger", loggers)
         if not options["profiler"]:
             kwargs.setdefault("profiler", Unprofiled())
         plugins = options["plugins"] or []

@@ -149,7 +149,7 @@ def _pieces(text: Sequence[Sequence[str]], most: int, wrap: bool = False) -> tup
     from rich.cells import cell_len
 
     head = text[0]
-    widths = [3 + max(cell_len(row[i]) for row in text[i > 0 :]) for i in range(len(head))]
+    widths = [3 + max((cell_len(row[i]) for row in text[i > 0 :]), default=0) for i in range(len(head))]
     for i in range(1, len(head)):
         words = max(map(cell_len, head[i].split()), default=0)
         widths[i] = max(widths[i], 3 + words, 3 + min(cell_len(head[i]), 16 if wrap else most))

@@ -82,6 +82,14 @@ def test_any_logger_or_none_leaves_the_same_file_and_the_same_page(fit, tmp_path
     assert table.startswith("step,train/epoch,train/gradient_norm,train/images_per_second,train/loss,train/lr")
 
 
+def test_a_validation_beside_a_training_writes_no_metrics(fit):
+    run = fit("run", steps=4)
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(["validate", "--config", str(run / "config.yaml"), "--trainer.logger=false"]) == 0
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert not (run / "validate" / "metrics.jsonl").exists()
+
+
 def test_points_beyond_the_checkpoint_are_removed_when_a_training_goes_on(fit):
     run = fit("run", steps=12)
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as stream:

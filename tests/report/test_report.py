@@ -325,6 +325,13 @@ def test_a_long_list_is_not_turned_and_a_wide_table_of_many_is_split_between_mod
     assert stream.getvalue().count("12.345") == 7 * 30
 
 
+@pytest.mark.parametrize("width", [20, 80])
+def test_a_table_without_rows_is_its_head(width):
+    stream = io.StringIO()
+    Console(file=stream, width=width, force_terminal=True, color_system=None).print(WideTable("t", [("model", "fd")]))
+    assert all(f" {name} " in stream.getvalue() for name in ("model", "fd"))
+
+
 def test_a_name_that_leaves_no_room_is_folded_and_its_numbers_are_not():
     stream, name = io.StringIO(), "/a/very/long/folder/" * 6
     table = [("model", "fd", "名"), (name, "1234.567", "8.9")]
