@@ -84,7 +84,7 @@ class Progress:
 
     @property
     def drawn(self) -> bool:
-        """Whether a bar is shown."""
+        """Return whether a bar is shown."""
         return self._bar is not None
 
     def close(self) -> None:
@@ -151,20 +151,19 @@ def working(text: str, every: float = EVERY) -> Iterator[None]:
     """Show that a piece of work goes on whose share is not known: a moving bar, or a line with the time spent."""
     ended, began = threading.Event(), time.monotonic()
 
-    def say(progress: Progress) -> None:
+    def say() -> None:
         while not ended.wait(every):
-            print(f"{progress.text}: {_minutes(time.monotonic() - began)}", file=sys.stderr, flush=True)
+            if not progress.drawn:  # a bar moves by itself
+                print(f"{text}: {_minutes(time.monotonic() - began)}", file=sys.stderr, flush=True)
 
     with Progress(text) as progress:
-        lines = threading.Thread(target=say, args=(progress,), daemon=True)
-        if not progress.drawn:  # a bar moves by itself
-            lines.start()
+        lines = threading.Thread(target=say, daemon=True)
+        lines.start()
         try:
             yield
         finally:
             ended.set()
-            if not progress.drawn:
-                lines.join()
+            lines.join()
 
 
 def _same_file(stream: TextIO, path: Path | None) -> bool:

@@ -65,6 +65,9 @@ def test_a_part_without_a_class_changes_the_default_one(file):
     for content in ({"sampler": {"steps": 4, "clip": 2}}, {"sampler": {"init_args": {"steps": 4, "clip": 2}}}):
         found = parse(parser(), [*words, file(content), "--sampler.clip", "3"])
         assert (found.sampler, found.dotted["sampler"]) == (None, {"steps": 4, "clip": 3})
+    first = file({"sampler": {"class_path": "DDIM", "init_args": {"eta": 1}}}, "first.yaml")
+    found = parse(parser(), [*words, first, "--config", file({"sampler": {"steps": 4}})])
+    assert effective(found)["sampler"] == {"class_path": "DDIM", "init_args": {"eta": 1, "steps": 4}}
     evaluation = ["evaluate", "m", "--data", "d", "--protocol", "digits", "--out", "x", "--config"]
     found = parse(parser(), [*evaluation, file({"protocol": {"n_real": 20}}), "--n", "30"])
     assert (found.protocol, found.dotted["protocol"], found.n) == ("digits", {"n_real": 20}, 30)

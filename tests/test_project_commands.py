@@ -35,6 +35,7 @@ def test_all_kinds_are_listed_and_an_unknown_one_is_refused(capsys):
     found = lines(capsys, "list")
     assert [line.rstrip(":") for line in found if re.fullmatch(r"\w+:", line)] == list(KINDS)
     assert any(re.match(r"  DPMSolver +DPM-Solver", line) for line in found)
+    assert any(line.startswith("  V ") and "(2202.00512, app. D): well scaled" in line for line in found)
     assert main(["list", "sampler"]) == 2
     assert "Did you mean 'samplers'" in capsys.readouterr().err
 

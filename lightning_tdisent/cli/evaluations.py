@@ -190,15 +190,14 @@ def _report(a: argparse.Namespace) -> None:
 
 def _print_pooled(studies: Sequence["Study"], out: Path) -> None:
     """Write the page of studies that differ in their seeds, and print its tables and notes."""
-    from lightning_tdisent.report.table import printed, tables
-    from lightning_tdisent.report.verdict import verdict
+    from lightning_tdisent.report.table import terminal_tables
+    from lightning_tdisent.report.verdict import verdicts
     from lightning_tdisent.studies.seeds import notes_of, write_page
 
     rows = write_page(studies, out)
-    for _, alike in tables(rows):
-        if text := verdict(alike):
-            print(text)
-    for shown in printed(rows):
+    for text in verdicts(rows):
+        print(text)
+    for shown in terminal_tables(rows):
         wide_console(1000).print(shown, highlight=False)
     for line in notes_of({str(study.folder): study.rows for study in studies}, rows):
         print(f"note: {line}")

@@ -217,9 +217,13 @@ def _set_defaults(leaf: Parser, files: Sequence[Path], dotted: dict[str, dict[st
                 raise InputError(f"{where}: expected a mapping, got {value!r}")
             dotted[name] = {**value, **dotted[name]}
             continue
-        if name in leaf.parts and isinstance(value, dict) and not {"class_path", "preset"} & value.keys():
-            dotted[name] = {**value.get("init_args", value), **dotted[name]}  # of the default, as --sampler.steps 4
-            continue
+        if name in leaf.parts and isinstance(value, dict) and "preset" not in value:
+            # keys beside the class are its arguments, and without a class those of the default, as --sampler.steps 4
+            own = {key: value[key] for key in ("class_path", "init_args") if key in value}
+            more = {key: value[key] for key in value if key not in own}
+            if "class_path" not in own:
+                own, more = {}, {**own.get("init_args", {}), **more}
+            dotted[name], value = {**more, **dotted[name]}, own or None
         if value is not None:
             action = actions[name]
             part = name in leaf.parts and isinstance(value, dict)

@@ -56,8 +56,9 @@ class Pool:
         values = {**measured, **given}
         if "speed" not in values:
             raise InputError(
-                "--simulate: no job of this fleet is done, so that its speed is not known: give the images per second "
-                "of a worker, e.g. --simulate.speed 900, or train one expert first: fleet run FOLDER --only 1"
+                "--simulate: the speed is not known, since no finished job of this fleet is on this machine: give the "
+                "images per second of a worker, e.g. --simulate.speed 900, or train one expert first: fleet run FOLDER "
+                "--only 1"
             )
         return cls(**values)
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from lightning_tdisent import curves
+from lightning_tdisent import metrics_file
 from lightning_tdisent.evaluation.pictures import png
 from lightning_tdisent.metrics.features import known_features
 from lightning_tdisent.metrics.likelihood import BOUND
@@ -234,7 +234,7 @@ def read_curves(folder: Path) -> Mapping[str, Sequence[tuple[float, float]]]:
     those are read whose names end with the id of its ``config.yaml``.
     """
     if (folder / METRICS).exists():
-        return curves.read(folder)
+        return metrics_file.read(folder)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns about every resumed run

@@ -27,7 +27,7 @@ from lightning_tdisent.report import figures
 from lightning_tdisent.report.palette import Palette
 from lightning_tdisent.report.table import EPS_MSE, costs, directions, table, tables
 from lightning_tdisent.report.table import notes as notes_of
-from lightning_tdisent.report.verdict import best, verdict
+from lightning_tdisent.report.verdict import best, verdicts
 from lightning_tdisent.sampling.sampler import probe_rows
 
 CSS = """
@@ -241,9 +241,8 @@ def page(
 
     rows: of the verdict. measured: rows as they were measured, which are those of all repetitions if they are pooled.
     """
-    sentences = [text for _, alike in tables(rows) if (text := verdict(alike))]
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(notes)}</p>" if notes else ""]
-    parts += [f'<p class="verdict">{html.escape(text)}</p>' for text in sentences]
+    parts += [f'<p class="verdict">{html.escape(text)}</p>' for text in verdicts(rows)]
     parts += [f'<p class="how">{html.escape(line)}</p>' for line in summary(measured)]
     ids = {name: re.sub(r"\W+", "-", name.lower()).strip("-") for name in sections}
     links = [f'<a href="#{ids[name]}">{html.escape(name)}</a>' for name in sections]

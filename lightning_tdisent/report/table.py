@@ -91,15 +91,16 @@ def costs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     return _text([r for r in rows if "networks" in r], columns)
 
 
-def printed(rows: Sequence[dict[str, Any]]) -> list["WideTable"]:
+def terminal_tables(rows: Sequence[dict[str, Any]]) -> list["WideTable"]:
     """Return a table per protocol and one of costs; the features are named in the title, not again in each column."""
     out = []
     for line, alike in tables(rows):
         head, *body = table(alike)
         suffix = f"_{features_of(alike[0])}"
         out.append(WideTable(line, [tuple(name.removesuffix(suffix) for name in head), *body]))
-    cost = costs(rows)
-    return out + [WideTable("what it cost", cost)] * (len(cost) > 1)
+    if len(cost := costs(rows)) > 1:
+        out.append(WideTable("what it cost", cost))
+    return out
 
 
 Pieces = list[list[int]]

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning_tdisent.metrics.metric import Better
 from lightning_tdisent.metrics.registry import columns_of, features_of
+from lightning_tdisent.report.table import tables
 
 # 97.5 % quantiles of Student's t by degrees of freedom; of those between, and above, the last one below is taken
 STUDENT = {1: 12.71, 2: 4.303, 4: 2.776, 6: 2.447, 8: 2.306, 10: 2.228, 14: 2.145, 20: 2.086, 30: 2.042, 60: 2.0}
@@ -48,6 +49,11 @@ def best(rows: Sequence[dict[str, Any]], directions: dict[str, Better]) -> dict[
 
 def _compute(row: dict[str, Any]) -> float:
     return float(row.get("training_flops", 0.0) + row.get("validation_flops", 0.0))
+
+
+def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the verdict on the models of each protocol that has one."""
+    return [text for _, alike in tables(rows) if (text := verdict(alike))]
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:

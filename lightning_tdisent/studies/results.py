@@ -41,8 +41,8 @@ from lightning_tdisent.models.compose import find_files, holds_weights
 from lightning_tdisent.models.residency import Residency
 from lightning_tdisent.progress import Progress
 from lightning_tdisent.report.page import write_report
-from lightning_tdisent.report.table import WideTable, notes, printed, refuse_texts, tables
-from lightning_tdisent.report.verdict import verdict
+from lightning_tdisent.report.table import WideTable, notes, refuse_texts, terminal_tables
+from lightning_tdisent.report.verdict import verdicts
 from lightning_tdisent.sampling.sampler import Sampler
 from lightning_tdisent.schemas import check_schema, parse_json
 
@@ -106,6 +106,12 @@ class Study:
     def folder(self) -> Path:
         """Folder of the results."""
         return output_path(self.out)
+
+    @property
+    def trained_by(self) -> str:
+        """Sentence on the number of workers, empty if the study has trained nothing."""
+        words = f"{self.workers} worker process{'es' * (self.workers > 1)}" if self.workers else ""
+        return words and f"Trained by {words} on one machine."
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -407,8 +413,7 @@ class Study:
             ]
         if (there := self._n_held_out_available) > (taken := self.n_held_out or HELD_OUT):
             remarks.append(f"held-out images: the first {taken:,} of the {there:,} of {self.split} (n_held_out)")
-        sentences = [text for _, alike in tables(self.rows) if (text := verdict(alike))]
-        return [self.title, *sentences, *printed(self.rows), *(f"note: {line}" for line in remarks)]
+        return [self.title, *verdicts(self.rows), *terminal_tables(self.rows), *(f"note: {line}" for line in remarks)]
 
     def write_report(self) -> Path:
         """Write report.html and return its path.
@@ -420,11 +425,6 @@ class Study:
         held_out = self._load_real(self.split, self._held_out(self._conditional))
         gone = [name for name, folder in self.runs.items() if not Path(folder).is_dir()]
         lost = f" No training curves of {', '.join(gone)}: their folders do not exist." if gone else ""
-        trained = (
-            f" Trained by {self.workers} worker process{'es' * (self.workers > 1)} on one machine."
-            if self.workers
-            else ""
-        )
         channels, size = self._size()
         return write_report(
             self.folder / "report.html",
@@ -435,7 +435,7 @@ class Study:
             held_out,
             load(*self._reference, channels, NEAREST // held_out.images[0].numel(), size).images,
             {name: Path(folder) for name, folder in self.runs.items() if name not in gone},
-            (self.notes + trained + lost).strip(),
+            " ".join(filter(None, (self.notes, self.trained_by, lost.strip()))),
             observations=self._saved_observations(),
             boards=boards.read_text(encoding="utf-8") if (boards := self.folder / BOARDS).exists() else "",
         )

@@ -1,5 +1,6 @@
 """Run a study: train what its plan lists, compose, fit priors; the evaluation of it comes after."""
 
+import contextlib
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -57,8 +58,11 @@ def train(
     jobs = Jobs(Store(todo.out), todo.jobs)
     works: list[Work] = [jobs, *fleets.values()]
     undone = [job for work in works for job in work.jobs() if not work.done(job)]
-    kept = Study.load(todo.out).workers if (todo.out / FILE).exists() else None
-    study.workers = local.at_once(workers, len(undone)) if undone else kept
+    if undone:
+        study.workers = local.at_once(workers, len(undone))
+    elif (todo.out / FILE).exists():
+        with contextlib.suppress(InputError):  # damaged; it is written again
+            study.workers = Study.load(todo.out).workers
     if todo.jobs:
         local.run(jobs, fits, workers, title=study.title)
     for name, work in fleets.items():

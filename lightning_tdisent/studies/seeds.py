@@ -148,7 +148,8 @@ def write_page(studies: Sequence[Study], path: Path) -> list[dict[str, Any]]:
     sections["Samples and pages of the trainings"] = _pictures(studies) + f"<ul>{links}</ul>"
     how = {folder: facts(own) for folder, own in kept.items()}
     sections["How these numbers were obtained"] = html_facts(how)
-    said = f"Means and standard deviations of {len(studies)} trainings: {', '.join(kept)}."
+    trained = dict.fromkeys(filter(None, (study.trained_by for study in studies)))
+    said = " ".join([f"Means and standard deviations of {len(studies)} trainings: {', '.join(kept)}.", *trained])
     measured = [row for own in kept.values() for row in own]
     write_whole(path, page(studies[0].title, rows, sections, measured, said).encode())
     return rows

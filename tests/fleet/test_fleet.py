@@ -465,6 +465,13 @@ def test_an_unknown_expert_is_refused_by_every_engine(planned, capsys, engine):
     assert "--only expert_099: no such expert" in capsys.readouterr().err
 
 
+def test_a_summary_of_jobs_without_a_plan_of_images_has_what_is_known():
+    jobs = [Tile("a", "done", seen=100), Tile("b", "training", seen=50, rate=25.0), Tile("c", "waiting")]
+    assert summary(jobs) == "3 jobs: 1 done, 1 training, 1 waiting, 150 images, 25 images/s"
+    planned = [Tile("b", "training", seen=50, images=200, rate=25.0)]
+    assert summary(planned) == "1 jobs: 1 training, 50 of 200 images (25%), 25 images/s, eta 6 s"
+
+
 def test_more_workers_than_jobs_that_are_asked_for_are_refused(planned, capsys):
     assert main(["fleet", "run", str(planned(budget=64).root), "--only", "2", "--workers", "2"]) == 2
     assert "--workers 2: --only expert_002 is one job, which one worker trains" in capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_no_schedule_beats_its_bounds(images, workers):
     ("values", "message"),
     [
         ({"speed": 3}, "--simulate: give the number of workers"),
-        ({"workers": 3}, "--simulate: no job of this fleet is done"),
+        ({"workers": 3}, "--simulate: the speed is not known"),
         ({"workers": 0}, "--simulate.workers: at least 1, got 0"),
         ({"workers": 2, "sped": 3}, "--simulate.sped: no such option. Did you mean 'speed'"),
         ({"workers": 0.5}, "--simulate.workers: an integer, at least 1, got 0.5"),

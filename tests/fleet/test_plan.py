@@ -376,7 +376,7 @@ def test_a_fleet_is_planned_in_an_empty_folder(planned, configs, tmp_path, capsy
     assert main([*words, "--simulate", "0"]) == 2
     assert "--simulate.workers: at least 1, got 0" in capsys.readouterr().err
     assert main([*words, "--simulate", "2"]) == 2  # before the plan is written
-    assert "no job of this fleet is done, so that its speed is not known" in capsys.readouterr().err
+    assert "the speed is not known, since no finished job of this fleet is on this machine" in capsys.readouterr().err
     assert main([*words, "--seed", "-1"]) == 2
     assert "--seed: expected an integer in [0, 2^32), got -1" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -1,11 +1,13 @@
-"""What a training logs: the same points in every logger and in the run's own file, which a page is drawn from."""
+"""Metrics of a training: the same points in every logger and in the run's own file, which a page is drawn from."""
+
+import errno
 
 import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_tdisent import curves
+from lightning_tdisent import metrics_file
 from lightning_tdisent.cli import main
 from lightning_tdisent.data.decode import Decoder
 from lightning_tdisent.data.shards import Shards
@@ -54,7 +56,7 @@ def events(run):
 def test_the_runs_own_file_holds_what_tensorboard_shows(fit, digits):
     run = fit("run")
     shown, read = events(run)
-    own = curves.read(run)
+    own = metrics_file.read(run)
     assert own.keys() == shown.keys()
     for name, points in own.items():
         assert points == [(x, pytest.approx(value, rel=1e-6)) for x, value in shown[name]]
@@ -67,14 +69,17 @@ def test_the_runs_own_file_holds_what_tensorboard_shows(fit, digits):
     assert "_hparams_/session_start_info" in read.summary_metadata
     assert "_hparams_/session_end_info" in read.summary_metadata
     assert not (run / "hparams.yaml").exists()
+    last = (run / "log.txt").read_text(encoding="utf-8").splitlines()[-1]
+    assert "step 24/24  loss " in last
+    assert "validating" not in last
 
 
 def test_any_logger_or_none_leaves_the_same_file_and_the_same_page(fit, tmp_path):
-    one = {name: points for name, points in curves.read(fit("one")).items() if name != "train/images_per_second"}
+    one = {name: points for name, points in metrics_file.read(fit("one")).items() if name != "train/images_per_second"}
     for name, words in (("none", ["--trainer.logger", "false"]), ("csv", ["--trainer.logger", "CSVLogger"])):
         words += ["--trainer.logger.save_dir", str(tmp_path / "logs")] if name == "csv" else []
         run = fit(name, *words)
-        found = curves.read(run)
+        found = metrics_file.read(run)
         assert {key: found[key] for key in found if key != "train/images_per_second"} == one
         assert read_curves(run).keys() == found.keys()
         assert not list(run.glob("events*"))
@@ -94,20 +99,48 @@ def test_points_beyond_the_checkpoint_are_removed_when_a_training_goes_on(fit):
     run = fit("run", steps=12)
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as stream:
         stream.write('{"images_seen": 700, "train/loss": 9.0}\n{"images_seen": 800, "tra')
-    before = curves.read(run)
+    before = metrics_file.read(run)
     assert before["train/loss"][-1] == (700, 9.0)
     run = fit("run", "--trainer.max_steps", "24")
-    whole, expected = curves.read(run), curves.read(fit("whole", "--trainer.max_steps", "24"))
+    whole, expected = metrics_file.read(run), metrics_file.read(fit("whole", "--trainer.max_steps", "24"))
     for name in expected:
         if name != "train/images_per_second":
             assert whole[name] == expected[name], name
+
+
+def test_a_full_disk_costs_points_and_not_the_training(fit, monkeypatch):
+    whole, calls = metrics_file.append, []
+
+    def full(folder, images_seen, values):
+        calls.append(images_seen)
+        if images_seen in (400, 600):
+            with (folder / "metrics.jsonl").open("ab") as stream:
+                stream.write(b'{"images_seen": 400, "train')  # what still fitted
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(folder, images_seen, values)
+
+    monkeypatch.setattr(metrics_file, "append", full)
+    with pytest.warns(UserWarning, match=r"metrics.jsonl lacks points from now on: No space left on device") as said:
+        run = fit("run")
+    assert sum("lacks points" in str(one.message) for one in said) == 1
+    assert (run / "model.safetensors").exists()
+    assert {400, 600, 1200} <= {*calls}
+    assert [x for x, _ in metrics_file.read(run)["train/loss"]] == [200, 800, 1000, 1200]
+
+
+def test_a_run_of_an_earlier_version_keeps_its_event_files_as_the_only_source(fit):
+    run = fit("run", steps=12)
+    (run / "metrics.jsonl").unlink()
+    run = fit("run", "--trainer.max_steps", "24")
+    assert not (run / "metrics.jsonl").exists()
+    assert [x for x, _ in read_curves(run)["train/lr"]] == [50 * step for step in (4, 8, 12, 16, 20, 24)]
 
 
 def test_another_run_in_the_folder_begins_a_new_file(fit, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"images_seen": 0, "train/loss": 9.0}\n', encoding="utf-8")
-    assert curves.read(fit("run", steps=4))["train/loss"][0][0] == 200
+    assert metrics_file.read(fit("run", steps=4))["train/loss"][0][0] == 200
 
 
 def test_a_config_becomes_hyperparameters_by_name():
@@ -143,7 +176,7 @@ def test_wandb_offline_gets_metrics_and_captioned_pictures(fit, tmp_path, monkey
     }  # fmt: skip
     (log,) = folder.glob("*.wandb")
     content = log.read_bytes()
-    for name in curves.read(run):
+    for name in metrics_file.read(run):
         assert name.encode() in content, name
     assert b"Samples of seeds 0..63 by DDIM" in content
 
@@ -153,7 +186,7 @@ def test_mlflow_gets_metrics_and_hyperparameters(fit, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     run = fit("run", "--trainer.logger", "MLFlowLogger", "--trainer.logger.tracking_uri", f"file:{tmp_path / 'ml'}")
     (folder,) = {p.parent for p in (tmp_path / "ml").rglob("params")}
-    for name, points in curves.read(run).items():
+    for name, points in metrics_file.read(run).items():
         lines = (folder / "metrics" / name).read_text(encoding="utf-8").splitlines()
         assert [(int(line.split()[2]), float(line.split()[1])) for line in lines] == [
             (x, pytest.approx(value, rel=1e-6)) for x, value in points

@@ -4,7 +4,7 @@ import pytest
 
 from lightning_tdisent.report.page import html_table, marks, page
 from lightning_tdisent.report.palette import Palette
-from lightning_tdisent.report.table import directions, printed
+from lightning_tdisent.report.table import directions, terminal_tables
 from lightning_tdisent.report.verdict import best, separate, verdict
 
 FIELDS = {"protocol": "p", "protocol_fields": {"features": "digits", "metrics": ["fd", "is"]}, "protocol_line": "p",
@@ -34,7 +34,7 @@ def test_a_difference_counts_beyond_the_interval_of_students_t(other, sd, n, apa
 
 
 def test_the_features_are_named_in_the_title_and_not_again_in_the_columns():
-    shown, _ = printed([row("a", 10.0), row("b", 11.0)])
+    shown, _ = terminal_tables([row("a", 10.0), row("b", 11.0)])
     assert {"fd", "is"} <= {*shown.text[0]}
     assert shown.title == "p"
 

@@ -134,12 +134,28 @@ def test_all_damaged_files_are_named_at_once_and_a_damaged_composite_is_rebuilt(
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == numbers
 
 
+@pytest.mark.parametrize("split", ["path", "train", "val"])
+def test_data_of_a_later_run_are_looked_for_before_the_first_training(study, tmp_path, split, capsys):
+    wrong = {"configs": ["a.yaml"], "set": {f"data.{split}": str(tmp_path / "gone") if split == "path" else "gone"}}
+    out = tmp_path / "out"
+    runs = {"cls": {"configs": ["a.yaml"]}, "late": wrong}
+    assert main(["study", "--config", study(runs=runs), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "runs: late (" in said
+    assert "gone" in said
+    assert study.trained == []
+    assert not out.exists()
+
+
 def test_the_page_names_the_workers_that_trained(study, tmp_path):
     out = tmp_path / "s"
     words = ["study", "--config", study(), "--out", str(out), "--device", "cpu"]
     for workers in ("1", "2"):  # the second time nothing is trained
         assert main([*words, "--workers", workers]) == 0
         assert "Trained by 1 worker process on one machine." in (out / "report.html").read_text(encoding="utf-8")
+    (out / "study.json").write_text("{", encoding="utf-8")  # damaged: the number is lost, the study is not
+    assert main(words) == 0
+    assert "Trained by" not in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_several_seeds_are_one_command_and_one_page(study, tmp_path, capsys):
@@ -152,6 +168,7 @@ def test_several_seeds_are_one_command_and_one_page(study, tmp_path, capsys):
     page = (tmp_path / "s.html").read_text(encoding="utf-8")
     assert "Means and standard deviations of 2 trainings" in page
     assert 'href="s_3/report.html"' in page
+    assert page.count("Trained by 1 worker process on one machine.") == 1  # one training each
     assert f"report: {tmp_path / 's.html'}" in said
     assert len(study.trained) == 2
     assert main([*words, "--seeds", "3", "4"]) == 0  # nothing is trained again

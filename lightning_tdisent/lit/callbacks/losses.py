@@ -19,7 +19,7 @@ from lightning_tdisent.sampling.sampler import probe_rows
 class LossPerState(Logs):
     """Log ``train/loss``, the mean loss per state, and the norm of the gradient.
 
-    ``train/lr`` is the learning rate of the next step, ``train/epoch`` the share of the training data seen, and
+    ``train/lr`` is the learning rate of the next step, ``train/epoch`` the number of passes over the training data, and
     ``train/images_per_second`` the speed since the last log point, without validations and pictures.
 
     Between two log points nothing is copied from the device, and ``self.log``, which takes half a millisecond per

@@ -1,6 +1,8 @@
-"""Append what a training logs to a file of its run folder, and read it: one JSON object per line."""
+"""Append the metrics of a training to a file of its run folder, and read them: one JSON object per line."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,19 @@ X = "images_seen"
 
 
 def append(folder: Path, images_seen: int, values: dict[str, float]) -> None:
-    """Append one point to ``metrics.jsonl``; raises Lost if this process no longer holds the folder."""
+    """Append one point to ``metrics.jsonl``.
+
+    Raises OSError if that fails, and Lost if this process no longer holds the folder.
+    """
     file = folder / METRICS
     ask_guards(file, quick=True)
+    line = json.dumps({X: images_seen, **values}).encode() + b"\n"
     with open_own(file) as stream:
-        stream.write(json.dumps({X: images_seen, **values}).encode() + b"\n")
+        if end := stream.seek(0, os.SEEK_END):
+            stream.seek(end - 1)
+            line = line if stream.read(1) == b"\n" else b"\n" + line  # after a line that a full disk has cut off
+        if stream.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def cut(folder: Path, images_seen: int) -> None:
@@ -37,7 +47,7 @@ def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _points(file: Path) -> list[dict[str, Any]]:
-    """Return the points of a file, without a last line that was cut off while it was written."""
+    """Return the points of a file, without lines that were cut off while they were written."""
     out = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
