@@ -307,6 +307,8 @@ def find_files(source: str | Path) -> list[Path]:
     Raises InputError if there are none.
     """
     source = local(source)
+    if source.suffix == ".zip":
+        raise InputError(f"{source}: an archive is not opened here: unpack it, and name the folder")
     if source.is_file():
         return [source]
     if (source / MANIFEST).exists():

@@ -282,7 +282,8 @@ def training_curves(folders: dict[str, Path], palette: Palette) -> str:
             for i, name in enumerate(names):
                 label = name if len(names) == 1 else f"{group} ({len(names)} jobs)" if i == 0 else None
                 points = logged[name].get("train/loss", [])
-                axes[0].plot([x for x, _ in points], [y for _, y in points], label=label, **style)
+                dots = "o" if len(points) < 3 else None  # a line needs two points, and a short one is not seen
+                axes[0].plot([x for x, _ in points], [y for _, y in points], label=label, marker=dots, ms=3, **style)
                 for tag in distance:
                     if points := logged[name].get(tag, []):
                         axes[1].plot([x for x, _ in points], [y for _, y in points], "o-", ms=4, **style)

@@ -534,7 +534,7 @@ def _members(composite, tmp_path):
 
 def test_a_file_that_is_no_weights_and_a_name_of_an_archive_are_refused(files, tmp_path):
     (tmp_path / "all.zip").write_bytes(b"zip")
-    assert refusal(load_model, tmp_path / "all.zip")
+    assert "unpack it, and name the folder" in refusal(load_model, tmp_path / "all.zip")
     assert "a composite is a folder; choose a name without .zip" in refusal(compose, files, tmp_path / "new.zip")
 
 
