@@ -1,18 +1,23 @@
 """Metrics of a training: the same points in every logger and in the run's own file, which a page is drawn from."""
 
 import errno
+import time
 
+import lightning.pytorch as L
 import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from watching import Memory
 
 from lightning_tdisent import metrics_file
 from lightning_tdisent.cli import main
 from lightning_tdisent.data.decode import Decoder
 from lightning_tdisent.data.shards import Shards
+from lightning_tdisent.diffusion.states import LatentStates
 from lightning_tdisent.evaluation.pictures import captioned
 from lightning_tdisent.lit.loggers import flat
+from lightning_tdisent.lit.modules import ReducedStates
 from lightning_tdisent.report.figures import read_curves
 
 STEPS = 24
@@ -106,6 +111,20 @@ def test_points_beyond_the_checkpoint_are_removed_when_a_training_goes_on(fit):
     for name in expected:
         if name != "train/images_per_second":
             assert whole[name] == expected[name], name
+
+
+class Sleeps(L.Callback):
+    def on_validation_epoch_start(self, trainer, pl_module):
+        time.sleep(2)
+
+
+def test_the_speed_is_that_of_training_alone(tiny, data, trainer):
+    memory = Memory()
+    run = trainer(10, Sleeps(), logger=memory, val_check_interval=5, log_every_n_steps=10, limit_val_batches=1)
+    begin = time.perf_counter()
+    run.fit(ReducedStates(tiny(), LatentStates(S=4)), datamodule=data(batch_size=20))
+    assert time.perf_counter() - begin > 4  # validated twice, the first time before the log point
+    assert memory.values[200]["train/images_per_second"] > 200 / 2
 
 
 def test_a_full_disk_costs_points_and_not_the_training(fit, monkeypatch):
